@@ -1,0 +1,1 @@
+"""The plain library of toto: no Prefect here; one module a tool or idea."""

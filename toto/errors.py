@@ -1,0 +1,37 @@
+"""The one root of toto's errors.
+
+An error says what failed, on which target, and what to do next. Errors of the
+operator's input (manifest, test script, nix evaluation) are told without a traceback.
+"""
+
+
+class TotoError(Exception):
+    """Something that the operator must hear of.
+
+    `target` names what it happened to (a host, a file); `hint` is the next step to take.
+    """
+
+    def __init__(self, message: str, *, target: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.target = target
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = self.message if self.target is None else f"{self.target}: {self.message}"
+        return text if self.hint is None else f"{text}\nnext: {self.hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions with keyword arguments do not unpickle by themselves, and Prefect pickles them.
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[TotoError], args: tuple[object, ...], state: dict[str, object]) -> TotoError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class InputError(TotoError):
+    """The operator's input is wrong: a manifest, settings, a name, a test script."""
