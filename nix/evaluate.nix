@@ -1,0 +1,29 @@
+# One host of an exported infra repo: its toplevel, and the VM in which it is rehearsed.
+#
+# The toplevel is evaluated exactly as the operator wrote it. toto's own module goes into the VM variant
+# only, so that the closure which is rehearsed is the closure which reaches the machine.
+{ tree                 # absolute path of the exported commit, as a string
+, name                 # the host
+, file ? ""            # its file relative to the tree; "" when it is nixosConfigurations.NAME of the flake
+, nixpkgs ? ""         # "" for <nixpkgs>, else a file of the tree that evaluates to nixpkgs' path
+, system ? builtins.currentSystem
+, sandboxKey ? ""      # the public key that may log in to the sandbox
+, ports ? "[]"         # JSON: further ports of the sandbox that tests may reach
+}:
+let
+  root = /. + tree;
+  rehearsal = import ./rehearsal.nix { inherit sandboxKey; ports = builtins.fromJSON ports; };
+
+  nixosOf = if nixpkgs == "" then <nixpkgs/nixos> else import (root + "/${nixpkgs}") + "/nixos";
+  fromFile = configuration: (import nixosOf { inherit configuration system; }).config.system.build;
+
+  flake = builtins.getFlake "path:${tree}";
+  configured = flake.nixosConfigurations.${name};
+in
+if file != "" then {
+  inherit (fromFile (root + "/${file}")) toplevel;
+  inherit (fromFile { imports = [ (root + "/${file}") rehearsal ]; }) vm;
+} else {
+  inherit (configured.config.system.build) toplevel;
+  inherit ((configured.extendModules { modules = [ rehearsal ]; }).config.system.build) vm;
+}

@@ -1,0 +1,163 @@
+"""Reading the infra repo on toto, and exporting a commit to a tree without .git. The ledger is `toto.ledger`'s.
+
+Objects are read by GitPython with its pure Python database; whatever needs git itself goes through the
+process door with an environment that no hook's GIT_DIR or quarantine leaks into.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import git as gitpython
+from gitdb.exc import BadName, BadObject
+
+from toto import process
+from toto.errors import InputError, TotoError
+
+
+class GitError(TotoError):
+    """git, or the infra repo, did not do what was asked."""
+
+
+class NoSuchCommit(InputError):
+    """The commit or branch is not in the infra repo."""
+
+
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without any GIT_*: a hook's GIT_DIR must not choose our repo."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return clean | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
+
+
+async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, check: bool = True,
+              extra: dict[str, str] | None = None) -> process.Completed:
+    """Run git on a bare repo; raises `CommandFailed` when `check`."""
+    return await process.run(
+        ["git", f"--git-dir={repo}", "-c", "core.fsync=loose-object,reference", *arguments],
+        env=environment(extra), stdin=stdin, check=check, timeout=300, target=repo.name)
+
+
+def open_repo(repo: Path) -> gitpython.Repo:
+    """The repo for reading, always fresh (a kept one would not see packs that a push brought)."""
+    try:
+        return gitpython.Repo(repo, odbt=gitpython.GitDB)
+    except (gitpython.InvalidGitRepositoryError, gitpython.NoSuchPathError) as error:
+        raise InputError("is not a git repository", target=str(repo),
+                         hint="create it with `toto repo create`, or name the bare repo's path") from error
+
+
+def resolve(repo: Path, revision: str) -> str:
+    """The full hash of the commit that `revision` (branch, tag or hash) names. Raises `NoSuchCommit`."""
+    if not revision or revision.startswith("-") or "\n" in revision:
+        raise NoSuchCommit(f"{revision!r} does not name a commit", target=str(repo))
+    with open_repo(repo) as opened:
+        try:
+            return str(opened.commit(revision).hexsha)
+        except (BadName, BadObject, ValueError, IndexError) as error:
+            raise NoSuchCommit(f"has no commit {revision!r}", target=str(repo),
+                               hint="push it first, or see `git log --all`") from error
+
+
+def summary(repo: Path, commit: str) -> str:
+    """The first line of a commit's message."""
+    with open_repo(repo) as opened:
+        return str(opened.commit(commit).summary)
+
+
+def tree_id(repo: Path, commit: str, path: str = "") -> str | None:
+    """The git tree or blob id of a path in a commit ('' for all of it), None where there is no such path."""
+    with open_repo(repo) as opened:
+        tree = opened.commit(commit).tree
+        if not path:
+            return str(tree.hexsha)
+        try:
+            return str((tree / path).hexsha)
+        except KeyError:
+            return None
+
+
+@asynccontextmanager
+async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
+    """The files of a commit under `directory`/tree, for as long as the block lasts, for this run alone.
+
+    Always the same path: a configuration that mentions where it lies (`toString ./.`) keeps its drv from
+    commit to commit. There is no .git in it, so no revision can leak into a drv. Other runs of the
+    same repo wait; the lock goes with the process that held it, however that ends.
+
+    Raises `InputError` for a link that leads out of the tree.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "export.lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(0.1)
+        tree = directory / "tree"
+        await checkout(repo, commit, tree)
+        yield tree
+
+
+async def checkout(repo: Path, commit: str, destination: Path) -> None:
+    """Write the files of a commit to `destination`, which is emptied first."""
+    if destination.exists():
+        shutil.rmtree(destination)
+    destination.mkdir(parents=True)
+    index = destination.with_name(f"{destination.name}.index")
+    index.unlink(missing_ok=True)
+    try:
+        # Not `git archive`: that expands export-subst, and the revision would be back in the tree.
+        extra = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(destination)}
+        await git(repo, "read-tree", commit, extra=extra)
+        await git(repo, "checkout-index", "--all", "--force", "--quiet", extra=extra)
+    finally:
+        index.unlink(missing_ok=True)
+    _refuse_links_out(destination)
+
+
+def _refuse_links_out(tree: Path) -> None:
+    root = os.path.realpath(tree)
+    for directory, folders, files in os.walk(tree):
+        for name in (*folders, *files):
+            path = Path(directory, name)
+            if path.is_symlink():
+                leads = os.path.realpath(path)
+                if not (leads == root or leads.startswith((root + os.sep, "/nix/store/"))):
+                    raise InputError(f"is a link that leads out of the repo, to {path.readlink()}",
+                                     target=str(path.relative_to(tree)), hint="commit the file itself")
+
+
+async def tip(repo: Path, branch: str) -> str | None:
+    """The commit a branch points to now, or None."""
+    done = await git(repo, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}^{{commit}}", check=False)
+    return done.stdout.strip() or None
+
+
+async def mark(repo: Path, tag: str, commit: str) -> None:
+    """Point a lightweight tag at a commit, moving it if it exists."""
+    await git(repo, "update-ref", "-m", f"toto: {tag}", f"refs/tags/{tag}", commit)
+
+
+async def log_of(repo: Path, ref: str, paths: Sequence[str] = (), limit: int = 50) -> list[str]:
+    """One line a commit of a ref, newest first."""
+    done = await git(repo, "log", f"--max-count={limit}", "--format=%cI %s", ref, "--", *paths, check=False)
+    return done.lines
+
+
+def age(seconds: float) -> str:
+    """Seconds in a person's words, for messages."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def now() -> str:
+    """The time as it is written into records: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,55 @@
+"""Which hosts a commit has. Their evaluation is `toto.nix`'s, what is deployed is the ledger's."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from toto.errors import InputError
+
+NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9_-])?")
+
+
+@dataclass(frozen=True, order=True)
+class Host:
+    """One NixOS configuration. `file` is relative to the tree; empty when the flake defines the host."""
+
+    name: str
+    file: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where the operator finds it, for messages."""
+        return self.file or f"flake.nix#nixosConfigurations.{self.name}"
+
+
+def check_name(name: str, where: str) -> str:
+    """The name itself when it is fit to be a host's, else `InputError`: it becomes paths, argv and ref names."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise InputError(f"{name!r} cannot be a host's name", target=where,
+                         hint="use letters, digits, dots, dashes and underscores, 63 at most")
+    return name
+
+
+def in_files(tree: Path) -> list[Host]:
+    """The hosts `hosts/NAME.nix` and `hosts/NAME/default.nix`, by name.
+
+    Raises `InputError` for a name that is none, and for a name defined twice.
+    """
+    found: dict[str, Host] = {}
+    folder = tree / "hosts"
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith("."):
+            continue
+        if entry.suffix == ".nix" and entry.is_file():
+            host = Host(entry.name.removesuffix(".nix"), f"hosts/{entry.name}")
+        elif (entry / "default.nix").is_file():
+            host = Host(entry.name, f"hosts/{entry.name}/default.nix")
+        else:
+            continue
+        check_name(host.name, host.file)
+        if host.name in found:
+            raise InputError(f"is defined twice: {found[host.name].file} and {host.file}", target=host.name,
+                             hint="remove one of them")
+        found[host.name] = host
+    return list(found.values())

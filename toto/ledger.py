@@ -1,0 +1,290 @@
+"""The ledger: what is deployed where, and what is being deployed.
+
+A branch, `refs/toto/ledger`, of the infra repo on toto: one JSON file a target, one commit a change, so
+that `git log refs/toto/ledger` reads as the deployment history. Every write is a compare-and-swap of the
+ref, and a change is a function of the entry as it stands, so several writers are safe: whoever loses the
+race looks at the new entry and decides again. An open intent belongs to one run; another run that tries
+to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind every lock.
+"""
+
+import json
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import anyio
+from gitdb.exc import BadName
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toto import git, process
+from toto.errors import TotoError
+
+REF: Final = "refs/toto/ledger"
+_EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+
+Kind: TypeAlias = Literal["host", "terraform", "helm"]
+
+
+class LedgerError(TotoError):
+    """The ledger cannot be read or written."""
+
+
+class TargetBusy(LedgerError):
+    """Another run has an open intent on this target."""
+
+
+class LostTarget(LedgerError):
+    """This run's intent is gone: another run settled it. Nothing more may be done to the target."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Deployed(_Record):
+    """What a target is, or was, by toto's own roll-out: its identity and where that came from.
+
+    `identity` is the hash that changes when the target does (a host's toplevel drv), `path` what is
+    activated (its toplevel), `tests` the digest of the test scripts it passed.
+    """
+
+    identity: str
+    path: str
+    commit: str
+    run: str
+    at: str
+    tests: str = ""
+
+
+class Before(_Record):
+    """What a machine ran before it was touched, as read from it: store paths; "" where it had none."""
+
+    system: str
+    profile: str = ""
+
+
+class Intent(_Record):
+    """A target is being touched. `owner` tells whether the process that does it is still alive."""
+
+    desired: Deployed
+    before: Before
+    run: str
+    owner: str
+    at: str
+    step: str = "roll out"
+
+
+class Note(_Record):
+    """Something about a target that a later run needs: why it was put back, since when it cannot be reached."""
+
+    identity: str
+    commit: str
+    run: str
+    at: str
+    why: str
+
+
+class Entry(_Record):
+    """All that the ledger says of one target.
+
+    `good` is the last good; `previous` the one before it, to which a revert of the very run goes back.
+    `rehearsed` is the identity of a host that is rehearsed only.
+    """
+
+    good: Deployed | None = None
+    previous: Deployed | None = None
+    intent: Intent | None = None
+    reverted: Note | None = None
+    unreachable: Note | None = None
+    rehearsed: Deployed | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """One thing that is deployed; it prints as `host/web1`."""
+
+    kind: Kind
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The ledger as it stood at one of its commits ("" before the first)."""
+
+    commit: str
+    entries: dict[Target, Entry] = field(default_factory=dict)
+
+    def get(self, target: Target) -> Entry:
+        return self.entries.get(target, Entry())
+
+    @property
+    def open_intents(self) -> dict[Target, Intent]:
+        return {target: entry.intent for target, entry in self.entries.items() if entry.intent}
+
+
+def owner() -> str:
+    """This process, as an intent names it: machine, boot, PID and start time."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{process.owner()}"
+
+
+def owner_lives(who: str) -> bool | None:
+    """Whether the owner of an intent is still there; None where it ran on another machine."""
+    host, _, rest = who.partition("/")
+    boot, _, pid = rest.partition("/")
+    if host != socket.gethostname():
+        return None
+    return boot == owner().split("/")[1] and process.lives(pid)
+
+
+Change: TypeAlias = Callable[[Entry], Entry | None]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger of one infra repo."""
+
+    repo: Path
+
+    def read(self) -> Snapshot:
+        """The ledger as it stands. Raises `LedgerError` for a file that does not parse, naming it."""
+        with git.open_repo(self.repo) as repo:
+            try:
+                head = repo.commit(REF)
+            except (BadName, ValueError):
+                return Snapshot("")
+            entries = {}
+            for blob in head.tree.traverse(lambda item, _: item.type == "blob"):
+                kind, _, name = str(blob.path).partition("/")
+                try:
+                    entry = Entry.model_validate_json(blob.data_stream.read())
+                except ValidationError as error:
+                    raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
+                                      hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
+                                           "at the last commit that was whole") from error
+                entries[Target(kind, name.removesuffix(".json"))] = entry  # type: ignore[arg-type]
+            return Snapshot(head.hexsha, entries)
+
+    async def write(self, target: Target, change: Change, message: str) -> Entry | None:
+        """Change the entry of one target: `change` gets it as it stands and returns the new one (None: remove it).
+
+        Called again when another writer was first; what it raises goes through, with nothing written.
+        Returns the entry as written. Raises `LedgerError` when the ref cannot be moved after many tries.
+        """
+        for attempt in range(50):
+            snapshot = self.read()
+            old = snapshot.entries.get(target)
+            new = change(old or Entry())
+            if new == (old or Entry()) and not (new is None and old is not None):
+                return old
+            if await self._commit(snapshot.commit, target, new, message):
+                return new
+            await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
+        raise LedgerError("could not be written: others kept writing", target=str(target), hint="run it again")
+
+    async def _commit(self, parent: str, target: Target, entry: Entry | None, message: str) -> bool:
+        """One commit on top of `parent`; False when the ref had moved meanwhile."""
+        path = f"{target.kind}/{target.name}.json"
+        index = {"GIT_INDEX_FILE": str(self.repo / f"toto-ledger.{process.owner()}.{random.getrandbits(48):x}")}  # noqa: S311
+        who = {"GIT_AUTHOR_NAME": "toto", "GIT_AUTHOR_EMAIL": "toto@localhost",
+               "GIT_COMMITTER_NAME": "toto", "GIT_COMMITTER_EMAIL": "toto@localhost"}
+        try:
+            await git.git(self.repo, "read-tree", parent or _EMPTY_TREE, extra=index)
+            if entry is None:
+                await git.git(self.repo, "update-index", "--force-remove", path, extra=index)
+            else:
+                text = json.dumps(entry.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"
+                blob = await git.git(self.repo, "hash-object", "-w", "--stdin", stdin=text.encode())
+                await git.git(self.repo, "update-index", "--add", "--cacheinfo",
+                              f"100644,{blob.stdout.strip()},{path}", extra=index)
+            tree = (await git.git(self.repo, "write-tree", extra=index)).stdout.strip()
+            parents = ["-p", parent] if parent else []
+            commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()
+            moved = await git.git(self.repo, "update-ref", "-m", message.splitlines()[0], REF, commit,
+                                  parent or "0" * 40, check=False)
+        finally:
+            Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
+        if moved.status == 0:
+            return True
+        if self.read().commit != parent:
+            return False
+        raise LedgerError(f"could not be written: {process.tail(moved.stderr)}", target=str(target),
+                          hint=f"is there room on the disk, and may toto write to {self.repo}?")
+
+
+def intend(intent: Intent) -> Change:
+    """Open an intent. Raises `TargetBusy` when another run has one."""
+    def change(entry: Entry) -> Entry:
+        if entry.intent is not None and entry.intent.run != intent.run:
+            raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}",
+                             target=intent.desired.path, hint="wait for it to end, or cancel it")
+        return entry.model_copy(update={"intent": intent})
+    return change
+
+
+def take_over(old: Intent, run: str, at: str) -> Change:
+    """Make an intent that a dead run left this run's own. Raises `LostTarget` when it is no longer there."""
+    def change(entry: Entry) -> Entry:
+        if entry.intent != old:
+            raise LostTarget("its open intent was settled by another run", target=old.desired.path)
+        return entry.model_copy(update={"intent": old.model_copy(
+            update={"run": run, "owner": owner(), "at": at, "step": "revert"})})
+    return change
+
+
+def _mine(entry: Entry, run: str) -> Intent:
+    if entry.intent is None or entry.intent.run != run:
+        raise LostTarget("this run's intent is gone: another run settled the target", hint="see git log " + REF)
+    return entry.intent
+
+
+def now_at(step: str, run: str) -> Change:
+    """Say how far the roll-out of a target is. Raises `LostTarget`."""
+    def change(entry: Entry) -> Entry:
+        return entry.model_copy(update={"intent": _mine(entry, run).model_copy(update={"step": step})})
+    return change
+
+
+def good(deployed: Deployed, run: str) -> Change:
+    """Close the intent: the target passed all its tests and is the new last good. Raises `LostTarget`."""
+    def change(entry: Entry) -> Entry:
+        _mine(entry, run)
+        return Entry(good=deployed, previous=entry.good)
+    return change
+
+
+def verified(deployed: Deployed) -> Change:
+    """The target is what it was, but its identity or tests have another hash. Raises `TargetBusy`."""
+    def change(entry: Entry) -> Entry:
+        if entry.intent is not None:
+            raise TargetBusy(f"run {entry.intent.run} is at work on it", target=deployed.path)
+        return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None})
+    return change
+
+
+def put_back(to: Deployed | None, note: Note, run: str) -> Change:
+    """Close the intent: the target went back; `to` is what the ledger knows of where it is now. Raises `LostTarget`."""
+    def change(entry: Entry) -> Entry:
+        _mine(entry, run)
+        return Entry(good=to, reverted=note)
+    return change
+
+
+def not_reached(note: Note, run: str) -> Change:
+    """The target could not be reached, and nothing was done to it: its intent, if there was one, is closed."""
+    def change(entry: Entry) -> Entry:
+        if entry.intent is not None:
+            _mine(entry, run)
+        return entry.model_copy(update={"intent": None, "unreachable": note})
+    return change
+
+
+def rehearsed_only(deployed: Deployed) -> Change:
+    """A host that has no machine passed its rehearsal."""
+    return lambda entry: entry.model_copy(update={"rehearsed": deployed})
