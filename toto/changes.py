@@ -6,7 +6,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from toto.ledger import Snapshot, Target
+from toto.ledger import Entry, Snapshot, Target
 from toto.manifest import Machine, Manifest
 
 
@@ -127,36 +127,38 @@ def compare(commit: str, desired: list[Desired], failed: list[Failure], manifest
 def _compare(host: Desired, machine: Machine | None, ledger: Snapshot) -> Change | None:
     entry = ledger.get(Target("host", host.name))
     if machine is None or machine.role != "nixos" or machine.deploy != "push":
-        seen = entry.rehearsed
-        if seen is not None and (seen.identity, seen.tests) == (host.drv, host.tests):
-            return None
-        note = "no machine in the manifest" if machine is None else f"role {machine.role}, deploy {machine.deploy}"
-        why = Why.NEW if seen is None else Why.CHANGED if seen.identity != host.drv else Why.TESTS
-        return Change(host=host, why=why, action=Action.REHEARSE, note=note)
+        return _rehearsed_only(host, entry, "no machine in the manifest" if machine is None else
+                               f"role {machine.role}, deploy {machine.deploy}")
     last = entry.good
+    path = last.path if last else ""
     if entry.intent is not None:
-        return Change(host=host, why=Why.INTENT, action=Action.DEPLOY, last=last.path if last else "",
+        return Change(host=host, why=Why.INTENT, action=Action.DEPLOY, last=path,
                       note=f"run {entry.intent.run}, {entry.intent.step}")
-    if last is None:
-        return Change(host=host, why=_again(entry.unreachable, entry.reverted, Why.NEW), action=Action.DEPLOY,
-                      note=_since(entry.unreachable or entry.reverted))
-    if last.identity == host.drv:
-        if last.tests == host.tests:
-            return None
-        return Change(host=host, why=Why.TESTS, action=Action.VERIFY, last=last.path)
-    if last.path == host.path:
-        return Change(host=host, why=Why.CHANGED, note="the same closure", last=last.path,
-                      action=Action.RECORD if last.tests == host.tests else Action.VERIFY)
-    return Change(host=host, why=_again(entry.unreachable, entry.reverted, Why.CHANGED), action=Action.DEPLOY,
-                  last=last.path, note=_since(entry.unreachable or entry.reverted))
+    tests_differ = last is not None and last.tests != host.tests
+    if last is not None and last.path == host.path:
+        if last.identity != host.drv:
+            return Change(host=host, why=Why.CHANGED, note="the same closure", last=path,
+                          action=Action.VERIFY if tests_differ else Action.RECORD)
+        return Change(host=host, why=Why.TESTS, action=Action.VERIFY, last=path) if tests_differ else None
+    return Change(host=host, why=_again(entry, Why.CHANGED if last else Why.NEW), action=Action.DEPLOY, last=path,
+                  note=_since(entry))
 
 
-def _again(unreachable: object, reverted: object, otherwise: Why) -> Why:
-    return Why.UNREACHABLE if unreachable else Why.REVERTED if reverted else otherwise
+def _rehearsed_only(host: Desired, entry: Entry, note: str) -> Change | None:
+    seen = entry.rehearsed
+    if seen is not None and (seen.identity, seen.tests) == (host.drv, host.tests):
+        return None
+    why = Why.NEW if seen is None else Why.CHANGED if seen.identity != host.drv else Why.TESTS
+    return Change(host=host, why=why, action=Action.REHEARSE, note=note)
 
 
-def _since(note: object) -> str:
-    return "" if note is None else str(getattr(note, "at", ""))
+def _again(entry: Entry, otherwise: Why) -> Why:
+    return Why.UNREACHABLE if entry.unreachable else Why.REVERTED if entry.reverted else otherwise
+
+
+def _since(entry: Entry) -> str:
+    note = entry.unreachable or entry.reverted
+    return note.at if note else ""
 
 
 _COLUMNS: Final = ("target", "action", "why", "what changes")

@@ -44,7 +44,7 @@ class Difference:
 
 
 def name_and_version(path: str) -> tuple[str, str]:
-    """`/nix/store/HASH-openssh-9.2p1` → (`openssh`, `9.2p1`): nix's own rule, the version starts at the first -digit."""
+    """`/nix/store/HASH-openssh-9.2p1` → (`openssh`, `9.2p1`): as nix does, at the first -digit."""
     name = Path(path).name[33:]
     found = _VERSION.search(name)
     return (name[: found.start()], name[found.end() :]) if found else (name, "")

@@ -17,7 +17,7 @@ from typing import Final, Literal, TypeAlias
 
 import anyio
 from gitdb.exc import BadName
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from toto import git, process
 from toto.errors import TotoError
@@ -26,6 +26,7 @@ REF: Final = "refs/toto/ledger"
 _EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 
 Kind: TypeAlias = Literal["host", "terraform", "helm"]
+_KIND: Final[TypeAdapter[Kind]] = TypeAdapter(Kind)
 
 
 class LedgerError(TotoError):
@@ -90,12 +91,14 @@ class Note(_Record):
 class Entry(_Record):
     """All that the ledger says of one target.
 
-    `good` is the last good; `previous` the one before it, to which a revert of the very run goes back.
+    `good` is the last good. `previous` and `before` are what it was before that, as the ledger knew it and
+    as the machine told it: to them goes a revert of the very run that made it good.
     `rehearsed` is the identity of a host that is rehearsed only.
     """
 
     good: Deployed | None = None
     previous: Deployed | None = None
+    before: Before | None = None
     intent: Intent | None = None
     reverted: Note | None = None
     unreachable: Note | None = None
@@ -160,15 +163,16 @@ class Ledger:
             except (BadName, ValueError):
                 return Snapshot("")
             entries = {}
-            for blob in head.tree.traverse(lambda item, _: item.type == "blob"):
-                kind, _, name = str(blob.path).partition("/")
-                try:
-                    entry = Entry.model_validate_json(blob.data_stream.read())
-                except ValidationError as error:
-                    raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
-                                      hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
-                                           "at the last commit that was whole") from error
-                entries[Target(kind, name.removesuffix(".json"))] = entry  # type: ignore[arg-type]
+            for folder in head.tree.trees:
+                for blob in folder.blobs:
+                    try:
+                        entry = Entry.model_validate_json(blob.data_stream.read())
+                        target = Target(_KIND.validate_python(folder.name), blob.name.removesuffix(".json"))
+                    except ValidationError as error:
+                        raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
+                                          hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
+                                               "at the last commit that was whole") from error
+                    entries[target] = entry
             return Snapshot(head.hexsha, entries)
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
@@ -191,7 +195,7 @@ class Ledger:
     async def _commit(self, parent: str, target: Target, entry: Entry | None, message: str) -> bool:
         """One commit on top of `parent`; False when the ref had moved meanwhile."""
         path = f"{target.kind}/{target.name}.json"
-        index = {"GIT_INDEX_FILE": str(self.repo / f"toto-ledger.{process.owner()}.{random.getrandbits(48):x}")}  # noqa: S311
+        index = {"GIT_INDEX_FILE": str(self.repo / f"toto-ledger.{process.owner()}.{random.getrandbits(48):x}")}
         who = {"GIT_AUTHOR_NAME": "toto", "GIT_AUTHOR_EMAIL": "toto@localhost",
                "GIT_COMMITTER_NAME": "toto", "GIT_COMMITTER_EMAIL": "toto@localhost"}
         try:
@@ -254,8 +258,7 @@ def now_at(step: str, run: str) -> Change:
 def good(deployed: Deployed, run: str) -> Change:
     """Close the intent: the target passed all its tests and is the new last good. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
-        _mine(entry, run)
-        return Entry(good=deployed, previous=entry.good)
+        return Entry(good=deployed, previous=entry.good, before=_mine(entry, run).before)
     return change
 
 

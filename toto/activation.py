@@ -1,0 +1,169 @@
+"""Activating a closure on a machine, and going back: the verbs of `activate.sh`, which runs there.
+
+An activation goes on when the connection that asked for it dies. A watchdog on the machine goes back to
+the recorded store path unless toto confirms over a new connection; so a configuration that breaks sshd
+or the network heals without anyone.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import anyio
+
+from toto import process
+from toto.errors import TotoError
+from toto.ledger import Before
+from toto.ssh import Connection, Unreachable
+
+Verb: TypeAlias = Literal["test", "switch", "boot"]
+
+_SCRIPT: Final = Path(__file__).with_name("activate.sh")
+_ON_MACHINE: Final = "/run/toto/activate.sh"
+
+
+class ActivationFailed(TotoError):
+    """The machine's switch-to-configuration failed; the message ends with its own last lines."""
+
+
+class WentBack(TotoError):
+    """The machine was not reached in time after an activation, and went back by itself."""
+
+
+class NotWhatItShouldBe(TotoError):
+    """The machine runs another system than the one it was just told to run."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a machine runs, boots next and has booted: store paths, "" where it has none."""
+
+    system: str
+    profile: str
+    booted: str
+
+    @property
+    def before(self) -> Before:
+        return Before(system=self.system, profile=self.profile)
+
+
+@dataclass(frozen=True)
+class Activator:
+    """The activation verbs on one machine, for one run (`run` names the state that it keeps there)."""
+
+    connection: Connection
+    run: str
+    connect_timeout: float = 15
+
+    async def install(self) -> None:
+        """Put the script on the machine. Raises `Unreachable`, or `CommandFailed` when sudo refuses."""
+        await self._root(["/bin/sh", "-c", f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && "
+                          f"mv {_ON_MACHINE}.new {_ON_MACHINE}"], stdin=_SCRIPT.read_bytes())
+
+    async def facts(self) -> Facts:
+        """What the machine runs now. Raises `Unreachable`, `NotWhatItShouldBe` when it is no NixOS."""
+        done = await self._verb("facts")
+        told = dict(line.partition("=")[::2] for line in done.lines)
+        if not told.get("system", "").startswith("/nix/store/"):
+            raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.host,
+                                    hint="is it a NixOS machine? role: other in machines.yaml leaves it alone")
+        return Facts(told["system"], told.get("profile", ""), told.get("booted", ""))
+
+    async def activate(self, verb: Verb, path: str, before: Before, *, finish: float, confirm: float) -> None:
+        """Activate `path`, then confirm over a new connection. `finish` and `confirm` are seconds.
+
+        `switch` and `boot` set the system profile first. When the activation itself fails the machine is
+        confirmed all the same (toto reaches it, and decides what comes next).
+        Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
+        """
+        await self._verb("begin", self.run, verb, path, before.system, before.profile, f"{finish:.0f}",
+                         f"{confirm:.0f}")
+        code, log = await self._confirmed(deadline=time.monotonic() + finish + confirm)
+        if code != 0:
+            raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
+                                   target=self.connection.target.host)
+        await self.check(path, profile=verb != "test", running=verb != "boot")
+
+    async def take_charge(self) -> None:
+        """Stop a watchdog that an earlier run of this name left armed; wait where it is going back already."""
+        with anyio.move_on_after(120):
+            while (await self._verb("confirm", self.run)).stdout.startswith("back"):
+                if not (await self._verb("result", self.run, "5")).stdout.startswith(("running", "done")):
+                    break
+                await anyio.sleep(1)
+
+    async def go_back(self, to: Before, *, finish: float) -> None:
+        """Make the machine run and boot what is recorded: profile and activation, then look whether it does.
+
+        With "" as profile the machine's profile stays as it is (it had none, or toto never set it).
+        Raises `ActivationFailed`, `Unreachable`, `NotWhatItShouldBe`.
+        """
+        facts = await self.facts()
+        if to.profile and facts.profile != to.profile:
+            await self._unguarded("boot" if to.profile != to.system else "switch", to.profile, finish)
+        if (await self.facts()).system != to.system:
+            await self._unguarded("test", to.system, finish)
+        await self.check(to.system)
+        if to.profile:
+            await self.check(to.profile, profile=True, running=False)
+
+    async def check(self, path: str, *, profile: bool = False, running: bool = True) -> None:
+        """Whether the machine runs (and, with `profile`, boots next) `path`. Raises `NotWhatItShouldBe`."""
+        facts = await self.facts()
+        for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
+            if wanted and found != path:
+                raise NotWhatItShouldBe(f"{what} {found or 'nothing'}, not {path}",
+                                        target=self.connection.target.host,
+                                        hint="someone else may be deploying to it; look with `nixos-version`")
+
+    async def forget(self) -> None:
+        """Remove this run's state from the machine."""
+        await self._verb("forget", self.run)
+
+    async def _unguarded(self, verb: Verb, path: str, finish: float) -> None:
+        await self._verb("begin", self.run, verb, path, "", "", f"{finish:.0f}", "0")
+        code, log = await self._ended(time.monotonic() + finish + 60)
+        if code != 0:
+            raise ActivationFailed(f"going back (`{verb}`) exited with status {code}:\n{process.tail(log)}",
+                                   target=self.connection.target.host)
+
+    async def _ended(self, deadline: float) -> tuple[int, str]:
+        """Wait, over as many connections as it takes, until the activation ended; its status and log."""
+        while True:
+            try:
+                done = await self._verb("result", self.run, "20", fresh=True)
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise
+                await anyio.sleep(1)  # its network may be restarting
+                continue
+            word, _, code = done.lines[0].partition(" ") if done.lines else ("unknown", "", "")
+            log = "\n".join(done.lines[1:])
+            if word == "done":
+                return int(code), log
+            if word != "running":
+                raise WentBack(f"went back by itself, as it should: {process.tail(log)}" if word == "back" else
+                               "lost track of the activation: it rebooted meanwhile",
+                               target=self.connection.target.host)
+            if time.monotonic() > deadline:
+                raise ActivationFailed("did not end in time", target=self.connection.target.host)
+
+    async def _confirmed(self, deadline: float) -> tuple[int, str]:
+        code, log = await self._ended(deadline)
+        # Over a new connection: an old one may live on where no new one would be let in.
+        answer = (await self._verb("confirm", self.run, fresh=True)).stdout.strip()
+        if answer != "confirmed":
+            raise WentBack("was reached too late after the activation, and had begun to go back by itself",
+                           target=self.connection.target.host)
+        return code, log
+
+    async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:
+        return await self._root(["/bin/sh", _ON_MACHINE, *words], fresh=fresh)
+
+    async def _root(self, argv: Sequence[str], *, stdin: bytes | None = None,
+                    fresh: bool = False) -> process.Completed:
+        sudo = [] if self.connection.target.user == "root" else ["sudo", "-n"]
+        return await self.connection.run([*sudo, *argv], stdin=stdin, fresh=fresh,
+                                         timeout=self.connect_timeout + 60)
