@@ -1,0 +1,559 @@
+"""The manifest, `machines.yaml`: the physical machines, and what toto may do with each.
+
+`load` reports everything that is wrong with a file at once, a line each: file, line, machine, field.
+Not for reaching machines (`toto.ssh`), nor for what runs on them (`hosts/`).
+
+`python -m toto.manifest` prints the JSON schema of the file, for editors.
+"""
+
+import json
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, time
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from yaml.constructor import SafeConstructor
+from yaml.reader import Reader
+
+from toto.errors import InputError
+from toto.model import Location, Model, explain, shown
+
+FILE: Final = "machines.yaml"
+LARGEST: Final = 1 << 20  # bytes of a file
+MOST_NODES: Final = 200_000  # values, aliases counted each time they are used
+DEEPEST: Final = 12  # levels of nesting
+MOST_PROBLEMS: Final = 100  # that one error tells
+
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_ADDRESS: Final = r"[\w:][\w.:%-]{0,252}"
+_USER: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}"
+_HOST_KEY: Final = r"(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\x00-\x1f\x7f]*)?"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+class ManifestError(InputError):
+    """The manifest is wrong. `problems` holds a line for each thing that is, as `file:line: machine: field: what`."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        told, more = self.problems[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
+        super().__init__("\n".join(told) + (f"\n… and {more} more" if more > 0 else ""))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A weekly maintenance window, such as `Sat-Sun 22:00-06:00`, `Mon,Thu 01:00-03:30` or `22:00-06:00` (daily).
+
+    A window whose end is not after its start ends on the next day; its days are those on which it starts.
+    """
+
+    text: str
+    days: frozenset[int]  # 0 is Monday
+    start: time
+    end: time  # 24:00 is kept as 00:00, which is the next day's
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError, saying what form is wanted."""
+        wanted = f"should be like 'Sat-Sun 22:00-06:00' or '22:00-06:00', not {shown(text)}"
+        form = re.fullmatch(r"(?:([A-Za-z,-]+) +)?(\d\d:\d\d) ?- ?(\d\d:\d\d)", text.strip(), re.ASCII)
+        if form is None:
+            raise ValueError(wanted)
+        try:
+            days = frozenset(range(7)) if form[1] is None else frozenset(_days(form[1]))
+            start = time.fromisoformat(form[2])
+            end = time(0) if form[3] == "24:00" else time.fromisoformat(form[3])
+        except ValueError:
+            raise ValueError(wanted) from None
+        return cls(text.strip(), days, start, end)
+
+    def contains(self, moment: datetime) -> bool:
+        """Whether the window is open at `moment`, by the clock that `moment` shows."""
+        clock, today = moment.time(), moment.weekday()
+        if self.start < self.end:
+            return today in self.days and self.start <= clock < self.end
+        return (today in self.days and clock >= self.start) or ((today - 1) % 7 in self.days and clock < self.end)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _days(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        begin = _DAYS.index(first.capitalize())
+        end = _DAYS.index(last.capitalize()) if last else begin
+        yield from ((begin + step) % 7 for step in range((end - begin) % 7 + 1))
+
+
+def check_name(name: str) -> str:
+    """`name` itself when it can name a host or a machine; ValueError when not."""
+    if not re.fullmatch(_NAME, name) or ".." in name or name.endswith("."):
+        raise ValueError(f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
+                         f"and not end in a dot, not {shown(name)}")
+    return name
+
+
+def _check_address(address: str) -> str:
+    if "@" in address:
+        raise ValueError(f"should be a host name or an IP address; the user goes to ssh.user, not {shown(address)}")
+    if not re.fullmatch(_ADDRESS, address):
+        raise ValueError(f"should be a host name or an IP address, not {shown(address)}")
+    return address
+
+
+def _check_user(user: str) -> str:
+    if not re.fullmatch(_USER, user):
+        raise ValueError(f"should be a user name of letters, digits, '.', '-' and '_', not {shown(user)}")
+    return user
+
+
+def _check_word(text: str) -> str:
+    if not text.strip() or text.startswith("-") or _CONTROL.search(text) or '"' in text:
+        raise ValueError(f"should be one line of text that does not begin with '-', not {shown(text)}")
+    return text
+
+
+def _check_host_key(text: str) -> str:
+    if not re.fullmatch(_HOST_KEY, text):
+        raise ValueError(f"should be a public key like 'ssh-ed25519 AAAA…', not {shown(text)}")
+    return text
+
+
+def _check_system(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+-[a-z0-9]+", text):
+        raise ValueError(f"should be a system like 'x86_64-linux', not {shown(text)}")
+    return text
+
+
+def _check_freeze(value: object) -> object:
+    if not isinstance(value, bool) and (not isinstance(value, str) or not value.strip() or _CONTROL.search(value)
+                                        or value.lower() in ("true", "false", "yes", "no", "on", "off")):
+        raise ValueError(f"should be true, false or the reason in one line of text, not {shown(value)}")
+    return value
+
+
+def _check_window(value: object) -> object:
+    if isinstance(value, Window):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"should be text like 'Sat-Sun 22:00-06:00', not {shown(value)}")
+    return Window.parse(value)
+
+
+def _check_distinct(values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        raise ValueError(f"should name each once, not {shown(twice[0])} twice")
+    return values
+
+
+Name = Annotated[StrictStr, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
+Word = Annotated[StrictStr, AfterValidator(_check_word)]
+Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+Distinct = AfterValidator(_check_distinct)
+
+
+class _Fields(Model):
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_the_default(cls, data: Any) -> Any:
+        """`tags:` with nothing after it means what leaving it out means."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
+
+class SSH(_Fields):
+    """How to reach a machine."""
+
+    user: Annotated[StrictStr, AfterValidator(_check_user)] = "toto"
+    """the user that toto logs in as"""
+    port: Port = 22
+    """the port of the machine's SSH server"""
+    identity: Word | None = None
+    """a private key: a path on toto, or the name of one of toto's own keys"""
+    host_key: Annotated[StrictStr, AfterValidator(_check_host_key)] | None = None
+    """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""
+
+
+class Machine(_Fields):
+    """A machine, and what toto may do with it."""
+
+    name: Name
+    """the machine's name; the host of the same name in `hosts/` is what runs on it"""
+    address: Annotated[StrictStr, AfterValidator(_check_address)]
+    """host name or IP address"""
+    system: Annotated[StrictStr, AfterValidator(_check_system)] = "x86_64-linux"
+    """nix's name of its platform"""
+    role: Literal["nixos", "other"] = "nixos"
+    """`other` (a NAS, a switch) is known and never deployed"""
+    after: Annotated[tuple[Name, ...], Distinct] = ()
+    """machines that are rolled out before this one: a hypervisor before its guests"""
+    wave: Annotated[StrictInt, Field(ge=0, le=1000)] = 0
+    """a later wave begins when every machine of the earlier ones is done"""
+    deploy: Literal["push", "pull", "none"] = "push"
+    """toto pushes, the machine's flying-monkey pulls, or neither"""
+    activation: Literal["switch", "boot", "test"] = "switch"
+    """what a roll-out ends with; a netbooted host is only ever `test`ed"""
+    ssh: SSH = SSH()
+    """how to reach it"""
+    ports: Annotated[tuple[Port, ...], Distinct] = ()
+    """ports that tests may reach, forwarded into the sandbox as `TOTO_PORT_<port>`"""
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """words to select machines by"""
+    venues: Annotated[tuple[Word, ...], Distinct] = ()
+    """where results of this machine are told, besides the usual places"""
+    freeze: Annotated[StrictBool | StrictStr, BeforeValidator(_check_freeze)] = False
+    """`true` or a reason: rehearsed, not rolled out"""
+    window: Annotated[
+        Window, BeforeValidator(_check_window), PlainSerializer(str),
+        WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]}),
+    ] | None = None
+    """when it may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+    memory: Annotated[StrictInt, Field(ge=64, le=16_777_216)] | None = None
+    """MB of memory of its sandbox; as the host's VM says, when left out"""
+    cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    """processors of its sandbox; as the host's VM says, when left out"""
+
+    @property
+    def deployed(self) -> bool:
+        """Whether toto may ever change this machine."""
+        return self.role == "nixos" and self.deploy != "none"
+
+    @property
+    def frozen_because(self) -> str | None:
+        """Why it is frozen, or None when it is not."""
+        return self.freeze if isinstance(self.freeze, str) else "frozen in the manifest" if self.freeze else None
+
+
+class Manifest(Model):
+    """The machines of a fleet, by name, in the order of the file."""
+
+    machines: dict[str, Machine] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        for name, machine in self.machines.items():
+            if machine.name != name:
+                raise ValueError(f"machine {shown(machine.name)} is kept as {shown(name)}")
+        if wrong := list(_relations(self.machines)):
+            raise ValueError("; ".join(f"{name}: {'.'.join(map(str, where))}: {what}" for name, where, what in wrong))
+        return self
+
+    def order(self, names: Iterable[str]) -> list[list[str]]:
+        """`names` in groups, to be rolled out one group after the other: by wave, then by `after`.
+
+        A machine comes after those it depends on, also through machines that are not among `names`.
+        Within a group the order is the file's. Raises `ManifestError` for a name that is no machine.
+        """
+        chosen = set(names)
+        if unknown := sorted(chosen - self.machines.keys()):
+            raise ManifestError([f"{FILE}: {name}: there is no such machine" for name in unknown])
+        depth: dict[str, int] = {}
+        for name in _sorter(self.machines).static_order():
+            machine = self.machines[name]
+            depth[name] = max((depth[other] + (other in chosen) for other in machine.after
+                               if self.machines[other].wave == machine.wave), default=0)
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, machine in self.machines.items():
+            if name in chosen:
+                groups.setdefault((machine.wave, depth[name]), []).append(name)
+        return [groups[key] for key in sorted(groups)]
+
+    def dependents(self, name: str) -> set[str]:
+        """The machines that come after `name`, and those after them, and so on; without itself."""
+        found: set[str] = set()
+        fresh = {name}
+        while fresh:
+            fresh = {other for other, machine in self.machines.items() if fresh & set(machine.after)} - found
+            found |= fresh
+        return found - {name}
+
+
+def load(path: Path) -> Manifest:
+    """The manifest in the file `path`. Raises `ManifestError` with everything that is wrong with it."""
+    reading = _Reading(path.name)
+    try:
+        manifest = reading.manifest(_text(path))
+    except _Unreadable as problem:
+        reading.problem(problem.line, str(problem))
+        manifest = Manifest()
+    if reading.problems:
+        raise ManifestError(text for _, text in sorted(reading.problems, key=lambda each: each[0]))
+    return manifest
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors and for the docs."""
+    machine = Machine.model_json_schema(ref_template="#/$defs/{model}")
+    definitions = machine.pop("$defs", {})
+    named = {**machine, "title": "Machine by name", "required": ["address"]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "toto's manifest, machines.yaml",
+        "type": "object",
+        "required": ["machines"],
+        "additionalProperties": False,
+        "properties": {
+            "machines": {
+                "description": "the machines: a list, or a mapping of each one's name to its other fields",
+                "oneOf": [
+                    {"type": "array", "items": {"$ref": "#/$defs/Machine"}},
+                    {"type": "object", "additionalProperties": {"$ref": "#/$defs/NamedMachine"}},
+                ],
+            },
+        },
+        "$defs": {**definitions, "Machine": machine, "NamedMachine": named},
+    }
+
+
+Relation: TypeAlias = tuple[str, Location, str]
+
+
+def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
+    """What is wrong between machines: (machine, field, what)."""
+    for machine in machines.values():
+        for index, other in enumerate(machine.after):
+            if other not in machines:
+                yield machine.name, ("after", index), f"there is no machine {shown(other)}"
+            elif machines[other].wave > machine.wave:
+                yield machine.name, ("after", index), (
+                    f"{other} is of wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
+    graph = {name: {other for other in machine.after if other in machines} for name, machine in machines.items()}
+    for _ in range(20):
+        try:
+            TopologicalSorter(graph).prepare()
+            return
+        except CycleError as error:
+            # The cycle is told as its edges run: each machine is before the next one.
+            cycle: list[str] = error.args[1]
+            last = cycle[-1]
+            yield last, ("after",), f"this goes round in a circle: {' after '.join(reversed(cycle))}"
+            graph[last] = graph[last] - {cycle[-2]}
+
+
+def _sorter(machines: Mapping[str, Machine]) -> TopologicalSorter[str]:
+    return TopologicalSorter({name: machine.after for name, machine in machines.items()})
+
+
+class _Unreadable(Exception):
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise _Unreadable(1, "this is not a file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except FileNotFoundError:
+        raise _Unreadable(1, "there is no such file: list the machines in it, see docs/manifest.md") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _Unreadable(1, f"cannot be read: {reason}") from None
+    if len(data) > LARGEST:
+        raise _Unreadable(1, f"is larger than {LARGEST >> 20} MiB")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _Unreadable(data[: error.start].count(b"\n") + 1, "is not UTF-8 from here on") from None
+    if bad := Reader.NON_PRINTABLE.search(text):
+        line = text[: bad.start()].count("\n") + 1
+        raise _Unreadable(line, f"holds the character U+{ord(bad.group()):04X}, which YAML does not allow")
+    return text
+
+
+def _compose(text: str) -> yaml.Node:
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = ": ".join(part for part in (error.context, error.problem) if part)
+        if "'\\t'" in what:
+            what = "a tab where YAML wants spaces"
+        raise _Unreadable(mark.line + 1 if mark else 1, f"is not YAML: {' '.join(what.split())}") from None
+    except RecursionError:
+        raise _Unreadable(loader.get_mark().line + 1, "is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # PyYAML lets the failure of a number or of a character reference through as it is.
+        raise _Unreadable(loader.get_mark().line + 1, f"is not YAML: {shown(str(error), 200)}") from None
+    finally:
+        loader.dispose()
+    if node is None:
+        raise _Unreadable(1, "is empty: it should begin with `machines:`")
+    return node
+
+
+class _Reading:
+    """One reading of a file: its problems, and the line of every value."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.problems: list[tuple[int, str]] = []
+        self.lines: dict[Location, int] = {}
+        self.nodes = 0
+
+    def problem(self, line: int, *what: str) -> None:
+        self.problems.append((line, ": ".join((f"{self.file}:{line}", *what))))
+
+    def line(self, location: Location) -> int:
+        """The line of what is at a location, or of the nearest thing around it."""
+        while location not in self.lines and location:
+            location = location[:-1]
+        return self.lines.get(location, 1)
+
+    def manifest(self, text: str) -> Manifest:
+        root = self.value(_compose(text), ())
+        if not isinstance(root, dict):
+            self.problem(1, f"should be a mapping that begins with `machines:`, not {shown(root)}")
+            return Manifest()
+        for key in root.keys() - {"machines"}:
+            self.problem(self.line((key,)), _label(key), "is not a known field; known is machines")
+        if "machines" not in root:
+            self.problem(1, "machines", "is missing")
+            return Manifest()
+        machines: dict[str, Machine] = {}
+        places: dict[str, Location] = {}
+        for place, label, fields in self.entries(root["machines"]):
+            machine = self.machine(place, label, fields)
+            name = fields.get("name") if isinstance(fields, dict) else None
+            if not isinstance(name, str):
+                continue
+            if name.lower() in places:
+                first = self.line(places[name.lower()])
+                self.problem(self.line((*place, "name")), label, "name",
+                             f"is taken by the machine on line {first} (upper and lower case count as one)")
+                continue
+            places[name.lower()] = place
+            if machine is not None:
+                machines[name] = machine
+        if not self.problems:
+            for name, where, what in _relations(machines):
+                place = places[name.lower()]
+                self.problem(self.line((*place, *where)), name, str(where[0]), what)
+        return Manifest() if self.problems else Manifest(machines=machines)
+
+    def entries(self, machines: object) -> Iterator[tuple[Location, str, object]]:
+        """Each machine of either form: where it is, how to call it, its fields."""
+        match machines:
+            case tuple():
+                for index, fields in enumerate(machines):
+                    name = fields.get("name") if isinstance(fields, dict) else None
+                    label = _label(name) if isinstance(name, str) else f"machine {index + 1}"
+                    yield ("machines", index), label, fields
+            case dict():
+                for name, fields in machines.items():
+                    place = ("machines", name)
+                    if isinstance(fields, dict) and fields.get("name", name) != name:
+                        self.problem(self.line((*place, "name")), _label(name), "name",
+                                     f"is {shown(name)} already by its key, not {shown(fields['name'])}")
+                    named = {**fields, "name": name} if isinstance(fields, dict) else fields
+                    yield place, _label(name), {"name": name} if fields is None else named
+            case _:
+                self.problem(self.line(("machines",)), "machines",
+                             f"should be a list of machines, or a mapping by their names, not {shown(machines)}")
+
+    def machine(self, place: Location, label: str, fields: object) -> Machine | None:
+        try:
+            return Machine.model_validate(fields)
+        except ValidationError as error:
+            for location, what in explain(error, Machine):
+                names = [_label(part) for part in location if isinstance(part, str)]
+                field = [".".join(names)] if names else []
+                self.problem(self.line((*place, *location)), label, *field, what)
+            return None
+
+    def value(self, node: yaml.Node, place: Location) -> object:
+        """What a node stands for; lists become tuples. Notes lines and problems on the way."""
+        line = node.start_mark.line + 1
+        self.nodes += 1
+        if self.nodes > MOST_NODES:
+            raise _Unreadable(line, f"holds more than {MOST_NODES} values (aliases count each time)")
+        if len(place) > DEEPEST:
+            raise _Unreadable(line, f"is nested more than {DEEPEST} levels deep")
+        self.lines.setdefault(place, line)
+        match node:
+            case yaml.MappingNode(tag="tag:yaml.org,2002:map"):
+                return self.mapping(node, place)
+            case yaml.SequenceNode(tag="tag:yaml.org,2002:seq"):
+                return tuple(self.value(each, (*place, index)) for index, each in enumerate(node.value))
+            case yaml.ScalarNode():
+                return self.scalar(node)
+            case _:
+                self.problem(line, f"the tag {shown(node.tag)} is not accepted here")
+                return None
+
+    def mapping(self, node: yaml.MappingNode, place: Location) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            self.nodes += 1
+            key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raw = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                reason = "YAML's merge key is not accepted" if raw == "<<" else "a key should be text: put it in quotes"
+                self.problem(line, _label(str(raw)), reason)
+            elif key in found:
+                first = self.line((*place, key))
+                self.problem(line, _label(key), f"is given twice, first on line {first}")
+            else:
+                self.lines[(*place, key)] = line
+                found[key] = self.value(value_node, (*place, key))
+        return found
+
+    def scalar(self, node: yaml.ScalarNode) -> object:
+        line, text = node.start_mark.line + 1, node.value
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self.problem(line, f"{shown(text)} is no text: it holds half a character")
+            return ""
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind in ("str", "timestamp", "value"):
+            return text
+        if kind not in _SCALARS:
+            if kind != "merge":
+                self.problem(line, f"the tag {shown(node.tag)} is not accepted here")
+            return None
+        try:
+            return _SCALARS[kind](node)
+        except (ValueError, KeyError, OverflowError, IndexError):
+            self.problem(line, f"{shown(text)} looks like a number and is none: put it in quotes")
+            return None
+
+
+_constructor: Final = SafeConstructor()
+_SCALARS: Final[Mapping[str, Callable[[yaml.ScalarNode], object]]] = {
+    "null": lambda node: None,
+    "bool": _constructor.construct_yaml_bool,
+    "int": _constructor.construct_yaml_int,
+    "float": _constructor.construct_yaml_float,
+}
+
+
+def _label(name: str) -> str:
+    """A name in a message: itself when it is one, else quoted."""
+    return name if re.fullmatch(_NAME, name) else shown(name)
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))
