@@ -13,7 +13,7 @@ from typing import Final, Literal, TypeAlias
 
 import anyio
 
-from toto import process
+from toto import nix, process
 from toto.errors import TotoError
 from toto.ledger import Before
 from toto.ssh import Connection, Unreachable
@@ -67,7 +67,7 @@ class Activator:
         done = await self._verb("facts")
         told = dict(line.partition("=")[::2] for line in done.lines)
         if not told.get("system", "").startswith("/nix/store/"):
-            raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.host,
+            raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.name,
                                     hint="is it a NixOS machine? role: other in machines.yaml leaves it alone")
         return Facts(told["system"], told.get("profile", ""), told.get("booted", ""))
 
@@ -83,7 +83,23 @@ class Activator:
         code, log = await self._confirmed(deadline=time.monotonic() + finish + confirm)
         if code != 0:
             raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
-                                   target=self.connection.target.host)
+                                   target=self.connection.target.name)
+        await self.check(path, profile=verb != "test", running=verb != "boot")
+
+    async def nixos_rebuild(self, verb: Verb, path: str, *, timeout: float,
+                            on_line: process.LineSink | None = None) -> None:
+        """Activate by the stock tool (nixos-rebuild-ng) instead: no watchdog, and no way back but toto's revert.
+
+        Raises `ActivationFailed`, `CommandTimeout`, `CommandNotFound`, `NotWhatItShouldBe`.
+        """
+        name = self.connection.target.name
+        try:
+            await process.run(
+                ["nixos-rebuild", verb, "--no-reexec", "--store-path", path, "--target-host", name, "--sudo"],
+                env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config}"}, timeout=timeout,
+                on_line=on_line, on_error_line=on_line, target=name)
+        except process.CommandFailed as error:
+            raise ActivationFailed(f"nixos-rebuild {verb} failed:\n{error.tail}", target=name) from None
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
     async def take_charge(self) -> None:
@@ -115,7 +131,7 @@ class Activator:
         for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
             if wanted and found != path:
                 raise NotWhatItShouldBe(f"{what} {found or 'nothing'}, not {path}",
-                                        target=self.connection.target.host,
+                                        target=self.connection.target.name,
                                         hint="someone else may be deploying to it; look with `nixos-version`")
 
     async def forget(self) -> None:
@@ -127,7 +143,7 @@ class Activator:
         code, log = await self._ended(time.monotonic() + finish + 60)
         if code != 0:
             raise ActivationFailed(f"going back (`{verb}`) exited with status {code}:\n{process.tail(log)}",
-                                   target=self.connection.target.host)
+                                   target=self.connection.target.name)
 
     async def _ended(self, deadline: float) -> tuple[int, str]:
         """Wait, over as many connections as it takes, until the activation ended; its status and log."""
@@ -146,9 +162,9 @@ class Activator:
             if word != "running":
                 raise WentBack(f"went back by itself, as it should: {process.tail(log)}" if word == "back" else
                                "lost track of the activation: it rebooted meanwhile",
-                               target=self.connection.target.host)
+                               target=self.connection.target.name)
             if time.monotonic() > deadline:
-                raise ActivationFailed("did not end in time", target=self.connection.target.host)
+                raise ActivationFailed("did not end in time", target=self.connection.target.name)
 
     async def _confirmed(self, deadline: float) -> tuple[int, str]:
         code, log = await self._ended(deadline)
@@ -156,7 +172,7 @@ class Activator:
         answer = (await self._verb("confirm", self.run, fresh=True)).stdout.strip()
         if answer != "confirmed":
             raise WentBack("was reached too late after the activation, and had begun to go back by itself",
-                           target=self.connection.target.host)
+                           target=self.connection.target.name)
         return code, log
 
     async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:

@@ -161,10 +161,10 @@ def _since(entry: Entry) -> str:
     return note.at if note else ""
 
 
-_COLUMNS: Final = ("target", "action", "why", "what changes")
+COLUMNS: Final = ("target", "action", "why", "what changes")
 
 
-def table(rows: list[dict[str, str]], columns: tuple[str, ...] = _COLUMNS) -> str:
+def table(rows: list[dict[str, str]], columns: tuple[str, ...] = COLUMNS) -> str:
     """Rows as text in aligned columns; further lines of a cell are indented below it."""
     if not rows:
         return "nothing to do"

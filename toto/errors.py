@@ -21,6 +21,9 @@ class TotoError(Exception):
         text = self.message if self.target is None else f"{self.target}: {self.message}"
         return text if self.hint is None else f"{text}\nnext: {self.hint}"
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments do not unpickle by themselves, and Prefect pickles them.
         return (_rebuild, (type(self), self.args, self.__dict__))

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -139,23 +139,18 @@ async def tip(repo: Path, branch: str) -> str | None:
     return done.stdout.strip() or None
 
 
+async def superseded_by(repo: Path, commit: str, branch: str) -> str | None:
+    """The tip of the branch when it has moved on from `commit`, else None."""
+    newest = await tip(repo, branch)
+    if newest is None or newest == commit:
+        return None
+    behind = await git(repo, "merge-base", "--is-ancestor", commit, newest, check=False)
+    return newest if behind.status == 0 else None
+
+
 async def mark(repo: Path, tag: str, commit: str) -> None:
     """Point a lightweight tag at a commit, moving it if it exists."""
     await git(repo, "update-ref", "-m", f"toto: {tag}", f"refs/tags/{tag}", commit)
-
-
-async def log_of(repo: Path, ref: str, paths: Sequence[str] = (), limit: int = 50) -> list[str]:
-    """One line a commit of a ref, newest first."""
-    done = await git(repo, "log", f"--max-count={limit}", "--format=%cI %s", ref, "--", *paths, check=False)
-    return done.lines
-
-
-def age(seconds: float) -> str:
-    """Seconds in a person's words, for messages."""
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
 
 
 def now() -> str:

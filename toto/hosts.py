@@ -1,13 +1,10 @@
 """Which hosts a commit has. Their evaluation is `toto.nix`'s, what is deployed is the ledger's."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
+from toto import manifest
 from toto.errors import InputError
-
-NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9_-])?")
 
 
 @dataclass(frozen=True, order=True)
@@ -25,10 +22,10 @@ class Host:
 
 def check_name(name: str, where: str) -> str:
     """The name itself when it is fit to be a host's, else `InputError`: it becomes paths, argv and ref names."""
-    if not NAME.fullmatch(name) or ".." in name:
-        raise InputError(f"{name!r} cannot be a host's name", target=where,
-                         hint="use letters, digits, dots, dashes and underscores, 63 at most")
-    return name
+    try:
+        return manifest.check_name(name)
+    except ValueError as error:
+        raise InputError(f"a host's name {error}", target=where, hint="rename it") from None
 
 
 def in_files(tree: Path) -> list[Host]:

@@ -104,6 +104,10 @@ class Entry(_Record):
     unreachable: Note | None = None
     rehearsed: Deployed | None = None
 
+    def touched_by(self, run: str) -> bool:
+        """Whether the target is what a run is making, or has made, of it."""
+        return (self.intent is not None and self.intent.run == run) or (self.good is not None and self.good.run == run)
+
 
 @dataclass(frozen=True, order=True)
 class Target:
@@ -248,11 +252,9 @@ def _mine(entry: Entry, run: str) -> Intent:
     return entry.intent
 
 
-def now_at(step: str, run: str) -> Change:
+def now_at(entry: Entry, run: str, step: str) -> Entry:
     """Say how far the roll-out of a target is. Raises `LostTarget`."""
-    def change(entry: Entry) -> Entry:
-        return entry.model_copy(update={"intent": _mine(entry, run).model_copy(update={"step": step})})
-    return change
+    return entry.model_copy(update={"intent": _mine(entry, run).model_copy(update={"step": step})})
 
 
 def good(deployed: Deployed, run: str) -> Change:

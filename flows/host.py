@@ -1,0 +1,66 @@
+"""One host: its rehearsal, and its roll-out."""
+
+from typing import Literal
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from tasks.rehearse import Verdict, build, in_sandbox, show_difference, trial
+from tasks.roll_out import (
+    activate,
+    copy,
+    intend,
+    look,
+    reach,
+    reached,
+    record_good,
+    record_unreachable,
+    record_verified,
+)
+from toto.changes import Action
+from toto.plan import Order
+from toto.ssh import Unreachable
+from toto.suite import Phase
+
+
+@flow(flow_run_name="{order.name}: rehearse", persist_result=False)
+async def rehearse(order: Order) -> Verdict:
+    """Build the host and its VM, and test it in there: first without internet, then with it."""
+    await build.with_options(task_run_name="build the system")(order, "toplevel")
+    vm = await build.with_options(task_run_name="build the VM")(order, "vm")
+    await show_difference(order)
+    return await in_sandbox(order, vm)
+
+
+@flow(flow_run_name="{order.name}: roll out", persist_result=False)
+async def roll_out(order: Order) -> Literal["deployed", "verified", "unreachable"]:
+    """Bring the rehearsed closure to the machine: activate, test, make it permanent, test again, record."""
+    machine, settings = order.machine, order.settings.roll_out
+    assert machine is not None
+    try:
+        async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
+            where = reached(machine, activator)
+            if order.change.action is Action.VERIFY:
+                await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
+                await record_verified(order)
+                return "verified"
+            before = await look(activator)
+            await copy(order, activator)
+    except Unreachable as error:
+        get_run_logger().warning("%s", error)
+        await record_unreachable(order, str(error))
+        return "unreachable"
+    await intend(order, before)
+    async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
+        if machine.activation == "boot":
+            await activate.with_options(task_run_name="set for the next boot")(order, activator, "boot", before)
+        else:
+            where = reached(machine, activator)
+            await activate.with_options(task_run_name="activate: test")(order, activator, "test", before)
+            await trial.with_options(task_run_name="smoke tests")(order, Phase.SMOKE, where)
+            if machine.activation == "switch":
+                await activate.with_options(task_run_name="activate: switch")(order, activator, "switch", before)
+            await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
+        await activator.forget()
+    await record_good(order)
+    return "deployed"

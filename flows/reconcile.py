@@ -1,0 +1,140 @@
+"""Reconcile: make the fleet agree with a commit. Detect, rehearse, roll out, record; and put all back if it goes wrong."""
+
+import asyncio
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from prefect import flow, runtime
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+
+from flows.host import rehearse, roll_out
+from flows.revert import revert, settle
+from tasks import report
+from tasks.detect import detect, sweep
+from tasks.limits import one_roll_out
+from tasks.roll_out import record_rehearsed, record_verified, retire
+from toto import git
+from toto import plan as plans
+from toto.changes import Action
+from toto.ledger import Ledger, Target
+from toto.plan import Order, Plan
+from toto.story import Returned, Story
+
+Origin: TypeAlias = Literal["push", "schedule", "ui", "notebook", "flying-monkey"]
+SIDE_BY_SIDE = 4  # subflows at once; more make SQLite answer 503
+
+
+def _name() -> str:
+    parameters = runtime.flow_run.parameters
+    what = (parameters.get("commit") or "newest commit")[:8]
+    return f"{Path(parameters['repo']).name.removesuffix('.git')} {what} ({parameters.get('origin', 'ui')})"
+
+
+@flow(name="reconcile", flow_run_name=_name, persist_result=False)
+async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
+                    plan_only: bool = False) -> State[None]:
+    """Make the machines become what a commit of an infra repo says; put everything back when it goes wrong.
+
+    Args:
+        repo: the bare infra repo on toto.
+        commit: a commit, tag or branch; the tip of the deployed branch when left out.
+        origin: what started this run.
+        only: names or tags of hosts; all when left out.
+        plan_only: show what would change, and do nothing.
+    """
+    run = str(runtime.flow_run.id)
+    async with plans.claimed(repo, run):
+        await sweep(repo)
+        if not plan_only and Ledger(repo).read().open_intents:
+            async with one_roll_out(repo, run):
+                await settle(repo)
+        wanted = git.resolve(repo, commit or "HEAD")
+        plan = await detect(repo, wanted, run, only or [])
+        story = Story(repo.name.removesuffix(".git"), wanted, plan.changes)
+        await report.show_plan(plan)
+        if plan_only or plan.changes.empty:
+            return await _told(story, Completed(message=story.headline()))
+        orders = await _rehearse_all(plan, story)
+        await report.show_plan(plan, await plans.differences(plan.changes))
+        if story.failed and (plan.settings.roll_out.policy == "all" or not orders):
+            return await _told(story, Failed(message=story.headline()))
+        async with one_roll_out(repo, run):
+            newer = await git.superseded_by(repo, wanted, plan.settings.branch)
+            if newer and origin == "push":
+                return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
+            await settle(repo)
+            touched = await _roll_out_all(await _still_due(plan, orders), plan, story)
+            if story.failed_roll_out:
+                story.put_back = await _revert(plan, run, touched, story)
+        if story.failed:
+            return await _told(story, Failed(message=story.headline()))
+        await git.mark(repo, "toto/last-good", wanted)
+        return await _told(story, Completed(message=story.headline()))
+
+
+async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:
+    """Rehearse every changed host side by side; returns those that passed."""
+    room = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def one(order: Order) -> Order | None:
+        async with room:
+            try:
+                if order.change.action is not Action.RECORD:
+                    story.rehearsals[order.name] = str(await rehearse(order))
+            except Exception as error:  # whatever it was, the others go on
+                story.failure(order.name, "rehearsal", error)
+                return None
+            return order
+
+    return [order for order in await asyncio.gather(*map(one, plan.orders)) if order is not None]
+
+
+async def _still_due(plan: Plan, orders: list[Order]) -> list[Order]:
+    """The orders as the ledger stands now: a run that was waited for may have changed what is to be done."""
+    now = await plans.compared(plan.changes, plan.manifest, Ledger(plan.repo))
+    passed = {order.name for order in orders}
+    return [order for order in plan.model_copy(update={"changes": now}).orders if order.name in passed]
+
+
+async def _roll_out_all(orders: list[Order], plan: Plan, story: Story) -> list[str]:
+    """Roll out wave by wave, in the manifest's order; returns what was touched, in that order."""
+    touched: list[str] = []
+    by_name = {order.name: order for order in orders}
+    room = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def one(order: Order) -> None:
+        async with room:
+            try:
+                if order.change.action is Action.DEPLOY:
+                    touched.append(order.name)
+                story.outcome[order.name] = await roll_out(order)
+            except Exception as error:  # whatever it was, what was touched is put back
+                story.failure(order.name, "roll-out", error)
+
+    for name in plan.changes.retired:
+        await retire(plan.repo, name)
+    for order in orders:
+        if order.change.action is Action.REHEARSE:
+            await record_rehearsed(order)
+        elif order.change.action is Action.RECORD:
+            await record_verified(order)
+    due = {name for name, order in by_name.items() if order.change.action in (Action.DEPLOY, Action.VERIFY)}
+    for group in plan.manifest.order(due):
+        await asyncio.gather(*(one(by_name[name]) for name in story.hold_behind(group, plan.manifest)))
+        if story.failed_roll_out:
+            break
+    return [name for name in touched if story.outcome.get(name) != "unreachable"]
+
+
+async def _revert(plan: Plan, run: str, touched: list[str], story: Story) -> list[Returned]:
+    """Put back what this run touched."""
+    entries = Ledger(plan.repo).read()
+    mine = [name for name in touched if entries.get(Target("host", name)).touched_by(run)]
+    return await revert(plan.repo, run, mine, plan.manifest, plan.settings, story.headline()) if mine else []
+
+
+async def _told(story: Story, state: State[None]) -> State[None]:
+    """Write the run's report, and end in `state`."""
+    await report.show_story(story)
+    return state

@@ -1,0 +1,48 @@
+"""Revert: put back what a run touched, in reverse order, each on its own. And settle what a dead run left open."""
+
+from pathlib import Path
+
+from prefect import flow, runtime
+from prefect.logging import get_run_logger
+
+from tasks.roll_out import intend_to_put_back, put_back
+from tasks.settle import dead_intents, manifest_of, take_over
+from toto.errors import TotoError
+from toto.manifest import Manifest
+from toto.settings import Settings
+from toto.story import Returned
+
+
+@flow(flow_run_name="revert: {why_short}", persist_result=False)
+async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, settings: Settings, why: str,
+                 why_short: str = "what this run touched") -> list[Returned]:
+    """Put `hosts` (in the order in which they were touched) back, the last one first; one failure stops no other."""
+    results = []
+    for name in reversed(hosts):
+        await intend_to_put_back.with_options(task_run_name=f"{name}: intend to put back")(repo, name, run)
+    for name in reversed(hosts):
+        machine = manifest.machines.get(name)
+        try:
+            if machine is None:
+                raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=name,
+                                hint="put it back into machines.yaml, or go back by hand")
+            path = await put_back.with_options(task_run_name=f"{name}: put back")(
+                repo, run, machine, settings.roll_out, why)
+            results.append(Returned(host=name, path=path))
+        except TotoError as error:
+            results.append(Returned(host=name, error=str(error)))
+    return results
+
+
+@flow(flow_run_name="settle what a dead run left open", persist_result=False)
+async def settle(repo: Path) -> list[Returned]:
+    """Put back every target whose run died before it was done with it: before anything else, at any start."""
+    run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
+    results: list[Returned] = []
+    for name, intent in (await dead_intents(repo, run)).items():
+        get_run_logger().warning("%s: run %s died at `%s`: putting it back", name, intent.run, intent.step)
+        await take_over(repo, name, intent, run)
+        settings, manifest = await manifest_of(repo, intent.desired.commit)
+        results += await revert(repo, run, [name], manifest, settings, f"its run {intent.run} died at {intent.step}",
+                                why_short=f"{name}, left open by a run that died")
+    return results

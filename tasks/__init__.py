@@ -1,0 +1,41 @@
+"""Prefect tasks: names, cache keys, retries, timeouts and concurrency around one verb of `toto` each."""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from prefect.logging import get_run_logger
+from prefect.logging.loggers import get_logger
+
+from toto.errors import TotoError
+
+LINES: Final = 400  # of one step's output that reach the run's log; each is a row in Prefect's database
+
+
+def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
+    """A sink that writes a step's output to the run's log: its first `most` lines, then a word about the rest."""
+    logger = get_run_logger()
+    count = 0
+
+    def write(line: str) -> None:
+        nonlocal count
+        count += 1
+        if count <= most and line.strip():
+            logger.info("%s%s", prefix, line)
+        elif count == most + 1:
+            logger.info("%s… further lines are left out here", prefix)
+    return write
+
+
+class _PlainErrors(logging.Filter):
+    """Takes the traceback from log records about errors that the operator can read and act on."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TotoError):
+            record.exc_info = None
+            record.exc_text = None
+        return True
+
+
+for _name in ("flow_runs", "task_runs"):
+    get_logger(_name).addFilter(_PlainErrors())

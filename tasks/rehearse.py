@@ -1,0 +1,156 @@
+"""Rehearse: build a host and its VM, boot it without internet, test, give it internet, test again."""
+
+import hashlib
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.logging import get_run_logger
+from pydantic import BaseModel, ConfigDict
+
+from tasks import report, sink
+from tasks.limits import room_for_sandbox
+from toto import closure, keys, nix, ssh, suite
+from toto.errors import TotoError
+from toto.plan import Order
+from toto.sandbox import BootTimeout, sandbox
+from toto.suite import Phase
+
+
+class TestsFailed(TotoError):
+    """A phase's tests did not all pass; the message has the failing tests' own lines."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Verdict(_Value):
+    """A host passed its rehearsal: how many tests, how long each part took (seconds), in which run."""
+
+    host: str
+    vm: str
+    run: str
+    tests: dict[str, int]
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s" for phase, count in self.tests.items())
+
+
+class Trial(_Value):
+    """How many tests of a phase passed, in how many seconds."""
+
+    tests: int
+    seconds: float
+
+
+class Reached(_Value):
+    """How test scripts reach the machine: ssh_config, address, and where each of its ports is."""
+
+    config: Path
+    address: str
+    ports: dict[int, int]
+
+    def environment(self, host: str, phase: Phase, tools: Path) -> dict[str, str]:
+        """The whole environment of a test script, `tools` first on its PATH. No secret of toto's own is in it."""
+        kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TMPDIR", "TERM") if name in os.environ}
+        return kept | {
+            "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
+            "TOTO_HOST": host, "TOTO_PHASE": str(phase), "TOTO_SSH_CONFIG": str(self.config),
+            "TOTO_ADDRESS": self.address,
+            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()}}
+
+
+async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retries are for what may be transient: a substituter that was away, a VM that did not boot in time."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, BootTimeout) or (isinstance(error, nix.BuildFailed) and error.transient)
+
+
+@task(name="build", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30],
+      retry_condition_fn=_may_pass_next_time)
+async def build(order: Order, what: Literal["toplevel", "vm"]) -> Path:
+    """Build the toplevel or the VM; kept from garbage collection for as long as the run lasts."""
+    drv = order.change.host.drv if what == "toplevel" else order.vm
+    return Path(await nix.build(drv, order.roots / what, timeout=order.settings.nix.build_timeout, target=order.name,
+                                on_line=sink()))
+
+
+@task(name="what changes", cache_policy=NO_CACHE)
+async def show_difference(order: Order) -> str:
+    """What changes between the last good and what is rehearsed, as an artifact."""
+    last = order.change.last if order.change.last and await nix.valid(order.change.last) else None
+    text = str(await closure.difference(last, order.change.host.path))
+    await report.show_difference(order.name, text)
+    return text
+
+
+def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """A verdict belongs to this VM, these test scripts and these sandbox settings, whoever ran it and when."""
+    order: Order = parameters["order"]
+    machine = order.machine
+    settings = order.settings.sandbox.model_dump_json() + (
+        machine.model_dump_json(include={"ports", "memory", "cores"}) if machine else "")
+    what = "\n".join((order.vm, order.change.host.tests, settings))
+    return f"toto-rehearsal-v1-{hashlib.sha256(what.encode()).hexdigest()}"
+
+
+@task(name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key), persist_result=True,
+      result_serializer="json", cache_expiration=timedelta(days=90), retries=1, retry_delay_seconds=5,
+      retry_condition_fn=_may_pass_next_time)
+async def in_sandbox(order: Order, vm: Path) -> Verdict:
+    """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
+    logger, console = get_run_logger(), sink("console: ", 200)
+    settings, machine = order.settings.sandbox, order.machine
+    tests: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    async with (
+        room_for_sandbox(),
+        sandbox(vm, host=order.name, state=order.scratch / "sandboxes", key=await keys.private("sandbox"),
+                ports=machine.ports if machine else (), memory=(machine and machine.memory) or settings.memory,
+                cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
+                on_console=console) as guest,
+    ):
+        logger.info("booted and answers ssh after %.1f s", guest.boot_seconds)
+        seconds["boot"] = guest.boot_seconds
+        try:
+            async with ssh.connection(guest.ssh, order.scratch / "ssh" / order.name) as connection:
+                reached = Reached(config=connection.config, address="127.0.0.1",
+                                  ports={port: guest.port(port) for port in (machine.ports if machine else ())})
+                for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
+                    if phase is Phase.WITH_INTERNET:
+                        await guest.set_internet(True)
+                        logger.info("the internet is on")
+                    result = await trial.with_options(task_run_name=f"{phase} tests")(order, phase, reached)
+                    tests[phase], seconds[phase] = result.tests, result.seconds
+        finally:
+            await report.show_console(order.name, guest.console_log.read_text(errors="replace"))
+    return Verdict(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
+
+
+@task(name="tests", cache_policy=NO_CACHE)
+async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
+    """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
+    logger, settings = get_run_logger(), order.settings.sandbox
+    found = suite.find(order.tree, order.name)
+    tools = order.scratch / "bin"
+    suite.write_on_host(tools)
+    result = await suite.run_phase(
+        found, phase, reached.environment(order.name, phase, tools), timeout=settings.test_timeout,
+        phase_timeout=settings.phase_timeout, keep=settings.test_output, on_line=sink(),
+        on_result=lambda script: logger.info("%s: %s", script.name, script.summary))
+    if result.scripts:
+        await report.show_tests(order.name, result)
+    else:
+        logger.info("no %s tests", phase)
+    if not result.passed:
+        lines = "\n".join(result.failure_lines(20))
+        raise TestsFailed(f"{phase} tests failed:\n{lines}", target=order.name,
+                          hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
+    return Trial(tests=result.tests, seconds=result.seconds)

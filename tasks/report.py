@@ -1,0 +1,80 @@
+"""What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was put back."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+
+from toto import process
+from toto.changes import COLUMNS
+from toto.plan import Plan
+from toto.story import Story
+from toto.suite import PhaseResult
+
+
+def key(*words: str) -> str:
+    """An artifact's key: Prefect takes lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> None:
+    """The change set as a table, again when it is known what changes in each closure."""
+    rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS}
+                                  for row in plan.changes.rows(differences)]
+    await acreate_table_artifact(key=key("plan", plan.repo.name.removesuffix(".git")), table=rows,
+                                 description=f"The plan of {plan.commit[:8]}")
+
+
+async def show_tests(host: str, result: PhaseResult) -> None:
+    """The tests of one phase as a table."""
+    await acreate_table_artifact(key=key(host, result.phase), table=[dict(row) for row in result.rows()],
+                                 description=f"{host}: {result.phase} tests")
+
+
+async def show_console(host: str, text: str) -> None:
+    """The end of a sandbox's console."""
+    await acreate_markdown_artifact(key=key(host, "console"), markdown=fenced(process.tail(text, 300)),
+                                    description=f"{host}: console of its sandbox")
+
+
+async def show_difference(host: str, text: str) -> None:
+    """What changes in a host's closure."""
+    await acreate_markdown_artifact(key=key(host, "difference"), markdown=fenced(text),
+                                    description=f"{host}: what changes")
+
+
+async def show_story(story: Story) -> None:
+    """The whole story of a run, as one page: what failed comes first."""
+    await acreate_markdown_artifact(key=key("report", story.repo), markdown=as_markdown(story),
+                                    description=story.headline())
+
+
+def as_markdown(story: Story) -> str:
+    """The story as the operator reads it at three in the morning: verdict, failures in full, what was put back."""
+    parts = [f"# {'❌' if story.failed else '✅'} {story.headline()}"]
+    for each in story.failures:
+        parts += [f"## {each.host}: {each.stage} failed", fenced(each.text)]
+    if story.put_back:
+        parts += ["## Put back", markdown_table(("host", "result", "where it is now"), [
+            (each.host, "could not be put back" if each.error else "put back",
+             each.error or f"`{each.path}`") for each in story.put_back])]
+    rows = story.rows()
+    if rows:
+        parts += ["## Hosts", markdown_table(("host", "result", "more"), rows)]
+    return "\n\n".join(parts)
+
+
+def fenced(text: str) -> str:
+    """Text as a Markdown code block, whatever fences it has itself."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells are made safe for it."""
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])

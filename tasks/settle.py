@@ -1,0 +1,49 @@
+"""What a dead run left open in the ledger, and taking it over."""
+
+import tempfile
+from pathlib import Path
+from uuid import UUID
+
+from prefect import get_client, task
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import ObjectNotFound
+
+from toto import git, ledger, plan
+from toto.ledger import Intent, Ledger, Target
+from toto.manifest import Manifest
+from toto.settings import Settings
+
+
+@task(name="open intents", cache_policy=NO_CACHE)
+async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
+    """The hosts with an open intent whose run is over or dead, by name."""
+    return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
+            if target.kind == "host" and intent.run != run and await _dead(intent)}
+
+
+async def _dead(intent: Intent) -> bool:
+    """Whether nobody is at work on an intent: its process is gone, or (on another machine) its run is over."""
+    lives = ledger.owner_lives(intent.owner)
+    if lives is not None:
+        return not lives
+    async with get_client() as client:
+        try:
+            state = (await client.read_flow_run(UUID(intent.run))).state
+        except ObjectNotFound:
+            return True
+    return state is not None and state.is_final()
+
+
+@task(name="take over", cache_policy=NO_CACHE)
+async def take_over(repo: Path, name: str, intent: Intent, run: str) -> None:
+    """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
+    await Ledger(repo).write(Target("host", name), ledger.take_over(intent, run, git.now()),
+                             f"{name}: settling what run {intent.run} left open at `{intent.step}`")
+
+
+@task(name="manifest of the dead run", cache_policy=NO_CACHE)
+async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
+    """Settings and manifest of the commit that was being deployed: how its machines are reached."""
+    with tempfile.TemporaryDirectory() as directory:
+        await git.checkout(repo, commit, Path(directory, "tree"))
+        return plan.read_tree(Path(directory, "tree"))
