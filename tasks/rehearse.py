@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks import report, sink
 from tasks.limits import room_for_sandbox
-from toto import closure, keys, nix, ssh, suite
+from toto import closure, keys, nix, suite
 from toto.errors import TotoError
 from toto.plan import Order
 from toto.sandbox import BootTimeout, sandbox
@@ -106,31 +107,28 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
       retry_condition_fn=_may_pass_next_time)
 async def in_sandbox(order: Order, vm: Path) -> Verdict:
     """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
-    logger, console = get_run_logger(), sink("console: ", 200)
-    settings, machine = order.settings.sandbox, order.machine
+    logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
+    ports = machine.ports if machine else ()
     tests: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    async with (
-        room_for_sandbox(),
-        sandbox(vm, host=order.name, state=order.scratch / "sandboxes", key=await keys.private("sandbox"),
-                ports=machine.ports if machine else (), memory=(machine and machine.memory) or settings.memory,
-                cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
-                on_console=console) as guest,
-    ):
-        logger.info("booted and answers ssh after %.1f s", guest.boot_seconds)
-        seconds["boot"] = guest.boot_seconds
-        try:
-            async with ssh.connection(guest.ssh, order.scratch / "ssh" / order.name) as connection:
-                reached = Reached(config=connection.config, address="127.0.0.1",
-                                  ports={port: guest.port(port) for port in (machine.ports if machine else ())})
+    async with room_for_sandbox():
+        began = time.monotonic()
+        async with sandbox(vm, host=order.name, state=order.scratch / "sandboxes", key=await keys.private("sandbox"),
+                           ports=ports, memory=(machine and machine.memory) or settings.memory,
+                           cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
+                           on_console=sink("console: ", 200)) as guest:
+            seconds = {"boot": time.monotonic() - began}
+            logger.info("booted and answers ssh after %.1f s", seconds["boot"])
+            reached = Reached(config=guest.connection.config, address="127.0.0.1",
+                              ports={port: guest.port(port) for port in ports})
+            try:
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
-                        await guest.set_internet(True)
-                        logger.info("the internet is on")
+                        routed = await guest.set_internet(True)
+                        logger.info("the internet is on%s", "" if routed else ", but the host has no route to it")
                     result = await trial.with_options(task_run_name=f"{phase} tests")(order, phase, reached)
                     tests[phase], seconds[phase] = result.tests, result.seconds
-        finally:
-            await report.show_console(order.name, guest.console_log.read_text(errors="replace"))
+            finally:
+                await report.show_console(order.name, guest.console_log.read_text(errors="replace"))
     return Verdict(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
 
 

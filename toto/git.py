@@ -51,6 +51,12 @@ def open_repo(repo: Path) -> gitpython.Repo:
                          hint="create it with `toto repo create`, or name the bare repo's path") from error
 
 
+def bare(path: Path) -> Path:
+    """The git directory of a repo, bare or with a work tree. Raises `InputError` where there is none."""
+    with open_repo(path) as opened:
+        return Path(opened.git_dir)
+
+
 def resolve(repo: Path, revision: str) -> str:
     """The full hash of the commit that `revision` (branch, tag or hash) names. Raises `NoSuchCommit`."""
     if not revision or revision.startswith("-") or "\n" in revision:

@@ -1,6 +1,5 @@
 """toto's own ssh keys: one for the machines, one for the sandboxes. Made when first asked for, never shown."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -17,13 +16,14 @@ async def private(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         fresh = Path(directory, name)
-        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"toto {name}", "-f", fresh], timeout=60)
+        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"toto {name}", "-f", fresh],
+                          timeout=60)
         # Whoever links it first has made the key; the others use that one.
         try:
-            os.link(fresh, key)
+            key.hardlink_to(fresh)
         except FileExistsError:
             return key
-        os.replace(fresh.with_suffix(".pub"), key.with_suffix(".pub"))
+        fresh.with_suffix(".pub").replace(key.with_suffix(".pub"))
     return key
 
 

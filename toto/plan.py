@@ -4,19 +4,23 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from toto import changes, closure, git, hosts, nix, paths, process, suite
-from toto.changes import Action, Change, ChangeSet, Desired
-from toto.errors import InputError
+from toto import changes, closure, git, hosts, keys, nix, paths, process, suite
+from toto.changes import Action, Change, ChangeSet, Desired, Failure
+from toto.errors import InputError, TotoError
 from toto.ledger import Ledger
 from toto.manifest import Machine, Manifest
 from toto.manifest import load as load_manifest
 from toto.settings import Settings
 from toto.settings import load as load_settings
+
+T = TypeVar("T")
+Evaluate: TypeAlias = Callable[[Path, hosts.Host, Machine | None, Settings, Path], Awaitable[Desired]]
 
 
 class Order(BaseModel):
@@ -67,8 +71,9 @@ class Plan(BaseModel):
 
     def order(self, change: Change) -> Order:
         """One host's part."""
+        name = change.host.name
         return Order(repo=self.repo, run=self.run, commit=self.commit, change=change, settings=self.settings,
-                     machine=self.manifest.machines.get(change.host.name), vm=self.vms[change.host.name], tree=self.tree)
+                     machine=self.manifest.machines.get(name), vm=self.vms[name], tree=self.tree)
 
     @property
     def orders(self) -> list[Order]:
@@ -141,6 +146,65 @@ async def instantiate_vm(tree: Path, change: Change, machine: Machine | None, se
         ports=machine.ports if machine else (), timeout=settings.nix.evaluate_timeout)
 
 
+async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, evaluate: Evaluate = desire) -> Plan:
+    """The plan of a commit: export, manifest, every host's identity, the ledger, the VMs of what changed.
+
+    One host's failure to evaluate is its own result and stops no other. `evaluate` may wrap `desire`.
+    Raises `InputError` for a manifest, settings or names that are wrong, `NoSuchCommit`.
+    """
+    directory = run_directory(repo, run)
+    async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
+        settings, manifest = read_tree(tree)
+        found = choose(await discover(tree, settings), manifest, only)
+        room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
+
+        async def identity(host: hosts.Host) -> Desired | Failure:
+            return await _or_failure(host.name, room, lambda: evaluate(
+                tree, host, manifest.machines.get(host.name), settings, directory / "roots"))
+
+        results = await asyncio.gather(*map(identity, found))
+        compared = changes.compare(commit, [each for each in results if isinstance(each, Desired)],
+                                   [each for each in results if isinstance(each, Failure)], manifest,
+                                   Ledger(repo).read())
+        # VMs only of what will be rehearsed: an evaluation is what a push costs.
+        sandbox_key = await keys.public("sandbox") if compared.changes else ""
+
+        async def vm(change: Change) -> str | Failure:
+            if change.action is Action.RECORD:
+                return ""
+            return await _or_failure(change.host.name, room, lambda: instantiate_vm(
+                tree, change, manifest.machines.get(change.host.name), settings, roots=directory / "roots",
+                sandbox_key=sandbox_key))
+
+        vms = dict(zip((each.host.name for each in compared.changes), await asyncio.gather(*map(vm, compared.changes)),
+                       strict=True))
+    failures = tuple(each for each in vms.values() if isinstance(each, Failure))
+    lost = {failure.name for failure in failures}
+    change_set = compared.model_copy(update={
+        "changes": tuple(each for each in compared.changes if each.host.name not in lost),
+        "failed": (*compared.failed, *failures),
+        # A run that was limited to some hosts says nothing of the others.
+        **({"waiting": (), "retired": ()} if only else {})})
+    if change_set.changes:
+        await git.checkout(repo, commit, directory / "tree")
+    return Plan(repo=repo, run=run, commit=commit, manifest=manifest, settings=settings, changes=change_set,
+                vms={name: drv for name, drv in vms.items() if isinstance(drv, str)})
+
+
+async def _or_failure(name: str, room: asyncio.Semaphore, work: Callable[[], Awaitable[T]]) -> T | Failure:
+    async with room:
+        try:
+            return await work()
+        except TotoError as error:
+            return Failure(name=name, message=str(error))
+
+
+async def build(order: Order, on_line: process.LineSink | None = None) -> str:
+    """Build a host's toplevel, kept by a root for as long as the run lasts. Raises `BuildFailed`."""
+    return await nix.build(order.change.host.drv, order.roots / "toplevel", timeout=order.settings.nix.build_timeout,
+                           target=order.name, on_line=on_line)
+
+
 async def differences(change_set: ChangeSet) -> dict[str, str]:
     """What changes in each host that is to be deployed, where its closures are in the store."""
     async def of(change: Change) -> tuple[str, str]:
@@ -158,14 +222,6 @@ async def compared(plan_changes: ChangeSet, manifest: Manifest, ledger: Ledger) 
     now = changes.compare(plan_changes.commit, [change.host for change in plan_changes.changes], [], manifest,
                           ledger.read())
     return plan_changes.model_copy(update={"changes": now.changes, "ledger": now.ledger})
-
-
-async def checkout(repo: Path, run: str, commit: str) -> Path:
-    """The run's own copy of the tree, from which test scripts are run."""
-    tree = run_directory(repo, run) / "tree"
-    if not tree.exists():
-        await git.checkout(repo, commit, tree)
-    return tree
 
 
 def claim(repo: Path, run: str) -> Path:
