@@ -1,0 +1,38 @@
+# make demo | test | lint | bench | clean | help. Everything that these need is installed by setup/prepare first.
+#   make test TESTS=tests/test_server.py K='push and not down'
+#   make demo KEEP=1      leaves the demo's server and machines running
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help prepare demo test lint bench clean
+TESTS ?= tests
+K ?=
+KEEP ?=
+export KEEP
+run := . setup/env && exec
+
+help:
+	@echo "make demo    a fleet of virtual machines: rehearse, roll out, break, revert (KEEP=1 leaves it running)"
+	@echo "make test    all tests (TESTS=path selects files, K=expression selects names)"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make bench   measures, as ratios side by side"
+	@echo "make clean   removes what was generated in the checkout (rm -r ~/.cache/toto removes the rest)"
+
+prepare:
+	@setup/prepare
+
+demo: prepare
+	@$(run) python -m tests.lab.demo
+
+test: prepare
+	@$(run) python -m pytest $(TESTS) $(if $(K),-k '$(K)')
+
+lint: prepare
+	@. setup/env && ruff check . && exec mypy --strict
+
+bench: prepare
+	@$(run) python -m bench
+
+clean:
+	@find . -name .git -prune -o -type d \( -name __pycache__ -o -name .mypy_cache -o -name .ruff_cache \
+	  -o -name .pytest_cache -o -name .hypothesis -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+	@rm -rf build result result-*
