@@ -1,0 +1,524 @@
+"""The sandbox: QEMU with one host's own VM, without and then with internet.
+
+It starts NixOS's `run-NAME-vm` and steers it by its environment variables. The VM has two cards: the management
+card, which reaches nothing and is reached through forwarded ports of the loopback only, and `inet`, whose link
+is down before the guest's first instruction and is switched by QMP in the running VM. QEMU drops packets in both
+directions while the link is down, whatever the guest does. Tests are run elsewhere; this module knows none.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+from toto import process, ssh
+from toto.errors import InputError, TotoError
+from toto.process import CommandTimeout, LineSink, Running
+from toto.ssh import Connection, SshTarget, Unreachable
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Acceleration: TypeAlias = Literal["kvm", "tcg"]
+
+SSH: Final = 22
+OVERRIDE: Final = "TOTO_ACCELERATION"
+LONGEST_CONSOLE: Final = 8_000_000  # bytes of console that are kept: its beginning and its end
+INET_MAC: Final = "52:54:00:12:34:57"
+
+# TEST-NET-1 (RFC 5737): no host has it, so it meets no address of the host's own. ipv6=off: QEMU's router
+# advertisements know no restriction.
+_MANAGEMENT: Final = "restrict=on,ipv6=off,net=192.0.2.0/24"
+_INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet0,mac={INET_MAC},romfile="
+_CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
+
+# What a console says when nothing more is to be waited for.
+_FATAL: Final = ("Kernel panic - not syncing", "An error occurred in stage 1 of the boot process",
+                 "You are in emergency mode", "Cannot open access to console, the root account is locked")
+_CONTROL: Final = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\a]*\a|[@-Z\\-_c78])|[\x00-\x08\x0b-\x1f\x7f]")
+
+# Prints whether the inet card has a carrier (1, 0, or "down" when the host left the card alone) and whether
+# there is a default route. The management card never brings one.
+_LOOK: Final = f"""
+carrier=none route=no
+for card in /sys/class/net/*; do
+  [ -e "$card/device" ] && read -r mac < "$card/address" && [ "$mac" = {INET_MAC} ] || continue
+  read -r carrier 2>/dev/null < "$card/carrier" || carrier=down
+done
+while read -r _ to _; do [ "$to" = 00000000 ] && route=yes; done < /proc/net/route
+echo "$carrier $route"
+"""
+
+
+class SandboxError(TotoError):
+    """Something is wrong with a sandbox, and not with what is tested in it. `console` holds its last lines."""
+
+    def __init__(self, message: str, *, target: str | None = None, hint: str | None = None, console: str = "") -> None:
+        said = f"; the last lines of its console:\n{console}" if console else ""
+        super().__init__(message + said, target=target, hint=hint)
+        self.console = console
+
+
+class SandboxFailed(SandboxError):
+    """The VM cannot be started, or it ended or crashed by itself."""
+
+
+class BootTimeout(SandboxError):
+    """The VM runs and did not answer SSH in time: on a busy machine worth another try."""
+
+
+@dataclass
+class Sandbox:
+    """A VM that answers SSH. `console_log` is its serial output, which goes with the sandbox when it ends."""
+
+    host: str
+    ssh: SshTarget
+    connection: Connection
+    console_log: Path
+    forwards: Mapping[int, int]
+    _vm: "_Vm"
+
+    def port(self, guest: int) -> int:
+        """The port of the loopback that leads to the guest's port. Raises `SandboxError` for one not forwarded."""
+        try:
+            return self.forwards[guest]
+        except KeyError:
+            raise SandboxError(f"port {guest} is not forwarded", target=self.host,
+                               hint="name it among the ports of the machine") from None
+
+    async def set_internet(self, up: bool, *, patience: float = 60.0, address_patience: float = 20.0) -> bool:
+        """Set the link of the inet card, wait until the guest has seen it, and return whether it is online.
+
+        Online is a default route; the guest gets `address_patience` seconds for it, and a host that configures
+        no such card simply is not online. Raises `SandboxError` when the guest does not see the link change
+        within `patience` seconds, and what `Connection.run` raises.
+        """
+        await self._vm.link(up)
+        began = time.monotonic()
+        seen: float | None = None
+        while True:
+            try:
+                look = await self.connection.run(["sh", "-c", _LOOK], timeout=patience)
+                carrier, route = look.stdout.split()
+            except (Unreachable, CommandTimeout) as error:
+                # A host may reconfigure its network when a link changes.
+                carrier, route = f"unknown ({error.message})", "no"
+            now = time.monotonic()
+            if not up and carrier != "1" and not carrier.startswith("unknown"):
+                return False
+            if up and carrier in ("1", "down", "none"):
+                seen = seen or now
+                if route == "yes":
+                    return True
+                if now - seen > address_patience:
+                    log.info("%s: the internet is there, and the host takes no address from it (carrier %s)",
+                             self.host, carrier)
+                    return False
+            elif now - began > patience:
+                raise SandboxError(f"the guest does not see its internet go {'up' if up else 'down'} "
+                                   f"(carrier {carrier})", target=self.host, console=self._vm.console.tail())
+            await asyncio.sleep(0.3)
+
+    async def alive(self) -> bool:
+        """Whether QEMU is there and its guest runs: no exit, no panic, not paused."""
+        return await self._vm.alive()
+
+
+@contextlib.asynccontextmanager
+async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequence[int] = (),
+                  memory: int | None = None, cores: int | None = None, boot_timeout: float = 300.0,
+                  on_console: LineSink | None = None) -> AsyncIterator[Sandbox]:
+    """Boot the host's VM without internet, and yield it when it answers SSH; it is gone when the block ends.
+
+    `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, `ports` the
+    guest's ports to forward besides SSH. `memory` (MB) and `cores` overrule the host's own. `boot_timeout` is in
+    seconds. Everything lives in a directory of its own under `state`. Raises `BootTimeout`, `SandboxFailed`.
+    """
+    accelerated = await acceleration(state)
+    script = _script(vm, host)
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The name says whose it is from the first moment on: see `sweep`.
+        directory = Path(tempfile.mkdtemp(prefix=f"{process.owner()}-{host[:40]}-", dir=state)).absolute()
+    except OSError as error:
+        raise SandboxFailed(f"there is no place for the sandbox: {error}", target=host) from error
+    try:
+        environment = _environment(directory, ports, accelerated, memory, cores)
+        pipe = asyncio.subprocess.PIPE
+        async with process.start([script], env=environment, cwd=directory, stdout=pipe,
+                                 stderr=asyncio.subprocess.STDOUT) as running:
+            console = _Console(directory / "console.log", on_console)
+            machine = _Vm(host, directory, running, console, asyncio.create_task(console.read(running)))
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    yield await machine.boot(stack, key, [SSH, *ports], boot_timeout)
+            finally:
+                machine.close()
+    finally:
+        _remove(directory)
+
+
+def sweep(state: Path) -> list[Path]:
+    """End the sandboxes under `state` whose owner is no longer alive; return the directories removed."""
+    process.sweep()
+    owned = [(path, re.match(r"(\d+\.\d+)-", path.name)) for path in state.glob("*-*")]
+    dead = [path for path, name in owned if name is not None and not process.lives(name[1])]
+    for path in dead:
+        _remove(path)
+    return dead
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def _script(vm: Path, host: str) -> Path:
+    match sorted(vm.glob("bin/run-*-vm")):
+        case [script]:
+            return script
+        case found:
+            raise InputError(f"{vm} has {len(found)} scripts bin/run-*-vm where one is expected", target=host,
+                             hint="build the host's system.build.vm")
+
+
+def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None,
+                 cores: int | None) -> dict[str, str]:
+    """What steers NixOS's script. Nothing else of our environment reaches it, a QEMU_KERNEL_PARAMS least of all."""
+    # Port 0: the kernel chooses a free one, and nobody can take it in between.
+    forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in dict.fromkeys([SSH, *ports]))
+    # The script does not quote QEMU_OPTS, so its paths are relative to the directory in which QEMU runs.
+    options = ["-S", "-qmp unix:qmp.sock,server=on,wait=off", _INET]
+    if accelerated == "tcg":
+        options.append("-machine accel=tcg")  # the later of two -machine options wins
+    if memory is not None:
+        options.append(f"-m {memory}")
+    if cores is not None:
+        options.append(f"-smp {cores}")
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "NIX_SSL_CERT_FILE") if name in os.environ}
+    return kept | {
+        "NIX_DISK_IMAGE": str(directory / "disk.qcow2"),
+        "NIX_EFI_VARS": str(directory / "efi-vars.fd"),
+        "NIX_SWTPM_DIR": str(directory / "swtpm"),
+        "TMPDIR": str(directory),
+        "USE_TMPDIR": "1",
+        "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
+        "QEMU_OPTS": " ".join(options),
+    }
+
+
+def _remove(directory: Path) -> None:
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        for path in directory.rglob("*"):
+            with contextlib.suppress(OSError):
+                path.chmod(0o700)
+        time.sleep(0.05)
+    log.warning("%s could not be removed", directory)
+
+
+@dataclass
+class _Vm:
+    """The running QEMU: its process, its console and its QMP."""
+
+    host: str
+    directory: Path
+    running: Running
+    console: "_Console"
+    reading: asyncio.Task[None]
+    qmp: "_Qmp | None" = None
+    login: Unreachable | None = None
+
+    async def boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int], seconds: float) -> Sandbox:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.or_trouble(self._boot(stack, key, ports))
+        except TimeoutError:
+            why = f"{self.login.words}" if self.login else "it never spoke SSH"
+            raise BootTimeout(f"the VM was not ready within {seconds:g} s: {why}", target=self.host,
+                              hint="read its console; give it more memory, or a longer boot_timeout",
+                              console=self.console.tail()) from None
+
+    async def _boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int]) -> Sandbox:
+        self.qmp = await _Qmp.connect(self.directory)
+        await self.link(False)
+        self._check_cards(await self.qmp.human("info network"))
+        forwards = _forwards(await self.qmp.human("info usernet"))
+        if missing := [port for port in ports if port not in forwards]:
+            raise SandboxFailed(f"QEMU did not forward port {missing[0]}", target=self.host)
+        await self.qmp.execute("cont")
+        target = SshTarget(self.host, "127.0.0.1", forwards[SSH], identity=key, throwaway=True)
+        while True:
+            await _speaks_ssh("127.0.0.1", target.port)
+            try:
+                connection = await stack.enter_async_context(ssh.connection(target, self.directory / "ssh"))
+                return Sandbox(self.host, target, connection, self.console.path, forwards, self)
+            except Unreachable as error:
+                self.login = error
+                await asyncio.sleep(1)
+
+    async def or_trouble(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, unless QEMU ends or the guest crashes before."""
+        doing, watching = asyncio.create_task(work), asyncio.create_task(self._trouble())
+        try:
+            await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                raise watching.result()
+            return await doing
+        finally:
+            for task in (doing, watching):
+                task.cancel()
+            await asyncio.gather(doing, watching, return_exceptions=True)
+
+    async def _trouble(self) -> SandboxFailed:
+        while self.running.status is None and self.console.fatal is None:  # noqa: ASYNC110  (no event tells of an exit: see process)
+            await asyncio.sleep(0.1)
+        await asyncio.wait([self.reading], timeout=1)  # its last words
+        if self.console.fatal is not None:
+            why, hint = f"the VM crashed: {self.console.fatal}", "read its console"
+        elif self.running.status == 0:
+            why, hint = "the VM switched itself off", "read its console"
+        else:
+            why = f"QEMU ended with status {self.running.status}"
+            hint = "is there room on the disk and in memory, and a QEMU for the host's system?"
+        return SandboxFailed(why, target=self.host, hint=hint, console=self.console.tail())
+
+    def _check_cards(self, network: str) -> None:
+        """A card that toto does not know would be a way out: a host can add one through virtualisation.qemu."""
+        cards = dict(re.findall(r"^ \\ (\S+): (.*)$", network, re.M))
+        right = set(cards) == set(_CARDS) and all(_CARDS[name] in cards[name] for name in cards)
+        if not right or network.count("type=nic") != len(_CARDS):
+            raise SandboxFailed(f"the VM's network is not the one that toto controls:\n{network.strip()}",
+                                target=self.host,
+                                hint="take the network cards out of virtualisation.qemu in virtualisation.vmVariant")
+
+    async def link(self, up: bool) -> None:
+        assert self.qmp is not None
+        await self.qmp.execute("set_link", name="inet0", up=up)
+
+    async def alive(self) -> bool:
+        if self.qmp is None or self.running.status is not None or self.console.fatal is not None:
+            return False
+        try:
+            async with asyncio.timeout(10):
+                status = await self.qmp.execute("query-status")
+        except (SandboxError, TimeoutError):
+            return False
+        return bool(status["running"])
+
+    def close(self) -> None:
+        if self.qmp is not None:
+            self.qmp.close()
+        self.reading.cancel()
+        self.console.close()
+
+
+def _forwards(usernet: str) -> dict[int, int]:
+    """{guest port: port of the loopback} from QEMU's `info usernet`."""
+    rows = re.findall(r"^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s", usernet, re.M)
+    return {int(guest): int(ours) for ours, guest in rows}
+
+
+async def _speaks_ssh(address: str, port: int) -> None:
+    """Wait for a greeting. The forward accepts long before the guest listens, so every try has its own end."""
+    while True:
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(5):
+                reader, writer = await asyncio.open_connection(address, port)
+                try:
+                    if (await reader.read(4)).startswith(b"SSH-"):
+                        return
+                finally:
+                    writer.close()
+        await asyncio.sleep(0.2)
+
+
+class _Console:
+    """The serial output: to a file of bounded size, line by line to a sink, and watched for a crash."""
+
+    def __init__(self, path: Path, sink: LineSink | None) -> None:
+        self.path, self.sink = path, sink
+        self.file = path.open("w+", encoding="utf-8", errors="replace")
+        self.lines: deque[str] = deque(maxlen=200)
+        self.fatal: str | None = None
+
+    async def read(self, running: Running) -> None:
+        stream = running.process.stdout
+        assert stream is not None
+        rest = b""
+        while chunk := await stream.read(65_536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > process.LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            self.take(lines)
+        self.take([rest] if rest else [])
+
+    def take(self, lines: Sequence[bytes]) -> None:
+        for raw in lines:
+            line = _CONTROL.sub("", raw.decode(errors="replace"))
+            self.lines.append(line)
+            if self.fatal is None and any(word in line for word in _FATAL):
+                self.fatal = line.strip()
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not end the reading: QEMU would block
+                self.file.write(line + "\n")
+            self.tell(line)
+        with contextlib.suppress(OSError, ValueError):
+            self.file.flush()
+            if self.file.tell() > LONGEST_CONSOLE:
+                self.shorten()
+
+    def tell(self, line: str) -> None:
+        try:
+            if self.sink is not None:
+                self.sink(line)
+        except Exception:  # nor must a sink that fails
+            log.exception("the console goes to its file only from here on")
+            self.sink = None
+
+    def shorten(self) -> None:
+        """Leave the middle out, so that the boot and the end are there to read."""
+        text = self.path.read_bytes()
+        half = LONGEST_CONSOLE // 4
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(text[:half].decode(errors="replace"))
+        self.file.write(f"\n[… {len(text) - 2 * half} bytes left out …]\n")
+        self.file.write(text[-half:].decode(errors="replace"))
+        self.file.flush()
+
+    def tail(self, count: int = 30) -> str:
+        return "\n".join(process.shorten(line) for line in list(self.lines)[-count:]).strip()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+class _Qmp:
+    """As much of the QEMU Machine Protocol as a sandbox needs: one command at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer, self.lock = reader, writer, asyncio.Lock()
+        self.numbers = itertools.count()
+
+    @classmethod
+    async def connect(cls, directory: Path) -> "_Qmp":
+        """Connect to qmp.sock in `directory` as soon as QEMU has made it."""
+        place = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+        try:
+            while True:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    # Through /proc, because a socket's path may not be longer than 107 bytes, and ours may be.
+                    reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{place}/qmp.sock")
+                    break
+                await asyncio.sleep(0.05)
+        finally:
+            os.close(place)
+        qmp = cls(reader, writer)
+        await reader.readline()  # the greeting
+        await qmp.execute("qmp_capabilities")
+        return qmp
+
+    async def execute(self, command: str, **arguments: object) -> Any:
+        """The command's answer. Raises `SandboxError` when QEMU refuses it or is gone."""
+        number = next(self.numbers)
+        request = {"execute": command, "arguments": arguments, "id": number}
+        with contextlib.suppress(OSError):
+            async with self.lock:
+                self.writer.write(json.dumps(request).encode() + b"\n")
+                await self.writer.drain()
+                while line := await self.reader.readline():
+                    answer = json.loads(line)
+                    if answer.get("id") != number:
+                        continue  # an event, or the answer to a command that was cancelled
+                    if "error" in answer:
+                        raise SandboxError(f"QEMU refuses {command}: {answer['error']['desc']}")
+                    return answer["return"]
+        raise SandboxError(f"QEMU is gone before it answered {command}")
+
+    async def human(self, command: str) -> str:
+        return str(await self.execute("human-monitor-command", **{"command-line": command}))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+# --- acceleration ----------------------------------------------------------------------------------------------------
+
+# A whole guest in a few bytes: into protected mode, count 100 million down, tell it to the debug port. A processor
+# does that in 50 ms, TCG in 200. Some hypervisors offer a KVM that emulates every single instruction: it opens,
+# passes a smaller probe, and would boot a guest in an hour. It does not get through this one in time.
+_COUNT_DOWN: Final = bytes.fromhex(
+    "fa 8cc8 8ed8 660f01164000"      # cli; ds = cs; lgdt [0x40]
+    "0f20c0 0c01 0f22c0"             # protected mode
+    "66ea1b00ffff0800"               # jmp 8:0xffff001b, which is the next line
+    "b900e1f505 49 75fd"             # ecx = 100000000; dec ecx; jnz
+    "66baf400 b010 ee f4")           # out 0xf4, 0x10; hlt
+_ROM: Final = {
+    0x0000: _COUNT_DOWN,
+    0x0030: bytes.fromhex("0000000000000000 ffff0000009bcf00"),  # descriptors: none, flat code
+    0x0040: bytes.fromhex("0f00 3000ffff"),                      # their size less one, their address
+    0xFFF0: bytes.fromhex("e90d00"),                             # where a processor begins: jmp to 0
+}
+_COUNTED: Final = (0x10 << 1) | 1  # the exit status that isa-debug-exit makes of it
+
+
+async def acceleration(state: Path) -> Acceleration:
+    """Whether VMs on this machine shall run under "kvm" or "tcg": probed once a boot, remembered under `state`.
+
+    The environment variable TOTO_ACCELERATION overrules it; raises `InputError` when that is neither.
+    """
+    match os.environ.get(OVERRIDE, ""):
+        case "kvm" | "tcg" as chosen:
+            return "kvm" if chosen == "kvm" else "tcg"
+        case "":
+            pass
+        case other:
+            raise InputError(f"{OVERRIDE} is {other!r}", hint="set it to kvm or tcg, or not at all")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    remembered = state / "acceleration"
+    with contextlib.suppress(OSError):
+        match remembered.read_text().split():
+            case [seen, "kvm" | "tcg" as chosen] if seen == boot:
+                return "kvm" if chosen == "kvm" else "tcg"
+    found: Acceleration = "kvm" if await _kvm_works() else "tcg"
+    log.info("virtual machines run under %s", found)
+    with contextlib.suppress(OSError):
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remembered.write_text(f"{boot} {found}\n")
+    return found
+
+
+async def _kvm_works(seconds: float = 3.0, device: Path = Path("/dev/kvm")) -> bool:
+    if not os.access(device, os.R_OK | os.W_OK):
+        return False
+    if platform.machine() != "x86_64":
+        return True  # the little guest is x86 code; other machines have no history of a KVM that only pretends
+    rom = bytearray(65_536)
+    for place, code in _ROM.items():
+        rom[place : place + len(code)] = code
+    with tempfile.TemporaryDirectory(prefix="toto-") as directory:
+        path = Path(directory, "rom")
+        path.write_bytes(rom)
+        try:
+            done = await process.run(
+                ["qemu-system-x86_64", "-accel", "kvm", "-nodefaults", "-display", "none", "-m", "16", "-bios", path,
+                 "-device", "isa-debug-exit,iobase=0xf4,iosize=4"], timeout=seconds, check=False)
+        except CommandTimeout:
+            return False
+        except process.CommandNotFound as error:
+            log.warning("%s, so KVM cannot be probed", error.message)
+            return False
+    return done.status == _COUNTED
