@@ -1,0 +1,33 @@
+# Evaluates the modules of a host together with the lab's own. Returns what nixpkgs' does:
+# { config, options, pkgs, lib, extendModules }.
+{ system ? null, modules, specialArgs ? { }, lib ? import ../lib, ... }:
+let
+  pkgs = import ../. { system = if system != null then system else builtins.currentSystem; };
+
+  evaluate = { modules, specialArgs }@given:
+    let
+      # A host's VM is the same host with `virtualisation.vmVariant` merged in. It is an evaluation of
+      # its own, so nothing in it can reach the derivation of the host's toplevel.
+      inVariant = specialArgs.isVmVariant or false;
+      variant = evaluate {
+        modules = modules ++ [ eval.config.virtualisation.vmVariant ];
+        specialArgs = specialArgs // { isVmVariant = true; };
+      };
+      eval = lib.evalModules {
+        modules = import ./modules ++ modules;
+        specialArgs = {
+          inherit pkgs;
+          modulesPath = toString ./modules;
+          isVmVariant = false;
+          vmConfig = if inVariant then eval.config else variant.config;
+        } // specialArgs;
+      };
+    in
+    {
+      inherit (eval) config options;
+      inherit pkgs lib;
+      extendModules = { modules ? [ ], specialArgs ? { }, ... }:
+        evaluate { modules = given.modules ++ modules; specialArgs = given.specialArgs // specialArgs; };
+    };
+in
+evaluate { inherit modules specialArgs; }

@@ -1,0 +1,11 @@
+[
+  ./accepted.nix
+  ./environment.nix
+  ./network.nix
+  ./nix.nix
+  ./services.nix
+  ./ssh.nix
+  ./toplevel.nix
+  ./users.nix
+  ./vm.nix
+]

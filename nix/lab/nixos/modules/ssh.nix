@@ -1,0 +1,45 @@
+{ config, lib, pkgs, ... }:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.openssh;
+  sshdConfig = pkgs.writeText "sshd_config" ''
+    ${lib.concatMapStrings (port: "Port ${toString port}\n") cfg.ports}
+    HostKey /etc/ssh/ssh_host_ed25519_key
+    AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u .ssh/authorized_keys
+    PasswordAuthentication no
+    KbdInteractiveAuthentication no
+    UsePAM no
+    UseDNS no
+    PrintMotd no
+    PidFile none
+    SetEnv PATH=/run/wrappers/bin:/run/current-system/sw/bin
+    Subsystem sftp ${pkgs.base}/lib/openssh/sftp-server
+    ${lib.concatStrings (lib.mapAttrsToList (name: value: lib.optionalString (value != null)
+      "${name} ${if value == true then "yes" else if value == false then "no" else toString value}\n") cfg.settings)}
+    ${cfg.extraConfig}
+  '';
+in
+{
+  options.services.openssh = {
+    enable = mkOption { type = types.bool; default = false; };
+    ports = mkOption { type = types.listOf types.port; default = [ ]; };
+    openFirewall = mkOption { type = types.bool; default = true; };
+    settings = mkOption { type = types.attrsOf types.anything; default = { }; };
+    extraConfig = mkOption { type = types.lines; default = ""; };
+  };
+
+  config = lib.mkIf cfg.enable {
+    environment.etc."ssh/sshd_config".source = sshdConfig;
+    # A restart ends the listener only: sessions are processes of their own and live on.
+    systemd.services.sshd = {
+      description = "SSH Daemon";
+      wantedBy = [ "multi-user.target" ];
+      restartTriggers = [ sshdConfig ];
+      preStart = ''
+        mkdir -p /run/sshd
+        [ -s /etc/ssh/ssh_host_ed25519_key ] || ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+      '';
+      serviceConfig = { ExecStart = "${pkgs.base}/bin/sshd -D -e -f /etc/ssh/sshd_config"; Restart = "always"; };
+    };
+  };
+}

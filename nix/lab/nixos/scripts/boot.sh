@@ -1,0 +1,16 @@
+#!/bin/sh
+# What process 1 runs once at boot: cards, nix's database on a first boot, services.
+export PATH=/run/wrappers/bin:/run/current-system/sw/bin
+ip link set lo up
+while read -r mac name; do
+  for card in /sys/class/net/*; do
+    card=${card##*/}
+    [ "$(cat /sys/class/net/$card/address)" = "$(echo "$mac" | tr A-Z a-z)" ] || continue
+    ip link set "$card" down
+    ip link set "$card" name "$name"
+  done
+done < /etc/lab/links
+/etc/lab/supervise start-all
+if [ -e /nix/var/nix/db/registration ]; then
+  nix-store --load-db < /nix/var/nix/db/registration && rm /nix/var/nix/db/registration
+fi

@@ -1,0 +1,3 @@
+#!/bin/sh
+cat /run/current-system/nixos-version
+echo

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Called by udhcpc. A lease that is already in place is left alone, so that a restart of the client (a
+# changed configuration) does not cut the connection over which it was asked for.
+export PATH=/run/current-system/sw/bin
+case $1 in
+  deconfig) ip link set "$interface" up ;;
+  bound | renew)
+    if ! ip addr show dev "$interface" | grep -q "inet $ip/"; then
+      ip addr flush dev "$interface"
+      ip addr add "$ip/$mask" dev "$interface"
+      echo "$interface has the address $ip"
+    fi
+    for gateway in $router; do
+      ip route show | grep -q "^default via $gateway dev $interface" || ip route add default via "$gateway" dev "$interface"
+    done
+    [ -z "$dns" ] || for server in $dns; do echo "nameserver $server"; done > /etc/resolv.conf
+    ;;
+esac
+exit 0

@@ -1,0 +1,1 @@
+"""The lab: a small NixOS-shaped system of real derivations, and virtual "physical" machines that run it."""
