@@ -11,7 +11,7 @@
   virtualisation.vmVariant = { config, lib, ... }:
     let
       card = "toto-mgmt";
-      networkd = config.systemd.network.enable;
+      networkd = config.systemd.network.enable or false;
     in
     {
       virtualisation.graphics = lib.mkForce false;      # the console is the serial line
@@ -41,8 +41,8 @@
         hostKeys = lib.mkForce [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ];
         # The host's own sshd settings stay as they are, for tests look at them; only root on port 22 is let in.
         extraConfig = lib.mkMerge [
-          (lib.mkOrder 1 (lib.optionalString (! lib.elem 22 config.services.openssh.ports) "Port 22\n"))
-          (lib.mkOrder 5000 ''
+          (lib.mkBefore (lib.optionalString (! lib.elem 22 config.services.openssh.ports) "Port 22\n"))
+          (lib.mkAfter ''
             Match User root LocalPort 22
               PermitRootLogin prohibit-password
               PubkeyAuthentication yes
