@@ -143,7 +143,7 @@ def test_a_hundred_thousand_lines_take_less_than_two_seconds() -> None:
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("text", [" " * 10_000_000, "# " * 5_000_000, "ok 1 " + "# " * 5_000_000, 
+@pytest.mark.parametrize("text", [" " * 10_000_000, "# " * 5_000_000, "ok 1 " + "# " * 5_000_000,
                                   "1.." + "9" * 1_000_000,
                                   "ok " + "1" * 1_000_000, "    " * 1000 + "ok 1", "\\" * 1_000_000,
                                   "TAP version " + "1" * 10_000,
@@ -154,8 +154,9 @@ def test_no_line_is_too_long(text: str) -> None:
     assert time.monotonic() - began < 5
 
 
-fragments = st.sampled_from(["ok", "not ok", " 1", " 2", "1..", "2", "\n", "\n    ", "\n  ---\n", "  ...\n", "# TODO", "# skip",
-                             "#", "Bail out!", "TAP version ", "13", "{", "}", "\r\n", "\\", " - ", "\0", "\ud800"])
+fragments = st.sampled_from(["ok", "not ok", " 1", " 2", "1..", "2", "\n", "\n    ", "\n  ---\n", "  ...\n",
+                             "# TODO", "# skip", "#", "Bail out!", "TAP version ", "13", "{", "}", "\r\n", "\\", " - ", "\0",
+                             "\ud800"])
 
 
 @settings(max_examples=400, deadline=None)
