@@ -1,0 +1,116 @@
+"""Fixtures that more than one test module needs."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from toto import server
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A real Prefect server of this test session: `env` for processes that talk to it, `home` for its files."""
+
+    env: dict[str, str]
+    api_url: str
+    home: Path
+    log: Path
+
+    @property
+    def api(self) -> server.Api:
+        return server.Api.of(self.env)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """One server a session (10 to 20 s on a new database), on a free port, with a home of its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    log = home / "server.log"
+    env = server.server_environment(home, free_port())
+
+    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        async with server.running_server(env, log):
+            ready()
+            await stop.wait()
+
+    with background(until):
+        yield PrefectServer(env, env["PREFECT_API_URL"], home, log)
+
+
+@contextlib.contextmanager
+def background(until: Callable[..., object]) -> Iterator[None]:
+    """Run the coroutine function `until(stop, ready)` in a thread with a loop of its own, from `ready()` to the end
+    of the block. (A session's fixture outlives the loops of its tests.)"""
+    started = threading.Event()
+    failure: list[BaseException] = []
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(until(stop, started.set))  # type: ignore[arg-type]
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            started.set()
+            loop.close()
+
+    thread = threading.Thread(target=work, name="prefect-server")
+    thread.start()
+    started.wait()
+    try:
+        if failure:
+            raise failure[0]
+        yield
+    finally:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_servers_by_accident() -> None:
+    os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+
+
+@pytest.fixture
+async def tiny_project(tmp_path: Path) -> AsyncIterator[Path]:
+    """A folder with a prefect.yaml like toto's own and a flow `reconcile` that only says when it began."""
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "reconcile.py").write_text(TINY_FLOW)
+    (tmp_path / "prefect.yaml").write_text(TINY_DEPLOYMENT)
+    yield tmp_path
+
+
+TINY_FLOW = '''
+import asyncio
+import time
+from prefect import flow
+
+@flow(log_prints=True)
+async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", seconds: float = 0) -> None:
+    """Stands in for the real one."""
+    print(f"first line {time.time()}")
+    await asyncio.sleep(seconds)
+'''
+TINY_DEPLOYMENT = """
+name: tiny
+deployments:
+  - name: toto
+    entrypoint: flows/reconcile.py:reconcile
+    work_pool: {name: toto}
+"""

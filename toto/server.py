@@ -1,0 +1,415 @@
+"""What keeps toto running: Prefect's API server, a worker, and the deployments that they serve.
+
+Library functions over `toto.process`, and `python -m toto.server`, which runs all of it in the foreground. Nothing
+here imports Prefect: its server and worker are processes, its API is HTTP. What a run does is in `flows/`.
+
+Where the settings come from: each was measured; the comment beside it says what it is for.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toto import git_host, process
+from toto.errors import TotoError
+
+log = logging.getLogger(__name__)
+
+POOL: Final = "toto"
+DEPLOYMENT: Final = "reconcile/toto"
+PORT: Final = 4200
+HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
+SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
+ROOT: Final = Path(__file__).resolve().parent.parent
+AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
+
+
+class ServerError(TotoError):
+    """Prefect's server or worker did not start, died, or refused a request."""
+
+    def __init__(self, message: str, *, status: int | None = None, target: str | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, target=target, hint=hint)
+        self.status = status
+
+
+def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1", database_url: str | None = None,
+                       auth: str | None = None, ui_url: str | None = None,
+                       base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of Prefect's server, of the worker and of whatever talks to them.
+
+    `home` (made, 0700: the database in it is world-readable otherwise) holds database, results and leases.
+    `auth` is "user:password". `ui_url` is where a browser finds the UI, when that is not host and port.
+    `base` is what it starts from (default: this process's environment); Prefect settings in it are dropped, so that
+    a profile or an API address of the user's own never receives toto's runs.
+    """
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
+    source = os.environ if base is None else base
+    env = {name: value for name, value in source.items() if not name.startswith("PREFECT_")}
+    address = f"http://{host}:{port}"
+    env |= {
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_SERVER_API_HOST": host,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_UI_URL": ui_url or address,
+        "PREFECT_SERVER_UI_API_URL": f"{ui_url or address}/api",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # otherwise written beside Prefect's code
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",  # no API must mean an error, not a second server
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",  # a request, and up to 0.6 s, a flow start
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "results"),
+        # The default keeps leases in memory: after a kill of the server their holders would block for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_WORKER_QUERY_SECONDS": "0.5",  # the default of 10 is most of the wait for a run
+        "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+        "TOTO_REPO": source.get("TOTO_REPO") or str(home / "repos" / "infra.git"),  # the deployment's default
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), env.get("PATH", os.defpath))),
+    }
+    if database_url is not None:
+        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
+    if auth is not None:
+        env |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
+    return env
+
+
+@dataclass(frozen=True)
+class Api:
+    """Prefect's HTTP API, as far as toto needs it outside flows."""
+
+    url: str
+    auth: str | None = None
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> "Api":
+        return cls(env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING"))
+
+    async def call(self, method: str, path: str, body: object = None, *, timeout: float = 30) -> Any:
+        """The decoded answer (None when there is none). Raises `ServerError` with the HTTP status, if any."""
+        return await asyncio.to_thread(self._call, method, path, body, timeout)
+
+    def _call(self, method: str, path: str, body: object, timeout: float) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.auth is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(self.auth.encode()).decode()
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310
+        # No proxy: the API listens on loopback, or on the operator's own network.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise ServerError(f"{method} {path} was answered {error.code}: {process.shorten(said, 500)}",
+                              status=error.code, target=self.url) from None
+        except OSError as error:
+            raise ServerError(f"no answer: {error}", target=self.url, hint="start `python -m toto.server`") from None
+        return json.loads(text) if text else None
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether the API answers within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ServerError):
+                await self.call("GET", "/health", timeout=2)
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+
+@contextlib.asynccontextmanager
+async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: float = 120) -> AsyncIterator[Api]:
+    """Prefect's API server, from the moment it answers to the end of the block.
+
+    Raises `ServerError` with the log's last lines when it dies before it answers, or takes longer than `timeout`
+    seconds (a new database takes 10 to 20 on a slow machine).
+    """
+    host, port = env["PREFECT_SERVER_API_HOST"], int(env["PREFECT_SERVER_API_PORT"])
+    _refuse_taken_port(host, port)
+    # uvicorn itself, not `prefect server start`, which is a second process around the same call.
+    argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", host,
+            "--port", str(port), "--timeout-keep-alive", "5", "--timeout-graceful-shutdown", "3", "--no-access-log",
+            "--log-level", "warning"]
+    api = Api.of(env)
+    async with _logged(argv, env, log_file, grace=10) as running:
+        await _until_answers(running, api, log_file, timeout)
+        yield api
+
+
+async def _until_answers(running: process.Running, api: Api, log_file: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not await api.wait(0.2):
+        if running.status is not None:
+            raise ServerError(f"Prefect's server exited with status {running.status}:\n{_tail(log_file)}",
+                              hint=f"see {log_file}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"Prefect's server did not answer within {timeout:g} s:\n{_tail(log_file)}",
+                              hint=f"see {log_file}")
+
+
+@contextlib.asynccontextmanager
+async def running_worker(env: Mapping[str, str], log_file: Path, *, pool: str = POOL,
+                         name: str | None = None) -> AsyncIterator[process.Running]:
+    """A process worker of `pool`, to the end of the block; its flow runs end with it."""
+    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name",
+            name or f"toto@{socket.gethostname()}", "--install-policy", "never"]
+    async with _logged(argv, env, log_file, grace=15) as running:
+        yield running
+
+
+async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
+                 limits: Mapping[str, int] | None = None) -> dict[str, str]:
+    """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
+
+    Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the pool, the
+    limits and the automation are single requests, since each start of Prefect's CLI costs 1.5 s as well.
+    """
+    api = Api.of(env)
+    await _ensure_pool(api, pool)
+    for limit, slots in (limits or {}).items():
+        await ensure_limit(api, limit, slots)
+    await _ensure_automation(api)
+    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], env=env, cwd=root,
+                      timeout=120, target=str(root / "prefect.yaml"))
+    return await deployments(api, pool)
+
+
+async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
+    """{"flow/deployment": id} of a work pool."""
+    found = await api.call("POST", "/deployments/filter", {"work_pools": {"name": {"any_": [pool]}}})
+    flows = await api.call("POST", "/flows/filter", {"flows": {"id": {"any_": [each["flow_id"] for each in found]}}})
+    names = {flow["id"]: flow["name"] for flow in flows}
+    return {f"{names[each['flow_id']]}/{each['name']}": each["id"] for each in found}
+
+
+async def ensure_limit(api: Api, name: str, slots: int) -> None:
+    """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
+    body = {"name": name, "limit": slots, "active": True}
+    try:
+        await api.call("POST", "/v2/concurrency_limits/", body)
+    except ServerError as error:
+        if error.status != 409:
+            raise
+        await api.call("PATCH", f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True})
+
+
+async def settle_orphans(api: Api, *, pool: str = POOL) -> list[str]:
+    """Settle the runs that a dead worker of `pool` left behind; return their ids.
+
+    For the start of a server whose only worker is this machine's, before that worker starts: what the database calls
+    running has no process any more. Running becomes Crashed and Cancelling becomes Cancelled, subflows with their
+    parents; Pending (taken by the worker, not begun) goes back to Scheduled, so that no push is lost.
+    """
+    crashed = {"type": "CRASHED", "name": "Crashed", "message": "the worker died and left this run behind"}
+    outcome = {"RUNNING": crashed, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
+               "PENDING": {"type": "SCHEDULED", "name": "Scheduled"}}
+    left = {"state": {"type": {"any_": list(outcome)}}}
+    runs = await api.call("POST", "/flow_runs/filter",
+                          {"flow_runs": left, "work_pools": {"name": {"any_": [pool]}}})
+    settled: list[str] = []
+    parents = runs
+    while parents:
+        for run in parents:
+            # A subflow that had not begun has no worker to begin it: it goes with its parent.
+            state = outcome[run["state_type"]] if run["deployment_id"] else crashed
+            await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+            settled.append(run["id"])
+        children = {**left, "parent_flow_run_id": {"any_": [run["id"] for run in parents]}}
+        found = await api.call("POST", "/flow_runs/filter", {"flow_runs": children})
+        parents = [run for run in found if run["id"] not in settled]
+    return settled
+
+
+async def _ensure_pool(api: Api, pool: str) -> None:
+    text = {"type": "string"}
+    words = {"type": "object", "additionalProperties": text}
+    variables = {
+        # Named outright, or the worker spends seconds on finding out how to start Python.
+        "command": {**text, "title": "Command", "default": f"{shlex.quote(sys.executable)} -m prefect.engine"},
+        "env": {**words, "title": "Environment", "default": {}},
+        "labels": {**words, "title": "Labels", "default": {}},
+        "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
+        "stream_output": {"type": "boolean", "title": "Stream output", "default": True},
+        "working_dir": {"anyOf": [text, {"type": "null"}], "title": "Working directory", "default": None},
+    }
+    template = {"job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
+                "variables": {"type": "object", "properties": variables}}
+    about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
+    try:
+        await api.call("PATCH", f"/work_pools/{pool}", about)
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        await api.call("POST", "/work_pools/", {"name": pool, "type": "process", **about})
+
+
+async def _ensure_automation(api: Api) -> None:
+    """A run whose worker and process were both killed says nothing any more: its silence crashes it."""
+    ends = ["Completed", "Failed", "Cancelled", "Crashed"]
+    body = {
+        "name": AUTOMATION,
+        "description": f"Without it a run would stay Running for ever after a power cut. Silence: {SILENCE} s.",
+        "enabled": True,
+        "trigger": {"type": "event", "posture": "Proactive", "after": ["prefect.flow-run.heartbeat"],
+                    "expect": ["prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)],
+                    "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+                    "for_each": ["prefect.resource.id"], "threshold": 1, "within": SILENCE},
+        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "name": None,
+                     "message": f"no heartbeat for {SILENCE} s: its process is gone"}],
+    }
+    found = await api.call("POST", "/automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}})
+    if found:
+        await api.call("PUT", f"/automations/{found[0]['id']}", body)
+    else:
+        await api.call("POST", "/automations/", body)
+
+
+@contextlib.asynccontextmanager
+async def _logged(argv: Sequence[str], env: Mapping[str, str], log_file: Path,
+                  grace: float) -> AsyncIterator[process.Running]:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as sink:
+        async with process.start(argv, env=env, stdout=sink.fileno(), stderr=sink.fileno(), grace=grace) as running:
+            yield running
+
+
+def _tail(log_file: Path) -> str:
+    return process.tail(log_file.read_text(errors="replace")) if log_file.exists() else ""
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"{host}:{port} cannot be listened on: {error.strerror}",
+                              hint="stop what listens there, or choose another --port") from None
+
+
+@contextlib.contextmanager
+def _only_one(home: Path) -> Any:
+    with (home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerError(f"a toto server already runs in {home}",
+                              hint="stop it, or choose another --home") from None
+        yield
+
+
+async def serve(home: Path, port: int, *, stop: asyncio.Event, repos: Path | None = None, branch: str = "main",
+                host: str = "127.0.0.1", database_url: str | None = None, auth: str | None = None,
+                ui_url: str | None = None, root: Path = ROOT, ready: asyncio.Event | None = None) -> None:
+    """Server, deployments and worker until `stop` is set. Starts what pushes left in the spools of `repos`/*.git."""
+    env = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
+    logs = home / "logs"
+    with _only_one(home):
+        if killed := process.sweep():
+            log.warning("ended %d processes that an earlier toto had left behind", len(killed))
+        try:
+            async with running_server(env, logs / "server.log") as api:
+                if settled := await settle_orphans(api):
+                    log.warning("settled %d runs that an earlier worker had left behind", len(settled))
+                ids = await deploy(env, root=root)
+                async with running_worker(env, logs / "worker.log") as worker:
+                    for repo in sorted((repos or home / "repos").glob("*.git")):
+                        await _adopt(repo, env, ids, branch)
+                    print(f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
+                    if ready is not None:
+                        ready.set()
+                    await _until(stop, worker, logs / "worker.log")
+                    print("toto: stopping", flush=True)
+        finally:
+            process.sweep()
+
+
+async def _adopt(repo: Path, env: Mapping[str, str], ids: Mapping[str, str], branch: str) -> None:
+    """Tell a repository's hook where toto is now, and start what was pushed while it was away."""
+    try:
+        await git_host.create(repo, api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"],
+                              deployment=DEPLOYMENT, deployment_id=ids.get(DEPLOYMENT),
+                              branch=await git_host.deployed_branch(repo) or branch,
+                              auth=env.get("PREFECT_API_AUTH_STRING"))
+        if drained := await git_host.drain_spool(repo):
+            print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
+    except TotoError as error:
+        log.error("%s", error)
+
+
+async def _until(stop: asyncio.Event, worker: process.Running, log_file: Path) -> None:
+    while not stop.is_set():
+        if worker.status is not None:
+            raise ServerError(f"the worker exited with status {worker.status}:\n{_tail(log_file)}",
+                              hint=f"see {log_file}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m toto.server`: run toto in the foreground until SIGTERM or SIGINT."""
+    state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
+    parser = argparse.ArgumentParser("toto.server", description="Run toto: Prefect's server, a worker, deployments.")
+    parser.add_argument("--home", type=Path, default=state / "server", help="database, results, logs (%(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="(%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
+    parser.add_argument("--ui-url", help="where a browser finds the UI, when that is not host and port")
+    parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
+    parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where prefect.yaml is (%(default)s)")
+    # Secrets come by the environment: arguments are visible to every user of the machine.
+    parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="toto: %(message)s")
+    database_url, auth = os.environ.pop("TOTO_DATABASE_URL", None), os.environ.pop("TOTO_AUTH", None)
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        work = asyncio.create_task(serve(chosen.home, chosen.port, stop=stop, repos=chosen.repos, root=chosen.root,
+                                         branch=chosen.branch, host=chosen.host, database_url=database_url, auth=auth,
+                                         ui_url=chosen.ui_url))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        # Asked to stop before it was ready: give up the start; after that, `serve` ends by itself.
+        done, _ = await asyncio.wait((work,), timeout=3)
+        if not done:
+            work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+    try:
+        asyncio.run(until_signalled())
+    except TotoError as error:
+        print(f"toto: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
