@@ -159,9 +159,11 @@ def _check_window(value: object) -> object:
 
 
 def _check_distinct(values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise ValueError(f"should name each once, not {shown(twice[0])} twice")
+    seen: set[Hashable] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"should name each once, not {shown(value)} twice")
+        seen.add(value)
     return values
 
 
