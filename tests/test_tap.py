@@ -155,8 +155,8 @@ def test_no_line_is_too_long(text: str) -> None:
 
 
 fragments = st.sampled_from(["ok", "not ok", " 1", " 2", "1..", "2", "\n", "\n    ", "\n  ---\n", "  ...\n",
-                             "# TODO", "# skip", "#", "Bail out!", "TAP version ", "13", "{", "}", "\r\n", "\\", " - ", "\0",
-                             "\ud800"])
+                             "# TODO", "# skip", "#", "Bail out!", "TAP version ", "13", "{", "}", "\r\n", "\\", " - ",
+                             "\0", "\ud800"])
 
 
 @settings(max_examples=400, deadline=None)
