@@ -506,6 +506,10 @@ async def _kvm_works(seconds: float = 3.0, device: Path = Path("/dev/kvm")) -> b
         return False
     if platform.machine() != "x86_64":
         return True  # the little guest is x86 code; other machines have no history of a KVM that only pretends
+    return await _counts_down("kvm", seconds)
+
+
+async def _counts_down(accelerator: Acceleration, seconds: float) -> bool:
     rom = bytearray(65_536)
     for place, code in _ROM.items():
         rom[place : place + len(code)] = code
@@ -514,8 +518,8 @@ async def _kvm_works(seconds: float = 3.0, device: Path = Path("/dev/kvm")) -> b
         path.write_bytes(rom)
         try:
             done = await process.run(
-                ["qemu-system-x86_64", "-accel", "kvm", "-nodefaults", "-display", "none", "-m", "16", "-bios", path,
-                 "-device", "isa-debug-exit,iobase=0xf4,iosize=4"], timeout=seconds, check=False)
+                ["qemu-system-x86_64", "-accel", accelerator, "-nodefaults", "-display", "none", "-m", "16",
+                 "-bios", path, "-device", "isa-debug-exit,iobase=0xf4,iosize=4"], timeout=seconds, check=False)
         except CommandTimeout:
             return False
         except process.CommandNotFound as error:
