@@ -201,8 +201,9 @@ def make_base(debian: Debian, base: Path) -> None:
     programs |= {f"lib/x86_64-linux-gnu/security/{name}": debian.find(name) for name in PAM_MODULES}
     for name, path in programs.items():
         _copy(path, base, name)
-    # libgcc_s is loaded by name when a thread ends, so nobody lists it.
-    libraries = {"libgcc_s.so.1": debian.find("libgcc_s.so.1")}
+    # Loaded by name at run time, so nobody lists them: by a thread that ends, and by a look-up of a host.
+    libraries = {name: debian.find(name) for name in debian.by_name
+                 if re.match(r"(libgcc_s|libnss_dns|libnss_files)\.so", name)}
     for path in programs.values():
         if _is_elf(path):
             libraries |= debian.needs(path)

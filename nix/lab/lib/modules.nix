@@ -7,15 +7,16 @@ let
 
   showOption = lib.concatStringsSep ".";
   isOption = x: isAttrs x && x._type or null == "option";
-  isProperty = x: isAttrs x && builtins.elem (x._type or null) [ "if" "merge" "override" ];
+  isProperty = x: isAttrs x && builtins.elem (x._type or null) [ "if" "merge" "override" "order" ];
 
-  # A definition is { file; value; }. What mkIf and mkMerge wrap is brought to the surface; mkOverride
-  # becomes a `priority` beside the value. A condition is looked at only when the value is.
-  discharge = priority: file: value:
-    if !isProperty value then [ { inherit file priority value; } ]
-    else if value._type == "merge" then concatMap (discharge priority file) value.contents
-    else if value._type == "if" then (if value.condition then discharge priority file value.content else [ ])
-    else discharge value.priority file value.content;
+  # A definition is { file; value; }. What mkIf and mkMerge wrap is brought to the surface; mkOverride and
+  # mkOrder become a `priority` and an `order` beside the value. A condition is looked at only when the value is.
+  discharge = { priority ? 100, order ? 1000 }@at: file: value:
+    if !isProperty value then [ { inherit file priority order value; } ]
+    else if value._type == "merge" then concatMap (discharge at file) value.contents
+    else if value._type == "if" then (if value.condition then discharge at file value.content else [ ])
+    else if value._type == "order" then discharge (at // { inherit (value) order; }) file value.content
+    else discharge (at // { inherit (value) priority; }) file value.content;
 
   # The same, for a whole subtree: properties are handed down to its children without being forced, so
   # that `config = mkIf config.a.enable { b = …; }` does not need all of config to know the names in it.
@@ -39,16 +40,16 @@ let
   mergeOption = path: option: defs:
     let
       type = option.type or lib.types.unspecified;
-      given = concatMap (d: discharge 100 d.file d.value) defs;
+      given = concatMap (d: discharge { } d.file d.value) defs;
       used = strongest (given ++ lib.optional (option ? default)
-        { file = "the option's default"; priority = 1500; value = option.default; });
+        { file = "the option's default"; priority = 1500; order = 1000; value = option.default; });
       wrong = filter (d: !type.check d.value) used;
       merged =
         if wrong != [ ] then throw
           "A definition for option `${showOption path}' is not of type `${type.name}'. Definition values:${showFiles wrong}"
         else if used == [ ] then type.emptyValue or (throw
           "The option `${showOption path}' is used but not defined.")
-        else type.merge path used;
+        else type.merge path (builtins.sort (a: b: a.order < b.order) used);
     in
     (option.apply or lib.id) merged;
 
@@ -91,8 +92,9 @@ rec {
   mkImageMediaOverride = mkOverride 60;
   mkDefault = mkOverride 1000;
   mkOptionDefault = mkOverride 1500;
-  mkBefore = lib.id; # order among list entries is the order of the modules
-  mkAfter = lib.id;
+  mkOrder = order: content: { _type = "order"; inherit order content; };
+  mkBefore = mkOrder 500;
+  mkAfter = mkOrder 1500;
   mkOption = attrs: { _type = "option"; } // attrs;
   mkEnableOption = what: mkOption { type = lib.types.bool; default = false; description = "Whether to enable ${what}."; };
   mkPackageOption = pkgs: name: _: mkOption { type = lib.types.package; default = pkgs.${name}; };

@@ -69,6 +69,15 @@ in
           # What must be a plain file of its own in /etc says so in a file beside it.
           [ "$mode" = symlink ] || echo "$mode $owner" > "$out/etc/$target.mode"
         done < "$indexPath"
+        # For the activation: a tree of the links that /etc gets, and lists of links and of copies.
+        mkdir -p $out/links
+        cd $out/etc
+        find . ! -type d ! -name '*.mode' | sed 's|^\./||' | sort | while read -r file; do
+          if [ -e "$file.mode" ]; then echo "$file" >> $out/copies; continue; fi
+          echo "$file" >> $out/list
+          case $file in */*) mkdir -p "$out/links/''${file%/*}" ;; esac
+          ln -s "/etc/static/$file" "$out/links/$file"
+        done
       '';
 
     system.build.path = pkgs.buildEnv { name = "system-path"; paths = config.environment.systemPackages ++ [ pkgs.base ]; };

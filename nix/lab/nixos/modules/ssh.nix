@@ -4,7 +4,7 @@ let
   cfg = config.services.openssh;
   sshdConfig = pkgs.writeText "sshd_config" ''
     ${lib.concatMapStrings (port: "Port ${toString port}\n") cfg.ports}
-    HostKey /etc/ssh/ssh_host_ed25519_key
+    ${lib.concatMapStrings (key: "HostKey ${key.path}\n") cfg.hostKeys}
     AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u .ssh/authorized_keys
     PasswordAuthentication no
     KbdInteractiveAuthentication no
@@ -22,7 +22,13 @@ in
 {
   options.services.openssh = {
     enable = mkOption { type = types.bool; default = false; };
-    ports = mkOption { type = types.listOf types.port; default = [ ]; };
+    ports = mkOption { type = types.listOf types.port; default = [ 22 ]; };
+    hostKeys = mkOption {
+      type = types.listOf types.anything;
+      default = [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ];
+    };
+    listenAddresses = mkOption { type = types.listOf types.anything; default = [ ]; }; # all, whatever it says
+    startWhenNeeded = mkOption { type = types.bool; default = false; };
     openFirewall = mkOption { type = types.bool; default = true; };
     settings = mkOption { type = types.attrsOf types.anything; default = { }; };
     extraConfig = mkOption { type = types.lines; default = ""; };
@@ -37,7 +43,9 @@ in
       restartTriggers = [ sshdConfig ];
       preStart = ''
         mkdir -p /run/sshd
-        [ -s /etc/ssh/ssh_host_ed25519_key ] || ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+        ${lib.concatMapStrings (key: ''
+          [ -s ${key.path} ] || ssh-keygen -q -t ${key.type} -N "" -f ${key.path}
+        '') cfg.hostKeys}
       '';
       serviceConfig = { ExecStart = "${pkgs.base}/bin/sshd -D -e -f /etc/ssh/sshd_config"; Restart = "always"; };
     };

@@ -34,7 +34,7 @@ let
         {
           match($0, /"narSize":[0-9]+/); size = substr($0, RSTART + 10, RLENGTH - 10)
           refs = ""; n = 0
-          if (match($0, /"references":\[[^\]]*\]/)) {
+          if (match($0, /"references":\[[^]]*\]/)) {
             list = substr($0, RSTART + 14, RLENGTH - 15); gsub(/"/, "", list)
             n = list == "" ? 0 : split(list, ref, ",")
             for (i = 1; i <= n; i++) refs = refs ref[i] "\n"
@@ -89,7 +89,7 @@ let
 
       # Disks are cache=writeback: what the guest flushed is on the host's disk, what it did not may be lost.
       exec qemu-system-x86_64 \
-        -machine accel=kvm:tcg -cpu max \
+        -machine accel=kvm:tcg -cpu max -global virtio-net-pci.romfile= \
         -name ${name} -m ${toString cfg.memorySize} -smp ${toString cfg.cores} \
         -net nic,netdev=user.0,model=virtio -netdev user,id=user.0,${forwards}"$QEMU_NET_OPTS" \
         -drive file="$NIX_DISK_IMAGE",if=virtio,format=qcow2,cache=writeback,werror=report \

@@ -7,65 +7,71 @@ umask 022
 
 ln -sfn "$(readlink $systemConfig/usr)" /usr.new && mv -T /usr.new /usr
 
-# /etc: every file is a link into /etc/static; one with a mode is a copy.
-static=$(readlink -f $systemConfig/etc)
-touch /etc/.lab-copies
-ln -sfn "$static" /etc/static.new && mv -T /etc/static.new /etc/static
-: > /etc/.lab-copies.new
-(cd "$static" && find . ! -type d ! -name '*.mode') | sed 's|^\./||' | while read -r file; do
-  case $file in */*) [ -d "/etc/${file%/*}" ] || mkdir -p "/etc/${file%/*}" ;; esac
-  if [ -e "$static/$file.mode" ]; then
-    read -r mode owner < "$static/$file.mode"
-    echo "$file" >> /etc/.lab-copies.new
-    if ! cmp -s "$static/$file" "/etc/$file" || [ -L "/etc/$file" ]; then
-      cp "$static/$file" "/etc/$file.new"
-      chmod "$mode" "/etc/$file.new"
-      mv -f "/etc/$file.new" "/etc/$file"
-    fi
-  elif [ "$(readlink "/etc/$file")" != "/etc/static/$file" ]; then
-    ln -sfn "/etc/static/$file" "/etc/$file.new" && mv -f -T "/etc/$file.new" "/etc/$file"
-  fi
-done
-# What only the previous configuration had goes.
-find /etc -type l | while read -r link; do
-  case $(readlink "$link") in
-    /etc/static/*) [ -e "$link" ] || [ -L "/etc/static/${link#/etc/}" ] || rm -f "$link" ;;
-  esac
-done
+# /etc: every file is a link into /etc/static; one with a mode is a copy. The lists say what was put there
+# before, so only the difference is touched. (A process costs an emulated machine 20 ms: hence tar and awk.)
+etc=$(readlink -f $systemConfig/etc)
+etc=${etc%/etc}
+touch /etc/.lab-links /etc/.lab-copies
+ln -sfn $etc/etc /etc/static.new && mv -T /etc/static.new /etc/static
+minus() { awk -v known="$2" 'BEGIN { while ((getline line < known) > 0) have[line] } !($0 in have)' "$1"; }
+if ! cmp -s $etc/list /etc/.lab-links; then
+  minus $etc/list /etc/.lab-links > /etc/.lab-new
+  [ ! -s /etc/.lab-new ] || xargs tar -C $etc/links -c < /etc/.lab-new | tar -C /etc -x
+  minus /etc/.lab-links $etc/list | while read -r file; do rm -f "/etc/$file"; done
+  cp $etc/list /etc/.lab-links
+fi
 while read -r file; do
-  grep -qxF "$file" /etc/.lab-copies.new || rm -f "/etc/$file"
-done < /etc/.lab-copies
-mv /etc/.lab-copies.new /etc/.lab-copies
+  read -r mode owner < "$etc/etc/$file.mode"
+  if [ -L "/etc/$file" ] || ! cmp -s "$etc/etc/$file" "/etc/$file"; then
+    case $file in */*) mkdir -p "/etc/${file%/*}" ;; esac
+    cp "$etc/etc/$file" "/etc/$file.new"
+    chmod "$mode" "/etc/$file.new"
+    mv -f "/etc/$file.new" "/etc/$file"
+  fi
+done < $etc/copies
+if ! cmp -s $etc/copies /etc/.lab-copies; then
+  minus /etc/.lab-copies $etc/copies | while read -r file; do [ -L "/etc/$file" ] || rm -f "/etc/$file"; done
+  cp $etc/copies /etc/.lab-copies
+fi
 hostname -F /etc/hostname
 
-# Users: a user keeps the uid it was once given.
+# Users: one without a uid gets the next free one, and keeps it for ever.
 mkdir -p /var/lib/nixos
 touch /var/lib/nixos/uid-map
-{ printf 'root:x:0:\nwheel:x:1:'; awk '$6 ~ /(^|,)wheel(,|$)/ { printf "%s%s", s, $1; s = "," }' /etc/lab/users
-  printf '\ntty:x:5:\nusers:x:100:\nnixbld:x:30000:\nnogroup:x:65534:\n'
-  gid=990
-  while read -r group; do
-    case $group in root | wheel | tty | users | nixbld | nogroup) continue ;; esac
-    printf '%s:x:%s:' "$group" $gid; gid=$((gid - 1))
-    awk -v g="$group" '("," $6 ",") ~ ("," g ",") { printf "%s%s", s, $1; s = "," }' /etc/lab/users
-    echo
-  done < /etc/lab/groups; } > /etc/group.new
-while read -r name uid group home shell extra; do
-  if [ "$uid" = - ]; then
-    uid=$(awk -v n="$name" '$1 == n { print $2 }' /var/lib/nixos/uid-map)
-    if [ -z "$uid" ]; then
-      uid=$(awk 'BEGIN { u = 999 } $2 > u { u = $2 } END { print u + 1 }' /var/lib/nixos/uid-map)
-      echo "$name $uid" >> /var/lib/nixos/uid-map
-    fi
-  fi
-  gid=$(awk -F: -v g="$group" '$1 == g { print $3 }' /etc/group.new)
-  echo "$name:x:$uid:${gid:-65534}::$home:$shell" >> /etc/passwd.new
-  echo "$name:*:1::::::" >> /etc/shadow.new
-  case $home in
-    /home/*) [ -d "$home" ] || { mkdir -p "$home"; chmod 700 "$home"; chown "$uid:${gid:-65534}" "$home"; } ;;
-  esac
-done < /etc/lab/users
+awk '
+  function members(group,   i, list) {
+    list = ""
+    for (i = 1; i <= n; i++) if (index("," extra[i] ",", "," group ",")) list = list (list == "" ? "" : ",") name[i]
+    return list
+  }
+  function group(label, id) {
+    gid[label] = id
+    print label ":x:" id ":" members(label) > "/etc/group.new"
+  }
+  FILENAME ~ /uid-map$/ { given[$1] = $2; if ($2 > top) top = $2; print > "/var/lib/nixos/uid-map.new"; next }
+  FILENAME ~ /groups$/ { more[++m] = $1; next }
+  { n++; name[n] = $1; uid[n] = $2; primary[n] = $3; home[n] = $4; shell[n] = $5; extra[n] = $6 }
+  END {
+    group("root", 0); group("wheel", 1); group("tty", 5); group("users", 100); group("nogroup", 65534)
+    for (i = 1; i <= m; i++) if (!(more[i] in gid)) group(more[i], 990 - i)
+    for (i = 1; i <= n; i++) {
+      if (uid[i] == "-") {
+        if (!(name[i] in given)) {
+          given[name[i]] = top = (top < 999 ? 1000 : top + 1)
+          print name[i], top > "/var/lib/nixos/uid-map.new"
+        }
+        uid[i] = given[name[i]]
+      }
+      g = (primary[i] in gid) ? gid[primary[i]] : 65534
+      print name[i] ":x:" uid[i] ":" g "::" home[i] ":" shell[i] > "/etc/passwd.new"
+      print name[i] ":*:1::::::" > "/etc/shadow.new"
+      if (home[i] ~ /^\/home\//) print home[i], uid[i] ":" g
+    }
+  }' /var/lib/nixos/uid-map /etc/lab/groups /etc/lab/users | while read -r home owner; do
+    [ -d "$home" ] || { mkdir -p "$home"; chmod 700 "$home"; chown "$owner" "$home"; }
+  done
 chmod 600 /etc/shadow.new
+[ ! -e /var/lib/nixos/uid-map.new ] || mv /var/lib/nixos/uid-map.new /var/lib/nixos/uid-map
 mv /etc/group.new /etc/group; mv /etc/passwd.new /etc/passwd; mv /etc/shadow.new /etc/shadow
 
 # The store cannot hold a setuid program, so sudo gets a copy that can be one.

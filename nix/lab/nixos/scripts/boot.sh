@@ -10,7 +10,17 @@ while read -r mac name; do
     ip link set "$card" name "$name"
   done
 done < /etc/lab/links
-/etc/lab/supervise start-all
+# Who waits for this machine waits for its ssh, so what ssh needs comes first; nix is heavy to start.
+late=
+for file in /etc/sv/*/enabled; do
+  name=${file%/enabled}
+  name=${name##*/}
+  case $name in
+    dhcp | sshd) /etc/lab/supervise start $name ;;
+    *) late="$late $name" ;;
+  esac
+done
 if [ -e /nix/var/nix/db/registration ]; then
   nix-store --load-db < /nix/var/nix/db/registration && rm /nix/var/nix/db/registration
 fi
+/etc/lab/supervise start $late

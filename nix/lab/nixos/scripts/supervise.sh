@@ -6,12 +6,10 @@ run=/run/service
 
 start() {
   service=$run/$1
-  mkdir -p $service
+  mkdir -p $service/supervise # runsv would make it for root only, and anybody may ask for a state
   rm -f $service/down-wanted /run/unit-state/$1
-  cp /etc/sv/$1/run $service/run.new && mv $service/run.new $service/run
-  cp /etc/sv/$1/finish $service/finish.new && mv $service/finish.new $service/finish
-  cp "$(readlink -f /etc/systemd/system/$1.service)" $service/unit
-  if sv status $service >/dev/null 2>&1; then
+  cp -f /etc/sv/$1/run /etc/sv/$1/finish $service/
+  if [ -e $service/supervise/ok ] && sv status $service >/dev/null 2>&1; then
     printf u > $service/supervise/control
   else
     ( cd / && exec env -i PATH=$PATH setsid runsv $service </dev/null >/dev/console 2>&1 ) &
@@ -27,7 +25,7 @@ stop() {
 # active, inactive, or failed and a status: what the unit's last end was.
 state() {
   if [ -s /run/unit-state/$1 ]; then cat /run/unit-state/$1
-  elif sv status $run/$1 2>/dev/null | grep -q '^run:'; then echo active
+  elif [ "$(cat $run/$1/supervise/stat 2>/dev/null)" = run ]; then echo active
   else echo inactive; fi
 }
 
@@ -36,6 +34,5 @@ shift
 case $verb in
   start | stop) for name; do $verb "$name"; done ;;
   restart) for name; do stop "$name"; start "$name"; done ;;
-  start-all) for file in /etc/sv/*/enabled; do [ -e "$file" ] || continue; name=${file%/enabled}; start "${name##*/}"; done ;;
   state) state "$1" ;;
 esac
