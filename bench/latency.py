@@ -1,0 +1,74 @@
+"""How long a push waits, with a real Prefect, worker, hook and repository, and a flow of one line."""
+
+import asyncio
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
+from toto import git_host, process, server
+
+ROUNDS = 7
+
+
+@dataclass
+class Latency:
+    """Seconds, one entry a round."""
+
+    pushes: list[float] = field(default_factory=list)
+    bare_pushes: list[float] = field(default_factory=list)
+    first_lines: list[float] = field(default_factory=list)
+    whole_runs: list[float] = field(default_factory=list)
+    cli: list[float] = field(default_factory=list)
+    imports: list[float] = field(default_factory=list)
+
+
+async def measure(folder: Path) -> Latency:
+    """Push, look, and push again; one run at a time."""
+    (folder / "flows").mkdir()
+    (folder / "flows" / "reconcile.py").write_text(TINY_FLOW)
+    (folder / "prefect.yaml").write_text(TINY_DEPLOYMENT)
+    env = server.server_environment(folder / "home", free_port())
+    found = Latency()
+    async with server.running_server(env, folder / "server.log") as api:
+        ids = await server.deploy(env, root=folder)
+        async with server.running_worker(env, folder / "worker.log"):
+            hooked = await git_host.create(folder / "infra.git", api_url=api.url, ui_url="http://ui",
+                                           deployment_id=ids["reconcile/toto"])
+            bare = folder / "bare.git"
+            await process.run(["git", "init", "--quiet", "--bare", bare])
+            await process.run(["git", "init", "--quiet", "--initial-branch=main", folder / "clone"])
+            for number in range(ROUNDS + 1):
+                await _round(folder / "clone", bare, hooked, api, found)
+                if number == 0:
+                    found = Latency()  # the first run warms caches
+            for _ in range(3):
+                found.cli.append((await process.run(
+                    [sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p", "repo=x"],
+                    env=env)).seconds)
+                found.imports.append((await process.run([sys.executable, "-c", "import prefect"], env=env)).seconds)
+    return found
+
+
+async def _round(clone: Path, bare: Path, hooked: Path, api: server.Api, found: Latency) -> None:
+    who = {f"GIT_{role}_{what}": "bench@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    await process.run(["git", "commit", "--quiet", "--allow-empty", "-m", "x"], cwd=clone, env=os.environ | who)
+    found.bare_pushes.append((await process.run(["git", "push", bare, "main"], cwd=clone)).seconds)
+    began = time.time()
+    pushed = await process.run(["git", "push", hooked, "main"], cwd=clone)
+    found.pushes.append(pushed.seconds)
+    run = re.search(r"/runs/flow-run/(\S+)", pushed.stderr)
+    assert run, pushed.stderr
+    async with asyncio.timeout(60):
+        while (await api.call("GET", f"/flow_runs/{run[1]}"))["state_type"] != "COMPLETED":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        found.whole_runs.append(time.time() - began)
+        lines: list[str] = []
+        while not lines:  # logs arrive in batches
+            logs = await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run[1]]}}})
+            lines = [line["message"] for line in logs if line["message"].startswith("first line")]
+            await asyncio.sleep(0.1)
+    found.first_lines.append(float(lines[0].split()[2]) - began)

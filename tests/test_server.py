@@ -1,0 +1,183 @@
+"""Toto's own server, worker and hook against a real Prefect; the flow is a stand-in of a few lines."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PrefectServer, free_port
+from tests.test_git_host import Pusher
+from toto import git_host, process, server
+
+
+async def until(api: server.Api, run: str, states: set[str], seconds: float = 30) -> dict[str, Any]:
+    """The run, once its state is one of `states`."""
+    deadline = time.monotonic() + seconds
+    while (found := await api.call("GET", f"/flow_runs/{run}"))["state_type"] not in states:
+        assert time.monotonic() < deadline, f"run is still {found['state_type']} after {seconds} s"
+        await asyncio.sleep(0.1)
+    assert isinstance(found, dict)
+    return found
+
+
+async def first_line(api: server.Api, run: str) -> float:
+    """The time that the stand-in flow printed."""
+    logs = await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+    [at] = [line["message"].split()[2] for line in logs if line["message"].startswith("first line")]
+    return float(at)
+
+
+@pytest.fixture
+async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIterator[str]:
+    """The id of the stand-in's deployment, with a worker at work."""
+    ids = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
+    async with server.running_worker(prefect_server.env, prefect_server.home / "worker.log", name="here"):
+        yield ids["reconcile/toto"]
+
+
+async def test_push_starts_the_flow_within_seconds(prefect_server: PrefectServer, deployed: str,
+                                                   tmp_path: Path) -> None:
+    repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, ui_url="http://ui",
+                                 deployment_id=deployed)
+    pusher = Pusher(tmp_path / "clone", repo)
+    waits = []
+    for _ in range(3):
+        pusher.commit()
+        began = time.time()
+        told = pusher.push()
+        assert time.time() - began < 2, "the hook keeps the pusher waiting"
+        found = re.search(r"http://ui/runs/flow-run/(\S+)", told)
+        assert found, told
+        run = await until(prefect_server.api, found[1], {"COMPLETED"})
+        assert run["tags"] == ["push"]
+        await asyncio.sleep(2)  # Prefect sends logs in batches
+        waits.append(await first_line(prefect_server.api, found[1]) - began)
+    # 1.5 s on an idle machine; this one may be busy with other tests.
+    assert min(waits) < 6, waits
+
+
+async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny_project: Path) -> None:
+    once = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
+    again = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 2})
+    assert once == again
+    limit = await prefect_server.api.call("GET", "/v2/concurrency_limits/one")
+    assert limit["limit"] == 2
+    found = await prefect_server.api.call("POST", "/automations/filter", {})
+    assert [each["name"] for each in found].count(server.AUTOMATION) == 1
+
+
+async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServer, deployed: str,
+                                                     tmp_path: Path) -> None:
+    repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, deployment_id=deployed)
+    request = repo / "toto" / "spool" / f"1-{'a' * 40}.json"
+    body = '{"parameters":{"repo":"x"},"idempotency_key":"%s"}' % tmp_path.name  # noqa: UP031
+    request.write_text(body)
+    once = await git_host.drain_spool(repo)
+    request.write_text(body)
+    assert await git_host.drain_spool(repo) == once
+
+
+async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectServer, tiny_project: Path) -> None:
+    api = prefect_server.api
+    ids = await server.deploy(prefect_server.env, root=tiny_project)
+
+    async def run(state: str) -> str:
+        made = await api.call("POST", f"/deployments/{ids['reconcile/toto']}/create_flow_run",
+                              {"parameters": {"repo": "x"}})
+        # Prefect itself cancels at once what no worker ever took.
+        await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": "1"})
+        await api.call("POST", f"/flow_runs/{made['id']}/set_state", {"state": {"type": state}, "force": True})
+        return str(made["id"])
+
+    running, cancelling, pending = [await run(state) for state in ("RUNNING", "CANCELLING", "PENDING")]
+    assert {running, cancelling, pending} <= set(await server.settle_orphans(api))
+    states = [(await api.call("GET", f"/flow_runs/{each}"))["state_type"] for each in (running, cancelling, pending)]
+    assert states == ["CRASHED", "CANCELLED", "SCHEDULED"]
+    await api.call("POST", f"/flow_runs/{pending}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
+async def test_taken_port_is_told_before_anything_starts(prefect_server: PrefectServer) -> None:
+    with pytest.raises(server.ServerError, match="cannot be listened on"):
+        async with server.running_server(prefect_server.env, prefect_server.log):
+            pass
+
+
+async def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
+    env = server.server_environment(tmp_path / "home", free_port(), database_url="sqlite+aiosqlite:////nowhere/x.db")
+    with pytest.raises(server.ServerError, match="exited with status"):
+        async with server.running_server(env, tmp_path / "log"):
+            pass
+
+
+def test_environment_keeps_foreign_settings_out(tmp_path: Path) -> None:
+    env = server.server_environment(tmp_path / "h", 1, auth="a:b", base={
+        "PREFECT_API_URL": "https://elsewhere", "PREFECT_API_KEY": "x", "HOME": "/h"})
+    assert env["PREFECT_API_URL"] == "http://127.0.0.1:1/api"
+    assert "PREFECT_API_KEY" not in env
+    assert env["HOME"] == "/h"
+    assert (tmp_path / "h").stat().st_mode & 0o777 == 0o700
+    assert env["PREFECT_API_AUTH_STRING"] == "a:b"
+
+
+def _tree(root: int) -> set[int]:
+    """`root` and all that came from it."""
+    parents = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                parents[int(entry.name)] = int(fields[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_project: Path, tmp_path: Path) -> None:
+    """One life of `python -m toto.server`: a push before it, a run under way, SIGTERM."""
+    home, port = tmp_path / "home", free_port()
+    repo = await git_host.create(home / "repos" / "infra.git", api_url=f"http://127.0.0.1:{port}/api")
+    pusher = Pusher(tmp_path / "clone", repo)
+    assert "the push is accepted" in pusher.push()
+    env = os.environ | {"PYTHONPATH": str(server.ROOT), "TOTO_AUTH": "admin:secret"}
+    whole = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-m", "toto.server", "--home", home, "--port", str(port), "--root", tiny_project],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    assert whole.stdout
+    try:
+        said = ""
+        while "ready" not in said:
+            line = await asyncio.wait_for(asyncio.to_thread(whole.stdout.readline), 120)
+            assert line, said
+            said += line
+        assert "started 1 pushes that had waited" in said
+        api = server.Api(f"http://127.0.0.1:{port}/api", "admin:secret")
+        with pytest.raises(server.ServerError, match="401"):
+            await server.Api(api.url).call("POST", "/flow_runs/filter", {})
+        [waited] = await api.call("POST", "/flow_runs/filter", {})
+        await until(api, waited["id"], {"COMPLETED"})
+        pusher.commit()
+        assert "rehearsing" in pusher.push()  # with the password that the server wrote for the hook
+        [deployment] = (await server.deployments(api)).values()
+        long = await api.call("POST", f"/deployments/{deployment}/create_flow_run",
+                              {"parameters": {"repo": "x", "seconds": 300}})
+        await until(api, long["id"], {"RUNNING"})
+        family = _tree(whole.pid)
+        assert len(family) > 3
+        began = time.monotonic()
+        whole.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(whole.wait, 60) == 0
+        assert time.monotonic() - began < 30
+        assert {pid for pid in family if process.started(pid) is not None} == set()
+    finally:
+        whole.kill()
+        whole.stdout.close()
