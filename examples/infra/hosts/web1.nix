@@ -1,0 +1,4 @@
+{
+  imports = [ ./common.nix ../modules/web.nix ];
+  networking.hostName = "web1";
+}
