@@ -12,7 +12,8 @@ start() {
   if [ -e $service/supervise/ok ] && sv status $service >/dev/null 2>&1; then
     printf u > $service/supervise/control
   else
-    ( cd / && exec env -i PATH=$PATH setsid runsv $service </dev/null >/dev/console 2>&1 ) &
+    # Nor may it keep the lock of the switch that asked.
+    ( cd / && exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- && exec env -i PATH=$PATH setsid runsv $service </dev/null >/dev/console 2>&1 ) &
   fi
 }
 stop() {

@@ -14,7 +14,7 @@ esac
 [ -e /etc/NIXOS ] || { echo "This is not a NixOS installation!" >&2; exit 1; }
 # Not two at once: each would undo half of the other.
 if [ "$LAB_SWITCH_LOCKED" != 1 ]; then
-  LAB_SWITCH_LOCKED=1 exec flock -n -E 111 /run/lock/switch "$0" "$@"
+  LAB_SWITCH_LOCKED=1 exec chpst -L /run/lock/switch "$0" "$@"
 fi
 
 if [ $action = switch ] || [ $action = boot ]; then

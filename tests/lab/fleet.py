@@ -1,0 +1,247 @@
+"""A whole toto in one folder: server and worker, a bare infra repo with its hook, a clone to push from, lab machines.
+
+For the demo and for tests of the whole. Everything is real, and started as an operator would: the server
+by `python -m toto.server`, a run by `git push`. What it says of a machine it reads from the machine.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.lab.machine import Machine
+from tests.lab.setup import environment
+from toto import git_host
+from toto.ledger import Entry, Ledger, Target
+
+EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
+ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+ADDRESSES: Final = {"gate": "127.0.1.11", "web1": "127.0.1.12", "web2": "127.0.1.13"}
+PORTS: Final = {"gate": (8081,), "web1": (8080,), "web2": (8080,)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One flow run of `reconcile`: how it ended, in its own words, and how long it took (seconds)."""
+
+    id: str
+    state: str
+    message: str
+    seconds: float
+    begun_after: float
+
+
+class Fleet:
+    """See `fleet`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state, self.home = directory / "state", directory / "server"
+        self.repo, self.work = directory / "repos" / "infra.git", directory / "work"
+        self.key = self.state / "keys" / "machines"
+        self.machines: dict[str, Machine] = {}
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)}
+
+    # The parts
+
+    async def prepare(self, example: Path = EXAMPLE) -> None:
+        """Keys, the bare repo with its hook, and a clone that holds the example; nothing is pushed yet."""
+        self.key.parent.mkdir(mode=0o700, parents=True)
+        self.state.chmod(0o700)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "toto", "-f", self.key], check=True)
+        await git_host.create(self.repo, api_url=f"{self.url}/api", ui_url=self.url)
+        shutil.copytree(example, self.work)
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.git("remote", "add", "toto", str(self.repo))
+        shutil.copy(self.key.with_suffix(".pub"), self.work / "keys" / "toto.pub")
+
+    async def start_server(self) -> None:
+        """Server and worker, ready for pushes."""
+        log = (self.directory / "toto.log").open("ab")
+        self.server = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "toto.server", "--home", self.home, "--port",
+             str(self.port), "--repos", self.repo.parent],
+            env=self.environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        log.close()
+        assert self.server.stdout is not None
+        while line := await asyncio.to_thread(self.server.stdout.readline):
+            if b"ready" in line:
+                return
+        raise RuntimeError("toto.server did not start:\n" + (self.directory / "toto.log").read_text())
+
+    async def stop_server(self) -> None:
+        """An orderly stop."""
+        if self.server is not None:
+            self.server.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.to_thread(self.server.wait, 60)
+            except subprocess.TimeoutExpired:
+                self.server.kill()
+                self.server.wait()
+            assert self.server.stdout is not None
+            self.server.stdout.close()
+            self.server = None
+
+    async def start_machines(self, names: Iterable[str] = ADDRESSES) -> None:
+        """Freshly installed machines that let toto in, and run nothing yet."""
+        for name in names:
+            machine = Machine(name, self.directory / "machines" / name, self.key, address=ADDRESSES[name],
+                              ports=PORTS[name])
+            self.machines[name] = machine
+        await asyncio.gather(*(self.machines[name].start() for name in names))
+        await asyncio.gather(*(self.machines[name].wait_ssh(120) for name in names))
+
+    async def stop(self) -> None:
+        """Everything off."""
+        await self.stop_server()
+        await asyncio.gather(*(machine.power_cut() for machine in self.machines.values()))
+
+    # What an operator does
+
+    def git(self, *arguments: str) -> str:
+        """git in the clone; what it printed, to the pusher's eye (stdout and stderr)."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER")
+               for what, value in (("NAME", "operator"), ("EMAIL", "operator@example.org"))}
+        done = subprocess.run(["git", *arguments], cwd=self.work, env=clean | who | {"GIT_CONFIG_GLOBAL": "/dev/null"},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"git {' '.join(arguments)}: {done.stdout}")
+        return done.stdout
+
+    def commit(self, message: str, files: dict[str, str | None] | None = None) -> str:
+        """Write (None: remove) files and commit; the commit."""
+        for name, text in (files or {}).items():
+            path = self.work / name
+            if text is None:
+                path.unlink()
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755 if text.startswith("#!") else 0o644)
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD").strip()
+
+    def push(self) -> str:
+        """`git push`; the id of the run that its hook started."""
+        told = self.git("push", "toto", "main")
+        found = re.search(r"/runs/flow-run/([0-9a-f-]{36})", told)
+        assert found, told
+        return found[1]
+
+    async def deploy(self, message: str, files: dict[str, str | None] | None = None, *, timeout: float = 300) -> Run:
+        """Commit, push, and wait for the end of the run."""
+        self.commit(message, files)
+        return await self.ended(self.push(), timeout)
+
+    # What there is to see
+
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        """One request to Prefect's API."""
+        request = urllib.request.Request(f"{self.url}/api{path}", json.dumps(body).encode() if body is not None else None,
+                                         {"Content-Type": "application/json"}, method=method)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+
+    async def ended(self, run: str, timeout: float = 300) -> Run:
+        """Wait until a run has ended."""
+        return await self.until(run, ENDED, timeout)
+
+    async def until(self, run: str, states: set[str], timeout: float = 300) -> Run:
+        """Wait until a run is in one of the states (types, in capitals)."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = await asyncio.to_thread(self.api, "GET", f"/flow_runs/{run}")
+            if found["state_type"] in states:
+                return Run(run, found["state_type"], found["state"]["message"] or "", found["total_run_time"],
+                           found["estimated_start_time_delta"])
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"run {run} is {found['state_type']} after {timeout} s\n{self.logs(run)}")
+            await asyncio.sleep(0.2)
+
+    async def log_line(self, run: str, text: str, timeout: float = 120) -> None:
+        """Wait until a run, or one of its subflows, has logged `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in await asyncio.to_thread(self.logs, run):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{text!r} did not appear in the log of run {run}:\n{self.logs(run)}")
+            await asyncio.sleep(0.3)
+
+    def family(self, run: str) -> list[str]:
+        """A run and its subflows, at any depth."""
+        found, parents = [run], [run]
+        while parents:
+            children = self.api("POST", "/flow_runs/filter",
+                                {"flow_runs": {"parent_flow_run_id": {"any_": parents}}})
+            parents = [each["id"] for each in children]
+            found += parents
+        return found
+
+    def logs(self, run: str) -> str:
+        """What a run and its subflows logged, in order of time."""
+        lines: list[dict[str, Any]] = []
+        for offset in range(0, 4000, 200):
+            page = self.api("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": self.family(run)}},
+                                                     "sort": "TIMESTAMP_ASC", "limit": 200, "offset": offset})
+            lines += page
+            if len(page) < 200:
+                break
+        return "\n".join(f"{each['timestamp'][11:19]} {each['message']}" for each in lines)
+
+    def subflows(self, run: str) -> list[str]:
+        """The names of a run's subflows."""
+        return sorted(each["name"] for each in self.api(
+            "POST", "/flow_runs/filter", {"flow_runs": {"id": {"any_": self.family(run)[1:]}}}))
+
+    def artifacts(self, run: str) -> dict[str, str]:
+        """The newest artifact of each key of a run and its subflows, as text."""
+        found = self.api("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": self.family(run)}},
+                                                       "sort": "UPDATED_DESC"})
+        return {each["key"]: str(each["data"]) for each in reversed(found)}
+
+    def entry(self, name: str) -> Entry:
+        """What the ledger says of a host."""
+        return Ledger(self.repo).read().get(Target("host", name))
+
+    async def systems(self) -> dict[str, str]:
+        """What each machine runs, asked over ssh: `readlink /run/current-system`."""
+        names = list(self.machines)
+        return dict(zip(names, await asyncio.gather(*(self.machines[name].current_system() for name in names)),
+                        strict=True))
+
+
+@contextlib.asynccontextmanager
+async def fleet(directory: Path, *, machines: Iterable[str] = ADDRESSES) -> AsyncIterator[Fleet]:
+    """A whole toto under `directory`, for as long as the block lasts."""
+    whole = Fleet(directory)
+    try:
+        await whole.prepare()
+        await asyncio.gather(whole.start_server(), whole.start_machines(machines))
+        yield whole
+    finally:
+        await asyncio.shield(whole.stop())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
