@@ -1,5 +1,6 @@
 """Rehearse: build a host and its VM, boot it without internet, test, give it internet, test again."""
 
+import asyncio
 import hashlib
 import os
 import time
@@ -138,12 +139,18 @@ async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
     logger, settings = get_run_logger(), order.settings.sandbox
     found = suite.find(order.tree, order.name)
     tools = order.scratch / "bin"
+    tools.mkdir(exist_ok=True)
     suite.write_on_host(tools)
-    result = await suite.run_phase(
-        found, phase, reached.environment(order.name, phase, tools), timeout=settings.test_timeout,
-        phase_timeout=settings.phase_timeout, keep=settings.test_output, on_line=sink(),
-        on_result=lambda script: logger.info("%s: %s", script.name, script.summary))
-    if result.scripts:
+    try:
+        async with asyncio.timeout(settings.phase_timeout):
+            result = await suite.run_phase(
+                found, phase, reached.environment(order.name, phase, tools), timeout=settings.test_timeout,
+                keep=settings.test_output, on_line=sink(),
+                on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary))
+    except TimeoutError:
+        raise TestsFailed(f"{phase} tests did not end within {settings.phase_timeout:g} s", target=order.name,
+                          hint="see which one hangs in the log, or raise sandbox.phase_timeout in toto.toml") from None
+    if result.results:
         await report.show_tests(order.name, result)
     else:
         logger.info("no %s tests", phase)
@@ -151,4 +158,4 @@ async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
         lines = "\n".join(result.failure_lines(20))
         raise TestsFailed(f"{phase} tests failed:\n{lines}", target=order.name,
                           hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
-    return Trial(tests=result.tests, seconds=result.seconds)
+    return Trial(tests=sum(len(each.report.tests) for each in result.results), seconds=result.seconds)

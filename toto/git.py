@@ -1,15 +1,15 @@
 """Reading the infra repo on toto, and exporting a commit to a tree without .git. The ledger is `toto.ledger`'s.
 
-Objects are read by GitPython with its pure Python database; whatever needs git itself goes through the
-process door with an environment that no hook's GIT_DIR or quarantine leaks into.
+Objects are read by GitPython (which keeps a `git cat-file` of its own while a repo is open); everything else
+goes through the process door. Both get an environment that no hook's GIT_DIR or quarantine leaks into.
 """
 
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
@@ -42,13 +42,17 @@ async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, ch
         env=environment(extra), stdin=stdin, check=check, timeout=300, target=repo.name)
 
 
-def open_repo(repo: Path) -> gitpython.Repo:
-    """The repo for reading, always fresh (a kept one would not see packs that a push brought)."""
+@contextmanager
+def open_repo(repo: Path) -> Iterator[gitpython.Repo]:
+    """The repo for reading, for as long as the block lasts. Raises `InputError` where there is none."""
     try:
-        return gitpython.Repo(repo, odbt=gitpython.GitDB)
+        opened = gitpython.Repo(repo)
     except (gitpython.InvalidGitRepositoryError, gitpython.NoSuchPathError) as error:
         raise InputError("is not a git repository", target=str(repo),
-                         hint="create it with `toto repo create`, or name the bare repo's path") from error
+                         hint="name the path of the bare repo") from error
+    with opened:
+        opened.git.update_environment(GIT_DIR=str(opened.git_dir))
+        yield opened
 
 
 def bare(path: Path) -> Path:

@@ -204,13 +204,12 @@ class Ledger:
                "GIT_COMMITTER_NAME": "toto", "GIT_COMMITTER_EMAIL": "toto@localhost"}
         try:
             await git.git(self.repo, "read-tree", parent or _EMPTY_TREE, extra=index)
-            if entry is None:
-                await git.git(self.repo, "update-index", "--force-remove", path, extra=index)
-            else:
+            line = f"0 {'0' * 40}\t{path}\n"  # as git says that a file is gone
+            if entry is not None:
                 text = json.dumps(entry.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"
                 blob = await git.git(self.repo, "hash-object", "-w", "--stdin", stdin=text.encode())
-                await git.git(self.repo, "update-index", "--add", "--cacheinfo",
-                              f"100644,{blob.stdout.strip()},{path}", extra=index)
+                line = f"100644 {blob.stdout.strip()}\t{path}\n"
+            await git.git(self.repo, "update-index", "--index-info", stdin=line.encode(), extra=index)
             tree = (await git.git(self.repo, "write-tree", extra=index)).stdout.strip()
             parents = ["-p", parent] if parent else []
             commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()

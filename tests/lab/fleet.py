@@ -216,7 +216,7 @@ class Fleet:
         """The newest artifact of each key of a run and its subflows, as text."""
         found = self.api("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": self.family(run)}},
                                                        "sort": "UPDATED_DESC"})
-        return {each["key"]: str(each["data"]) for each in reversed(found)}
+        return {each["key"]: str(each["data"]) for each in reversed(found) if each["key"]}
 
     def entry(self, name: str) -> Entry:
         """What the ledger says of a host."""

@@ -1,7 +1,7 @@
 # A plain host with a service of its own: it answers on port 8081.
 { pkgs, ... }:
 {
-  imports = [ ./common.nix ];
+  imports = [ ../modules/common.nix ];
   networking.hostName = "gate";
   environment.etc."gate/status".text = "open\n";
   systemd.services.gate = {

@@ -1,4 +1,4 @@
 {
-  imports = [ ./common.nix ../modules/web.nix ];
+  imports = [ ../modules/common.nix ../modules/web.nix ];
   networking.hostName = "web1";
 }
