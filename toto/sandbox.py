@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from toto import process, ssh
 from toto.errors import InputError, TotoError
 from toto.process import CommandTimeout, LineSink, Running
-from toto.ssh import Connection, SshTarget, Unreachable
+from toto.ssh import AuthenticationFailed, Connection, SshTarget, Unreachable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +43,8 @@ INET_MAC: Final = "52:54:00:12:34:57"
 _MANAGEMENT: Final = "restrict=on,ipv6=off,net=192.0.2.0/24"
 _INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet0,mac={INET_MAC},romfile="
 _CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
+
+_REFUSALS: Final = 5  # logins, a second apart: a machine that is still coming up may refuse one
 
 # What a console says when nothing more is to be waited for.
 _FATAL: Final = ("Kernel panic - not syncing", "An error occurred in stage 1 of the boot process",
@@ -144,10 +146,13 @@ async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequenc
 
     `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, `ports` the
     guest's ports to forward besides SSH. `memory` (MB) and `cores` overrule the host's own. `boot_timeout` is in
-    seconds. Everything lives in a directory of its own under `state`. Raises `BootTimeout`, `SandboxFailed`.
+    seconds. Everything lives in a directory of its own under `state`. Raises `BootTimeout`, `SandboxFailed`, and
+    `InputError` for a `vm` without a script to run.
     """
     accelerated = await acceleration(state)
     script = _script(vm, host)
+    if "," in str(state.absolute()):
+        raise InputError(f"QEMU cannot keep a disk in {state}", target=host, hint="choose a path without a comma")
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The name says whose it is from the first moment on: see `sweep`.
@@ -260,14 +265,21 @@ class _Vm:
             raise SandboxFailed(f"QEMU did not forward port {missing[0]}", target=self.host)
         await self.qmp.execute("cont")
         target = SshTarget(self.host, "127.0.0.1", forwards[SSH], identity=key, throwaway=True)
-        while True:
+        for tries in itertools.count(1):
             await _speaks_ssh("127.0.0.1", target.port)
             try:
                 connection = await stack.enter_async_context(ssh.connection(target, self.directory / "ssh"))
                 return Sandbox(self.host, target, connection, self.console.path, forwards, self)
+            except AuthenticationFailed as error:
+                if tries >= _REFUSALS:
+                    raise SandboxFailed(f"the VM does not let toto's key in: {error.words}", target=self.host,
+                                        hint="see what the host does to root's login: services.openssh, security.pam",
+                                        console=self.console.tail()) from None
+                self.login = error
             except Unreachable as error:
                 self.login = error
-                await asyncio.sleep(1)
+            await asyncio.sleep(1)
+        raise AssertionError("unreachable")
 
     async def or_trouble(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, unless QEMU ends or the guest crashes before."""
