@@ -107,8 +107,18 @@ class Api:
         return cls(env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING"))
 
     async def call(self, method: str, path: str, body: object = None, *, timeout: float = 30) -> Any:
-        """The decoded answer (None when there is none). Raises `ServerError` with the HTTP status, if any."""
-        return await asyncio.to_thread(self._call, method, path, body, timeout)
+        """The decoded answer (None when there is none). Raises `ServerError` with the HTTP status, if any.
+
+        An answer of 503 is tried again for up to `timeout` seconds: on SQLite it says no more than "locked just now".
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return await asyncio.to_thread(self._call, method, path, body, timeout)
+            except ServerError as error:
+                if error.status != 503 or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.3)
 
     def _call(self, method: str, path: str, body: object, timeout: float) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -387,18 +397,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     database_url, auth = os.environ.pop("TOTO_DATABASE_URL", None), os.environ.pop("TOTO_AUTH", None)
 
     async def until_signalled() -> None:
-        stop = asyncio.Event()
+        stop, ready = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         work = asyncio.create_task(serve(chosen.home, chosen.port, stop=stop, repos=chosen.repos, root=chosen.root,
                                          branch=chosen.branch, host=chosen.host, database_url=database_url, auth=auth,
-                                         ui_url=chosen.ui_url))
+                                         ui_url=chosen.ui_url, ready=ready))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        # Asked to stop before it was ready: give up the start; after that, `serve` ends by itself.
-        done, _ = await asyncio.wait((work,), timeout=3)
-        if not done:
+        # Asked to stop before it was ready: give up the start. After that `serve` ends by itself, and a cancel
+        # would only disturb it while it ends its processes.
+        if not ready.is_set():
             work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
