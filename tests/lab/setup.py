@@ -12,6 +12,7 @@ The result is `<cache>/nixpkgs`: a copy of `nix/lab` with `pinned.nix` beside it
 Needed on this machine: apt, dpkg-deb and nix (single user). A second run takes half a second.
 """
 
+import fcntl
 import hashlib
 import json
 import lzma
@@ -33,6 +34,7 @@ sandbox = false
 experimental-features = nix-command flakes
 """
 
+APT_LISTS: Final = Path("/var/lib/apt/lists")
 PACKAGES: Final = (
     "bash", "busybox", "busybox-static", "e2fsprogs", "libpam-modules", "linux-image-cloud-amd64", "nix-bin",
     "openssh-client", "openssh-server", "openssh-sftp-server", "runit", "squashfs-tools", "sudo",
@@ -71,18 +73,32 @@ def environment() -> dict[str, str]:
 
 def setup() -> Path:
     """Makes the lab's `<nixpkgs>` and returns it. Cheap when nothing has changed."""
-    packages = _closure(PACKAGES)
-    versions = _versions(packages)
-    recipe = [Path(__file__).read_text(), versions]
-    stamp = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:  # two at once would make everything twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _setup()
+
+
+def _setup() -> Path:
     pinned = cache() / "pinned.nix"
     marker = cache() / "stamp"
-    if not (marker.is_file() and marker.read_text() == stamp and _roots_are_valid()):
-        marker.unlink(missing_ok=True)
-        _write(pinned, _make_trees(versions))
-        _write(marker, stamp)
+    asked = cache() / "asked"
+    # apt takes seconds to say what is there, so it is asked only when this recipe or its lists have changed.
+    question = _hash(Path(__file__).read_text(), APT_LISTS.stat().st_mtime_ns)
+    if not (asked.is_file() and asked.read_text() == question and marker.is_file() and _roots_are_valid()):
+        versions = _versions(_closure(PACKAGES))
+        stamp = _hash(Path(__file__).read_text(), versions)
+        if not (marker.is_file() and marker.read_text() == stamp and _roots_are_valid()):
+            marker.unlink(missing_ok=True)
+            _write(pinned, _make_trees(versions))
+            _write(marker, stamp)
+        _write(asked, question)
     _publish(pinned)
     return nixpkgs()
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _closure(wanted: Sequence[str]) -> list[str]:
@@ -118,7 +134,6 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def _make_trees(versions: dict[str, str]) -> str:
-    cache().mkdir(parents=True, exist_ok=True)
     debs = cache() / "debs"
     debs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as scratch:

@@ -39,7 +39,8 @@ MERGES = {
         '({ lib, ... }: { networking.hostName = lib.mkDefault "a"; }) { networking.hostName = "b"; }',
         "config.networking.hostName", '"b"'),
     "mkIf on a whole module": (
-        "({ config, lib, ... }: { config = lib.mkIf config.services.openssh.enable { networking.hostName = \"ssh\"; }; })"
+        "({ config, lib, ... }: {"
+        " config = lib.mkIf config.services.openssh.enable { networking.hostName = \"ssh\"; }; })"
         " { services.openssh.enable = true; }",
         "config.networking.hostName", '"ssh"'),
     "mkIf that does not hold": (
@@ -53,7 +54,7 @@ MERGES = {
         " lib.mkMerge [ (lib.mkAfter \"last\") \"mid\" (lib.mkBefore \"first\") ]; })",
         "config.services.openssh.extraConfig", r'"first\nmid\nlast"'),
     "options of one's own": (
-        "({ config, lib, ... }: { options.my.n = lib.mkOption { type = lib.types.int; default = 1; }; config.my.n = 2; })",
+        "({ lib, ... }: { options.my.n = lib.mkOption { type = lib.types.int; default = 1; }; config.my.n = 2; })",
         "config.my.n", "2"),
     "what only real hardware has is accepted": (
         "{ boot.loader.grub.device = \"/dev/sda\"; hardware.cpu.intel.updateMicrocode = true; }",
