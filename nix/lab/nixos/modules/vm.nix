@@ -17,7 +17,7 @@ let
     mv image $out/image
   '';
 
-  # The rest of the closure, and what nix knows of all of it (for `nix-store --load-db`). The attributes
+  # The rest of the closure, and nix's database of all of it. The attributes
   # reach the builder as JSON, because only then does nix tell the hash and size of each path.
   own = derivation {
     name = "lab-image-${name}";
@@ -44,8 +44,13 @@ let
         }' > registration
       mkdir -p "$out" tree
       grep -v -x -F -e ${pkgs.base} -e ${pkgs.kernel} -e ${config.system.build.initrd} paths > own
-      cp registration tree/nix-path-registration
-      ${pkgs.tool "mksquashfs"} $(cat own) tree/nix-path-registration image -no-progress -quiet \
+      # nix's database is made here, where it costs a tenth of a second and not two of an emulated machine.
+      NIX_STATE_DIR=$PWD/state NIX_LOG_DIR=$PWD/log NIX_REMOTE= NIX_CONFIG="build-users-group =" \
+        ${pkgs.base}/lib64/ld-linux-x86-64.so.2 --library-path ${pkgs.base}/lib/x86_64-linux-gnu \
+        ${pkgs.base}/bin/nix-store --load-db < registration
+      mkdir tree/nix-db
+      cp state/db/db.sqlite state/db/schema tree/nix-db/
+      ${pkgs.tool "mksquashfs"} $(cat own) tree/nix-db image -no-progress -quiet \
         -noI -noD -noF -noX -all-root -no-xattrs -processors 1 -mkfs-time 1 -all-time 1
       mv image "$out/image"
     '' ];

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What process 1 runs once at boot: cards, nix's database on a first boot, services.
+# What process 1 runs once at boot: cards, then services.
 export PATH=/run/wrappers/bin:/run/current-system/sw/bin
 ip link set lo up
 while read -r mac name; do
@@ -20,7 +20,4 @@ for file in /etc/sv/*/enabled; do
     *) late="$late $name" ;;
   esac
 done
-if [ -e /nix/var/nix/db/registration ]; then
-  nix-store --load-db < /nix/var/nix/db/registration && rm /nix/var/nix/db/registration
-fi
 /etc/lab/supervise start $late

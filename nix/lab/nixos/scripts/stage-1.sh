@@ -40,8 +40,13 @@ system=${given%/init}
 [ -s boot/default ] && system=$(cat boot/default)
 [ -d "/root$system" ] || fail "$system is not in the store"
 
-# A first boot: nix learns what is in the image, and the system becomes generation 1.
-if ! [ -e nix/var/nix/db/db.sqlite ]; then cp nix/.ro-own/nix-path-registration nix/var/nix/db/registration; fi
+# A first boot: nix knows what is in the image, and the system becomes generation 1.
+if ! [ -e nix/var/nix/db/db.sqlite ]; then
+  cp nix/.ro-own/nix-db/schema nix/var/nix/db/schema
+  cp nix/.ro-own/nix-db/db.sqlite nix/var/nix/db/new
+  chmod 644 nix/var/nix/db/new
+  mv nix/var/nix/db/new nix/var/nix/db/db.sqlite
+fi
 if ! [ -L nix/var/nix/profiles/system ]; then
   ln -s "$system" nix/var/nix/profiles/system-1-link
   ln -s system-1-link nix/var/nix/profiles/system
