@@ -1,4 +1,4 @@
-"""Reconcile: make the fleet agree with a commit. Detect, rehearse, roll out, record; and put all back if it goes wrong."""
+"""Reconcile: make the fleet agree with a commit: detect, rehearse, roll out, record; revert when it goes wrong."""
 
 import asyncio
 from pathlib import Path
@@ -46,7 +46,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
     run = str(runtime.flow_run.id)
     async with plans.claimed(repo, run):
         await sweep(repo)
-        if not plan_only and Ledger(repo).read().open_intents:
+        if not plan_only and _left_open(repo):
             async with one_roll_out(repo, run):
                 await settle(repo)
         wanted = git.resolve(repo, commit or "HEAD")
@@ -63,7 +63,8 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
             newer = await git.superseded_by(repo, wanted, plan.settings.branch)
             if newer and origin == "push":
                 return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
-            await settle(repo)
+            if _left_open(repo):
+                await settle(repo)
             touched = await _roll_out_all(await _still_due(plan, orders), plan, story)
             if story.failed_roll_out:
                 story.put_back = await _revert(plan, run, touched, story)
@@ -71,6 +72,10 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
             return await _told(story, Failed(message=story.headline()))
         await git.mark(repo, "toto/last-good", wanted)
         return await _told(story, Completed(message=story.headline()))
+
+
+def _left_open(repo: Path) -> bool:
+    return bool(Ledger(repo).read().open_intents)
 
 
 async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:

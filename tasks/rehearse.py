@@ -42,7 +42,8 @@ class Verdict(_Value):
     seconds: dict[str, float]
 
     def __str__(self) -> str:
-        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s" for phase, count in self.tests.items())
+        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s"
+                         for phase, count in self.tests.items())
 
 
 class Trial(_Value):
@@ -155,7 +156,7 @@ async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
     else:
         logger.info("no %s tests", phase)
     if not result.passed:
-        lines = "\n".join(result.failure_lines(20))
-        raise TestsFailed(f"{phase} tests failed:\n{lines}", target=order.name,
+        first, *rest = result.failure_lines(20)
+        raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
                           hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
     return Trial(tests=sum(len(each.report.tests) for each in result.results), seconds=result.seconds)

@@ -79,7 +79,7 @@ activate() {
 	case $1 in
 	switch | boot) nix-env --profile "$profile" --set "$2" || return ;;
 	esac
-	timeout -k 10 "$finish" "$2/bin/switch-to-configuration" "$1"
+	(umask 022 && exec timeout -k 10 "$finish" "$2/bin/switch-to-configuration" "$1")
 	code=$?
 	sync
 	return $code

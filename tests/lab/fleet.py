@@ -222,6 +222,11 @@ class Fleet:
         """What the ledger says of a host."""
         return Ledger(self.repo).read().get(Target("host", name))
 
+    def runs_its_good(self, name: str, system: str) -> bool:
+        """Whether what a machine runs is what the ledger calls its last good."""
+        good = self.entry(name).good
+        return good is not None and good.path == system
+
     async def systems(self) -> dict[str, str]:
         """What each machine runs, asked over ssh: `readlink /run/current-system`."""
         names = list(self.machines)

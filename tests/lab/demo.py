@@ -1,0 +1,172 @@
+"""The demo: a fleet of three virtual machines, and five pushes. `make demo`, or `python -m tests.lab.demo`.
+
+What it claims of a machine it has asked the machine itself, over ssh; a claim that does not hold ends it
+with status 1. With KEEP set it leaves everything running until Ctrl-C.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from tests.lab import setup
+from tests.lab.fleet import ADDRESSES, Fleet, Run, fleet
+from toto.changes import table
+
+BROKEN_OUTSIDE = """#!/bin/sh
+echo 1..1
+echo 'not ok 1 - the payment provider answers'
+echo '# curl: (6) Could not resolve host: payments.example.org'
+"""
+BROKEN_AFTER = """#!/bin/sh
+echo 1..1
+echo 'not ok 1 - the page is served to a customer'
+"""
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def title(text: str) -> None:
+    say(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}")
+
+
+class Claim(Exception):
+    """Something that the demo says did not hold."""
+
+
+def claim(what: str, holds: bool) -> None:
+    say(f"   {'✓' if holds else '✗'} {what}")
+    if not holds:
+        raise Claim(what)
+
+
+async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
+    """Push, show that something is happening, and show the result as a table."""
+    whole.commit(message, files)
+    began = time.monotonic()
+    run = whole.push()
+    say(f"   $ git push toto main        # {message}")
+    say(f"   {whole.url}/runs/flow-run/{run}")
+    told: set[str] = set()
+    ending = asyncio.create_task(whole.ended(run, 400))
+    while not ending.done():
+        await asyncio.wait([ending], timeout=1)
+        for name in await asyncio.to_thread(whole.subflows, run):
+            if name not in told:
+                told.add(name)
+                say(f"   {time.monotonic() - began:5.0f} s  {name}")
+    ended = await ending
+    systems = await whole.systems()
+    rows = [{"host": name, "runs": Path(path).name[:60],
+             "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed"}
+            for name, path in systems.items()]
+    say("\n" + "\n".join(f"   {line}" for line in table(rows, ("host", "commit", "runs")).splitlines()))
+    say(f"\n   {ended.state.lower()} after {time.monotonic() - began:.0f} s: {ended.message}\n")
+    return ended
+
+
+async def story(whole: Fleet) -> None:
+    """The five pushes."""
+    title("1. The first push: every host is rehearsed in a VM, then rolled out")
+    before = await whole.systems()
+    first = await push(whole, "the fleet", {})
+    after = await whole.systems()
+    claim("the run is green", first.state == "COMPLETED")
+    claim("every machine runs what was rehearsed", all(whole.runs_its_good(name, after[name]) for name in ADDRESSES))
+    claim("which is another system than it was installed with", all(before[name] != after[name] for name in ADDRESSES))
+
+    title("2. A push that changes only the README: nothing is done")
+    nothing = await push(whole, "say hello in the README", {"README.md": "# Hello\n"})
+    claim("the run is green, and had no host to rehearse", nothing.state == "COMPLETED"
+          and not whole.subflows(nothing.id))
+    claim("no machine has changed", await whole.systems() == after)
+    say(f"   · it took {nothing.seconds:.1f} s, evaluation of the three hosts and all")
+
+    title("3. A change of the module that web1 and web2 share: only these two")
+    page = (whole.work / "modules/web.nix").read_text()
+    shared = await push(whole, "another greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
+    changed = await whole.systems()
+    claim("the run is green", shared.state == "COMPLETED")
+    claim("web1 and web2 run another system, gate is as it was",
+          {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"})
+    served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
+    claim("web1 serves the new page", "Good morning" in served)
+
+    title("4. A change whose with-internet test fails: no machine is touched")
+    refused = await push(whole, "take payments", {
+        "modules/web.nix": page.replace("Hello", "Pay here"),
+        "tests/web1/with-internet/50-payments": BROKEN_OUTSIDE})
+    claim("the run is red, and says which test", refused.state == "FAILED" and "payment provider" in refused.message)
+    claim("no machine was touched", await whole.systems() == changed)
+
+    title("5. A change that passes in the VM and fails on the real machine: everything goes back")
+    reverted = await push(whole, "serve customers", {
+        "modules/web.nix": page.replace("Hello", "Welcome"), "tests/web1/with-internet/50-payments": None,
+        "tests/web2/post-switch/50-customer": BROKEN_AFTER})
+    claim("the run is red, and says which test", reverted.state == "FAILED" and "to a customer" in reverted.message)
+    claim("web1 had been switched before web2 failed", "web1: roll out" in whole.subflows(reverted.id))
+    claim("and all machines are back at their last good", await whole.systems() == changed)
+    served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
+    claim("web1 serves the page it served before", "Good morning" in served)
+
+    title("The history, as the ledger has it (git log refs/toto/ledger)")
+    history = whole.git("--git-dir", str(whole.repo), "log", "--format=   %cd  %s", "--date=format:%H:%M:%S", "-12",
+                        "refs/toto/ledger")
+    say(history.rstrip())
+
+
+async def main() -> int:
+    """Exit status: 0 when all went as told, 1 otherwise."""
+    keep = bool(os.environ.get("KEEP"))
+    began = time.monotonic()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    title("Setting up: the lab's packages, a Prefect server (SQLite, loopback), a worker, three machines")
+    await asyncio.to_thread(setup.setup)
+    directory = Path(tempfile.mkdtemp(prefix="demo-", dir=_state()))
+    try:
+        async with fleet(directory) as whole:
+            say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
+            telling = asyncio.create_task(_unless(stop, lambda: story(whole)))
+            await telling
+            say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
+            if keep and not stop.is_set():
+                say(f"Left running: {whole.url}\nPush from {whole.work}; log in with `ssh -i {whole.key} -p 2222 "
+                    "toto@127.0.1.12`. Ctrl-C ends it all.")
+                await stop.wait()
+    except Claim as error:
+        say(f"\nThe demo does not hold: {error}")
+        return 1
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return 130 if stop.is_set() and not keep else 0
+
+
+async def _unless(stop: asyncio.Event, work: Callable[[], Awaitable[None]]) -> None:
+    """Do the work, or give it up when `stop` is set."""
+    working, stopping = asyncio.ensure_future(work()), asyncio.create_task(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait([working])
+        return
+    await working
+
+
+def _state() -> Path:
+    state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
+    state.mkdir(parents=True, exist_ok=True)
+    return state
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
