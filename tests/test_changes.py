@@ -96,7 +96,8 @@ def test_a_failed_evaluation_is_neither_waiting_nor_retired_nor_unchanged() -> N
 
 
 def test_the_plan_prints_every_target_and_why() -> None:
-    found = changes.compare("c", [host(version=2), host("new1")], [Failure(name="bad", message="hosts/bad.nix:3: oops")],
+    failure = Failure(name="bad", message="hosts/bad.nix:3: oops")
+    found = changes.compare("c", [host(version=2), host("new1")], [failure],
                             manifest(MACHINE, Machine(name="new1", address="192.0.2.3"),
                                      Machine(name="later", address="192.0.2.4")),
                             ledger(web1=Entry(good=was()), gone=Entry(good=was("gone"))))

@@ -149,7 +149,7 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
     pusher = Pusher(tmp_path / "clone", repo)
     assert "the push is accepted" in pusher.push()
     env = os.environ | {"PYTHONPATH": str(server.ROOT), "TOTO_AUTH": "admin:secret"}
-    whole = subprocess.Popen(  # noqa: ASYNC220
+    whole = subprocess.Popen(
         [sys.executable, "-m", "toto.server", "--home", home, "--port", str(port), "--root", tiny_project],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     assert whole.stdout

@@ -97,7 +97,7 @@ async def test_a_dead_master_is_replaced_by_plain_connections(server: Server, tm
     async with ssh.connection(server.target, tmp_path / "c") as there:
         assert there.master is not None
         os.kill(there.master.pid, 9)
-        while there.master.status is None:  # noqa: ASYNC110
+        while there.master.status is None:
             await asyncio.sleep(0.02)
         done = await there.run(["echo", "back"])
         assert (done.stdout, done.stderr) == ("back\n", "")

@@ -220,7 +220,7 @@ async def test_one_endless_line_is_kept_in_part(tmp_path: Path) -> None:
 
 async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
     task = asyncio.create_task(run_body(tmp_path, f"echo $$ > {tmp_path}/pid; sleep 60\n", timeout=60))
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():  # noqa: ASYNC110
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

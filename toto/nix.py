@@ -95,8 +95,10 @@ def _evaluation_failed(error: process.CommandFailed, host: Host, tree: Path) -> 
     text = error.tail.replace(f"{tree}/", "").replace(str(tree), ".")
     at = next((match for match in _POSITION.finditer(text) if not match[1].startswith("/")), None)
     where = f"{at[1]}:{at[2]}" if at else host.origin
-    return EvaluationFailed(f"does not evaluate ({where}):\n{text}", target=host.name,
-                            hint=f"mend {where} and push again")
+    hint = f"mend {where} and push again"
+    if "requires lock file changes" in text:
+        hint = "run `nix flake lock` and commit flake.lock: without it two runs may see two nixpkgs"
+    return EvaluationFailed(f"does not evaluate ({where}):\n{text}", target=host.name, hint=hint)
 
 
 async def outputs(drv: str) -> list[str]:

@@ -58,7 +58,7 @@ class Story:
 
     def hold_behind(self, group: Sequence[str], manifest: Manifest) -> list[str]:
         """Of a group, the hosts that may go on; those that come `after` one that cannot be reached are held."""
-        stuck = [name for name, end in self.outcome.items() if end == "unreachable"]
+        stuck = [*(name for name, end in self.outcome.items() if end == "unreachable"), *self.held]
         for name in group:
             if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
                 self.held[name] = behind

@@ -157,8 +157,9 @@ class Fleet:
 
     def api(self, method: str, path: str, body: object = None) -> Any:
         """One request to Prefect's API."""
-        request = urllib.request.Request(f"{self.url}/api{path}", json.dumps(body).encode() if body is not None else None,
-                                         {"Content-Type": "application/json"}, method=method)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/api{path}", data, {"Content-Type": "application/json"},
+                                         method=method)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
             return json.loads(answer.read() or b"null")
 

@@ -1,0 +1,372 @@
+"""The whole of toto on real parts: pushes to a real repo, real runs, real VMs, real machines that lose their power.
+
+One fleet serves all tests of this file, in their order; each leaves it whole, with every machine at its last good.
+What a test script of web1 does is read from files outside the repo (`Control`), so that a test can change its
+mind without changing the host: the rehearsals of the two variants, A and B, are then cached.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.lab import setup
+from tests.lab.fleet import Fleet, Run
+from tests.repos import git
+from toto.ledger import REF
+
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+
+GOOD = "echo 1..1\necho ok 1 - as it should be\n"
+BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
+SETTINGS = """
+[roll_out]
+confirm_timeout = 15
+activation_timeout = 90
+connect_timeout = 5
+[sandbox]
+test_timeout = 120
+"""
+
+
+class Control:
+    """What web1's test script of each phase does: a script that passes, unless told otherwise."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.all_good()
+
+    def all_good(self) -> None:
+        for phase in ("no-internet", "with-internet", "smoke", "post-switch"):
+            self[phase] = GOOD
+
+    def __setitem__(self, phase: str, script: str) -> None:
+        (self.directory / phase).write_text(script)
+
+    def waits(self, phase: str) -> None:
+        """The script says that it has begun, and waits until it is let go (then it passes)."""
+        self[phase] = (f"touch {self.directory}/begun\n"
+                       f"while [ ! -e {self.directory}/go ]; do sleep 0.1; done\n" + GOOD)
+        for name in ("begun", "go"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    async def begun(self, timeout: float = 120) -> None:
+        async with asyncio.timeout(timeout):
+            while not (self.directory / "begun").exists():
+                await asyncio.sleep(0.1)
+
+    def go(self) -> None:
+        (self.directory / "go").touch()
+
+    def script(self) -> str:
+        return f"#!/bin/sh\n. {self.directory}/$TOTO_PHASE\n"
+
+
+class Whole(Fleet):
+    """A fleet whose web1 has two variants and a script that a test controls."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.control = Control(directory / "control")
+
+    def web1(self, variant: str, more: str = "") -> dict[str, str | None]:
+        """The host web1 in variant A or B; `more` is further configuration."""
+        return {"hosts/web1.nix": '{ imports = [ ../modules/common.nix ../modules/web.nix ];\n'
+                                  '  networking.hostName = "web1";\n'
+                                  f'  environment.etc."variant".text = "{variant}";\n  {more} }}\n'}
+
+    async def other(self, message: str) -> Run:
+        """Deploy web1 in the variant that it does not run now."""
+        return await self.deploy(message, self.web1(self.next_variant()))
+
+    def next_variant(self) -> str:
+        return "B" if '"A"' in (self.work / "hosts/web1.nix").read_text() else "A"
+
+    def begin_other(self, message: str) -> str:
+        """As `other`, without waiting for the end; the run."""
+        self.commit(message, self.web1(self.next_variant()))
+        return self.push()
+
+    def kill(self) -> None:
+        """SIGKILL server, worker and flow runs, all at once, as a power cut of toto would."""
+        assert self.server is not None
+        victims = [pid for pid in _processes_of(self.directory) if b"qemu" not in _command(pid)
+                   or b"sandboxes" in _environment(pid)]
+        for pid in [self.server.pid, *victims]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.server.wait()
+        assert self.server.stdout is not None
+        self.server.stdout.close()
+        self.server = None
+
+    def sandboxes(self) -> list[int]:
+        """The processes of sandboxes that are there."""
+        return [pid for pid in _all() if b"qemu" in _command(pid) and str(self.state).encode() in _command(pid)]
+
+    def history(self) -> list[str]:
+        return git("log", "--format=%s", REF, cwd=self.repo).splitlines()
+
+    async def settled(self) -> None:
+        """No target is left half done, no sandbox runs, and each machine runs its last good."""
+        systems = await self.systems()
+        for name in self.machines:
+            entry = self.entry(name)
+            assert entry.intent is None
+            assert entry.good is not None and entry.good.path == systems[name]
+            assert await self.machines[name].profile() == systems[name]
+        assert not self.sandboxes()
+
+
+def _all() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _environment(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
+def _processes_of(directory: Path) -> list[int]:
+    """Processes that were started with this fleet's state: the server's, the worker's, the flow runs'."""
+    needle = f"TOTO_STATE={directory}/state".encode()
+    return [pid for pid in _all() if needle in _environment(pid) and pid != os.getpid()
+            and b"/machines/" not in _command(pid)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole]:
+    """gate and web1 are on, web2 is in the manifest and off. Nothing is deployed yet."""
+    await asyncio.to_thread(setup.setup)
+    fleet = Whole(tmp_path_factory.mktemp("whole"))
+    try:
+        await fleet.prepare()
+        for path in (fleet.work / "tests" / "web1").rglob("*"):
+            if path.is_file():
+                path.unlink()
+        for phase in ("no-internet", "with-internet", "smoke", "post-switch"):
+            (fleet.work / "tests/web1" / phase / "50-control").write_text(fleet.control.script())
+            (fleet.work / "tests/web1" / phase / "50-control").chmod(0o755)
+        (fleet.work / "toto.toml").write_text(SETTINGS)
+        await asyncio.gather(fleet.start_server(), fleet.start_machines(["gate", "web1"]))
+        yield fleet
+    finally:
+        await asyncio.shield(fleet.stop())
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def _controlled(whole: Whole) -> None:
+    whole.control.all_good()
+
+
+async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: Whole) -> None:
+    installed = await whole.systems()
+    run = await whole.deploy("the fleet", whole.web1("A"))
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    assert "gate, web1 deployed" in run.message
+    assert "web2 unreachable" in run.message
+    await whole.settled()
+    systems = await whole.systems()
+    assert all(systems[name] != installed[name] for name in systems)
+    entry = whole.entry("web1")
+    assert entry.before is not None and entry.before.system == installed["web1"]
+    assert whole.entry("web2").unreachable is not None
+    assert whole.entry("web2").intent is None
+
+
+async def test_a_machine_that_was_off_catches_up_by_itself_and_is_not_rehearsed_again(whole: Whole) -> None:
+    before = await whole.systems()
+    await whole.start_machines(["web2"])
+    run = await whole.deploy("readme", {"README.md": "hello\n"})
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    assert run.message.endswith("web2 deployed")
+    assert whole.subflows(run.id) == ["web2: rehearse", "web2: roll out"]
+    assert "console:" not in whole.logs(run.id), "its verdict was cached: no VM was booted"
+    assert {name: path for name, path in (await whole.systems()).items() if name != "web2"} == before
+    await whole.settled()
+
+
+async def test_a_readme_only_commit_touches_no_host(whole: Whole) -> None:
+    before, history = await whole.systems(), whole.history()
+    run = await whole.deploy("readme again", {"README.md": "hello again\n"})
+    assert run.state == "COMPLETED"
+    assert "nothing to do" in run.message
+    assert whole.subflows(run.id) == []
+    assert await whole.systems() == before
+    assert whole.history() == history
+
+
+async def test_a_change_of_tests_alone_rehearses_and_verifies_but_activates_nothing(whole: Whole) -> None:
+    before, history = await whole.systems(), whole.history()
+    run = await whole.deploy("more tests", {"tests/web1/post-switch/60-more": "#!/bin/sh\necho 1..1\necho ok\n"
+                                            .replace("echo ok", "echo ok 1")})
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    assert whole.subflows(run.id) == ["web1: rehearse", "web1: roll out"]
+    assert await whole.systems() == before
+    assert len(whole.history()) == len(history) + 1
+    assert "verified" in whole.history()[0]
+
+
+async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll_out(whole: Whole) -> None:
+    before = await whole.systems()
+    gate = (whole.work / "hosts/gate.nix").read_text()
+    broken: dict[str, str | None] = {"hosts/gate.nix": gate.replace("pkgs.busybox", "pkgs.nope")}
+    run = await whole.deploy("a mistake", whole.web1("B") | broken)
+    assert run.state == "FAILED"
+    assert "gate: evaluation failed" in run.message and "hosts/gate.nix:" in run.message
+    assert "nothing was touched" in run.message
+    assert whole.subflows(run.id) == ["web1: rehearse"]
+    assert await whole.systems() == before
+    await whole.deploy("mended", whole.web1("A") | {"hosts/gate.nix": gate})
+
+
+async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> None:
+    before = await whole.systems()
+    whole.control["post-switch"] = BAD
+    run = await whole.other("unhappy")
+    assert run.state == "FAILED"
+    assert "the customer is happy" in run.message and "web1 put back" in run.message
+    assert await whole.systems() == before
+    await whole.settled()
+    report = whole.artifacts(run.id)["report-infra"]
+    assert "not ok 1 - the customer is happy" in report and before["web1"] in report
+    whole.control.all_good()
+    again = await whole.deploy("once more", {})
+    assert again.state == "COMPLETED", whole.logs(again.id)
+    assert (await whole.systems())["web1"] != before["web1"]
+
+
+async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole: Whole) -> None:
+    before = await whole.systems()
+    broken = ('services.openssh.extraConfig = "ListenAddress 10.255.255.1";\n'
+              '  virtualisation.vmVariant.services.openssh.extraConfig = lib.mkForce "";')
+    files = {name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
+             for name, text in whole.web1("B", broken).items()}
+    run = await whole.deploy("lock ourselves out", dict(files), timeout=400)
+    assert run.state == "FAILED"
+    assert "web1 put back" in run.message, run.message
+    await whole.machines["web1"].wait_ssh(60)
+    assert await whole.systems() == before
+    await whole.settled()
+    await whole.deploy("let us in again", whole.web1("A"))
+
+
+async def test_a_power_cut_between_test_and_switch_boots_the_old_generation(whole: Whole) -> None:
+    before = await whole.systems()
+    whole.control.waits("smoke")
+    run = whole.begin_other("the power goes")
+    await whole.control.begun()
+    assert (await whole.systems())["web1"] != before["web1"], "the new system is active, not permanent"
+    await whole.machines["web1"].power_cut()
+    await whole.machines["web1"].start()
+    await whole.machines["web1"].wait_ssh(90)
+    assert await whole.systems() == before
+    whole.control["smoke"] = GOOD
+    whole.control.go()
+    ended = await whole.ended(run)
+    assert ended.state == "FAILED", ended.message
+    await whole.settled()
+    assert await whole.systems() == before
+
+
+@pytest.mark.parametrize("phase", ["with-internet", "smoke", "post-switch"])
+async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase: str) -> None:
+    before = await whole.systems()
+    whole.control.waits(phase)
+    if phase == "with-internet":  # A and B are cached by now
+        whole.commit("a third variant", whole.web1("C"))
+        whole.push()
+    else:
+        whole.begin_other(f"killed in {phase}")
+    await whole.control.begun()
+    whole.kill()
+    whole.control.all_good()
+    touched = (await whole.systems())["web1"] != before["web1"]
+    assert touched == (phase != "with-internet")
+    assert (whole.entry("web1").intent is not None) == touched
+    await whole.start_server()
+    assert not whole.sandboxes(), "the start has removed what was left"
+    files = whole.web1("A" if phase == "with-internet" else whole.next_variant())
+    run = await whole.deploy("after the crash", files)
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    if touched:
+        assert any(line.startswith("web1: put back") for line in whole.history()[:6])
+        assert "died at" in whole.logs(run.id)
+    await whole.settled()
+    states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
+    assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
+
+
+async def test_two_pushes_at_once_end_with_the_newer_and_no_host_is_touched_by_both(whole: Whole) -> None:
+    whole.control.waits("smoke")
+    older = whole.begin_other("first")
+    await whole.control.begun()
+    whole.control["smoke"] = GOOD
+    newer = whole.begin_other("second")
+    await asyncio.sleep(8)
+    whole.control.go()
+    first, second = await whole.ended(older), await whole.ended(newer)
+    assert first.state == "COMPLETED", first.message
+    assert second.state == "COMPLETED", whole.logs(newer)
+    head = git("rev-parse", "main", cwd=whole.repo)
+    good = whole.entry("web1").good
+    assert good is not None and good.commit == head
+    lines = [line for line in reversed(whole.history()) if line.startswith("web1:")][-8:]
+    assert [line.split()[1] for line in lines] == ["intent", "activation", "activation", "good"] * 2
+    await whole.settled()
+
+
+async def test_a_push_that_waits_is_superseded_by_a_newer_one(whole: Whole) -> None:
+    whole.control.waits("smoke")
+    first = whole.begin_other("first")
+    await whole.control.begun()
+    second = whole.begin_other("second, which waits")
+    await whole.log_line(second, "another run is rolling out")
+    third = whole.begin_other("third")
+    whole.control["smoke"] = GOOD
+    whole.control.go()
+    ends = [await whole.ended(run) for run in (first, second, third)]
+    assert [end.state for end in ends] == ["COMPLETED", "CANCELLED", "COMPLETED"], [end.message for end in ends]
+    assert "superseded" in ends[1].message
+    await whole.settled()
+
+
+async def test_a_cancel_in_the_ui_stops_the_sandbox_and_the_next_run_goes_on(whole: Whole) -> None:
+    before = await whole.systems()
+    whole.control.waits("with-internet")
+    whole.commit("a variant that is cancelled", whole.web1("D"))
+    run = whole.push()
+    await whole.control.begun()
+    assert whole.sandboxes()
+    whole.api("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    ended = await whole.ended(run, 60)
+    assert ended.state == "CANCELLED"
+    async with asyncio.timeout(15):
+        while whole.sandboxes():
+            await asyncio.sleep(0.2)
+    assert await whole.systems() == before
+    whole.control.all_good()
+    again = await whole.deploy("once more", {})
+    assert again.state == "COMPLETED", whole.logs(again.id)
+    await whole.settled()
+
+
+async def test_a_stop_leaves_nothing_behind(whole: Whole) -> None:
+    await whole.stop_server()
+    assert _processes_of(whole.directory) == []
+    assert not list((whole.state / "repos").glob("*/runs/*"))
+    assert subprocess.run(["git", "fsck", "--no-dangling"], cwd=whole.repo, check=False).returncode == 0

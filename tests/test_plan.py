@@ -1,0 +1,207 @@
+"""From a commit to a plan, on real nix and the lab's nixpkgs; no machine is touched and no VM booted."""
+
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.lab import setup
+from tests.repos import InfraRepo
+from toto import closure, nix, plan, process
+from toto.changes import Action, Why
+from toto.errors import InputError
+from toto.ledger import Deployed, Entry, Ledger, Target
+from toto.plan import Plan
+
+Make = Callable[..., Awaitable[Plan]]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Path:
+    return setup.setup()
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> InfraRepo:
+    return InfraRepo(tmp_path / "repo")
+
+
+@pytest.fixture
+def make(lab: Path, repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    for name, value in setup.environment().items():
+        if name in ("NIX_PATH", "NIX_CONFIG"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    numbers = iter(range(100))
+
+    async def run(commit: str, *only: str) -> Plan:
+        return await plan.make(repo.bare, commit, f"run-{next(numbers)}", only)
+    return run
+
+
+def machines(*names: str) -> str:
+    return "machines:\n" + "".join(f"  - {{ name: {name}, address: 192.0.2.{number + 1} }}\n"
+                                   for number, name in enumerate(names))
+
+
+def host(name: str, text: str = "x") -> str:
+    return f'{{ networking.hostName = "{name}"; environment.etc."text".text = "{text}"; }}\n'
+
+
+async def good(repo: InfraRepo, made: Plan) -> None:
+    """Make everything that a plan wants the last good, as a roll-out would."""
+    for change in made.changes.changes:
+        deployed = Deployed(identity=change.host.drv, path=change.host.path, commit=made.commit, run=made.run, at="now",
+                            tests=change.host.tests)
+        entry = Entry(good=deployed)
+        await Ledger(repo.bare).write(Target("host", change.host.name), lambda _, new=entry: new, "good")  # type: ignore[misc]
+
+
+async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make) -> None:
+    first = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
+                                    "hosts/b/default.nix": host("b")}))
+    assert [(change.host.name, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
+    await good(repo, first)
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a", "b"), "text": "one", "hosts/b.nix": host("b"),
+        "hosts/a.nix": '{ environment.etc."text".text = builtins.readFile ../text; }\n'}
+    await good(repo, await make(repo.commit(files)))
+    changed = await make(repo.commit({"text": "two"}))
+    assert [(change.host.name, change.why, change.action) for change in changed.changes.changes] == [
+        ("a", Why.CHANGED, Action.DEPLOY)]
+    assert changed.changes.unchanged == ("b",)
+
+
+async def test_a_commit_that_goes_back_to_what_is_deployed_changes_nothing(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a", "one")}
+    await good(repo, await make(repo.commit(files)))
+    repo.commit({"hosts/a.nix": host("a", "two")})
+    assert (await make(repo.commit({"hosts/a.nix": host("a", "one")}))).changes.empty
+
+
+async def test_where_the_tree_lies_does_not_reach_the_drv_from_commit_to_commit(repo: InfraRepo, make: Make) -> None:
+    leaky = '{ environment.etc."where".text = toString ../.; }\n'
+    await good(repo, await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": leaky})))
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("{ networking.hostName = ; }\n", r"hosts/bad\.nix:1"),
+    ("\n\n{ nope }\n", r"hosts/bad\.nix:3"),
+    ("{ }: { }\n", "bad"),
+    ('{ pkgs, ... }: { environment.systemPackages = [ pkgs.nopenope ]; }\n', "nopenope"),
+    ("{ networking.nope.nope = throw \"on purpose\"; environment.etc.x.text = throw \"on purpose\"; }\n", "on purpose"),
+    ("", "bad"),
+])
+async def test_one_host_that_does_not_evaluate_stops_no_other(
+        repo: InfraRepo, make: Make, text: str, says: str) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("bad", "fine"), "hosts/bad.nix": text,
+                                   "hosts/fine.nix": host("fine")}))
+    assert [change.host.name for change in made.changes.changes] == ["fine"]
+    (failure,) = made.changes.failed
+    assert failure.name == "bad"
+    assert re.search(says, failure.message), failure.message
+    assert "/state/" not in failure.message, "positions are told as the operator knows them"
+
+
+async def test_an_endless_evaluation_is_ended_and_told(repo: InfraRepo, make: Make) -> None:
+    endless = ("{ networking.hostName = toString (builtins.foldl' (sum: x: sum + builtins.length "
+               "(builtins.genList (y: y) 100000)) 0 (builtins.genList (x: x) 1000000)); }\n")
+    began = time.monotonic()
+    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": endless,
+                                   "toto.toml": "[nix]\nevaluate_timeout = 2\n"}))
+    assert "did not end within 2 s" in made.changes.failed[0].message
+    assert time.monotonic() - began < 30
+
+
+async def test_dotted_names_work_and_names_that_are_paths_do_not(repo: InfraRepo, make: Make) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("toto.canon"), "hosts/toto.canon.nix": host("toto")}))
+    assert [change.host.name for change in made.changes.changes] == ["toto.canon"]
+    with pytest.raises(InputError, match=r"a\.\.b"):
+        await make(repo.commit({"hosts/a..b.nix": host("x")}))
+
+
+async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Path) -> None:
+    flake = f"""{{
+      inputs.nixpkgs.url = "path:{lab}";
+      outputs = {{ self, nixpkgs }}: {{
+        nixosConfigurations."toto.canon" = nixpkgs.lib.nixosSystem {{
+          system = "x86_64-linux"; modules = [ ./hosts/canon.nix ]; }};
+      }};
+    }}"""
+    files: dict[str, str | None] = {"machines.yaml": machines("toto.canon"), "flake.nix": flake,
+                                    "hosts/canon.nix": host("canon")}
+    with pytest.raises(nix.EvaluationFailed, match="nix flake lock"):
+        await make(repo.commit(files))
+    await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
+    made = await make(repo.commit({}))
+    assert not made.changes.failed, made.changes.failed
+    (change,) = made.changes.changes
+    assert change.host.name == "toto.canon"
+    assert made.vms["toto.canon"].endswith(".drv")
+    await good(repo, made)
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+async def test_a_run_can_be_limited_by_name_and_by_tag(repo: InfraRepo, make: Make) -> None:
+    commit = repo.commit({"machines.yaml": "machines:\n  - { name: a, address: 192.0.2.1, tags: [web] }\n"
+                                           "  - { name: b, address: 192.0.2.2 }\n",
+                          "hosts/a.nix": host("a"), "hosts/b.nix": host("b")})
+    assert [change.host.name for change in (await make(commit, "web")).changes.changes] == ["a"]
+    assert [change.host.name for change in (await make(commit, "b")).changes.changes] == ["b"]
+    with pytest.raises(InputError, match="nope"):
+        await make(commit, "nope")
+
+
+async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
+        repo: InfraRepo, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": host("a")}))
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
+    other = await make(made.commit)
+    assert other.changes.changes[0].host.drv == made.changes.changes[0].host.drv
+    assert other.vms["a"] != made.vms["a"], "another sandbox key"
+
+
+async def test_the_difference_of_two_closures_names_packages_and_units(
+        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
+    service = '{ systemd.services.SAY = { script = "sleep 1000"; wantedBy = [ "multi-user.target" ]; }; }\n'
+    paths = []
+    for number, text in enumerate([service.replace("SAY", "old"), service.replace("SAY", "new")]):
+        made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": text}))
+        paths.append(await nix.build(made.changes.changes[0].host.drv, tmp_path / f"root{number}", timeout=60,
+                                     target="a"))
+    found = await closure.difference(paths[0], paths[1])
+    assert found.units_added == ("new.service",)
+    assert found.units_removed == ("old.service",)
+    assert found.packages_added == ("new-start",)
+    assert found.packages_removed == ("old-start",)
+    assert any(line.startswith("~ etc") for line in found.lines())
+    assert (await closure.difference(paths[0], paths[0])).lines() == ["closure +0 bytes"]
+
+
+@pytest.mark.parametrize(("path", "name", "version"), [
+    ("/nix/store/00000000000000000000000000000000-openssh-9.2p1", "openssh", "9.2p1"),
+    ("/nix/store/00000000000000000000000000000000-etc", "etc", ""),
+    ("/nix/store/00000000000000000000000000000000-nixos-system-web-1-24.11", "nixos-system-web", "1-24.11"),
+    ("/nix/store/00000000000000000000000000000000-unit-sshd.service", "unit-sshd.service", ""),
+])
+def test_names_and_versions_are_told_apart_as_nix_does(path: str, name: str, version: str) -> None:
+    assert closure.name_and_version(path) == (name, version)
+
+
+async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIX_CONFIG", setup.NIX_CONFIG)
+    expression = ('derivation { name = "bad"; system = builtins.currentSystem; builder = "/bin/sh"; '
+                  'args = [ "-c" "echo the disk of the builder burns; exit 3" ]; }')
+    drv = (await process.run(["nix-instantiate", "--expr", expression], env=dict(os.environ))).stdout.strip()
+    with pytest.raises(nix.BuildFailed, match="the disk of the builder burns") as caught:
+        await nix.build(drv, tmp_path / "root", timeout=60, target="a")
+    assert not caught.value.transient

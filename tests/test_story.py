@@ -1,0 +1,73 @@
+"""What a run says of itself: a headline for the list of runs, a page for the one who is paged."""
+
+import pytest
+
+from tasks.report import as_markdown
+from tests.test_changes import host, manifest
+from toto import changes
+from toto.changes import ChangeSet, Failure
+from toto.errors import TotoError
+from toto.ledger import Snapshot
+from toto.manifest import Machine, Manifest
+from toto.story import Returned, Story
+
+FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
+                 Machine(name="c", address="192.0.2.3", after=("b",)))
+
+
+def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Story:
+    wanted = [host(name) for name in names]
+    change_set: ChangeSet = changes.compare("1234567890", wanted, list(failed), of, Snapshot(""))
+    return Story("infra", "1234567890", change_set.model_copy(update={"waiting": ()}))
+
+
+def test_nothing_to_do_says_so() -> None:
+    assert story().headline() == "12345678: nothing to do, 0 hosts are as they should be"
+
+
+def test_a_plan_names_what_would_change() -> None:
+    assert story("a", "b").headline() == "12345678: plan only: a, b would change"
+
+
+def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
+    told = story("a", "b", "c")
+    told.outcome |= {"a": "unreachable", "c": "deployed"}
+    assert told.hold_behind(["b"], FLEET) == []
+    assert told.headline() == "12345678: c deployed; a unreachable; b held back behind what is unreachable"
+
+
+def test_who_comes_after_what_is_held_is_held_too() -> None:
+    told = story("a", "b", "c")
+    told.outcome["a"] = "unreachable"
+    assert told.hold_behind(["b"], FLEET) == []
+    assert told.hold_behind(["c"], FLEET) == []
+
+
+def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("smoke tests failed: 10-page: 1 of 2\nmore", target="a"))
+    assert told.failed and not told.failed_roll_out
+    assert told.headline() == "12345678: a: rehearsal failed: smoke tests failed: 10-page: 1 of 2; nothing was touched"
+
+
+def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
+    told = story("a", failed=(Failure(name="b", message="b: does not evaluate (hosts/b.nix:3):\nerror"),))
+    assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in told.headline()
+
+
+@pytest.mark.parametrize(("back", "says"), [
+    ([Returned("b", path="/nix/store/x"), Returned("a", path="/nix/store/y")], "b, a put back"),
+    ([Returned("b", error="ssh does not reach it"), Returned("a", path="/nix/store/y")],
+     "a put back; b COULD NOT BE PUT BACK"),
+])
+def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
+    told = story("a", "b")
+    told.outcome["a"] = "deployed"
+    told.failure("b", "roll-out", TotoError("`switch` exited with status 4:\nweb.service failed", target="b"))
+    told.put_back = back
+    assert told.headline().endswith(says)
+    page = as_markdown(told)
+    assert "web.service failed" in page
+    assert page.index("web.service failed") < page.index("## Put back")
+    for each in back:
+        assert (each.error or each.path) in page
