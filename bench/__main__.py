@@ -1,35 +1,21 @@
-"""`make bench`: what toto costs, as ratios side by side. A row is a measure beside the thing that it is compared with.
+"""`make bench`: what toto costs, as one table of ratios side by side. A row is a measure beside what it is held against.
 
 Add a row: an async function that yields `Row`s, listed in MEASURES. `python -m bench NAME…` runs some of them.
 """
 
 import asyncio
-import statistics
+import os
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import latency
+from bench import boot, detect, latency, noop
+from bench.row import HEAD, Row, Target
 
-
-@dataclass(frozen=True)
-class Row:
-    """A measure (median of `times`, seconds) and what it is held against, in the same unit."""
-
-    what: str
-    times: list[float]
-    against: str
-    other: list[float]
-
-    def __str__(self) -> str:
-        mine, theirs = statistics.median(self.times), statistics.median(self.other)
-        return f"{self.what:<44} {mine:9.3f} s   {self.against:<34} {theirs:9.3f} s   ratio {mine / theirs:7.2f}"
-
-
-Measure: TypeAlias = Callable[[Path], AsyncIterator[Row]]
+Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Target]]
 
 
 async def push_to_first_line(folder: Path) -> AsyncIterator[Row]:
@@ -40,16 +26,21 @@ async def push_to_first_line(folder: Path) -> AsyncIterator[Row]:
     yield Row("a flow run that does nothing, in all", found.whole_runs, "`python -c 'import prefect'`", found.imports)
 
 
-MEASURES: Final[dict[str, Measure]] = {"latency": push_to_first_line}
+MEASURES: Final[dict[str, Measure]] = {
+    "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line, "boot": boot.measure}
 
 
 async def main(names: list[str]) -> None:
     if unknown := set(names) - set(MEASURES):
         sys.exit(f"no such measure: {', '.join(sorted(unknown))} (there are: {', '.join(MEASURES)})")
+    began = time.monotonic()
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it starts\n\n{HEAD}\n{'-' * len(HEAD)}",
+          flush=True)
     for name in names or MEASURES:
         with tempfile.TemporaryDirectory(prefix="toto-bench-") as folder:
             async for row in MEASURES[name](Path(folder)):
                 print(row, flush=True)
+    print(f"\nin {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

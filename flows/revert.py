@@ -17,19 +17,24 @@ from toto.story import Returned
 async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, settings: Settings, why: str,
                  why_short: str = "what this run touched") -> list[Returned]:
     """Put `hosts` (in the order in which they were touched) back, the last one first; one failure stops no other."""
-    results = []
+    results, due = [], []
     for name in reversed(hosts):
-        await intend_to_put_back.with_options(task_run_name=f"{name}: intend to put back")(repo, name, run)
-    for name in reversed(hosts):
-        machine = manifest.machines.get(name)
+        # All intents first: if this run dies on the way, the next one finds every host that is still to go back.
         try:
+            await intend_to_put_back.with_options(task_run_name=f"{name}: intend to put back")(repo, name, run)
+            due.append(name)
+        except Exception as error:
+            results.append(Returned(host=name, error=str(error)))
+    for name in due:
+        try:
+            machine = manifest.machines.get(name)
             if machine is None:
                 raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=name,
                                 hint="put it back into machines.yaml, or go back by hand")
             path = await put_back.with_options(task_run_name=f"{name}: put back")(
                 repo, run, machine, settings.roll_out, why)
             results.append(Returned(host=name, path=path))
-        except TotoError as error:
+        except Exception as error:  # whatever it was, the others go back
             results.append(Returned(host=name, error=str(error)))
     return results
 

@@ -27,15 +27,19 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
     return write
 
 
-class _PlainErrors(logging.Filter):
-    """Takes the traceback from log records about errors that the operator can read and act on."""
+class _Readable(logging.Filter):
+    """Leaves in a run's log what a person reads there.
+
+    No traceback of an error that the operator can read and act on, and no word of each step that just went well:
+    the graph above the log shows those.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TotoError):
             record.exc_info = None
             record.exc_text = None
-        return True
+        return not (record.levelno == logging.INFO and record.getMessage().startswith("Finished in state Completed"))
 
 
 for _name in ("flow_runs", "task_runs"):
-    get_logger(_name).addFilter(_PlainErrors())
+    get_logger(_name).addFilter(_Readable())

@@ -15,7 +15,7 @@ from toto.plan import Plan
 from toto.settings import Settings
 
 
-@task(name="detect", cache_policy=NO_CACHE)
+@task(name="detect", task_run_name="detect", cache_policy=NO_CACHE)
 async def detect(repo: Path, commit: str, run: str, only: list[str]) -> Plan:
     """The plan of a commit; each host is evaluated in a task of its own."""
     def named(tree: Path, host: Host, machine: Machine | None, settings: Settings, roots: Path) -> Awaitable[Desired]:
@@ -24,13 +24,13 @@ async def detect(repo: Path, commit: str, run: str, only: list[str]) -> Plan:
     return await plan.make(repo, commit, run, only, evaluate=named)
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
+@task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
 async def evaluate(tree: Path, host: Host, machine: Machine | None, settings: Settings, roots: Path) -> Desired:
     """One host's desired identity, in a nix process of its own."""
     return await plan.desire(tree, host, machine, settings, roots)
 
 
-@task(name="clear what a dead run left", cache_policy=NO_CACHE)
+@task(name="clear what a dead run left", task_run_name="clear what a dead run left", cache_policy=NO_CACHE)
 async def sweep(repo: Path) -> None:
     """End processes and remove directories whose toto is no longer alive."""
     killed, removed = process.sweep(), plan.sweep(repo)

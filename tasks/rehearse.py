@@ -76,7 +76,7 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
     return isinstance(error, BootTimeout) or (isinstance(error, nix.BuildFailed) and error.transient)
 
 
-@task(name="build", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30],
+@task(name="build", task_run_name="build", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30],
       retry_condition_fn=_may_pass_next_time)
 async def build(order: Order, what: Literal["toplevel", "vm"]) -> Path:
     """Build the toplevel or the VM; kept from garbage collection for as long as the run lasts."""
@@ -85,7 +85,7 @@ async def build(order: Order, what: Literal["toplevel", "vm"]) -> Path:
                                 on_line=sink()))
 
 
-@task(name="what changes", cache_policy=NO_CACHE)
+@task(name="what changes", task_run_name="what changes", cache_policy=NO_CACHE)
 async def show_difference(order: Order) -> str:
     """What changes between the last good and what is rehearsed, as an artifact."""
     last = order.change.last if order.change.last and await nix.valid(order.change.last) else None
@@ -104,8 +104,8 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     return f"toto-rehearsal-v1-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-@task(name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key), persist_result=True,
-      result_serializer="json", cache_expiration=timedelta(days=90), retries=1, retry_delay_seconds=5,
+@task(name="sandbox", task_run_name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
+      persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90), retries=1, retry_delay_seconds=5,
       retry_condition_fn=_may_pass_next_time)
 async def in_sandbox(order: Order, vm: Path) -> Verdict:
     """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
@@ -134,7 +134,7 @@ async def in_sandbox(order: Order, vm: Path) -> Verdict:
     return Verdict(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
 
 
-@task(name="tests", cache_policy=NO_CACHE)
+@task(name="tests", task_run_name="tests", cache_policy=NO_CACHE)
 async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
     """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
     logger, settings = get_run_logger(), order.settings.sandbox

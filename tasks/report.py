@@ -1,10 +1,12 @@
 """What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was put back."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.logging import get_run_logger
 
 from toto import process
 from toto.changes import COLUMNS
@@ -19,7 +21,9 @@ def key(*words: str) -> str:
 
 
 async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> None:
-    """The change set as a table, again when it is known what changes in each closure."""
+    """The change set as a table, in the log too; again when it is known what changes in each closure."""
+    if differences is None:
+        get_run_logger().info("the plan of %s:\n%s", plan.commit[:8], plan.changes)
     rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS}
                                   for row in plan.changes.rows(differences)]
     await acreate_table_artifact(key=key("plan", plan.repo.name.removesuffix(".git")), table=rows,
@@ -45,7 +49,16 @@ async def show_difference(host: str, text: str) -> None:
 
 
 async def show_story(story: Story) -> None:
-    """The whole story of a run, as one page: what failed comes first."""
+    """The whole story of a run, as one page, what failed first; and in short as the last words of the log."""
+    logger = get_run_logger()
+    for each in story.failures:
+        logger.error("%s: %s failed: %s", each.host, each.stage, each.text.removeprefix(f"{each.host}: "))
+    for back in story.put_back:
+        if back.error:
+            logger.error("%s COULD NOT BE PUT BACK: %s", back.host, back.error)
+        else:
+            logger.warning("%s was put back to %s", back.host, back.path)
+    logger.log(logging.ERROR if story.failed else logging.INFO, "%s", story.headline())
     await acreate_markdown_artifact(key=key("report", story.repo), markdown=as_markdown(story),
                                     description=story.headline())
 

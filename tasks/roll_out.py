@@ -37,7 +37,7 @@ def reached(machine: Machine, activator: Activator) -> Reached:
                    ports={port: port for port in machine.ports})
 
 
-@task(name="look at the machine", cache_policy=NO_CACHE)
+@task(name="look at the machine", task_run_name="look at the machine", cache_policy=NO_CACHE)
 async def look(activator: Activator) -> Before:
     """What the machine runs and boots now: to this it goes back if toto never deployed it."""
     await activator.install()
@@ -46,7 +46,8 @@ async def look(activator: Activator) -> Before:
     return facts.before
 
 
-@task(name="copy the closure", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=3)
+@task(name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1,
+      retry_delay_seconds=3)
 async def copy(order: Order, activator: Activator) -> None:
     """Bring the very closure that was rehearsed to the machine."""
     path, settings = order.change.host.path, order.settings.nix
@@ -56,7 +57,7 @@ async def copy(order: Order, activator: Activator) -> None:
                    timeout=settings.build_timeout, target=order.name, on_line=sink())
 
 
-@task(name="intend", cache_policy=NO_CACHE)
+@task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
 async def intend(order: Order, before: Before) -> None:
     """Say in the ledger what is about to be done, and what was before, before anything is touched."""
     intent = Intent(desired=desired(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
@@ -64,7 +65,7 @@ async def intend(order: Order, before: Before) -> None:
                                    f"{order.name}: intent to deploy {order.commit[:8]} ({order.change.why})")
 
 
-@task(name="activate", cache_policy=NO_CACHE)
+@task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)
 async def activate(order: Order, activator: Activator, verb: Verb, before: Before) -> None:
     """Activate on the machine under its watchdog, and confirm over a new connection."""
     await Ledger(order.repo).write(order.change.target, lambda entry: ledger.now_at(entry, order.run, verb),
@@ -77,7 +78,7 @@ async def activate(order: Order, activator: Activator, verb: Verb, before: Befor
                                  confirm=settings.confirm_timeout)
 
 
-@task(name="record", cache_policy=NO_CACHE)
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order) -> None:
     """The host passed everything: it is the new last good, kept by a GC root."""
     await nix.keep(order.change.host.path, plan.last_good_root(order.repo, order.name))
@@ -85,21 +86,21 @@ async def record_good(order: Order) -> None:
                                    f"{order.name}: good at {order.commit[:8]}")
 
 
-@task(name="record", cache_policy=NO_CACHE)
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_verified(order: Order) -> None:
     """Nothing was activated: the same closure has another drv, or passed other tests."""
     await Ledger(order.repo).write(order.change.target, ledger.verified(desired(order)),
                                    f"{order.name}: verified at {order.commit[:8]}, nothing activated")
 
 
-@task(name="record", cache_policy=NO_CACHE)
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_rehearsed(order: Order) -> None:
     """A host without a machine passed its rehearsal."""
     await Ledger(order.repo).write(order.change.target, ledger.rehearsed_only(desired(order)),
                                    f"{order.name}: rehearsed at {order.commit[:8]}, not deployed from here")
 
 
-@task(name="record", cache_policy=NO_CACHE)
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
     """The machine does not answer, and nothing was done to it; a later run tries again."""
     await Ledger(order.repo).write(order.change.target, ledger.not_reached(_note(desired(order), order.run, why),
@@ -107,14 +108,14 @@ async def record_unreachable(order: Order, why: str) -> None:
                                    f"{order.name}: unreachable, {order.commit[:8]} not deployed")
 
 
-@task(name="retire", cache_policy=NO_CACHE)
+@task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
 async def retire(repo: Path, name: str) -> None:
     """A machine left the manifest: its ledger entry and GC root go, nothing on it is touched."""
     await Ledger(repo).write(Target("host", name), lambda _: None, f"{name}: retired, it left the manifest")
     plan.last_good_root(repo, name).unlink(missing_ok=True)
 
 
-@task(name="intend to put back", cache_policy=NO_CACHE)
+@task(name="intend to put back", task_run_name="intend to put back", cache_policy=NO_CACHE)
 async def intend_to_put_back(repo: Path, name: str, run: str) -> None:
     """Open the intent under which a host is put back, also one that this run had made good already."""
     def change(entry: Entry) -> Entry:
@@ -128,7 +129,7 @@ async def intend_to_put_back(repo: Path, name: str, run: str) -> None:
     await Ledger(repo).write(Target("host", name), change, f"{name}: to be put back")
 
 
-@task(name="put back", cache_policy=NO_CACHE)
+@task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
 async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, why: str) -> str:
     """Make one host what it was: its last good, or what it ran before toto first touched it; the path it is back at.
 

@@ -14,7 +14,7 @@ from toto.manifest import Manifest
 from toto.settings import Settings
 
 
-@task(name="open intents", cache_policy=NO_CACHE)
+@task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
 async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
     """The hosts with an open intent whose run is over or dead, by name."""
     return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
@@ -34,14 +34,14 @@ async def _dead(intent: Intent) -> bool:
     return state is not None and state.is_final()
 
 
-@task(name="take over", cache_policy=NO_CACHE)
+@task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
 async def take_over(repo: Path, name: str, intent: Intent, run: str) -> None:
     """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
     await Ledger(repo).write(Target("host", name), ledger.take_over(intent, run, git.now()),
                              f"{name}: settling what run {intent.run} left open at `{intent.step}`")
 
 
-@task(name="manifest of the dead run", cache_policy=NO_CACHE)
+@task(name="manifest of the dead run", task_run_name="manifest of the dead run", cache_policy=NO_CACHE)
 async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
     """Settings and manifest of the commit that was being deployed: how its machines are reached."""
     with tempfile.TemporaryDirectory() as directory:

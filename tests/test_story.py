@@ -33,7 +33,7 @@ def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
     told = story("a", "b", "c")
     told.outcome |= {"a": "unreachable", "c": "deployed"}
     assert told.hold_behind(["b"], FLEET) == []
-    assert told.headline() == "12345678: c deployed; a unreachable; b held back behind what is unreachable"
+    assert told.headline() == "12345678: c deployed; a unreachable; b held back"
 
 
 def test_who_comes_after_what_is_held_is_held_too() -> None:
@@ -41,6 +41,12 @@ def test_who_comes_after_what_is_held_is_held_too() -> None:
     told.outcome["a"] = "unreachable"
     assert told.hold_behind(["b"], FLEET) == []
     assert told.hold_behind(["c"], FLEET) == []
+
+
+def test_who_comes_after_a_host_that_failed_its_rehearsal_is_held() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("no"))
+    assert told.hold_behind(["b"], FLEET) == []
 
 
 def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:

@@ -57,8 +57,9 @@ class Story:
         self.failures.append(Failed(host, stage, str(error) or repr(error)))
 
     def hold_behind(self, group: Sequence[str], manifest: Manifest) -> list[str]:
-        """Of a group, the hosts that may go on; those that come `after` one that cannot be reached are held."""
-        stuck = [*(name for name, end in self.outcome.items() if end == "unreachable"), *self.held]
+        """Of a group, the hosts that may go on; those that come `after` one that did not get there are held."""
+        stuck = [*(name for name, end in self.outcome.items() if end == "unreachable"), *self.held,
+                 *(failure.host for failure in self.failures)]
         for name in group:
             if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
                 self.held[name] = behind
@@ -79,7 +80,7 @@ class Story:
                  for word in ("deployed", "verified", "unreachable")}
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
-            said.append(f"{', '.join(self.held)} held back behind what is unreachable")
+            said.append(f"{', '.join(self.held)} held back")
         rest = [change.host.name for change in self.changes.changes
                 if change.host.name not in self.outcome and change.host.name not in self.held]
         if rest:
@@ -112,7 +113,7 @@ class Story:
             if name in failures:
                 end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
             elif name in self.held:
-                end, how = "held back", f"comes after {self.held[name]}, which is unreachable"
+                end, how = "held back", f"comes after {self.held[name]}, which was not rolled out"
             elif name in self.outcome:
                 end, how = self.outcome[name], self.rehearsals.get(name, "")
             else:
