@@ -105,8 +105,8 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 @task(name="sandbox", task_run_name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
-      persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90), retries=1, retry_delay_seconds=5,
-      retry_condition_fn=_may_pass_next_time)
+      persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90),
+      retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass_next_time)
 async def in_sandbox(order: Order, vm: Path) -> Verdict:
     """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
     logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
