@@ -1,4 +1,4 @@
-"""`make bench`: what toto costs, as one table of ratios side by side. A row is a measure beside what it is held against.
+"""`make bench`: what toto costs, as one table of ratios. A row is a measure beside the thing that it is compared with.
 
 Add a row: an async function that yields `Row`s, listed in MEASURES. `python -m bench NAME…` runs some of them.
 """
