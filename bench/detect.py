@@ -1,0 +1,124 @@
+"""Detect (`toto.plan.make`, no Prefect) beside bare `nix-instantiate` runs of the very same hosts."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from bench.fleets import Known, bare, known, side_by_side
+from bench.row import Row
+from toto import process
+
+COUNTS: Final = (1, 5, 10)
+ROUNDS: Final = 5
+_MB: Final = 1 << 20
+
+
+@dataclass
+class Memory:
+    """Resident memory (MB) of the nix processes that this process has started: the peak of their sum, the largest."""
+
+    sums: list[float] = field(default_factory=list)
+    largest: list[float] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look every 2 ms, for as long as the block lasts; one value more in each list."""
+        stop = threading.Event()
+        self.sums.append(0)
+        self.largest.append(0)
+        watcher = threading.Thread(target=self._watch, args=(stop,))
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(0.002):
+            sizes = [size for task in Path("/proc/self/task").iterdir() for size in _children(task)]
+            self.sums[-1] = max(self.sums[-1], sum(sizes))
+            self.largest[-1] = max(self.largest[-1], *sizes, 0)
+
+
+def _children(task: Path) -> Iterator[float]:
+    with contextlib.suppress(OSError):
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError, ValueError):
+                child = Path("/proc", pid)
+                if child.joinpath("comm").read_text().startswith("nix"):
+                    yield int(child.joinpath("statm").read_text().split()[1]) * 4096 / _MB
+
+
+async def _timed(times: list[float], work: Callable[[], Awaitable[object]]) -> None:
+    began = time.monotonic()
+    await work()
+    times.append(time.monotonic() - began)
+
+
+async def measure(folder: Path) -> AsyncIterator[Row]:
+    """For each number of hosts. A round has one of everything, so that the load of the machine hits all alike."""
+    for count in COUNTS:
+        async with known(folder / str(count), count) as fleet:
+            everything = [await _new(fleet)] if count == COUNTS[-1] else []
+            await fleet.make_good()
+            async for row in _nothing_due(fleet, count):
+                yield row
+            for row in everything:
+                yield row
+    yield await _process()
+
+
+async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:
+    mine: list[float] = []
+    parallel: list[float] = []
+    one_by_one: list[float] = []
+    memory, bare_memory = Memory(), Memory()
+    assert (await fleet.plan("bench-warm")).changes.empty
+    width = side_by_side()
+    for number in range(ROUNDS):
+        await _timed(parallel, partial(bare, fleet.files, width))
+        await _timed(mine, partial(fleet.plan, f"bench-{number}"))
+        await _timed(one_by_one, partial(bare, fleet.files, 1))
+    for number in range(3):  # rounds of their own: looking takes time
+        with bare_memory.watched():
+            await bare(fleet.files, width)
+        with memory.watched():
+            await fleet.plan(f"bench-memory-{number}")
+    name = f"detect, {count} host{'s' if count > 1 else ''}, nothing due"
+    yield Row(name, mine, f"nix-instantiate, {width} side by side", parallel)
+    yield Row(name, mine, "nix-instantiate, one by one", one_by_one)
+    yield Row("  RSS of its nix processes, summed, peak", memory.sums, "the same of the bare runs",
+              bare_memory.sums, "MB")
+    yield Row("  RSS of its largest nix process", memory.largest, "the same of the bare runs", bare_memory.largest,
+              "MB")
+
+
+async def _new(fleet: Known) -> Row:
+    """Everything is due: toplevels and VMs are evaluated."""
+    mine: list[float] = []
+    twice: list[float] = []
+    for number in range(3):
+        await _timed(twice, partial(bare, fleet.files * 2, side_by_side()))
+        await _timed(mine, partial(fleet.plan, f"bench-new-{number}"))
+    return Row(f"detect, {len(fleet.files)} hosts, all new (systems and VMs)", mine,
+               "nix-instantiate, each host twice", twice)
+
+
+async def _process() -> Row:
+    """What toto's door to processes adds to one that does nothing."""
+    mine: list[float] = []
+    bare_runs: list[float] = []
+
+    async def plain() -> None:
+        await (await asyncio.create_subprocess_exec("true")).wait()
+    for _ in range(20):
+        await _timed(mine, partial(process.run, ["true"]))
+        await _timed(bare_runs, plain)
+    return Row("a process that does nothing, by toto.process", mine, "by asyncio alone", bare_runs)
