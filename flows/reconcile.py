@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.host import rehearse, roll_out
-from flows.revert import revert, settle
+from flows.revert import revert, settle, settle_left_open
 from tasks import report
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
@@ -46,9 +46,8 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
     run = str(runtime.flow_run.id)
     async with plans.claimed(repo, run):
         await sweep(repo)
-        if not plan_only and _left_open(repo):
-            async with one_roll_out(repo, run):
-                await settle(repo)
+        if not plan_only and Ledger(repo).read().open_intents:
+            await settle(repo)
         wanted = git.resolve(repo, commit or "HEAD")
         plan = await detect(repo, wanted, run, only or [])
         story = Story(repo.name.removesuffix(".git"), wanted, plan.changes)
@@ -63,8 +62,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
             newer = await git.superseded_by(repo, wanted, plan.settings.branch)
             if newer and origin == "push":
                 return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
-            if _left_open(repo):
-                await settle(repo)
+            await settle_left_open(repo, run)
             touched = await _roll_out_all(await _still_due(plan, orders), plan, story)
             if story.failed_roll_out:
                 story.put_back = await _revert(plan, run, touched, story)
@@ -72,10 +70,6 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
             return await _told(story, Failed(message=story.headline()))
         await git.mark(repo, "toto/last-good", wanted)
         return await _told(story, Completed(message=story.headline()))
-
-
-def _left_open(repo: Path) -> bool:
-    return bool(Ledger(repo).read().open_intents)
 
 
 async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:

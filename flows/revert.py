@@ -5,8 +5,10 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.logging import get_run_logger
 
+from tasks.limits import one_roll_out
 from tasks.roll_out import intend_to_put_back, put_back
 from tasks.settle import dead_intents, manifest_of, take_over
+from toto import plan
 from toto.errors import TotoError
 from toto.manifest import Manifest
 from toto.settings import Settings
@@ -41,13 +43,30 @@ async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, set
 
 @flow(flow_run_name="settle what a dead run left open", persist_result=False)
 async def settle(repo: Path) -> list[Returned]:
-    """Put back every target whose run died before it was done with it: before anything else, at any start."""
+    """Put back every host whose run died before it was done with it. Waits for a run that is rolling out.
+
+    Args:
+        repo: the bare infra repo on toto.
+    """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
+    async with plan.claimed(repo, run), one_roll_out(repo, run):
+        return await settle_left_open(repo, run)
+
+
+async def settle_left_open(repo: Path, run: str) -> list[Returned]:
+    """As `settle`, for a run that has the roll-out slot already."""
     results: list[Returned] = []
     for name, intent in (await dead_intents(repo, run)).items():
         get_run_logger().warning("%s: run %s died at `%s`: putting it back", name, intent.run, intent.step)
-        await take_over(repo, name, intent, run)
-        settings, manifest = await manifest_of(repo, intent.desired.commit)
+        try:
+            await take_over(repo, name, intent, run)
+            settings, manifest = await manifest_of(repo, intent.desired.commit)
+        except TotoError as error:
+            results.append(Returned(host=name, error=str(error)))
+            continue
         results += await revert(repo, run, [name], manifest, settings, f"its run {intent.run} died at {intent.step}",
                                 why_short=f"{name}, left open by a run that died")
+    for each in results:
+        if each.error:
+            get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.host, each.error)
     return results

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks import report, sink
 from tasks.limits import room_for_sandbox
-from toto import closure, keys, nix, suite
+from toto import closure, keys, nix, paths, suite
 from toto.errors import TotoError
 from toto.plan import Order
 from toto.sandbox import BootTimeout, sandbox
@@ -153,6 +153,9 @@ async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
                           hint="see which one hangs in the log, or raise sandbox.phase_timeout in toto.toml") from None
     if result.results:
         await report.show_tests(order.name, result)
+        junit = paths.repo_state(order.repo) / "junit"
+        junit.mkdir(exist_ok=True)
+        (junit / f"{order.name}.{phase}.xml").write_text(result.junit_xml())
     else:
         logger.info("no %s tests", phase)
     if not result.passed:

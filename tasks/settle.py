@@ -16,9 +16,9 @@ from toto.settings import Settings
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
 async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
-    """The hosts with an open intent whose run is over or dead, by name."""
+    """The hosts with an open intent whose run is over or dead, by name. (A retry of that very run counts as one.)"""
     return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
-            if target.kind == "host" and intent.run != run and await _dead(intent)}
+            if target.kind == "host" and await _dead(intent)}
 
 
 async def _dead(intent: Intent) -> bool:

@@ -251,9 +251,11 @@ def sweep(repo: Path) -> list[Path]:
 
 @contextlib.asynccontextmanager
 async def claimed(repo: Path, run: str) -> AsyncIterator[Path]:
-    """A run's directory for as long as the block lasts."""
+    """A run's directory for as long as the outermost such block of the run lasts."""
+    mine = not run_directory(repo, run).exists()
     directory = claim(repo, run)
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if mine:
+            shutil.rmtree(directory, ignore_errors=True)

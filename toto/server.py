@@ -28,11 +28,13 @@ from typing import Any, Final
 
 from toto import git_host, process
 from toto.errors import TotoError
+from toto.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 POOL: Final = "toto"
 DEPLOYMENT: Final = "reconcile/toto"
+SETTLE: Final = "settle/toto"
 PORT: Final = 4200
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
@@ -366,6 +368,11 @@ async def _adopt(repo: Path, env: Mapping[str, str], ids: Mapping[str, str], bra
                               auth=env.get("PREFECT_API_AUTH_STRING"))
         if drained := await git_host.drain_spool(repo):
             print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
+        elif SETTLE in ids and Ledger(repo).read().open_intents:
+            # (A reconcile does this first by itself.)
+            await Api.of(env).call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
+                                   {"parameters": {"repo": str(repo.resolve())}})
+            print(f"toto: {repo.name}: settling what a run that died left open", flush=True)
     except TotoError as error:
         log.error("%s", error)
 

@@ -8,6 +8,7 @@ mind without changing the host: the rehearsals of the two variants, A and B, are
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -200,9 +201,13 @@ async def test_a_machine_that_was_off_catches_up_by_itself_and_is_not_rehearsed_
     await whole.settled()
 
 
-async def test_a_readme_only_commit_touches_no_host(whole: Whole) -> None:
+async def test_a_readme_only_commit_touches_no_host_and_asks_none(whole: Whole) -> None:
     before, history = await whole.systems(), whole.history()
+    for machine in whole.machines.values():
+        await machine.network(False)
     run = await whole.deploy("readme again", {"README.md": "hello again\n"})
+    for machine in whole.machines.values():
+        await machine.network(True)
     assert run.state == "COMPLETED"
     assert "nothing to do" in run.message
     assert whole.subflows(run.id) == []
@@ -221,6 +226,21 @@ async def test_a_change_of_tests_alone_rehearses_and_verifies_but_activates_noth
     assert "verified" in whole.history()[0]
 
 
+async def test_a_failed_rehearsal_touches_nothing_and_is_not_remembered(whole: Whole) -> None:
+    before, history = await whole.systems(), whole.history()
+    whole.control["no-internet"] = BAD
+    run = await whole.deploy("a variant that fails", whole.web1("E"))
+    assert run.state == "FAILED"
+    assert "no-internet tests failed" in run.message and "nothing was touched" in run.message
+    assert (await whole.systems(), whole.history()) == (before, history)
+    whole.control.all_good()
+    again = await whole.deploy("the same once more", {})
+    assert again.state == "COMPLETED", whole.logs(again.id)
+    await whole.settled()
+    assert list(whole.state.glob("repos/*/junit/web1.no-internet.xml"))
+    await whole.deploy("back to A", whole.web1("A"))
+
+
 async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll_out(whole: Whole) -> None:
     before = await whole.systems()
     gate = (whole.work / "hosts/gate.nix").read_text()
@@ -231,7 +251,47 @@ async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll
     assert "nothing was touched" in run.message
     assert whole.subflows(run.id) == ["web1: rehearse"]
     assert await whole.systems() == before
-    await whole.deploy("mended", whole.web1("A") | {"hosts/gate.nix": gate})
+    partly = await whole.deploy("the others all the same", {
+        "toto.toml": SETTINGS.replace("[sandbox]", 'policy = "partial"\n[sandbox]')})
+    assert partly.state == "FAILED" and "the others were rolled out" in partly.message, partly.message
+    after = await whole.systems()
+    assert {name for name in before if before[name] != after[name]} == {"web1"}
+    mended: dict[str, str | None] = {"hosts/gate.nix": gate, "toto.toml": SETTINGS}
+    assert (await whole.deploy("mended", whole.web1("A") | mended)).state == "COMPLETED"
+
+
+async def test_what_the_manifest_says_of_activation_is_respected(whole: Whole) -> None:
+    """gate is only ever `test`ed (its boot default stays), web2 only set for its next boot (what runs stays)."""
+    names = ("gate", "web2")
+    before = await whole.systems()
+    profiles = {name: await whole.machines[name].profile() for name in names}
+    manifest = (whole.work / "machines.yaml").read_text()
+    changed = re.sub(r"- name: gate\n", "- name: gate\n    activation: test\n", manifest)
+    changed = re.sub(r"- name: web2\n", "- name: web2\n    activation: boot\n", changed)
+    hosts = {name: (whole.work / f"hosts/{name}.nix").read_text() for name in names}
+    more = '\n  environment.etc."more".text = "more";\n}'
+    files: dict[str, str | None] = {f"hosts/{name}.nix": text.rstrip().removesuffix("}") + more
+                                    for name, text in hosts.items()}
+    run = await whole.deploy("some activate otherwise", files | {"machines.yaml": changed})
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    after = await whole.systems()
+    assert after["gate"] != before["gate"] and await whole.machines["gate"].profile() == profiles["gate"]
+    assert after["web2"] == before["web2"] and await whole.machines["web2"].profile() != profiles["web2"]
+    back: dict[str, str | None] = {f"hosts/{name}.nix": text for name, text in hosts.items()}
+    assert (await whole.deploy("as it was", back | {"machines.yaml": manifest})).state == "COMPLETED"
+    await whole.settled()
+
+
+async def test_a_machine_that_leaves_the_manifest_is_forgotten_and_left_alone(whole: Whole) -> None:
+    before = await whole.systems()
+    manifest = (whole.work / "machines.yaml").read_text()
+    run = await whole.deploy("web2 retires", {"machines.yaml": manifest[: manifest.index("  # web2 serves")]})
+    assert run.state == "COMPLETED", whole.logs(run.id)
+    assert await whole.systems() == before
+    assert whole.entry("web2").good is None
+    back = await whole.deploy("web2 is back", {"machines.yaml": manifest})
+    assert back.state == "COMPLETED", whole.logs(back.id)
+    await whole.settled()
 
 
 async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> None:
@@ -300,12 +360,16 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     assert (whole.entry("web1").intent is not None) == touched
     await whole.start_server()
     assert not whole.sandboxes(), "the start has removed what was left"
+    if phase == "post-switch":  # the start settles it; in the other cases the next run does
+        async with asyncio.timeout(90):
+            while whole.entry("web1").intent is not None:
+                await asyncio.sleep(0.5)
+        assert await whole.systems() == before
     files = whole.web1("A" if phase == "with-internet" else whole.next_variant())
     run = await whole.deploy("after the crash", files)
     assert run.state == "COMPLETED", whole.logs(run.id)
     if touched:
         assert any(line.startswith("web1: put back") for line in whole.history()[:6])
-        assert "died at" in whole.logs(run.id)
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
