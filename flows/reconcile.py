@@ -4,8 +4,9 @@ import asyncio
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from prefect import flow, runtime
-from prefect.client.schemas.objects import State
+from prefect import Flow, flow, runtime
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import arun_deployment
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.host import rehearse, roll_out
@@ -17,6 +18,7 @@ from tasks.roll_out import record_rehearsed, record_verified, retire
 from toto import git
 from toto import plan as plans
 from toto.changes import Action
+from toto.errors import TotoError
 from toto.ledger import Ledger, Target
 from toto.plan import Order, Plan
 from toto.story import Returned, Story
@@ -31,7 +33,15 @@ def _name() -> str:
     return f"{Path(parameters['repo']).name.removesuffix('.git')} {what} ({parameters.get('origin', 'ui')})"
 
 
-@flow(name="reconcile", flow_run_name=_name, persist_result=False)
+async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once."""
+    repo = flow_run.parameters["repo"]
+    if Ledger(Path(repo)).read().open_intents:
+        await arun_deployment("settle/toto", parameters={"repo": repo}, timeout=0, as_subflow=False)
+
+
+@flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],
+      on_crashed=[settle_soon])
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
                     plan_only: bool = False) -> State[None]:
     """Make the machines become what a commit of an infra repo says; put everything back when it goes wrong.
@@ -62,8 +72,10 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
             newer = await git.superseded_by(repo, wanted, plan.settings.branch)
             if newer and origin == "push":
                 return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
-            await settle_left_open(repo, run)
-            touched = await _roll_out_all(await _still_due(plan, orders), plan, story)
+            for left in await settle_left_open(repo, run):
+                if left.error:
+                    story.failure(left.host, "settling", TotoError(left.error))
+            touched = await _roll_out_all(await _still_due(plan, orders, story), plan, story)
             if story.failed_roll_out:
                 story.put_back = await _revert(plan, run, touched, story)
         if story.failed:
@@ -89,11 +101,20 @@ async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:
     return [order for order in await asyncio.gather(*map(one, plan.orders)) if order is not None]
 
 
-async def _still_due(plan: Plan, orders: list[Order]) -> list[Order]:
+async def _still_due(plan: Plan, orders: list[Order], story: Story) -> list[Order]:
     """The orders as the ledger stands now: a run that was waited for may have changed what is to be done."""
     now = await plans.compared(plan.changes, plan.manifest, Ledger(plan.repo))
-    passed = {order.name for order in orders}
-    return [order for order in plan.model_copy(update={"changes": now}).orders if order.name in passed]
+    rehearsed = {order.name: order.change.action is not Action.RECORD for order in orders}
+    due = []
+    for order in plan.model_copy(update={"changes": now}).orders:
+        if order.name not in rehearsed or order.name in story.failed_hosts:
+            continue
+        if order.change.action is Action.DEPLOY and not rehearsed[order.name]:
+            story.failure(order.name, "rehearsal", TotoError("needs one after all: another run has changed the host "
+                                                             "meanwhile", hint="start the run again"))
+            continue
+        due.append(order)
+    return due
 
 
 async def _roll_out_all(orders: list[Order], plan: Plan, story: Story) -> list[str]:

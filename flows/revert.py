@@ -7,18 +7,25 @@ from prefect.logging import get_run_logger
 
 from tasks.limits import one_roll_out
 from tasks.roll_out import intend_to_put_back, put_back
-from tasks.settle import dead_intents, manifest_of, take_over
+from tasks.settle import dead_intents, healing_for, manifest_of, take_over
 from toto import plan
 from toto.errors import TotoError
 from toto.manifest import Manifest
 from toto.settings import Settings
 from toto.story import Returned
 
+HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
+
 
 @flow(flow_run_name="revert: {why_short}", persist_result=False)
 async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, settings: Settings, why: str,
-                 why_short: str = "what this run touched") -> list[Returned]:
-    """Put `hosts` (in the order in which they were touched) back, the last one first; one failure stops no other."""
+                 why_short: str = "what this run touched", patience: float | None = None) -> list[Returned]:
+    """Put `hosts` (in the order in which they were touched) back, the last one first; one failure stops no other.
+
+    A machine that does not answer is given `patience` seconds: time for its watchdog to bring it back.
+    """
+    if patience is None:
+        patience = settings.roll_out.confirm_timeout + HEALING
     results, due = [], []
     for name in reversed(hosts):
         # All intents first: if this run dies on the way, the next one finds every host that is still to go back.
@@ -34,7 +41,7 @@ async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, set
                 raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=name,
                                 hint="put it back into machines.yaml, or go back by hand")
             path = await put_back.with_options(task_run_name=f"{name}: put back")(
-                repo, run, machine, settings.roll_out, why)
+                repo, run, machine, settings.roll_out, why, patience)
             results.append(Returned(host=name, path=path))
         except Exception as error:  # whatever it was, the others go back
             results.append(Returned(host=name, error=str(error)))
@@ -65,7 +72,8 @@ async def settle_left_open(repo: Path, run: str) -> list[Returned]:
             results.append(Returned(host=name, error=str(error)))
             continue
         results += await revert(repo, run, [name], manifest, settings, f"its run {intent.run} died at {intent.step}",
-                                why_short=f"{name}, left open by a run that died")
+                                why_short=f"{name}, left open by a run that died",
+                                patience=healing_for(intent, settings.roll_out))
     for each in results:
         if each.error:
             get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.host, each.error)

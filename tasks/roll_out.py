@@ -103,8 +103,7 @@ async def record_rehearsed(order: Order) -> None:
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
     """The machine does not answer, and nothing was done to it; a later run tries again."""
-    await Ledger(order.repo).write(order.change.target, ledger.not_reached(_note(desired(order), order.run, why),
-                                                                           order.run),
+    await Ledger(order.repo).write(order.change.target, ledger.not_reached(_note(desired(order), order.run, why)),
                                    f"{order.name}: unreachable, {order.commit[:8]} not deployed")
 
 
@@ -130,16 +129,17 @@ async def intend_to_put_back(repo: Path, name: str, run: str) -> None:
 
 
 @task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
-async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, why: str) -> str:
+async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, why: str, patience: float) -> str:
     """Make one host what it was: its last good, or what it ran before toto first touched it; the path it is back at.
 
-    A machine that is healing itself, cut off from us, is waited for. Raises `Unreachable`, `ActivationFailed`.
+    A machine that may be healing itself, cut off from us, is waited for: `patience` seconds at the most.
+    Raises `Unreachable`, `ActivationFailed`; the intent is then still open.
     """
     target = Target("host", machine.name)
     entry = Ledger(repo).read().get(target)
     assert entry.intent is not None
     to = where_to(entry, machine)
-    deadline = time.monotonic() + settings.confirm_timeout + settings.activation_timeout
+    deadline = time.monotonic() + patience
     while True:
         try:
             await _go_back(repo, run, machine, settings, entry, to)

@@ -1,6 +1,8 @@
 """What a dead run left open in the ledger, and taking it over."""
 
+import calendar
 import tempfile
+import time
 from pathlib import Path
 from uuid import UUID
 
@@ -11,7 +13,7 @@ from prefect.exceptions import ObjectNotFound
 from toto import git, ledger, plan
 from toto.ledger import Intent, Ledger, Target
 from toto.manifest import Manifest
-from toto.settings import Settings
+from toto.settings import RollOut, Settings
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
@@ -32,6 +34,12 @@ async def _dead(intent: Intent) -> bool:
         except ObjectNotFound:
             return True
     return state is not None and state.is_final()
+
+
+def healing_for(intent: Intent, settings: RollOut) -> float:
+    """Seconds for which the machine of a dead run may still be healing itself; 0 when that is long over."""
+    opened = calendar.timegm(time.strptime(intent.at, "%Y-%m-%dT%H:%M:%SZ"))
+    return max(0.0, opened + settings.activation_timeout + settings.confirm_timeout - time.time())
 
 
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)

@@ -70,8 +70,7 @@ async def test_a_run_whose_intent_was_taken_over_can_record_nothing(book: Ledger
     opened = intent("run-1")
     await book.write(WEB1, ledger.intend(opened), "one")
     await book.write(WEB1, ledger.take_over(opened, "run-2", "2026-01-02T00:00:00Z"), "two takes over")
-    for change in (ledger.good(deployed("/nix/store/new"), "run-1"), ledger.put_back(None, note(), "run-1"),
-                   ledger.not_reached(note(), "run-1")):
+    for change in (ledger.good(deployed("/nix/store/new"), "run-1"), ledger.put_back(None, note(), "run-1")):
         with pytest.raises(LostTarget):
             await book.write(WEB1, change, "too late")
     with pytest.raises(LostTarget):
@@ -82,6 +81,15 @@ async def test_what_was_put_back_keeps_its_last_good_and_says_why(book: Ledger) 
     await book.write(WEB1, ledger.intend(intent("run-1")), "i")
     await book.write(WEB1, ledger.put_back(deployed("/nix/store/old"), note(), "run-1"), "back")
     assert book.read().get(WEB1) == Entry(good=deployed("/nix/store/old"), reverted=note())
+
+
+async def test_an_intent_stays_open_until_its_host_is_settled(book: Ledger) -> None:
+    opened = intent("run-1")
+    await book.write(WEB1, ledger.intend(opened), "one")
+    await book.write(WEB1, ledger.not_reached(note("run-2")), "two could not reach it")
+    with pytest.raises(TargetBusy):
+        await book.write(WEB1, ledger.intend(intent("run-1", "/nix/store/newer")), "what was before must not be lost")
+    assert book.read().get(WEB1).intent == opened
 
 
 async def test_a_write_that_changes_nothing_makes_no_commit(book: Ledger) -> None:

@@ -226,11 +226,11 @@ class Ledger:
 
 
 def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when another run has one."""
+    """Open an intent. Raises `TargetBusy` when there is one: what was before must be known until it is settled."""
     def change(entry: Entry) -> Entry:
-        if entry.intent is not None and entry.intent.run != intent.run:
-            raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}",
-                             target=intent.desired.path, hint="wait for it to end, or cancel it")
+        if entry.intent is not None:
+            raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}, or left it half done",
+                             target=intent.desired.path, hint="wait for it to end, or run settle/toto")
         return entry.model_copy(update={"intent": intent})
     return change
 
@@ -280,13 +280,9 @@ def put_back(to: Deployed | None, note: Note, run: str) -> Change:
     return change
 
 
-def not_reached(note: Note, run: str) -> Change:
-    """The target could not be reached, and nothing was done to it: its intent, if there was one, is closed."""
-    def change(entry: Entry) -> Entry:
-        if entry.intent is not None:
-            _mine(entry, run)
-        return entry.model_copy(update={"intent": None, "unreachable": note})
-    return change
+def not_reached(note: Note) -> Change:
+    """The target could not be reached, and nothing was done to it. An intent that is still open stays open."""
+    return lambda entry: entry.model_copy(update={"unreachable": note})
 
 
 def rehearsed_only(deployed: Deployed) -> Change:

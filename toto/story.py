@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from toto.changes import Action, ChangeSet
 from toto.manifest import Manifest
 
-Stage: TypeAlias = Literal["evaluation", "rehearsal", "roll-out"]
+Stage: TypeAlias = Literal["evaluation", "rehearsal", "settling", "roll-out"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class Story:
         return bool(self.failures)
 
     @property
+    def failed_hosts(self) -> set[str]:
+        return {each.host for each in self.failures}
+
+    @property
     def failed_roll_out(self) -> bool:
         return any(each.stage == "roll-out" for each in self.failures)
 
@@ -59,7 +63,7 @@ class Story:
     def hold_behind(self, group: Sequence[str], manifest: Manifest) -> list[str]:
         """Of a group, the hosts that may go on; those that come `after` one that did not get there are held."""
         stuck = [*(name for name, end in self.outcome.items() if end == "unreachable"), *self.held,
-                 *(failure.host for failure in self.failures)]
+                 *self.failed_hosts]
         for name in group:
             if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
                 self.held[name] = behind

@@ -429,6 +429,44 @@ async def test_a_cancel_in_the_ui_stops_the_sandbox_and_the_next_run_goes_on(who
     await whole.settled()
 
 
+async def test_a_cancel_in_the_middle_of_a_roll_out_puts_the_host_back(whole: Whole) -> None:
+    before = await whole.systems()
+    whole.control.waits("smoke")
+    run = whole.begin_other("cancelled while it is rolled out")
+    await whole.control.begun()
+    assert await whole.systems() != before
+    whole.api("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    assert (await whole.ended(run, 60)).state == "CANCELLED"
+    async with asyncio.timeout(90):
+        while whole.entry("web1").intent is not None:
+            await asyncio.sleep(0.5)
+    assert await whole.systems() == before
+    await whole.settled()
+
+
+async def test_a_machine_that_stays_away_keeps_its_open_intent_and_stops_no_other(whole: Whole) -> None:
+    before = await whole.systems()
+    whole.control.waits("smoke")
+    run = whole.begin_other("the machine dies while it is rolled out")
+    await whole.control.begun()
+    await whole.machines["web1"].power_cut()
+    whole.control["smoke"] = BAD
+    whole.control.go()
+    assert "web1 COULD NOT BE PUT BACK" in (await whole.ended(run)).message
+    left = whole.entry("web1").intent
+    assert left is not None and left.before.system == before["web1"]
+    gate = (whole.work / "hosts/gate.nix").read_text()
+    others = await whole.deploy("gate goes on", {"hosts/gate.nix": gate.replace("open", "wide open")})
+    assert others.state == "FAILED" and "web1: settling failed" in others.message, others.message
+    assert whole.entry("gate").good is not None and whole.entry("gate").good.run == others.id  # type: ignore[union-attr]
+    assert whole.entry("web1").intent is not None
+    await whole.machines["web1"].start()
+    await whole.machines["web1"].wait_ssh(90)
+    whole.control.all_good()
+    assert (await whole.deploy("it is back", {})).state == "COMPLETED"
+    await whole.settled()
+
+
 async def test_a_stop_leaves_nothing_behind(whole: Whole) -> None:
     await whole.stop_server()
     assert _processes_of(whole.directory) == []
