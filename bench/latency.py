@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
 from toto import git_host, process, server
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass
