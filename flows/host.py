@@ -16,10 +16,11 @@ from tasks.roll_out import (
     record_good,
     record_unreachable,
     record_verified,
+    tidy,
 )
 from toto.changes import Action
 from toto.plan import Order
-from toto.ssh import Unreachable
+from toto.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.suite import Phase
 
 
@@ -37,30 +38,33 @@ async def roll_out(order: Order) -> Literal["deployed", "verified", "unreachable
     """Bring the rehearsed closure to the machine: activate, test, make it permanent, test again, record."""
     machine, settings = order.machine, order.settings.roll_out
     assert machine is not None
+    intended = False
     try:
         async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
             where = reached(machine, activator)
             if order.change.action is Action.VERIFY:
+                await look(activator, expected=order.change.last)
                 await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
                 await record_verified(order)
                 return "verified"
-            before = await look(activator)
             await copy(order, activator)
+            before = await look(activator)
+            intended = True
+            await intend(order, before)
+            if machine.activation == "boot":
+                await activate.with_options(task_run_name="set for the next boot")(order, activator, "boot", before)
+            else:
+                await activate.with_options(task_run_name="activate: test")(order, activator, "test", before)
+                await trial.with_options(task_run_name="smoke tests")(order, Phase.SMOKE, where)
+                if machine.activation == "switch":
+                    await activate.with_options(task_run_name="activate: switch")(order, activator, "switch", before)
+                await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
+            await record_good(order)
+            await tidy(activator)
+            return "deployed"
     except Unreachable as error:
+        if intended or isinstance(error, AuthenticationFailed | HostKeyChanged):
+            raise
         get_run_logger().warning("%s", error)
         await record_unreachable(order, str(error))
         return "unreachable"
-    await intend(order, before)
-    async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
-        if machine.activation == "boot":
-            await activate.with_options(task_run_name="set for the next boot")(order, activator, "boot", before)
-        else:
-            where = reached(machine, activator)
-            await activate.with_options(task_run_name="activate: test")(order, activator, "test", before)
-            await trial.with_options(task_run_name="smoke tests")(order, Phase.SMOKE, where)
-            if machine.activation == "switch":
-                await activate.with_options(task_run_name="activate: switch")(order, activator, "switch", before)
-            await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
-        await activator.forget()
-    await record_good(order)
-    return "deployed"

@@ -11,10 +11,10 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.host import rehearse, roll_out
 from flows.revert import revert, settle, settle_left_open
-from tasks import report
+from tasks import cancel_cleanly, report
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
-from tasks.roll_out import record_rehearsed, record_verified, retire
+from tasks.roll_out import intend_to_put_back, record_rehearsed, record_verified, retire
 from toto import git
 from toto import plan as plans
 from toto.changes import Action
@@ -53,35 +53,32 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         only: names or tags of hosts; all when left out.
         plan_only: show what would change, and do nothing.
     """
+    cancel_cleanly()
     run = str(runtime.flow_run.id)
     async with plans.claimed(repo, run):
         await sweep(repo)
         if not plan_only and Ledger(repo).read().open_intents:
             await settle(repo)
         wanted = git.resolve(repo, commit or "HEAD")
-        plan = await detect(repo, wanted, run, only or [])
-        story = Story(repo.name.removesuffix(".git"), wanted, plan.changes)
-        await report.show_plan(plan)
-        if plan_only or plan.changes.empty:
-            return await _told(story, Completed(message=story.headline()))
-        orders = await _rehearse_all(plan, story)
-        await report.show_plan(plan, await plans.differences(plan.changes))
-        if story.failed and (plan.settings.roll_out.policy == "all" or not orders):
-            return await _told(story, Failed(message=story.headline()))
-        async with one_roll_out(repo, run):
-            newer = await git.superseded_by(repo, wanted, plan.settings.branch)
-            if newer and origin == "push":
-                return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
-            for left in await settle_left_open(repo, run):
-                if left.error:
-                    story.failure(left.host, "settling", TotoError(left.error))
-            touched = await _roll_out_all(await _still_due(plan, orders, story), plan, story)
-            if story.failed_roll_out:
-                story.put_back = await _revert(plan, run, touched, story)
-        if story.failed:
-            return await _told(story, Failed(message=story.headline()))
-        await git.mark(repo, "toto/last-good", wanted)
-        return await _told(story, Completed(message=story.headline()))
+        while True:
+            plan = await detect(repo, wanted, run, only or [])
+            story = Story(repo.name.removesuffix(".git"), wanted, plan.changes)
+            await report.show_plan(plan)
+            if plan_only:
+                return await _told(story)
+            orders = await _rehearse_all(plan, story)
+            if story.failed and (plan.settings.roll_out.policy == "all" or not orders):
+                return await _told(story)
+            async with one_roll_out(repo, run):
+                newer = await git.superseded_by(repo, wanted)
+                if newer and origin == "push":
+                    return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
+                await _settle_first(repo, run, story)
+                if Ledger(repo).read().fingerprint == plan.changes.ledger:
+                    await _roll_out_all(plan, orders, story)
+                    return await _told(story)
+            # Another run, or what was settled, has changed what is deployed, so the plan is out of date. Look again;
+            # what was rehearsed is not rehearsed again.
 
 
 async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:
@@ -98,26 +95,32 @@ async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:
                 return None
             return order
 
-    return [order for order in await asyncio.gather(*map(one, plan.orders)) if order is not None]
+    passed = [order for order in await asyncio.gather(*map(one, plan.orders)) if order is not None]
+    if plan.changes.changes:
+        await report.show_plan(plan, await plans.differences(plan.changes))
+    return passed
 
 
-async def _still_due(plan: Plan, orders: list[Order], story: Story) -> list[Order]:
-    """The orders as the ledger stands now: a run that was waited for may have changed what is to be done."""
-    now = await plans.compared(plan.changes, plan.manifest, Ledger(plan.repo))
-    rehearsed = {order.name: order.change.action is not Action.RECORD for order in orders}
-    due = []
-    for order in plan.model_copy(update={"changes": now}).orders:
-        if order.name not in rehearsed or order.name in story.failed_hosts:
-            continue
-        if order.change.action is Action.DEPLOY and not rehearsed[order.name]:
-            story.failure(order.name, "rehearsal", TotoError("needs one after all: another run has changed the host "
-                                                             "meanwhile", hint="start the run again"))
-            continue
-        due.append(order)
-    return due
+async def _settle_first(repo: Path, run: str, story: Story) -> None:
+    """Put back what dead runs left half done; a host that cannot be put back is not deployed over."""
+    for left in await settle_left_open(repo, run):
+        if left.error:
+            story.failure(left.host, "settling", TotoError(left.error))
 
 
-async def _roll_out_all(orders: list[Order], plan: Plan, story: Story) -> list[str]:
+async def _roll_out_all(plan: Plan, orders: list[Order], story: Story) -> None:
+    """Roll out, record; and put all that was touched back when one host fails."""
+    touched = await _in_waves(plan, [order for order in orders if order.name not in story.failed_hosts], story)
+    if story.failed_roll_out:
+        story.put_back = await _revert(plan, touched, story)
+        return
+    for name in plan.changes.retired:
+        await retire(plan.repo, name)
+    if story.complete and plan.changes.whole:
+        await git.mark(plan.repo, "toto/last-good", plan.commit)
+
+
+async def _in_waves(plan: Plan, orders: list[Order], story: Story) -> list[str]:
     """Roll out wave by wave, in the manifest's order; returns what was touched, in that order."""
     touched: list[str] = []
     by_name = {order.name: order for order in orders}
@@ -132,14 +135,15 @@ async def _roll_out_all(orders: list[Order], plan: Plan, story: Story) -> list[s
             except Exception as error:  # whatever it was, what was touched is put back
                 story.failure(order.name, "roll-out", error)
 
-    for name in plan.changes.retired:
-        await retire(plan.repo, name)
     for order in orders:
         if order.change.action is Action.REHEARSE:
             await record_rehearsed(order)
         elif order.change.action is Action.RECORD:
             await record_verified(order)
     due = {name for name, order in by_name.items() if order.change.action in (Action.DEPLOY, Action.VERIFY)}
+    for name in due:
+        if reason := plans.held_now(plan.manifest.machines[name]):
+            story.held[name] = reason
     for group in plan.manifest.order(due):
         await asyncio.gather(*(one(by_name[name]) for name in story.hold_behind(group, plan.manifest)))
         if story.failed_roll_out:
@@ -147,14 +151,16 @@ async def _roll_out_all(orders: list[Order], plan: Plan, story: Story) -> list[s
     return [name for name in touched if story.outcome.get(name) != "unreachable"]
 
 
-async def _revert(plan: Plan, run: str, touched: list[str], story: Story) -> list[Returned]:
-    """Put back what this run touched."""
+async def _revert(plan: Plan, touched: list[str], story: Story) -> list[Returned]:
+    """Put back what this run touched. All intents first: whatever happens now, the next run finds each of them."""
     entries = Ledger(plan.repo).read()
-    mine = [name for name in touched if entries.get(Target("host", name)).touched_by(run)]
-    return await revert(plan.repo, run, mine, plan.manifest, plan.settings, story.headline()) if mine else []
+    mine = [name for name in touched if entries.get(Target("host", name)).touched_by(plan.run)]
+    for name in mine:
+        await intend_to_put_back(plan.repo, name, plan.run)
+    return await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline()) if mine else []
 
 
-async def _told(story: Story, state: State[None]) -> State[None]:
-    """Write the run's report, and end in `state`."""
+async def _told(story: Story) -> State[None]:
+    """Write the run's report; the state in which the run ends."""
     await report.show_story(story)
-    return state
+    return Failed(message=story.headline()) if story.failed else Completed(message=story.headline())

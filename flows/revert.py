@@ -5,8 +5,9 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.logging import get_run_logger
 
+from tasks import cancel_cleanly
 from tasks.limits import one_roll_out
-from tasks.roll_out import intend_to_put_back, put_back
+from tasks.roll_out import put_back
 from tasks.settle import dead_intents, healing_for, manifest_of, take_over
 from toto import plan
 from toto.errors import TotoError
@@ -26,15 +27,8 @@ async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, set
     """
     if patience is None:
         patience = settings.roll_out.confirm_timeout + HEALING
-    results, due = [], []
+    results = []
     for name in reversed(hosts):
-        # All intents first: if this run dies on the way, the next one finds every host that is still to go back.
-        try:
-            await intend_to_put_back.with_options(task_run_name=f"{name}: intend to put back")(repo, name, run)
-            due.append(name)
-        except Exception as error:
-            results.append(Returned(host=name, error=str(error)))
-    for name in due:
         try:
             machine = manifest.machines.get(name)
             if machine is None:
@@ -55,6 +49,7 @@ async def settle(repo: Path) -> list[Returned]:
     Args:
         repo: the bare infra repo on toto.
     """
+    cancel_cleanly()
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
     async with plan.claimed(repo, run), one_roll_out(repo, run):
         return await settle_left_open(repo, run)

@@ -1,6 +1,9 @@
 """Prefect tasks: names, cache keys, retries, timeouts and concurrency around one verb of `toto` each."""
 
+import asyncio
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from typing import Final
 
@@ -25,6 +28,17 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
         elif count == most + 1:
             logger.info("%s… further lines are left out here", prefix)
     return write
+
+
+def cancel_cleanly() -> None:
+    """Turn SIGTERM, by which Prefect's worker cancels a run, into a cancel of the calling asyncio task.
+
+    Prefect's own handler raises in whatever code runs at that moment, and when that is a callback of the event loop
+    the signal is lost and a cancelled roll-out goes on. Does nothing outside the main thread (a notebook's).
+    """
+    task = asyncio.current_task()
+    if task is not None and threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 class _Readable(logging.Filter):

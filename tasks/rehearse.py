@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import time
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -112,25 +113,33 @@ async def in_sandbox(order: Order, vm: Path) -> Verdict:
     logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
     ports = machine.ports if machine else ()
     tests: dict[str, int] = {}
+    console: deque[str] = deque(maxlen=300)
+    log_console = sink("console: ", 200)
+
+    def heard(line: str) -> None:
+        console.append(line)
+        log_console(line)
+
     async with room_for_sandbox():
         began = time.monotonic()
-        async with sandbox(vm, host=order.name, state=order.scratch / "sandboxes", key=await keys.private("sandbox"),
-                           ports=ports, memory=(machine and machine.memory) or settings.memory,
-                           cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
-                           on_console=sink("console: ", 200)) as guest:
-            seconds = {"boot": time.monotonic() - began}
-            logger.info("booted and answers ssh after %.1f s", seconds["boot"])
-            reached = Reached(config=guest.connection.config, address="127.0.0.1",
-                              ports={port: guest.port(port) for port in ports})
-            try:
+        try:
+            async with sandbox(vm, host=order.name, state=order.scratch / "sandboxes",
+                               key=await keys.private("sandbox"), ports=ports,
+                               memory=(machine and machine.memory) or settings.memory,
+                               cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
+                               on_console=heard) as guest:
+                seconds = {"boot": time.monotonic() - began}
+                logger.info("booted and answers ssh after %.1f s", seconds["boot"])
+                reached = Reached(config=guest.connection.config, address="127.0.0.1",
+                                  ports={port: guest.port(port) for port in ports})
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
                         routed = await guest.set_internet(True)
                         logger.info("the internet is on%s", "" if routed else ", but the host has no route to it")
                     result = await trial.with_options(task_run_name=f"{phase} tests")(order, phase, reached)
                     tests[phase], seconds[phase] = result.tests, result.seconds
-            finally:
-                await report.show_console(order.name, guest.console_log.read_text(errors="replace"))
+        finally:
+            await report.show_console(order.name, "\n".join(console))
     return Verdict(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
 
 

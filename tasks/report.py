@@ -1,9 +1,10 @@
 """What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was put back."""
 
+import functools
 import logging
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ParamSpec
 
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
@@ -14,12 +15,26 @@ from toto.plan import Plan
 from toto.story import Story
 from toto.suite import PhaseResult
 
+P = ParamSpec("P")
+
+
+def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+    """What cannot be shown must not fail a roll-out: a word in the log, and on."""
+    @functools.wraps(show)
+    async def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            await show(*args, **kwargs)
+        except Exception as error:
+            get_run_logger().warning("an artifact could not be written: %s", error)
+    return attempt
+
 
 def key(*words: str) -> str:
     """An artifact's key: Prefect takes lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
+@_best_effort
 async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> None:
     """The change set as a table, in the log too; again when it is known what changes in each closure."""
     if differences is None:
@@ -30,24 +45,28 @@ async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> No
                                  description=f"The plan of {plan.commit[:8]}")
 
 
+@_best_effort
 async def show_tests(host: str, result: PhaseResult) -> None:
     """The tests of one phase as a table."""
     await acreate_table_artifact(key=key(host, result.phase), table=[dict(row) for row in result.rows()],
                                  description=f"{host}: {result.phase} tests")
 
 
+@_best_effort
 async def show_console(host: str, text: str) -> None:
     """The end of a sandbox's console."""
     await acreate_markdown_artifact(key=key(host, "console"), markdown=fenced(process.tail(text, 300)),
                                     description=f"{host}: console of its sandbox")
 
 
+@_best_effort
 async def show_difference(host: str, text: str) -> None:
     """What changes in a host's closure."""
     await acreate_markdown_artifact(key=key(host, "difference"), markdown=fenced(text),
                                     description=f"{host}: what changes")
 
 
+@_best_effort
 async def show_story(story: Story) -> None:
     """The whole story of a run, as one page, what failed first; and in short as the last words of the log."""
     logger = get_run_logger()

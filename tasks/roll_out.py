@@ -12,8 +12,9 @@ from prefect.logging import get_run_logger
 
 from tasks import sink
 from tasks.rehearse import Reached
-from toto import git, keys, ledger, nix, paths, plan, ssh
+from toto import git, keys, ledger, nix, paths, plan, process, ssh
 from toto.activation import Activator, Verb
+from toto.errors import TotoError
 from toto.ledger import Before, Deployed, Entry, Intent, Ledger, Note, Target
 from toto.manifest import Machine
 from toto.plan import Order
@@ -38,11 +39,16 @@ def reached(machine: Machine, activator: Activator) -> Reached:
 
 
 @task(name="look at the machine", task_run_name="look at the machine", cache_policy=NO_CACHE)
-async def look(activator: Activator) -> Before:
-    """What the machine runs and boots now: to this it goes back if toto never deployed it."""
+async def look(activator: Activator, expected: str | None = None) -> Before:
+    """What the machine runs and boots now: to this it goes back if toto never deployed it.
+
+    Raises `NotWhatItShouldBe` when it does not run `expected`.
+    """
     await activator.install()
     facts = await activator.facts()
-    get_run_logger().info("runs %s, boots next %s", facts.system, facts.profile or "what it was installed with")
+    if expected is not None:
+        await activator.check(expected)
+    get_run_logger().info("it runs %s, and boots %s next", facts.system, facts.profile or "what it was installed with")
     return facts.before
 
 
@@ -53,8 +59,12 @@ async def copy(order: Order, activator: Activator) -> None:
     path, settings = order.change.host.path, order.settings.nix
     if settings.signing_key is not None:
         await nix.sign(path, Path(settings.signing_key))
-    await nix.copy(path, activator.connection.target.name, activator.connection.config,
-                   timeout=settings.build_timeout, target=order.name, on_line=sink())
+    try:
+        await nix.copy(path, activator.connection.target.name, activator.connection.config,
+                       timeout=settings.build_timeout, target=order.name, on_line=sink())
+    except nix.CopyFailed:
+        await activator.connection.run(["true"], fresh=True, timeout=60)  # raises Unreachable when that was why
+        raise
 
 
 @task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
@@ -80,10 +90,22 @@ async def activate(order: Order, activator: Activator, verb: Verb, before: Befor
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order) -> None:
-    """The host passed everything: it is the new last good, kept by a GC root."""
-    await nix.keep(order.change.host.path, plan.last_good_root(order.repo, order.name))
+    """The host passed everything: it is the new last good, kept by a GC root, as is the one before it."""
+    root = plan.last_good_root(order.repo, order.name)
+    if root.is_symlink():
+        await nix.keep(str(root.readlink()), plan.previous_root(order.repo, order.name))
+    await nix.keep(order.change.host.path, root)
     await Ledger(order.repo).write(order.change.target, ledger.good(desired(order), order.run),
                                    f"{order.name}: good at {order.commit[:8]}")
+
+
+@task(name="tidy", task_run_name="tidy", cache_policy=NO_CACHE)
+async def tidy(activator: Activator) -> None:
+    """Remove this run's state from the machine; when that fails, nothing is lost."""
+    try:
+        await activator.forget()
+    except TotoError as error:
+        get_run_logger().warning("its /run/toto could not be tidied: %s", error)
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
@@ -111,15 +133,18 @@ async def record_unreachable(order: Order, why: str) -> None:
 async def retire(repo: Path, name: str) -> None:
     """A machine left the manifest: its ledger entry and GC root go, nothing on it is touched."""
     await Ledger(repo).write(Target("host", name), lambda _: None, f"{name}: retired, it left the manifest")
-    plan.last_good_root(repo, name).unlink(missing_ok=True)
+    for root in (plan.last_good_root(repo, name), plan.previous_root(repo, name)):
+        root.unlink(missing_ok=True)
 
 
-@task(name="intend to put back", task_run_name="intend to put back", cache_policy=NO_CACHE)
 async def intend_to_put_back(repo: Path, name: str, run: str) -> None:
-    """Open the intent under which a host is put back, also one that this run had made good already."""
+    """Open the intent under which a host is put back, also one that this run had made good already.
+
+    No task: it needs nothing but the repo, and a Prefect that is down must not keep it from being written.
+    """
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            return ledger.now_at(entry, run, "revert")
+            return ledger.now_at(entry, run, entry.intent.step)
         if entry.good is None or entry.good.run != run:
             raise ledger.LostTarget("is no longer what this run made of it", target=name)
         intent = Intent(desired=entry.good, before=entry.before or Before(system=entry.good.path), run=run,
@@ -150,7 +175,10 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
             get_run_logger().warning("does not answer yet; it goes back by itself when toto does not confirm")
             await anyio.sleep(2)
     if entry.good is not None:
-        await nix.keep(entry.good.path, plan.last_good_root(repo, machine.name))
+        try:
+            await nix.keep(entry.good.path, plan.last_good_root(repo, machine.name))
+        except process.CommandFailed as error:  # the machine is back, and that is what counts
+            get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
     where = f"{entry.good.commit[:8]}" if entry.good else "what it ran before toto"
     await Ledger(repo).write(target, ledger.put_back(entry.good, _note(entry.intent.desired, run, why), run),
                              f"{machine.name}: put back to {where}")
@@ -163,11 +191,11 @@ async def _go_back(repo: Path, run: str, machine: Machine, settings: RollOut, en
         await activator.install()
         # A watchdog that is still armed is named after the run that armed it.
         armed = Activator(activator.connection, entry.intent.desired.run, settings.connect_timeout)
-        await armed.take_charge()
+        await armed.take_charge(patience=settings.activation_timeout * 2 + settings.confirm_timeout)
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
             await nix.copy(to.system, machine.name, activator.connection.config, timeout=settings.activation_timeout,
                            target=machine.name)
-        await activator.go_back(to, finish=settings.activation_timeout)
+        await activator.go_back(to, finish=settings.activation_timeout, boot=entry.intent.step != "test")
         await armed.forget()
         await activator.forget()
 

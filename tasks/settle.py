@@ -20,14 +20,15 @@ from toto.settings import RollOut, Settings
 async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
     """The hosts with an open intent whose run is over or dead, by name. (A retry of that very run counts as one.)"""
     return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
-            if target.kind == "host" and await _dead(intent)}
+            if target.kind == "host" and await _dead(intent, run)}
 
 
-async def _dead(intent: Intent) -> bool:
-    """Whether nobody is at work on an intent: its process is gone, or (on another machine) its run is over."""
-    lives = ledger.owner_lives(intent.owner)
-    if lives is not None:
-        return not lives
+async def _dead(intent: Intent, run: str) -> bool:
+    """Whether nobody is at work on an intent: its process is gone, or (a notebook's lives on) its run is over."""
+    if ledger.owner_lives(intent.owner) is False:
+        return True
+    if intent.run == run:
+        return False
     async with get_client() as client:
         try:
             state = (await client.read_flow_run(UUID(intent.run))).state
@@ -45,7 +46,7 @@ def healing_for(intent: Intent, settings: RollOut) -> float:
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
 async def take_over(repo: Path, name: str, intent: Intent, run: str) -> None:
     """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
-    await Ledger(repo).write(Target("host", name), ledger.take_over(intent, run, git.now()),
+    await Ledger(repo).write(Target("host", name), ledger.take_over(intent, run),
                              f"{name}: settling what run {intent.run} left open at `{intent.step}`")
 
 

@@ -69,12 +69,12 @@ async def test_another_run_cannot_touch_a_target_with_an_open_intent(book: Ledge
 async def test_a_run_whose_intent_was_taken_over_can_record_nothing(book: Ledger) -> None:
     opened = intent("run-1")
     await book.write(WEB1, ledger.intend(opened), "one")
-    await book.write(WEB1, ledger.take_over(opened, "run-2", "2026-01-02T00:00:00Z"), "two takes over")
+    await book.write(WEB1, ledger.take_over(opened, "run-2"), "two takes over")
     for change in (ledger.good(deployed("/nix/store/new"), "run-1"), ledger.put_back(None, note(), "run-1")):
         with pytest.raises(LostTarget):
             await book.write(WEB1, change, "too late")
     with pytest.raises(LostTarget):
-        await book.write(WEB1, ledger.take_over(opened, "run-3", "2026-01-02T00:00:00Z"), "three is second")
+        await book.write(WEB1, ledger.take_over(opened, "run-3"), "three is second")
 
 
 async def test_what_was_put_back_keeps_its_last_good_and_says_why(book: Ledger) -> None:

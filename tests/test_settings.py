@@ -22,22 +22,20 @@ def test_without_a_file_everything_is_default(tmp_path: Path) -> None:
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
-    found = read(tmp_path, 'branch = "live/1"\n[nix]\nnixpkgs = "nix/lab/nixpkgs.nix"\nbuild_timeout = 0.5\n'
+    found = read(tmp_path, '[nix]\nnixpkgs = "nix/lab/nixpkgs.nix"\nbuild_timeout = 0.5\n'
                            '[sandbox]\nmemory = 512\n[roll_out]\nmethod = "nixos-rebuild"\n')
-    assert (found.branch, found.nix.nixpkgs, found.nix.build_timeout) == ("live/1", "nix/lab/nixpkgs.nix", 0.5)
+    assert (found.nix.nixpkgs, found.nix.build_timeout) == ("nix/lab/nixpkgs.nix", 0.5)
     assert (found.sandbox.memory, found.roll_out.method) == (512, "nixos-rebuild")
     assert found.sandbox.test_timeout == 300
 
 
 @pytest.mark.parametrize(("text", "told"), [
-    ("branches = 1", "toto.toml: branches: is not a known field; did you mean 'branch'?"),
+    ("sandboxes = 1", "toto.toml: sandboxes: is not a known field; did you mean 'sandbox'?"),
     ("[sandbox]\nmemroy = 1", "toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?"),
     ("[nix]\nbuild_timeout = true", "toto.toml: nix.build_timeout: should be a number, not true"),
     ("[nix]\nbuild_timeout = -1", "toto.toml: nix.build_timeout: should be more than 0, not -1"),
     ("nix = 5", "toto.toml: nix: should be a mapping of fields, not 5"),
     ("[roll_out]\npolicy = 'some'", "toto.toml: roll_out.policy: should be 'all' or 'partial', not 'some'"),
-    ("branch = '-rf'", "toto.toml: branch: should be the name of a branch, not '-rf'"),
-    ("branch = 5", "toto.toml: branch: should be text, not 5: put it in quotes"),
     ("[nix]\nnixpkgs = '../x'", "toto.toml: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in "
                                 "the repo, not '../x'"),
     ("a = 1\nb = = 2", "toto.toml:2: is not TOML: invalid value"),
@@ -46,7 +44,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
     (b"a = 1\nb = '\xff'", "toto.toml:2: is not UTF-8 from here on"),
     ("a = " + "[" * 5000, "toto.toml: is nested too deeply"),
     ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
-    ("'a\\nb' = 1\n", "toto.toml: 'a\\\\nb': is not a known field; known are branch, nix, sandbox, roll_out"),
+    ("'a\\nb' = 1\n", "toto.toml: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out"),
 ])
 def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, text: str | bytes, told: str) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -57,8 +55,8 @@ def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, text: str | bytes, t
 @pytest.mark.parametrize("text", ["[nix]\nbuild_timeout = nan",
                                   "[nix]\nbuild_timeout = inf", "[nix]\nbuild_timeout = 1e9",
                                   "[nix]\nsigning_key = ''", "[nix]\nsigning_key = '-x'", "[sandbox]\nmemory = 1.5",
-                                  "[sandbox]\nmemory = '512'", "x = " + "9" * 5000, "x = 2024-01-01", "branch = 'a..b'",
-                                  "branch = 'a.lock'", "branch = 'a/'", "[sandbox]\ntest_output = 0"])
+                                  "[sandbox]\nmemory = '512'", "x = " + "9" * 5000, "x = 2024-01-01",
+                                  "[sandbox]\ntest_output = 0"])
 def test_a_wrong_value_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match=r"^toto\.toml:"):
         read(tmp_path, text)

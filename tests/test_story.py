@@ -33,7 +33,8 @@ def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
     told = story("a", "b", "c")
     told.outcome |= {"a": "unreachable", "c": "deployed"}
     assert told.hold_behind(["b"], FLEET) == []
-    assert told.headline() == "12345678: c deployed; a unreachable; b held back"
+    assert told.headline() == ("12345678: c deployed; a unreachable; "
+                               "b held back: it comes after a, which was not rolled out")
 
 
 def test_who_comes_after_what_is_held_is_held_too() -> None:

@@ -4,12 +4,13 @@
 # (The idea is deploy-rs's "magic rollback"; what is gone back to is the store path that toto recorded.)
 #
 #   facts                                               what the machine runs
-#   begin RUN ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation, and its watchdog
-#   result RUN SECONDS                                  wait for its end, and tell it
-#   confirm RUN                                         toto is there: no going back by itself any more
-#   forget RUN                                          remove what a run left here
+#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation, and its watchdog
+#   result NAME SECONDS                                 wait for its end, and tell it
+#   confirm NAME                                        toto is there: no going back by itself any more
+#   names RUN                                           the activations of a run that left something here
+#   forget RUN                                          remove what a run left here, once none is under way
 #
-# ACTION is test, switch or boot. SYSTEM and PROFILE are what to go back to. FINISH and CONFIRM are seconds;
+# NAME is RUN.VERB.NUMBER, new for every activation. ACTION is test, switch or boot. SYSTEM and PROFILE are what to go back to. FINISH and CONFIRM are seconds;
 # CONFIRM 0 arms no watchdog. All state is in /run: a reboot boots the boot default and forgets the rest.
 set -u
 umask 077
@@ -36,8 +37,7 @@ facts() {
 
 begin() {
 	use_run "$1"
-	mkdir -p "$dir" || die "cannot write to $dir"
-	rm -rf "$dir/status" "$dir/decided" "$dir/back" "$dir/log"
+	mkdir "$dir" || die "cannot make $dir"
 	# A copy of its own: a shell reads its script as it goes.
 	cp "$0" "$dir/guard.sh.new" && mv "$dir/guard.sh.new" "$dir/guard.sh" || die "cannot write to $dir"
 	if [ -d /run/systemd/system ]; then
@@ -53,13 +53,13 @@ guard() {
 	use_run "$1"
 	action=$2 path=$3 system=$4 profile_before=$5 finish=$6 confirm=$7
 	# What went before stays usable, and in the store, until this is decided.
-	[ -n "$system" ] && PATH=$system/sw/bin:$PATH
+	PATH=$system/sw/bin:$PATH
 	if command -v flock >/dev/null; then
 		exec 9>"$state/lock"
 		flock 9 || exit 1 # another activation is being decided: it ends within its own time
 	fi
 	mkdir -p "$roots"
-	[ -n "$system" ] && ln -sfn "$system" "$roots/toto-before"
+	ln -sfn "$system" "$roots/toto-before"
 	ln -sfn "$path" "$roots/toto-after"
 	activate "$action" "$path" >"$dir/log" 2>&1 9>&-
 	echo $? >"$dir/status.new" && mv "$dir/status.new" "$dir/status"
@@ -124,15 +124,27 @@ confirm() {
 	fi
 }
 
+names() {
+	use_run "$1"
+	for each in "$dir".*; do
+		[ -d "$each" ] && echo "${each##*/}"
+	done
+	return 0
+}
+
 forget() {
 	use_run "$1"
-	rm -rf "$dir"
+	if command -v flock >/dev/null; then
+		exec 9>"$state/lock"
+		flock 9 # whoever is still deciding ends within its own time
+	fi
+	rm -rf "$dir".*
 	rm -f "$roots/toto-before" "$roots/toto-after"
 }
 
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | forget) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | names | forget) "$verb" "$@" ;;
 *) die "no such verb: $verb" ;;
 esac

@@ -5,6 +5,8 @@ the recorded store path unless toto confirms over a new connection; so a configu
 or the network heals without anyone.
 """
 
+import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from toto.ssh import Connection, Unreachable
 Verb: TypeAlias = Literal["test", "switch", "boot"]
 
 _SCRIPT: Final = Path(__file__).with_name("activate.sh")
+UNITS_FAILED: Final = 4  # the exit status of switch-to-configuration when the system is there but a unit is not
 _ON_MACHINE: Final = "/run/toto/activate.sh"
 
 
@@ -78,9 +81,11 @@ class Activator:
         confirmed all the same (toto reaches it, and decides what comes next).
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
-        await self._verb("begin", self.run, verb, path, before.system, before.profile, f"{finish:.0f}",
-                         f"{confirm:.0f}")
-        code, log = await self._confirmed(deadline=time.monotonic() + finish + confirm)
+        name = self._new_name(verb)
+        await self._verb("begin", name, verb, path, before.system, before.profile, f"{finish:.0f}", f"{confirm:.0f}")
+        deadline = time.monotonic() + finish + confirm
+        code, log = await self._ended(name, deadline)
+        await self._confirm(name, deadline)
         if code != 0:
             raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
                                    target=self.connection.target.name)
@@ -102,25 +107,37 @@ class Activator:
             raise ActivationFailed(f"nixos-rebuild {verb} failed:\n{error.tail}", target=name) from None
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
-    async def take_charge(self) -> None:
-        """Stop a watchdog that an earlier run of this name left armed; wait where it is going back already."""
-        with anyio.move_on_after(120):
-            while (await self._verb("confirm", self.run)).stdout.startswith("back"):
-                if not (await self._verb("result", self.run, "5")).stdout.startswith(("running", "done")):
-                    break
-                await anyio.sleep(1)
+    async def take_charge(self, *, patience: float) -> None:
+        """Bring every activation of this run to its end: no watchdog of it is armed, and none is under way.
 
-    async def go_back(self, to: Before, *, finish: float) -> None:
+        One that is already going back is waited for, as is one that a dead toto had begun: `patience` seconds.
+        Raises `ActivationFailed` when it does not end.
+        """
+        deadline = time.monotonic() + patience
+        for name in (await self._verb("names", self.run)).lines:
+            said = (await self._verb("confirm", name)).stdout.strip()
+            while said != "unknown":
+                word = ((await self._verb("result", name, "20")).lines or ["unknown"])[0].split()[0]
+                if word in ("back", "unknown") or (word == "done" and said == "confirmed"):
+                    break
+                if time.monotonic() > deadline:
+                    raise ActivationFailed("an earlier activation does not end", target=self.connection.target.name,
+                                           hint=f"see /run/toto/{name}/log on the machine")
+                await anyio.sleep(0.5)
+
+    async def go_back(self, to: Before, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot what is recorded: profile and activation, then look whether it does.
 
-        With "" as profile the machine's profile stays as it is (it had none, or toto never set it).
+        With "" as profile the machine's profile stays as it is (it had none, or toto never set it). `boot` also
+        writes the boot default again where the profile is right: power may have been lost between the two.
+        A unit that fails in the old system does not make it another system: that is told as a warning.
         Raises `ActivationFailed`, `Unreachable`, `NotWhatItShouldBe`.
         """
         facts = await self.facts()
-        if to.profile and facts.profile != to.profile:
-            await self._unguarded("boot" if to.profile != to.system else "switch", to.profile, finish)
+        if to.profile and (boot or facts.profile != to.profile):
+            await self._back("switch" if to.profile == to.system != facts.system else "boot", to.profile, finish)
         if (await self.facts()).system != to.system:
-            await self._unguarded("test", to.system, finish)
+            await self._back("test", to.system, finish)
         await self.check(to.system)
         if to.profile:
             await self.check(to.profile, profile=True, running=False)
@@ -135,45 +152,61 @@ class Activator:
                                         hint="someone else may be deploying to it; look with `nixos-version`")
 
     async def forget(self) -> None:
-        """Remove this run's state from the machine."""
+        """Remove this run's state from the machine, once no activation is under way."""
         await self._verb("forget", self.run)
 
-    async def _unguarded(self, verb: Verb, path: str, finish: float) -> None:
-        await self._verb("begin", self.run, verb, path, "", "", f"{finish:.0f}", "0")
-        code, log = await self._ended(time.monotonic() + finish + 60)
-        if code != 0:
+    async def _back(self, verb: Verb, path: str, finish: float) -> None:
+        """An activation without a watchdog: there is nothing further to go back to."""
+        name = self._new_name("back")
+        await self._verb("begin", name, verb, path, path, "", f"{finish:.0f}", "0")
+        code, log = await self._ended(name, time.monotonic() + finish + 60)
+        if code == UNITS_FAILED:
+            logging.getLogger(__name__).warning("%s: units failed while it went back:\n%s", self.connection.target.name,
+                                                process.tail(log))
+        elif code != 0:
             raise ActivationFailed(f"going back (`{verb}`) exited with status {code}:\n{process.tail(log)}",
                                    target=self.connection.target.name)
 
-    async def _ended(self, deadline: float) -> tuple[int, str]:
+    async def _ended(self, name: str, deadline: float) -> tuple[int, str]:
         """Wait, over as many connections as it takes, until the activation ended; its status and log."""
+        host = self.connection.target.name
         while True:
             try:
-                done = await self._verb("result", self.run, "20", fresh=True)
+                done = await self._verb("result", name, "20", fresh=True)
             except Unreachable:
                 if time.monotonic() > deadline:
                     raise
                 await anyio.sleep(1)  # its network may be restarting
                 continue
+            except process.CommandFailed:  # the script is gone from /run
+                raise WentBack("rebooted in the middle of the activation, into its boot default", target=host) from None
             word, _, code = done.lines[0].partition(" ") if done.lines else ("unknown", "", "")
             log = "\n".join(done.lines[1:])
             if word == "done":
                 return int(code), log
+            if word == "back":
+                raise WentBack(f"went back by itself, as it should:\n{process.tail(log)}", target=host)
             if word != "running":
-                raise WentBack(f"went back by itself, as it should: {process.tail(log)}" if word == "back" else
-                               "lost track of the activation: it rebooted meanwhile",
-                               target=self.connection.target.name)
+                raise WentBack("lost track of the activation", target=host)
             if time.monotonic() > deadline:
-                raise ActivationFailed("did not end in time", target=self.connection.target.name)
+                raise ActivationFailed("did not end in time", target=host)
 
-    async def _confirmed(self, deadline: float) -> tuple[int, str]:
-        code, log = await self._ended(deadline)
-        # Over a new connection: an old one may live on where no new one would be let in.
-        answer = (await self._verb("confirm", self.run, fresh=True)).stdout.strip()
+    async def _confirm(self, name: str, deadline: float) -> None:
+        """Over a new connection: an old one may live on where no new one would be let in."""
+        while True:
+            try:
+                answer = (await self._verb("confirm", name, fresh=True)).stdout.strip()
+                break
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise
+                await anyio.sleep(1)
         if answer != "confirmed":
             raise WentBack("was reached too late after the activation, and had begun to go back by itself",
                            target=self.connection.target.name)
-        return code, log
+
+    def _new_name(self, verb: str) -> str:
+        return f"{self.run}.{verb}.{secrets.token_hex(4)}"
 
     async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:
         return await self._root(["/bin/sh", _ON_MACHINE, *words], fresh=fresh)

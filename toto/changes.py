@@ -66,10 +66,15 @@ class Change(_Value):
 
 
 class ChangeSet(_Value):
-    """All that one commit would change, and what it would leave alone and why. It prints as a table."""
+    """All that one commit would change, and what it would leave alone and why. It prints as a table.
+
+    `ledger` is the fingerprint of the ledger that it was held against; `whole` is false where it was limited to
+    some hosts.
+    """
 
     commit: str
     ledger: str
+    whole: bool = True
     changes: tuple[Change, ...] = ()
     unchanged: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
@@ -115,7 +120,7 @@ def compare(commit: str, desired: list[Desired], failed: list[Failure], manifest
             changes.append(change)
     known = {host.name for host in desired} | {failure.name for failure in failed}
     return ChangeSet(
-        commit=commit, ledger=ledger.commit, changes=tuple(changes), unchanged=tuple(unchanged),
+        commit=commit, ledger=ledger.fingerprint, changes=tuple(changes), unchanged=tuple(unchanged),
         waiting=tuple(name for name, machine in manifest.machines.items()
                       if name not in known and machine.role == "nixos"),
         retired=tuple(sorted(target.name for target, entry in ledger.entries.items() if target.kind == "host"

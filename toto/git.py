@@ -143,19 +143,14 @@ def _refuse_links_out(tree: Path) -> None:
                                      target=str(path.relative_to(tree)), hint="commit the file itself")
 
 
-async def tip(repo: Path, branch: str) -> str | None:
-    """The commit a branch points to now, or None."""
-    done = await git(repo, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}^{{commit}}", check=False)
-    return done.stdout.strip() or None
+async def superseded_by(repo: Path, commit: str) -> str | None:
+    """The newest commit of the deployed branch (the bare repo's HEAD), when that is another than `commit`, else None.
 
-
-async def superseded_by(repo: Path, commit: str, branch: str) -> str | None:
-    """The tip of the branch when it has moved on from `commit`, else None."""
-    newest = await tip(repo, branch)
-    if newest is None or newest == commit:
-        return None
-    behind = await git(repo, "merge-base", "--is-ancestor", commit, newest, check=False)
-    return newest if behind.status == 0 else None
+    Another, not a later one: what a force push took away must not be rolled out either.
+    """
+    done = await git(repo, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False)
+    newest = done.stdout.strip()
+    return newest if newest not in ("", commit) else None
 
 
 async def mark(repo: Path, tag: str, commit: str) -> None:

@@ -7,6 +7,7 @@ race looks at the new entry and decides again. An open intent belongs to one run
 to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind every lock.
 """
 
+import hashlib
 import json
 import random
 import socket
@@ -131,6 +132,14 @@ class Snapshot:
         return self.entries.get(target, Entry())
 
     @property
+    def fingerprint(self) -> str:
+        """Changes when what is deployed, or known to be rehearsed, does; not with intents and notes."""
+        what = sorted((str(target), entry.good and (entry.good.path, entry.good.identity, entry.good.tests),
+                       entry.rehearsed and (entry.rehearsed.identity, entry.rehearsed.tests))
+                      for target, entry in self.entries.items() if entry.good or entry.rehearsed)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
+    @property
     def open_intents(self) -> dict[Target, Intent]:
         return {target: entry.intent for target, entry in self.entries.items() if entry.intent}
 
@@ -235,13 +244,13 @@ def intend(intent: Intent) -> Change:
     return change
 
 
-def take_over(old: Intent, run: str, at: str) -> Change:
+def take_over(old: Intent, run: str) -> Change:
     """Make an intent that a dead run left this run's own. Raises `LostTarget` when it is no longer there."""
     def change(entry: Entry) -> Entry:
         if entry.intent != old:
             raise LostTarget("its open intent was settled by another run", target=old.desired.path)
         return entry.model_copy(update={"intent": old.model_copy(
-            update={"run": run, "owner": owner(), "at": at, "step": "revert"})})
+            update={"run": run, "owner": owner()})})
     return change
 
 

@@ -17,6 +17,7 @@ from toto.errors import InputError, TotoError
 from toto.hosts import Host, check_name
 
 EXPRESSIONS: Final = Path(__file__).parent.parent / "nix"
+_NEW: Final = ("--extra-experimental-features", "nix-command")
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _TRANSIENT: Final = re.compile(
     r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
@@ -40,8 +41,9 @@ class CopyFailed(TotoError):
 
 
 def environment() -> dict[str, str]:
-    """The environment for nix; its messages in plain text."""
-    return dict(os.environ) | {"TERM": "dumb", "NO_COLOR": "1"}
+    """The environment for nix: messages in plain text, and nothing secret that builtins.getEnv could read."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_"))}
+    return kept | {"TERM": "dumb", "NO_COLOR": "1"}
 
 
 async def flake_hosts(tree: Path, *, timeout: float) -> list[Host] | None:
@@ -157,7 +159,7 @@ def let_go(directory: Path) -> None:
 async def sign(path: str, key: Path) -> None:
     """Sign a closure with a secret key file, so that machines may accept it from anyone."""
     try:
-        await process.run(["nix", "store", "sign", "--recursive", "--key-file", key, path], env=environment(),
+        await process.run(["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=environment(),
                           timeout=300)
     except process.CommandFailed as error:
         raise CopyFailed(f"could not sign {path}: {error.message}", hint="see nix.signing_key in toto.toml") from None
@@ -170,7 +172,7 @@ async def copy(path: str, alias: str, ssh_config: Path, *, timeout: float, targe
     Raises `CopyFailed`, `CommandTimeout`.
     """
     try:
-        await process.run(["nix", "copy", "--to", f"ssh://{alias}", path],
+        await process.run(["nix", *_NEW, "copy", "--to", f"ssh://{alias}", path],
                           env=environment() | {"NIX_SSHOPTS": f"-F {ssh_config}"}, timeout=timeout,
                           on_error_line=on_line, target=target)
     except process.CommandFailed as error:

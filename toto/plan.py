@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -88,6 +89,20 @@ def run_directory(repo: Path, run: str) -> Path:
 def last_good_root(repo: Path, host: str) -> Path:
     """The GC root of what a host runs by its ledger entry, and is gone back to."""
     return paths.repo_state(repo) / "good" / host
+
+
+def previous_root(repo: Path, host: str) -> Path:
+    """The GC root of what a host ran before that, to which a revert of the same run goes back."""
+    return paths.repo_state(repo) / "previous" / host
+
+
+def held_now(machine: Machine) -> str | None:
+    """Why a machine must not be rolled out now: it is frozen, or its maintenance window is closed."""
+    if machine.frozen_because is not None:
+        return machine.frozen_because
+    if machine.window is not None and not machine.window.contains(datetime.now().astimezone()):
+        return f"outside its window, {machine.window}"
+    return None
 
 
 def memory_available() -> int:
@@ -184,7 +199,7 @@ async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, e
         "changes": tuple(each for each in compared.changes if each.host.name not in lost),
         "failed": (*compared.failed, *failures),
         # A run that was limited to some hosts says nothing of the others.
-        **({"waiting": (), "retired": ()} if only else {})})
+        **({"waiting": (), "retired": (), "whole": False} if only else {})})
     if change_set.changes:
         await git.checkout(repo, commit, directory / "tree")
     return Plan(repo=repo, run=run, commit=commit, manifest=manifest, settings=settings, changes=change_set,
@@ -215,13 +230,6 @@ async def differences(change_set: ChangeSet) -> dict[str, str]:
         last = change.last if change.last and await nix.valid(change.last) else None
         return change.host.name, str(await closure.difference(last, change.host.path))
     return dict(await asyncio.gather(*map(of, change_set.changes)))
-
-
-async def compared(plan_changes: ChangeSet, manifest: Manifest, ledger: Ledger) -> ChangeSet:
-    """The same desires against the ledger as it stands now: another run may have moved it meanwhile."""
-    now = changes.compare(plan_changes.commit, [change.host for change in plan_changes.changes], [], manifest,
-                          ledger.read())
-    return plan_changes.model_copy(update={"changes": now.changes, "ledger": now.ledger})
 
 
 def claim(repo: Path, run: str) -> Path:

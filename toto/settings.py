@@ -34,12 +34,6 @@ def _check_nixpkgs(text: str) -> str:
     return text
 
 
-def _check_branch(text: str) -> str:
-    if (not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._/+-]*", text) or re.search(r"\.\.|//|/\.|\.lock(/|$)|[./]$", text)):
-        raise ValueError(f"should be the name of a branch, not {shown(text)}")
-    return text
-
-
 def _check_path(text: str) -> str:
     if not text.strip() or text.startswith("-") or _CONTROL.search(text):
         raise ValueError(f"should be a path, not {shown(text)}")
@@ -98,8 +92,6 @@ class RollOut(Model):
 class Settings(Model):
     """Everything in `toto.toml`."""
 
-    branch: Annotated[StrictStr, AfterValidator(_check_branch)] = "main"
-    """the branch whose pushes are reconciled"""
     nix: Nix = Nix()
     sandbox: Sandbox = Sandbox()
     roll_out: RollOut = RollOut()

@@ -49,6 +49,11 @@ class Story:
         return bool(self.failures)
 
     @property
+    def complete(self) -> bool:
+        """Whether everything is now what the commit says."""
+        return not (self.failures or self.held or "unreachable" in self.outcome.values())
+
+    @property
     def failed_hosts(self) -> set[str]:
         return {each.host for each in self.failures}
 
@@ -66,7 +71,7 @@ class Story:
                  *self.failed_hosts]
         for name in group:
             if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
-                self.held[name] = behind
+                self.held[name] = f"it comes after {behind}, which was not rolled out"
         return [name for name in group if name not in self.held]
 
     def headline(self) -> str:
@@ -77,14 +82,14 @@ class Story:
             what = f"{first.host}: {first.stage} failed: {_first_line(first.text, first.host)}"
             more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
             return f"{commit}: {what}{more}; {self._aftermath()}"
-        if not self.outcome and not self.rehearsals:
+        if not self.outcome and not self.rehearsals and not self.held:
             plan = [change.host.name for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
         ended = {word: [name for name, end in self.outcome.items() if end == word]
                  for word in ("deployed", "verified", "unreachable")}
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
-            said.append(f"{', '.join(self.held)} held back")
+            said += [f"{name} held back: {reason}" for name, reason in self.held.items()]
         rest = [change.host.name for change in self.changes.changes
                 if change.host.name not in self.outcome and change.host.name not in self.held]
         if rest:
@@ -117,7 +122,7 @@ class Story:
             if name in failures:
                 end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
             elif name in self.held:
-                end, how = "held back", f"comes after {self.held[name]}, which was not rolled out"
+                end, how = "held back", self.held[name]
             elif name in self.outcome:
                 end, how = self.outcome[name], self.rehearsals.get(name, "")
             else:
