@@ -5,7 +5,7 @@
 { tree                 # absolute path of the exported commit, as a string
 , name                 # the host
 , file ? ""            # its file relative to the tree; "" when it is nixosConfigurations.NAME of the flake
-, nixpkgs ? ""         # "" for <nixpkgs>, else a file of the tree that evaluates to nixpkgs' path
+, nixpkgs ? ""         # "" for <nixpkgs>; another <name>; or a file of the tree that gives nixpkgs' path, or nixpkgs
 , system ? builtins.currentSystem
 , sandboxKey ? ""      # the public key that may log in to the sandbox
 , ports ? "[]"         # JSON: further ports of the sandbox that tests may reach
@@ -14,7 +14,12 @@ let
   root = /. + tree;
   rehearsal = import ./rehearsal.nix { inherit sandboxKey; ports = builtins.fromJSON ports; };
 
-  nixosOf = if nixpkgs == "" then <nixpkgs/nixos> else import (root + "/${nixpkgs}") + "/nixos";
+  searched = builtins.match "<(.+)>" nixpkgs;
+  pinned = import (/. + (if builtins.substring 0 1 nixpkgs == "/" then nixpkgs else "${tree}/${nixpkgs}"));
+  nixosOf =
+    if nixpkgs == "" then <nixpkgs/nixos>
+    else if searched != null then builtins.findFile builtins.nixPath "${builtins.head searched}/nixos"
+    else (pinned.path or pinned) + "/nixos";
   fromFile = configuration: (import nixosOf { inherit configuration system; }).config.system.build;
 
   flake = builtins.getFlake "path:${tree}";

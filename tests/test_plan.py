@@ -205,3 +205,36 @@ async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_p
     with pytest.raises(nix.BuildFailed, match="the disk of the builder burns") as caught:
         await nix.build(drv, tmp_path / "root", timeout=60, target="a")
     assert not caught.value.transient
+
+
+async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_another_name_of_the_search_path(
+        repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
+    plainly = (await make(repo.commit(files))).changes.changes[0].host.drv
+    monkeypatch.setenv("NIX_PATH", "")
+    pin: dict[str, str | None] = {"pin.nix": f"/. + \"{lab}\"\n", "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
+    assert (await make(repo.commit(pin))).changes.changes[0].host.drv == plainly
+    monkeypatch.setenv("NIX_PATH", f"another={lab}")
+    other = await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "<another>"\n'}))
+    assert other.changes.changes[0].host.drv == plainly
+    (failure,) = (await make(repo.commit({"toto.toml": None}))).changes.failed
+    assert "nix.nixpkgs in toto.toml" in failure.message
+
+
+async def test_an_error_in_a_flake_names_the_file_of_the_repo(repo: InfraRepo, make: Make, lab: Path) -> None:
+    flake = f"""{{
+      inputs.nixpkgs.url = "path:{lab}";
+      outputs = {{ self, nixpkgs }}: {{
+        nixosConfigurations.a = nixpkgs.lib.nixosSystem {{ system = "x86_64-linux"; modules = [ ./hosts/a.nix ]; }};
+        nixosConfigurations.b = nixpkgs.lib.nixosSystem {{ system = "x86_64-linux"; modules = [
+          {{ environment.etc.when.text = toString self.lastModified; }} ]; }};
+      }};
+    }}"""
+    (repo.work / "flake.nix").write_text(flake)
+    await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
+    made = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": "{\n  nope = ;\n}\n"}))
+    (failure,) = made.changes.failed
+    assert "hosts/a.nix:2" in failure.message and "/nix/store" not in failure.message.splitlines()[0]
+    await good(repo, made)
+    again = await make(repo.commit({"README.md": "later"}))
+    assert again.changes.changes == (), "self.lastModified is the same in every export"

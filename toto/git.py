@@ -129,6 +129,11 @@ async def checkout(repo: Path, commit: str, destination: Path) -> None:
     finally:
         index.unlink(missing_ok=True)
     _refuse_links_out(destination)
+    # A flake's self.lastModified is the newest time in its tree: the same in every checkout, or the drv would change.
+    for directory, folders, files in os.walk(destination, topdown=False):
+        for name in (*files, *folders):
+            os.utime(Path(directory, name), (1, 1), follow_symlinks=False)
+    os.utime(destination, (1, 1))
 
 
 def _refuse_links_out(tree: Path) -> None:

@@ -5,9 +5,11 @@ print store paths, and behave alike from nix 2.8 on.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -16,9 +18,14 @@ from toto import process
 from toto.errors import InputError, TotoError
 from toto.hosts import Host, check_name
 
+log = logging.getLogger(__name__)
+
 EXPRESSIONS: Final = Path(__file__).parent.parent / "nix"
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
+_DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
+# A flake is evaluated from its copy in the store, and errors name that.
+_IN_STORE: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source/([^\s:'`\"]+)")
 _TRANSIENT: Final = re.compile(
     r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
     r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS", re.IGNORECASE)
@@ -43,7 +50,22 @@ class CopyFailed(TotoError):
 def environment() -> dict[str, str]:
     """The environment for nix: messages in plain text, and nothing secret that builtins.getEnv could read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_"))}
-    return kept | {"TERM": "dumb", "NO_COLOR": "1"}
+    # A collection of nix's garbage in the middle of an evaluation costs time, and with Debian's libgc it can crash
+    # (NixOS/nix issue 4919): with a large heap from the start there is none in a host of ordinary size.
+    return {"GC_INITIAL_HEAP_SIZE": "2G"} | kept | {"TERM": "dumb", "NO_COLOR": "1"}
+
+
+async def _instantiate(host: Host, tree: Path, arguments: Sequence[process.Argument],
+                       timeout: float) -> process.Completed:
+    """Run nix-instantiate. Raises `EvaluationFailed`, `CommandTimeout`."""
+    command = ["nix-instantiate", *arguments]
+    done = await process.run(command, env=environment(), check=False, timeout=timeout, target=host.name)
+    if done.status == -signal.SIGSEGV:
+        done = await process.run(command, env=environment() | {"GC_DONT_GC": "1"}, check=False, timeout=timeout,
+                                 target=host.name)
+    if done.status != 0:
+        raise _evaluation_failed(done, host, tree)
+    return done
 
 
 async def flake_hosts(tree: Path, *, timeout: float) -> list[Host] | None:
@@ -55,12 +77,8 @@ async def flake_hosts(tree: Path, *, timeout: float) -> list[Host] | None:
         return None
     expression = ('{ tree }: let flake = builtins.getFlake "path:${tree}"; in '
                   "if flake ? nixosConfigurations then builtins.attrNames flake.nixosConfigurations else null")
-    try:
-        done = await process.run(
-            ["nix-instantiate", "--eval", "--strict", "--json", "--expr", expression, "--argstr", "tree", str(tree)],
-            env=environment(), timeout=timeout, target="flake.nix")
-    except process.CommandFailed as error:
-        raise _evaluation_failed(error, Host("flake.nix", "flake.nix"), tree) from None
+    done = await _instantiate(Host("flake.nix", "flake.nix"), tree, [
+        "--eval", "--strict", "--json", "--expr", expression, "--argstr", "tree", str(tree)], timeout)
     names = json.loads(done.stdout)
     return None if names is None else [Host(check_name(name, "flake.nix")) for name in sorted(names)]
 
@@ -79,28 +97,37 @@ async def instantiate(tree: Path, host: Host, attribute: str, root: Path, *, nix
     if system is not None:
         arguments["system"] = system
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        await process.run(
-            ["nix-instantiate", EXPRESSIONS / "evaluate.nix", "--attr", attribute, "--add-root", root, "--indirect",
-             *(word for name, value in arguments.items() for word in ("--argstr", name, value))],
-            env=environment(), timeout=timeout, target=host.name)
-    except process.CommandFailed as error:
-        raise _evaluation_failed(error, host, tree) from None
+    done = await _instantiate(host, tree, [
+        EXPRESSIONS / "evaluate.nix", "--attr", attribute, "--add-root", root, "--indirect",
+        *(word for name, value in arguments.items() for word in ("--argstr", name, value))], timeout)
+    for line in done.stderr.splitlines():
+        if "warning:" in line and "trace" in line:
+            log.warning("%s: %s", host.name, line)
     return str(root.readlink())
 
 
-def _evaluation_failed(error: process.CommandFailed, host: Host, tree: Path) -> EvaluationFailed:
-    if error.status < 0 or "out of memory" in error.tail.lower():
-        return EvaluationFailed(f"its evaluation was ended: {error.message}", target=host.name,
-                                hint="most often memory: lower the number of evaluations side by side "
-                                     "(raise nix.evaluate_memory in toto.toml)")
-    text = error.tail.replace(f"{tree}/", "").replace(str(tree), ".")
+def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> EvaluationFailed:
+    said = done.stderr.strip()
+    if done.status < 0 or "out of memory" in said.lower():
+        ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "ran out of memory"
+        return EvaluationFailed(f"its evaluation {ended}:\n{process.tail(said)}", target=host.name,
+                                hint="if memory was short: raise nix.evaluate_memory in toto.toml, so that fewer "
+                                     "evaluations run side by side")
+    text = _IN_STORE.sub(lambda match: match[1] if (tree / match[1]).exists() else match[0], said)
+    text = text.replace(f"{tree}/", "").replace(str(tree), ".")
     at = next((match for match in _POSITION.finditer(text) if not match[1].startswith("/")), None)
-    where = f"{at[1]}:{at[2]}" if at else host.origin
+    file = _DEFINED_IN.search(text)
+    where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin
     hint = f"mend {where} and push again"
     if "requires lock file changes" in text:
         hint = "run `nix flake lock` and commit flake.lock: without it two runs may see two nixpkgs"
-    return EvaluationFailed(f"does not evaluate ({where}):\n{text}", target=host.name, hint=hint)
+    elif "Nix search path" in text or "evaluate.nix:" in text:
+        hint = "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
+    lines = text[max(0, text.find("error:")) :].splitlines()
+    if len(lines) > 36:
+        lines = [*lines[:15], "…", *lines[-20:]]
+    return EvaluationFailed(f"does not evaluate ({where}):\n" + process.tail("\n".join(lines), 36), target=host.name,
+                            hint=hint)
 
 
 async def outputs(drv: str) -> list[str]:

@@ -134,6 +134,7 @@ class Running:
     argv: tuple[str, ...]
     process: asyncio.subprocess.Process
     cookie: str
+    ended: bool = False
 
     @property
     def pid(self) -> int:
@@ -146,19 +147,24 @@ class Running:
 
     async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
         """End the group: each of `signals` with `grace` seconds to obey, then SIGKILL to whatever is left."""
+        if self.ended:  # its number may be another's by now
+            return
         for each in signals:
             _signal_group(self.pid, each)
             if await self._gone(grace):
                 break
         _signal_group(self.pid, signal.SIGKILL)
         _sweep_cookie(self.cookie)
+        self.ended = True
         with contextlib.suppress(TimeoutError):
             # Not bare wait(): it also waits for the pipes, which a daemon outside our reach may hold open.
             await asyncio.wait_for(asyncio.shield(self._reaped()), grace)
 
     async def _reaped(self) -> None:
-        while self.process.returncode is None:  # noqa: ASYNC110  (wait() would wait for the pipes too)
-            await asyncio.sleep(0.02)
+        pause = 0.001
+        while self.process.returncode is None:  # (wait() would wait for the pipes too)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
 
     async def _gone(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -51,7 +51,7 @@ class Nix(Model):
     """where nixpkgs is, for hosts without a flake: a search path, or an expression in the repo that gives its path"""
     evaluate_timeout: Seconds = 600
     """seconds that the evaluation of one host may take"""
-    evaluate_memory: Megabytes = 1100
+    evaluate_memory: Megabytes = 1700
     """MB that an evaluation may take: decides how many run side by side"""
     build_timeout: Seconds = 7200
     """seconds that a build may take"""
