@@ -29,7 +29,7 @@ BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
 SETTINGS = """
 [roll_out]
 confirm_timeout = 15
-activation_timeout = 90
+activation_timeout = 60
 connect_timeout = 5
 [sandbox]
 test_timeout = 120
@@ -373,6 +373,29 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
+
+
+async def test_a_toto_killed_in_the_middle_of_an_activation_waits_for_its_end_and_goes_back(whole: Whole) -> None:
+    before = await whole.systems()
+    slow = ('system.activationScripts.slow.text = "sleep 20";\n'
+            '  virtualisation.vmVariant.system.activationScripts.slow.text = lib.mkForce "";')
+    files = {name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
+             for name, text in whole.web1("S", slow).items()}
+    whole.commit("a slow activation", dict(files))
+    whole.push()
+    async with asyncio.timeout(120):
+        while (await whole.machines["web1"].ssh("sudo", "sh", "-c", "ls -d /run/toto/*.test.*")).status != 0:
+            await asyncio.sleep(0.3)
+    whole.kill()
+    assert await whole.systems() == before, "the activation is under way"
+    await whole.start_server()
+    async with asyncio.timeout(150):
+        while whole.entry("web1").intent is not None:
+            await asyncio.sleep(0.5)
+    assert await whole.systems() == before
+    await asyncio.sleep(5)
+    await whole.settled()
+    assert (await whole.deploy("not so slow", whole.web1("A"))).state == "COMPLETED"
 
 
 async def test_two_pushes_at_once_end_with_the_newer_and_no_host_is_touched_by_both(whole: Whole) -> None:
