@@ -11,7 +11,8 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.host import rehearse, roll_out
 from flows.revert import revert, settle, settle_left_open
-from tasks import cancel_cleanly, report
+from tasks import cancelled_by_sigterm, report
+from tasks.again import try_again_later
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
 from tasks.roll_out import intend_to_put_back, record_rehearsed, record_verified, retire
@@ -53,9 +54,8 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         only: names or tags of hosts; all when left out.
         plan_only: show what would change, and do nothing.
     """
-    cancel_cleanly()
     run = str(runtime.flow_run.id)
-    async with plans.claimed(repo, run):
+    async with cancelled_by_sigterm(), plans.claimed(repo, run):
         await sweep(repo)
         if not plan_only and Ledger(repo).read().open_intents:
             await settle(repo)
@@ -114,6 +114,7 @@ async def _roll_out_all(plan: Plan, orders: list[Order], story: Story) -> None:
     if story.failed_roll_out:
         story.put_back = await _revert(plan, touched, story)
         return
+    await try_again_later(plan.repo, story.unreachable)
     for name in plan.changes.retired:
         await retire(plan.repo, name)
     if story.complete and plan.changes.whole:

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.logging import get_run_logger
 
-from tasks import cancel_cleanly
+from tasks import cancelled_by_sigterm
 from tasks.limits import one_roll_out
 from tasks.roll_out import put_back
 from tasks.settle import dead_intents, healing_for, manifest_of, take_over
@@ -49,9 +49,8 @@ async def settle(repo: Path) -> list[Returned]:
     Args:
         repo: the bare infra repo on toto.
     """
-    cancel_cleanly()
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
-    async with plan.claimed(repo, run), one_roll_out(repo, run):
+    async with cancelled_by_sigterm(), plan.claimed(repo, run), one_roll_out(repo, run):
         return await settle_left_open(repo, run)
 
 

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Final
 
 from prefect.logging import get_run_logger
@@ -29,16 +31,30 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
             logger.info("%s… further lines are left out here", prefix)
     return write
 
+_listening: ContextVar[bool] = ContextVar("listening", default=False)
 
-def cancel_cleanly() -> None:
+
+@asynccontextmanager
+async def cancelled_by_sigterm() -> AsyncIterator[None]:
     """Turn SIGTERM, by which Prefect's worker cancels a run, into a cancel of the calling asyncio task.
 
     Prefect's own handler raises in whatever code runs at that moment, and when that is a callback of the event loop
-    the signal is lost and a cancelled roll-out goes on. Does nothing outside the main thread (a notebook's).
+    the signal is lost and a cancelled roll-out goes on. Does nothing within another such block (the outermost flow
+    is what is cancelled), nor outside the main thread.
     """
     task = asyncio.current_task()
-    if task is not None and threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    if task is None or _listening.get() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    token = _listening.set(True)
+    try:
+        yield
+    finally:
+        _listening.reset(token)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Readable(logging.Filter):

@@ -49,9 +49,13 @@ class Story:
         return bool(self.failures)
 
     @property
+    def unreachable(self) -> list[str]:
+        return sorted(name for name, end in self.outcome.items() if end == "unreachable")
+
+    @property
     def complete(self) -> bool:
         """Whether everything is now what the commit says."""
-        return not (self.failures or self.held or "unreachable" in self.outcome.values())
+        return not (self.failures or self.held or self.unreachable)
 
     @property
     def failed_hosts(self) -> set[str]:
@@ -67,8 +71,7 @@ class Story:
 
     def hold_behind(self, group: Sequence[str], manifest: Manifest) -> list[str]:
         """Of a group, the hosts that may go on; those that come `after` one that did not get there are held."""
-        stuck = [*(name for name, end in self.outcome.items() if end == "unreachable"), *self.held,
-                 *self.failed_hosts]
+        stuck = [*self.unreachable, *self.held, *self.failed_hosts]
         for name in group:
             if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
                 self.held[name] = f"it comes after {behind}, which was not rolled out"
