@@ -83,6 +83,8 @@ def _setup() -> Path:
     pinned = cache() / "pinned.nix"
     marker = cache() / "stamp"
     asked = cache() / "asked"
+    if not APT_LISTS.is_dir() or shutil.which("apt-get") is None:
+        raise SystemExit("the lab takes its guests' programs from Debian's packages, and there is no apt here")
     # apt takes seconds to say what is there, so it is asked only when this recipe or its lists have changed.
     question = _hash(Path(__file__).read_text(), APT_LISTS.stat().st_mtime_ns)
     if not (asked.is_file() and asked.read_text() == question and marker.is_file() and _roots_are_valid()):
@@ -155,7 +157,10 @@ def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
     names = {name: f"{name}_{version.replace(':', '%3a')}_" for name, version in versions.items()}
     missing = [name for name, start in names.items() if not any(debs.glob(start + "*.deb"))]
     if missing:
-        subprocess.run(["apt-get", "-q", "download", *missing], cwd=debs, check=True, stdout=subprocess.DEVNULL)
+        got = subprocess.run(["apt-get", "-q", "download", *missing], cwd=debs, check=False,
+                             stdout=subprocess.DEVNULL)
+        if got.returncode != 0:
+            raise SystemExit("apt could not download the lab's packages; run `apt-get update` as root, and try again")
     for name, start in names.items():
         (deb,) = debs.glob(start + "*.deb")
         target = root / ("static" if name == "busybox-static" else "")
