@@ -29,7 +29,7 @@ BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
 SETTINGS = """
 [roll_out]
 confirm_timeout = 15
-activation_timeout = 60
+activation_timeout = 45
 connect_timeout = 5
 [sandbox]
 test_timeout = 120
