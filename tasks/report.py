@@ -84,7 +84,7 @@ async def show_story(story: Story) -> None:
 
 def as_markdown(story: Story) -> str:
     """The story as the operator reads it at three in the morning: verdict, failures in full, what was put back."""
-    parts = [f"# {'❌' if story.failed else '✅'} {story.headline()}"]
+    parts = ["# Failed" if story.failed else "# Done", story.headline()]
     for each in story.failures:
         parts += [f"## {each.host}: {each.stage} failed", fenced(each.text)]
     if story.put_back:

@@ -32,7 +32,7 @@ class ActivationFailed(TotoError):
 
 
 class WentBack(TotoError):
-    """The machine was not reached in time after an activation, and went back by itself."""
+    """The machine went back by itself: it was not reached in time after an activation, or it rebooted."""
 
 
 class NotWhatItShouldBe(TotoError):
@@ -61,7 +61,7 @@ class Activator:
     connect_timeout: float = 15
 
     async def install(self) -> None:
-        """Put the script on the machine. Raises `Unreachable`, or `CommandFailed` when sudo refuses."""
+        """Put the script on the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
         await self._root(["/bin/sh", "-c", f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && "
                           f"mv {_ON_MACHINE}.new {_ON_MACHINE}"], stdin=_SCRIPT.read_bytes())
 
@@ -178,8 +178,6 @@ class Activator:
                     raise
                 await anyio.sleep(1)  # its network may be restarting
                 continue
-            except process.CommandFailed:  # the script is gone from /run
-                raise WentBack("rebooted in the middle of the activation, into its boot default", target=host) from None
             word, _, code = done.lines[0].partition(" ") if done.lines else ("unknown", "", "")
             log = "\n".join(done.lines[1:])
             if word == "done":
@@ -214,5 +212,18 @@ class Activator:
     async def _root(self, argv: Sequence[str], *, stdin: bytes | None = None,
                     fresh: bool = False) -> process.Completed:
         sudo = [] if self.connection.target.user == "root" else ["sudo", "-n"]
-        return await self.connection.run([*sudo, *argv], stdin=stdin, fresh=fresh,
-                                         timeout=self.connect_timeout + 60)
+        try:
+            return await self.connection.run([*sudo, *argv], stdin=stdin, fresh=fresh,
+                                             timeout=self.connect_timeout + 60)
+        except process.CommandFailed as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error: process.CommandFailed) -> TotoError:
+        name, said = self.connection.target.name, error.tail.strip().splitlines() or ["nothing"]
+        if _ON_MACHINE in error.tail and f"{_ON_MACHINE}.new" not in error.tail:  # /run is empty after a boot
+            return WentBack("has rebooted meanwhile, into its boot default", target=name,
+                            hint="find out why; push again, or start the run again, to deploy it")
+        if said[-1].startswith("sudo:"):
+            return ActivationFailed(f"{self.connection.target.user} may not become root: {said[-1]}", target=name,
+                                    hint="security.sudo.wheelNeedsPassword = false, and the user in wheel")
+        return ActivationFailed(f"its side of the activation failed: {said[-1]}\n{error.message}", target=name)
