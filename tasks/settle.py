@@ -18,17 +18,15 @@ from toto.settings import RollOut, Settings
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
 async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
-    """The hosts with an open intent whose run is over or dead, by name. (A retry of that very run counts as one.)"""
+    """The hosts with an open intent whose run is over or dead, by name."""
     return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
             if target.kind == "host" and await _dead(intent, run)}
 
 
 async def _dead(intent: Intent, run: str) -> bool:
     """Whether nobody is at work on an intent: its process is gone, or (a notebook's lives on) its run is over."""
-    if ledger.owner_lives(intent.owner) is False:
-        return True
-    if intent.run == run:
-        return False
+    if intent.run == run or ledger.owner_lives(intent.owner) is False:
+        return True  # its own: taken over before, and not put back yet; nothing is rolled out before all is settled
     async with get_client() as client:
         try:
             state = (await client.read_flow_run(UUID(intent.run))).state
