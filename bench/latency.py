@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
 from toto import git_host, process, server
+from toto.prefect_api import Api
 
 ROUNDS = 5
 
@@ -53,7 +54,7 @@ async def measure(folder: Path) -> Latency:
     return found
 
 
-async def _round(clone: Path, bare: Path, hooked: Path, api: server.Api, found: Latency) -> None:
+async def _round(clone: Path, bare: Path, hooked: Path, api: Api, found: Latency) -> None:
     who = {f"GIT_{role}_{what}": "bench@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     await process.run(["git", "commit", "--quiet", "--allow-empty", "-m", "x"], cwd=clone, env=os.environ | who)
     found.bare_pushes.append((await process.run(["git", "push", bare, "main"], cwd=clone)).seconds)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from toto import server
+from toto.prefect_api import Api
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class PrefectServer:
     log: Path
 
     @property
-    def api(self) -> server.Api:
-        return server.Api.of(self.env)
+    def api(self) -> Api:
+        return Api.of(self.env)
 
 
 def free_port() -> int:

@@ -17,9 +17,10 @@ import pytest
 from tests.conftest import PrefectServer, free_port
 from tests.test_git_host import Pusher
 from toto import git_host, process, server
+from toto.prefect_api import Api, ServerError
 
 
-async def until(api: server.Api, run: str, states: set[str], seconds: float = 30) -> dict[str, Any]:
+async def until(api: Api, run: str, states: set[str], seconds: float = 30) -> dict[str, Any]:
     """The run, once its state is one of `states`."""
     deadline = time.monotonic() + seconds
     while (found := await api.call("GET", f"/flow_runs/{run}"))["state_type"] not in states:
@@ -29,7 +30,7 @@ async def until(api: server.Api, run: str, states: set[str], seconds: float = 30
     return found
 
 
-async def first_line(api: server.Api, run: str) -> float:
+async def first_line(api: Api, run: str) -> float:
     """The time that the stand-in flow printed."""
     logs = await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
     [at] = [line["message"].split()[2] for line in logs if line["message"].startswith("first line")]
@@ -106,14 +107,14 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
 
 
 async def test_taken_port_is_told_before_anything_starts(prefect_server: PrefectServer) -> None:
-    with pytest.raises(server.ServerError, match="cannot be listened on"):
+    with pytest.raises(ServerError, match="cannot be listened on"):
         async with server.running_server(prefect_server.env, prefect_server.log):
             pass
 
 
 async def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
     env = server.server_environment(tmp_path / "home", free_port(), database_url="sqlite+aiosqlite:////nowhere/x.db")
-    with pytest.raises(server.ServerError, match="exited with status"):
+    with pytest.raises(ServerError, match="exited with status"):
         async with server.running_server(env, tmp_path / "log"):
             pass
 
@@ -160,9 +161,9 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
             assert line, said
             said += line
         assert "started 1 pushes that had waited" in said
-        api = server.Api(f"http://127.0.0.1:{port}/api", "admin:secret")
-        with pytest.raises(server.ServerError, match="401"):
-            await server.Api(api.url).call("POST", "/flow_runs/filter", {})
+        api = Api(f"http://127.0.0.1:{port}/api", "admin:secret")
+        with pytest.raises(ServerError, match="401"):
+            await Api(api.url).call("POST", "/flow_runs/filter", {})
         [waited] = await api.call("POST", "/flow_runs/filter", {})
         await until(api, waited["id"], {"COMPLETED"})
         pusher.commit()

@@ -9,13 +9,11 @@ import re
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from toto import process
 from toto.errors import InputError
-
-if TYPE_CHECKING:
-    from toto.server import Api
+from toto.prefect_api import Api, ServerError
 
 HOOK: Final = Path(__file__).parent / "hooks" / "post-receive"
 # The hook prints the path into JSON, and ssh and git pass it through shells: no character that means something there.
@@ -77,14 +75,12 @@ def waiting(repo: Path) -> list[Waiting]:
     return [Waiting(file, file.stem.rpartition("-")[2]) for file in files]
 
 
-async def drain_spool(repo: Path, api: "Api | None" = None) -> list[str]:
+async def drain_spool(repo: Path, api: Api | None = None) -> list[str]:
     """Start what was pushed to `repo` while Prefect was down, in the order of the pushes; return the runs' ids.
 
     `api` defaults to what the repository's hook uses. A request that Prefect refuses is set aside as `.refused`.
     Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
     """
-    from toto.server import Api, ServerError  # noqa: PLC0415  (the server drains spools at its start)
-
     pending = waiting(repo)
     if not pending:
         return []
