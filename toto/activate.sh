@@ -46,11 +46,19 @@ begin() {
 	else
 		setsid /bin/sh "$dir/guard.sh" guard "$@" </dev/null >/dev/null 2>&1 &
 	fi
+	# Until it runs on its own, the end of this connection could still take it along.
+	waited=0
+	while [ ! -e "$dir/begun" ]; do
+		[ "$waited" -lt 100 ] || die "the activation did not begin"
+		sleep 0.1
+		waited=$((waited + 1))
+	done
 }
 
 # The process that outlives the connection.
 guard() {
 	use_run "$1"
+	: >"$dir/begun"
 	action=$2 path=$3 system=$4 profile_before=$5 finish=$6 confirm=$7
 	# What went before stays usable, and in the store, until this is decided.
 	PATH=$system/sw/bin:$PATH
@@ -108,7 +116,7 @@ result() {
 	else
 		echo "running"
 	fi
-	tail -n 50 "$dir/log" 2>/dev/null
+	[ ! -e "$dir/log" ] || tail -n 50 "$dir/log"
 }
 
 confirm() {

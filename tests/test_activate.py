@@ -1,0 +1,184 @@
+"""The machine's side of an activation, `activate.sh`, under every shell that may run it; no VM: its paths are moved.
+
+A fake system is a directory whose switch-to-configuration logs its verb and flips the link that says what runs.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from toto import activation
+
+SHELLS = [each for each in (["dash"], ["bash"], ["busybox", "sh"]) if shutil.which(each[0])]
+SCRIPT = Path(activation.__file__).with_name("activate.sh")
+
+
+class Machine:
+    """Paths of a machine below a folder, and the script that knows them."""
+
+    def __init__(self, root: Path, shell: list[str]) -> None:
+        self.root, self.shell = root, shell
+        self.state, self.profile = root / "state", root / "profile"
+        self.current = root / "current-system"
+        text = SCRIPT.read_text()
+        for path, here in (("/run/toto", self.state), ("/nix/var/nix/profiles/system", self.profile),
+                           ("/nix/var/nix/gcroots", root / "roots"), ("/run/systemd/system", root / "no-systemd"),
+                           ("/run/booted-system", self.current)):
+            assert path in text
+            text = text.replace(path, str(here))
+        text = text.replace("readlink -f /run/current-system", f"readlink -f {self.current}")
+        text = text.replace("/bin/sh", " ".join(shell)).replace("PATH=/run/wrappers", f"PATH={root}/bin:/run/wrappers")
+        self.state.mkdir()
+        (root / "bin").mkdir()
+        self.script = self.state / "activate.sh"
+        self.script.write_text(text)
+        nix_env = root / "bin/nix-env"
+        nix_env.write_text('#!/bin/sh\nln -sfn "$4" "$2"\n')
+        nix_env.chmod(0o755)
+        self.old = self.system("old")
+        self.current.symlink_to(self.old)
+        self.profile.symlink_to(self.old)
+
+    def system(self, name: str, more: str = "") -> Path:
+        path = self.root / name
+        (path / "bin").mkdir(parents=True)
+        switch = path / "bin/switch-to-configuration"
+        switch.write_text(f'#!/bin/sh\necho "{name} $1 $(umask)" >> {self.root}/log\n{more}\n'
+                          f'[ "$1" = boot ] || ln -sfn {path} {self.current}\n')
+        switch.chmod(0o755)
+        return path
+
+    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self.shell, self.script, *words], capture_output=True, text=True, timeout=30,
+                              check=False, start_new_session=True)
+
+    def verb(self, *words: str | Path) -> str:
+        done = self.run(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def begin(self, name: str, verb: str, path: Path, *, finish: int = 10, confirm: int = 2) -> None:
+        self.verb("begin", name, verb, path, self.old, self.old, str(finish), str(confirm))
+
+    def result(self, name: str) -> str:
+        return self.verb("result", name, "10").splitlines()[0]
+
+    def gone_back(self, name: str) -> bool:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            if self.result(name).startswith("back"):
+                return True
+            time.sleep(0.1)
+        return False
+
+    @property
+    def log(self) -> list[str]:
+        path = self.root / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def runs(self) -> Path:
+        return self.current.resolve()
+
+
+@pytest.fixture(params=SHELLS, ids=" ".join)
+def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Machine:
+    return Machine(tmp_path, request.param)
+
+
+def test_the_facts_are_what_the_links_say(machine: Machine) -> None:
+    facts = dict(line.split("=") for line in machine.verb("facts").splitlines())
+    assert facts == {"system": str(machine.old), "booted": str(machine.old), "profile": str(machine.old)}
+
+
+def test_what_is_confirmed_stays(machine: Machine) -> None:
+    new = machine.system("new")
+    machine.begin("run.switch.1", "switch", new)
+    assert machine.result("run.switch.1") == "done 0"
+    assert machine.verb("confirm", "run.switch.1") == "confirmed"
+    time.sleep(3)
+    assert (machine.runs(), machine.profile.resolve()) == (new, new)
+    assert machine.log == ["new switch 0022"], "with the umask that a configuration expects"
+
+
+def test_what_nobody_confirms_goes_back_with_its_profile(machine: Machine) -> None:
+    new = machine.system("new")
+    machine.begin("run.switch.1", "switch", new, confirm=1)
+    assert machine.gone_back("run.switch.1")
+    assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
+    assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new switch", "old boot", "old test"]
+    assert machine.verb("confirm", "run.switch.1") == "back", "a late confirmation is not believed"
+
+
+def test_an_activation_that_only_tests_leaves_the_profile_alone(machine: Machine) -> None:
+    machine.begin("run.test.1", "test", machine.system("new"), confirm=1)
+    assert machine.gone_back("run.test.1")
+    assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new test", "old test"]
+
+
+def test_two_activations_of_a_run_do_not_take_each_others_confirmation(machine: Machine) -> None:
+    new = machine.system("new")
+    machine.begin("run.test.1", "test", new, confirm=5)
+    assert machine.result("run.test.1") == "done 0"
+    assert machine.verb("confirm", "run.test.1") == "confirmed"
+    machine.begin("run.switch.2", "switch", new, confirm=1)
+    assert machine.verb("names", "run").split() == ["run.switch.2", "run.test.1"]
+    assert machine.gone_back("run.switch.2")
+    assert machine.runs() == machine.old
+
+
+def test_a_failed_activation_says_so_and_waits_for_toto(machine: Machine) -> None:
+    machine.begin("run.test.1", "test", machine.system("bad", "exit 4"))
+    assert machine.result("run.test.1") == "done 4"
+
+
+def test_an_activation_that_hangs_is_ended(machine: Machine) -> None:
+    machine.begin("run.test.1", "test", machine.system("slow", "exec sleep 60"), finish=1)
+    assert machine.result("run.test.1").startswith("done ")
+    assert machine.runs() == machine.old
+
+
+def test_without_a_watchdog_nothing_goes_back(machine: Machine) -> None:
+    new = machine.system("new")
+    machine.begin("run.back.1", "test", new, confirm=0)
+    assert machine.result("run.back.1") == "done 0"
+    time.sleep(1)
+    assert machine.runs() == new
+
+
+def test_forgetting_waits_for_what_is_under_way(machine: Machine) -> None:
+    new = machine.system("new", "sleep 2")
+    machine.begin("run.test.1", "test", new, confirm=0)
+    time.sleep(0.5)
+    machine.verb("forget", "run")
+    assert machine.runs() == new, "it had come to its end"
+    assert machine.verb("names", "run") == ""
+    assert machine.verb("result", "run.test.1", "1") == "unknown"
+
+
+def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machine) -> None:
+    new = machine.system("new", "sleep 1")
+    asking = subprocess.Popen([*machine.shell, machine.script, "begin", "run.test.1", "test", new, machine.old,
+                               machine.old, "10", "0"], start_new_session=True)
+    asking.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(asking.pid, signal.SIGHUP)
+    assert machine.result("run.test.1") == "done 0"
+    assert machine.runs() == new
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "$(touch x)"])
+def test_a_name_that_is_a_path_or_worse_is_refused(machine: Machine, name: str) -> None:
+    assert machine.run("result", name, "0").returncode == 64
+
+
+def test_a_name_is_used_once(machine: Machine) -> None:
+    new = machine.system("new")
+    machine.begin("run.test.1", "test", new, confirm=0)
+    again = machine.run("begin", "run.test.1", "test", new, machine.old, machine.old, "10", "0")
+    assert again.returncode == 64
