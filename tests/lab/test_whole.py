@@ -210,6 +210,7 @@ async def test_a_readme_only_commit_touches_no_host_and_asks_none(whole: Whole) 
     run = await whole.deploy("readme again", {"README.md": "hello again\n"})
     for machine in whole.machines.values():
         await machine.network(True)
+        await machine.wait_ssh(60)
     assert run.state == "COMPLETED"
     assert "nothing to do" in run.message
     assert whole.subflows(run.id) == []
