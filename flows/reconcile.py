@@ -115,7 +115,7 @@ async def _roll_out_all(plan: Plan, orders: list[Order], story: Story) -> None:
         story.put_back = await _revert(plan, touched, story)
         return
     await try_again_later(plan.repo, story.unreachable)
-    for name in plan.changes.retired:
+    for name in set(plan.changes.retired) - story.failed_hosts:  # one that is half done is not forgotten
         await retire(plan.repo, name)
     if story.complete and plan.changes.whole:
         await git.mark(plan.repo, "toto/last-good", plan.commit)
