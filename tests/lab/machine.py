@@ -134,7 +134,7 @@ class Machine:
     def ssh_options(self) -> list[str]:
         return ["-F", "none", "-i", str(self.key), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
                 "-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={self.directory}/known_hosts",
-                "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5", "-p", str(SSH_PORT)]
+                "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=20", "-p", str(SSH_PORT)]
 
     async def ssh(self, *command: str, timeout: float = 60, user: str | None = None) -> Answer:
         """Runs a command on the machine. One argument is a shell line, several are quoted as an argv."""

@@ -30,7 +30,7 @@ SETTINGS = """
 [roll_out]
 confirm_timeout = 15
 activation_timeout = 45
-connect_timeout = 5
+connect_timeout = 15
 [sandbox]
 test_timeout = 120
 """
