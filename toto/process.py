@@ -342,14 +342,28 @@ def _state_and_group(pid: int) -> tuple[str, str]:
 
 
 def _cookies() -> list[tuple[int, str]]:
-    found = []
+    """Every process that has a cookie, with it. One that is just being executed shows no environment for a moment."""
+    for _ in range(5):
+        found, starting = _scan()
+        if not starting:
+            break
+        time.sleep(0.003)
+    return found
+
+
+def _scan() -> tuple[list[tuple[int, str]], bool]:
+    found, starting = [], False
     needle = f"{COOKIE}=".encode()
     for pid in _pids():
         with contextlib.suppress(OSError):
-            for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if not environment:
+                fields = _stat(pid)
+                starting |= bool(fields) and fields[0] != "Z" and fields[20] != "0"  # no zombie, no kernel thread
+            for item in environment.split(b"\0"):
                 if item.startswith(needle) and pid != os.getpid():
                     found.append((pid, item[len(needle) :].decode(errors="replace")))
-    return found
+    return found, starting
 
 
 def _sweep_cookie(cookie: str) -> None:
