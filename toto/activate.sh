@@ -95,10 +95,12 @@ activate() {
 
 go_back() {
 	echo "toto: not confirmed within $confirm s, going back to $system"
+	went=0
 	if [ "$action" != test ] && [ -n "$profile_before" ] && [ "$(readlink -f "$profile")" != "$profile_before" ]; then
-		activate boot "$profile_before"
+		activate boot "$profile_before" || went=$?
 	fi
-	[ "$action" = boot ] || activate test "$system"
+	[ "$action" = boot ] || activate test "$system" || went=$?
+	return $went
 }
 
 result() {
