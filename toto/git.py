@@ -73,24 +73,6 @@ def resolve(repo: Path, revision: str) -> str:
                                hint="push it first, or see `git log --all`") from error
 
 
-def summary(repo: Path, commit: str) -> str:
-    """The first line of a commit's message."""
-    with open_repo(repo) as opened:
-        return str(opened.commit(commit).summary)
-
-
-def tree_id(repo: Path, commit: str, path: str = "") -> str | None:
-    """The git tree or blob id of a path in a commit ('' for all of it), None where there is no such path."""
-    with open_repo(repo) as opened:
-        tree = opened.commit(commit).tree
-        if not path:
-            return str(tree.hexsha)
-        try:
-            return str((tree / path).hexsha)
-        except KeyError:
-            return None
-
-
 @asynccontextmanager
 async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
     """The files of a commit under `directory`/tree, for as long as the block lasts, for this run alone.

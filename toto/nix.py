@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,11 +175,6 @@ async def keep(path: str, root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     await process.run(["nix-store", "--realise", path, "--add-root", root, "--indirect"], env=environment(),
                       timeout=300)
-
-
-def let_go(directory: Path) -> None:
-    """Remove a directory of roots; the next garbage collection may take what they kept."""
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 async def sign(path: str, key: Path) -> None:
