@@ -19,7 +19,12 @@ def sh(body: str) -> list[str]:
 
 
 def gone(pid: int) -> bool:
-    return process.started(pid) is None
+    """Whether a process has ended; one that was just killed may need a moment until it is dead."""
+    for _ in range(100):
+        if process.started(pid) is None:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 async def pid_in(path: Path) -> int:

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -154,7 +154,8 @@ class Running:
             if await self._gone(grace):
                 break
         _signal_group(self.pid, signal.SIGKILL)
-        _sweep_cookie(self.cookie)
+        for _ in _kill_all(self.cookie.__eq__):
+            await asyncio.sleep(0.003)
         self.ended = True
         with contextlib.suppress(TimeoutError):
             # Not bare wait(): it also waits for the pipes, which a daemon outside our reach may hold open.
@@ -341,17 +342,11 @@ def _state_and_group(pid: int) -> tuple[str, str]:
     return (fields[0], fields[2]) if fields else ("Z", "")
 
 
-def _cookies() -> list[tuple[int, str]]:
-    """Every process that has a cookie, with it. One that is just being executed shows no environment for a moment."""
-    for _ in range(5):
-        found, starting = _scan()
-        if not starting:
-            break
-        time.sleep(0.003)
-    return found
-
-
 def _scan() -> tuple[list[tuple[int, str]], bool]:
+    """Every process that has a cookie, with it; and whether some process is just being executed.
+
+    Such a one shows no environment for a moment: whoever looks for all of its kind looks again.
+    """
     found, starting = [], False
     needle = f"{COOKIE}=".encode()
     for pid in _pids():
@@ -359,26 +354,35 @@ def _scan() -> tuple[list[tuple[int, str]], bool]:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             if not environment:
                 fields = _stat(pid)
-                starting |= bool(fields) and fields[0] != "Z" and fields[20] != "0"  # no zombie, no kernel thread
+                # No zombie, no kernel thread (no memory), and the end of its environment is not known yet.
+                starting |= bool(fields) and fields[0] != "Z" and fields[20] != "0" and fields[48:49] == ["0"]
             for item in environment.split(b"\0"):
                 if item.startswith(needle) and pid != os.getpid():
                     found.append((pid, item[len(needle) :].decode(errors="replace")))
     return found, starting
 
 
-def _sweep_cookie(cookie: str) -> None:
-    for pid, found in _cookies():
-        if found == cookie:
+def _kill_all(doomed: Callable[[str], bool]) -> Iterator[list[int]]:
+    """SIGKILL every process whose cookie is `doomed`, again and again until none is left; yields who was hit.
+
+    (A process that forks while it is looked for, or is just being executed, is seen the next time.) Between two
+    rounds the caller waits a moment.
+    """
+    for _ in range(300):
+        found, starting = _scan()
+        mine = [pid for pid, cookie in found if doomed(cookie)]
+        for pid in mine:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        if not mine and not starting:
+            break
+        yield mine
 
 
 def sweep() -> list[int]:
     """Kill whatever a toto that is no longer alive has left running; return the process ids."""
-    killed = []
-    for pid, cookie in _cookies():
-        if not lives(".".join(cookie.split(".")[:2])):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-    return killed
+    killed: set[int] = set()
+    for hit in _kill_all(lambda cookie: not lives(".".join(cookie.split(".")[:2]))):
+        killed.update(hit)
+        time.sleep(0.003)
+    return sorted(killed)
