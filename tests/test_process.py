@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -106,6 +107,16 @@ async def test_a_daemon_with_a_session_of_its_own_is_ended_too(tmp_path: Path) -
     assert gone(await pid_in(tmp_path / "pid"))
 
 
+async def test_a_long_grace_is_for_the_program_and_not_for_what_it_left_behind(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LEFT_BEHIND", 0.1)
+    began = time.monotonic()
+    await run(sh(f"(trap '' INT; echo > {tmp_path}/began; sleep 1000) &\n"
+                 f"while [ ! -e {tmp_path}/began ]; do sleep 0.02; done"),
+              signals=(signal.SIGINT, signal.SIGTERM), grace=1000)
+    assert time.monotonic() - began < 100
+
+
 async def test_output_is_kept_within_bounds_and_all_of_it_is_heard() -> None:
     heard = 0
 
@@ -187,8 +198,10 @@ async def test_many_at_once_are_no_trouble() -> None:
 
 
 def test_what_a_dead_toto_left_is_swept_and_the_living_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
-    orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: "1.1.0"}, start_new_session=True)
-    ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.0"})
+    here = process._pid_namespace()
+    orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"1.1.{here}.0"},
+                              start_new_session=True)
+    ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.{here}.0"})
     monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # nothing else of this machine is ours to end
     try:
         deadline = time.monotonic() + 5
@@ -202,6 +215,29 @@ def test_what_a_dead_toto_left_is_swept_and_the_living_are_spared(monkeypatch: p
         for each in (orphan, ours):
             each.kill()
             each.wait()
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*container, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this machine lets nobody make a container")
+    program = ("import asyncio\nfrom toto.process import run\n"
+               f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n")
+    there = subprocess.Popen([*container, sys.executable, "-c", program])
+    try:
+        assert asyncio.run(pid_in(tmp_path / "pid")) < 1000, "a number of the container's own"
+        inner = [pid for child in children(there.pid) for pid in children(child)]
+        assert process.COOKIE.encode() in Path(f"/proc/{inner[0]}/environ").read_bytes()
+        monkeypatch.setattr(process, "_pids", lambda: inner)
+        assert process.sweep() == []
+        assert there.poll() is None
+    finally:
+        there.kill()
+        there.wait()
 
 
 def test_the_death_of_toto_ends_its_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

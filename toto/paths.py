@@ -1,9 +1,14 @@
 """Where toto keeps what is not in git, the nix store or Prefect: exports, keys, GC roots, sandboxes."""
 
+import fcntl
 import hashlib
 import os
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+
+import anyio
 
 from toto.errors import InputError
 
@@ -25,3 +30,20 @@ def repo_state(repo: Path) -> Path:
     path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+@asynccontextmanager
+async def alone(lock: Path) -> AsyncIterator[None]:
+    """Wait until no other block, of this process or another, holds the file `lock`, and hold it for this block.
+
+    The lock goes with the process that held it, however that ends.
+    """
+    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(0.1)
+        yield

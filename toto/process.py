@@ -32,6 +32,7 @@ LineSink: TypeAlias = Callable[[str], None]
 COOKIE: Final = "TOTO_COOKIE"
 LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
 KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
+LEFT_BEHIND: Final = 5.0  # seconds that what outlived its program is given to obey a signal
 _numbers = itertools.count()
 
 
@@ -146,9 +147,14 @@ class Running:
         return self.process.returncode
 
     async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
-        """End the group: each of `signals` with `grace` seconds to obey, then SIGKILL to whatever is left."""
+        """End the group: each of `signals` with `grace` seconds to obey, then SIGKILL to whatever is left.
+
+        What a program has left behind when it ended by itself is given less time.
+        """
         if self.ended:  # its number may be another's by now
             return
+        if self.status is not None:
+            grace = min(grace, LEFT_BEHIND)
         for each in signals:
             _signal_group(self.pid, each)
             if await self._gone(grace):
@@ -208,7 +214,7 @@ async def start(argv: Sequence[Argument], *, env: Mapping[str, str] | None = Non
     program = shutil.which(words[0], path=environment.get("PATH"))
     if program is None:
         raise CommandNotFound(words[0])
-    cookie = f"{owner()}.{next(_numbers)}"
+    cookie = f"{owner()}.{_pid_namespace()}.{next(_numbers)}"
     environment[COOKIE] = cookie
     process = await asyncio.create_subprocess_exec(
         *_dies_with_us(), program, *words[1:], env=environment, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr,
@@ -379,10 +385,24 @@ def _kill_all(doomed: Callable[[str], bool]) -> Iterator[list[int]]:
         yield mine
 
 
+@cache
+def _pid_namespace() -> str:
+    return str(Path("/proc/self/ns/pid").stat().st_ino)
+
+
+def _orphaned(cookie: str) -> bool:
+    """Whether the toto that started a process is dead. Process ids of a container mean nothing outside of it."""
+    owner, _, namespace = cookie.rpartition(".")[0].rpartition(".")
+    return namespace == _pid_namespace() and not lives(owner)
+
+
 def sweep() -> list[int]:
-    """Kill whatever a toto that is no longer alive has left running; return the process ids."""
+    """Kill whatever a toto that is no longer alive has left running; return the process ids.
+
+    A toto in a container is left alone, dead or alive: its own next start knows.
+    """
     killed: set[int] = set()
-    for hit in _kill_all(lambda cookie: not lives(".".join(cookie.split(".")[:2]))):
+    for hit in _kill_all(_orphaned):
         killed.update(hit)
         time.sleep(0.003)
     return sorted(killed)
