@@ -5,12 +5,14 @@ import contextlib
 import os
 import socket
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.lab import kube
 from toto import server
 from toto.prefect_api import Api
 
@@ -51,6 +53,29 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
         yield PrefectServer(env, env["PREFECT_API_URL"], home, log)
 
 
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kube.Cluster]:
+    """One real Kubernetes API server a session, for whoever asks: a test takes a namespace of its own in it.
+
+    Skips, and says so at the end of the session, where its programs are not there.
+    """
+    made: list[kube.Cluster] = []
+
+    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        async with kube.cluster(tmp_path_factory.mktemp("kube")) as each:
+            made.append(each)
+            ready()
+            await stop.wait()
+
+    try:
+        asyncio.run(kube.assets())
+    except kube.ClusterError as error:
+        warnings.warn(f"NOT TESTED: helm against a real Kubernetes API server: {error}", stacklevel=1)
+        pytest.skip(str(error))
+    with background(until):
+        yield made[0]
+
+
 @contextlib.contextmanager
 def background(until: Callable[..., object]) -> Iterator[None]:
     """Run the coroutine function `until(stop, ready)` in a thread with a loop of its own, from `ready()` to the end
@@ -70,7 +95,7 @@ def background(until: Callable[..., object]) -> Iterator[None]:
             started.set()
             loop.close()
 
-    thread = threading.Thread(target=work, name="prefect-server")
+    thread = threading.Thread(target=work, name="background")
     thread.start()
     started.wait()
     try:
