@@ -15,7 +15,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -24,21 +23,14 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from yaml.constructor import SafeConstructor
-from yaml.reader import Reader
 
-from toto.errors import InputError
-from toto.model import Location, Model, explain, shown
+from toto.model import Fields, Location, Model, shown
+from toto.yaml_file import FileError, Reading, quoted, read_text
 
 FILE: Final = "machines.yaml"
-LARGEST: Final = 1 << 20  # bytes of a file
-MOST_NODES: Final = 200_000  # values, aliases counted each time they are used
-DEEPEST: Final = 12  # levels of nesting
-MOST_PROBLEMS: Final = 100  # that one error tells
 
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _ADDRESS: Final = r"[\w:][\w.:%-]{0,252}"
@@ -48,13 +40,8 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
-class ManifestError(InputError):
+class ManifestError(FileError):
     """The manifest is wrong. `problems` holds a line for each thing that is, as `file:line: machine: field: what`."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        told, more = self.problems[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
-        super().__init__("\n".join(told) + (f"\n… and {more} more" if more > 0 else ""))
 
 
 @dataclass(frozen=True)
@@ -171,19 +158,12 @@ Name = Annotated[StrictStr, AfterValidator(check_name), Field(json_schema_extra=
 Word = Annotated[StrictStr, AfterValidator(_check_word)]
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 Distinct = AfterValidator(_check_distinct)
+Freeze = Annotated[StrictBool | StrictStr, BeforeValidator(_check_freeze)]
+OpenIn = Annotated[Window, BeforeValidator(_check_window), PlainSerializer(str),
+                   WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]})]
 
 
-class _Fields(Model):
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_is_the_default(cls, data: Any) -> Any:
-        """`tags:` with nothing after it means what leaving it out means."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
-
-
-class SSH(_Fields):
+class SSH(Fields):
     """How to reach a machine."""
 
     user: Annotated[StrictStr, AfterValidator(_check_user)] = "toto"
@@ -196,7 +176,7 @@ class SSH(_Fields):
     """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""
 
 
-class Machine(_Fields):
+class Machine(Fields):
     """A machine, and what toto may do with it."""
 
     name: Name
@@ -223,12 +203,9 @@ class Machine(_Fields):
     """words to select machines by"""
     venues: Annotated[tuple[Word, ...], Distinct] = ()
     """where results of this machine are told, besides the usual places"""
-    freeze: Annotated[StrictBool | StrictStr, BeforeValidator(_check_freeze)] = False
+    freeze: Freeze = False
     """`true` or a reason: rehearsed, not rolled out"""
-    window: Annotated[
-        Window, BeforeValidator(_check_window), PlainSerializer(str),
-        WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]}),
-    ] | None = None
+    window: OpenIn | None = None
     """when it may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
     memory: Annotated[StrictInt, Field(ge=64, le=16_777_216)] | None = None
     """MB of memory of its sandbox; as the host's VM says, when left out"""
@@ -239,11 +216,6 @@ class Machine(_Fields):
     def deployed(self) -> bool:
         """Whether toto may ever change this machine."""
         return self.role == "nixos" and self.deploy != "none"
-
-    @property
-    def frozen_because(self) -> str | None:
-        """Why it is frozen, or None when it is not."""
-        return self.freeze if isinstance(self.freeze, str) else "frozen in the manifest" if self.freeze else None
 
 
 class Manifest(Model):
@@ -280,26 +252,21 @@ class Manifest(Model):
                 groups.setdefault((machine.wave, depth[name]), []).append(name)
         return [groups[key] for key in sorted(groups)]
 
-    def dependents(self, name: str) -> set[str]:
-        """The machines that come after `name`, and those after them, and so on; without itself."""
-        found: set[str] = set()
-        fresh = {name}
-        while fresh:
-            fresh = {other for other, machine in self.machines.items() if fresh & set(machine.after)} - found
-            found |= fresh
-        return found - {name}
-
 
 def load(path: Path) -> Manifest:
     """The manifest in the file `path`. Raises `ManifestError` with everything that is wrong with it."""
-    reading = _Reading(path.name)
-    try:
-        manifest = reading.manifest(_text(path))
-    except _Unreadable as problem:
-        reading.problem(problem.line, str(problem))
-        manifest = Manifest()
-    if reading.problems:
-        raise ManifestError(text for _, text in sorted(reading.problems, key=lambda each: each[0]))
+    return _read(path.name, lambda: read_text(path, missing="list the machines in it, see docs/manifest.md"))
+
+
+def parse(text: str) -> Manifest:
+    """The manifest that a text is. Raises `ManifestError`."""
+    return _read(FILE, lambda: text)
+
+
+def _read(name: str, text: Callable[[], str]) -> Manifest:
+    reading = _Reading(name)
+    with reading.telling(ManifestError):
+        manifest = reading.manifest(text())
     return manifest
 
 
@@ -355,90 +322,23 @@ def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
 def _sorter(machines: Mapping[str, Machine]) -> TopologicalSorter[str]:
     return TopologicalSorter({name: machine.after for name, machine in machines.items()})
 
-
-class _Unreadable(Exception):
-    def __init__(self, line: int, what: str) -> None:
-        super().__init__(what)
-        self.line = line
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            raise _Unreadable(1, "this is not a file")
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except FileNotFoundError:
-        raise _Unreadable(1, "there is no such file: list the machines in it, see docs/manifest.md") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise _Unreadable(1, f"cannot be read: {reason}") from None
-    if len(data) > LARGEST:
-        raise _Unreadable(1, f"is larger than {LARGEST >> 20} MiB")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _Unreadable(data[: error.start].count(b"\n") + 1, "is not UTF-8 from here on") from None
-    if bad := Reader.NON_PRINTABLE.search(text):
-        line = text[: bad.start()].count("\n") + 1
-        raise _Unreadable(line, f"holds the character U+{ord(bad.group()):04X}, which YAML does not allow")
-    return text
-
-
-def _compose(text: str) -> yaml.Node:
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = ": ".join(part for part in (error.context, error.problem) if part)
-        if "'\\t'" in what:
-            what = "a tab where YAML wants spaces"
-        raise _Unreadable(mark.line + 1 if mark else 1, f"is not YAML: {' '.join(what.split())}") from None
-    except RecursionError:
-        raise _Unreadable(loader.get_mark().line + 1, "is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        # PyYAML lets the failure of a number or of a character reference through as it is.
-        raise _Unreadable(loader.get_mark().line + 1, f"is not YAML: {shown(str(error), 200)}") from None
-    finally:
-        loader.dispose()
-    if node is None:
-        raise _Unreadable(1, "is empty: it should begin with `machines:`")
-    return node
-
-
-class _Reading:
-    """One reading of a file: its problems, and the line of every value."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.problems: list[tuple[int, str]] = []
-        self.lines: dict[Location, int] = {}
-        self.nodes = 0
-
-    def problem(self, line: int, *what: str) -> None:
-        self.problems.append((line, ": ".join((f"{self.file}:{line}", *what))))
-
-    def line(self, location: Location) -> int:
-        """The line of what is at a location, or of the nearest thing around it."""
-        while location not in self.lines and location:
-            location = location[:-1]
-        return self.lines.get(location, 1)
+class _Reading(Reading):
+    """One reading of a manifest."""
 
     def manifest(self, text: str) -> Manifest:
-        root = self.value(_compose(text), ())
+        root = self.document(text, empty="it should begin with `machines:`")
         if not isinstance(root, dict):
             self.problem(1, f"should be a mapping that begins with `machines:`, not {shown(root)}")
             return Manifest()
         for key in root.keys() - {"machines"}:
-            self.problem(self.line((key,)), _label(key), "is not a known field; known is machines")
+            self.problem(self.line((key,)), quoted(key), "is not a known field; known is machines")
         if "machines" not in root:
             self.problem(1, "machines", "is missing")
             return Manifest()
         machines: dict[str, Machine] = {}
         places: dict[str, Location] = {}
         for place, label, fields in self.entries(root["machines"]):
-            machine = self.machine(place, label, fields)
+            machine = self.validated(Machine, fields, place, label)
             name = fields.get("name") if isinstance(fields, dict) else None
             if not isinstance(name, str):
                 continue
@@ -462,99 +362,19 @@ class _Reading:
             case tuple():
                 for index, fields in enumerate(machines):
                     name = fields.get("name") if isinstance(fields, dict) else None
-                    label = _label(name) if isinstance(name, str) else f"machine {index + 1}"
+                    label = quoted(name) if isinstance(name, str) else f"machine {index + 1}"
                     yield ("machines", index), label, fields
             case dict():
                 for name, fields in machines.items():
                     place = ("machines", name)
                     if isinstance(fields, dict) and fields.get("name", name) != name:
-                        self.problem(self.line((*place, "name")), _label(name), "name",
+                        self.problem(self.line((*place, "name")), quoted(name), "name",
                                      f"is {shown(name)} already by its key, not {shown(fields['name'])}")
                     named = {**fields, "name": name} if isinstance(fields, dict) else fields
-                    yield place, _label(name), {"name": name} if fields is None else named
+                    yield place, quoted(name), {"name": name} if fields is None else named
             case _:
                 self.problem(self.line(("machines",)), "machines",
                              f"should be a list of machines, or a mapping by their names, not {shown(machines)}")
-
-    def machine(self, place: Location, label: str, fields: object) -> Machine | None:
-        try:
-            return Machine.model_validate(fields)
-        except ValidationError as error:
-            for location, what in explain(error, Machine):
-                names = [_label(part) for part in location if isinstance(part, str)]
-                field = [".".join(names)] if names else []
-                self.problem(self.line((*place, *location)), label, *field, what)
-            return None
-
-    def value(self, node: yaml.Node, place: Location) -> object:
-        """What a node stands for; lists become tuples. Notes lines and problems on the way."""
-        line = node.start_mark.line + 1
-        self.nodes += 1
-        if self.nodes > MOST_NODES:
-            raise _Unreadable(line, f"holds more than {MOST_NODES} values (aliases count each time)")
-        if len(place) > DEEPEST:
-            raise _Unreadable(line, f"is nested more than {DEEPEST} levels deep")
-        self.lines.setdefault(place, line)
-        match node:
-            case yaml.MappingNode(tag="tag:yaml.org,2002:map"):
-                return self.mapping(node, place)
-            case yaml.SequenceNode(tag="tag:yaml.org,2002:seq"):
-                return tuple(self.value(each, (*place, index)) for index, each in enumerate(node.value))
-            case yaml.ScalarNode():
-                return self.scalar(node)
-            case _:
-                self.problem(line, f"the tag {shown(node.tag)} is not accepted here")
-                return None
-
-    def mapping(self, node: yaml.MappingNode, place: Location) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            self.nodes += 1
-            key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                raw = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                reason = "YAML's merge key is not accepted" if raw == "<<" else "a key should be text: put it in quotes"
-                self.problem(line, _label(str(raw)), reason)
-            elif key in found:
-                first = self.line((*place, key))
-                self.problem(line, _label(key), f"is given twice, first on line {first}")
-            else:
-                self.lines[(*place, key)] = line
-                found[key] = self.value(value_node, (*place, key))
-        return found
-
-    def scalar(self, node: yaml.ScalarNode) -> object:
-        line, text = node.start_mark.line + 1, node.value
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            self.problem(line, f"{shown(text)} is no text: it holds half a character")
-            return ""
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind in ("str", "timestamp", "value"):
-            return text
-        if kind not in _SCALARS:
-            if kind != "merge":
-                self.problem(line, f"the tag {shown(node.tag)} is not accepted here")
-            return None
-        try:
-            return _SCALARS[kind](node)
-        except (ValueError, KeyError, OverflowError, IndexError):
-            self.problem(line, f"{shown(text)} looks like a number and is none: put it in quotes")
-            return None
-
-
-_constructor: Final = SafeConstructor()
-_SCALARS: Final[Mapping[str, Callable[[yaml.ScalarNode], object]]] = {
-    "null": lambda node: None,
-    "bool": _constructor.construct_yaml_bool,
-    "int": _constructor.construct_yaml_int,
-    "float": _constructor.construct_yaml_float,
-}
-
-
-def _label(name: str) -> str:
-    """A name in a message: itself when it is one, else quoted."""
-    return name if re.fullmatch(_NAME, name) else shown(name)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The base of toto's typed input files: frozen models, and their complaints in plain words.
 
-Not for reading files: `toto.manifest` knows YAML and lines, `toto.settings` knows TOML.
+Not for reading files: `toto.yaml_file` knows YAML and lines, `toto.settings` knows TOML.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 Location: TypeAlias = tuple[str | int, ...]
 
@@ -32,6 +32,17 @@ class Model(BaseModel):
     """A frozen model that refuses fields it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
+
+
+class Fields(Model):
+    """What a person writes into a file: a field with nothing after its colon means what leaving it out means."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_the_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -83,11 +94,14 @@ def _words(kind: str, error: Any, location: Location, model: type[BaseModel]) ->
 
 
 def _known(name: str, model: type[BaseModel], parents: Location) -> str:
+    inside: Any = model
     for parent in parents:
-        field = model.model_fields.get(str(parent))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        model = field.annotation
+        if get_origin(inside) is dict:  # models by name
+            inside = get_args(inside)[1]
+        elif (field := model.model_fields.get(str(parent))) is not None:
+            inside = field.annotation
+        if isinstance(inside, type) and issubclass(inside, BaseModel):
+            model = inside
     if close := difflib.get_close_matches(name[:60], model.model_fields, n=1):
         return f"did you mean '{close[0]}'?"
     return f"known are {', '.join(model.model_fields)}"
