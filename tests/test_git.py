@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,23 @@ async def test_whatever_the_branch_points_to_now_supersedes(repo: InfraRepo) -> 
     assert await toto_git.superseded_by(repo.bare, second) is None
     git("update-ref", "refs/heads/main", first, cwd=repo.bare)  # a force push took the second away
     assert await toto_git.superseded_by(repo.bare, second) == first
+    git("update-ref", "refs/toto/wanted", second, cwd=repo.bare)  # by the hook: `first` was only planned
+    assert await toto_git.superseded_by(repo.bare, second) is None
+    assert await toto_git.superseded_by(repo.bare, first) == second
+
+
+async def test_a_dead_git_s_lock_is_broken_and_a_living_one_s_is_waited_for(repo: InfraRepo) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
+    await toto_git.mark(repo.bare, "toto/last-good", first)
+    lock = repo.bare / "refs/tags/toto/last-good.lock"
+    lock.touch()
+    os.utime(lock, (0, time.time() - 60))
+    await toto_git.mark(repo.bare, "toto/last-good", second)
+    assert toto_git.resolve(repo.bare, "toto/last-good") == second
+    lock.touch()
+    moving = asyncio.create_task(toto_git.mark(repo.bare, "toto/last-good", first))
+    await asyncio.sleep(0.5)
+    assert not moving.done()
+    lock.unlink()
+    await moving
+    assert toto_git.resolve(repo.bare, "toto/last-good") == first

@@ -4,20 +4,24 @@ Objects are read by GitPython (which keeps a `git cat-file` of its own while a r
 goes through the process door. Both get an environment that no hook's GIT_DIR or quarantine leaks into.
 """
 
-import fcntl
 import os
+import random
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import anyio
 import git as gitpython
 from gitdb.exc import BadName, BadObject
 
-from toto import process
+from toto import paths, process
 from toto.errors import InputError, TotoError
+
+STALE: Final = 20  # seconds; git holds a ref's lock for milliseconds
 
 
 class GitError(TotoError):
@@ -26,6 +30,16 @@ class GitError(TotoError):
 
 class NoSuchCommit(InputError):
     """The commit or branch is not in the infra repo."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit as people know it. `committer` is a mail address: of who pushed it, as far as a commit can tell."""
+
+    hash: str
+    subject: str = ""
+    author: str = ""
+    committer: str = ""
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -73,6 +87,13 @@ def resolve(repo: Path, revision: str) -> str:
                                hint="push it first, or see `git log --all`") from error
 
 
+async def describe(repo: Path, commit: str) -> Commit:
+    """The subject of a commit, its author's name, and its committer's mail address; each as somebody once typed it."""
+    done = await git(repo, "-c", "log.showSignature=false", "log", "-1", "--no-color", "--encoding=UTF-8",
+                     "--format=%H%x00%s%x00%an%x00%ce", commit, "--")
+    return Commit(*done.stdout.removesuffix("\n").split("\0"))
+
+
 @asynccontextmanager
 async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
     """The files of a commit under `directory`/tree, for as long as the block lasts, for this run alone.
@@ -83,14 +104,7 @@ async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Pa
 
     Raises `InputError` for a link that leads out of the tree.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "export.lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await anyio.sleep(0.1)
+    async with paths.alone(directory / "export.lock"):
         tree = directory / "tree"
         await checkout(repo, commit, tree)
         yield tree
@@ -131,18 +145,92 @@ def _refuse_links_out(tree: Path) -> None:
 
 
 async def superseded_by(repo: Path, commit: str) -> str | None:
-    """The newest commit of the deployed branch (the bare repo's HEAD), when that is another than `commit`, else None.
+    """The commit whose deployment was asked for last, when that is another than `commit`, else None.
 
-    Another, not a later one: what a force push took away must not be rolled out either.
+    The hook notes it in `refs/toto/wanted`; without that it is the newest commit of the deployed branch (the bare
+    repo's HEAD). Another, not a later one: what a force push took away must not be rolled out either.
     """
-    done = await git(repo, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False)
-    newest = done.stdout.strip()
-    return newest if newest not in ("", commit) else None
+    for name in ("refs/toto/wanted", "HEAD"):
+        done = await git(repo, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False)
+        if newest := done.stdout.strip():
+            return newest if newest != commit else None
+    return None
 
 
 async def mark(repo: Path, tag: str, commit: str) -> None:
     """Point a lightweight tag at a commit, moving it if it exists."""
-    await git(repo, "update-ref", "-m", f"toto: {tag}", f"refs/tags/{tag}", commit)
+    if (done := await update_ref(repo, f"refs/tags/{tag}", commit, message=f"toto: {tag}")).status != 0:
+        raise GitError(f"could not be moved to {commit[:8]}: {process.tail(done.stderr)}", target=tag)
+
+
+async def update_ref(repo: Path, ref: str, new: str, old: str | None = None, *, message: str) -> process.Completed:
+    """Move a ref, if it still is at `old`; status 0 when it was moved.
+
+    A git that was killed, or lost its power, leaves the ref locked for ever. Such a lock is broken once it is older
+    than any living git would hold it.
+    """
+    deadline = time.monotonic() + 2 * STALE
+    while True:
+        expected = [] if old is None else [old]
+        done = await git(repo, "update-ref", "-m", message, ref, new, *expected, check=False)
+        if done.status == 0 or not _lock(repo, ref).exists() or time.monotonic() > deadline:
+            return done
+        await _break_stale_lock(repo, ref)
+        await anyio.sleep(random.uniform(0.01, 0.1))  # noqa: S311
+
+
+def _lock(repo: Path, ref: str) -> Path:
+    return repo / f"{ref}.lock"
+
+
+async def _break_stale_lock(repo: Path, ref: str) -> None:
+    async with paths.alone(repo / "toto-stale.lock"):  # two that break it at once could break a third's
+        with suppress(FileNotFoundError):
+            if time.time() - _lock(repo, ref).stat().st_mtime > STALE:
+                _lock(repo, ref).unlink()
+
+
+async def edit_file(repo: Path, ref: str, path: str, edit: Callable[[str], str], message: str) -> None:
+    """Change one file of the branch `ref`, safe with several writers: `edit` makes the new text of the old.
+
+    The old is "" at first. It is called again when another writer was first; a text that it leaves as it was makes
+    no commit. Raises `GitError` when the branch cannot be written.
+    """
+    await _edit(repo, ref, ["cat-file", "blob", f"{ref}:{path}"], f"M 100644 inline {path}", edit, message)
+
+
+async def edit_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
+    """Change the note of a commit in `ref` (below refs/notes), as `edit_file` changes a file."""
+    await _edit(repo, ref, ["notes", f"--ref={ref}", "show", commit], f"N inline {commit}", edit, "toto's notes")
+
+
+async def _edit(repo: Path, ref: str, read: list[str], write: str, edit: Callable[[str], str], message: str) -> None:
+    for attempt in range(20):
+        if _lock(repo, ref).exists():
+            await _break_stale_lock(repo, ref)
+        # The ref first: what is read after it may be newer, and then it is fast-import that refuses.
+        parent = (await git(repo, "rev-parse", "--verify", "--quiet", ref, check=False)).stdout.strip()
+        old = (await git(repo, *read, check=False)).stdout
+        new = edit(old)
+        if new == old:
+            return
+        # Moves the ref only as a fast-forward from `parent`, which makes it a compare-and-swap.
+        stream = b"".join((
+            f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
+            f"from {parent}\n".encode() if parent else b"", f"{write}\n".encode(), _data(new), b"done\n"))
+        done = await git(repo, "fast-import", "--quiet", "--date-format=now", stdin=stream, check=False)
+        if done.status == 0:
+            return
+        if done.status != 1:  # 1: another writer was first
+            break
+        await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
+    raise GitError(f"{ref} could not be written: {process.tail(done.stderr)}", target=str(repo),
+                   hint="is there room on the disk, and may toto write to it?")
+
+
+def _data(text: str) -> bytes:
+    data = text.encode()
+    return b"data %d\n%b\n" % (len(data), data)
 
 
 def now() -> str:
