@@ -1,0 +1,120 @@
+"""Blocks for what toto works on and what lets it in: the infra repo, ssh, terraform, Kubernetes."""
+
+import os
+import re
+from abc import ABC
+from pathlib import Path
+from typing import ClassVar, Self
+
+import yaml
+from prefect.types import SecretDict
+from pydantic import Field, SecretStr, field_validator
+
+from blocks.base import TotoBlock
+
+
+def _write(file: Path, text: str) -> Path:
+    """Write a secret file that only its owner reads."""
+    file.unlink(missing_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as sink:
+        sink.write(text)
+    return file
+
+
+class AccessBlock(TotoBlock, ABC):
+    """A block that works unsaved as well, by its defaults."""
+
+    @classmethod
+    async def load_or_default(cls, name: str = "toto") -> Self:
+        """The saved block of this name, or its defaults where there is none. Raises `InputError`."""
+        return await cls.saved(name) or cls()
+
+
+class InfraRepo(AccessBlock):
+    """The infra repo that toto deploys."""
+
+    _block_type_name: ClassVar[str] = "Toto infra repo"
+
+    path: str = Field(
+        default_factory=lambda: os.environ.get("TOTO_REPO", ""), title="Path",
+        description="Where the bare repository is on toto, such as /var/lib/toto/repos/infra.git. "
+                    "Without it, what TOTO_REPO names.")
+    branch: str = Field(default="main", title="Branch", description="The branch that is deployed.")
+
+
+class SshIdentity(AccessBlock):
+    """A private ssh key by which toto logs in to machines. Without one, toto uses a key of its own."""
+
+    _block_type_name: ClassVar[str] = "Toto ssh identity"
+
+    private_key: SecretStr = Field(
+        default=SecretStr(""), title="Private key",
+        description="The key itself, from its BEGIN to its END line. Leave it empty to name a file instead.")
+    path: str = Field(default="", title="Path", description="The file of the key on toto, when it is kept there.")
+
+    @field_validator("private_key")
+    @classmethod
+    def _is_a_key(cls, key: SecretStr) -> SecretStr:
+        text = key.get_secret_value().replace("\r\n", "\n").strip()
+        if text and not re.fullmatch(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n.*\n-----END [A-Z ]*PRIVATE KEY-----", text,
+                                     re.DOTALL):
+            raise ValueError("should be a private key, with its BEGIN and END lines each on a line of its own")
+        return SecretStr(f"{text}\n" if text else "")
+
+    def file(self, directory: Path) -> Path | None:
+        """The key as a file: where it is kept, else written into `directory`; None for toto's own key."""
+        if text := self.private_key.get_secret_value():
+            return _write(directory / "identity", text)
+        return Path(self.path).expanduser() if self.path else None
+
+
+class TerraformCredentials(AccessBlock):
+    """Environment variables for terraform: what its providers and its backend log in with."""
+
+    _block_type_name: ClassVar[str] = "Toto terraform credentials"
+
+    variables: SecretDict = Field(
+        default_factory=lambda: SecretDict({}), title="Environment variables",
+        description='As JSON: {"HCLOUD_TOKEN": "…", "AWS_SECRET_ACCESS_KEY": "…", "TF_VAR_password": "…"}')
+
+    @field_validator("variables")
+    @classmethod
+    def _are_variables(cls, variables: SecretDict) -> SecretDict:
+        for name, value in variables.get_secret_value().items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not isinstance(value, str) or "\0" in value:
+                raise ValueError("should be names of environment variables, each with a text as its value")
+        return variables
+
+    def environment(self) -> dict[str, str]:
+        """The variables. Every value is a secret."""
+        return dict(self.variables.get_secret_value())
+
+
+class KubeAccess(AccessBlock):
+    """A Kubernetes cluster to which helm deploys. Without it, the kubeconfig of toto's user."""
+
+    _block_type_name: ClassVar[str] = "Toto kube access"
+
+    kubeconfig: SecretStr = Field(
+        default=SecretStr(""), title="Kubeconfig",
+        description="Its text: `kubectl config view --raw --flatten --minify`. Leave it empty to name a file instead.")
+    path: str = Field(default="", title="Path", description="The file of the kubeconfig on toto, when it is there.")
+    context: str = Field(default="", title="Context", description="The context in it; its current one, when empty.")
+
+    @field_validator("kubeconfig")
+    @classmethod
+    def _is_a_kubeconfig(cls, config: SecretStr) -> SecretStr:
+        text = config.get_secret_value().strip()
+        try:
+            fine = not text or "clusters" in yaml.safe_load(text)
+        except (yaml.YAMLError, TypeError):
+            fine = False
+        if not fine:
+            raise ValueError("should be a kubeconfig: YAML or JSON with its `clusters`")
+        return SecretStr(f"{text}\n" if text else "")
+
+    def file(self, directory: Path) -> Path | None:
+        """The kubeconfig as a file: where it is kept, else written into `directory`; None for kubectl's own."""
+        if text := self.kubeconfig.get_secret_value():
+            return _write(directory / "kubeconfig", text)
+        return Path(self.path).expanduser() if self.path else None

@@ -1,0 +1,125 @@
+"""Blocks for venues: what a name in `venues` of toto.toml or machines.yaml stands for."""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import ClassVar, Final
+
+from pydantic import Field, SecretStr, field_validator
+
+from blocks.base import TotoBlock
+from toto import venues
+from toto.settings import is_mail_address, is_venue_name
+from toto.venues import Security, VenueFailed
+
+PUSHER: Final = "pusher"  # the mail venue by which pushers get the result of their push
+
+
+def _checked(url: SecretStr) -> SecretStr:
+    text = url.get_secret_value().strip()
+    if venues.http_address(text) is None:
+        raise ValueError("should be an address that begins with https:// or http://, without a password in it")
+    return SecretStr(text)
+
+
+class VenueBlock(TotoBlock, ABC):
+    """A venue, saved under the name that toto.toml and machines.yaml call it by."""
+
+    @abstractmethod
+    def venue(self, name: str) -> venues.Venue:
+        """What sends to it."""
+
+
+class SlackVenue(VenueBlock):
+    """A Slack channel, or one of Mattermost, Rocket.Chat or Discord, through an incoming webhook."""
+
+    _block_type_name: ClassVar[str] = "Toto venue: Slack"
+
+    url: SecretStr = Field(title="Webhook address", description="Such as https://hooks.slack.com/services/T…/B…/…; "
+                                                                "whoever knows it can post to the channel.")
+    _url = field_validator("url")(_checked)
+
+    def venue(self, name: str) -> venues.Slack:
+        return venues.Slack(name=name, url=self.url.get_secret_value())
+
+
+class MailVenue(VenueBlock):
+    """Mail. The one saved under the name `pusher` sends the result of a push to who pushed it."""
+
+    _block_type_name: ClassVar[str] = "Toto venue: mail"
+
+    host: str = Field(default="localhost", title="SMTP server", description="Its host name.")
+    security: Security = Field(
+        default="starttls", title="Security",
+        description="starttls (port 587), tls from the start (port 465), or none: only for a server on toto itself.")
+    port: int = Field(default=0, ge=0, le=65535, title="Port", description="0: the usual one.")
+    sender: str = Field(title="From", description="The address that mail comes from.")
+    to: list[str] = Field(default_factory=list, title="To", description="The addresses that mail goes to. "
+                                                                        "Not needed for `pusher`.")
+    user: str = Field(default="", title="User", description="To log in with; empty: no login.")
+    password: SecretStr = Field(default=SecretStr(""), title="Password", description="To log in with.")
+
+    @field_validator("sender", "to")
+    @classmethod
+    def _are_addresses(cls, value: str | list[str]) -> str | list[str]:
+        if not all(is_mail_address(each) for each in ([value] if isinstance(value, str) else value)):
+            raise ValueError("should be a mail address like toto@example.org")
+        return value
+
+    def venue(self, name: str) -> venues.Mail:
+        return venues.Mail(name=name, host=self.host, port=self.port, security=self.security, sender=self.sender,
+                           to=tuple(self.to), user=self.user, password=self.password.get_secret_value())
+
+
+class WebhookVenue(VenueBlock):
+    """Any program that takes JSON by a POST."""
+
+    _block_type_name: ClassVar[str] = "Toto venue: webhook"
+
+    url: SecretStr = Field(title="Address", description="Where the JSON is posted to.")
+    secret: SecretStr = Field(
+        default=SecretStr(""), title="Secret",
+        description="Signs the body: X-Hub-Signature-256 is its HMAC, as of GitHub's webhooks. Empty: no signature.")
+    _url = field_validator("url")(_checked)
+
+    def venue(self, name: str) -> venues.Webhook:
+        return venues.Webhook(name=name, url=self.url.get_secret_value(), secret=self.secret.get_secret_value())
+
+
+class NtfyVenue(VenueBlock):
+    """A topic of ntfy: push messages on phones."""
+
+    _block_type_name: ClassVar[str] = "Toto venue: ntfy"
+
+    url: SecretStr = Field(title="Address of the topic", description="Such as https://ntfy.sh/TOPIC; "
+                                                                     "whoever knows it can read and post.")
+    token: SecretStr = Field(default=SecretStr(""), title="Access token", description="Empty: none.")
+    _url = field_validator("url")(_checked)
+
+    def venue(self, name: str) -> venues.Ntfy:
+        return venues.Ntfy(name=name, url=self.url.get_secret_value(), token=self.token.get_secret_value().strip())
+
+
+KINDS: Final[tuple[type[VenueBlock], ...]] = (SlackVenue, MailVenue, WebhookVenue, NtfyVenue)
+
+
+async def pusher(address: str) -> venues.Mail:
+    """What sends mail to a pusher: the mail venue `pusher`. Raises `VenueFailed`, `InputError`."""
+    block = await MailVenue.saved(PUSHER)
+    if block is None:
+        raise VenueFailed("there is no mail venue of this name", target=PUSHER,
+                          hint="save a block `Toto venue: mail` under it in the UI, or leave out venues.mail_pusher")
+    return replace(block.venue(PUSHER), to=(address,))
+
+
+async def named(name: str) -> list[venues.Venue]:
+    """What sends to the venue of this name: every venue block that is saved under it.
+
+    Raises `VenueFailed` where there is none, `InputError` for a block that is not right.
+    """
+    if not is_venue_name(name):
+        raise VenueFailed("is no venue's name: lower-case letters, digits and '-'", target=name)
+    found = [block.venue(name) for kind in KINDS if (block := await kind.saved(name)) is not None]
+    if not found:
+        raise VenueFailed("there is no venue of this name", target=name,
+                          hint="save a block `Toto venue: …` under this name in the UI, under Blocks")
+    return found

@@ -1,0 +1,103 @@
+"""Tell: the result of a run goes to where the run came from, and to whoever it is news to.
+
+Nothing that goes wrong here fails a run, or hides that it failed: a venue that cannot be told is a warning in the log.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_UI_URL
+
+from blocks import venues
+from toto import git, plan, told
+from toto.errors import TotoError
+from toto.manifest import Manifest
+from toto.message import Message
+from toto.settings import Settings
+from toto.story import Story
+from toto.told import Check, Told
+from toto.venues import Audience, Origin, venues_for
+
+
+@task(name="tell", task_run_name="tell", cache_policy=NO_CACHE)
+async def tell(repo: Path, commit: str, end: Story | Exception, origin: Origin, named: Sequence[str] = (),
+               of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile") -> None:
+    """Tell the end of a run: its story, or the error by which it broke off before it had one.
+
+    `named` are venues that the run's starter asked for. `of` are the settings and the manifest; left out where the
+    run did not get as far as reading them: then the commit's own are tried, and those of the last good. With
+    `listening` false only those hear who asked: for the rehearsal of a branch that is not deployed. `check` is what
+    kind of run it was: what one kind finds good again is not what another found wrong.
+    """
+    try:
+        settings, manifest = of or await _readable(repo, commit)
+        about = await git.describe(repo, commit)
+        link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{runtime.flow_run.id}"
+        message = (Message.of(end, about, link) if isinstance(end, Story)
+                   else Message.broken_off(repo.name.removesuffix(".git"), end, about, link))
+        audience = venues_for(
+            origin, about.committer, {name: machine.venues for name, machine in manifest.machines.items()},
+            settings.venues.fleet, named, settings.venues.mail_pusher)
+        known = await told.read(repo, check) if listening else {}
+        heard = await _tell_all(message, audience if listening else replace(audience, listening={}), known)
+        if listening and heard:
+            await told.remember(repo, heard, check)
+        if settings.venues.notes and check == "reconcile":
+            await told.note(repo, commit, message)
+    except Exception as error:
+        get_run_logger().warning("the result could not be told: %s", _words(error))
+
+
+async def _tell_all(message: Message, audience: Audience, known: Told) -> Told:
+    """Tell everyone at once; what those venues know now that heard of it."""
+    letters = {name: told.news(message, known.get(name, {})) or message for name in audience.asked}
+    for name, targets in audience.listening.items():
+        concern = message if targets is None else message.about(targets)
+        if letter := told.news(concern, known.get(name, {})):
+            letters[name] = letter
+    mail = [_attempt(audience.mail, _mail(audience.mail, message))] if audience.mail else []
+    done = await asyncio.gather(*(_attempt(name, _send(name, letter)) for name, letter in letters.items()), *mail)
+    return {name: told.after(letter, known.get(name, {}))
+            for (name, letter), heard in zip(letters.items(), done, strict=False) if heard}
+
+
+async def _send(name: str, message: Message) -> None:
+    await asyncio.gather(*(venue.send(message) for venue in await venues.named(name)))
+
+
+async def _mail(address: str, message: Message) -> None:
+    await (await venues.pusher(address)).send(message)
+
+
+async def _attempt(who: str, sending: Awaitable[None]) -> bool:
+    """Whether `who` heard of it."""
+    try:
+        await sending
+    except Exception as error:
+        get_run_logger().warning("%s was not told: %s", who, _words(error))
+        return False
+    get_run_logger().info("%s was told", who)
+    return True
+
+
+def _words(error: Exception) -> str:
+    """What an error may say in a log: whatever is not toto's own may have a secret in its words."""
+    return str(error) if isinstance(error, TotoError) else f"unexpectedly, {type(error).__name__}"
+
+
+async def _readable(repo: Path, commit: str) -> tuple[Settings, Manifest]:
+    """Settings and manifest of the commit, or of the last good where those cannot be read; none where neither can."""
+    for each in (commit, "refs/tags/toto/last-good"):
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                await git.checkout(repo, each, Path(directory, "tree"))
+                return plan.read_tree(Path(directory, "tree"))
+        except TotoError:
+            continue
+    return Settings(), Manifest()
