@@ -121,7 +121,9 @@ def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand
     assert git_host.waiting(repo) == []
 
 
-def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, stand: Stand) -> None:
+async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, repo: Path,
+                                                                          stand: Stand) -> None:
+    await git_host.set_policy(repo, allow_force=True)
     first = pusher.git("rev-parse", "HEAD")
     pusher.push()
     pusher.commit()
@@ -188,8 +190,8 @@ def test_other_branches_are_not_deployed_whatever_their_name(pusher: Pusher, rep
     assert not list(repo.rglob("pwned"))
 
 
-def test_deleted_branch_and_tags_start_nothing(pusher: Pusher, repo: Path, stand: Stand) -> None:
-    pusher.git("config", "--file", str(repo / "config"), "receive.denyDeleteCurrent", "ignore")
+async def test_deleted_branch_and_tags_start_nothing(pusher: Pusher, repo: Path, stand: Stand) -> None:
+    await git_host.set_policy(repo, allow_force=True)
     pusher.push()
     pusher.git("tag", "v1")
     assert "toto:" not in pusher.push("v1")
@@ -225,7 +227,7 @@ async def test_create_is_idempotent_and_updates_an_old_hook(repo: Path, stand: S
     (repo / "hooks" / "post-receive").write_text("#!/bin/sh\nexit 1\n")
     before = (repo / "HEAD").read_text()
     await git_host.create(repo, api_url=stand.url, branch="deploy")
-    assert (repo / "hooks" / "post-receive").read_text() == git_host.HOOK.read_text()
+    assert (repo / "hooks" / "post-receive").read_text() == (git_host.HOOKS / "post-receive").read_text()
     assert await git_host.deployed_branch(repo) == "deploy"
     assert (repo / "HEAD").read_text() != before
     once = (repo / "config").read_text()

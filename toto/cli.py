@@ -1,22 +1,30 @@
-"""`toto`, for people at a terminal: what would change, what is deployed, and the history of it.
+"""`toto`, for people at a terminal: what would change, what is deployed, the history of it; and the git host.
 
 Runs are started by a push, from Prefect's UI, or by `prefect deployment run`; nothing here deploys.
 """
 
 import argparse
 import asyncio
+import getpass
+import os
+import shlex
 import sys
 import uuid
 from pathlib import Path
 
-from toto import git, plan
+from toto import access, git, git_host, git_shell, plan, receive, server
 from toto.changes import Action, table
-from toto.errors import TotoError
+from toto.errors import InputError, TotoError
 from toto.ledger import REF, Ledger
+from toto.plan import HostOrder
 
 
 def main() -> None:
     """The console script. Exit status 0, 1 when a host does not evaluate, 2 for an error of input or tools."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        del os.environ[name]  # a hook's repository and quarantine are none of toto's; GitPython would look at them
+    if sys.argv[1:2] == ["serve"]:
+        sys.exit(server.main(sys.argv[2:]))
     arguments = _parser().parse_args()
     try:
         sys.exit(asyncio.run(arguments.run(arguments)))
@@ -37,16 +45,49 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--commit", default="HEAD", help="commit, tag or branch (default: the deployed branch)")
     planning.add_argument("--no-build", action="store_true",
                           help="do not build what changed; then it is not told what changes in it")
-    planning.add_argument("only", nargs="*", metavar="HOST|TAG", help="limit it to these (default: all)")
+    planning.add_argument("only", nargs="*", metavar="TARGET|TAG|KIND", help="limit it to these (default: all)")
     planning.set_defaults(run=_plan)
 
     status = verbs.add_parser("status", parents=[repo], help="what the ledger says of every target")
     status.set_defaults(run=_status)
 
+    verbs.add_parser("serve", help="run toto: Prefect's server, a worker, the deployments (--help says more)")
+
     history = verbs.add_parser("log", parents=[repo], help="the deployment history, newest first")
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")
     history.set_defaults(run=_log)
+
+    _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they take, who may reach them"))
     return parser
+
+
+def _repo_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--repos", type=Path, default=git_host.default_repos(),
+                       help="the folder of the repositories (default: %(default)s)")
+    policy = argparse.ArgumentParser(add_help=False, parents=[where], argument_default=argparse.SUPPRESS)
+    policy.add_argument("name", metavar="NAME")
+    policy.add_argument("--branch", help="the deployed branch")
+    policy.add_argument("--signed", action=argparse.BooleanOptionalAction,
+                        help="refuse commits without a signature that is trusted")
+    policy.add_argument("--allow-force", action=argparse.BooleanOptionalAction,
+                        help="take forced pushes to the deployed branch, and its deletion")
+    policy.add_argument("--max-file-size", metavar="SIZE", help="such as 20m; 0 for no limit (default: 100m)")
+    policy.add_argument("--allowed-signers", metavar="FILE", help="ssh keys that are trusted for signatures; '' for "
+                        "the keys of those who may write the repository, which is the default")
+    policy.add_argument("--gpg-home", metavar="DIR", help="gpg's folder whose keys are trusted; '' for none")
+
+    create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
+    create.set_defaults(run=_repo_create)
+    change = verbs.add_parser("set", parents=[policy], help="change what a repository takes, and show all of it")
+    change.set_defaults(run=_repo_set)
+    admin = verbs.add_parser("admin", parents=[where], help=f"make {access.ADMIN}, the rules of who may do what")
+    admin.add_argument("user", help="its first user, who may do everything")
+    admin.add_argument("key", type=Path, metavar="KEY.pub", help="their public ssh key")
+    admin.set_defaults(run=_repo_admin)
+    sshd = verbs.add_parser("sshd", parents=[where], help="the lines of sshd_config that let these users in")
+    sshd.set_defaults(run=_repo_sshd)
 
 
 async def _plan(arguments: argparse.Namespace) -> int:
@@ -55,7 +96,8 @@ async def _plan(arguments: argparse.Namespace) -> int:
     async with plan.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
         if not arguments.no_build:
-            await asyncio.gather(*(plan.build(order) for order in made.orders if order.change.action is Action.DEPLOY))
+            await asyncio.gather(*(plan.build(order, "toplevel") for order in made.orders
+                                   if isinstance(order, HostOrder) and order.change.action is Action.DEPLOY))
         print(table(made.changes.rows(await plan.differences(made.changes))))
     return 1 if made.changes.failed else 0
 
@@ -81,6 +123,51 @@ async def _log(arguments: argparse.Namespace) -> int:
     done = await git.git(git.bare(arguments.repo), "log", f"--max-count={arguments.n}", "--format=%cI  %s", REF,
                          check=False)
     print(done.stdout if done.status == 0 else "nothing was deployed from here yet", end="")
+    return 0
+
+
+async def _repo_create(arguments: argparse.Namespace) -> int:
+    await git_host.make(arguments.repos.absolute(), arguments.name)
+    return await _repo_set(arguments)
+
+
+async def _repo_set(arguments: argparse.Namespace) -> int:
+    repo = git.bare(access.path_of(arguments.repos.absolute(), access.check_name(arguments.name)))
+    changes = {field: value for field, value in vars(arguments).items() if field in git_host.POLICY}
+    for file in ("allowed_signers", "gpg_home"):
+        if file in changes:
+            changes[file] = str(Path(changes[file]).absolute()) if changes[file] else None
+    if "max_file_size" in changes:
+        try:
+            changes["max_file_size"] = receive.size(changes["max_file_size"])
+        except ValueError as error:
+            raise InputError(str(error), target="--max-file-size") from None
+    policy = await git_host.set_policy(repo, **changes)
+    print(repo)
+    print(table([{"policy": field.replace("_", "-"), "value": str(getattr(policy, field))}
+                 for field in git_host.POLICY], ("policy", "value")))
+    return 0
+
+
+async def _repo_admin(arguments: argparse.Namespace) -> int:
+    try:
+        key = arguments.key.read_text()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", target=str(arguments.key)) from None
+    print(await git_host.make_admin(arguments.repos.absolute(), arguments.user, key))
+    return 0
+
+
+async def _repo_sshd(arguments: argparse.Namespace) -> int:
+    keys = shlex.join(git_shell.invocation(arguments.repos.absolute(), "keys"))
+    print(f"""\
+# /etc/ssh/sshd_config.d/toto.conf: {getpass.getuser()} owns the repositories, and keys get to them through toto only.
+Match User {getpass.getuser()}
+    AuthorizedKeysFile none
+    AuthorizedKeysCommand {keys}
+    AuthorizedKeysCommandUser {getpass.getuser()}
+    AuthenticationMethods publickey
+    AcceptEnv GIT_PROTOCOL""")
     return 0
 
 

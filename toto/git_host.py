@@ -1,21 +1,44 @@
-"""The bare infra repositories on toto: making one, its post-receive hook, and the pushes that wait in its spool.
+"""The bare repositories on toto: making one, its hooks and its policy, and the pushes that wait in its spool.
 
-What git commands there are for reading a repository is in `toto.git`; what a push starts is in `flows/`.
+Who may reach them over ssh is `toto.access`, what a push may bring is `toto.receive`. What git commands there are
+for reading a repository is in `toto.git`; what a push starts is in `flows/`.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
+import sys
 import urllib.parse
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from toto import process
+from toto import access, paths, receive
+from toto.access import git
 from toto.errors import InputError
 from toto.prefect_api import Api, ServerError
 
-HOOK: Final = Path(__file__).parent / "hooks" / "post-receive"
+HOOKS: Final = Path(__file__).parent / "hooks"
+RULES: Final = """\
+# Who may do what on this git host: docs/git-host.md. A push to the branch main changes it, at once.
+create = ["{user}"]
+
+[users]
+{user} = ["{key}"]
+
+[repos.{admin}]
+write = ["{user}"]
+
+[repos."*"]
+write = ["{user}"]
+"""
+POLICY: Final[Mapping[str, str]] = {
+    "branch": "toto.branch", "signed": "toto.signed", "allow_force": "toto.allowForce",
+    "max_file_size": "toto.maxFileSize", "allowed_signers": "toto.allowedSigners", "gpg_home": "toto.gpgHome"}
 # The hook prints the path into JSON, and ssh and git pass it through shells: no character that means something there.
 _PATH: Final = re.compile(r"(/[A-Za-z0-9._+@][A-Za-z0-9._+@-]*)+")
 _BRANCH: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._/+-]*")
@@ -31,6 +54,115 @@ class Waiting:
     commit: str
 
 
+@dataclass(frozen=True)
+class Served:
+    """Where the hooks of a repository find toto's server: what `create` takes."""
+
+    api_url: str = "http://127.0.0.1:4200/api"
+    ui_url: str | None = None
+    deployment: str = "reconcile/toto"
+    deployment_id: str | None = None
+    branch: str = "main"
+    auth: str | None = None
+
+
+def default_repos() -> Path:
+    """The folder of the repositories where nothing else is said; the server's own default."""
+    return paths.state_home() / "server" / "repos"
+
+
+def infra_repos(repos: Path) -> list[Path]:
+    """The infra repositories in the folder `repos`: all but the one that holds the rules of access."""
+    return sorted(set(repos.glob("*.git")) - {access.path_of(repos, access.ADMIN)})
+
+
+async def remember(repos: Path, served: Served) -> None:
+    """Remember where the server is, for repositories that are made from now on; bring the rules' hooks up to date.
+
+    (The hooks of infra repositories are brought up to date by `create`.)
+    """
+    repos.mkdir(parents=True, exist_ok=True)
+    _write(repos / "server.json", json.dumps(asdict(served)), 0o600)
+    if (access.path_of(repos, access.ADMIN) / "HEAD").exists():
+        await _install(access.path_of(repos, access.ADMIN), "main", {"toto.rules": "true"})
+
+
+async def make(repos: Path, name: str, *, creator: str | None = None) -> Path:
+    """Make the repository `name` in the folder `repos`, or bring it up to date; return its path.
+
+    A new one is there at once with its hooks, or not at all. Raises `InputError` for a name that is none.
+    """
+    path = access.path_of(repos, access.check_name(name))
+    if name == access.ADMIN:
+        raise InputError("holds the rules of access", target=name, hint="toto repo admin USER KEY.pub")
+    file = repos / "server.json"
+    served = Served(**json.loads(file.read_text())) if file.exists() else Served()
+    async with _new(path) as fresh:
+        branch = await deployed_branch(path) or served.branch
+        await create(fresh or path, **asdict(served) | {"branch": branch})
+        if fresh and creator:
+            await git(fresh, "config", "toto.creator", creator)
+    return path
+
+
+async def make_admin(repos: Path, user: str, key: str) -> Path:
+    """Make the repository of the rules of access, in which `user` with the public key `key` may do everything.
+
+    Raises `InputError` when it is there already: from then on a push changes the rules.
+    """
+    try:
+        key = access.check_key(key)
+    except ValueError as error:
+        raise InputError(f"{error}", target="key") from None
+    rules = RULES.format(user=access.check_user(user), key=key, admin=access.ADMIN)
+    async with _new(access.path_of(repos, access.ADMIN)) as fresh:
+        if fresh is None:
+            raise InputError("is there already", target=access.ADMIN, hint="clone it, change access.toml, push it")
+        await _install(fresh, "main", {"toto.rules": "true"})
+        blob = (await git(fresh, "hash-object", "-w", "--stdin", stdin=rules)).stdout.strip()
+        tree = (await git(fresh, "mktree", stdin=f"100644 blob {blob}\t{access.FILE}\n")).stdout.strip()
+        commit = (await git(fresh, "-c", "user.name=toto", "-c", "user.email=toto@localhost", "commit-tree", "-m",
+                            f"{user} may do everything", tree)).stdout.strip()
+        await git(fresh, "update-ref", "refs/heads/main", commit)
+    return access.path_of(repos, access.ADMIN)
+
+
+@contextlib.asynccontextmanager
+async def _new(path: Path) -> AsyncIterator[Path | None]:
+    """A path for a repository that becomes `path` at the end of the block; None when that is there. One at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.parent / ".new" / path.name
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # (a repository is made in a tenth of a second)
+        if path.exists():
+            yield None
+            return
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.parent.mkdir(exist_ok=True)
+        yield fresh
+        fresh.rename(path)
+
+
+async def set_policy(repo: Path, **changes: str | int | bool | None) -> receive.Policy:
+    """Change what a repository takes, by fields of `receive.Policy`; None is the default again. Returns all of it."""
+    for field, value in changes.items():
+        text = str(value).lower() if isinstance(value, bool) else None if value is None else str(value)
+        if field == "branch" and (text is None or not _is_branch(text)):
+            raise InputError(f"{text!r} is not a branch name that toto takes", target=repo.name)
+        await _configure(repo, POLICY[field], text)
+    if "branch" in changes:
+        await git(repo, "symbolic-ref", "HEAD", f"refs/heads/{changes['branch']}")
+    policy = await policy_of(repo)
+    # Git itself refuses to delete what HEAD names, whatever the policy says.
+    await _configure(repo, "receive.denyDeleteCurrent", "ignore" if policy.allow_force else None)
+    return policy
+
+
+async def policy_of(repo: Path) -> receive.Policy:
+    """What a repository takes."""
+    return receive.Policy.of((await git(repo, "config", "--null", "--get-regexp", "^toto[.]", check=False)).stdout)
+
+
 async def create(path: Path, *, api_url: str, deployment: str = "reconcile/toto", deployment_id: str | None = None,
                  ui_url: str | None = None, branch: str = "main", auth: str | None = None) -> Path:
     """Make the bare repository `path`, or bring an existing one's hook and settings up to date; return it.
@@ -40,28 +172,38 @@ async def create(path: Path, *, api_url: str, deployment: str = "reconcile/toto"
     ledger) cannot be pushed to. Raises `InputError` for a path, branch or address that toto does not take.
     """
     path = _checked(path, api_url, ui_url, deployment, deployment_id, branch, auth)
-    if not (path / "HEAD").exists():
-        await _git("init", "--quiet", "--bare", f"--initial-branch={branch}", str(path))
-    # HEAD is the commit that a run takes when it is given none.
-    await _git("--git-dir", str(path), "symbolic-ref", "HEAD", f"refs/heads/{branch}")
-    settings = {
-        "toto.apiUrl": api_url.rstrip("/"), "toto.deployment": deployment, "toto.branch": branch,
-        "toto.uiUrl": ui_url.rstrip("/") if ui_url else None, "toto.deploymentId": deployment_id,
-        "receive.hideRefs": "refs/toto",
-    }
-    for key, value in settings.items():
-        if value is not None:
-            await _git("--git-dir", str(path), "config", "--replace-all", key, value)
-        else:
-            await _git("--git-dir", str(path), "config", "--unset-all", key, check=False)
+    await _install(path, branch, {
+        "toto.apiUrl": api_url.rstrip("/"), "toto.deployment": deployment, "toto.deploymentId": deployment_id,
+        "toto.uiUrl": ui_url.rstrip("/") if ui_url else None})
     (path / "toto" / "spool").mkdir(parents=True, exist_ok=True)
     secret = path / "toto" / "auth.curl"
     if auth is None:
         secret.unlink(missing_ok=True)
     else:
         _write(secret, 'user = "{}"\n'.format(auth.replace("\\", "\\\\").replace('"', '\\"')), 0o600)
-    _write(path / "hooks" / "post-receive", HOOK.read_text(), 0o755)
     return path
+
+
+async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) -> None:
+    """A bare repository with toto's hooks, and what they need to know."""
+    if not (path / "HEAD").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        await git(path, "init", "--quiet", "--bare", f"--initial-branch={branch}")
+    # HEAD is the commit that a run takes when it is given none.
+    await git(path, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
+    for key, value in {
+            **settings, "toto.branch": branch, "toto.python": sys.executable, "toto.root": str(HOOKS.parent.parent),
+            "receive.hideRefs": "refs/toto", "receive.advertisePushOptions": "true"}.items():
+        await _configure(path, key, value)
+    for hook in HOOKS.iterdir():
+        _write(path / "hooks" / hook.name, hook.read_text(), 0o755)
+
+
+async def _configure(repo: Path, key: str, value: str | None) -> None:
+    if value is None:
+        await git(repo, "config", "--unset-all", key, check=False)
+    else:
+        await git(repo, "config", "--replace-all", key, value)
 
 
 async def deployed_branch(repo: Path) -> str | None:
@@ -84,11 +226,7 @@ async def drain_spool(repo: Path, api: Api | None = None) -> list[str]:
     pending = waiting(repo)
     if not pending:
         return []
-    if api is None:
-        url = await _setting(repo, "toto.apiUrl")
-        if url is None:
-            raise InputError("this repository has no toto.apiUrl", target=str(repo), hint="toto.git_host.create it")
-        api = Api(url, _read_auth(repo / "toto" / "auth.curl"))
+    api = api or await api_of(repo)
     deployment = await _setting(repo, "toto.deployment") or "reconcile/toto"
     found = await api.call("GET", f"/deployments/name/{deployment}")
     runs = []
@@ -108,6 +246,14 @@ async def drain_spool(repo: Path, api: Api | None = None) -> list[str]:
     return runs
 
 
+async def api_of(repo: Path) -> Api:
+    """The API that the hook of `repo` uses."""
+    url = await _setting(repo, "toto.apiUrl")
+    if url is None:
+        raise InputError("this repository has no toto.apiUrl", target=str(repo), hint="toto repo create it")
+    return Api(url, _read_auth(repo / "toto" / "auth.curl"))
+
+
 def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, deployment_id: str | None, branch: str,
              auth: str | None) -> Path:
     place = str(path)
@@ -122,7 +268,7 @@ def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, depl
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or re.search(r"[\s\"'\\\x00-\x1f]", url):
             raise InputError(f"{url!r} is not an http address", target=place)
-    if not _BRANCH.fullmatch(branch) or ".." in branch or branch.endswith((".lock", "/", ".")):
+    if not _is_branch(branch):
         raise InputError(f"{branch!r} is not a branch name that toto takes", target=place)
     if not _DEPLOYMENT.fullmatch(deployment):
         raise InputError(f"{deployment!r} is not FLOW/NAME of a deployment", target=place)
@@ -151,11 +297,9 @@ def _read_auth(file: Path) -> str | None:
     return re.sub(r"\\(.)", r"\1", quoted)
 
 
+def _is_branch(name: str) -> bool:
+    return _BRANCH.fullmatch(name) is not None and ".." not in name and not name.endswith((".lock", "/", "."))
+
+
 async def _setting(repo: Path, key: str) -> str | None:
-    done = await _git("--git-dir", str(repo), "config", "--get", key, check=False)
-    return done.stdout.strip() or None
-
-
-async def _git(*arguments: str, check: bool = True) -> process.Completed:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return await process.run(["git", *arguments], env=env, timeout=30, check=check)
+    return (await git(repo, "config", "--get", key, check=False)).stdout.strip() or None
