@@ -4,6 +4,7 @@ A fake system is a directory whose switch-to-configuration logs its verb and fli
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ class Machine:
         text = SCRIPT.read_text()
         for path, here in (("/run/toto", self.state), ("/nix/var/nix/profiles/system", self.profile),
                            ("/nix/var/nix/gcroots", root / "roots"), ("/run/systemd/system", root / "no-systemd"),
+                           ("/run/nixos/switch-to-configuration.lock", root / "switching"),
                            ("/run/booted-system", self.current)):
             assert path in text
             text = text.replace(path, str(here))
@@ -41,6 +43,8 @@ class Machine:
         self.script.write_text(text)
         self._program("bin/nix-env", 'ln -sfn "$4" "$2"')
         self._program("bin/sync", ":")  # the real one waits for every disk of whoever runs the tests
+        self._program("bin/systemctl",
+                      f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]')
         self.old = self.system("old")
         self.current.symlink_to(self.old)
         self.profile.symlink_to(self.old)
@@ -228,6 +232,19 @@ def test_forgetting_waits_for_what_is_under_way(machine: Machine) -> None:
     assert list((machine.root / "roots").iterdir()) == []
     assert machine.verb("names", "run") == ""
     assert machine.verb("result", "run.test.1", "1") == "unknown"
+
+
+def test_it_is_quiet_when_no_tool_activates(machine: Machine) -> None:
+    assert machine.verb("quiet", "0") == "quiet", "nobody has activated since the boot: there is no lock"
+    (machine.root / "unit").touch()
+    assert machine.verb("quiet", "0") == "busy", "nixos-rebuild's unit runs, and holds no lock yet"
+    with machine.start("quiet", "20") as waiting:
+        (machine.root / "unit").unlink()
+        assert waiting.communicate(timeout=30) == ("quiet\n", "")
+    with (machine.root / "switching").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert machine.verb("quiet", "0") == "busy"
+    assert machine.verb("quiet", "0") == "quiet", "a lock that nobody holds"
 
 
 def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machine) -> None:

@@ -8,6 +8,7 @@
 #   result NAME SECONDS                                 wait for its end, and tell it
 #   confirm NAME                                        toto is there: no going back by itself any more
 #   names RUN                                           the activations of a run that left something here
+#   quiet SECONDS                                       wait until nobody activates, by whatever tool: quiet, or busy
 #   forget RUN                                          remove what a run left here, once none is under way
 #
 # NAME is RUN.VERB.NUMBER, new for every activation. ACTION is test, switch or boot. SYSTEM and PROFILE are what to go back to. FINISH and CONFIRM are seconds;
@@ -18,6 +19,9 @@ PATH=/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/
 export PATH
 state=/run/toto
 profile=/nix/var/nix/profiles/system
+# What every switch-to-configuration of NixOS holds while it is under way, and the unit that nixos-rebuild gives it.
+switching=/run/nixos/switch-to-configuration.lock
+rebuilding=nixos-rebuild-switch-to-configuration.service
 roots=/nix/var/nix/gcroots
 # Let nix speak to the store itself: we are root, and the daemon may be among what is being restarted.
 export NIX_REMOTE=
@@ -142,6 +146,17 @@ names() {
 	return 0
 }
 
+quiet() {
+	waited=0
+	while systemctl is-active --quiet "$rebuilding" 2>/dev/null ||
+		{ [ -e "$switching" ] && command -v flock >/dev/null && ! flock -n "$switching" true; }; do
+		[ "$waited" -lt $(($1 * 5)) ] || { echo "busy"; return; }
+		sleep 0.2
+		waited=$((waited + 1))
+	done
+	echo "quiet"
+}
+
 forget() {
 	use_run "$1"
 	if command -v flock >/dev/null; then
@@ -155,6 +170,6 @@ forget() {
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | names | forget) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | names | quiet | forget) "$verb" "$@" ;;
 *) die "no such verb: $verb" ;;
 esac

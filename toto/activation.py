@@ -7,6 +7,7 @@ or the network heals without anyone.
 
 import logging
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,23 +96,29 @@ class Activator:
                             on_line: process.LineSink | None = None) -> None:
         """Activate by the stock tool (nixos-rebuild-ng) instead: no watchdog, and no way back but toto's revert.
 
+        It is ended after `timeout` seconds, and what it began on the machine goes on: see `take_charge`.
         Raises `ActivationFailed`, `CommandTimeout`, `CommandNotFound`, `NotWhatItShouldBe`.
         """
         name = self.connection.target.name
+        sudo = [] if self.connection.target.user == "root" else ["--sudo"]
         try:
+            # Interrupted, it removes its temporary files; ended in another way it leaves them.
             await process.run(
-                ["nixos-rebuild", verb, "--no-reexec", "--store-path", path, "--target-host", name, "--sudo"],
+                ["nixos-rebuild", verb, "--no-reexec", "--store-path", path, "--target-host", name, *sudo],
                 env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config}"}, timeout=timeout,
-                on_line=on_line, on_error_line=on_line, target=name)
+                on_line=on_line, on_error_line=on_line, target=name, signals=(signal.SIGINT, signal.SIGTERM))
         except process.CommandFailed as error:
-            raise ActivationFailed(f"nixos-rebuild {verb} failed:\n{error.tail}", target=name) from None
+            hint = "toto needs one that knows --store-path: of NixOS 26.05, or newer"
+            raise ActivationFailed(f"`nixos-rebuild {verb}` exited with status {error.status}:\n{error.tail}",
+                                   target=name, hint=hint if "--store-path" in error.tail else None) from None
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
     async def take_charge(self, *, patience: float) -> None:
         """Bring every activation of this run to its end: no watchdog of it is armed, and none is under way.
 
         One that is already going back is waited for, as is one that a dead toto had begun: `patience` seconds.
-        Raises `ActivationFailed` when it does not end.
+        So is one by another tool, as nixos-rebuild's when toto gave up on it: until that has ended it holds the lock
+        of the configuration, and shows the old one still. Raises `ActivationFailed` when it does not end.
         """
         deadline = time.monotonic() + patience
         for name in (await self._verb("names", self.run)).lines:
@@ -124,6 +131,11 @@ class Activator:
                     raise ActivationFailed("an earlier activation does not end", target=self.connection.target.name,
                                            hint=f"see /run/toto/{name}/log on the machine")
                 await anyio.sleep(0.5)
+        while (await self._verb("quiet", "20")).stdout.strip() != "quiet":
+            if time.monotonic() > deadline:
+                raise ActivationFailed("an activation that toto does not watch does not end",
+                                       target=self.connection.target.name,
+                                       hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration")
 
     async def go_back(self, to: Before, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot what is recorded: profile and activation, then look whether it does.

@@ -161,17 +161,20 @@ class Machine:
                                f"{answer.out}\n{answer.err}")
         return answer.out
 
-    async def wait_ssh(self, deadline: float = 60) -> float:
+    async def wait_ssh(self, deadline: float = 300) -> float:
         """Waits until the machine answers ssh; returns the seconds that took."""
         begin = time.monotonic()
         answer = Answer(255, "", "not tried")
+        patience = 6.0
         while (waited := time.monotonic() - begin) < deadline:
             if not self.running:
                 raise MachineError(f"{self.name} is not running:\n{self._tail()}")
-            # QEMU's forward accepts long before the guest listens: a try needs a deadline of its own.
-            answer = await self.ssh("true", timeout=6)
+            # QEMU's forward accepts long before the guest listens: a try needs a deadline of its own. It grows, since
+            # on a busy machine a handshake with an emulated guest may take longer than is sensible at first.
+            answer = await self.ssh("true", timeout=patience)
             if answer.status == 0:
                 return waited
+            patience = min(patience * 1.25, 30)
             await asyncio.sleep(0.3)
         raise MachineError(f"{self.name} has not answered ssh within {deadline:g} s ({answer.err}):\n{self._tail()}")
 

@@ -180,14 +180,14 @@ class Debian:
         self.libraries = sorted({str(path.parent) for path in files if re.search(r"^lib.*\.so(\.|$)", path.name)})
 
     def real(self, path: Path) -> Path:
-        """The file behind a symlink; an absolute link of the tree points into the tree."""
+        """The file behind a symlink, under one name; an absolute link of the tree points into the tree."""
         while path.is_symlink():
             target = path.readlink()
             if target.is_absolute():
                 inside = self.root / target.relative_to("/")
                 path = inside if inside.exists() or inside.is_symlink() else self.find(target.name)
             else:
-                path = path.parent / target
+                path = Path(os.path.normpath(path.parent / target))  # Debian 13 links through `..`
         return path
 
     def find(self, name: str, *, within: str = "") -> Path:

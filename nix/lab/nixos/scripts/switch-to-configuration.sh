@@ -14,7 +14,8 @@ esac
 [ -e /etc/NIXOS ] || { echo "This is not a NixOS installation!" >&2; exit 1; }
 # Not two at once: each would undo half of the other.
 if [ "$LAB_SWITCH_LOCKED" != 1 ]; then
-  LAB_SWITCH_LOCKED=1 exec chpst -L /run/lock/switch "$0" "$@"
+  mkdir -p /run/nixos
+  LAB_SWITCH_LOCKED=1 exec chpst -L /run/nixos/switch-to-configuration.lock "$0" "$@"
 fi
 
 if [ $action = switch ] || [ $action = boot ]; then

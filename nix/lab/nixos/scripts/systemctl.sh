@@ -16,11 +16,16 @@ verb=${1:-list-units}
 say() { [ -n "$quiet" ] || echo "$*"; }
 all() { for dir in /run/service/*/; do basename "$dir"; done; }
 failures() { for name in $(all); do case $(/etc/lab/supervise state "$name") in failed*) echo "$name" ;; esac; done; }
+# A unit of systemd-run: one that has just been made has no process yet, and no status.
+transient() {
+  dir=/run/transient/$1
+  [ -d "$dir" ] && [ ! -e "$dir/status" ] && [ -d "/proc/$(cat "$dir/pid" 2>/dev/null)" ]
+}
 case $verb in
   is-active)
     worst=0
     for name; do
-      state=$(/etc/lab/supervise state "$name")
+      if transient "$name"; then state=active; else state=$(/etc/lab/supervise state "$name"); fi
       say "${state%% *}"
       [ "$state" = active ] || worst=3
     done

@@ -4,14 +4,20 @@
 wait=
 unit=
 set_env=
+with() {
+  case $1 in
+    *=*) set_env="$set_env $1" ;;
+    *) eval "set_env=\"\$set_env $1=\${$1-}\"" ;; # a name alone: with the caller's value
+  esac
+}
 while [ $# -gt 0 ]; do
   case $1 in
     --pipe | -P | --wait) wait=1 ;;
     --unit=*) unit=${1#--unit=} ;;
     --unit | -u) unit=$2; shift ;;
-    -E | --setenv) set_env="$set_env $2"; shift ;;
-    -E* ) set_env="$set_env ${1#-E}" ;;
-    --setenv=*) set_env="$set_env ${1#--setenv=}" ;;
+    -E | --setenv) with "$2"; shift ;;
+    -E* ) with "${1#-E}" ;;
+    --setenv=*) with "${1#--setenv=}" ;;
     -p | --property) shift ;;
     --) shift; break ;;
     -*) ;;
