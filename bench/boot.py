@@ -9,7 +9,7 @@ from bench.fleets import known
 from bench.row import Row
 from tests.lab import nix as lab
 from tests.lab.machine import Machine
-from toto import keys, nix, plan, sandbox
+from toto import keys, plan, sandbox
 
 ROUNDS: Final = 2
 ADDRESS: Final = "127.0.1.99"  # not one of the demo's, which may run beside
@@ -23,7 +23,8 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
         state, repo = folder / "sandboxes", it.fleet.repo
         async with plan.claimed(repo, "bench-boot"):
             (order,) = (await plan.make(repo, it.commit, "bench-boot")).orders
-            vm = Path(await nix.build(order.vm, folder / "vm", timeout=300, target="host1"))
+            assert isinstance(order, plan.HostOrder)
+            vm = await plan.build(order, "vm")
         await sandbox.acceleration(state)  # probed once per boot of this machine
         key = await keys.private("sandbox")
         for _ in range(ROUNDS):

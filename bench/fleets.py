@@ -38,10 +38,11 @@ class Known:
     async def make_good(self) -> None:
         """Write every host into the ledger as deployed, so that nothing is due."""
         for change in (await self.plan("bench-good")).changes.changes:
-            deployed = Deployed(identity=change.host.drv, path=change.host.path, commit=self.commit, run="bench",
-                                at=git.now(), tests=change.host.tests)
+            wanted = change.desired
+            deployed = Deployed(identity=wanted.identity, path=wanted.path, commit=self.commit, run="bench",
+                                at=git.now(), tests=wanted.tests)
             await Ledger(self.fleet.repo).write(change.target, verified(deployed),
-                                                f"{change.host.name}: good at {self.commit[:8]}")
+                                                f"{change.label}: good at {self.commit[:8]}")
 
 
 def example(folder: Path, count: int) -> Path:

@@ -34,7 +34,8 @@ async def measure(folder: Path) -> Latency:
     (folder / "prefect.yaml").write_text(TINY_DEPLOYMENT)
     env = server.server_environment(folder / "home", free_port())
     found = Latency()
-    async with server.running_server(env, folder / "server.log") as api:
+    async with server.running_server(env, folder / "server.log"):
+        api = Api.of(env)
         ids = await server.deploy(env, root=folder)
         async with server.running_worker(env, folder / "worker.log"):
             hooked = await git_host.create(folder / "infra.git", api_url=api.url, ui_url="http://ui",

@@ -5,27 +5,17 @@ from typing import Literal
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from tasks.record import intend, record_good, record_unreachable, record_verified
 from tasks.rehearse import Verdict, build, in_sandbox, show_difference, trial
-from tasks.roll_out import (
-    activate,
-    copy,
-    intend,
-    look,
-    reach,
-    reached,
-    record_good,
-    record_unreachable,
-    record_verified,
-    tidy,
-)
+from tasks.roll_out import activate, copy, keep, look, reach, reached, tidy
 from toto.changes import Action
-from toto.plan import Order
+from toto.plan import HostOrder
 from toto.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.suite import Phase
 
 
 @flow(flow_run_name="{order.name}: rehearse", persist_result=False)
-async def rehearse(order: Order) -> Verdict:
+async def rehearse(order: HostOrder) -> Verdict:
     """Build the host and its VM, and test it in there: first without internet, then with it."""
     await build.with_options(task_run_name="build the system")(order, "toplevel")
     vm = await build.with_options(task_run_name="build the VM")(order, "vm")
@@ -34,7 +24,7 @@ async def rehearse(order: Order) -> Verdict:
 
 
 @flow(flow_run_name="{order.name}: roll out", persist_result=False)
-async def roll_out(order: Order) -> Literal["deployed", "verified", "unreachable"]:
+async def roll_out(order: HostOrder) -> Literal["deployed", "verified", "unreachable"]:
     """Bring the rehearsed closure to the machine: activate, test, make it permanent, test again, record."""
     machine, settings = order.machine, order.settings.roll_out
     assert machine is not None
@@ -43,7 +33,7 @@ async def roll_out(order: Order) -> Literal["deployed", "verified", "unreachable
         async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
             where = reached(machine, activator)
             if order.change.action is Action.VERIFY:
-                await look(activator, expected=order.change.last)
+                await look(activator, expected=order.change.last.path if order.change.last else None)
                 await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
                 await record_verified(order)
                 return "verified"
@@ -59,6 +49,7 @@ async def roll_out(order: Order) -> Literal["deployed", "verified", "unreachable
                 if machine.activation == "switch":
                     await activate.with_options(task_run_name="activate: switch")(order, activator, "switch", before)
                 await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
+            await keep(order)
             await record_good(order)
             await tidy(activator)
             return "deployed"

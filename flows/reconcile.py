@@ -1,31 +1,58 @@
 """Reconcile: make the fleet agree with a commit: detect, rehearse, roll out, record; revert when it goes wrong."""
 
 import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from prefect import Flow, flow, runtime
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import arun_deployment
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.host import rehearse, roll_out
+from flows import helm, host, terraform
 from flows.revert import revert, settle, settle_left_open
-from tasks import cancelled_by_sigterm, report
+from tasks import approve, cancelled_by_sigterm, report
 from tasks.again import try_again_later
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
-from tasks.roll_out import intend_to_put_back, record_rehearsed, record_verified, retire
+from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
+from tasks.tell import tell
 from toto import git
 from toto import plan as plans
 from toto.changes import Action
 from toto.errors import TotoError
 from toto.ledger import Ledger, Target
-from toto.plan import Order, Plan
+from toto.plan import HostOrder, Plan, ReleaseOrder, RootOrder
 from toto.story import Returned, Story
+from toto.venues import Origin
 
-Origin: TypeAlias = Literal["push", "schedule", "ui", "notebook", "flying-monkey"]
+AnyOrder: TypeAlias = HostOrder | RootOrder | ReleaseOrder
+Rehearsed: TypeAlias = tuple[AnyOrder, Any]  # with what its rehearsal found: a verdict, a saved plan, a difference
+T = TypeVar("T")
+LOOK = 2  # seconds between two looks whether a newer push has come
 SIDE_BY_SIDE = 4  # subflows at once; more make SQLite answer 503
+
+
+class Superseded(TotoError):
+    """A newer push has taken the place of this run's."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run. `pushed`: a push that a newer one may supersede."""
+
+    repo: Path
+    run: str
+    commit: str
+    only: tuple[str, ...]
+    override: str | None
+    again: bool
+    plan_only: bool
+    rehearse_only: bool
+    pushed: bool
 
 
 def _name() -> str:
@@ -44,124 +71,210 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
 @flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],
       on_crashed=[settle_soon])
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
-                    plan_only: bool = False) -> State[None]:
-    """Make the machines become what a commit of an infra repo says; put everything back when it goes wrong.
+                    plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
+                    again: bool = False, venues: list[str] | None = None) -> State[None]:
+    """Make the fleet become what a commit of an infra repo says; put everything back when it goes wrong.
 
     Args:
         repo: the bare infra repo on toto.
         commit: a commit, tag or branch; the tip of the deployed branch when left out.
         origin: what started this run.
-        only: names or tags of hosts; all when left out.
+        only: names, tags or kinds (host, terraform, helm) of targets; all when left out.
         plan_only: show what would change, and do nothing.
+        rehearse_only: rehearse what changed, and touch nothing.
+        override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
+        again: deploy the targets though nothing of them has changed: to mend what was changed outside.
+        venues: who is told the result besides the usual ones, by the names of the venue blocks.
     """
     run = str(runtime.flow_run.id)
     async with cancelled_by_sigterm(), plans.claimed(repo, run):
         await sweep(repo)
-        if not plan_only and Ledger(repo).read().open_intents:
-            await settle(repo)
         wanted = git.resolve(repo, commit or "HEAD")
-        while True:
-            plan = await detect(repo, wanted, run, only or [])
-            story = Story(repo.name.removesuffix(".git"), wanted, plan.changes)
-            await report.show_plan(plan)
-            if plan_only:
-                return await _told(story)
-            orders = await _rehearse_all(plan, story)
-            if story.failed and (plan.settings.roll_out.policy == "all" or not orders):
-                return await _told(story)
-            async with one_roll_out(repo, run):
-                newer = await git.superseded_by(repo, wanted)
-                if newer and origin == "push":
-                    return Cancelled(message=f"superseded by {newer[:8]}: nothing was touched")
-                await _settle_first(repo, run, story)
-                if Ledger(repo).read().fingerprint == plan.changes.ledger:
-                    await _roll_out_all(plan, orders, story)
-                    return await _told(story)
-            # Another run, or what was settled, has changed what is deployed, so the plan is out of date. Look again;
-            # what was rehearsed is not rehearsed again.
+        deploys = not (plan_only or rehearse_only)
+        request = Request(repo, run, wanted, tuple(only or ()), override, again, plan_only, rehearse_only,
+                          pushed=origin == "push" and deploys)
+        told = partial(tell, repo, wanted, origin=origin, named=venues or (), listening=deploys)
+        try:
+            plan, story = await _reconcile(request)
+        except Superseded as newer:
+            return Cancelled(message=str(newer))
+        except Exception as error:
+            await told(error)
+            raise
+        await report.show_story(story)
+        if not plan_only:
+            await told(story, of=(plan.settings, plan.manifest))
+        return Failed(message=story.headline()) if story.failed else Completed(message=story.headline())
 
 
-async def _rehearse_all(plan: Plan, story: Story) -> list[Order]:
-    """Rehearse every changed host side by side; returns those that passed."""
+async def _reconcile(request: Request) -> tuple[Plan, Story]:
+    """Detect, rehearse, roll out; again from the start when what is deployed has changed meanwhile."""
+    repo, run = request.repo, request.run
+    if not request.plan_only and Ledger(repo).read().open_intents:
+        await settle(repo)
+    while True:
+        await _look(request)
+        plan = await detect(repo, request.commit, run, list(request.only), override=request.override,
+                            again=request.again)
+        story = Story(repo.name.removesuffix(".git"), request.commit, plan.changes)
+        await report.show_plan(plan)
+        if request.plan_only:
+            return plan, story
+        rehearsed = await _unless_superseded(_rehearse_all(plan, story), request)
+        if not (request.rehearse_only or _stops(plan, rehearsed, story)):
+            await _unless_superseded(_ask(rehearsed, story), request)
+        if request.rehearse_only or _stops(plan, rehearsed, story):
+            return plan, story
+        async with one_roll_out(repo, run):
+            await _look(request)
+            await _settle_first(repo, run, story)
+            if Ledger(repo).read().fingerprint == plan.changes.ledger:
+                await _roll_out_all(plan, rehearsed, story)
+                return plan, story
+        # Another run, or what was settled, has changed what is deployed, so the plan is out of date. Look again;
+        # what was rehearsed is not rehearsed again.
+
+
+async def _look(request: Request) -> None:
+    """Raises `Superseded` when a newer push has taken the place of this one."""
+    if request.pushed and (newer := await git.superseded_by(request.repo, request.commit)):
+        raise Superseded(f"superseded by {newer[:8]}: nothing was touched")
+
+
+async def _unless_superseded(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """What `work` returns. Work ends, by `Superseded`, as soon as a newer push takes this one's place."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait((task,), timeout=LOOK)
+            if not task.done():
+                await _look(request)
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+def _stops(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> bool:
+    """Whether nothing is rolled out, because something failed before."""
+    return story.failed and (plan.settings.roll_out.policy == "all" or not rehearsed)
+
+
+async def _ask(rehearsed: list[Rehearsed], story: Story) -> None:
+    """Ask a person about each terraform plan for which the settings want it. No: that is a failure like another."""
+    for order, found in rehearsed:
+        if isinstance(order, RootOrder) and approve.needed(order, found):
+            try:
+                await approve.ask(order, found)
+            except approve.NotApproved as error:
+                story.failure(order.label, "approval", error)
+
+
+async def _rehearse_all(plan: Plan, story: Story) -> list[Rehearsed]:
+    """Rehearse every changed target side by side; returns those that passed, each with what its rehearsal found."""
     room = asyncio.Semaphore(SIDE_BY_SIDE)
+    differences: dict[str, str] = {}
 
-    async def one(order: Order) -> Order | None:
+    async def one(order: AnyOrder) -> Rehearsed | None:
         async with room:
             try:
-                if order.change.action is not Action.RECORD:
-                    story.rehearsals[order.name] = str(await rehearse(order))
+                if order.change.action is Action.RECORD:
+                    return order, None
+                found = await _rehearse(order)
             except Exception as error:  # whatever it was, the others go on
-                story.failure(order.name, "rehearsal", error)
+                story.failure(order.label, "rehearsal", error)
                 return None
-            return order
+            if isinstance(order, HostOrder):
+                story.rehearsals[order.label] = str(found)
+            else:
+                story.rehearsals[order.label] = found.summary
+                differences[order.label] = str(found)
+            return order, found
 
-    passed = [order for order in await asyncio.gather(*map(one, plan.orders)) if order is not None]
+    passed = [each for each in await asyncio.gather(*map(one, plan.orders)) if each is not None]
     if plan.changes.changes:
-        await report.show_plan(plan, await plans.differences(plan.changes))
+        await report.show_plan(plan, await plans.differences(plan.changes) | differences)
     return passed
 
 
+async def _rehearse(order: AnyOrder) -> Any:
+    match order:
+        case HostOrder():
+            return await host.rehearse(order)
+        case RootOrder():
+            return await terraform.rehearse(order)
+        case ReleaseOrder():
+            return await helm.rehearse(order)
+
+
+async def _roll_out(order: AnyOrder, found: Any) -> str:
+    match order:
+        case HostOrder():
+            return await host.roll_out(order)
+        case RootOrder():
+            return await terraform.roll_out(order, found)
+        case ReleaseOrder():
+            return await helm.roll_out(order, found)
+
+
 async def _settle_first(repo: Path, run: str, story: Story) -> None:
-    """Put back what dead runs left half done; a host that cannot be put back is not deployed over."""
+    """Put back what dead runs left half done; a target that cannot be put back is not deployed over."""
     for left in await settle_left_open(repo, run):
         if left.error:
-            story.failure(left.host, "settling", TotoError(left.error))
+            story.failure(left.target, "settling", TotoError(left.error))
 
 
-async def _roll_out_all(plan: Plan, orders: list[Order], story: Story) -> None:
-    """Roll out, record; and put all that was touched back when one host fails."""
-    touched = await _in_waves(plan, [order for order in orders if order.name not in story.failed_hosts], story)
+async def _roll_out_all(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> None:
+    """Roll out, record; and put all that was touched back when one target fails."""
+    touched = await _in_order(plan, [each for each in rehearsed if each[0].label not in story.failed_targets], story)
     if story.failed_roll_out:
         story.put_back = await _revert(plan, touched, story)
         return
     await try_again_later(plan.repo, story.unreachable)
-    for name in set(plan.changes.retired) - story.failed_hosts:  # one that is half done is not forgotten
-        await retire(plan.repo, name)
+    for target in plan.changes.retired:
+        if target.label not in story.failed_targets:  # one that is half done is not forgotten
+            await retire(plan.repo, target)
     if story.complete and plan.changes.whole:
-        await git.mark(plan.repo, "toto/last-good", plan.commit)
+        await git.mark(plan.repo, plans.LAST_GOOD, plan.commit)
 
 
-async def _in_waves(plan: Plan, orders: list[Order], story: Story) -> list[str]:
-    """Roll out wave by wave, in the manifest's order; returns what was touched, in that order."""
-    touched: list[str] = []
-    by_name = {order.name: order for order in orders}
+async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> list[Target]:
+    """Roll out group by group: hosts by wave, terraform, helm; returns what was touched, in that order."""
+    touched: list[Target] = []
     room = asyncio.Semaphore(SIDE_BY_SIDE)
+    due: dict[str, Rehearsed] = {}
 
-    async def one(order: Order) -> None:
+    async def one(order: AnyOrder, found: Any) -> None:
         async with room:
             try:
                 if order.change.action is Action.DEPLOY:
-                    touched.append(order.name)
-                story.outcome[order.name] = await roll_out(order)
+                    touched.append(order.target)
+                story.outcome[order.label] = await _roll_out(order, found)
             except Exception as error:  # whatever it was, what was touched is put back
-                story.failure(order.name, "roll-out", error)
+                story.failure(order.label, "roll-out", error)
 
-    for order in orders:
+    for order, found in rehearsed:
         if order.change.action is Action.REHEARSE:
             await record_rehearsed(order)
         elif order.change.action is Action.RECORD:
             await record_verified(order)
-    due = {name for name, order in by_name.items() if order.change.action in (Action.DEPLOY, Action.VERIFY)}
-    for name in due:
-        if reason := plans.held_now(plan.manifest.machines[name]):
-            story.held[name] = reason
-    for group in plan.manifest.order(due):
-        await asyncio.gather(*(one(by_name[name]) for name in story.hold_behind(group, plan.manifest)))
+            story.outcome[order.label] = "recorded"
+        else:
+            due[order.label] = (order, found)
+            reason = plans.held_now(order.target, plan.manifest, plan.settings.roll_out)
+            if reason and not plan.override:
+                story.held[order.label] = reason
+    for group in plan.groups(due):
+        await asyncio.gather(*(one(*due[label]) for label in story.hold_behind(group, plan.held_behind)))
         if story.failed_roll_out:
             break
-    return [name for name in touched if story.outcome.get(name) != "unreachable"]
+    return [target for target in touched if story.outcome.get(target.label) != "unreachable"]
 
 
-async def _revert(plan: Plan, touched: list[str], story: Story) -> list[Returned]:
+async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Returned]:
     """Put back what this run touched. All intents first: whatever happens now, the next run finds each of them."""
     entries = Ledger(plan.repo).read()
-    mine = [name for name in touched if entries.get(Target("host", name)).touched_by(plan.run)]
-    for name in mine:
-        await intend_to_put_back(plan.repo, name, plan.run)
+    mine = [target for target in touched if entries.get(target).touched_by(plan.run)]
+    for target in mine:
+        await intend_to_put_back(plan.repo, target, plan.run)
     return await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline()) if mine else []
-
-
-async def _told(story: Story) -> State[None]:
-    """Write the run's report; the state in which the run ends."""
-    await report.show_story(story)
-    return Failed(message=story.headline()) if story.failed else Completed(message=story.headline())

@@ -6,11 +6,14 @@ from prefect import flow, runtime
 from prefect.logging import get_run_logger
 
 from tasks import cancelled_by_sigterm
+from tasks import helm as releases
+from tasks import roll_out as hosts
+from tasks import terraform as roots
 from tasks.limits import one_roll_out
-from tasks.roll_out import put_back
 from tasks.settle import dead_intents, healing_for, manifest_of, take_over
 from toto import plan
 from toto.errors import TotoError
+from toto.ledger import Target
 from toto.manifest import Manifest
 from toto.settings import Settings
 from toto.story import Returned
@@ -19,32 +22,40 @@ HEALING = 60  # seconds that a machine may take to go back by itself, once its w
 
 
 @flow(flow_run_name="revert: {why_short}", persist_result=False)
-async def revert(repo: Path, run: str, hosts: list[str], manifest: Manifest, settings: Settings, why: str,
+async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest, settings: Settings, why: str,
                  why_short: str = "what this run touched", patience: float | None = None) -> list[Returned]:
-    """Put `hosts` (in the order in which they were touched) back, the last one first; one failure stops no other.
+    """Put `targets` (in the order in which they were touched) back, the last one first; one failure stops no other.
 
     A machine that does not answer is given `patience` seconds: time for its watchdog to bring it back.
     """
     if patience is None:
         patience = settings.roll_out.confirm_timeout + HEALING
     results = []
-    for name in reversed(hosts):
+    for target in reversed(targets):
+        name = f"{target.label}: put back"
         try:
-            machine = manifest.machines.get(name)
-            if machine is None:
-                raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=name,
-                                hint="put it back into machines.yaml, or go back by hand")
-            path = await put_back.with_options(task_run_name=f"{name}: put back")(
-                repo, run, machine, settings.roll_out, why, patience)
-            results.append(Returned(host=name, path=path))
+            match target.kind:
+                case "host":
+                    machine = manifest.machines.get(target.name)
+                    if machine is None:
+                        raise TotoError("is not in the manifest any more: toto does not know how to reach it",
+                                        target=target.name,
+                                        hint="put it back into machines.yaml, or go back by hand")
+                    to = await hosts.put_back.with_options(task_run_name=name)(
+                        repo, run, machine, settings.roll_out, why, patience)
+                case "terraform":
+                    to = await roots.put_back.with_options(task_run_name=name)(repo, run, target, why)
+                case "helm":
+                    to = await releases.put_back.with_options(task_run_name=name)(repo, run, target, why)
+            results.append(Returned(target.label, to=to))
         except Exception as error:  # whatever it was, the others go back
-            results.append(Returned(host=name, error=str(error)))
+            results.append(Returned(target.label, error=str(error)))
     return results
 
 
 @flow(flow_run_name="settle what a dead run left open", persist_result=False)
 async def settle(repo: Path) -> list[Returned]:
-    """Put back every host whose run died before it was done with it. Waits for a run that is rolling out.
+    """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
 
     Args:
         repo: the bare infra repo on toto.
@@ -57,18 +68,18 @@ async def settle(repo: Path) -> list[Returned]:
 async def settle_left_open(repo: Path, run: str) -> list[Returned]:
     """As `settle`, for a run that has the roll-out slot already."""
     results: list[Returned] = []
-    for name, intent in (await dead_intents(repo, run)).items():
-        get_run_logger().warning("%s: run %s died at `%s`: putting it back", name, intent.run, intent.step)
+    for target, intent in (await dead_intents(repo, run)).items():
+        get_run_logger().warning("%s: run %s died at `%s`: putting it back", target.label, intent.run, intent.step)
         try:
-            await take_over(repo, name, intent, run)
+            await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
         except TotoError as error:
-            results.append(Returned(host=name, error=str(error)))
+            results.append(Returned(target.label, error=str(error)))
             continue
-        results += await revert(repo, run, [name], manifest, settings, f"its run {intent.run} died at {intent.step}",
-                                why_short=f"{name}, left open by a run that died",
+        results += await revert(repo, run, [target], manifest, settings, f"its run {intent.run} died at {intent.step}",
+                                why_short=f"{target.label}, left open by a run that died",
                                 patience=healing_for(intent, settings.roll_out))
     for each in results:
         if each.error:
-            get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.host, each.error)
+            get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.target, each.error)
     return results

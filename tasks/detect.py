@@ -16,12 +16,13 @@ from toto.settings import Settings
 
 
 @task(name="detect", task_run_name="detect", cache_policy=NO_CACHE)
-async def detect(repo: Path, commit: str, run: str, only: list[str]) -> Plan:
+async def detect(repo: Path, commit: str, run: str, only: list[str], *, override: str | None = None,
+                 again: bool = False) -> Plan:
     """The plan of a commit; each host is evaluated in a task of its own."""
     def named(tree: Path, host: Host, machine: Machine | None, settings: Settings, roots: Path) -> Awaitable[Desired]:
         return evaluate.with_options(task_run_name=f"evaluate {host.name}")(tree, host, machine, settings, roots)
 
-    return await plan.make(repo, commit, run, only, evaluate=named)
+    return await plan.make(repo, commit, run, only, override=override, again=again, evaluate=named)
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks import report, sink
 from tasks.limits import room_for_sandbox
-from toto import closure, keys, nix, paths, suite
+from toto import keys, nix, paths, plan, suite
 from toto.errors import TotoError
-from toto.plan import Order
+from toto.plan import HostOrder
 from toto.sandbox import BootTimeout, sandbox
 from toto.suite import Phase
 
@@ -79,36 +79,33 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
 
 @task(name="build", task_run_name="build", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30],
       retry_condition_fn=_may_pass_next_time)
-async def build(order: Order, what: Literal["toplevel", "vm"]) -> Path:
+async def build(order: HostOrder, what: Literal["toplevel", "vm"]) -> Path:
     """Build the toplevel or the VM; kept from garbage collection for as long as the run lasts."""
-    drv = order.change.host.drv if what == "toplevel" else order.vm
-    return Path(await nix.build(drv, order.roots / what, timeout=order.settings.nix.build_timeout, target=order.name,
-                                on_line=sink()))
+    return await plan.build(order, what, on_line=sink())
 
 
 @task(name="what changes", task_run_name="what changes", cache_policy=NO_CACHE)
-async def show_difference(order: Order) -> str:
+async def show_difference(order: HostOrder) -> str:
     """What changes between the last good and what is rehearsed, as an artifact."""
-    last = order.change.last if order.change.last and await nix.valid(order.change.last) else None
-    text = str(await closure.difference(last, order.change.host.path))
+    text = str(await plan.difference(order.change))
     await report.show_difference(order.name, text)
     return text
 
 
 def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """A verdict belongs to this VM, these test scripts and these sandbox settings, whoever ran it and when."""
-    order: Order = parameters["order"]
+    order: HostOrder = parameters["order"]
     machine = order.machine
     settings = order.settings.sandbox.model_dump_json() + (
         machine.model_dump_json(include={"ports", "memory", "cores"}) if machine else "")
-    what = "\n".join((order.vm, order.change.host.tests, settings))
+    what = "\n".join((order.vm, order.desired.tests, settings))
     return f"toto-rehearsal-v1-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
 @task(name="sandbox", task_run_name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
       persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90),
       retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass_next_time)
-async def in_sandbox(order: Order, vm: Path) -> Verdict:
+async def in_sandbox(order: HostOrder, vm: Path) -> Verdict:
     """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
     logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
     ports = machine.ports if machine else ()
@@ -144,7 +141,7 @@ async def in_sandbox(order: Order, vm: Path) -> Verdict:
 
 
 @task(name="tests", task_run_name="tests", cache_policy=NO_CACHE)
-async def trial(order: Order, phase: Phase, reached: Reached) -> Trial:
+async def trial(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
     """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
     logger, settings = get_run_logger(), order.settings.sandbox
     found = suite.find(order.tree, order.name)

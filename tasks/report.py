@@ -14,6 +14,7 @@ from toto.changes import COLUMNS
 from toto.plan import Plan
 from toto.story import Story
 from toto.suite import PhaseResult
+from toto.tfplan import Planned
 
 P = ParamSpec("P")
 
@@ -67,16 +68,27 @@ async def show_difference(host: str, text: str) -> None:
 
 
 @_best_effort
+async def show_terraform_plan(label: str, planned: Planned, *, back: bool = False) -> None:
+    """What a terraform plan would do, or `back`: what the plan of a revert does."""
+    text = str(planned)
+    drift = [line for change in planned.drift for line in change.lines]
+    if drift:
+        text += "\n\nchanged outside, since it was applied:\n" + "\n".join(drift)
+    await acreate_markdown_artifact(key=key(label, "back" if back else "plan"), markdown=fenced(text),
+                                    description=f"{label}: {'back: ' if back else ''}{planned.summary}")
+
+
+@_best_effort
 async def show_story(story: Story) -> None:
     """The whole story of a run, as one page, what failed first; and in short as the last words of the log."""
     logger = get_run_logger()
     for each in story.failures:
-        logger.error("%s: %s failed: %s", each.host, each.stage, each.text.removeprefix(f"{each.host}: "))
+        logger.error("%s: %s failed: %s", each.target, each.stage, each.text.removeprefix(f"{each.target}: "))
     for back in story.put_back:
         if back.error:
-            logger.error("%s COULD NOT BE PUT BACK: %s", back.host, back.error)
+            logger.error("%s COULD NOT BE PUT BACK: %s", back.target, back.error)
         else:
-            logger.warning("%s was put back to %s", back.host, back.path)
+            logger.warning("%s was put back to %s", back.target, back.to)
     logger.log(logging.ERROR if story.failed else logging.INFO, "%s", story.headline())
     await acreate_markdown_artifact(key=key("report", story.repo), markdown=as_markdown(story),
                                     description=story.headline())
@@ -86,14 +98,14 @@ def as_markdown(story: Story) -> str:
     """The story as the operator reads it at three in the morning: verdict, failures in full, what was put back."""
     parts = ["# Failed" if story.failed else "# Done", story.headline()]
     for each in story.failures:
-        parts += [f"## {each.host}: {each.stage} failed", fenced(each.text)]
+        parts += [f"## {each.target}: {each.stage} failed", fenced(each.text)]
     if story.put_back:
-        parts += ["## Put back", markdown_table(("host", "result", "where it is now"), [
-            (each.host, "could not be put back" if each.error else "put back",
-             each.error or f"`{each.path}`") for each in story.put_back])]
+        parts += ["## Put back", markdown_table(("target", "result", "what it is now"), [
+            (each.target, "could not be put back" if each.error else "put back", each.error or each.to)
+            for each in story.put_back])]
     rows = story.rows()
     if rows:
-        parts += ["## Hosts", markdown_table(("host", "result", "more"), rows)]
+        parts += ["## Targets", markdown_table(("target", "result", "more"), rows)]
     return "\n\n".join(parts)
 
 

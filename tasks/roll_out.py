@@ -11,13 +11,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from tasks import sink
+from tasks.record import now_at, record_back
 from tasks.rehearse import Reached
-from toto import git, keys, ledger, nix, paths, plan, process, ssh
+from toto import keys, nix, paths, plan, process, ssh
 from toto.activation import Activator, Verb
 from toto.errors import TotoError
-from toto.ledger import Before, Deployed, Entry, Intent, Ledger, Note, Target
+from toto.ledger import Before, Entry, Ledger, Target
 from toto.manifest import Machine
-from toto.plan import Order
+from toto.plan import HostOrder
 from toto.settings import RollOut
 
 
@@ -54,9 +55,9 @@ async def look(activator: Activator, expected: str | None = None) -> Before:
 
 @task(name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1,
       retry_delay_seconds=3)
-async def copy(order: Order, activator: Activator) -> None:
+async def copy(order: HostOrder, activator: Activator) -> None:
     """Bring the very closure that was rehearsed to the machine."""
-    path, settings = order.change.host.path, order.settings.nix
+    path, settings = order.desired.path, order.settings.nix
     if settings.signing_key is not None:
         await nix.sign(path, Path(settings.signing_key))
     try:
@@ -67,36 +68,25 @@ async def copy(order: Order, activator: Activator) -> None:
         raise
 
 
-@task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
-async def intend(order: Order, before: Before) -> None:
-    """Say in the ledger what is about to be done, and what was before, before anything is touched."""
-    intent = Intent(desired=desired(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
-    await Ledger(order.repo).write(order.change.target, ledger.intend(intent),
-                                   f"{order.name}: intent to deploy {order.commit[:8]} ({order.change.why})")
-
-
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)
-async def activate(order: Order, activator: Activator, verb: Verb, before: Before) -> None:
+async def activate(order: HostOrder, activator: Activator, verb: Verb, before: Before) -> None:
     """Activate on the machine under its watchdog, and confirm over a new connection."""
-    await Ledger(order.repo).write(order.change.target, lambda entry: ledger.now_at(entry, order.run, verb),
-                                   f"{order.name}: activation {verb}")
+    await now_at(order, verb, f"activation {verb}")
     settings = order.settings.roll_out
     if settings.method == "nixos-rebuild":
-        await activator.nixos_rebuild(verb, order.change.host.path, timeout=settings.activation_timeout, on_line=sink())
+        await activator.nixos_rebuild(verb, order.desired.path, timeout=settings.activation_timeout, on_line=sink())
     else:
-        await activator.activate(verb, order.change.host.path, before, finish=settings.activation_timeout,
+        await activator.activate(verb, order.desired.path, before, finish=settings.activation_timeout,
                                  confirm=settings.confirm_timeout)
 
 
-@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_good(order: Order) -> None:
-    """The host passed everything: it is the new last good, kept by a GC root, as is the one before it."""
+@task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
+async def keep(order: HostOrder) -> None:
+    """What is to be the last good is kept by a GC root, as is the one before it."""
     root = plan.last_good_root(order.repo, order.name)
     if root.is_symlink():
         await nix.keep(str(root.readlink()), plan.previous_root(order.repo, order.name))
-    await nix.keep(order.change.host.path, root)
-    await Ledger(order.repo).write(order.change.target, ledger.good(desired(order), order.run),
-                                   f"{order.name}: good at {order.commit[:8]}")
+    await nix.keep(order.desired.path, root)
 
 
 @task(name="tidy", task_run_name="tidy", cache_policy=NO_CACHE)
@@ -108,54 +98,9 @@ async def tidy(activator: Activator) -> None:
         get_run_logger().warning("its /run/toto could not be tidied: %s", error)
 
 
-@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_verified(order: Order) -> None:
-    """Nothing was activated: the same closure has another drv, or passed other tests."""
-    await Ledger(order.repo).write(order.change.target, ledger.verified(desired(order)),
-                                   f"{order.name}: verified at {order.commit[:8]}, nothing activated")
-
-
-@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_rehearsed(order: Order) -> None:
-    """A host without a machine passed its rehearsal."""
-    await Ledger(order.repo).write(order.change.target, ledger.rehearsed_only(desired(order)),
-                                   f"{order.name}: rehearsed at {order.commit[:8]}, not deployed from here")
-
-
-@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_unreachable(order: Order, why: str) -> None:
-    """The machine does not answer, and nothing was done to it; a later run tries again."""
-    await Ledger(order.repo).write(order.change.target, ledger.not_reached(_note(desired(order), order.run, why)),
-                                   f"{order.name}: unreachable, {order.commit[:8]} not deployed")
-
-
-@task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
-async def retire(repo: Path, name: str) -> None:
-    """A machine left the manifest: its ledger entry and GC root go, nothing on it is touched."""
-    await Ledger(repo).write(Target("host", name), lambda _: None, f"{name}: retired, it left the manifest")
-    for root in (plan.last_good_root(repo, name), plan.previous_root(repo, name)):
-        root.unlink(missing_ok=True)
-
-
-async def intend_to_put_back(repo: Path, name: str, run: str) -> None:
-    """Open the intent under which a host is put back, also one that this run had made good already.
-
-    No task: it needs nothing but the repo, and a Prefect that is down must not keep it from being written.
-    """
-    def change(entry: Entry) -> Entry:
-        if entry.intent is not None:
-            return ledger.now_at(entry, run, entry.intent.step)
-        if entry.good is None or entry.good.run != run:
-            raise ledger.LostTarget("is no longer what this run made of it", target=name)
-        intent = Intent(desired=entry.good, before=entry.before or Before(system=entry.good.path), run=run,
-                        owner=ledger.owner(), at=git.now(), step="revert")
-        return entry.model_copy(update={"intent": intent, "good": entry.previous})
-    await Ledger(repo).write(Target("host", name), change, f"{name}: to be put back")
-
-
 @task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
 async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, why: str, patience: float) -> str:
-    """Make one host what it was: its last good, or what it ran before toto first touched it; the path it is back at.
+    """Make a host what it was: its last good, or what it ran before toto first touched it; the path it is back at.
 
     A machine that may be healing itself, cut off from us, is waited for: `patience` seconds at the most.
     Raises `Unreachable`, `ActivationFailed`; the intent is then still open.
@@ -179,9 +124,7 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
             await nix.keep(entry.good.path, plan.last_good_root(repo, machine.name))
         except process.CommandFailed as error:  # the machine is back, and that is what counts
             get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
-    where = f"{entry.good.commit[:8]}" if entry.good else "what it ran before toto"
-    await Ledger(repo).write(target, ledger.put_back(entry.good, _note(entry.intent.desired, run, why), run),
-                             f"{machine.name}: put back to {where}")
+    await record_back(repo, target, entry.good, entry.intent.desired, run, why)
     return to.system
 
 
@@ -213,15 +156,3 @@ def where_to(entry: Entry, machine: Machine) -> Before:
             return Before(system=before.system, profile=good.path)
         case "test":  # what boots was never touched
             return Before(system=good.path, profile=before.profile)
-
-
-def desired(order: Order) -> Deployed:
-    """What this run makes of the host, as the ledger records it."""
-    host = order.change.host
-    return Deployed(identity=host.drv, path=host.path, commit=order.commit, run=order.run, at=git.now(),
-                    tests=host.tests)
-
-
-def _note(what: Deployed, run: str, why: str) -> Note:
-    lines = why.strip().splitlines() or [""]
-    return Note(identity=what.identity, commit=what.commit, run=run, at=git.now(), why=lines[0][:500])

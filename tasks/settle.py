@@ -11,16 +11,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import ObjectNotFound
 
 from toto import git, ledger, plan
-from toto.ledger import Intent, Ledger, Target
+from toto.ledger import KINDS, Intent, Ledger, Target
 from toto.manifest import Manifest
 from toto.settings import RollOut, Settings
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
-async def dead_intents(repo: Path, run: str) -> dict[str, Intent]:
-    """The hosts with an open intent whose run is over or dead, by name."""
-    return {target.name: intent for target, intent in Ledger(repo).read().open_intents.items()
-            if target.kind == "host" and await _dead(intent, run)}
+async def dead_intents(repo: Path, run: str) -> dict[Target, Intent]:
+    """The open intents whose run is over or dead, in the order of a revert: releases, terraform roots, hosts."""
+    found = sorted(Ledger(repo).read().open_intents.items(), key=lambda each: KINDS.index(each[0].kind), reverse=True)
+    return {target: intent for target, intent in found if await _dead(intent, run)}
 
 
 async def _dead(intent: Intent, run: str) -> bool:
@@ -42,10 +42,10 @@ def healing_for(intent: Intent, settings: RollOut) -> float:
 
 
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
-async def take_over(repo: Path, name: str, intent: Intent, run: str) -> None:
+async def take_over(repo: Path, target: Target, intent: Intent, run: str) -> None:
     """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
-    await Ledger(repo).write(Target("host", name), ledger.take_over(intent, run),
-                             f"{name}: settling what run {intent.run} left open at `{intent.step}`")
+    await Ledger(repo).write(target, ledger.take_over(intent, run),
+                             f"{target.label}: settling what run {intent.run} left open at `{intent.step}`")
 
 
 @task(name="manifest of the dead run", task_run_name="manifest of the dead run", cache_policy=NO_CACHE)

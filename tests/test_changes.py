@@ -9,7 +9,7 @@ from toto.manifest import Machine, Manifest
 
 
 def host(name: str = "web1", version: int = 1, tests: str = "t1", path: int | None = None) -> Desired:
-    return Desired(name=name, file=f"hosts/{name}.nix", drv=f"/nix/store/{name}-{version}.drv",
+    return Desired(target=Target("host", name), file=f"hosts/{name}.nix", identity=f"/nix/store/{name}-{version}.drv",
                    path=f"/nix/store/{name}-{version if path is None else path}", tests=tests)
 
 
@@ -59,7 +59,7 @@ def test_why_a_host_is_in(desired: Desired, entry: Entry, why: Why, action: Acti
 def test_an_equal_identity_is_no_change(entry: Entry) -> None:
     found = changes.compare("c", [host()], [], manifest(MACHINE), ledger(web1=entry))
     assert found.empty
-    assert found.unchanged == ("web1",)
+    assert found.unchanged == (Target("host", "web1"),)
 
 
 @pytest.mark.parametrize("machines", [
@@ -85,18 +85,18 @@ def test_a_machine_without_host_file_waits() -> None:
 
 def test_a_machine_that_left_the_manifest_is_retired() -> None:
     found = changes.compare("c", [], [], manifest(), ledger(web1=Entry(good=was())))
-    assert found.retired == ("web1",)
+    assert found.retired == (Target("host", "web1"),)
 
 
 def test_a_failed_evaluation_is_neither_waiting_nor_retired_nor_unchanged() -> None:
-    found = changes.compare("c", [], [Failure(name="web1", message="no")], manifest(MACHINE),
+    found = changes.compare("c", [], [Failure(target=Target("host", "web1"), message="no")], manifest(MACHINE),
                             ledger(web1=Entry(good=was())))
     assert (found.waiting, found.retired, found.unchanged) == ((), (), ())
     assert not found.empty
 
 
 def test_the_plan_prints_every_target_and_why() -> None:
-    failure = Failure(name="bad", message="hosts/bad.nix:3: oops")
+    failure = Failure(target=Target("host", "bad"), message="hosts/bad.nix:3: oops")
     found = changes.compare("c", [host(version=2), host("new1")], [failure],
                             manifest(MACHINE, Machine(name="new1", address="192.0.2.3"),
                                      Machine(name="later", address="192.0.2.4")),
@@ -107,6 +107,33 @@ def test_the_plan_prints_every_target_and_why() -> None:
         assert word in text
 
 
+def test_what_is_asked_for_again_is_in_though_nothing_has_changed() -> None:
+    found = changes.compare("c", [host(), host("never")], [], manifest(MACHINE), ledger(web1=Entry(good=was())),
+                            again=True)
+    assert {change.label: change.why for change in found.changes} == {"never": Why.NEW, "web1": Why.AGAIN}
+
+
+@pytest.mark.parametrize("kind", ["terraform", "helm"])
+def test_a_root_and_a_release_change_with_their_files(kind: Kind) -> None:
+    target = Target(kind, "dns")
+    wanted = Desired(target=target, file="terraform/dns", identity="2")
+    good = Deployed(identity="1", commit="a" * 40, run="r0", at="x", revision=3)
+    for entry, why in ((Entry(), Why.NEW), (Entry(good=good), Why.FILES), (Entry(reverted=NOTE), Why.REVERTED),
+                       (Entry(good=good.model_copy(update={"identity": "2"}), intent=INTENT), Why.INTENT)):
+        change = only(changes.compare("c", [wanted], [], manifest(), Snapshot("l", {target: entry})))
+        assert (change.why, change.action, change.label) == (why, Action.DEPLOY, f"{kind}/dns")
+    same = Snapshot("l", {target: Entry(good=good.model_copy(update={"identity": "2"}))})
+    assert changes.compare("c", [wanted], [], manifest(), same).unchanged == (target,)
+    assert changes.compare("c", [], [], manifest(), same).retired == (target,)
+
+
+def test_the_order_is_that_of_a_roll_out() -> None:
+    wanted = [Desired(target=Target(kind, "a"), file="f", identity="1") for kind in ("helm", "terraform", "host")]
+    found = changes.compare("c", wanted, [], manifest(), ledger())
+    assert [change.target.kind for change in found.changes] == ["host", "terraform", "helm"]
+
+
 def test_a_change_set_survives_being_written_down() -> None:
-    found = changes.compare("c", [host()], [Failure(name="b", message="m")], manifest(MACHINE), ledger())
+    failure = Failure(target=Target("host", "b"), message="m")
+    found = changes.compare("c", [host()], [failure], manifest(MACHINE), ledger())
     assert ChangeSet.model_validate_json(found.model_dump_json()) == found

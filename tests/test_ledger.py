@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.repos import InfraRepo, git
-from toto import ledger
+from toto import history, ledger
+from toto.history import What
 from toto.ledger import Before, Deployed, Entry, Intent, Ledger, LedgerError, LostTarget, Note, Target, TargetBusy
 
 WEB1 = Target("host", "web1")
@@ -165,3 +166,22 @@ def test_the_owner_of_an_intent_is_known_to_live_or_not() -> None:
     host, boot, process = me.split("/")
     assert ledger.owner_lives(f"{host}/{'0' * 36}/{process}") is False
     assert ledger.owner_lives(f"elsewhere/{boot}/{process}") is None
+
+
+async def test_its_history_reads_back_as_what_happened(book: Ledger) -> None:
+    nas = Target("helm", "nas")
+    await book.write(WEB1, ledger.intend(intent("run-1")), "begun")
+    await book.write(WEB1, lambda entry: ledger.now_at(entry, "run-1", "switch"), "a step")
+    await book.write(WEB1, ledger.good(deployed("/nix/store/new"), "run-1"), "good")
+    await book.write(WEB1, ledger.verified(deployed("/nix/store/new", "run-2")), "verified")
+    await book.write(WEB1, ledger.not_reached(note("run-3")), "unreachable")
+    await book.write(nas, ledger.intend(intent("run-4")), "begun")
+    await book.write(nas, ledger.put_back(None, note("run-4"), "run-4"), "put back")
+    await book.write(WEB1, lambda _: None, "retired")
+    told = history.events(book.repo)
+    assert [(str(each.target), each.what, each.run) for each in told] == [
+        ("host/web1", What.BEGUN, "run-1"), ("host/web1", What.GOOD, "run-1"), ("host/web1", What.VERIFIED, "run-2"),
+        ("host/web1", What.UNREACHABLE, "run-3"), ("helm/nas", What.BEGUN, "run-4"),
+        ("helm/nas", What.PUT_BACK, "run-4"), ("host/web1", What.RETIRED, "")]
+    assert told[1].seconds is not None and told[1].seconds >= 0
+    assert told[5].why == "a test failed"

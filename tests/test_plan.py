@@ -11,6 +11,7 @@ import pytest
 from tests.lab import setup
 from tests.repos import InfraRepo
 from toto import closure, nix, plan, process
+from toto import git as git_of
 from toto.changes import Action, Why
 from toto.errors import InputError
 from toto.ledger import Deployed, Entry, Ledger, Target
@@ -54,16 +55,17 @@ def host(name: str, text: str = "x") -> str:
 async def good(repo: InfraRepo, made: Plan) -> None:
     """Make everything that a plan wants the last good, as a roll-out would."""
     for change in made.changes.changes:
-        deployed = Deployed(identity=change.host.drv, path=change.host.path, commit=made.commit, run=made.run, at="now",
-                            tests=change.host.tests)
+        wanted = change.desired
+        deployed = Deployed(identity=wanted.identity, path=wanted.path, commit=made.commit, run=made.run, at="now",
+                            tests=wanted.tests)
         entry = Entry(good=deployed)
-        await Ledger(repo.bare).write(Target("host", change.host.name), lambda _, new=entry: new, "good")  # type: ignore[misc]
+        await Ledger(repo.bare).write(change.target, lambda _, new=entry: new, "good")  # type: ignore[misc]
 
 
 async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make) -> None:
     first = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
                                     "hosts/b/default.nix": host("b")}))
-    assert [(change.host.name, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
+    assert [(change.label, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
     await good(repo, first)
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
 
@@ -74,9 +76,9 @@ async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, mak
         "hosts/a.nix": '{ environment.etc."text".text = builtins.readFile ../text; }\n'}
     await good(repo, await make(repo.commit(files)))
     changed = await make(repo.commit({"text": "two"}))
-    assert [(change.host.name, change.why, change.action) for change in changed.changes.changes] == [
+    assert [(change.label, change.why, change.action) for change in changed.changes.changes] == [
         ("a", Why.CHANGED, Action.DEPLOY)]
-    assert changed.changes.unchanged == ("b",)
+    assert changed.changes.unchanged == (Target("host", "b"),)
 
 
 async def test_a_commit_that_goes_back_to_what_is_deployed_changes_nothing(repo: InfraRepo, make: Make) -> None:
@@ -104,9 +106,9 @@ async def test_one_host_that_does_not_evaluate_stops_no_other(
         repo: InfraRepo, make: Make, text: str, says: str) -> None:
     made = await make(repo.commit({"machines.yaml": machines("bad", "fine"), "hosts/bad.nix": text,
                                    "hosts/fine.nix": host("fine")}))
-    assert [change.host.name for change in made.changes.changes] == ["fine"]
+    assert [change.label for change in made.changes.changes] == ["fine"]
     (failure,) = made.changes.failed
-    assert failure.name == "bad"
+    assert failure.target == Target("host", "bad")
     assert re.search(says, failure.message), failure.message
     assert "/state/" not in failure.message, "positions are told as the operator knows them"
 
@@ -123,7 +125,7 @@ async def test_an_endless_evaluation_is_ended_and_told(repo: InfraRepo, make: Ma
 
 async def test_dotted_names_work_and_names_that_are_paths_do_not(repo: InfraRepo, make: Make) -> None:
     made = await make(repo.commit({"machines.yaml": machines("toto.canon"), "hosts/toto.canon.nix": host("toto")}))
-    assert [change.host.name for change in made.changes.changes] == ["toto.canon"]
+    assert [change.label for change in made.changes.changes] == ["toto.canon"]
     with pytest.raises(InputError, match=r"a\.\.b"):
         await make(repo.commit({"hosts/a..b.nix": host("x")}))
 
@@ -144,7 +146,7 @@ async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Pa
     made = await make(repo.commit({}))
     assert not made.changes.failed, made.changes.failed
     (change,) = made.changes.changes
-    assert change.host.name == "toto.canon"
+    assert change.label == "toto.canon"
     assert made.vms["toto.canon"].endswith(".drv")
     await good(repo, made)
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
@@ -154,8 +156,8 @@ async def test_a_run_can_be_limited_by_name_and_by_tag(repo: InfraRepo, make: Ma
     commit = repo.commit({"machines.yaml": "machines:\n  - { name: a, address: 192.0.2.1, tags: [web] }\n"
                                            "  - { name: b, address: 192.0.2.2 }\n",
                           "hosts/a.nix": host("a"), "hosts/b.nix": host("b")})
-    assert [change.host.name for change in (await make(commit, "web")).changes.changes] == ["a"]
-    assert [change.host.name for change in (await make(commit, "b")).changes.changes] == ["b"]
+    assert [change.label for change in (await make(commit, "web")).changes.changes] == ["a"]
+    assert [change.label for change in (await make(commit, "b")).changes.changes] == ["b"]
     with pytest.raises(InputError, match="nope"):
         await make(commit, "nope")
 
@@ -165,7 +167,7 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": host("a")}))
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
     other = await make(made.commit)
-    assert other.changes.changes[0].host.drv == made.changes.changes[0].host.drv
+    assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
     assert other.vms["a"] != made.vms["a"], "another sandbox key"
 
 
@@ -175,7 +177,7 @@ async def test_the_difference_of_two_closures_names_packages_and_units(
     paths = []
     for number, text in enumerate([service.replace("SAY", "old"), service.replace("SAY", "new")]):
         made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": text}))
-        paths.append(await nix.build(made.changes.changes[0].host.drv, tmp_path / f"root{number}", timeout=60,
+        paths.append(await nix.build(made.changes.changes[0].desired.identity, tmp_path / f"root{number}", timeout=60,
                                      target="a"))
     found = await closure.difference(paths[0], paths[1])
     assert found.units_added == ("new.service",)
@@ -210,15 +212,50 @@ async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_p
 async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_another_name_of_the_search_path(
         repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
-    plainly = (await make(repo.commit(files))).changes.changes[0].host.drv
+    plainly = (await make(repo.commit(files))).changes.changes[0].desired.identity
     monkeypatch.setenv("NIX_PATH", "")
     pin: dict[str, str | None] = {"pin.nix": f"/. + \"{lab}\"\n", "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
-    assert (await make(repo.commit(pin))).changes.changes[0].host.drv == plainly
+    assert (await make(repo.commit(pin))).changes.changes[0].desired.identity == plainly
     monkeypatch.setenv("NIX_PATH", f"another={lab}")
     other = await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "<another>"\n'}))
-    assert other.changes.changes[0].host.drv == plainly
+    assert other.changes.changes[0].desired.identity == plainly
     (failure,) = (await make(repo.commit({"toto.toml": None}))).changes.failed
     assert "nix.nixpkgs in toto.toml" in failure.message
+
+
+async def test_what_is_another_way_in_the_manifest_shows_in_the_plan_and_deploys_nothing(
+        repo: InfraRepo, make: Make) -> None:
+    first = await make(repo.commit({"machines.yaml": machines("a", "nas"), "hosts/a.nix": host("a")}))
+    assert {each.name for each in first.changes.machines} == {"a", "nas"}
+    await good(repo, first)
+    await git_of.mark(repo.bare, plan.LAST_GOOD, first.commit)
+    moved = machines("a", "new").replace("192.0.2.1", "192.0.2.9")
+    made = await make(repo.commit({"machines.yaml": moved}))
+    assert made.changes.empty
+    told = {each.name: each.what for each in made.changes.machines}
+    assert told["a"] == "address '192.0.2.1' → '192.0.2.9'"
+    assert told["new"].startswith("added") and told["nas"].startswith("removed")
+    assert "machine/a" in str(made.changes)
+
+
+async def test_a_freeze_and_a_closed_window_show_in_the_plan_unless_overridden(
+        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
+                                    "hosts/b.nix": host("b")}
+    files["machines.yaml"] = f"{files['machines.yaml']}".replace("name: a,", "name: a, freeze: until the move,")
+    held = (await make(repo.commit(files))).changes
+    assert [(each.label, each.held) for each in held.changes] == [("a", "until the move"), ("b", "")]
+    assert "held back" in str(held) and "until the move" in str(held)
+    commit = repo.commit({"toto.toml": '[roll_out]\nfreeze = "holidays"\n'})
+    assert {each.held for each in (await make(commit)).changes.changes} == {"holidays"}
+    now = time.strftime("%H")
+    later = f"{(int(now) + 3) % 24:02}:00-{(int(now) + 4) % 24:02}:00"
+    closed = await make(repo.commit({"toto.toml": f'[roll_out]\nwindow = "{later}"\n'}))
+    assert {each.held for each in closed.changes.changes if each.label == "b"} == {
+        f"outside the window of the fleet, {later}"}
+    urgent = await plan.make(repo.bare, commit, "urgent", override="CVE-2026-1")
+    assert {each.held for each in urgent.changes.changes} == {""}
+    assert urgent.orders[0].override == "CVE-2026-1"
 
 
 async def test_an_error_in_a_flake_names_the_file_of_the_repo(repo: InfraRepo, make: Make, lab: Path) -> None:
@@ -238,3 +275,11 @@ async def test_an_error_in_a_flake_names_the_file_of_the_repo(repo: InfraRepo, m
     await good(repo, made)
     again = await make(repo.commit({"README.md": "later"}))
     assert again.changes.changes == (), "self.lastModified is the same in every export"
+
+
+def test_dependents_are_all_that_come_after() -> None:
+    after = {"hv": (), "guest": ("hv",), "inner": ("guest",), "other": ()}
+    assert plan.dependents("hv", after) == {"guest", "inner"}
+    assert plan.dependents("other", after) == set()
+    chain = {f"m{n}": (f"m{n - 1}",) for n in range(1500)}
+    assert len(plan.dependents("m0", chain)) == 1499

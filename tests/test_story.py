@@ -1,5 +1,8 @@
 """What a run says of itself: a headline for the list of runs, a page for the one who is paged."""
 
+from collections.abc import Collection
+from pathlib import Path
+
 import pytest
 
 from tasks.report import as_markdown
@@ -7,12 +10,19 @@ from tests.test_changes import host, manifest
 from toto import changes
 from toto.changes import ChangeSet, Failure
 from toto.errors import TotoError
-from toto.ledger import Snapshot
+from toto.ledger import Snapshot, Target
 from toto.manifest import Machine, Manifest
+from toto.plan import Plan
+from toto.settings import Settings
 from toto.story import Returned, Story
 
 FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
                  Machine(name="c", address="192.0.2.3", after=("b",)))
+
+
+def after(name: str, stuck: Collection[str]) -> str | None:
+    return Plan(repo=Path("/r"), run="r", commit="c", manifest=FLEET, settings=Settings(),
+                changes=ChangeSet(commit="c", ledger="")).held_behind(name, stuck)
 
 
 def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Story:
@@ -22,7 +32,7 @@ def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -
 
 
 def test_nothing_to_do_says_so() -> None:
-    assert story().headline() == "12345678: nothing to do, 0 hosts are as they should be"
+    assert story().headline() == "12345678: nothing to do"
 
 
 def test_a_plan_names_what_would_change() -> None:
@@ -32,7 +42,7 @@ def test_a_plan_names_what_would_change() -> None:
 def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
     told = story("a", "b", "c")
     told.outcome |= {"a": "unreachable", "c": "deployed"}
-    assert told.hold_behind(["b"], FLEET) == []
+    assert told.hold_behind(["b"], after) == []
     assert told.headline() == ("12345678: c deployed; a unreachable; "
                                "b held back: it comes after a, which was not rolled out")
 
@@ -40,14 +50,14 @@ def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
 def test_who_comes_after_what_is_held_is_held_too() -> None:
     told = story("a", "b", "c")
     told.outcome["a"] = "unreachable"
-    assert told.hold_behind(["b"], FLEET) == []
-    assert told.hold_behind(["c"], FLEET) == []
+    assert told.hold_behind(["b"], after) == []
+    assert told.hold_behind(["c"], after) == []
 
 
 def test_who_comes_after_a_host_that_failed_its_rehearsal_is_held() -> None:
     told = story("a", "b")
     told.failure("a", "rehearsal", TotoError("no"))
-    assert told.hold_behind(["b"], FLEET) == []
+    assert told.hold_behind(["b"], after) == []
 
 
 def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:
@@ -58,13 +68,14 @@ def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:
 
 
 def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
-    told = story("a", failed=(Failure(name="b", message="b: does not evaluate (hosts/b.nix:3):\nerror"),))
+    failure = Failure(target=Target("host", "b"), message="b: does not evaluate (hosts/b.nix:3):\nerror")
+    told = story("a", failed=(failure,))
     assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in told.headline()
 
 
 @pytest.mark.parametrize(("back", "says"), [
-    ([Returned("b", path="/nix/store/x"), Returned("a", path="/nix/store/y")], "b, a put back"),
-    ([Returned("b", error="ssh does not reach it"), Returned("a", path="/nix/store/y")],
+    ([Returned("b", to="/nix/store/x"), Returned("a", to="/nix/store/y")], "b, a put back"),
+    ([Returned("b", error="ssh does not reach it"), Returned("a", to="/nix/store/y")],
      "a put back; b COULD NOT BE PUT BACK"),
 ])
 def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
@@ -77,4 +88,4 @@ def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
     assert "web.service failed" in page
     assert page.index("web.service failed") < page.index("## Put back")
     for each in back:
-        assert (each.error or each.path) in page
+        assert (each.error or each.to) in page

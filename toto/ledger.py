@@ -27,7 +27,8 @@ REF: Final = "refs/toto/ledger"
 _EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 
 Kind: TypeAlias = Literal["host", "terraform", "helm"]
-_KIND: Final[TypeAdapter[Kind]] = TypeAdapter(Kind)
+KINDS: Final[tuple[Kind, ...]] = ("host", "terraform", "helm")  # in the order in which they are rolled out
+KIND: Final[TypeAdapter[Kind]] = TypeAdapter(Kind)
 
 
 class LedgerError(TotoError):
@@ -49,23 +50,31 @@ class _Record(BaseModel):
 class Deployed(_Record):
     """What a target is, or was, by toto's own roll-out: its identity and where that came from.
 
-    `identity` is the hash that changes when the target does (a host's toplevel drv), `path` what is
-    activated (its toplevel), `tests` the digest of the test scripts it passed.
+    `identity` is the hash that changes when the target does (a host's toplevel drv). Of a host, `path` is what is
+    activated (its toplevel) and `tests` the digest of the test scripts it passed; `revision` is the helm revision,
+    or the serial of the terraform state, that the roll-out left.
     """
 
     identity: str
-    path: str
+    path: str = ""
     commit: str
     run: str
     at: str
     tests: str = ""
+    revision: int = 0
 
 
 class Before(_Record):
-    """What a machine ran before it was touched, as read from it: store paths; "" where it had none."""
+    """What was there before a target was touched, as read from it.
 
-    system: str
+    Of a host: the store paths that it ran and booted ("" where it had none). Of a release: its helm revision (0
+    where it was not installed). Of a terraform root: the serial of its state, and the resources in it.
+    """
+
+    system: str = ""
     profile: str = ""
+    revision: int = 0
+    resources: tuple[str, ...] = ()
 
 
 class Intent(_Record):
@@ -120,6 +129,11 @@ class Target:
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}"
 
+    @property
+    def label(self) -> str:
+        """What people call it: a host by its bare name, the others as they print."""
+        return self.name if self.kind == "host" else str(self)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -134,8 +148,9 @@ class Snapshot:
     @property
     def fingerprint(self) -> str:
         """Changes when what is deployed, or known to be rehearsed, does; not with intents and notes."""
-        what = sorted((str(target), entry.good and (entry.good.path, entry.good.identity, entry.good.tests),
-                       entry.rehearsed and (entry.rehearsed.identity, entry.rehearsed.tests))
+        parts = {"identity", "path", "tests", "revision"}
+        what = sorted((str(target), *(each and each.model_dump_json(include=parts)
+                                      for each in (entry.good, entry.rehearsed)))
                       for target, entry in self.entries.items() if entry.good or entry.rehearsed)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
@@ -180,7 +195,7 @@ class Ledger:
                 for blob in folder.blobs:
                     try:
                         entry = Entry.model_validate_json(blob.data_stream.read())
-                        target = Target(_KIND.validate_python(folder.name), blob.name.removesuffix(".json"))
+                        target = Target(KIND.validate_python(folder.name), blob.name.removesuffix(".json"))
                     except ValidationError as error:
                         raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
                                           hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
@@ -197,7 +212,11 @@ class Ledger:
         for attempt in range(50):
             snapshot = self.read()
             old = snapshot.entries.get(target)
-            new = change(old or Entry())
+            try:
+                new = change(old or Entry())
+            except LedgerError as error:
+                error.target = error.target or str(target)
+                raise
             if new == (old or Entry()) and not (new is None and old is not None):
                 return old
             if await self._commit(snapshot.commit, target, new, message):
@@ -222,8 +241,7 @@ class Ledger:
             tree = (await git.git(self.repo, "write-tree", extra=index)).stdout.strip()
             parents = ["-p", parent] if parent else []
             commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()
-            moved = await git.git(self.repo, "update-ref", "-m", message.splitlines()[0], REF, commit,
-                                  parent or "0" * 40, check=False)
+            moved = await git.update_ref(self.repo, REF, commit, parent or "0" * 40, message=message.splitlines()[0])
         finally:
             Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
         if moved.status == 0:
@@ -239,7 +257,7 @@ def intend(intent: Intent) -> Change:
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}, or left it half done",
-                             target=intent.desired.path, hint="wait for it to end, or run settle/toto")
+                             hint="wait for it to end, or run settle/toto")
         return entry.model_copy(update={"intent": intent})
     return change
 
@@ -248,7 +266,7 @@ def take_over(old: Intent, run: str) -> Change:
     """Make an intent that a dead run left this run's own. Raises `LostTarget` when it is no longer there."""
     def change(entry: Entry) -> Entry:
         if entry.intent != old:
-            raise LostTarget("its open intent was settled by another run", target=old.desired.path)
+            raise LostTarget("its open intent was settled by another run")
         return entry.model_copy(update={"intent": old.model_copy(
             update={"run": run, "owner": owner()})})
     return change
@@ -276,7 +294,7 @@ def verified(deployed: Deployed) -> Change:
     """The target is what it was, but its identity or tests have another hash. Raises `TargetBusy`."""
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            raise TargetBusy(f"run {entry.intent.run} is at work on it", target=deployed.path)
+            raise TargetBusy(f"run {entry.intent.run} is at work on it")
         return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None})
     return change
 

@@ -8,15 +8,18 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from toto.errors import InputError
-from toto.model import Model, explain, shown
+from toto.manifest import Distinct, Freeze, Name, OpenIn, Word
+from toto.model import Location, Model, explain, shown
 
 FILE: Final = "toto.toml"
 LARGEST: Final = 1 << 20  # bytes of a file
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_VENUE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_MAIL: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
 
 
 class SettingsError(InputError):
@@ -38,6 +41,41 @@ def _check_path(text: str) -> str:
     if not text.strip() or text.startswith("-") or _CONTROL.search(text):
         raise ValueError(f"should be a path, not {shown(text)}")
     return text
+
+
+def _check_in_repo(text: str) -> str:
+    if text.startswith(("/", "-")) or ".." in text.split("/") or not text.strip("./ ") or _CONTROL.search(text):
+        raise ValueError(f"should be a path in the repo, without '..', not {shown(text)}")
+    return text
+
+
+def _check_backend(text: str) -> str:
+    return text if re.fullmatch(r"[A-Za-z_]\w*=[^\x00-\x1f\x7f]*", text) else _check_in_repo(text)
+
+
+InRepo = Annotated[StrictStr, AfterValidator(_check_in_repo)]
+
+
+def is_venue_name(text: str) -> bool:
+    """Whether a venue, which is a Prefect block, can have this name."""
+    return _VENUE.fullmatch(text) is not None
+
+
+def is_mail_address(text: str) -> bool:
+    """Whether `text` is one plain mail address."""
+    return len(text) <= 254 and _MAIL.fullmatch(text) is not None
+
+
+def _check_venue(text: str) -> str:
+    if not is_venue_name(text):
+        raise ValueError(f"should be a venue's name of lower-case letters, digits and '-', not {shown(text)}")
+    return text
+
+
+def _check_mail(text: str) -> str:
+    if not is_mail_address(text if "@" in text else f"x@{text}"):
+        raise ValueError(f"should be a mail address or a domain like 'example.org', not {shown(text)}")
+    return text.lower()
 
 
 Seconds = Annotated[float, Field(strict=True, gt=0, le=7 * 86_400, allow_inf_nan=False)]
@@ -87,6 +125,65 @@ class RollOut(Model):
     """seconds that an activation may take"""
     connect_timeout: Seconds = 15
     """seconds until a machine that does not answer is unreachable"""
+    freeze: Freeze = False
+    """`true` or a reason: nothing of the fleet is rolled out, everything is rehearsed"""
+    window: OpenIn | None = None
+    """when anything may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+
+
+Prevent = Annotated[tuple[Literal["destroy", "replace"], ...], Distinct]
+Approve = Literal["never", "destroy", "always"]
+
+
+class TerraformRoot(Model):
+    """A root module of terraform."""
+
+    path: InRepo | None = None
+    """its folder in the repo; `terraform/NAME`, when left out"""
+    workspace: Name = "default"
+    """the workspace that it is deployed to; it is made when it is not there"""
+    var_files: Annotated[tuple[InRepo, ...], Distinct] = ()
+    """files of variables, as paths in the repo; later ones win"""
+    backend_config: Annotated[tuple[Annotated[StrictStr, AfterValidator(_check_backend)], ...], Distinct] = ()
+    """what its backend block leaves out: files, as paths in the repo, or `key=value`; no secrets"""
+    after: Annotated[tuple[Name, ...], Distinct] = ()
+    """roots that are applied before this one"""
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """words to select roots by"""
+    watch: Annotated[tuple[InRepo, ...], Distinct] = ()
+    """more files and folders of the repo that it reads; a change to them plans it again"""
+    prevent: Prevent | None = None
+    """as `terraform.prevent`, for this root alone"""
+    approve: Approve | None = None
+    """as `terraform.approve`, for this root alone"""
+
+
+class Terraform(Model):
+    """Terraform's root modules."""
+
+    timeout: Seconds = 3600
+    """seconds that one terraform command may take"""
+    lock_timeout: Seconds = 300
+    """seconds that a state which is locked by another is waited for"""
+    prevent: Prevent = ()
+    """what no plan may do: `destroy` (a replacement destroys as well), or `replace` alone"""
+    approve: Approve = "never"
+    """which plans wait for a person's approval: none, those that `destroy` or replace, or `always`"""
+    approve_timeout: Seconds = 3600
+    """seconds that an approval is waited for"""
+    roots: dict[Name, TerraformRoot] = Field(default_factory=dict)
+    """the roots by name; when left out, `terraform/`, or else each folder in it that has `.tf` files"""
+
+
+class Venues(Model):
+    """Who hears of a run. What a name stands for (an address, a secret) is a Prefect block of that name."""
+
+    fleet: tuple[Annotated[StrictStr, AfterValidator(_check_venue)], ...] = ()
+    """names of the venues that hear of every target: failures, what was deployed, what works again"""
+    mail_pusher: tuple[Annotated[StrictStr, AfterValidator(_check_mail)], ...] = ()
+    """addresses and domains: the committer of a pushed commit gets the result by mail when it is one of these"""
+    notes: StrictBool = True
+    """whether a result is also written as a git note of its commit, in `refs/notes/toto`"""
 
 
 class Settings(Model):
@@ -95,6 +192,8 @@ class Settings(Model):
     nix: Nix = Nix()
     sandbox: Sandbox = Sandbox()
     roll_out: RollOut = RollOut()
+    terraform: Terraform = Terraform()
+    venues: Venues = Venues()
 
 
 def load(tree: Path) -> Settings:
@@ -107,8 +206,13 @@ def load(tree: Path) -> Settings:
         return Settings.model_validate(data)
     except ValidationError as error:
         raise SettingsError([
-            f"{FILE}: {'.'.join(map(_key, location))}: {what}" for location, what in explain(error, Settings)
+            problem(location, what) for location, what in explain(error, Settings)
         ]) from None
+
+
+def problem(location: Location, what: str) -> str:
+    """A line of a `SettingsError`: what is wrong with the setting at `location`."""
+    return f"{FILE}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -1,30 +1,36 @@
-"""The story of one run: what was rehearsed and rolled out, what failed and where, what was put back. Text only."""
+"""The story of one run: what was rehearsed and rolled out, what failed and where, what was put back. Text only.
 
-from collections.abc import Sequence
+Targets are called by their labels here, as people call them: `web1`, `terraform/dns`, `helm/grafana`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from toto.changes import Action, ChangeSet
-from toto.manifest import Manifest
+from toto.changes import ChangeSet
+from toto.ledger import KINDS, Kind
 
-Stage: TypeAlias = Literal["evaluation", "rehearsal", "settling", "roll-out"]
+Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "roll-out", "drift check"]
+
+_KIND_WORDS: Final[dict[Kind, tuple[str, str]]] = {
+    "host": ("host", "hosts"), "terraform": ("terraform root", "terraform roots"), "helm": ("release", "releases")}
 
 
 @dataclass(frozen=True)
 class Failed:
     """One failure, in the words of the error."""
 
-    host: str
+    target: str
     stage: Stage
     text: str
 
 
 @dataclass(frozen=True)
 class Returned:
-    """One host of a revert: the path it is back at, or why it could not be put back."""
+    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back."""
 
-    host: str
-    path: str = ""
+    target: str
+    to: str = ""
     error: str = ""
 
 
@@ -42,7 +48,7 @@ class Story:
     put_back: list[Returned] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.failures += [Failed(each.name, "evaluation", each.message) for each in self.changes.failed]
+        self.failures += [Failed(each.target.label, "evaluation", each.message) for each in self.changes.failed]
 
     @property
     def failed(self) -> bool:
@@ -58,22 +64,22 @@ class Story:
         return not (self.failures or self.held or self.unreachable)
 
     @property
-    def failed_hosts(self) -> set[str]:
-        return {each.host for each in self.failures}
+    def failed_targets(self) -> set[str]:
+        return {each.target for each in self.failures}
 
     @property
     def failed_roll_out(self) -> bool:
         return any(each.stage == "roll-out" for each in self.failures)
 
-    def failure(self, host: str, stage: Stage, error: Exception) -> None:
-        """A host failed at a stage."""
-        self.failures.append(Failed(host, stage, str(error) or repr(error)))
+    def failure(self, target: str, stage: Stage, error: Exception) -> None:
+        """A target failed at a stage."""
+        self.failures.append(Failed(target, stage, str(error) or repr(error)))
 
-    def hold_behind(self, group: Sequence[str], manifest: Manifest) -> list[str]:
-        """Of a group, the hosts that may go on; those that come `after` one that did not get there are held."""
-        stuck = [*self.unreachable, *self.held, *self.failed_hosts]
+    def hold_behind(self, group: Sequence[str], held_behind: Callable[[str, Collection[str]], str | None]) -> list[str]:
+        """Of a group, the targets that may go on; those that come `after` one that did not get there are held."""
+        stuck = [*self.unreachable, *self.held, *self.failed_targets]
         for name in group:
-            if behind := next((other for other in stuck if name in manifest.dependents(other)), None):
+            if behind := held_behind(name, stuck):
                 self.held[name] = f"it comes after {behind}, which was not rolled out"
         return [name for name in group if name not in self.held]
 
@@ -82,46 +88,49 @@ class Story:
         commit = self.commit[:8]
         if self.failures:
             first = self.failures[0]
-            what = f"{first.host}: {first.stage} failed: {_first_line(first.text, first.host)}"
+            what = f"{first.target}: {first.stage} failed: {_first_line(first.text, first.target)}"
             more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-            return f"{commit}: {what}{more}; {self._aftermath()}"
+            return f"{commit}: {what}{more}; {self.aftermath()}"
         if not self.outcome and not self.rehearsals and not self.held:
-            plan = [change.host.name for change in self.changes.changes]
+            plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
-        ended = {word: [name for name, end in self.outcome.items() if end == word]
-                 for word in ("deployed", "verified", "unreachable")}
+        # In the plan's order, not in that in which they happened to end.
+        ended = {word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
+                 for word in ("deployed", "verified", "recorded", "unreachable")}
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
             said += [f"{name} held back: {reason}" for name, reason in self.held.items()]
-        rest = [change.host.name for change in self.changes.changes
-                if change.host.name not in self.outcome and change.host.name not in self.held]
+        rest = [change.label for change in self.changes.changes
+                if change.label not in self.outcome and change.label not in self.held]
         if rest:
-            said.append(f"{', '.join(rest)} " + ("rehearsed only" if any(
-                change.action is Action.REHEARSE for change in self.changes.changes) else "recorded"))
+            said.append(f"{', '.join(rest)} rehearsed only")
         return f"{commit}: {'; '.join(said)}"
 
     def _nothing(self) -> str:
         if self.changes.retired:
-            return f"{', '.join(self.changes.retired)} retired; nothing else to do"
-        return f"nothing to do, {len(self.changes.unchanged)} hosts are as they should be"
+            return f"{', '.join(target.label for target in self.changes.retired)} retired; nothing else to do"
+        kinds = [target.kind for target in self.changes.unchanged]
+        said = [f"{count} {_KIND_WORDS[kind][count > 1]}" for kind in KINDS if (count := kinds.count(kind))]
+        return f"nothing to do ({', '.join(said)} as wanted)" if said else "nothing to do"
 
-    def _aftermath(self) -> str:
+    def aftermath(self) -> str:
+        """What a failure did to the fleet: who was put back, who could not be, or that nothing was touched."""
         if not self.failed_roll_out:
             return "nothing was touched" if not self.outcome else "the others were rolled out"
-        back = [each.host for each in self.put_back if not each.error]
-        stuck = [each.host for each in self.put_back if each.error]
+        back = [each.target for each in self.put_back if not each.error]
+        stuck = [each.target for each in self.put_back if each.error]
         said = [f"{', '.join(back)} put back"] if back else []
         if stuck:
             said.append(f"{', '.join(stuck)} COULD NOT BE PUT BACK")
         return "; ".join(said) or "nothing had been touched"
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """One row a host: name, what became of it, why or how."""
+        """One row a target: its label, what became of it, why or how."""
         rows = []
-        failures = {each.host: each for each in self.failures}
-        returned = {each.host: each for each in self.put_back}
+        failures = {each.target: each for each in self.failures}
+        returned = {each.target: each for each in self.put_back}
         for change in self.changes.changes:
-            name = change.host.name
+            name = change.label
             if name in failures:
                 end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
             elif name in self.held:
@@ -134,10 +143,11 @@ class Story:
                 back = returned[name]
                 end += ", COULD NOT BE PUT BACK" if back.error else ", put back"
             rows.append((name, end, how))
-        rows += [(each.name, "evaluation failed", _first_line(each.message, each.name)) for each in self.changes.failed]
+        rows += [(each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
+                 for each in self.changes.failed]
         rows += [(name, "waiting", "no host file yet") for name in self.changes.waiting]
-        return rows + [(name, "retired", "left the manifest") for name in self.changes.retired]
+        return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
 
 
-def _first_line(text: str, host: str) -> str:
-    return text.removeprefix(f"{host}: ").split("\n", 1)[0]
+def _first_line(text: str, target: str) -> str:
+    return text.removeprefix(f"{target}: ").split("\n", 1)[0].removesuffix(":")

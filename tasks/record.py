@@ -1,0 +1,98 @@
+"""Write in the ledger what is about to be done to a target, what was done, and what was put back."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from toto import git, ledger, plan
+from toto.ledger import Before, Deployed, Entry, Intent, Ledger, Note, Target
+from toto.plan import Order
+
+
+def desired(order: Order, revision: int = 0) -> Deployed:
+    """What this run makes of the target, as the ledger records it."""
+    wanted = order.desired
+    return Deployed(identity=wanted.identity, path=wanted.path, commit=order.commit, run=order.run, at=git.now(),
+                    tests=wanted.tests, revision=revision)
+
+
+def note(what: Deployed, run: str, why: str) -> Note:
+    """Why a target is not what it should be, for a later run: the first line of it."""
+    lines = why.strip().splitlines() or [""]
+    return Note(identity=what.identity, commit=what.commit, run=run, at=git.now(), why=lines[0][:500])
+
+
+@task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
+async def intend(order: Order, before: Before) -> None:
+    """Say in the ledger what is about to be done, and what was before, before anything is touched."""
+    intent = Intent(desired=desired(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
+    in_spite = f"; held back, but: {order.override}" if order.override else ""
+    await Ledger(order.repo).write(order.target, ledger.intend(intent),
+                                   f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})")
+
+
+async def now_at(order: Order, step: str, message: str) -> None:
+    """Say in the ledger how far the roll-out of a target is. Raises `LostTarget`."""
+    await Ledger(order.repo).write(order.target, lambda entry: ledger.now_at(entry, order.run, step),
+                                   f"{order.label}: {message}")
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
+async def record_good(order: Order, revision: int = 0) -> None:
+    """The target passed everything: it is the new last good."""
+    await Ledger(order.repo).write(order.target, ledger.good(desired(order, revision), order.run),
+                                   f"{order.label}: good at {order.commit[:8]}")
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
+async def record_verified(order: Order, revision: int = 0) -> None:
+    """Nothing was touched: the target is what the commit wants already, by another identity or other tests."""
+    await Ledger(order.repo).write(order.target, ledger.verified(desired(order, revision)),
+                                   f"{order.label}: verified at {order.commit[:8]}, nothing touched")
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
+async def record_rehearsed(order: Order) -> None:
+    """A host without a machine passed its rehearsal."""
+    await Ledger(order.repo).write(order.target, ledger.rehearsed_only(desired(order)),
+                                   f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here")
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE)
+async def record_unreachable(order: Order, why: str) -> None:
+    """The machine does not answer, and nothing was done to it; a later run tries again."""
+    await Ledger(order.repo).write(order.target, ledger.not_reached(note(desired(order), order.run, why)),
+                                   f"{order.label}: unreachable, {order.commit[:8]} not deployed")
+
+
+@task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
+async def retire(repo: Path, target: Target) -> None:
+    """A target left the manifest, or the repo: its ledger entry and GC roots go, nothing of it is touched."""
+    await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
+    if target.kind == "host":
+        for root in (plan.last_good_root(repo, target.name), plan.previous_root(repo, target.name)):
+            root.unlink(missing_ok=True)
+
+
+async def intend_to_put_back(repo: Path, target: Target, run: str) -> None:
+    """Open the intent under which a target is put back, also one that this run had made good already.
+
+    No task: it needs nothing but the repo, and a Prefect that is down must not keep it from being written.
+    """
+    def change(entry: Entry) -> Entry:
+        if entry.intent is not None:
+            return ledger.now_at(entry, run, entry.intent.step)
+        if entry.good is None or entry.good.run != run:
+            raise ledger.LostTarget("is no longer what this run made of it")
+        intent = Intent(desired=entry.good, before=entry.before or Before(system=entry.good.path), run=run,
+                        owner=ledger.owner(), at=git.now(), step="revert")
+        return entry.model_copy(update={"intent": intent, "good": entry.previous})
+    await Ledger(repo).write(target, change, f"{target.label}: to be put back")
+
+
+async def record_back(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str, why: str) -> None:
+    """The target is back at its last good, or at what was there before toto (None): close the intent."""
+    where = to.commit[:8] if to else "what was there before toto"
+    await Ledger(repo).write(target, ledger.put_back(to, note(failed, run, why), run),
+                             f"{target.label}: put back to {where}")

@@ -1,0 +1,113 @@
+"""Terraform: plan in the rehearsal, apply that very plan in the roll-out, go back to the last good commit's root."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from blocks import TerraformCredentials
+from tasks import report, sink
+from tasks.record import record_back
+from toto import git, plan, settings, terraform, tfplan
+from toto.errors import TotoError
+from toto.ledger import Ledger, Target
+from toto.plan import RootOrder
+from toto.terraform import PlanStale, Session
+from toto.tfplan import Planned
+
+
+class PlanMoved(TotoError):
+    """The state has moved since the rehearsal, and the plan would be another one now."""
+
+
+class CannotGoBack(TotoError):
+    """A terraform root cannot be made what it was."""
+
+
+async def credentials(root: str) -> dict[str, str]:
+    """The secret variables for a root: the block named after the root where there is one, else the block `toto`."""
+    own = await TerraformCredentials.saved(report.key(root))
+    return (own or await TerraformCredentials.load_or_default()).environment()
+
+
+async def _session(order: RootOrder) -> Session:
+    return Session(repo=order.repo, root=order.root, tree=order.tree, scratch=order.scratch,
+                   settings=order.settings.terraform, env=await credentials(order.name), on_line=sink())
+
+
+@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
+async def plan_root(order: RootOrder) -> Planned:
+    """Plan the root into a file, show what it would do, and refuse what the settings prevent.
+
+    Raises `TerraformFailed`, `PlanRefused`.
+    """
+    planned = await (await _session(order)).plan()
+    await report.show_terraform_plan(order.label, planned)
+    tfplan.refuse(planned, order.root.prevent)
+    return planned
+
+
+@task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)
+async def apply(order: RootOrder, planned: Planned) -> int:
+    """Apply the very plan of the rehearsal; the serial of the state that it left.
+
+    Where the state has moved since, it is planned again, and that plan is applied if it does the same.
+    Raises `PlanMoved` (nothing was applied), `ApplyFailed`, `StateLocked`.
+    """
+    session = await _session(order)
+    try:
+        return (await session.apply(planned)).serial
+    except PlanStale:
+        get_run_logger().warning("the state has moved since the rehearsal: planning again")
+    again = await session.plan()
+    if not again.same(planned):
+        raise PlanMoved("the state has moved since the rehearsal, and the plan would be another one now:\n"
+                        + "\n".join(again.lines), target=order.label, hint="start the run again: it plans anew")
+    return (await session.apply(again)).serial
+
+
+@task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
+async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
+    """Apply the last good commit's root again, or destroy what the first roll-out made; what it is now, in words.
+
+    What was destroyed is created anew, and is not what it was: that is said. Where the settings prevent destruction,
+    only what came since is destroyed.
+    Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`; the intent is then still open.
+    """
+    entry = Ledger(repo).read().get(target)
+    assert entry.intent is not None
+    good, before = entry.good, entry.intent.before
+    commit = (good or entry.intent.desired).commit
+    session = await session_at(repo, run, target, commit)
+    await session.init()
+    state = await session.state()
+    if good is None and (state.serial, state.resources) == (before.revision, before.resources):
+        await record_back(repo, target, good, entry.intent.desired, run, why)
+        return "as it was: nothing had been applied, as far as its state tells"
+    if good is None and before.resources:
+        raise CannotGoBack("toto had not deployed it before, so what it was is not known", target=target.label,
+                           hint=f"its state was serial {before.revision}, with {len(before.resources)} resources; "
+                                "go back by hand, then start the run again")
+    planned = await session.plan(destroy=good is None)
+    await report.show_terraform_plan(target.label, planned, back=True)
+    tfplan.refuse(planned, session.root.prevent, allowed=set(state.resources) - set(before.resources))
+    if not planned.empty:
+        state = await session.apply(planned)
+    anew = sorted(set(planned.created) & set(before.resources))
+    await record_back(repo, target, good and good.model_copy(update={"revision": state.serial}), entry.intent.desired,
+                      run, why)
+    where = f"as at {good.commit[:8]} ({planned.summary})" if good else "empty again"
+    return where + (f"; new, and not what they were: {', '.join(anew)}" if anew else "")
+
+
+async def session_at(repo: Path, run: str, target: Target, commit: str) -> Session:
+    """Terraform at work on a root as it is at a commit. Raises `CannotGoBack` where it is not there."""
+    tree = plan.run_directory(repo, run) / "back" / f"terraform-{target.name}"
+    await git.checkout(repo, commit, tree)
+    wanted = settings.load(tree).terraform
+    for root in terraform.discover(tree, wanted):
+        if root.name == target.name:
+            return Session(repo=repo, root=root, tree=tree, scratch=plan.run_directory(repo, run) / "back",
+                           settings=wanted, env=await credentials(root.name), on_line=sink())
+    raise CannotGoBack(f"there is no such root at {commit[:8]}", target=target.label)
