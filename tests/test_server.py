@@ -168,6 +168,15 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
         await until(api, waited["id"], {"COMPLETED"})
         pusher.commit()
         assert "rehearsing" in pusher.push()  # with the password that the server wrote for the hook
+        # What a hook had to leave, since Prefect was too busy to answer it, waits for no other push.
+        request = repo / "toto" / "spool" / f"1-{'a' * 40}.json"
+        request.write_text('{"parameters":{"repo":"x"},"tags":["left"],"idempotency_key":"left"}')
+        os.utime(request, (0, 0))
+        asked = {"flow_runs": {"tags": {"all_": ["left"]}}}
+        async with asyncio.timeout(60):
+            while not (left := await api.call("POST", "/flow_runs/filter", asked)):
+                await asyncio.sleep(0.5)
+        assert len(left) == 1
         [deployment] = (await server.deployments(api)).values()
         long = await api.call("POST", f"/deployments/{deployment}/create_flow_run",
                               {"parameters": {"repo": "x", "seconds": 300}})

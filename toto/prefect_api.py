@@ -68,7 +68,7 @@ class Api:
             raise ServerError(f"{method} {path} was answered {error.code}: {process.shorten(said, 500)}",
                               status=error.code, target=self.url) from None
         except OSError as error:
-            raise ServerError(f"no answer: {error}", target=self.url, hint="start `python -m toto.server`") from None
+            raise ServerError(f"no answer: {error}", target=self.url, hint="start `toto serve`") from None
         return json.loads(text) if text else None
 
     async def wait(self, seconds: float) -> bool:

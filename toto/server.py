@@ -1,6 +1,6 @@
 """What keeps toto running: Prefect's API server, a worker, and the deployments that they serve.
 
-Library functions over `toto.process`, and `python -m toto.server`, which runs all of it in the foreground. Nothing
+Library functions over `toto.process`, and `toto serve`, which runs all of it in the foreground. Nothing
 here imports Prefect: its server and worker are processes, its API is HTTP. What a run does is in `flows/`.
 
 Where the settings come from: each was measured; the comment beside it says what it is for.
@@ -18,10 +18,11 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from toto import git_host, process
+from toto import git_host, process, prune
 from toto.errors import TotoError
 from toto.ledger import Ledger
 from toto.prefect_api import Api, ServerError
@@ -35,6 +36,7 @@ PORT: Final = 4200
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
 ROOT: Final = Path(__file__).resolve().parent.parent
+LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
 AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
 
 
@@ -74,6 +76,9 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
         "PREFECT_WORKER_QUERY_SECONDS": "0.5",  # the default of 10 is most of the wait for a run
         "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+        # Left to itself the database keeps every run and its log for ever.
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(prune.DAYS * 86_400),
         "TOTO_REPO": source.get("TOTO_REPO") or str(home / "repos" / "infra.git"),  # the deployment's default
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), env.get("PATH", os.defpath))),
     }
@@ -85,7 +90,8 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
 
 
 @contextlib.asynccontextmanager
-async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: float = 120) -> AsyncIterator[Api]:
+async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: float = 120
+                         ) -> AsyncIterator[process.Running]:
     """Prefect's API server, from the moment it answers to the end of the block.
 
     Raises `ServerError` with the log's last lines when it dies before it answers, or takes longer than `timeout`
@@ -100,7 +106,7 @@ async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: flo
     api = Api.of(env)
     async with _logged(argv, env, log_file, grace=10) as running:
         await _until_answers(running, api, log_file, timeout)
-        yield api
+        yield running
 
 
 async def _until_answers(running: process.Running, api: Api, log_file: Path, timeout: float) -> None:
@@ -139,6 +145,12 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], env=env, cwd=root,
                       timeout=120, target=str(root / "prefect.yaml"))
     return await deployments(api, pool)
+
+
+async def register_blocks(env: Mapping[str, str]) -> None:
+    """Make the forms of toto's blocks known to the UI, or bring them up to date. Idempotent; about 1.5 s."""
+    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
+                      env=env, cwd=ROOT, timeout=120)
 
 
 async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
@@ -268,60 +280,92 @@ def _only_one(home: Path) -> Any:
 async def serve(home: Path, port: int, *, stop: asyncio.Event, repos: Path | None = None, branch: str = "main",
                 host: str = "127.0.0.1", database_url: str | None = None, auth: str | None = None,
                 ui_url: str | None = None, root: Path = ROOT, ready: asyncio.Event | None = None) -> None:
-    """Server, deployments and worker until `stop` is set. Starts what pushes left in the spools of `repos`/*.git."""
+    """Server, deployments and worker until `stop` is set. Starts what pushes leave in the spools of `repos`/*.git."""
     env = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
     logs = home / "logs"
     with _only_one(home):
         if killed := process.sweep():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
         try:
-            async with running_server(env, logs / "server.log") as api:
+            async with running_server(env, logs / "server.log") as api_server:
+                api = Api.of(env)
                 if settled := await settle_orphans(api):
                     log.warning("settled %d runs that an earlier worker had left behind", len(settled))
                 ids = await deploy(env, root=root)
                 async with running_worker(env, logs / "worker.log") as worker:
-                    for repo in sorted((repos or home / "repos").glob("*.git")):
-                        await _adopt(repo, env, ids, branch)
+                    await register_blocks(env)
+                    served = git_host.Served(
+                        api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
+                        deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
+                    await _adopt_all(repos or home / "repos", served, ids, api)
                     print(f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
                     if ready is not None:
                         ready.set()
-                    await _until(stop, worker, logs / "worker.log")
+                    draining = asyncio.create_task(_drain(repos or home / "repos"))
+                    try:
+                        await _until(stop, {logs / "server.log": api_server, logs / "worker.log": worker})
+                    finally:
+                        draining.cancel()
                     print("toto: stopping", flush=True)
         finally:
             process.sweep()
 
 
-async def _adopt(repo: Path, env: Mapping[str, str], ids: Mapping[str, str], branch: str) -> None:
+async def _adopt_all(repos: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:
+    try:
+        await git_host.remember(repos, served)
+    except TotoError as error:
+        log.error("%s", error)
+    for repo in git_host.infra_repos(repos):
+        await _adopt(repo, served, ids, api)
+
+
+async def _adopt(repo: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:
     """Tell a repository's hook where toto is now, and start what was pushed while it was away."""
     try:
-        await git_host.create(repo, api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"],
-                              deployment=DEPLOYMENT, deployment_id=ids.get(DEPLOYMENT),
-                              branch=await git_host.deployed_branch(repo) or branch,
-                              auth=env.get("PREFECT_API_AUTH_STRING"))
+        branch = await git_host.deployed_branch(repo) or served.branch
+        await git_host.create(repo, **asdict(served) | {"branch": branch})
         if drained := await git_host.drain_spool(repo):
             print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
         elif SETTLE in ids and Ledger(repo).read().open_intents:
             # (A reconcile does this first by itself.)
-            await Api.of(env).call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                                   {"parameters": {"repo": str(repo.resolve())}})
+            await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
+                           {"parameters": {"repo": str(repo.resolve())}})
             print(f"toto: {repo.name}: settling what a run that died left open", flush=True)
     except TotoError as error:
         log.error("%s", error)
 
 
-async def _until(stop: asyncio.Event, worker: process.Running, log_file: Path) -> None:
+async def _drain(repos: Path) -> None:
+    """Start what hooks could not, again and again: Prefect was too busy to answer them in time."""
+    while True:
+        await asyncio.sleep(5)
+        for repo in git_host.infra_repos(repos):
+            try:
+                if any(push.file.stat().st_mtime < time.time() - LEFT_BEHIND for push in git_host.waiting(repo)):
+                    drained = await git_host.drain_spool(repo)
+                    print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
+            except FileNotFoundError:
+                continue  # a hook was quicker
+            except TotoError as error:
+                log.error("%s", error)
+
+
+async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> None:
+    """Wait for `stop`. When server or worker (by their logs) dies, all of toto ends: half of it helps nobody."""
     while not stop.is_set():
-        if worker.status is not None:
-            raise ServerError(f"the worker exited with status {worker.status}:\n{_tail(log_file)}",
-                              hint=f"see {log_file}")
+        for log_file, part in parts.items():
+            if part.status is not None:
+                raise ServerError(f"the {log_file.stem} exited with status {part.status}:\n{_tail(log_file)}",
+                                  hint=f"see {log_file}; start toto again, it settles what was left")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m toto.server`: run toto in the foreground until SIGTERM or SIGINT."""
+    """`toto serve`: run toto in the foreground until SIGTERM or SIGINT."""
     state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
-    parser = argparse.ArgumentParser("toto.server", description="Run toto: Prefect's server, a worker, deployments.")
+    parser = argparse.ArgumentParser("toto serve", description="Run toto: Prefect's server, a worker, deployments.")
     parser.add_argument("--home", type=Path, default=state / "server", help="database, results, logs (%(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="(%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
