@@ -6,10 +6,7 @@ mind without changing the host: the rehearsals of the two variants, A and B, are
 """
 
 import asyncio
-import contextlib
-import os
 import re
-import signal
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tests.lab import setup
-from tests.lab.fleet import Fleet, Run
+from tests.lab.fleet import Fleet, Run, command_of, processes
 from tests.repos import git
 from toto.ledger import REF
 
@@ -95,22 +92,10 @@ class Whole(Fleet):
         self.commit(message, self.web1(self.next_variant()))
         return self.push()
 
-    def kill(self) -> None:
-        """SIGKILL server, worker and flow runs, all at once, as a power cut of toto would."""
-        assert self.server is not None
-        victims = [pid for pid in _processes_of(self.directory) if b"qemu" not in _command(pid)
-                   or b"sandboxes" in _environment(pid)]
-        for pid in [self.server.pid, *victims]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.server.wait()
-        assert self.server.stdout is not None
-        self.server.stdout.close()
-        self.server = None
-
     def sandboxes(self) -> list[int]:
         """The processes of sandboxes that are there."""
-        return [pid for pid in _all() if b"qemu" in _command(pid) and str(self.state).encode() in _command(pid)]
+        return [pid for pid in processes()
+                if b"qemu" in command_of(pid) and str(self.state).encode() in command_of(pid)]
 
     def history(self) -> list[str]:
         return git("log", "--format=%s", REF, cwd=self.repo).splitlines()
@@ -124,29 +109,6 @@ class Whole(Fleet):
             assert entry.good is not None and entry.good.path == systems[name]
             assert await self.machines[name].profile() == systems[name]
         assert not self.sandboxes()
-
-
-def _all() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _command(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
-def _environment(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    return b""
-
-
-def _processes_of(directory: Path) -> list[int]:
-    """Processes that were started with this fleet's state: the server's, the worker's, the flow runs'."""
-    needle = f"TOTO_STATE={directory}/state".encode()
-    return [pid for pid in _all() if needle in _environment(pid) and pid != os.getpid()
-            and b"/machines/" not in _command(pid)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -210,7 +172,7 @@ async def test_a_readme_only_commit_touches_no_host_and_asks_none(whole: Whole) 
     run = await whole.deploy("readme again", {"README.md": "hello again\n"})
     for machine in whole.machines.values():
         await machine.network(True)
-        await machine.wait_ssh(60)
+        await machine.wait_ssh()
     assert run.state == "COMPLETED"
     assert "nothing to do" in run.message
     assert whole.subflows(run.id) == []
@@ -299,8 +261,18 @@ async def test_a_machine_that_leaves_the_manifest_is_forgotten_and_left_alone(wh
 
 async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> None:
     before = await whole.systems()
+    web1 = whole.machines["web1"]
+    # Another tool activates meanwhile, as nixos-rebuild does when toto has given up on it: that is let end first.
+    await web1.check("sudo systemd-run --unit=nixos-rebuild-switch-to-configuration "
+                     "sh -c 'until [ -e /run/let-go ]; do sleep 0.2; done'")
     whole.control["post-switch"] = BAD
-    run = await whole.other("unhappy")
+    begun = whole.begin_other("unhappy")
+    async with asyncio.timeout(240):
+        while (await web1.ssh("ps | grep -q '[a]ctivate.sh quiet'")).status != 0:
+            await asyncio.sleep(0.2)
+    assert await whole.systems() != before
+    await web1.check("sudo touch /run/let-go")
+    run = await whole.ended(begun)
     assert run.state == "FAILED"
     assert "the customer is happy" in run.message and "web1 put back" in run.message
     assert await whole.systems() == before
@@ -322,7 +294,7 @@ async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole
     run = await whole.deploy("lock ourselves out", dict(files), timeout=400)
     assert run.state == "FAILED"
     assert "web1 put back" in run.message, run.message
-    await whole.machines["web1"].wait_ssh(60)
+    await whole.machines["web1"].wait_ssh()
     assert await whole.systems() == before
     await whole.settled()
     await whole.deploy("let us in again", whole.web1("A"))
@@ -336,7 +308,7 @@ async def test_a_power_cut_between_test_and_switch_boots_the_old_generation(whol
     assert (await whole.systems())["web1"] != before["web1"], "the new system is active, not permanent"
     await whole.machines["web1"].power_cut()
     await whole.machines["web1"].start()
-    await whole.machines["web1"].wait_ssh(90)
+    await whole.machines["web1"].wait_ssh()
     assert await whole.systems() == before
     whole.control["smoke"] = GOOD
     whole.control.go()
@@ -488,7 +460,7 @@ async def test_a_machine_that_stays_away_keeps_its_open_intent_and_stops_no_othe
     assert whole.entry("gate").good is not None and whole.entry("gate").good.run == others.id  # type: ignore[union-attr]
     assert whole.entry("web1").intent is not None
     await whole.machines["web1"].start()
-    await whole.machines["web1"].wait_ssh(90)
+    await whole.machines["web1"].wait_ssh()
     whole.control.all_good()
     assert (await whole.deploy("it is back", {})).state == "COMPLETED"
     await whole.settled()
@@ -496,6 +468,6 @@ async def test_a_machine_that_stays_away_keeps_its_open_intent_and_stops_no_othe
 
 async def test_a_stop_leaves_nothing_behind(whole: Whole) -> None:
     await whole.stop_server()
-    assert _processes_of(whole.directory) == []
+    assert whole.processes() == []
     assert not list((whole.state / "repos").glob("*/runs/*"))
     assert subprocess.run(["git", "fsck", "--no-dangling"], cwd=whole.repo, check=False).returncode == 0

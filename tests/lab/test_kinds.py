@@ -1,0 +1,366 @@
+"""The whole change set on real parts: terraform and helm beside two machines, one plan before and one revert after.
+
+One fleet, one cluster, one Prefect server serve all tests of this file, in their order. What terraform's provisioner
+and a chart do is steered by files outside the repo, and by the cluster's `fates`. A poison string goes in wherever a
+secret can, and is searched for at the end in everything that toto wrote.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import pytest_asyncio
+from nbclient import NotebookClient
+
+from tests.lab import setup
+from tests.lab.fleet import EXAMPLE, Fleet
+from tests.lab.kube import Cluster
+from tests.lab.test_whole import SETTINGS
+from tests.repos import git
+from toto.ledger import REF, Entry, Ledger, Target
+
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+POISON = "p0ison-Never-to-be-seen-7Q"
+SAVE = """
+import os
+from blocks import TerraformCredentials
+TerraformCredentials(variables={"TF_VAR_password": os.environ["POISON"]}).save("toto", overwrite=True)
+"""
+ROOT = '''
+variable "password" {
+  type      = string
+  sensitive = true
+  default   = ""
+}
+resource "terraform_data" "kept" {
+  input = sensitive(var.password)
+}
+resource "terraform_data" "record" {
+  input            = "%(value)s"
+  triggers_replace = "%(trigger)s"
+  provisioner "local-exec" {
+    command = "sh %(control)s/apply.sh"
+  }
+}
+%(more)s
+'''
+CHART: dict[str, str] = {
+    "release.yaml": "namespace: page\ncreate_namespace: true\ntimeout: 8\n",
+    "Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",
+    "values.yaml": f"text: TEXT\npassword: {POISON}\n",
+    "templates/page.yaml": """apiVersion: v1
+kind: ConfigMap
+metadata: {name: page}
+data: {text: "{{ .Values.text }}"}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: page}
+stringData: {password: "{{ .Values.password }}"}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: page}
+spec:
+  selector: {matchLabels: {app: page}}
+  template:
+    metadata: {labels: {app: page}, annotations: {text: "{{ .Values.text }}"}}
+    spec: {containers: [{name: page, image: page}]}
+""",
+    "templates/test.yaml": """apiVersion: v1
+kind: Pod
+metadata: {name: page-test, annotations: {helm.sh/hook: test}}
+spec: {restartPolicy: Never, containers: [{name: test, image: test}]}
+""",
+}
+
+
+class World(Fleet):
+    """Machines gate and web1, a terraform root `dns` and a release `page`."""
+
+    def __init__(self, directory: Path, cluster: Cluster) -> None:
+        super().__init__(directory)
+        self.cluster = cluster
+        self.control = directory / "control"
+        self.control.mkdir()
+        self.quick()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return super().environment | {"KUBECONFIG": str(self.cluster.kubeconfig)}
+
+    def quick(self) -> None:
+        """What terraform's provisioner does: nothing, until it is told otherwise."""
+        (self.control / "apply.sh").write_text("true\n")
+
+    def waits(self) -> None:
+        """The provisioner says that it has begun, and waits until it is let go."""
+        for name in ("begun", "go"):
+            (self.control / name).unlink(missing_ok=True)
+        (self.control / "apply.sh").write_text(
+            f"touch {self.control}/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n")
+
+    async def begun(self) -> None:
+        async with asyncio.timeout(120):
+            while not (self.control / "begun").exists():
+                await asyncio.sleep(0.1)
+
+    def common(self, text: str) -> str:
+        """The module that all hosts share, with another text in it: every host changes."""
+        module = (EXAMPLE / "modules/common.nix").read_text().rstrip().removesuffix("}")
+        return f'{module}  environment.etc."said".text = "{text}";\n}}\n'
+
+    def release(self, text: str) -> dict[str, str | None]:
+        """The release `page`: a Deployment, a ConfigMap with a text, a Secret, and a test."""
+        return {f"helm/page/{name}": content.replace("TEXT", text) for name, content in CHART.items()}
+
+    async def page(self) -> str | None:
+        """The text that lives in the cluster."""
+        found = await self.cluster.get("/api/v1/namespaces/page/configmaps/page")
+        return found and str(found["data"]["text"])
+
+    def put_back_in_order(self) -> list[str]:
+        """Which targets the last revert put back, in that order."""
+        lines = self.git_log().splitlines()
+        last = max(index for index, line in enumerate(lines) if line.endswith("to be put back"))
+        return [line.split(": put back")[0] for line in lines[last:] if ": put back to" in line]
+
+    def request(self, deployment: str, **parameters: object) -> str:
+        """Start a run of a deployment, as the UI does; its id."""
+        found = self.api("GET", f"/deployments/name/{deployment}")
+        run = self.api("POST", f"/deployments/{found['id']}/create_flow_run",
+                       {"parameters": {"repo": str(self.repo), **parameters}})
+        return str(run["id"])
+
+    def git_log(self) -> str:
+        """The history of the ledger, the oldest first."""
+        return git("log", "--reverse", "--format=%s", REF, cwd=self.repo)
+
+    def root(self, value: str = "one", trigger: str = "t", more: str = "") -> dict[str, str | None]:
+        return {"terraform/dns/main.tf": ROOT % {"value": value, "trigger": trigger, "control": self.control,
+                                                 "more": more}}
+
+    def of(self, kind: str, name: str) -> Entry:
+        return Ledger(self.repo).read().get(Target(kind, name))  # type: ignore[arg-type]
+
+    def resources(self) -> dict[str, Any]:
+        """Terraform's own state file, not toto's word: the attributes of each resource."""
+        (file,) = self.state_files()
+        resources = json.loads(file.read_text())["resources"]
+        return {f"{each['type']}.{each['name']}": each["instances"][0]["attributes"] for each in resources
+                if each["instances"]}
+
+    def state_files(self) -> list[Path]:
+        return list(self.state.glob("repos/*/terraform/dns/terraform.tfstate"))
+
+    def value(self) -> str:
+        return str(self.resources()["terraform_data.record"]["input"]["value"])
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> AsyncIterator[World]:
+    """The machines are on, and nothing is deployed yet; the hosts' tests are gone, so that a rehearsal is a boot."""
+    await asyncio.to_thread(setup.setup)
+    world = World(tmp_path_factory.mktemp("kinds"), cluster)
+    try:
+        await world.prepare(EXAMPLE)
+        shutil.rmtree(world.work / "tests")
+        (world.work / "hosts/web2.nix").unlink()
+        manifest = (world.work / "machines.yaml").read_text()
+        (world.work / "machines.yaml").write_text(manifest.split("  # web2")[0])
+        (world.work / "toto.toml").write_text(SETTINGS)
+        await asyncio.gather(world.start_server(), world.start_machines(["gate", "web1"]))
+        await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", SAVE], check=True,
+            env=world.environment | {"PREFECT_API_URL": f"{world.url}/api", "POISON": POISON})
+        yield world
+    finally:
+        await asyncio.shield(world.stop())
+
+
+async def test_a_new_root_is_planned_before_anything_is_touched_and_applied_after_the_hosts(world: World) -> None:
+    run = await world.deploy("the fleet and a root", world.root())
+    assert run.state == "COMPLETED", world.logs(run.id)
+    assert "gate, web1, terraform/dns deployed" in run.message
+    assert world.value() == "one"
+    assert "+ terraform_data.record" in world.artifacts(run.id)["terraform-dns-plan"]
+    history = world.git_log()
+    assert history.index("terraform/dns: intent to deploy") > history.index("web1: good at")
+    good = world.of("terraform", "dns").good
+    assert good is not None and good.revision == json.loads(world.state_files()[0].read_text())["serial"]
+
+
+async def test_a_readme_changes_no_root_and_a_comment_is_recorded_without_an_apply(world: World) -> None:
+    before = world.state_files()[0].read_bytes()
+    run = await world.deploy("readme", {"README.md": "hello\n"})
+    assert "nothing to do" in run.message and world.subflows(run.id) == []
+    commented = {name: f"# a comment\n{text}" for name, text in world.root().items()}
+    run = await world.deploy("a comment", dict(commented))
+    assert run.state == "COMPLETED" and "terraform/dns recorded" in run.message, run.message
+    assert world.state_files()[0].read_bytes() == before
+
+
+async def test_a_plan_only_run_shows_one_plan_of_all_kinds_and_does_nothing(world: World) -> None:
+    world.commit("both", world.root("two") | {"modules/common.nix": world.common("plan only")})
+    world.git("push", "toto", "main:refs/heads/other")
+    ended = await world.ended(world.request("reconcile/toto", commit="other", plan_only=True))
+    assert ended.message.endswith("plan only: gate, web1, terraform/dns would change")
+    assert world.value() == "one"
+    limited = world.request("reconcile/toto", commit="other", plan_only=True, only=["terraform"])
+    assert (await world.ended(limited)).message.endswith("plan only: terraform/dns would change")
+    world.git("reset", "--quiet", "--hard", "HEAD~1")
+
+
+async def test_a_plan_that_destroys_what_it_must_not_stops_before_anything_is_touched(world: World) -> None:
+    keep: dict[str, str | None] = {"toto.toml": SETTINGS + '[terraform]\nprevent = ["destroy"]\n'}
+    run = await world.deploy("replace it", world.root("two", trigger="u") | keep)
+    assert run.state == "FAILED"
+    assert "terraform/dns: rehearsal failed" in run.message and "terraform_data.record" in run.message
+    assert "nothing was touched" in run.message
+    assert world.value() == "one"
+
+
+async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) -> None:
+    ask: dict[str, str | None] = {"toto.toml": SETTINGS + '[terraform]\napprove = "always"\napprove_timeout = 120\n'}
+    world.commit("with an approval", world.root("two") | ask)
+    for word, state in ((False, "FAILED"), (True, "COMPLETED")):
+        run = world.push() if word is False else world.request("reconcile/toto")
+        await world.until(run, {"PAUSED"})
+        assert world.value() == "one", "nothing is touched while it waits"
+        world.api("POST", f"/flow_runs/{run}/resume", {"run_input": {"approve": word, "by": "the operator"}})
+        ended = await world.ended(run)
+        assert ended.state == state, ended.message
+    assert world.value() == "two"
+    assert "approved by the operator" in world.logs(run)
+    await world.deploy("without", {"toto.toml": SETTINGS})
+
+
+async def test_a_toto_killed_in_the_middle_of_an_apply_is_settled_by_the_next_start(world: World) -> None:
+    world.waits()
+    world.commit("a slow apply", world.root("three", trigger="v"))
+    world.push()
+    await world.begun()
+    world.kill()
+    world.quick()
+    (world.control / "go").touch()
+    intent = world.of("terraform", "dns").intent
+    assert intent is not None and "terraform_data.record" in intent.before.resources
+    await world.start_server()
+    async with asyncio.timeout(120):
+        while world.of("terraform", "dns").intent is not None:
+            await asyncio.sleep(0.5)
+    assert world.value() == "two"
+    run = await world.deploy("once more", {})
+    assert run.state == "COMPLETED", world.logs(run.id)
+    assert world.value() == "three"
+
+
+async def test_a_new_release_is_installed_last_and_its_own_tests_are_run(world: World) -> None:
+    run = await world.deploy("a release", world.release("one"))
+    assert run.state == "COMPLETED", world.logs(run.id)
+    assert "helm/page deployed" in run.message
+    assert await world.page() == "one"
+    assert POISON not in world.logs(run.id)
+    assert "ok page-test" in world.logs(run.id)
+    good = world.of("helm", "page").good
+    assert good is not None and good.revision == 1
+
+
+async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(world: World) -> None:
+    before = await world.systems()
+    world.cluster.fates["page/page-test"] = "failed"
+    run = await world.deploy("everything changes, and the release fails its test", {
+        "modules/common.nix": world.common("to be reverted"), **world.root("four"), **world.release("two")})
+    world.cluster.fates.clear()
+    assert run.state == "FAILED"
+    assert "helm/page: roll-out failed: the chart's tests failed: page-test" in run.message, run.message
+    assert world.put_back_in_order() == ["helm/page", "terraform/dns", "web1", "gate"]
+    assert await world.systems() == before
+    assert {name: world.entry(name).good.path for name in before} == before  # type: ignore[union-attr]
+    assert world.value() == "three"
+    assert await world.page() == "one"
+    good = world.of("helm", "page").good
+    assert good is not None and good.revision == 3, "rolled back, as a new revision"
+
+
+async def test_a_rollback_that_fails_is_told_and_stops_no_other(world: World) -> None:
+    world.cluster.fates["page/page-"] = "stuck"
+    run = await world.deploy("the release never gets ready, and not on the way back either", {
+        "modules/common.nix": world.common("as it was"), **world.root("five"), **world.release("three")})
+    assert run.state == "FAILED"
+    assert "helm/page COULD NOT BE PUT BACK" in run.message, run.message
+    assert world.value() == "three", "terraform went back all the same"
+    assert world.of("helm", "page").intent is not None
+    world.cluster.fates.clear()
+    again = await world.deploy("the pods are well again", {})
+    assert again.state == "COMPLETED", world.logs(again.id)
+    assert await world.page() == "three" and world.value() == "five"
+    assert world.of("helm", "page").intent is None
+
+
+async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_start(world: World) -> None:
+    world.cluster.fates["page/page-"] = "stuck"
+    world.commit("killed while helm waits", world.release("four"))
+    world.push()
+    async with asyncio.timeout(120):
+        while await world.page() != "four":
+            await asyncio.sleep(0.5)
+    world.kill()
+    world.cluster.fates.clear()
+    assert world.of("helm", "page").intent is not None
+    await world.start_server()
+    async with asyncio.timeout(120):
+        while world.of("helm", "page").intent is not None:
+            await asyncio.sleep(0.5)
+    assert await world.page() == "three"
+    run = await world.deploy("once more", {})
+    assert run.state == "COMPLETED", world.logs(run.id)
+    assert await world.page() == "four"
+
+
+async def test_what_was_changed_outside_is_told_and_mended_when_asked_for(world: World) -> None:
+    calm = await world.ended(world.request("drift/toto"))
+    assert calm.state == "COMPLETED", calm.message
+    await world.cluster.patch("/api/v1/namespaces/page/configmaps/page", {"data": {"text": "changed by hand"}})
+    told = await world.ended(world.request("drift/toto"))
+    assert told.state == "FAILED" and "helm/page: drift check failed: it was changed outside" in told.message
+    assert "ConfigMap" in world.artifacts(told.id)["report-infra"]
+    assert await world.page() == "changed by hand", "it is told, not touched"
+    mended = await world.ended(world.request("reconcile/toto", again=True, only=["helm/page"]))
+    assert mended.state == "COMPLETED", mended.message
+    assert await world.page() == "four"
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("plan", "host/web1"), ("deploy", "COMPLETED - "), ("history", "What became of each target")])
+async def test_a_notebook_runs_from_its_first_cell_to_its_last(world: World, name: str, says: str) -> None:
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    env = world.environment | {"PREFECT_API_URL": f"{world.url}/api", "PREFECT_HOME": str(world.home),
+                               "PREFECT_UI_URL": world.url}
+    await NotebookClient(notebook, timeout=300, kernel_name="python3").async_execute(env=env)
+    if kept := os.environ.get("TOTO_KEEP_NOTEBOOKS"):
+        nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
+    assert says in nbformat.writes(notebook)
+    if name != "plan":
+        assert '"image/png"' in nbformat.writes(notebook)
+
+
+async def test_no_secret_is_in_anything_that_toto_wrote(world: World) -> None:
+    """The poison is where it belongs (the state, the cluster) and nowhere else."""
+    await world.stop_server()
+    assert POISON in world.state_files()[0].read_text()
+    found = subprocess.run(["grep", "--recursive", "--files-with-matches", "--text", POISON, world.state, world.home,
+                            world.repo, world.directory / "toto.log"], capture_output=True, text=True, check=False)
+    # Where it belongs: terraform's state, and the exported values.yaml, which the operator has committed as it is.
+    allowed = ("terraform.tfstate", "terraform.tfstate.backup", "/tree/helm/page/values.yaml")
+    assert [line for line in found.stdout.splitlines() if not line.endswith(allowed)] == []
