@@ -8,7 +8,7 @@ mind without changing the host: the rehearsals of the two variants, A and B, are
 import asyncio
 import re
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,10 @@ class Control:
         for name in ("begun", "go"):
             (self.directory / name).unlink(missing_ok=True)
 
+    def shell(self, phase: str) -> str:
+        """What a builder, which has no PATH, runs for a phase."""
+        return f"PATH=/usr/bin:/bin; . {self.directory}/{phase} > /dev/null; echo made > $out"
+
     async def begun(self, timeout: float = 120) -> None:
         async with asyncio.timeout(timeout):
             while not (self.directory / "begun").exists():
@@ -86,6 +90,26 @@ class Whole(Fleet):
 
     def next_variant(self) -> str:
         return "B" if '"A"' in (self.work / "hosts/web1.nix").read_text() else "A"
+
+    def made_by(self, script: str) -> str:
+        """Configuration with a file that a derivation of its own makes, by a shell script."""
+        return ('environment.etc."made".source = builtins.derivation { name = "made"; system = "x86_64-linux"; '
+                f"builder = \"/bin/sh\"; args = [ \"-c\" ''{script}'' ]; }};")
+
+    async def until_ledger(self, says: Callable[[], bool], timeout: float = 150) -> None:
+        async with asyncio.timeout(timeout):
+            while not says():
+                await asyncio.sleep(0.02)
+
+    async def task(self, run: str, name: str) -> None:
+        """Wait until a run, or one of its subflows, is at the task of this name."""
+        wanted = {"flow_runs": {"id": {"any_": []}}, "task_runs": {"name": {"any_": [name]}}}
+        async with asyncio.timeout(150):
+            while True:
+                wanted["flow_runs"]["id"]["any_"] = self.family(run)  # type: ignore[index]
+                if any(each["state_type"] == "RUNNING" for each in self.api("POST", "/task_runs/filter", wanted)):
+                    return
+                await asyncio.sleep(0.1)
 
     def begin_other(self, message: str) -> str:
         """As `other`, without waiting for the end; the run."""
@@ -349,6 +373,39 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
+
+
+@pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert"])
+async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
+    """In a build, while the closure is copied, right after the intent was written, while the host is put back."""
+    before, variant = await whole.systems(), "B" if whole.next_variant() == "A" else "A"
+    match instant:
+        case "build":
+            whole.control.waits("build")
+            whole.commit("a build that waits", whole.web1(variant, whole.made_by(whole.control.shell("build"))))
+            whole.push()
+            await whole.control.begun()
+        case "copy":
+            large = whole.made_by("/usr/bin/head -c 60000000 /dev/urandom > $out")
+            whole.commit("a large closure", whole.web1(variant, large))
+            run = whole.push()
+            await whole.task(run, "copy the closure")
+        case "intent":
+            whole.begin_other("killed right after the intent")
+            await whole.until_ledger(lambda: whole.entry("web1").intent is not None)
+        case "revert":
+            whole.control["post-switch"] = BAD
+            run = whole.begin_other("killed while it is put back")
+            await whole.task(run, "web1: put back")
+    whole.kill()
+    whole.control.all_good()
+    whole.control.go()
+    assert (whole.entry("web1").intent is not None) == (instant in ("intent", "revert"))
+    await whole.start_server()
+    await whole.until_ledger(lambda: whole.entry("web1").intent is None)
+    assert await whole.systems() == before
+    await whole.settled()
+    whole.commit("as it is deployed", whole.web1(variant))
 
 
 async def test_a_toto_killed_in_the_middle_of_an_activation_waits_for_its_end_and_goes_back(whole: Whole) -> None:
