@@ -296,7 +296,8 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
 async def test_a_rollback_that_fails_is_told_and_stops_no_other(world: World) -> None:
     world.cluster.fates["page/page-"] = "stuck"
     run = await world.deploy("the release never gets ready, and not on the way back either", {
-        "modules/common.nix": world.common("as it was"), **world.root("five"), **world.release("three")})
+        "modules/common.nix": (EXAMPLE / "modules/common.nix").read_text(), **world.root("five"),
+        **world.release("three")})
     assert run.state == "FAILED"
     assert "helm/page COULD NOT BE PUT BACK" in run.message, run.message
     assert world.value() == "three", "terraform went back all the same"
