@@ -11,6 +11,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from toto.errors import InputError
 
 
 def _write(file: Path, text: str) -> Path:
@@ -114,7 +115,18 @@ class KubeAccess(AccessBlock):
         return SecretStr(f"{text}\n" if text else "")
 
     def file(self, directory: Path) -> Path | None:
-        """The kubeconfig as a file: where it is kept, else written into `directory`; None for kubectl's own."""
-        if text := self.kubeconfig.get_secret_value():
-            return _write(directory / "kubeconfig", text)
-        return Path(self.path).expanduser() if self.path else None
+        """The kubeconfig as a file: where it is kept, else written into `directory`; None for kubectl's own.
+
+        Raises `InputError` for a context that is not in it.
+        """
+        path = Path(self.path).expanduser() if self.path else None
+        text = self.kubeconfig.get_secret_value()
+        if self.context:
+            config = yaml.safe_load(text or (path.read_text() if path else "{}")) or {}
+            known = [str(each["name"]) for each in config.get("contexts") or ()]
+            if self.context not in known:
+                raise InputError(f"there is no context {self.context!r} in the kubeconfig",
+                                 target=f"block {self.get_block_type_slug()}",
+                                 hint=f"it has {', '.join(known) or 'none'}; mend the block in the UI, under Blocks")
+            text = yaml.safe_dump(config | {"current-context": self.context})
+        return _write(directory / "kubeconfig", text) if text else path

@@ -1,5 +1,6 @@
 """Helm: render, lint and compare in the rehearsal, upgrade in the roll-out, roll back to the recorded revision."""
 
+import tempfile
 from pathlib import Path
 
 from prefect import task
@@ -26,7 +27,8 @@ async def reach(repo: Path, run: str) -> Helm:
     """helm, and the cluster of the block `toto` (else of the environment's kubeconfig)."""
     directory = plan.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(directory))
+    # A folder of its own for each: releases are rehearsed side by side.
+    return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
 
 
 @task(name="render and compare", task_run_name="render and compare", cache_policy=NO_CACHE)

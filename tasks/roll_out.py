@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from blocks import SshIdentity
 from tasks import sink
 from tasks.record import now_at, record_back
 from tasks.rehearse import Reached
@@ -27,10 +28,20 @@ async def reach(machine: Machine, repo: Path, run: str, connect_timeout: float) 
     """A connection to a machine, with the activation verbs on it. Raises `Unreachable`."""
     target = ssh.SshTarget(
         name=machine.name, address=machine.address, port=machine.ssh.port, user=machine.ssh.user,
-        identity=await keys.identity(machine.ssh.identity), host_key=machine.ssh.host_key,
+        identity=await _identity(machine, repo, run), host_key=machine.ssh.host_key,
         known_hosts=paths.repo_state(repo) / "known_hosts", connect_timeout=max(1, round(connect_timeout)))
     async with ssh.connection(target, plan.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
         yield Activator(connection, run, connect_timeout)
+
+
+async def _identity(machine: Machine, repo: Path, run: str) -> Path:
+    """The key for a machine: what the manifest names, else the one of the block `toto`, else toto's own."""
+    if machine.ssh.identity is None:
+        directory = plan.run_directory(repo, run) / "identity" / machine.name
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (saved := (await SshIdentity.load_or_default()).file(directory)) is not None:
+            return saved
+    return await keys.identity(machine.ssh.identity)
 
 
 def reached(machine: Machine, activator: Activator) -> Reached:

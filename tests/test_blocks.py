@@ -164,6 +164,20 @@ async def test_a_name_stands_for_every_venue_saved_under_it(prefect: PrefectServ
     assert {type(each).__name__ for each in await venues.named("both")} == {"Slack", "Ntfy"}
 
 
+def test_a_context_is_chosen_in_a_copy_of_the_kubeconfig(tmp_path: Path) -> None:
+    config = "clusters: []\ncontexts: [{name: home}, {name: lab}]\ncurrent-context: home\n"
+    (tmp_path / "kept").write_text(config)
+    for access in (KubeAccess(kubeconfig=config, context="lab"),
+                   KubeAccess(path=str(tmp_path / "kept"), context="lab")):
+        chosen = access.file(tmp_path)
+        assert chosen is not None and "current-context: lab" in chosen.read_text()
+        assert chosen.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "kept").read_text() == config
+    assert KubeAccess(path=str(tmp_path / "kept")).file(tmp_path) == tmp_path / "kept"
+    with pytest.raises(InputError, match="no context 'work' in the kubeconfig"):
+        KubeAccess(kubeconfig=config, context="work").file(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["nobody", "../../admin", "a b", "A", "", "x" * 100])
 async def test_a_name_that_is_no_venue_is_told(prefect: PrefectServer, name: str) -> None:
     with pytest.raises(VenueFailed, match=r"there is no venue of this name|is no venue's name"):
