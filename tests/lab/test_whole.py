@@ -164,7 +164,7 @@ async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: W
     installed = await whole.systems()
     run = await whole.deploy("the fleet", whole.web1("A"))
     assert run.state == "COMPLETED", whole.logs(run.id)
-    assert re.search(r"(gate, web1|web1, gate) deployed", run.message), run.message  # in the order in which they ended
+    assert "gate, web1 deployed" in run.message
     assert "web2 unreachable" in run.message
     await whole.settled()
     systems = await whole.systems()
