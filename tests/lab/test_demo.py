@@ -13,7 +13,7 @@ pytestmark = pytest.mark.lab
 def test_the_five_pushes_end_as_told_and_nothing_is_left(tmp_path: Path) -> None:
     environment = os.environ | {"TOTO_STATE": str(tmp_path / "state"), "KEEP": ""}
     done = subprocess.run([sys.executable, "-m", "tests.lab.demo"], cwd=Path(__file__).parents[2], env=environment,
-                          timeout=560, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          timeout=1500, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "✗" not in done.stdout
