@@ -1,12 +1,14 @@
 """The rules of access: what they allow, and what is said of those that are wrong."""
 
 import base64
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.repos import git
-from toto import access, git_host
+from toto import access, cli, git_host
 from toto.access import ADMIN, AccessError
 from toto.errors import InputError
 
@@ -164,6 +166,25 @@ async def test_newest_rules_that_are_right_are_in_force(tmp_path: Path) -> None:
     assert set((await access.in_force(tmp_path)).users) == {"alice", "bob"}
 
 
+async def test_rules_that_git_was_asked_for_once_are_remembered_until_they_change(tmp_path: Path) -> None:
+    admin = await git_host.make_admin(tmp_path, "alice", key("a"))
+    assert access.remembered(tmp_path) is None
+    rules = await access.in_force(tmp_path)
+    assert access.remembered(tmp_path) == rules
+    (admin / "toto" / "rules").write_bytes((admin / "toto" / "rules").read_bytes()[:-20])
+    assert access.remembered(tmp_path) is None
+    await access.in_force(tmp_path)
+    for text in (RULES, "no toml"):
+        git("clone", "--quiet", admin, tmp_path / "work", cwd=tmp_path)
+        (tmp_path / "work" / "access.toml").write_text(text)
+        git("commit", "--quiet", "--all", "-m", "x", cwd=tmp_path / "work")
+        git("fetch", "--quiet", tmp_path / "work", "+HEAD:main", cwd=admin)
+        shutil.rmtree(tmp_path / "work")
+        assert access.remembered(tmp_path) is None
+        assert await access.in_force(tmp_path) == access.parse(RULES)
+    assert access.remembered(tmp_path) is None
+
+
 async def test_rules_are_made_once_and_with_a_real_key(tmp_path: Path) -> None:
     for user, public in (("a b", key("a")), ("alice", "AAAA"), ("alice", f"{key('a')}\n{key('b')}")):
         with pytest.raises(InputError):
@@ -181,7 +202,7 @@ async def test_new_repository_is_whole_or_not_there(tmp_path: Path) -> None:
     repo = await git_host.make(tmp_path, "infra", creator="alice")
     assert all((repo / "hooks" / hook).stat().st_mode & 0o100 for hook in ("pre-receive", "post-receive"))
     assert await git_host.deployed_branch(repo) == "live"
-    assert await access.creator(repo) == "alice"
+    assert access.creator(repo) == "alice"
     assert git_host.infra_repos(tmp_path) == [repo]
     assert (tmp_path / "server.json").stat().st_mode & 0o777 == 0o600
     await git_host.set_policy(repo, branch="main", signed=True)
@@ -192,3 +213,29 @@ async def test_new_repository_is_whole_or_not_there(tmp_path: Path) -> None:
         await git_host.make(tmp_path, "../infra")
     with pytest.raises(InputError, match="rules"):
         await git_host.make(tmp_path, ADMIN)
+
+
+def test_the_operators_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    def toto(*words: str | Path) -> tuple[object, str, str]:
+        monkeypatch.setattr("sys.argv", ["toto", "repo", *map(str, words), "--repos", str(tmp_path / "repos")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    (tmp_path / "key.pub").write_text(f"{key('a')} alice@laptop\n")
+    assert toto("admin", "alice", tmp_path / "key.pub")[0] == 0
+    status, said, _ = toto("create", "infra", "--signed", "--max-file-size", "5m", "--gpg-home", tmp_path)
+    assert status == 0 and re.search(r"max-file-size +5242880\b", said) and re.search(r"signed +True\b", said)
+    status, said, _ = toto("set", "infra", "--no-signed", "--gpg-home", "", "--branch", "live")
+    assert re.search(r"signed +False\b", said) and re.search(r"gpg-home +None\b", said)
+    assert (tmp_path / "repos" / "infra.git" / "HEAD").read_text() == "ref: refs/heads/live\n"
+    for words, complaint in ((("set", "infra", "--max-file-size", "many"), "is no size of a file"),
+                             (("set", "infra", "--branch", "a b"), "is not a branch name"),
+                             (("set", "other"), "is not a git repository"),
+                             (("create", "../x"), "does not name a repository"),
+                             (("create", ADMIN), "holds the rules of access"),
+                             (("admin", "bob", tmp_path / "none.pub"), "cannot be read"),
+                             (("admin", "bob", tmp_path / "key.pub"), "is there already")):
+        status, _, said = toto(*words)
+        assert status == 2 and complaint in said, (words, said)

@@ -1,12 +1,13 @@
 """Who may do what on the git host: the rules, `access.toml` on the branch main of the repository `toto-admin`.
 
-They are read from that repository each time, so a push to it changes them at once; its pre-receive hook
-(`toto.receive`) refuses rules that are wrong. No Prefect and no pydantic here: this runs at every login.
-The form of the file is gitolite's idea, without its language.
+They are those of that repository's newest commit, so a push to it changes them at once; its pre-receive hook
+(`toto.receive`) refuses rules that are wrong. This runs at every login, so it imports little: no Prefect, no pydantic,
+and asyncio only when git has to be asked. The form of the file is gitolite's idea, without its language.
 """
 
 import base64
 import binascii
+import contextlib
 import os
 import re
 import shlex
@@ -14,13 +15,16 @@ import tomllib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from toto import process
 from toto.errors import InputError
+
+if TYPE_CHECKING:
+    from toto.process import Completed
 
 ADMIN: Final = "toto-admin"
 FILE: Final = "access.toml"
+BRANCH: Final = "refs/heads/main"
 EVERYONE: Final = "*"
 LARGEST: Final = 1 << 20  # bytes of the file
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -98,7 +102,7 @@ def repo_name(text: str, repos: Path) -> str:
 def check_name(name: str, shown: str | None = None) -> str:
     """`name` itself when it can name a repository; `InputError` when not."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith((".", ".git", ".lock")):
-        raise InputError(f"{process.shorten(ascii(shown or name), 80)} does not name a repository",
+        raise InputError(f"{ascii(shown or name)[:80]} does not name a repository",
                          hint="a name has letters, digits, '.', '_' and '-', begins with a letter or a digit, "
                               "and has no folder: toto:infra")
     return name
@@ -112,7 +116,7 @@ def path_of(repos: Path, name: str) -> Path:
 def check_user(user: str) -> str:
     """`user` itself when it can name a user; `InputError` when not."""
     if not _USER.fullmatch(user):
-        raise InputError(f"{process.shorten(ascii(user), 60)} is not a user's name",
+        raise InputError(f"{ascii(user)[:60]} is not a user's name",
                          hint="use up to 32 letters, digits, '.', '_' and '-'")
     return user
 
@@ -194,7 +198,7 @@ class _Reading:
             try:
                 key = check_key(text)
             except ValueError as error:
-                self.problem(text, f"{user}: {process.shorten(text, 40)!r} {error}", "[users")
+                self.problem(text, f"{user}: {text[:40]!r} {error}", "[users")
                 continue
             if (other := owners.setdefault(key, user)) != user:
                 self.problem(key, f"{user}: has the same key as {other}: a key says who somebody is", f"{user} ")
@@ -229,43 +233,69 @@ class _Reading:
             self.problem(what, f"{what}: should be a table, [{what}]")
 
 
+def creator(repo: Path) -> str | None:
+    """Who made a repository by a first push, or None."""
+    file = repo / "toto" / "creator"
+    return file.read_text() if file.exists() else None
+
+
+def remembered(repos: Path) -> Rules | None:
+    """The rules of `repos`, when `in_force` has read those of the newest commit before; without asking git."""
+    admin = path_of(repos, ADMIN)
+    try:
+        commit, _, text = (admin / "toto" / "rules").read_text().partition("\n")
+        newest = (admin / BRANCH).read_text().strip()
+        return parse(text) if commit == newest else None
+    except (OSError, UnicodeDecodeError, AccessError):
+        return None
+
+
 async def in_force(repos: Path) -> Rules:
     """The rules of `repos`: the newest that are right. Raises `AccessError` where there are none."""
     admin = path_of(repos, ADMIN)
     wrong: AccessError | None = None
-    async for text in _versions(admin):
+    async for commit, text in _versions(admin):
         try:
-            return parse(text)
+            rules = parse(text)
         except AccessError as error:  # not by a push: its hook would have refused it. The last good one stands
             wrong = wrong or error
+            continue
+        if wrong is None:
+            _remember(admin, commit, text)
+        return rules
     raise wrong or AccessError([f"{admin} has no {FILE}"], hint=f"toto repo admin USER KEY.pub --repos {repos}")
 
 
-async def _versions(admin: Path) -> AsyncIterator[str]:
-    """The text of the rules, newest first."""
-    revisions = ["HEAD"]
+async def _versions(admin: Path) -> AsyncIterator[tuple[str, str]]:
+    """The commits with their texts of the rules, newest first."""
+    newest = await git(admin, "rev-parse", "--verify", "--quiet", BRANCH, check=False)
+    revisions = newest.stdout.split()
     for number in range(50):
+        if number == 1:  # only when the newest will not do
+            revisions += (await git(admin, "rev-list", "--max-count=50", BRANCH, "--", FILE)).lines
+        if number == len(revisions):
+            return
         done = await git(admin, "cat-file", "blob", f"{revisions[number]}:{FILE}", check=False)
         if done.status == 0:
-            yield done.stdout
-        if number == 0:
-            log = await git(admin, "rev-list", "--max-count=50", "HEAD", "--", FILE, check=False)
-            revisions += log.lines if done.status != 0 else log.lines[1:]
-        if number + 1 == len(revisions):
-            return
+            yield revisions[number], done.stdout
 
 
-async def creator(repo: Path) -> str | None:
-    """Who made a repository by a first push, or None."""
-    done = await git(repo, "config", "--get", "toto.creator", check=False)
-    return done.stdout.strip() or None
+def _remember(admin: Path, commit: str, text: str) -> None:
+    file = admin / "toto" / "rules"
+    with contextlib.suppress(OSError):  # then git is asked again
+        file.parent.mkdir(exist_ok=True)
+        fresh = file.with_name(f"rules.{os.getpid()}")
+        fresh.write_text(f"{commit}\n{text}")
+        fresh.replace(file)
 
 
-async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None = None) -> process.Completed:
+async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None = None) -> "Completed":
     """git on a repository of the host: no hook's GIT_DIR or quarantine reaches it.
 
     (`toto.git` has more, and takes longer to import than a login may.)
     """
+    from toto import process  # noqa: PLC0415  (with asyncio it takes longer than all else of a login)
+
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return await process.run(["git", f"--git-dir={repo}", *arguments], env=env, timeout=30, check=check,
                              stdin=None if stdin is None else stdin.encode())

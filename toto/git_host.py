@@ -101,7 +101,7 @@ async def make(repos: Path, name: str, *, creator: str | None = None) -> Path:
         branch = await deployed_branch(path) or served.branch
         await create(fresh or path, **asdict(served) | {"branch": branch})
         if fresh and creator:
-            await git(fresh, "config", "toto.creator", creator)
+            (fresh / "toto" / "creator").write_text(creator)
     return path
 
 
@@ -145,13 +145,14 @@ async def _new(path: Path) -> AsyncIterator[Path | None]:
 
 async def set_policy(repo: Path, **changes: str | int | bool | None) -> receive.Policy:
     """Change what a repository takes, by fields of `receive.Policy`; None is the default again. Returns all of it."""
+    branch = changes.get("branch", "main")
+    if not isinstance(branch, str) or not _is_branch(branch):
+        raise InputError(f"{branch!r} is not a branch name that toto takes", target=repo.name)
     for field, value in changes.items():
         text = str(value).lower() if isinstance(value, bool) else None if value is None else str(value)
-        if field == "branch" and (text is None or not _is_branch(text)):
-            raise InputError(f"{text!r} is not a branch name that toto takes", target=repo.name)
         await _configure(repo, POLICY[field], text)
     if "branch" in changes:
-        await git(repo, "symbolic-ref", "HEAD", f"refs/heads/{changes['branch']}")
+        await git(repo, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
     policy = await policy_of(repo)
     # Git itself refuses to delete what HEAD names, whatever the policy says.
     await _configure(repo, "receive.denyDeleteCurrent", "ignore" if policy.allow_force else None)

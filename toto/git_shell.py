@@ -8,7 +8,6 @@ is `toto.receive`.
 """
 
 import argparse
-import asyncio
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from toto import access
-from toto.access import Verb
+from toto.access import Rules, Verb
 from toto.errors import InputError, TotoError
 
 VERBS: Final[Mapping[str, Verb]] = {"upload-pack": "read", "receive-pack": "write"}
@@ -41,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     modes.add_parser("shell").add_argument("user")
     chosen = parser.parse_args(arguments)
     try:
+        rules = access.remembered(chosen.repos) or _asked_of_git(chosen.repos)
         if chosen.mode == "keys":
-            rules = asyncio.run(access.in_force(chosen.repos))
             print(rules.authorized_keys(invocation(chosen.repos, "shell")), end="")
             sys.exit(0)
-        program = asyncio.run(admit(chosen.repos, chosen.user, os.environ.get("SSH_ORIGINAL_COMMAND")))
+        program = admit(rules, chosen.repos, chosen.user, os.environ.get("SSH_ORIGINAL_COMMAND"))
     except TotoError as error:
         print("\n".join(f"toto: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(1)
@@ -53,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.execvpe(program[0], program, _environment(chosen.user))  # noqa: S606
 
 
-async def admit(repos: Path, user: str, command: str | None) -> list[str]:
+def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str]:
     """The argv that `user` may run instead of `command`. Makes a repository that may be made by its first push.
 
     Raises `InputError` when there is none, in words for the user; whoever may not read a repository does not
     learn whether it is there.
     """
-    rules = await access.in_force(repos)
     if user not in rules.users:
         raise InputError(f"there is no user {user} any more", hint=f"ask who may write {access.ADMIN}")
     service, argument = _asked(command, user)
@@ -68,17 +66,33 @@ async def admit(repos: Path, user: str, command: str | None) -> list[str]:
     if not repo.exists():
         if VERBS[service] == "read" or not (rules.may_create(user) and rules.may(user, "write", name, creator=user)):
             raise _unknown(name, user)
-        from toto import git_host  # noqa: PLC0415  (half of the time of a login, for what is rare)
-        await git_host.make(repos, name, creator=user)
-    else:
-        creator = await access.creator(repo)
-        if not rules.may(user, "read", name, creator):
-            raise _unknown(name, user)
-        if not rules.may(user, VERBS[service], name, creator):
-            raise InputError(f"{user} may read {name}, and not write it", hint=f"ask who may write {access.ADMIN}")
-        if VERBS[service] == "write" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
-            raise InputError(f"{name} has no hooks of toto's", hint=f"on toto: toto repo create {name}")
+        _make(repos, name, user)
+        return ["git", service, str(repo)]
+    creator = access.creator(repo)
+    if not rules.may(user, "read", name, creator):
+        raise _unknown(name, user)
+    if not rules.may(user, VERBS[service], name, creator):
+        raise InputError(f"{user} may read {name}, and not write it", hint=f"ask who may write {access.ADMIN}")
+    if VERBS[service] == "write" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
+        raise InputError(f"{name} has no hooks of toto's", hint=f"on toto: toto repo create {name}")
     return ["git", service, str(repo)]
+
+
+# What follows is rare, and what it imports takes longer than the rest of a login.
+
+
+def _asked_of_git(repos: Path) -> Rules:
+    import asyncio  # noqa: PLC0415
+
+    return asyncio.run(access.in_force(repos))
+
+
+def _make(repos: Path, name: str, creator: str) -> None:
+    import asyncio  # noqa: PLC0415
+
+    from toto import git_host  # noqa: PLC0415
+
+    asyncio.run(git_host.make(repos, name, creator=creator))
 
 
 def _asked(command: str | None, user: str) -> tuple[str, str]:

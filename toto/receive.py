@@ -32,6 +32,7 @@ MAX_FILE_SIZE: Final = 100 << 20  # bytes
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
 # What git sets for a hook so that its git finds the repository and the objects that are not in it yet.
 _QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES")
+_at_once: Final = asyncio.Semaphore(8)  # gits; a push may bring a thousand branches
 _TOLD: Final = 5  # commits or files of one kind; the rest is counted
 _SIGNATURE: Final[Mapping[str, str]] = {  # git's %G?
     "N": "is not signed",
@@ -60,7 +61,6 @@ class Policy:
     allowed_signers: str | None = None
     gpg_home: str | None = None
     rules: bool = False
-    creator: str | None = None
 
     @classmethod
     def of(cls, config: str) -> Self:
@@ -71,7 +71,7 @@ class Policy:
             found[key.removeprefix("toto.")] = value if "\n" in entry else "true"
         return cls(branch=found.get("branch"), signed=_is_true(found.get("signed")),
                    allow_force=_is_true(found.get("allowforce")), rules=_is_true(found.get("rules")),
-                   max_file_size=size(found.get("maxfilesize", str(MAX_FILE_SIZE))), creator=found.get("creator"),
+                   max_file_size=size(found.get("maxfilesize", str(MAX_FILE_SIZE))),
                    allowed_signers=found.get("allowedsigners"), gpg_home=found.get("gpghome"))
 
 
@@ -124,7 +124,7 @@ def main() -> NoReturn:
                for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))]
     try:
         refusals = asyncio.run(judge(Path.cwd(), updates, options))
-    except (TotoError, ValueError) as error:
+    except (TotoError, ValueError, OSError) as error:
         refusals = [str(error)]
     for line in "\n".join(refusals).splitlines():
         print(f"toto: {line}")
@@ -230,7 +230,7 @@ async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
         if signers is None:
             signers = f"{folder}/allowed_signers"
             rules = await access.in_force(repo.parent)
-            Path(signers).write_text(rules.allowed_signers(repo.name.removesuffix(".git"), policy.creator))
+            Path(signers).write_text(rules.allowed_signers(repo.name.removesuffix(".git"), access.creator(repo)))
         elif not os.access(signers, os.R_OK):
             return [f"the signatures cannot be verified: {signers} cannot be read on toto"]
         done = await _git("-c", f"gpg.ssh.allowedSignersFile={signers}", "log", "--no-show-signature",
@@ -292,8 +292,9 @@ async def _git(*arguments: str, check: bool = True, extra: Mapping[str, str] | N
                on_line: LineSink | None = None) -> Completed:
     """git in the hook's own repository, which sees the quarantined objects."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _QUARANTINE}
-    return await process.run(["git", *arguments], env=env | dict(extra or {}), timeout=timeout, check=check,
-                             on_line=on_line)
+    async with _at_once:
+        return await process.run(["git", *arguments], env=env | dict(extra or {}), timeout=timeout, check=check,
+                                 on_line=on_line)
 
 
 if __name__ == "__main__":
