@@ -28,6 +28,7 @@ OPTIONS: Final[Mapping[str, str]] = {
 }
 MANIFEST: Final = "machines.yaml"
 SETTINGS: Final = "toto.toml"
+LINK: Final = "120000"  # git's mode of one
 MAX_FILE_SIZE: Final = 100 << 20  # bytes
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
 # What git sets for a hook so that its git finds the repository and the objects that are not in it yet.
@@ -188,24 +189,24 @@ async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
 async def _wrong_files(update: Update) -> list[str]:
     """The mistakes in the manifest and the settings, where the push changes them."""
     changed = await _changed(update, MANIFEST, SETTINGS)
-    if not changed:
-        return []
-    gone = [f"{name}: is gone; without it nothing can be deployed" for name in changed
-            if name == MANIFEST and not changed[name]]
-    there = [name for name, mode in changed.items() if mode and mode != "120000"]  # what a link leads to, the run sees
+    wrong = [f"{MANIFEST}: is gone; without it nothing can be deployed"] if changed.get(MANIFEST) == "" else []
+    there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # what a link leads to, the run sees
     if not there:
-        return gone
+        return wrong
     from toto import manifest, settings  # noqa: PLC0415  (pydantic and YAML: most of the time of such a push)
+
     with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
         await _git("-c", "core.hooksPath=/dev/null", "restore", f"--source={update.new}", "--worktree", "--", *there,
                    extra={"GIT_WORK_TREE": folder, "GIT_INDEX_FILE": f"{folder}/.index"})
-        for name, load in ((MANIFEST, manifest.load), (SETTINGS, lambda path: settings.load(path.parent))):
+        for name in there:
             try:
-                if name in there:
-                    load(Path(folder, name))
+                if name == MANIFEST:
+                    manifest.load(Path(folder, name))
+                else:
+                    settings.load(Path(folder))
             except TotoError as error:
-                gone.append(str(error))
-    return gone
+                wrong.append(str(error))
+    return wrong
 
 
 async def _wrong_rules(update: Update) -> list[str]:
@@ -276,7 +277,7 @@ async def _changed(update: Update, *names: str) -> dict[str, str]:
     done = await _git("diff-tree", "-r", "-z", "--raw", "--no-renames", update.base, update.new, "--", *names)
     fields = done.stdout.split("\0")
     return {path: "" if about.endswith("D") else about.split(" ")[1]
-            for about, path in zip(fields[::2], fields[1::2], strict=False)}
+            for about, path in zip(fields[::2], fields[1::2], strict=False) if path in names}
 
 
 async def _is_there(ref: str) -> bool:
