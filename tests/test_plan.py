@@ -96,7 +96,7 @@ async def test_where_the_tree_lies_does_not_reach_the_drv_from_commit_to_commit(
 
 @pytest.mark.parametrize(("text", "says"), [
     ("{ networking.hostName = ; }\n", r"hosts/bad\.nix:1"),
-    ("\n\n{ nope }\n", r"hosts/bad\.nix:3"),
+    ("\n\n{ nope }\n", r"hosts/bad\.nix:[34]"),  # newer nix names the end of the file
     ("{ }: { }\n", "bad"),
     ('{ pkgs, ... }: { environment.systemPackages = [ pkgs.nopenope ]; }\n', "nopenope"),
     ("{ networking.nope.nope = throw \"on purpose\"; environment.etc.x.text = throw \"on purpose\"; }\n", "on purpose"),

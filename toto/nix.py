@@ -23,6 +23,7 @@ EXPRESSIONS: Final = Path(__file__).parent.parent / "nix"
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
+_LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may see two nixpkgs"
 # A flake is evaluated from its copy in the store, and errors name that.
 _IN_STORE: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source/([^\s:'`\"]+)")
 _TRANSIENT: Final = re.compile(
@@ -78,6 +79,9 @@ async def flake_hosts(tree: Path, *, timeout: float) -> list[Host] | None:
                   "if flake ? nixosConfigurations then builtins.attrNames flake.nixosConfigurations else null")
     done = await _instantiate(Host("flake.nix", "flake.nix"), tree, [
         "--eval", "--strict", "--json", "--expr", expression, "--argstr", "tree", str(tree)], timeout)
+    if "not writing modified lock file" in done.stderr:  # what older nix refuses, newer nix only warns of
+        raise EvaluationFailed(f"its flake.lock does not lock all of its inputs:\n{process.tail(done.stderr)}",
+                               target="flake.nix", hint=_LOCK)
     names = json.loads(done.stdout)
     return None if names is None else [Host(check_name(name, "flake.nix")) for name in sorted(names)]
 
@@ -119,7 +123,7 @@ def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> Evalu
     where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin
     hint = f"mend {where} and push again"
     if "requires lock file changes" in text:
-        hint = "run `nix flake lock` and commit flake.lock: without it two runs may see two nixpkgs"
+        hint = _LOCK
     elif "Nix search path" in text or "evaluate.nix:" in text:
         hint = "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
     lines = text[max(0, text.find("error:")) :].splitlines()
