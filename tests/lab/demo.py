@@ -56,13 +56,16 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     say(f"   {whole.url}/runs/flow-run/{run}")
     told: set[str] = set()
     ending = asyncio.create_task(whole.ended(run, 400))
-    while not ending.done():
-        await asyncio.wait([ending], timeout=1)
-        for name in await asyncio.to_thread(whole.subflows, run):
-            if name not in told:
-                told.add(name)
-                say(f"   {time.monotonic() - began:5.0f} s  {name}")
-    ended = await ending
+    try:
+        while not ending.done():
+            await asyncio.wait([ending], timeout=1)
+            for name in await asyncio.to_thread(whole.subflows, run):
+                if name not in told:
+                    told.add(name)
+                    say(f"   {time.monotonic() - began:5.0f} s  {name}")
+        ended = await ending
+    finally:
+        ending.cancel()  # a demo that is ended asks a server that is going away no more
     systems = await whole.systems()
     rows = [{"host": name, "runs": Path(path).name[:60],
              "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed"}
