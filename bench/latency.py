@@ -37,7 +37,8 @@ async def measure(folder: Path) -> Latency:
     async with server.running_server(env, folder / "server.log"):
         api = Api.of(env)
         ids = await server.deploy(env, root=folder)
-        async with server.running_worker(env, folder / "worker.log"):
+        async with (server.running_fork_server(env, folder / "runs.log", root=folder),
+                    server.running_worker(env, folder / "worker.log")):
             hooked = await git_host.create(folder / "infra.git", api_url=api.url, ui_url="http://ui",
                                            deployment_id=ids["reconcile/toto"])
             bare = folder / "bare.git"

@@ -17,10 +17,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal, TypeAlias, get_args
 
 from toto import git_host, process, prune
 from toto.errors import TotoError
@@ -36,6 +36,8 @@ PORT: Final = 4200
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
 ROOT: Final = Path(__file__).resolve().parent.parent
+Part: TypeAlias = Literal["all", "server", "worker"]
+PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
 LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
 AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
 
@@ -130,6 +132,19 @@ async def running_worker(env: Mapping[str, str], log_file: Path, *, pool: str = 
         yield running
 
 
+@contextlib.asynccontextmanager
+async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
+                              ) -> AsyncIterator[process.Running]:
+    """What makes flow runs begin at once (`toto.fork_server`), for the flows in `root`, to the end of the block.
+
+    It is not waited for, and nothing depends on it: without it runs begin slowly.
+    """
+    flows = [f"flows.{each.stem}" for each in sorted((root / "flows").glob("[a-z]*.py"))]
+    argv = [sys.executable, "-m", "toto.fork_server", "serve", *flows]
+    async with _logged(argv, env, log_file, grace=5, cwd=root) as running:
+        yield running
+
+
 async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
                  limits: Mapping[str, int] | None = None) -> dict[str, str]:
     """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
@@ -203,8 +218,8 @@ async def _ensure_pool(api: Api, pool: str) -> None:
     text = {"type": "string"}
     words = {"type": "object", "additionalProperties": text}
     variables = {
-        # Named outright, or the worker spends seconds on finding out how to start Python.
-        "command": {**text, "title": "Command", "default": f"{shlex.quote(sys.executable)} -m prefect.engine"},
+        "command": {**text, "title": "Command", "default": shlex.join(
+            [sys.executable, "-I", "-S", str(ROOT / "toto" / "fork_server.py"), "run"])},
         "env": {**words, "title": "Environment", "default": {}},
         "labels": {**words, "title": "Labels", "default": {}},
         "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
@@ -244,11 +259,12 @@ async def _ensure_automation(api: Api) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _logged(argv: Sequence[str], env: Mapping[str, str], log_file: Path,
-                  grace: float) -> AsyncIterator[process.Running]:
+async def _logged(argv: Sequence[str], env: Mapping[str, str], log_file: Path, grace: float,
+                  cwd: Path | None = None) -> AsyncIterator[process.Running]:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as sink:
-        async with process.start(argv, env=env, stdout=sink.fileno(), stderr=sink.fileno(), grace=grace) as running:
+        async with process.start(argv, env=env, cwd=cwd, stdout=sink.fileno(), stderr=sink.fileno(),
+                                 grace=grace) as running:
             yield running
 
 
@@ -267,48 +283,77 @@ def _refuse_taken_port(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(home: Path) -> Any:
-    with (home / "lock").open("w") as lock:
+def _only_one(home: Path, part: str) -> Iterator[None]:
+    with (home / f"{part}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ServerError(f"a toto server already runs in {home}",
+            raise ServerError(f"a toto {part} already runs in {home}",
                               hint="stop it, or choose another --home") from None
         yield
 
 
-async def serve(home: Path, port: int, *, stop: asyncio.Event, repos: Path | None = None, branch: str = "main",
-                host: str = "127.0.0.1", database_url: str | None = None, auth: str | None = None,
-                ui_url: str | None = None, root: Path = ROOT, ready: asyncio.Event | None = None) -> None:
-    """Server, deployments and worker until `stop` is set. Starts what pushes leave in the spools of `repos`/*.git."""
+async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all", repos: Path | None = None,
+                branch: str = "main", host: str = "127.0.0.1", database_url: str | None = None,
+                auth: str | None = None, ui_url: str | None = None, root: Path = ROOT,
+                ready: asyncio.Event | None = None) -> None:
+    """Server, deployments and worker until `stop` is set; or the server with the deployments, or the worker alone.
+
+    The server starts what pushes leave in the spools of `repos`/*.git. The worker settles what an earlier one left.
+    """
     env = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
-    logs = home / "logs"
-    with _only_one(home):
+    watched: dict[Path, process.Running] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        for each in ("server", "worker") if part == "all" else (part,):
+            stack.enter_context(_only_one(home, each))
+        stack.callback(process.sweep)
         if killed := process.sweep():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
+        if part != "worker":
+            serving = _serving(env, home / "logs" / "server.log", repos or home / "repos", branch, root)
+            watched |= await stack.enter_async_context(serving)
+        if part != "server":
+            watched |= await stack.enter_async_context(_working(env, home / "logs" / "worker.log", root))
+        print("toto: ready" if part == "worker" else f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
+        if ready is not None:
+            ready.set()
         try:
-            async with running_server(env, logs / "server.log") as api_server:
-                api = Api.of(env)
-                if settled := await settle_orphans(api):
-                    log.warning("settled %d runs that an earlier worker had left behind", len(settled))
-                ids = await deploy(env, root=root)
-                async with running_worker(env, logs / "worker.log") as worker:
-                    await register_blocks(env)
-                    served = git_host.Served(
-                        api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
-                        deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
-                    await _adopt_all(repos or home / "repos", served, ids, api)
-                    print(f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
-                    if ready is not None:
-                        ready.set()
-                    draining = asyncio.create_task(_drain(repos or home / "repos"))
-                    try:
-                        await _until(stop, {logs / "server.log": api_server, logs / "worker.log": worker})
-                    finally:
-                        draining.cancel()
-                    print("toto: stopping", flush=True)
+            await _until(stop, watched)
         finally:
-            process.sweep()
+            print("toto: stopping", flush=True)
+
+
+@contextlib.asynccontextmanager
+async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: str,
+                   root: Path) -> AsyncIterator[dict[Path, process.Running]]:
+    """Server, deployments, hooks, and whoever starts what hooks could not."""
+    async with running_server(env, log_file) as server:
+        api = Api.of(env)
+        ids = await deploy(env, root=root)
+        await register_blocks(env)
+        served = git_host.Served(
+            api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
+            deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
+        await _adopt_all(repos, served, ids, api)
+        draining = asyncio.create_task(_drain(repos))
+        try:
+            yield {log_file: server}
+        finally:
+            draining.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _working(env: Mapping[str, str], log_file: Path, root: Path) -> AsyncIterator[dict[Path, process.Running]]:
+    """The worker, and what makes its runs begin at once."""
+    api = Api.of(env)
+    if not await api.wait(PATIENCE):
+        raise ServerError(f"Prefect's server does not answer at {api.url}", hint="start `toto serve --part server`")
+    await _ensure_pool(api, POOL)
+    if settled := await settle_orphans(api):
+        log.warning("settled %d runs that an earlier worker had left behind", len(settled))
+    async with (running_fork_server(env, log_file.with_name("runs.log"), root=root),
+                running_worker(env, log_file) as worker):
+        yield {log_file: worker}
 
 
 async def _adopt_all(repos: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:
@@ -373,6 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
     parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help="where prefect.yaml is (%(default)s)")
+    parser.add_argument("--part", choices=get_args(Part), default="all",
+                        help="server (with the deployments) and worker as units of their own (%(default)s)")
     # Secrets come by the environment: arguments are visible to every user of the machine.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
@@ -383,9 +430,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop, ready = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        work = asyncio.create_task(serve(chosen.home, chosen.port, stop=stop, repos=chosen.repos, root=chosen.root,
-                                         branch=chosen.branch, host=chosen.host, database_url=database_url, auth=auth,
-                                         ui_url=chosen.ui_url, ready=ready))
+        work = asyncio.create_task(serve(
+            chosen.home, chosen.port, stop=stop, part=chosen.part, repos=chosen.repos, root=chosen.root,
+            branch=chosen.branch, host=chosen.host, database_url=database_url, auth=auth, ui_url=chosen.ui_url,
+            ready=ready))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

@@ -21,7 +21,9 @@ from tests.lab import setup
 from tests.lab.fleet import command_of
 from tests.lab.test_whole import GOOD, SETTINGS, Whole
 
-PARTS = {"worker": b"\0worker\0start", "server": b"uvicorn", "run": b"prefect.engine"}
+PARTS = {"worker": b"\0worker\0start", "server": b"uvicorn", "run": b"fork_server.py\0run",
+         "forks": b"toto.fork_server"}
+MORTAL = {"worker", "server"}  # toto ends when one of them has died; whoever keeps it starts it again
 LONGEST = 25.0  # seconds after a push at which there may still be something to interrupt
 
 
@@ -78,7 +80,7 @@ async def _round(whole: Whole, part: str, after: float) -> str:
             if PARTS[part] in command_of(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        if part != "run":  # toto ends when a part of it has died; whoever keeps it starts it again
+        if part in MORTAL:
             await asyncio.to_thread(whole.buried)
     if whole.server is None:
         await whole.start_server()
