@@ -1,30 +1,36 @@
-"""`python -m tests`: all tests, those of the lab (virtual machines, most of the time) beside all the others.
+"""`python -m tests`: all tests, in two processes side by side; each has virtual machines of its own.
 
-What pytest says of the others comes in one piece at the end. The exit status is 0 when both have passed.
+What pytest says of the second, which ends earlier, comes in one piece at the end. The exit status is 0 when both have
+passed.
 """
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LONGEST = HERE / "lab" / "test_whole.py"
 
 
 def main() -> int:
     """Run both; the exit status."""
     pytest = [sys.executable, "-m", "pytest"]
-    lab = subprocess.Popen([*pytest, HERE / "lab"])
-    try:
-        others = subprocess.run([*pytest, HERE, f"--ignore={HERE / 'lab'}", "-p", "no:cacheprovider"],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    except BaseException:
-        lab.terminate()
-        lab.wait()
-        raise
-    status = lab.wait()
-    print("\nThe tests that ran beside those of the lab:\n", flush=True)
-    sys.stdout.buffer.write(others.stdout)
-    return status or others.returncode
+    first = [*sorted(HERE.glob("test_*.py")), LONGEST]
+    second = sorted(set((HERE / "lab").glob("test_*.py")) - {LONGEST})
+    with tempfile.TemporaryFile() as said:
+        beside = subprocess.Popen([*pytest, *second, "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT)
+        try:
+            status = subprocess.run([*pytest, *first], check=False).returncode
+            status = beside.wait() or status
+        finally:
+            beside.terminate()
+            beside.wait()
+        print("\nThe tests that ran beside those:\n", flush=True)
+        said.seek(0)
+        shutil.copyfileobj(said, sys.stdout.buffer)
+    return status
 
 
 if __name__ == "__main__":

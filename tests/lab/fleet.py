@@ -29,6 +29,7 @@ from toto.ledger import Entry, Ledger, Target
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+NET: Final = "127.0.1."  # what the example says; a fleet that stands beside another has a net of its own
 ADDRESSES: Final = {"gate": "127.0.1.11", "web1": "127.0.1.12", "web2": "127.0.1.13"}
 PORTS: Final = {"gate": (8081,), "web1": (8080,), "web2": (8080,)}
 
@@ -47,8 +48,9 @@ class Run:
 class Fleet:
     """See `fleet`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, net: int = 1) -> None:
         self.directory = directory
+        self.addresses = {name: address.replace(NET, f"127.0.{net}.") for name, address in ADDRESSES.items()}
         self.state, self.home = directory / "state", directory / "server"
         self.repo, self.work = directory / "repos" / "infra.git", directory / "work"
         self.key = self.state / "keys" / "machines"
@@ -70,6 +72,9 @@ class Fleet:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "toto", "-f", self.key], check=True)
         await git_host.create(self.repo, api_url=f"{self.url}/api", ui_url=self.url)
         shutil.copytree(example, self.work)
+        manifest = self.work / "machines.yaml"
+        for name, address in ADDRESSES.items():
+            manifest.write_text(manifest.read_text().replace(address, self.addresses[name]))
         self.git("init", "--quiet", "--initial-branch=main")
         self.git("remote", "add", "toto", str(self.repo))
         shutil.copy(self.key.with_suffix(".pub"), self.work / "keys" / "toto.pub")
@@ -128,7 +133,7 @@ class Fleet:
     async def start_machines(self, names: Iterable[str] = ADDRESSES) -> None:
         """Freshly installed machines that let toto in, and run nothing yet."""
         for name in names:
-            machine = Machine(name, self.directory / "machines" / name, self.key, address=ADDRESSES[name],
+            machine = Machine(name, self.directory / "machines" / name, self.key, address=self.addresses[name],
                               ports=PORTS[name])
             self.machines[name] = machine
         await asyncio.gather(*(self.machines[name].start() for name in names))

@@ -7,6 +7,7 @@ mind without changing the host: the rehearsals of the two variants, A and B, are
 
 import asyncio
 import re
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -74,9 +75,26 @@ class Control:
 class Whole(Fleet):
     """A fleet whose web1 has two variants and a script that a test controls."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, net: int = 2) -> None:
+        super().__init__(directory, net)
         self.control = Control(directory / "control")
+
+    def alone(self) -> None:
+        """Of the example leave web1, without its tests."""
+        for name in ("gate", "web2"):
+            (self.work / "hosts" / f"{name}.nix").unlink()
+        manifest = (self.work / "machines.yaml").read_text()
+        web1 = manifest.split("- name: web1")[1].split("  # web2")[0]
+        (self.work / "machines.yaml").write_text(f"machines:\n  - name: web1{web1}")
+        shutil.rmtree(self.work / "tests")
+        (self.work / "toto.toml").write_text(SETTINGS)
+
+    def test(self, phase: str, script: str) -> None:
+        """Give web1 this test in a phase."""
+        file = self.work / "tests" / "web1" / phase / "50-control"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(script)
+        file.chmod(0o755)
 
     def web1(self, variant: str, more: str = "") -> dict[str, str | None]:
         """The host web1 in variant A or B; `more` is further configuration."""
@@ -146,8 +164,7 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
             if path.is_file():
                 path.unlink()
         for phase in ("no-internet", "with-internet", "smoke", "post-switch"):
-            (fleet.work / "tests/web1" / phase / "50-control").write_text(fleet.control.script())
-            (fleet.work / "tests/web1" / phase / "50-control").chmod(0o755)
+            fleet.test(phase, fleet.control.script())
         (fleet.work / "toto.toml").write_text(SETTINGS)
         await asyncio.gather(fleet.start_server(), fleet.start_machines(["gate", "web1"]))
         yield fleet

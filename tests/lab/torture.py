@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.lab import setup
 from tests.lab.fleet import command_of
-from tests.lab.test_whole import GOOD, SETTINGS, Whole
+from tests.lab.test_whole import GOOD, Whole
 
 PARTS = {"worker": b"\0worker\0start", "server": b"uvicorn", "run": b"fork_server.py\0run",
          "forks": b"toto.fork_server"}
@@ -33,7 +33,7 @@ async def main(rounds: int, seed: int) -> int:
     print(f"torture: {rounds} rounds, seed {seed}", flush=True)
     await asyncio.to_thread(setup.setup)
     with tempfile.TemporaryDirectory(prefix="toto-torture-") as directory:
-        whole = Whole(Path(directory))
+        whole = Whole(Path(directory), net=4)
         try:
             await _prepare(whole)
             for number in range(1, rounds + 1):
@@ -49,20 +49,9 @@ async def main(rounds: int, seed: int) -> int:
 
 async def _prepare(whole: Whole) -> None:
     await whole.prepare()
-    for path in (whole.work / "tests").rglob("*"):
-        if path.is_file():
-            path.unlink()
-    for name in ("gate", "web2"):
-        (whole.work / "hosts" / f"{name}.nix").unlink()
-    manifest = (whole.work / "machines.yaml").read_text()
-    web1 = manifest.split("- name: web1")[1].split("  # web2")[0]
-    (whole.work / "machines.yaml").write_text(f"machines:\n  - name: web1{web1}")
+    whole.alone()
     for phase in ("smoke", "post-switch"):
-        script = whole.work / "tests" / "web1" / phase / "50-slowly"
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(f"#!/bin/sh\nsleep 3\n{GOOD}")
-        script.chmod(0o755)
-    (whole.work / "toto.toml").write_text(SETTINGS)
+        whole.test(phase, f"#!/bin/sh\nsleep 3\n{GOOD}")
     await asyncio.gather(whole.start_server(), whole.start_machines(["web1"]))
     for variant in "AB":  # so that their rehearsals are known: most of a round is then the roll-out
         run = await whole.deploy(variant, whole.web1(variant))

@@ -1,0 +1,141 @@
+"""Toto as its users meet it: two of them push over ssh to one fleet, with options, and many times in a minute.
+
+One machine, web1; a real sshd with the forced command in front of the repository that the real flows deploy.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import free_port
+from tests.lab import setup
+from tests.lab.test_whole import BAD, GOOD, Whole
+from tests.repos import git
+from tests.test_git_ssh import Clone, Host, set_rules
+from tests.test_ssh import keygen
+from toto import access, git_host, process
+
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+
+PUSHES = 20
+SECONDS = 60
+
+
+@dataclass
+class Pushers:
+    """The fleet, and two users with a clone each, over ssh."""
+
+    whole: Whole
+    alice: Clone
+    bob: Clone
+
+    def change(self, clone: Clone, variant: str) -> str:
+        """A commit that makes web1 another variant; its hash."""
+        for name, text in self.whole.web1(variant).items():
+            (clone.folder / name).write_text(text or "")
+        return clone.commit()
+
+    def ledger(self) -> str | None:
+        """What the ledger says of web1, whatever it is."""
+        return git("rev-parse", "--verify", "--quiet", "refs/toto/ledger", cwd=self.whole.repo) or None
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pushers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pushers]:
+    await asyncio.to_thread(setup.setup)
+    whole = Whole(tmp_path_factory.mktemp("pushers"), net=3)
+    host = Host(whole.directory, free_port())
+    try:
+        await whole.prepare()
+        whole.alone()
+        for phase in ("no-internet", "smoke"):
+            whole.test(phase, whole.control.script())
+        whole.commit("the fleet", whole.web1("A"))
+        for name in ("host", "alice", "bob"):
+            await keygen(host.folder / name)
+        await git_host.make_admin(host.repos, "alice", (host.folder / "alice.pub").read_text())
+        bob = (host.folder / "bob.pub").read_text().strip()
+        set_rules(host, host.clone("alice", access.ADMIN), lambda text: text.replace(
+            "[users]", f'[users]\nbob = ["{bob}"]') + '[repos.infra]\nwrite = ["alice", "bob"]\n', push=False)
+        async with process.start([*await host.sshd(), "-E", host.folder / "journal"]):
+            await asyncio.gather(whole.start_server(), whole.start_machines(["web1"]))
+            clones = [host.clone(name) for name in ("alice", "bob")]
+            for clone in clones:
+                clone.git("fetch", "--quiet", str(whole.work), "main")
+                clone.git("reset", "--quiet", "--hard", "FETCH_HEAD")
+            yield Pushers(whole, *clones)
+    finally:
+        await asyncio.shield(whole.stop())
+
+
+async def test_a_branch_is_rehearsed_and_planned_and_touches_nothing(pushers: Pushers) -> None:
+    before = await pushers.whole.systems()
+    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
+    assert "nothing is rolled out" in told
+    assert re.search(r"web1: rehearse: done", told), told
+    assert "toto: done: " in told, told
+    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/look", "plan")
+    assert re.search(r"(?m)^host +web1 +deploy", told) or re.search(r"web1.*deploy", told), told
+    assert "web1: rehearse" not in told
+    assert pushers.ledger() is None
+    assert await pushers.whole.systems() == before
+
+
+async def test_whoever_waits_sees_what_was_rehearsed_on_a_branch_reach_the_machine(pushers: Pushers) -> None:
+    before = await pushers.whole.systems()
+    assert "nothing is started (-o skip)" in pushers.alice.push("main", "skip")
+    pushers.alice.git("commit", "--quiet", "--amend", "--no-edit", "--reset-author")
+    pushers.alice.git("commit", "--quiet", "--allow-empty", "-m", "once more")
+    told = await asyncio.to_thread(pushers.alice.push, "+main", "wait", "only=web1")
+    assert "web1: roll out: done" in told, told
+    assert "toto: done: " in told and "web1 deployed" in told
+    assert (await pushers.whole.systems()) != before
+    assert not pushers.whole.sandboxes()
+    await pushers.whole.settled()
+
+
+async def test_whoever_waits_sees_why_the_machine_was_put_back(pushers: Pushers) -> None:
+    before = await pushers.whole.systems()
+    pushers.whole.control["smoke"] = BAD
+    pushers.change(pushers.alice, "B")
+    told = await asyncio.to_thread(pushers.alice.push, "main", "wait")
+    pushers.whole.control.all_good()
+    assert "toto: failed: web1: roll-out failed" in told and "web1 put back" in told, told
+    assert "not ok" in told, "the failing test's own line"
+    assert await pushers.whole.systems() == before
+    await pushers.whole.settled()
+
+
+async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_a_time(pushers: Pushers) -> None:
+    """Twenty in a minute; a smoke test looks whether it is alone."""
+    whole, place = pushers.whole, pushers.whole.control.directory
+    whole.control["smoke"] = f"mkdir {place}/alone || echo two >> {place}/overlap; sleep 1; rmdir {place}/alone\n{GOOD}"
+    pushers.bob.git("fetch", "--quiet", "toto", "main")
+    pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
+    began, told = time.monotonic(), []
+    for number in range(PUSHES):
+        clone, other = (pushers.alice, pushers.bob)[:: 1 if number % 2 else -1]
+        pushers.change(clone, "AB"[number // 2 % 2] if number < PUSHES - 1 else "C")
+        pushing = asyncio.to_thread(clone.push)
+        told.append(await pushing)
+        other.git("fetch", "--quiet", "toto", "main")
+        other.git("reset", "--quiet", "--hard", "FETCH_HEAD")
+        await asyncio.sleep(max(0, began + (number + 1) * SECONDS / PUSHES - time.monotonic() - 1))
+    assert time.monotonic() - began < 1.5 * SECONDS
+    runs = [run for each in told for run in re.findall(r"/runs/flow-run/(\S+)", each)]
+    ends = [await whole.ended(run) for run in runs]
+    assert {end.state for end in ends} <= {"COMPLETED", "CANCELLED"}, [end.message for end in ends]
+    assert ends[-1].state == "COMPLETED", ends[-1].message
+    assert all("superseded" in end.message for end in ends if end.state == "CANCELLED")
+    good = whole.entry("web1").good
+    assert good is not None and good.commit == git("rev-parse", "main", cwd=whole.repo)
+    assert (await whole.machines["web1"].ssh("cat", "/etc/variant")).out.strip() == "C"
+    assert not (place / "overlap").exists(), "two runs were on the machine at once"
+    await whole.settled()
+    pushed = {run: whole.api("GET", f"/flow_runs/{run}")["tags"] for run in runs}
+    assert {tag for tags in pushed.values() for tag in tags} >= {"user:alice", "user:bob"}
