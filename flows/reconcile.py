@@ -19,6 +19,7 @@ from tasks.again import try_again_later
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
 from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
+from tasks.settle import bury
 from tasks.tell import tell
 from toto import git
 from toto import plan as plans
@@ -62,10 +63,16 @@ def _name() -> str:
 
 
 async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
-    """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once."""
-    repo = flow_run.parameters["repo"]
-    if Ledger(Path(repo)).read().open_intents:
-        await arun_deployment("settle/toto", parameters={"repo": repo}, timeout=0, as_subflow=False)
+    """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once.
+
+    That a run has crashed nobody else would tell.
+    """
+    repo, died = flow_run.parameters["repo"], state.is_crashed()
+    if died:
+        await bury(flow_run.id)
+    if died or Ledger(Path(repo)).read().open_intents:
+        await arun_deployment("settle/toto", timeout=0, as_subflow=False,
+                              parameters={"repo": repo} | ({"died": str(flow_run.id)} if died else {}))
 
 
 @flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],

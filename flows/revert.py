@@ -1,6 +1,7 @@
 """Revert: put back what a run touched, in reverse order, each on its own. And settle what a dead run left open."""
 
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow, runtime
 from prefect.logging import get_run_logger
@@ -10,7 +11,7 @@ from tasks import helm as releases
 from tasks import roll_out as hosts
 from tasks import terraform as roots
 from tasks.limits import one_roll_out
-from tasks.settle import dead_intents, healing_for, manifest_of, take_over
+from tasks.settle import dead_intents, healing_for, manifest_of, take_over, tell_of
 from toto import plan
 from toto.errors import TotoError
 from toto.ledger import Target
@@ -54,15 +55,19 @@ async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest
 
 
 @flow(flow_run_name="settle what a dead run left open", persist_result=False)
-async def settle(repo: Path) -> list[Returned]:
+async def settle(repo: Path, died: UUID | None = None) -> list[Returned]:
     """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
 
     Args:
         repo: the bare infra repo on toto.
+        died: the run that has died: whoever would have heard of its end is told.
     """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
     async with cancelled_by_sigterm(), plan.claimed(repo, run), one_roll_out(repo, run):
-        return await settle_left_open(repo, run)
+        results = await settle_left_open(repo, run)
+    if died is not None:
+        await tell_of(died, repo, results)
+    return results
 
 
 async def settle_left_open(repo: Path, run: str) -> list[Returned]:

@@ -8,12 +8,16 @@ from uuid import UUID
 
 from prefect import get_client, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
 
+from tasks.tell import tell
 from toto import git, ledger, plan
 from toto.ledger import KINDS, Intent, Ledger, Target
 from toto.manifest import Manifest
 from toto.settings import RollOut, Settings
+from toto.story import Returned, RunDied
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
@@ -54,3 +58,26 @@ async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
     with tempfile.TemporaryDirectory() as directory:
         await git.checkout(repo, commit, Path(directory, "tree"))
         return plan.read_tree(Path(directory, "tree"))
+
+
+async def bury(run: UUID) -> None:
+    """A run that has died takes its subflows with it: left alone they stay Running until a heartbeat is missed."""
+    async with get_client() as client:
+        parents = [run]
+        while parents:
+            of = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
+            children = await client.read_flow_runs(flow_run_filter=of)
+            for child in children:
+                if child.state is None or not child.state.is_final():
+                    await client.set_flow_run_state(child.id, Crashed(message="its parent run has died"), force=True)
+            parents = [child.id for child in children]
+
+
+async def tell_of(died: UUID, repo: Path, put_back: list[Returned]) -> None:
+    """Tell that a run has died, to those who would have heard of its end."""
+    async with get_client() as client:
+        run = await client.read_flow_run(died)
+    asked = run.parameters
+    await tell(repo, git.resolve(repo, asked.get("commit") or "HEAD"), RunDied(run.name, put_back),
+               origin=asked.get("origin", "ui"), named=asked.get("venues") or (), run=str(died),
+               listening=not (asked.get("plan_only") or asked.get("rehearse_only")))

@@ -27,18 +27,20 @@ from toto.venues import Audience, Origin, venues_for
 
 @task(name="tell", task_run_name="tell", cache_policy=NO_CACHE)
 async def tell(repo: Path, commit: str, end: Story | Exception, origin: Origin, named: Sequence[str] = (),
-               of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile") -> None:
+               of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile",
+               run: str | None = None) -> None:
     """Tell the end of a run: its story, or the error by which it broke off before it had one.
 
     `named` are venues that the run's starter asked for. `of` are the settings and the manifest; left out where the
     run did not get as far as reading them: then the commit's own are tried, and those of the last good. With
     `listening` false only those hear who asked: for the rehearsal of a branch that is not deployed. `check` is what
-    kind of run it was: what one kind finds good again is not what another found wrong.
+    kind of run it was: what one kind finds good again is not what another found wrong. `run` is whose end it is, where
+    that is not the run that tells.
     """
     try:
         settings, manifest = of or await _readable(repo, commit)
         about = await git.describe(repo, commit)
-        link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{runtime.flow_run.id}"
+        link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{run or runtime.flow_run.id}"
         message = (Message.of(end, about, link) if isinstance(end, Story)
                    else Message.broken_off(repo.name.removesuffix(".git"), end, about, link))
         audience = venues_for(

@@ -87,7 +87,7 @@ class Pusher:
         env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         env |= {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         done = subprocess.run(["git", *words], cwd=cwd or self.folder, env=env, capture_output=True, text=True,
-                              check=False, timeout=60)
+                              check=False, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip() if words[0] != "push" else re.sub(r"(?m)^remote: |\s+$", "", done.stderr)
 

@@ -8,7 +8,7 @@ from tests.test_story import after, story
 from toto.errors import TotoError
 from toto.git import Commit
 from toto.message import MARKDOWN, SLACK, Message, Problem, clean
-from toto.story import Returned, Story
+from toto.story import Returned, RunDied, Story
 
 COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
 LINK = "http://toto:4200/runs/flow-run/1"
@@ -146,3 +146,12 @@ def test_another_target_or_stage_is_another_failure() -> None:
 
 def test_the_same_message_has_the_same_id() -> None:
     assert failed().id == failed().id != failed("another").id
+
+
+def test_a_run_that_died_says_what_was_put_back() -> None:
+    died = RunDied("infra 12345678 (push)", [Returned("b", "/nix/store/x"), Returned("a", error="no route to it")])
+    told = Message.broken_off("infra", died, COMMIT, LINK)
+    assert told.title == "[infra] a COULD NOT BE PUT BACK"
+    assert "the run failed: infra 12345678 (push) died in the middle" in told.text()
+    assert "b put back; a COULD NOT BE PUT BACK" in told.text()
+    assert "put back" not in Message.broken_off("infra", RunDied("infra", []), COMMIT, LINK).text()

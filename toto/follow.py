@@ -25,7 +25,10 @@ LAST_WORDS: Final = 5.0  # seconds after its end in which a run's last lines arr
 INFO: Final = 20
 ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled", "CRASHED": "crashed"}
 # What Prefect says of itself in a run's log.
-_CHATTER: Final = re.compile(r"(Beginning (sub)?flow run|Created (sub)?flow run|View at |Finished in state )")
+_CHATTER: Final = re.compile(
+    r"(Beginning (sub)?flow run|Created (sub)?flow run|View at |Finished in state |Worker '.*' submitting|"
+    r"Flow run '.*' submitted|Completed submission|Running \d+ deployment pull|Executing deployment step|"
+    r"Deployment step '|All deployment steps)")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # nothing steers the pusher's terminal
 
 

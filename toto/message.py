@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 from toto.changes import Action
 from toto.git import Commit
 from toto.process import shorten
-from toto.story import Story
+from toto.story import Returned, RunDied, Story, return_words
 
 State: TypeAlias = Literal["failed", "partial", "done", "recovered"]
 
@@ -136,7 +136,7 @@ class Message:
             repo=one_line(story.repo), state="failed" if story.failed else "done" if story.complete else "partial",
             summary=one_line(story.headline().removeprefix(f"{story.commit[:8]}: ")), commit=commit, link=link,
             problems=tuple(problems), changed=changed,
-            stuck=tuple(Problem.of(each.target, STUCK, each.error) for each in story.put_back if each.error),
+            stuck=_stuck(story.put_back),
             aftermath=one_line(story.aftermath()) if story.failed else "",
             good=(frozenset(story.outcome) | {each.label for each in story.changes.unchanged}) - bad,
             all_good=story.complete and story.changes.whole and all(
@@ -145,10 +145,12 @@ class Message:
 
     @classmethod
     def broken_off(cls, repo: str, error: BaseException, commit: Commit | None, link: str) -> Self:
-        """The message of a run that ended before it had a plan: of a manifest that is wrong, of toto's own errors."""
+        """The message of a run that has no end of its own: of a manifest that is wrong, toto's own errors, a kill."""
         problem = Problem.of("the run", "failed", str(error) or repr(error))
-        return cls(repo=one_line(repo), state="failed", summary=problem.header, commit=commit, link=link,
-                   problems=(problem,))
+        put_back = error.put_back if isinstance(error, RunDied) else []
+        aftermath = one_line(return_words(put_back)) if put_back else ""
+        return cls(repo=one_line(repo), state="failed", summary="; ".join(filter(None, (problem.header, aftermath))),
+                   commit=commit, link=link, problems=(problem,), stuck=_stuck(put_back), aftermath=aftermath)
 
     def about(self, targets: Collection[str]) -> Self:
         """The same, for someone who cares about these targets only."""
@@ -222,6 +224,10 @@ class Message:
                 "commit": asdict(self.commit) if self.commit else None,
                 "problems": list(map(told, self.problems)), "stuck": list(map(told, self.stuck)),
                 "aftermath": self.aftermath, "changed": list(self.changed), "recovered": dict(self.recovered)}
+
+
+def _stuck(put_back: Sequence[Returned]) -> tuple[Problem, ...]:
+    return tuple(Problem.of(each.target, STUCK, each.error) for each in put_back if each.error)
 
 
 def _problem(problem: Problem, style: Style) -> str:

@@ -38,6 +38,7 @@ SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run 
 ROOT: Final = Path(__file__).resolve().parent.parent
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
+SETTLED: Final = 60  # seconds after which a fork server that dies is started again
 LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
 AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
 
@@ -351,9 +352,38 @@ async def _working(env: Mapping[str, str], log_file: Path, root: Path) -> AsyncI
     await _ensure_pool(api, POOL)
     if settled := await settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
-    async with (running_fork_server(env, log_file.with_name("runs.log"), root=root),
-                running_worker(env, log_file) as worker):
-        yield {log_file: worker}
+        await _have_settled(api, settled)
+    warming = asyncio.create_task(_keep_warm(env, log_file.with_name("runs.log"), root))
+    try:
+        async with running_worker(env, log_file) as worker:
+            yield {log_file: worker}
+    finally:
+        warming.cancel()
+        await asyncio.wait((warming,))
+
+
+async def _have_settled(api: Api, died: Sequence[str]) -> None:
+    """Have what these runs left half done put back, and told that they died."""
+    ids = await deployments(api)
+    if SETTLE not in ids:
+        return
+    for run in await api.call("POST", "/flow_runs/filter", {"flow_runs": {
+            "id": {"any_": list(died)}, "state": {"type": {"any_": ["CRASHED"]}},
+            "deployment_id": {"any_": [ids[name] for name in ids if name.startswith("reconcile/")]}}}):
+        await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
+                       {"parameters": {"repo": run["parameters"]["repo"], "died": run["id"]}})
+
+
+async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None:
+    """A fork server; another one when it has died (not at once: it would die again)."""
+    while True:
+        began = time.monotonic()
+        async with running_fork_server(env, log_file, root=root) as forks:
+            while forks.status is None:  # noqa: ASYNC110
+                await asyncio.sleep(1)
+        if time.monotonic() - began < SETTLED:
+            log.warning("runs begin slowly, for their fork server does not stay: see %s", log_file)
+            return
 
 
 async def _adopt_all(repos: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:

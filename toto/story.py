@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from toto.changes import ChangeSet
+from toto.errors import TotoError
 from toto.ledger import KINDS, Kind
 
 Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "roll-out", "drift check"]
@@ -32,6 +33,15 @@ class Returned:
     target: str
     to: str = ""
     error: str = ""
+
+
+class RunDied(TotoError):
+    """A run whose process was gone before its end; what it had left half done was put back, or not."""
+
+    def __init__(self, name: str, put_back: Sequence[Returned]) -> None:
+        super().__init__(f"{name} died in the middle: its process was killed, or toto itself was",
+                         hint="push again, or start it again, once it is known why")
+        self.put_back = list(put_back)
 
 
 @dataclass
@@ -117,12 +127,7 @@ class Story:
         """What a failure did to the fleet: who was put back, who could not be, or that nothing was touched."""
         if not self.failed_roll_out:
             return "nothing was touched" if not self.outcome else "the others were rolled out"
-        back = [each.target for each in self.put_back if not each.error]
-        stuck = [each.target for each in self.put_back if each.error]
-        said = [f"{', '.join(back)} put back"] if back else []
-        if stuck:
-            said.append(f"{', '.join(stuck)} COULD NOT BE PUT BACK")
-        return "; ".join(said) or "nothing had been touched"
+        return return_words(self.put_back)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """One row a target: its label, what became of it, why or how."""
@@ -151,3 +156,13 @@ class Story:
 
 def _first_line(text: str, target: str) -> str:
     return text.removeprefix(f"{target}: ").split("\n", 1)[0].removesuffix(":")
+
+
+def return_words(put_back: Sequence[Returned]) -> str:
+    """Who was put back, and who could not be."""
+    back = [each.target for each in put_back if not each.error]
+    stuck = [each.target for each in put_back if each.error]
+    said = [f"{', '.join(back)} put back"] if back else []
+    if stuck:
+        said.append(f"{', '.join(stuck)} COULD NOT BE PUT BACK")
+    return "; ".join(said) or "nothing had been touched"

@@ -142,6 +142,11 @@ class Whole(Fleet):
     def history(self) -> list[str]:
         return git("log", "--format=%s", REF, cwd=self.repo).splitlines()
 
+    def note(self, commit: str) -> str:
+        """What toto has noted of a commit."""
+        noted = git("for-each-ref", "refs/notes/toto", cwd=self.repo)
+        return git("log", "-1", "--notes=toto", "--format=%N", commit, cwd=self.repo) if noted else ""
+
     async def settled(self) -> None:
         """No target is left half done, no sandbox runs, and each machine runs its last good."""
         systems = await self.systems()
@@ -422,6 +427,9 @@ async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_g
     await whole.until_ledger(lambda: whole.entry("web1").intent is None)
     assert await whole.systems() == before
     await whole.settled()
+    await whole.until_ledger(lambda: "died in the middle" in whole.note("main"))
+    if instant in ("intent", "revert"):
+        assert "web1 put back" in whole.note("main")
     whole.commit("as it is deployed", whole.web1(variant))
 
 
