@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 from prefect import Flow, flow, runtime
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import arun_deployment
+from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import helm, host, terraform
@@ -21,11 +22,11 @@ from tasks.limits import one_roll_out
 from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
 from tasks.settle import bury
 from tasks.tell import tell
-from toto import git
+from toto import git, paths
 from toto import plan as plans
 from toto.changes import Action
 from toto.errors import TotoError
-from toto.ledger import Ledger, Target
+from toto.ledger import Ledger, LostTarget, Target
 from toto.plan import HostOrder, Plan, ReleaseOrder, RootOrder
 from toto.story import Returned, Story
 from toto.venues import Origin
@@ -117,8 +118,10 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
 async def _reconcile(request: Request) -> tuple[Plan, Story]:
     """Detect, rehearse, roll out; again from the start when what is deployed has changed meanwhile."""
     repo, run = request.repo, request.run
-    if not request.plan_only and Ledger(repo).read().open_intents:
-        await settle(repo)
+    if not request.plan_only:
+        if Ledger(repo).read().open_intents:
+            await settle(repo)
+        paths.require_room(repo)
     while True:
         await _look(request)
         plan = await detect(repo, request.commit, run, list(request.only), override=request.override,
@@ -134,6 +137,7 @@ async def _reconcile(request: Request) -> tuple[Plan, Story]:
             return plan, story
         async with one_roll_out(repo, run):
             await _look(request)
+            paths.require_room(repo)
             await _settle_first(repo, run, story)
             if Ledger(repo).read().fingerprint == plan.changes.ledger:
                 await _roll_out_all(plan, rehearsed, story)
@@ -281,7 +285,15 @@ async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> lis
 async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Returned]:
     """Put back what this run touched. All intents first: whatever happens now, the next run finds each of them."""
     entries = Ledger(plan.repo).read()
-    mine = [target for target in touched if entries.get(target).touched_by(plan.run)]
-    for target in mine:
-        await intend_to_put_back(plan.repo, target, plan.run)
-    return await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline()) if mine else []
+    mine, lost = [target for target in touched if entries.get(target).touched_by(plan.run)], []
+    for target in list(mine):
+        try:
+            await intend_to_put_back(plan.repo, target, plan.run)
+        except LostTarget as error:
+            mine.remove(target)
+            lost.append(Returned(target.label, error=str(error)))
+        except (TotoError, OSError) as error:  # a ledger that cannot be written is no reason to leave it as it is
+            get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
+    if not mine:
+        return lost
+    return lost + await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline())

@@ -242,14 +242,19 @@ class Ledger:
             parents = ["-p", parent] if parent else []
             commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()
             moved = await git.update_ref(self.repo, REF, commit, parent or "0" * 40, message=message.splitlines()[0])
+        except TotoError as error:
+            raise self._unwritten(target, error.message) from error
         finally:
             Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
         if moved.status == 0:
             return True
         if self.read().commit != parent:
             return False
-        raise LedgerError(f"could not be written: {process.tail(moved.stderr)}", target=str(target),
-                          hint=f"is there room on the disk, and may toto write to {self.repo}?")
+        raise self._unwritten(target, process.tail(moved.stderr))
+
+    def _unwritten(self, target: Target, why: str) -> LedgerError:
+        return LedgerError(f"the ledger could not be written: {why}", target=str(target),
+                           hint=f"is there room on the disk (`df -h {self.repo}`), and may toto write there?")
 
 
 def intend(intent: Intent) -> Change:

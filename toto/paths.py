@@ -4,13 +4,17 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import anyio
 
-from toto.errors import InputError
+from toto.errors import InputError, TotoError
+
+LEAST_FREE: Final = 200_000_000  # bytes: the ledger, logs and exports of a run, and some more for what runs beside it
 
 
 def state_home() -> Path:
@@ -30,6 +34,18 @@ def repo_state(repo: Path) -> Path:
     path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def require_room(repo: Path) -> None:
+    """Raise `TotoError` when a disk on which a roll-out depends is full: of the ledger, toto's state, or the nix store.
+
+    A roll-out that cannot write down what it does could not be taken back.
+    """
+    for what, place in (("the ledger", repo), ("toto's state", state_home()), ("the nix store", Path("/nix/store"))):
+        if place.exists() and (free := shutil.disk_usage(place).free) < LEAST_FREE:
+            raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out wants "
+                            f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out", target=str(place),
+                            hint="look at `df -h`, make room (nix-collect-garbage, prune/toto), and push again")
 
 
 @asynccontextmanager

@@ -39,6 +39,7 @@ class Pushers:
         """A commit that makes web1 another variant; its hash."""
         for name, text in self.whole.web1(variant).items():
             (clone.folder / name).write_text(text or "")
+        clone.git("add", "--all")
         return clone.commit()
 
     def ledger(self) -> str:
