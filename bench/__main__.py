@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from bench import boot, detect, latency, noop
-from bench.row import HEAD, Row, Target
+from bench.row import HEAD, Row, Spread, Target
 
-Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Target]]
+Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Target]]
 
 
-async def push_to_first_line(folder: Path) -> AsyncIterator[Row]:
+async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
     """A push until the flow's first line, and the hook alone, beside starting the same flow with Prefect's CLI."""
     found = await latency.measure(folder)
     yield Row("push, until git returns", found.pushes, "the same push without a hook", found.bare_pushes)
-    yield Row("push, until the flow's first line", found.first_lines, "`prefect deployment run` alone", found.cli)
+    yield Row("push, until the flow's first line", found.first_lines, "the same, each run a new Python", found.cold)
+    yield Spread("push to first line", found.first_lines, 2)
+    yield Row("  the same, 4 pushes at once, the last", found.crowds, "`prefect deployment run` alone", found.cli)
     yield Row("a flow run that does nothing, in all", found.whole_runs, "`python -c 'import prefect'`", found.imports)
 
 

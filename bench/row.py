@@ -26,6 +26,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The median and the 95th percentile of a measure (seconds), beside what was promised of the latter."""
+
+    what: str
+    values: list[float]
+    promised: float
+
+    def __str__(self) -> str:
+        middle, high = statistics.median(self.values), statistics.quantiles(self.values, n=20, method="inclusive")[-1]
+        return (f"    {self.what}: p50 {middle:.3f} s, p95 {high:.3f} s of {len(self.values)}; target p95 < "
+                f"{self.promised:g} s: {'held' if high < self.promised else 'NOT HELD'}")
+
+
+@dataclass(frozen=True)
 class Target:
     """Whether a row keeps within what was promised: at most `times` × the other + `plus`."""
 
