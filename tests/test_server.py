@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import postgres
 from tests.conftest import PrefectServer, free_port
 from tests.test_git_host import Pusher
 from toto import git_host, process, server
@@ -143,24 +145,52 @@ def _tree(root: int) -> set[int]:
     return found
 
 
+@dataclass
+class Part:
+    """`toto serve` of a test's own, or a part of it."""
+
+    process: subprocess.Popen[str]
+    said: str = ""
+
+    @classmethod
+    async def begin(cls, root: Path, home: Path, port: int, *options: str, **variables: str) -> "Part":
+        """Start it, and wait until it is ready."""
+        argv = [sys.executable, "-m", "toto.server", "--home", str(home), "--port", str(port), "--root", str(root)]
+        part = cls(subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                    env=os.environ | {"PYTHONPATH": str(server.ROOT)} | variables))
+        assert part.process.stdout
+        while "toto: ready" not in part.said:
+            line = await asyncio.wait_for(asyncio.to_thread(part.process.stdout.readline), 180)
+            assert line, part.said
+            part.said += line
+        return part
+
+    async def end(self) -> None:
+        """Ask it to end; it does, in time, and leaves no process."""
+        family = _tree(self.process.pid)
+        assert len(family) > 1
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(self.process.wait, 60) == 0
+        assert time.monotonic() - began < 30
+        assert {pid for pid in family if process.started(pid) is not None} == set()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+
+
 async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_project: Path, tmp_path: Path) -> None:
     """One life of `python -m toto.server`: a push before it, a run under way, SIGTERM."""
     home, port = tmp_path / "home", free_port()
     repo = await git_host.create(home / "repos" / "infra.git", api_url=f"http://127.0.0.1:{port}/api")
     pusher = Pusher(tmp_path / "clone", repo)
     assert "the push is accepted" in pusher.push()
-    env = os.environ | {"PYTHONPATH": str(server.ROOT), "TOTO_AUTH": "admin:secret"}
-    whole = subprocess.Popen(
-        [sys.executable, "-m", "toto.server", "--home", home, "--port", str(port), "--root", tiny_project],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    assert whole.stdout
+    whole = await Part.begin(tiny_project, home, port, TOTO_AUTH="admin:secret")
     try:
-        said = ""
-        while "ready" not in said:
-            line = await asyncio.wait_for(asyncio.to_thread(whole.stdout.readline), 120)
-            assert line, said
-            said += line
-        assert "started 1 pushes that had waited" in said
+        assert "started 1 pushes that had waited" in whole.said
         api = Api(f"http://127.0.0.1:{port}/api", "admin:secret")
         with pytest.raises(ServerError, match="401"):
             await Api(api.url).call("POST", "/flow_runs/filter", {})
@@ -181,13 +211,37 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
         long = await api.call("POST", f"/deployments/{deployment}/create_flow_run",
                               {"parameters": {"repo": "x", "seconds": 300}})
         await until(api, long["id"], {"RUNNING"})
-        family = _tree(whole.pid)
-        assert len(family) > 3
-        began = time.monotonic()
-        whole.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(whole.wait, 60) == 0
-        assert time.monotonic() - began < 30
-        assert {pid for pid in family if process.started(pid) is not None} == set()
+        await whole.end()
     finally:
         whole.kill()
-        whole.stdout.close()
+
+
+async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_path: Path) -> None:
+    """As units of their own: the server is stopped and started again, and the worker goes on."""
+    home, port = tmp_path / "home", free_port()
+    api = Api(f"http://127.0.0.1:{port}/api")
+    parts: list[Part] = []
+
+    async def one_run() -> None:
+        [deployment] = (await server.deployments(api)).values()
+        run = await api.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x"}})
+        await until(api, run["id"], {"COMPLETED"}, 60)
+
+    with postgres.running() as cluster:
+        url = f"postgresql+asyncpg://toto@/postgres?host={cluster.home}"
+        try:
+            for part in ("server", "worker"):
+                parts.append(await Part.begin(tiny_project, home, port, "--part", part, TOTO_DATABASE_URL=url))
+            await one_run()
+            with pytest.raises(AssertionError, match="a toto worker already runs in"):
+                await Part.begin(tiny_project, home, port, "--part", "worker", TOTO_DATABASE_URL=url)
+            await parts[0].end()
+            parts[0] = await Part.begin(tiny_project, home, port, "--part", "server", TOTO_DATABASE_URL=url)
+            await one_run()
+            assert parts[1].process.poll() is None
+            assert not (home / "prefect.db").exists()
+            for each in reversed(parts):
+                await each.end()
+        finally:
+            for each in parts:
+                each.kill()

@@ -92,6 +92,7 @@ class _Watched:
         self.began = time.monotonic()
         self.lines = 0
         self.told: set[str] = set()
+        self.logged: set[str] = set()
         self.ended: float | None = None
         self.closed = False
 
@@ -108,7 +109,8 @@ class _Watched:
         if not self.closed and time.monotonic() < self.ended + LAST_WORDS:
             return None
         message = found["state"].get("message") or ""
-        self.tell(f"toto: {ENDS[found['state_type']]}" + (f": {_clean(message)}" if message else ""))
+        said = _clean(message) in self.logged  # (nobody needs it twice)
+        self.tell(f"toto: {ENDS[found['state_type']]}" + (f": {_clean(message)}" if message and not said else ""))
         return str(found["state_type"])
 
     def say_once(self, text: str) -> None:
@@ -137,6 +139,7 @@ class _Watched:
             for line in fresh:
                 self.closed |= line["message"].startswith("Finished in state ")
                 if not _CHATTER.match(line["message"]):
+                    self.logged.add(_clean(line["message"]))
                     self.tell(_clean(line["message"]))
             if len(fresh) < 200:
                 return

@@ -89,7 +89,7 @@ class Fleet:
         log.close()
         assert self.server.stdout is not None
         while line := await asyncio.to_thread(self.server.stdout.readline):
-            if b"ready" in line:
+            if b"toto: ready" in line:
                 return
         raise RuntimeError("toto.server did not start:\n" + (self.directory / "toto.log").read_text())
 
