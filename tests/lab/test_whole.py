@@ -397,9 +397,12 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
 
 
-@pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert"])
+@pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert", "stop"])
 async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
-    """In a build, while the closure is copied, right after the intent was written, while the host is put back."""
+    """In a build, while the closure is copied, right after the intent was written, while the host is put back.
+
+    And stopped in an orderly way during the smoke tests: as by the activation of the machine that toto runs on.
+    """
     before, variant = await whole.systems(), "B" if whole.next_variant() == "A" else "A"
     match instant:
         case "build":
@@ -419,15 +422,23 @@ async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_g
             whole.control["post-switch"] = BAD
             run = whole.begin_other("killed while it is put back")
             await whole.task(run, "web1: put back")
-    whole.kill()
+        case "stop":
+            whole.control.waits("smoke")
+            whole.begin_other("it restarts toto")
+            await whole.control.begun()
+    if instant == "stop":
+        await whole.stop_server()
+    else:
+        whole.kill()
     whole.control.all_good()
     whole.control.go()
-    assert (whole.entry("web1").intent is not None) == (instant in ("intent", "revert"))
+    assert (whole.entry("web1").intent is not None) == (instant in ("intent", "revert", "stop"))
     await whole.start_server()
     await whole.until_ledger(lambda: whole.entry("web1").intent is None)
     assert await whole.systems() == before
     await whole.settled()
-    await whole.until_ledger(lambda: "died in the middle" in whole.note("main"))
+    if instant != "stop":  # (whoever has stopped it knows)
+        await whole.until_ledger(lambda: "died in the middle" in whole.note("main"))
     if instant in ("intent", "revert"):
         assert "web1 put back" in whole.note("main")
     whole.commit("as it is deployed", whole.web1(variant))
