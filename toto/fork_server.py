@@ -81,7 +81,7 @@ class _Forked(Exception):
 
 def serve(modules: list[str]) -> None:
     """Import `modules`, then fork for whoever asks, until SIGTERM. Returns in the forks, each in its caller's place."""
-    for module in ("prefect.main", "prefect.flow_engine", *modules):
+    for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", *modules):
         importlib.import_module(module)
     if threading.active_count() > 1:  # a fork has one thread only, and whatever locks the others held stay locked
         sys.exit(f"toto: flow runs will begin slowly: an import has started {threading.enumerate()}")
