@@ -123,12 +123,10 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
     for number in range(PUSHES):
         clone, other = (pushers.alice, pushers.bob)[:: 1 if number % 2 else -1]
         pushers.change(clone, "AB"[number // 2 % 2] if number < PUSHES - 1 else "C")
-        pushing = asyncio.to_thread(clone.push)
-        told.append(await pushing)
+        told.append(await asyncio.to_thread(clone.push))
         other.git("fetch", "--quiet", "toto", "main")
         other.git("reset", "--quiet", "--hard", "FETCH_HEAD")
-        await asyncio.sleep(max(0, began + (number + 1) * SECONDS / PUSHES - time.monotonic() - 1))
-    assert time.monotonic() - began < 1.5 * SECONDS
+        await asyncio.sleep(max(0, began + (number + 1) * SECONDS / PUSHES - time.monotonic()))
     runs = [run for each in told for run in re.findall(r"/runs/flow-run/(\S+)", each)]
     ends = [await whole.ended(run) for run in runs]
     assert {end.state for end in ends} <= {"COMPLETED", "CANCELLED"}, [end.message for end in ends]
