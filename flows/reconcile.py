@@ -191,7 +191,8 @@ async def _rehearse_all(plan: Plan, story: Story) -> list[Rehearsed]:
             try:
                 if order.change.action is Action.RECORD:
                     return order, None
-                found = await _rehearse(order)
+                with story.timed(order.label, "rehearse"):
+                    found = await _rehearse(order)
             except Exception as error:  # whatever it was, the others go on
                 story.failure(order.label, "rehearsal", error)
                 return None
@@ -260,7 +261,8 @@ async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> lis
             try:
                 if order.change.action is Action.DEPLOY:
                     touched.append(order.target)
-                story.outcome[order.label] = await _roll_out(order, found)
+                with story.timed(order.label, "roll out"):
+                    story.outcome[order.label] = await _roll_out(order, found)
             except Exception as error:  # whatever it was, what was touched is put back
                 story.failure(order.label, "roll-out", error)
 
@@ -296,4 +298,5 @@ async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Retur
             get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
     if not mine:
         return lost
-    return lost + await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline())
+    with story.timed(", ".join(target.label for target in mine), "put back"):
+        return lost + await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline())

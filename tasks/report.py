@@ -106,6 +106,8 @@ def as_markdown(story: Story) -> str:
     rows = story.rows()
     if rows:
         parts += ["## Targets", markdown_table(("target", "result", "more"), rows)]
+    if timing := story.timing():
+        parts += ["## Timing", fenced(timing)]
     return "\n\n".join(parts)
 
 

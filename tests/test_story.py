@@ -14,7 +14,7 @@ from toto.ledger import Snapshot, Target
 from toto.manifest import Machine, Manifest
 from toto.plan import Plan
 from toto.settings import Settings
-from toto.story import Returned, Story
+from toto.story import Returned, Span, Story
 
 FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
                  Machine(name="c", address="192.0.2.3", after=("b",)))
@@ -89,3 +89,18 @@ def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
     assert page.index("web.service failed") < page.index("## Put back")
     for each in back:
         assert (each.error or each.to) in page
+
+
+def test_the_timing_is_a_picture() -> None:
+    told = story("a", "b")
+    told.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
+                  Span("a", "put back", 50.04, 50.05)]
+    assert told.timing(8) == """\
+bb: rehearse  ██          10.0 s
+a: rehearse   ██████      30.0 s
+a: roll out         ██    10.0 s
+a: put back           █    0.0 s"""
+    assert story("a").timing() == ""
+    with told.timed("a", "verify"):
+        pass
+    assert told.spans[-1].step == "verify"

@@ -3,7 +3,9 @@
 Targets are called by their labels here, as people call them: `web1`, `terraform/dns`, `helm/grafana`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -35,6 +37,16 @@ class Returned:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Span:
+    """What was at work on a target, from when to when (seconds of the monotonic clock)."""
+
+    target: str
+    step: str
+    began: float
+    ended: float
+
+
 class RunDied(TotoError):
     """A run whose process was gone before its end; what it had left half done was put back, or not."""
 
@@ -56,6 +68,7 @@ class Story:
     outcome: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     put_back: list[Returned] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.failures += [Failed(each.target.label, "evaluation", each.message) for each in self.changes.failed]
@@ -128,6 +141,30 @@ class Story:
         if not self.failed_roll_out:
             return "nothing was touched" if not self.outcome else "the others were rolled out"
         return return_words(self.put_back)
+
+    @contextlib.contextmanager
+    def timed(self, target: str, step: str) -> Iterator[None]:
+        """Remember how long the block takes, however it ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spans.append(Span(target, step, began, time.monotonic()))
+
+    def timing(self, width: int = 50) -> str:
+        """What took how long, as bars over the time of the run; "" where nothing was timed."""
+        if not self.spans:
+            return ""
+        spans = sorted(self.spans, key=lambda each: each.began)
+        first, last = spans[0].began, max(each.ended for each in spans)
+        scale = width / max(last - first, 1)
+        names = [f"{each.target}: {each.step}" for each in spans]
+        lines = []
+        for name, each in zip(names, spans, strict=True):
+            before, after = round((each.began - first) * scale), round((each.ended - first) * scale)
+            bar = " " * before + "█" * max(1, after - before)
+            lines.append(f"{name:<{max(map(len, names))}}  {bar:<{width + 1}}  {each.ended - each.began:5.1f} s")
+        return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """One row a target: its label, what became of it, why or how."""
