@@ -1,7 +1,7 @@
-"""The demo: a fleet of three virtual machines, and five pushes. `make demo`, or `python -m tests.lab.demo`.
+"""The demo: a fleet of three virtual machines, and seven pushes. `make demo`, or `python -m tests.lab.demo`.
 
-What it claims of a machine it has asked the machine itself, over ssh; a claim that does not hold ends it
-with status 1. With KEEP set it leaves everything running until Ctrl-C.
+What it claims of a machine it has asked the machine itself, over ssh; of terraform, its state file; of a release, the
+cluster. A claim that does not hold ends it with status 1. With KEEP set it leaves everything running until Ctrl-C.
 """
 
 import asyncio
@@ -15,9 +15,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from tests.lab import setup
-from tests.lab.fleet import ADDRESSES, Fleet, Run, fleet
+from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
+from tests.lab.kube import Cluster, cluster_or_stand_in
 from toto.changes import table
 
+MORE = EXAMPLE.parent / "more"
+ROOT, VALUES, TEST = "terraform/dns/main.tf", "helm/page/values.yaml", "helm/page/templates/test.yaml"
 BROKEN_OUTSIDE = """#!/bin/sh
 echo 1..1
 echo 'not ok 1 - the payment provider answers'
@@ -75,8 +78,18 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     return ended
 
 
-async def story(whole: Fleet) -> None:
-    """The five pushes."""
+async def story(whole: Fleet, cluster: Cluster) -> None:
+    """The pushes."""
+    await hosts(whole)
+    await other_kinds(whole, cluster)
+    title("The history, as the ledger has it (git log refs/toto/ledger)")
+    history = whole.git("--git-dir", str(whole.repo), "log", "--format=   %cd  %s", "--date=format:%H:%M:%S", "-12",
+                        "refs/toto/ledger")
+    say(history.rstrip())
+
+
+async def hosts(whole: Fleet) -> None:
+    """Five pushes of what machines run."""
     title("1. The first push: every host is rehearsed in a VM, then rolled out")
     before = await whole.systems()
     first = await push(whole, "the fleet", {})
@@ -119,10 +132,40 @@ async def story(whole: Fleet) -> None:
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the page it served before", "Good morning" in served)
 
-    title("The history, as the ledger has it (git log refs/toto/ledger)")
-    history = whole.git("--git-dir", str(whole.repo), "log", "--format=   %cd  %s", "--date=format:%H:%M:%S", "-12",
-                        "refs/toto/ledger")
-    say(history.rstrip())
+
+async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
+    """Two pushes of what is no machine; the machines stay as they are."""
+    if shutil.which("terraform") is None:
+        title("6. and 7., a terraform root and a release beside the machines: NOT SHOWN, terraform is not on PATH")
+        return
+    machines = await whole.systems()
+
+    async def greeting() -> str | None:
+        found = await cluster.get("/api/v1/namespaces/page/configmaps/page")
+        return found and str(found["data"]["index.html"])
+
+    def record() -> str:
+        return str(whole.terraform_state("dns")["terraform_data.www"]["output"]["value"])
+
+    title("6. A terraform root and a release: planned and rendered first, then applied, terraform before helm")
+    more = {str(path.relative_to(MORE)): path.read_text() for path in MORE.glob("*/**/*") if path.is_file()}
+    good: dict[str, str | None] = {"modules/web.nix": whole.git("show", "HEAD~2:modules/web.nix"),
+                                   "tests/web2/post-switch/50-customer": None}
+    both = await push(whole, "a record, and a page in the cluster", {**more, **good})
+    claim("the run is green", both.state == "COMPLETED")
+    claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
+    claim("the page is in the cluster", await greeting() == "Hello")
+
+    title("7. Both change, and the release's own test fails: both go back, helm before terraform")
+    root, values, test = (more[name] for name in (ROOT, VALUES, TEST))
+    failed = await push(whole, "another address, another page", {
+        ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
+        TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n")})
+    claim("the run is red, and says which test", failed.state == "FAILED" and "page-test" in failed.message)
+    claim("terraform had been applied before that", "terraform/dns: apply" in whole.subflows(failed.id))
+    claim("the record is what it was", record() == "www 300 A 192.0.2.10")
+    claim("the page is what it was", await greeting() == "Hello")
+    claim("no machine has changed", await whole.systems() == machines)
 
 
 async def main() -> int:
@@ -136,9 +179,10 @@ async def main() -> int:
     await asyncio.to_thread(setup.setup)
     directory = Path(tempfile.mkdtemp(prefix="demo-", dir=_state()))
     try:
-        async with fleet(directory) as whole:
+        async with (cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
+                    fleet(directory, kubeconfig=cluster.kubeconfig) as whole):
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
-            telling = asyncio.create_task(_unless(stop, lambda: story(whole)))
+            telling = asyncio.create_task(_unless(stop, lambda: story(whole, cluster)))
             await telling
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
             if keep and not stop.is_set():

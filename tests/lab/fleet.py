@@ -58,10 +58,12 @@ class Fleet:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: subprocess.Popen[bytes] | None = None
+        self.kubeconfig: Path | None = None
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)}
+        cluster = {"KUBECONFIG": str(self.kubeconfig)} if self.kubeconfig else {}
+        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)} | cluster
 
     # The parts
 
@@ -275,6 +277,12 @@ class Fleet:
         good = self.entry(name).good
         return good is not None and good.path == system
 
+    def terraform_state(self, root: str) -> dict[str, Any]:
+        """Terraform's own state file, not toto's word: the attributes of each resource of a root."""
+        (file,) = self.state.glob(f"repos/*/terraform/{root}/terraform.tfstate")
+        return {f"{each['type']}.{each['name']}": each["instances"][0]["attributes"]
+                for each in json.loads(file.read_text())["resources"] if each["instances"]}
+
     async def systems(self) -> dict[str, str]:
         """What each machine runs, asked over ssh: `readlink /run/current-system`."""
         names = list(self.machines)
@@ -283,9 +291,11 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet(directory: Path, *, machines: Iterable[str] = ADDRESSES) -> AsyncIterator[Fleet]:
-    """A whole toto under `directory`, for as long as the block lasts."""
+async def fleet(directory: Path, *, machines: Iterable[str] = ADDRESSES,
+                kubeconfig: Path | None = None) -> AsyncIterator[Fleet]:
+    """A whole toto under `directory`, for as long as the block lasts; its releases go where `kubeconfig` says."""
     whole = Fleet(directory)
+    whole.kubeconfig = kubeconfig
     try:
         await whole.prepare()
         await asyncio.gather(whole.start_server(), whole.start_machines(machines))
