@@ -299,4 +299,4 @@ async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Retur
     if not mine:
         return lost
     with story.timed(", ".join(target.label for target in mine), "put back"):
-        return lost + await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.headline())
+        return lost + await revert(plan.repo, plan.run, mine, plan.manifest, plan.settings, story.cause)

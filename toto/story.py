@@ -106,14 +106,19 @@ class Story:
                 self.held[name] = f"it comes after {behind}, which was not rolled out"
         return [name for name in group if name not in self.held]
 
+    @property
+    def cause(self) -> str:
+        """One line: what failed first."""
+        first = self.failures[0]
+        more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+        what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
+        return f"{self.commit[:8]}: {first.target}: {what}{more}"
+
     def headline(self) -> str:
         """One line: what became of this run."""
         commit = self.commit[:8]
         if self.failures:
-            first = self.failures[0]
-            what = f"{first.target}: {first.stage} failed: {_first_line(first.text, first.target)}"
-            more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-            return f"{commit}: {what}{more}; {self.aftermath()}"
+            return f"{self.cause}; {self.aftermath()}"
         if not self.outcome and not self.rehearsals and not self.held:
             plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
