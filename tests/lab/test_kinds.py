@@ -339,7 +339,7 @@ async def test_what_was_changed_outside_is_told_and_mended_when_asked_for(world:
     ("plan", r"\| host/web1 \| deploy \| drv changed \|"), ("deploy", r"COMPLETED - \w+: web1 deployed"),
     ("history", r"\d+ events of 4 targets")])
 async def test_a_notebook_runs_from_its_first_cell_to_its_last(world: World, name: str, says: str) -> None:
-    """With TOTO_KEEP_NOTEBOOKS=notebooks the copies with this fleet's output take the place of those in the checkout."""
+    """With TOTO_KEEP_NOTEBOOKS=notebooks what this fleet put out takes the place of what is in the checkout."""
     if name == "plan":
         world.commit("something to plan", {"modules/common.nix": world.common("planned"), **world.root("five")})
         world.git("push", "--push-option=skip", "toto", "main")
