@@ -53,8 +53,8 @@ class MailVenue(VenueBlock):
         description="starttls (port 587), tls from the start (port 465), or none: only for a server on toto itself.")
     port: int = Field(default=0, ge=0, le=65535, title="Port", description="0: the usual one.")
     sender: str = Field(title="From", description="The address that mail comes from.")
-    to: list[str] = Field(default_factory=list, title="To", description="The addresses that mail goes to. "
-                                                                        "Not needed for `pusher`.")
+    to: list[str] = Field(default_factory=list, title="To", description=(
+        'The addresses that mail goes to, as JSON: ["ops@example.org"]. Not needed for `pusher`.'))
     user: str = Field(default="", title="User", description="To log in with; empty: no login.")
     password: SecretStr = Field(default=SecretStr(""), title="Password", description="To log in with.")
 
