@@ -18,6 +18,7 @@ from tests.lab import setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
 from toto.changes import table
+from toto.ledger import Ledger
 
 MORE = EXAMPLE.parent / "more"
 ROOT, VALUES, TEST = "terraform/dns/main.tf", "helm/page/values.yaml", "helm/page/templates/test.yaml"
@@ -70,10 +71,12 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     finally:
         ending.cancel()  # a demo that is ended asks a server that is going away no more
     systems = await whole.systems()
-    rows = [{"host": name, "runs": Path(path).name[:60],
+    rows = [{"target": name, "runs": Path(path).name[:60],
              "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed"}
             for name, path in systems.items()]
-    say("\n" + "\n".join(f"   {line}" for line in table(rows, ("host", "commit", "runs")).splitlines()))
+    rows += [{"target": target.label, "commit": entry.good.commit[:8], "runs": f"revision {entry.good.revision}"}
+             for target, entry in Ledger(whole.repo).read().entries.items() if target.kind != "host" and entry.good]
+    say("\n" + "\n".join(f"   {line}" for line in table(rows, ("target", "commit", "runs")).splitlines()))
     say(f"\n   {ended.state.lower()} after {time.monotonic() - began:.0f} s: {ended.message}\n")
     return ended
 
