@@ -32,12 +32,13 @@ class Latency:
     imports: list[float] = field(default_factory=list)
 
 
-async def measure(folder: Path) -> Latency:
-    """Push, look, and push again; one run at a time, and then several."""
+async def measure(folder: Path, database_url: str | None = None) -> Latency:
+    """Push, look, and push again; one run at a time, and then several. Prefect's database is SQLite by default."""
+    folder.mkdir()
     (folder / "flows").mkdir()
     (folder / "flows" / "reconcile.py").write_text(TINY_FLOW)
     (folder / "prefect.yaml").write_text(TINY_DEPLOYMENT)
-    env = server.server_environment(folder / "home", free_port())
+    env = server.server_environment(folder / "home", free_port(), database_url=database_url)
     found = Latency()
     async with server.running_server(env, folder / "server.log"):
         api = Api.of(env)

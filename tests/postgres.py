@@ -17,11 +17,12 @@ _PREFIX = "toto-postgres."
 
 
 class Postgres:
-    """A cluster in a directory; `dsn` is how libpq and its like reach it."""
+    """A cluster in a directory; `dsn` is how libpq and its like reach it, `url` is what Prefect takes."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.dsn = f"host={home} user=toto dbname=postgres sslmode=disable"
+        self.url = f"postgresql+asyncpg://toto@/postgres?host={home}"
         self.server: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

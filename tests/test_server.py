@@ -228,7 +228,7 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
         await until(api, run["id"], {"COMPLETED"}, 60)
 
     with postgres.running() as cluster:
-        url = f"postgresql+asyncpg://toto@/postgres?host={cluster.home}"
+        url = cluster.url
         try:
             for part in ("server", "worker"):
                 parts.append(await Part.begin(tiny_project, home, port, "--part", part, TOTO_DATABASE_URL=url))

@@ -59,11 +59,13 @@ class Fleet:
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: subprocess.Popen[bytes] | None = None
         self.kubeconfig: Path | None = None
+        self.database_url: str | None = None
 
     @property
     def environment(self) -> dict[str, str]:
-        cluster = {"KUBECONFIG": str(self.kubeconfig)} if self.kubeconfig else {}
-        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)} | cluster
+        more = {"KUBECONFIG": self.kubeconfig and str(self.kubeconfig), "TOTO_DATABASE_URL": self.database_url}
+        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)} | {
+            name: value for name, value in more.items() if value}
 
     # The parts
 
