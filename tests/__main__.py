@@ -1,7 +1,6 @@
 """`python -m tests`: all tests, in two processes side by side; each has virtual machines of its own.
 
-What pytest says of the second, which ends earlier, comes in one piece at the end. The exit status is 0 when both have
-passed.
+What pytest says of the second comes in one piece at the end. The exit status is 0 when both have passed.
 """
 
 import shutil
@@ -11,18 +10,18 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LONGEST = HERE / "lab" / "test_whole.py"
+LAB = HERE / "lab"
+BESIDE = [LAB / name for name in ("test_whole.py", "test_lab.py", "test_kube.py")]  # half of the time; little of the CPU
 
 
 def main() -> int:
     """Run both; the exit status."""
     pytest = [sys.executable, "-m", "pytest"]
-    first = [*sorted(HERE.glob("test_*.py")), LONGEST]
-    second = sorted(set((HERE / "lab").glob("test_*.py")) - {LONGEST})
+    others = sorted(HERE.glob("test_*.py")) + sorted(set(LAB.glob("test_*.py")) - set(BESIDE))
     with tempfile.TemporaryFile() as said:
-        beside = subprocess.Popen([*pytest, *second, "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT)
+        beside = subprocess.Popen([*pytest, *BESIDE, "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT)
         try:
-            status = subprocess.run([*pytest, *first], check=False).returncode
+            status = subprocess.run([*pytest, *others], check=False).returncode
             status = beside.wait() or status
         finally:
             beside.terminate()
