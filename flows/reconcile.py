@@ -73,7 +73,7 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
         await bury(flow_run.id)
     if died or Ledger(Path(repo)).read().open_intents:
         await arun_deployment("settle/toto", timeout=0, as_subflow=False,
-                              parameters={"repo": repo} | ({"died": str(flow_run.id)} if died else {}))
+                              parameters={"repo": repo, "died": [str(flow_run.id)] if died else []})
 
 
 @flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],

@@ -1,5 +1,6 @@
 """Revert: put back what a run touched, in reverse order, each on its own. And settle what a dead run left open."""
 
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -55,18 +56,18 @@ async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest
 
 
 @flow(flow_run_name="settle what a dead run left open", persist_result=False)
-async def settle(repo: Path, died: UUID | None = None) -> list[Returned]:
+async def settle(repo: Path, died: list[UUID] | None = None) -> list[Returned]:
     """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
 
     Args:
         repo: the bare infra repo on toto.
-        died: the run that has died: whoever would have heard of its end is told.
+        died: runs that have died: whoever would have heard of their ends is told.
     """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
     async with cancelled_by_sigterm(), plan.claimed(repo, run), one_roll_out(repo, run):
         results = await settle_left_open(repo, run)
-    if died is not None:
-        await tell_of(died, repo, results)
+    for each in died or ():
+        await tell_of(each, repo, [back for back in results if back.left_by == str(each)])
     return results
 
 
@@ -78,12 +79,13 @@ async def settle_left_open(repo: Path, run: str) -> list[Returned]:
         try:
             await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
+            [back] = await revert(
+                repo, run, [target], manifest, settings, f"its run {intent.run} died at {intent.step}",
+                why_short=f"{target.label}, left open by a run that died",
+                patience=healing_for(intent, settings.roll_out))
         except TotoError as error:
-            results.append(Returned(target.label, error=str(error)))
-            continue
-        results += await revert(repo, run, [target], manifest, settings, f"its run {intent.run} died at {intent.step}",
-                                why_short=f"{target.label}, left open by a run that died",
-                                patience=healing_for(intent, settings.roll_out))
+            back = Returned(target.label, error=str(error))
+        results.append(replace(back, left_by=intent.run))
     for each in results:
         if each.error:
             get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.target, each.error)

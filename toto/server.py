@@ -303,6 +303,7 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
     The server starts what pushes leave in the spools of `repos`/*.git. The worker settles what an earlier one left.
     """
     env = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
+    repos = repos or home / "repos"
     watched: dict[Path, process.Running] = {}
     async with contextlib.AsyncExitStack() as stack:
         for each in ("server", "worker") if part == "all" else (part,):
@@ -311,10 +312,11 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
         if killed := process.sweep():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
         if part != "worker":
-            serving = _serving(env, home / "logs" / "server.log", repos or home / "repos", branch, root)
+            serving = _serving(env, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
         if part != "server":
-            watched |= await stack.enter_async_context(_working(env, home / "logs" / "worker.log", root))
+            working = _working(env, home / "logs" / "worker.log", repos, root)
+            watched |= await stack.enter_async_context(working)
         print("toto: ready" if part == "worker" else f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
         if ready is not None:
             ready.set()
@@ -329,13 +331,12 @@ async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: 
                    root: Path) -> AsyncIterator[dict[Path, process.Running]]:
     """Server, deployments, hooks, and whoever starts what hooks could not."""
     async with running_server(env, log_file) as server:
-        api = Api.of(env)
         ids = await deploy(env, root=root)
         await register_blocks(env)
         served = git_host.Served(
             api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
             deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
-        await _adopt_all(repos, served, ids, api)
+        await _adopt_all(repos, served)
         draining = asyncio.create_task(_drain(repos))
         try:
             yield {log_file: server}
@@ -344,7 +345,8 @@ async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: 
 
 
 @contextlib.asynccontextmanager
-async def _working(env: Mapping[str, str], log_file: Path, root: Path) -> AsyncIterator[dict[Path, process.Running]]:
+async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
+                   root: Path) -> AsyncIterator[dict[Path, process.Running]]:
     """The worker, and what makes its runs begin at once."""
     api = Api.of(env)
     if not await api.wait(PATIENCE):
@@ -352,7 +354,7 @@ async def _working(env: Mapping[str, str], log_file: Path, root: Path) -> AsyncI
     await _ensure_pool(api, POOL)
     if settled := await settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
-        await _have_settled(api, settled)
+    await _have_settled(api, repos, settled)
     warming = asyncio.create_task(_keep_warm(env, log_file.with_name("runs.log"), root))
     try:
         async with running_worker(env, log_file) as worker:
@@ -362,16 +364,26 @@ async def _working(env: Mapping[str, str], log_file: Path, root: Path) -> AsyncI
         await asyncio.wait((warming,))
 
 
-async def _have_settled(api: Api, died: Sequence[str]) -> None:
-    """Have what these runs left half done put back, and told that they died."""
+async def _have_settled(api: Api, repos: Path, died: Sequence[str]) -> None:
+    """Have what these runs left half done put back, and told that they died; and whatever else is left half done."""
     ids = await deployments(api)
     if SETTLE not in ids:
         return
+    left: dict[str, list[str]] = {}
+    for repo in git_host.infra_repos(repos):
+        try:
+            if Ledger(repo).read().open_intents:
+                left[str(repo.resolve())] = []
+        except TotoError as error:
+            log.error("%s", error)
     for run in await api.call("POST", "/flow_runs/filter", {"flow_runs": {
             "id": {"any_": list(died)}, "state": {"type": {"any_": ["CRASHED"]}},
             "deployment_id": {"any_": [ids[name] for name in ids if name.startswith("reconcile/")]}}}):
+        left.setdefault(str(run["parameters"]["repo"]), []).append(run["id"])
+    for place, runs in left.items():
         await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                       {"parameters": {"repo": run["parameters"]["repo"], "died": run["id"]}})
+                       {"parameters": {"repo": place, "died": runs}})
+        log.warning("%s: settling what a run that died left open", Path(place).name)
 
 
 async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None:
@@ -386,27 +398,22 @@ async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None
             return
 
 
-async def _adopt_all(repos: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:
+async def _adopt_all(repos: Path, served: git_host.Served) -> None:
     try:
         await git_host.remember(repos, served)
     except TotoError as error:
         log.error("%s", error)
     for repo in git_host.infra_repos(repos):
-        await _adopt(repo, served, ids, api)
+        await _adopt(repo, served)
 
 
-async def _adopt(repo: Path, served: git_host.Served, ids: Mapping[str, str], api: Api) -> None:
+async def _adopt(repo: Path, served: git_host.Served) -> None:
     """Tell a repository's hook where toto is now, and start what was pushed while it was away."""
     try:
         branch = await git_host.deployed_branch(repo) or served.branch
         await git_host.create(repo, **asdict(served) | {"branch": branch})
         if drained := await git_host.drain_spool(repo):
             print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
-        elif SETTLE in ids and Ledger(repo).read().open_intents:
-            # (A reconcile does this first by itself.)
-            await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                           {"parameters": {"repo": str(repo.resolve())}})
-            print(f"toto: {repo.name}: settling what a run that died left open", flush=True)
     except TotoError as error:
         log.error("%s", error)
 

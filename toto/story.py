@@ -30,11 +30,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class Returned:
-    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back."""
+    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back.
+
+    `left_by` is the run that had died and left it half done, where it was that.
+    """
 
     target: str
     to: str = ""
     error: str = ""
+    left_by: str = ""
 
 
 @dataclass(frozen=True)
