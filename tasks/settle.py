@@ -10,11 +10,13 @@ from prefect import get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
 from tasks.tell import tell
 from toto import git, ledger, plan
 from toto.ledger import KINDS, Intent, Ledger, Target
+from toto.errors import TotoError
 from toto.manifest import Manifest
 from toto.settings import RollOut, Settings
 from toto.story import Returned, RunDied
@@ -75,9 +77,12 @@ async def bury(run: UUID) -> None:
 
 async def tell_of(died: UUID, repo: Path, put_back: list[Returned]) -> None:
     """Tell that a run has died, to those who would have heard of its end."""
-    async with get_client() as client:
-        run = await client.read_flow_run(died)
-    asked = run.parameters
-    await tell(repo, git.resolve(repo, asked.get("commit") or "HEAD"), RunDied(run.name, put_back),
-               origin=asked.get("origin", "ui"), named=asked.get("venues") or (), run=str(died),
-               listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
+    try:
+        async with get_client() as client:
+            run = await client.read_flow_run(died)
+        asked = run.parameters
+        await tell(repo, git.resolve(repo, asked.get("commit") or "HEAD"), RunDied(run.name, put_back),
+                   origin=asked.get("origin", "ui"), named=asked.get("venues") or (), run=str(died),
+                   listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
+    except (ObjectNotFound, TotoError) as error:  # what was put back stays so
+        get_run_logger().warning("that run %s died could not be told: %s", died, error)
