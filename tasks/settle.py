@@ -15,8 +15,8 @@ from prefect.states import Crashed
 
 from tasks.tell import tell
 from toto import git, ledger, plan
-from toto.ledger import KINDS, Intent, Ledger, Target
 from toto.errors import TotoError
+from toto.ledger import KINDS, Intent, Ledger, Target
 from toto.manifest import Manifest
 from toto.settings import RollOut, Settings
 from toto.story import Returned, RunDied
