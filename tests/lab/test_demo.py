@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.lab
 
 
-def test_the_five_pushes_end_as_told_and_nothing_is_left(tmp_path: Path) -> None:
+def test_the_pushes_end_as_told_and_nothing_is_left(tmp_path: Path) -> None:
     environment = os.environ | {"TOTO_STATE": str(tmp_path / "state"), "KEEP": ""}
     done = subprocess.run([sys.executable, "-m", "tests.lab.demo"], cwd=Path(__file__).parents[2], env=environment,
                           timeout=1500, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
