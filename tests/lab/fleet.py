@@ -260,9 +260,9 @@ class Fleet:
         return "\n".join(f"{each['timestamp'][11:19]} {each['message']}" for each in lines)
 
     def subflows(self, run: str) -> list[str]:
-        """The names of a run's subflows."""
-        return sorted(each["name"] for each in self.api(
-            "POST", "/flow_runs/filter", {"flow_runs": {"id": {"any_": self.family(run)[1:]}}}))
+        """The names of a run's subflows, as they began."""
+        return [each["name"] for each in self.api("POST", "/flow_runs/filter", {
+            "flow_runs": {"id": {"any_": self.family(run)[1:]}}, "sort": "START_TIME_ASC"})]
 
     def artifacts(self, run: str) -> dict[str, str]:
         """The newest artifact of each key of a run and its subflows, as text."""
