@@ -161,6 +161,8 @@ def _fork_for(caller: socket.socket) -> int | None:
             if not (more := caller.recv(65_536)):
                 raise ConnectionError
             request += more
+        # A signal to the fork waits until it is no longer the server's handler that would take it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         if (pid := os.fork()) == 0:
             # It says so itself: a caller that was told nothing knows that there is no fork.
             _say(caller, os.getpid())
@@ -169,6 +171,7 @@ def _fork_for(caller: socket.socket) -> int | None:
     except OSError:  # the caller has gone, or there is no room for another process
         caller.close()
         pid = None
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     for stream in streams:
         os.close(stream)
     return pid
@@ -186,6 +189,7 @@ def _take_the_place(request: bytes, streams: list[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     for standard, stream in enumerate(streams):
         os.dup2(stream, standard)
         os.close(stream)
