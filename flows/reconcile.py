@@ -20,7 +20,7 @@ from tasks.again import try_again_later
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
 from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
-from tasks.settle import bury
+from tasks.settle import bury, was_cancelled
 from tasks.tell import tell
 from toto import git, paths
 from toto import plan as plans
@@ -66,14 +66,15 @@ def _name() -> str:
 async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
     """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once.
 
-    That a run has crashed nobody else would tell.
+    That a run has crashed nobody else would tell. (One that was cancelled is Crashed for a moment, too.)
     """
-    repo, died = flow_run.parameters["repo"], state.is_crashed()
-    if died:
-        await bury(flow_run.id)
+    repo, died = flow_run.parameters["repo"], state.is_crashed() and not await was_cancelled(flow_run.id)
     if died or Ledger(Path(repo)).read().open_intents:
         await arun_deployment("settle/toto", timeout=0, as_subflow=False,
+                              idempotency_key=f"died-{flow_run.id}" if died else None,
                               parameters={"repo": repo, "died": [str(flow_run.id)] if died else []})
+    if died:
+        await bury(flow_run.id)
 
 
 @flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],
@@ -120,7 +121,7 @@ async def _reconcile(request: Request) -> tuple[Plan, Story]:
     repo, run = request.repo, request.run
     if not request.plan_only:
         if Ledger(repo).read().open_intents:
-            await settle(repo)
+            await settle(repo, return_state=True)  # (what could not be put back is told of below)
         paths.require_room(repo)
     while True:
         await _look(request)
@@ -291,11 +292,15 @@ async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Retur
     for target in list(mine):
         try:
             await intend_to_put_back(plan.repo, target, plan.run)
-        except LostTarget as error:
+        except (TotoError, OSError) as error:
+            intent = entries.get(target).intent
+            if intent is not None and intent.run == plan.run and not isinstance(error, LostTarget):
+                # Half done, and known to be: no reason to leave it so.
+                get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
+                continue
+            # It passed its tests, or is another run's: what it runs and what the ledger says stay the same.
             mine.remove(target)
             lost.append(Returned(target.label, error=str(error)))
-        except (TotoError, OSError) as error:  # a ledger that cannot be written is no reason to leave it as it is
-            get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
     if not mine:
         return lost
     with story.timed(", ".join(target.label for target in mine), "put back"):

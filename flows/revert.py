@@ -1,25 +1,28 @@
 """Revert: put back what a run touched, in reverse order, each on its own. And settle what a dead run left open."""
 
-from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
-from prefect import flow, runtime
+from prefect import Flow, flow, runtime
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import arun_deployment
 from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed
 
 from tasks import cancelled_by_sigterm
 from tasks import helm as releases
 from tasks import roll_out as hosts
 from tasks import terraform as roots
 from tasks.limits import one_roll_out
-from tasks.settle import dead_intents, healing_for, manifest_of, take_over, tell_of
+from tasks.settle import dead_intents, died_at, healing_for, manifest_of, take_over, tell_of
 from toto import plan
 from toto.errors import TotoError
 from toto.ledger import Target
 from toto.manifest import Manifest
 from toto.settings import Settings
-from toto.story import Returned
+from toto.story import Returned, return_words
 
+AGAIN = "again"  # the tag of a run that another had to be begun once more for
 HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
 
 
@@ -51,12 +54,19 @@ async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest
                     to = await releases.put_back.with_options(task_run_name=name)(repo, run, target, why)
             results.append(Returned(target.label, to=to))
         except Exception as error:  # whatever it was, the others go back
-            results.append(Returned(target.label, error=str(error)))
+            results.append(Returned(target.label, error=str(error) or repr(error)))
     return results
 
 
-@flow(flow_run_name="settle what a dead run left open", persist_result=False)
-async def settle(repo: Path, died: list[UUID] | None = None) -> list[Returned]:
+async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
+    if flow_run.deployment_id and AGAIN not in flow_run.tags:
+        await arun_deployment("settle/toto", timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
+                              idempotency_key=f"again-{flow_run.id}")
+
+
+@flow(flow_run_name="settle what a dead run left open", persist_result=False, on_crashed=[settle_again])
+async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
     """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
 
     Args:
@@ -67,8 +77,9 @@ async def settle(repo: Path, died: list[UUID] | None = None) -> list[Returned]:
     async with cancelled_by_sigterm(), plan.claimed(repo, run), one_roll_out(repo, run):
         results = await settle_left_open(repo, run)
     for each in died or ():
-        await tell_of(each, repo, [back for back in results if back.left_by == str(each)])
-    return results
+        await tell_of(each, repo, results)
+    stuck = any(each.error for each in results)
+    return Failed(message=return_words(results)) if stuck else Completed(message=return_words(results))
 
 
 async def settle_left_open(repo: Path, run: str) -> list[Returned]:
@@ -80,12 +91,12 @@ async def settle_left_open(repo: Path, run: str) -> list[Returned]:
             await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
             [back] = await revert(
-                repo, run, [target], manifest, settings, f"its run {intent.run} died at {intent.step}",
+                repo, run, [target], manifest, settings, died_at(intent.left_by or intent.run, intent.step),
                 why_short=f"{target.label}, left open by a run that died",
                 patience=healing_for(intent, settings.roll_out))
         except TotoError as error:
             back = Returned(target.label, error=str(error))
-        results.append(replace(back, left_by=intent.run))
+        results.append(back)
     for each in results:
         if each.error:
             get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.target, each.error)

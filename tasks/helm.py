@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from blocks import KubeAccess
 from tasks import report
 from tasks.record import record_back
-from toto import git, helm_release, plan
+from toto import git, helm_release, ledger, plan
 from toto.errors import TotoError
 from toto.helm import Helm
 from toto.helm_release import Release
@@ -91,10 +91,10 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     Raises `ReleaseFailed`, `ClusterUnreachable`; the intent is then still open.
     """
     entry = Ledger(repo).read().get(target)
-    assert entry.intent is not None
-    good, failed, reached = entry.good, entry.intent.desired, await reach(repo, run)
+    intent = ledger.mine(entry, run)
+    good, failed, reached = entry.good, intent.desired, await reach(repo, run)
     release = await release_at(repo, run, target, failed.commit)
-    to = good.revision if good else entry.intent.before.revision
+    to = good.revision if good else intent.before.revision
     moved = good is not None and (await release_at(repo, run, target, good.commit)).namespace != release.namespace
     now = await reached.current(release)
     if to == 0 or moved:

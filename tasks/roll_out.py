@@ -14,7 +14,7 @@ from blocks import SshIdentity
 from tasks import sink
 from tasks.record import now_at, record_back
 from tasks.rehearse import Reached
-from toto import keys, nix, paths, plan, process, ssh
+from toto import keys, ledger, nix, paths, plan, process, ssh
 from toto.activation import Activator, Verb
 from toto.errors import TotoError
 from toto.ledger import Before, Entry, Ledger, Target
@@ -118,7 +118,7 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
     """
     target = Target("host", machine.name)
     entry = Ledger(repo).read().get(target)
-    assert entry.intent is not None
+    intent = ledger.mine(entry, run)
     to = where_to(entry, machine)
     deadline = time.monotonic() + patience
     while True:
@@ -135,7 +135,7 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
             await nix.keep(entry.good.path, plan.last_good_root(repo, machine.name))
         except process.CommandFailed as error:  # the machine is back, and that is what counts
             get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
-    await record_back(repo, target, entry.good, entry.intent.desired, run, why)
+    await record_back(repo, target, entry.good, intent.desired, run, why)
     return to.system
 
 

@@ -15,7 +15,6 @@ from prefect.states import Crashed
 
 from tasks.tell import tell
 from toto import git, ledger, plan
-from toto.errors import TotoError
 from toto.ledger import KINDS, Intent, Ledger, Target
 from toto.manifest import Manifest
 from toto.settings import RollOut, Settings
@@ -62,6 +61,12 @@ async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
         return plan.read_tree(Path(directory, "tree"))
 
 
+async def was_cancelled(run: UUID) -> bool:
+    """Whether a person has asked for the end of a run."""
+    async with get_client() as client:
+        return any(state.is_cancelling() or state.is_cancelled() for state in await client.read_flow_run_states(run))
+
+
 async def bury(run: UUID) -> None:
     """A run that has died takes its subflows with it: left alone they stay Running until a heartbeat is missed."""
     async with get_client() as client:
@@ -75,14 +80,26 @@ async def bury(run: UUID) -> None:
             parents = [child.id for child in children]
 
 
+def died_at(run: str, step: str) -> str:
+    """Why a target was put back: in the ledger, and found again there."""
+    return f"its run {run} died at {step}"
+
+
 async def tell_of(died: UUID, repo: Path, put_back: list[Returned]) -> None:
-    """Tell that a run has died, to those who would have heard of its end."""
+    """Tell that a run has died, to those who would have heard of its end. What it left may have been settled before."""
     try:
         async with get_client() as client:
             run = await client.read_flow_run(died)
+        if await was_cancelled(died):
+            return
+        mine = {target: entry.reverted for target, entry in Ledger(repo).read().entries.items()
+                if entry.reverted and entry.reverted.why.startswith(died_at(str(died), ""))}
+        back = [Returned(target.label, to=note.commit) for target, note in mine.items()]
+        back += [each for each in put_back if each.error]
         asked = run.parameters
-        await tell(repo, git.resolve(repo, asked.get("commit") or "HEAD"), RunDied(run.name, put_back),
-                   origin=asked.get("origin", "ui"), named=asked.get("venues") or (), run=str(died),
+        commit = asked.get("commit") or next((note.commit for note in mine.values()), None) or "HEAD"
+        await tell(repo, git.resolve(repo, commit), RunDied(run.name, back), origin=asked.get("origin", "ui"),
+                   named=asked.get("venues") or (), run=str(died),
                    listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
-    except (ObjectNotFound, TotoError) as error:  # what was put back stays so
+    except Exception as error:  # what was put back stays so
         get_run_logger().warning("that run %s died could not be told: %s", died, error)

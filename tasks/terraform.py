@@ -9,7 +9,7 @@ from prefect.logging import get_run_logger
 from blocks import TerraformCredentials
 from tasks import report, sink
 from tasks.record import record_back
-from toto import git, plan, settings, terraform, tfplan
+from toto import git, ledger, plan, settings, terraform, tfplan
 from toto.errors import TotoError
 from toto.ledger import Ledger, Target
 from toto.plan import RootOrder
@@ -76,14 +76,14 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`; the intent is then still open.
     """
     entry = Ledger(repo).read().get(target)
-    assert entry.intent is not None
-    good, before = entry.good, entry.intent.before
-    commit = (good or entry.intent.desired).commit
+    intent = ledger.mine(entry, run)
+    good, before = entry.good, intent.before
+    commit = (good or intent.desired).commit
     session = await session_at(repo, run, target, commit)
     await session.init()
     state = await session.state()
     if good is None and (state.serial, state.resources) == (before.revision, before.resources):
-        await record_back(repo, target, good, entry.intent.desired, run, why)
+        await record_back(repo, target, good, intent.desired, run, why)
         return "as it was: nothing had been applied, as far as its state tells"
     if good is None and before.resources:
         raise CannotGoBack("toto had not deployed it before, so what it was is not known", target=target.label,
@@ -95,7 +95,7 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     if not planned.empty:
         state = await session.apply(planned)
     anew = sorted(set(planned.created) & set(before.resources))
-    await record_back(repo, target, good and good.model_copy(update={"revision": state.serial}), entry.intent.desired,
+    await record_back(repo, target, good and good.model_copy(update={"revision": state.serial}), intent.desired,
                       run, why)
     where = f"as at {good.commit[:8]} ({planned.summary})" if good else "empty again"
     return where + (f"; new, and not what they were: {', '.join(anew)}" if anew else "")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import TINY_DEPLOYMENT, PrefectServer, background
+from tests.conftest import TINY_DEPLOYMENT, PrefectServer, background, free_port
 from tests.test_server import until
 from toto import fork_server, process, server
 from toto.prefect_api import Api
 
 FLOW = '''
-import os, signal, sys, threading, time
+import os, signal, time
 from prefect import flow
 
 @flow(log_prints=True, persist_result=False)
 def reconcile(then: str = "end") -> None:
     """Says who it is, then ends as it is told."""
-    print(f"pid {os.getpid()} of {os.getppid()}, {threading.active_count() < 20}")
+    print(f"pid {os.getpid()} of {os.getppid()}")
     match then:
         case "exit": os._exit(7)
         case "crash": os.kill(os.getpid(), signal.SIGSEGV)
@@ -134,6 +135,28 @@ async def test_without_a_fork_server_runs_begin_slowly(warm: Warm) -> None:
     cold = await warm.begin("end")
     await until(warm.api, cold, {"COMPLETED"})
     assert (await warm.who(cold))[1] != warm.pid
+
+
+async def test_what_totos_own_flows_import_can_be_forked(tmp_path: Path) -> None:
+    env = server.server_environment(tmp_path / "home", free_port())
+    log = tmp_path / "log"
+    async with server.running_fork_server(env, log) as forks, asyncio.timeout(120):
+        while not (tmp_path / "home" / fork_server.NAME).exists():
+            assert forks.status is None, log.read_text()
+            await asyncio.sleep(0.1)
+
+
+async def test_a_fork_server_that_does_not_answer_is_none(tmp_path: Path) -> None:
+    """Nor does a fork that comes too late begin."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / fork_server.NAME))
+        silent.listen()
+        program = ("import sys; sys.argv = ['', 'run']; sys.path.append("
+                   f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; fork_server.PATIENCE = 0.3; "
+                   "fork_server.run()")
+        done = await process.run([sys.executable, "-c", program], check=False, timeout=60,
+                                 env=os.environ | {"PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "no id"})
+    assert done.status == 1 and "Invalid flow run id" in done.stdout + done.stderr
 
 
 def test_the_caller_of_a_worker_imports_little() -> None:

@@ -37,6 +37,14 @@ async def test_an_empty_repo_has_an_empty_ledger(book: Ledger) -> None:
     assert book.read().entries == {}
 
 
+def test_nothing_is_put_back_without_an_intent_of_ones_own() -> None:
+    with pytest.raises(LostTarget, match="this run's intent is gone"):
+        ledger.mine(Entry(good=deployed("/nix/store/new")), "run-1")
+    with pytest.raises(LostTarget):
+        ledger.mine(Entry(intent=intent("run-1")), "run-2")
+    assert ledger.mine(Entry(intent=intent("run-1")), "run-1").run == "run-1"
+
+
 async def test_a_roll_out_reads_as_history(book: Ledger) -> None:
     await book.write(WEB1, ledger.intend(intent("run-1")), "web1: intent to deploy")
     await book.write(WEB1, ledger.good(deployed("/nix/store/new"), "run-1"), "web1: good")

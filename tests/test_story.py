@@ -91,6 +91,13 @@ def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
         assert (each.error or each.to) in page
 
 
+def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("no"))
+    told.failure("b", "roll-out", TotoError("the page is empty"))
+    assert told.cause.endswith(": b: roll-out failed: the page is empty (and 1 more)")
+
+
 def test_the_timing_is_a_picture() -> None:
     told = story("a", "b")
     told.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),

@@ -4,7 +4,7 @@ A new Python spends most of the wait for a flow run's first line on imports (1.5
 `serve` imports Prefect and toto's flows once, and `run`, the command that Prefect's worker starts for a run, has
 it forked: the fork gets the caller's environment, folder and standard streams, and becomes `prefect.engine`. The
 caller stays, passes signals on and ends with the fork's exit status, so that for the worker it is the run. Neither
-outlives the other. Without a server the caller becomes the engine itself, in the slow way.
+outlives the other, nor the server. Without one the caller becomes the engine itself, in the slow way.
 
 (The idea: Android's zygote, and multiprocessing's forkserver, whose forks only their own program can ask for.)
 
@@ -21,10 +21,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
 NAME: Final = "fork.sock"  # in Prefect's home, which only its owner may enter
+PATIENCE: Final = 15.0  # seconds in which a fork has to come
 PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -46,6 +48,7 @@ def run() -> NoReturn:
             server.connect(path)
         finally:
             os.close(folder)
+        server.settimeout(PATIENCE)  # a server that hangs is none; a fork that comes too late goes with this connection
         # From here on a signal waits until there is someone to pass it on to.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         request = b"\0".join([os.getcwdb(), *(key + b"=" + value for key, value in os.environb.items())])  # noqa: PTH109
@@ -53,16 +56,17 @@ def run() -> NoReturn:
         server.sendall(request)
         answer = server.makefile("r")
         pid = int(answer.readline())
+        server.settimeout(None)
     except (OSError, KeyError, ValueError):
+        server.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])  # noqa: S606
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, lambda number, _: _pass_on(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     status = answer.readline()
     if not status:  # the server has died: the run must not go on without anyone to tell its end to
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        _pass_on(pid, signal.SIGKILL)
         os._exit(128 + signal.SIGKILL)
     code = int(status)
     if code < 0:
@@ -70,6 +74,11 @@ def run() -> NoReturn:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _pass_on(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # (it has just ended)
+        os.kill(pid, number)
 
 
 # The server
@@ -96,19 +105,19 @@ def serve(modules: list[str]) -> None:
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is listener:
-                        caller, _ = listener.accept()
-                        if pid := _fork_for(caller):
+                        caller = _accepted(listener)
+                        if caller and (pid := _fork_for(caller)):
                             callers[pid] = caller
                             selector.register(caller, selectors.EVENT_READ, pid)
                     elif key.fileobj is not ended:  # a caller that has gone: its run goes with it
                         selector.unregister(key.fileobj)
                         os.kill(key.data, signal.SIGKILL)  # (it is ours, so its number is, until we have waited for it)
                 for pid, status in _ends(ended):
-                    caller = callers.pop(pid)
-                    with contextlib.suppress(KeyError):
-                        selector.unregister(caller)
-                    _say(caller, status)
-                    caller.close()
+                    if caller := callers.pop(pid, None):
+                        with contextlib.suppress(KeyError):
+                            selector.unregister(caller)
+                        _say(caller, status)
+                        caller.close()
     except _Forked as fork:
         for caller in callers.values():
             caller.close()
@@ -150,6 +159,14 @@ def _ends(ended: socket.socket) -> Iterator[tuple[int, int]]:
             yield found[0], os.waitstatus_to_exitcode(found[1])
 
 
+def _accepted(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except OSError:  # it has gone, or there are too many open files just now
+        time.sleep(0.1)
+        return None
+
+
 def _fork_for(caller: socket.socket) -> int | None:
     """The process id of the fork, or None where there is none. Raises `_Forked` in it."""
     caller.settimeout(5)
@@ -165,7 +182,8 @@ def _fork_for(caller: socket.socket) -> int | None:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         if (pid := os.fork()) == 0:
             # It says so itself: a caller that was told nothing knows that there is no fork.
-            _say(caller, os.getpid())
+            if not _say(caller, os.getpid()):
+                os._exit(1)
             caller.close()
             raise _Forked(bytes(request), streams)
     except OSError:  # the caller has gone, or there is no room for another process
@@ -177,9 +195,13 @@ def _fork_for(caller: socket.socket) -> int | None:
     return pid
 
 
-def _say(caller: socket.socket, number: int) -> None:
-    with contextlib.suppress(OSError):  # (a caller that has gone is noticed elsewhere)
+def _say(caller: socket.socket, number: int) -> bool:
+    """Whether the caller was still there to be told."""
+    try:
         caller.sendall(b"%d\n" % number)
+    except OSError:
+        return False
+    return True
 
 
 def _take_the_place(request: bytes, streams: list[int]) -> None:

@@ -86,6 +86,8 @@ class Intent(_Record):
     owner: str
     at: str
     step: str = "roll out"
+    left_by: str = ""
+    """the run that died over it, once another has taken it over"""
 
 
 class Note(_Record):
@@ -273,11 +275,12 @@ def take_over(old: Intent, run: str) -> Change:
         if entry.intent != old:
             raise LostTarget("its open intent was settled by another run")
         return entry.model_copy(update={"intent": old.model_copy(
-            update={"run": run, "owner": owner()})})
+            update={"run": run, "owner": owner(), "left_by": old.left_by or old.run})})
     return change
 
 
-def _mine(entry: Entry, run: str) -> Intent:
+def mine(entry: Entry, run: str) -> Intent:
+    """The open intent of this run. Raises `LostTarget` when it has none."""
     if entry.intent is None or entry.intent.run != run:
         raise LostTarget("this run's intent is gone: another run settled the target", hint="see git log " + REF)
     return entry.intent
@@ -285,13 +288,13 @@ def _mine(entry: Entry, run: str) -> Intent:
 
 def now_at(entry: Entry, run: str, step: str) -> Entry:
     """Say how far the roll-out of a target is. Raises `LostTarget`."""
-    return entry.model_copy(update={"intent": _mine(entry, run).model_copy(update={"step": step})})
+    return entry.model_copy(update={"intent": mine(entry, run).model_copy(update={"step": step})})
 
 
 def good(deployed: Deployed, run: str) -> Change:
     """Close the intent: the target passed all its tests and is the new last good. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
-        return Entry(good=deployed, previous=entry.good, before=_mine(entry, run).before)
+        return Entry(good=deployed, previous=entry.good, before=mine(entry, run).before)
     return change
 
 
@@ -307,7 +310,7 @@ def verified(deployed: Deployed) -> Change:
 def put_back(to: Deployed | None, note: Note, run: str) -> Change:
     """Close the intent: the target went back; `to` is what the ledger knows of where it is now. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
-        _mine(entry, run)
+        mine(entry, run)
         return Entry(good=to, reverted=note)
     return change
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -38,6 +39,7 @@ SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run 
 ROOT: Final = Path(__file__).resolve().parent.parent
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
+TOLD_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
 SETTLED: Final = 60  # seconds after which a fork server that dies is started again
 LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
 AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
@@ -138,7 +140,7 @@ async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: P
                               ) -> AsyncIterator[process.Running]:
     """What makes flow runs begin at once (`toto.fork_server`), for the flows in `root`, to the end of the block.
 
-    It is not waited for, and nothing depends on it: without it runs begin slowly.
+    It is not waited for: without it runs begin slowly. The runs that it has forked end with it.
     """
     flows = [f"flows.{each.stem}" for each in sorted((root / "flows").glob("[a-z]*.py"))]
     argv = [sys.executable, "-m", "toto.fork_server", "serve", *flows]
@@ -364,35 +366,50 @@ async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
         await asyncio.wait((warming,))
 
 
-async def _have_settled(api: Api, repos: Path, died: Sequence[str]) -> None:
-    """Have what these runs left half done put back, and told that they died; and whatever else is left half done."""
+async def _have_settled(api: Api, repos: Path, left_behind: Sequence[str]) -> None:
+    """Have what dead runs left half done put back, and told that they died: each once, whoever noticed it.
+
+    `left_behind` are the runs that were found under way; some others were marked Crashed before, by their silence.
+    """
     ids = await deployments(api)
     if SETTLE not in ids:
         return
-    left: dict[str, list[str]] = {}
+    since = datetime.now(UTC) - timedelta(seconds=TOLD_WITHIN)
+    crashed = await api.call("POST", "/flow_runs/filter", {"flow_runs": {
+        "state": {"type": {"any_": ["CRASHED"]}}, "end_time": {"after_": since.isoformat()},
+        "deployment_id": {"any_": [ids[name] for name in ids if name == SETTLE or name.startswith("reconcile/")]}}})
+    asked = {}
+    for run in crashed:
+        parameters = run["parameters"]
+        if run["deployment_id"] != ids[SETTLE]:
+            asked[f"died-{run['id']}"] = {"repo": parameters["repo"], "died": [run["id"]]}
+        elif run["id"] in left_behind:  # what it was to do is still to be done
+            asked[f"again-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}
     for repo in git_host.infra_repos(repos):
         try:
             if Ledger(repo).read().open_intents:
-                left[str(repo.resolve())] = []
+                asked.setdefault(f"start-{repo.name}-{time.time()}", {"repo": str(repo.resolve())})
         except TotoError as error:
             log.error("%s", error)
-    for run in await api.call("POST", "/flow_runs/filter", {"flow_runs": {
-            "id": {"any_": list(died)}, "state": {"type": {"any_": ["CRASHED"]}},
-            "deployment_id": {"any_": [ids[name] for name in ids if name.startswith("reconcile/")]}}}):
-        left.setdefault(str(run["parameters"]["repo"]), []).append(run["id"])
-    for place, runs in left.items():
-        await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                       {"parameters": {"repo": place, "died": runs}})
-        log.warning("%s: settling what a run that died left open", Path(place).name)
+    for key, parameters in asked.items():
+        try:
+            await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
+                           {"parameters": parameters, "idempotency_key": key})
+        except TotoError as error:
+            log.error("%s: what a dead run left is not settled yet: %s", Path(parameters["repo"]).name, error)
 
 
 async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None:
     """A fork server; another one when it has died (not at once: it would die again)."""
     while True:
         began = time.monotonic()
-        async with running_fork_server(env, log_file, root=root) as forks:
-            while forks.status is None:  # noqa: ASYNC110
-                await asyncio.sleep(1)
+        try:
+            async with running_fork_server(env, log_file, root=root) as forks:
+                while forks.status is None:  # noqa: ASYNC110
+                    await asyncio.sleep(1)
+        except OSError as error:  # no memory for another process just now
+            log.error("the fork server: %s", error)
+            await asyncio.sleep(SETTLED)
         if time.monotonic() - began < SETTLED:
             log.warning("runs begin slowly, for their fork server does not stay: see %s", log_file)
             return
@@ -424,13 +441,13 @@ async def _drain(repos: Path) -> None:
         await asyncio.sleep(5)
         for repo in git_host.infra_repos(repos):
             try:
-                if any(push.file.stat().st_mtime < time.time() - LEFT_BEHIND for push in git_host.waiting(repo)):
-                    drained = await git_host.drain_spool(repo)
+                late = any(push.file.stat().st_mtime < time.time() - LEFT_BEHIND for push in git_host.waiting(repo))
+                if late and (drained := await git_host.drain_spool(repo)):
                     print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
             except FileNotFoundError:
                 continue  # a hook was quicker
-            except TotoError as error:
-                log.error("%s", error)
+            except (TotoError, OSError) as error:
+                log.error("%s: %s", repo.name, error)
 
 
 async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> None:

@@ -30,15 +30,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Returned:
-    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back.
-
-    `left_by` is the run that had died and left it half done, where it was that.
-    """
+    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back."""
 
     target: str
     to: str = ""
     error: str = ""
-    left_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,8 @@ class Story:
 
     @property
     def cause(self) -> str:
-        """One line: what failed first."""
-        first = self.failures[0]
+        """One line: what failed first; where something was touched, what failed there."""
+        first = next((each for each in self.failures if each.stage == "roll-out"), self.failures[0])
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
         what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
         return f"{self.commit[:8]}: {first.target}: {what}{more}"

@@ -119,7 +119,7 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
     whole.control["smoke"] = f"mkdir {place}/alone || echo two >> {place}/overlap; sleep 1; rmdir {place}/alone\n{GOOD}"
     pushers.bob.git("fetch", "--quiet", "toto", "main")
     pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
-    began, told = time.monotonic(), []
+    began, told, before = time.monotonic(), [], len(whole.history())
     for number in range(PUSHES):
         clone, other = (pushers.alice, pushers.bob)[:: 1 if number % 2 else -1]
         pushers.change(clone, "AB"[number // 2 % 2] if number < PUSHES - 1 else "C")
@@ -136,6 +136,8 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
     assert good is not None and good.commit == git("rev-parse", "main", cwd=whole.repo)
     assert (await whole.machines["web1"].ssh("cat", "/etc/variant")).out.strip() == "C"
     assert not (place / "overlap").exists(), "two runs were on the machine at once"
+    fresh = whole.history()[: len(whole.history()) - before]
+    assert sum(line.startswith("web1: good") for line in fresh) > 1, "there was nothing that could overlap"
     await whole.settled()
     pushed = {run: whole.api("GET", f"/flow_runs/{run}")["tags"] for run in runs}
     assert {tag for tags in pushed.values() for tag in tags} >= {"user:alice", "user:bob"}

@@ -516,6 +516,7 @@ async def test_a_cancel_in_the_ui_stops_the_sandbox_and_the_next_run_goes_on(who
             await asyncio.sleep(0.2)
     assert await whole.systems() == before
     whole.control.all_good()
+    assert "died" not in whole.note("main")
     again = await whole.deploy("once more", {})
     assert again.state == "COMPLETED", whole.logs(again.id)
     await whole.settled()
@@ -534,6 +535,7 @@ async def test_a_cancel_in_the_middle_of_a_roll_out_puts_the_host_back(whole: Wh
             await asyncio.sleep(0.5)
     assert await whole.systems() == before
     await whole.settled()
+    assert "died" not in whole.note("main")
 
 
 async def test_a_machine_that_stays_away_keeps_its_open_intent_and_stops_no_other(whole: Whole) -> None:

@@ -65,10 +65,10 @@ async def _round(whole: Whole, part: str, after: float) -> str:
     if part == "all":
         whole.kill()
     else:
-        for pid in whole.processes():
-            if PARTS[part] in command_of(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        victims = [pid for pid in sorted(whole.processes()) if PARTS[part] in command_of(pid)]
+        for pid in victims[:1] if part == "forks" else victims:  # (a fork has the command line of its server)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if part in MORTAL:
             await asyncio.to_thread(whole.buried)
     if whole.server is None:
