@@ -51,7 +51,7 @@ class RunDied(TotoError):
     """A run whose process was gone before its end; what it had left half done was put back, or not."""
 
     def __init__(self, name: str, put_back: Sequence[Returned]) -> None:
-        super().__init__(f"{name} died in the middle: its process was killed, or toto itself was",
+        super().__init__(f"{name} died in the middle: its process was killed, or toto was stopped",
                          hint="push again, or start it again, once it is known why")
         self.put_back = list(put_back)
 
