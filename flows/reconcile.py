@@ -288,19 +288,22 @@ async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> lis
 async def _revert(plan: Plan, touched: list[Target], story: Story) -> list[Returned]:
     """Put back what this run touched. All intents first: whatever happens now, the next run finds each of them."""
     entries = Ledger(plan.repo).read()
-    mine, lost = [target for target in touched if entries.get(target).touched_by(plan.run)], []
-    for target in list(mine):
+    mine: list[Target] = []
+    lost: list[Returned] = []
+    for target in touched:
+        entry = entries.get(target)
+        if not entry.touched_by(plan.run):
+            continue
         try:
             await intend_to_put_back(plan.repo, target, plan.run)
         except (TotoError, OSError) as error:
-            intent = entries.get(target).intent
-            if intent is not None and intent.run == plan.run and not isinstance(error, LostTarget):
-                # Half done, and known to be: no reason to leave it so.
-                get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
+            half_done = entry.intent is not None and entry.intent.run == plan.run
+            if isinstance(error, LostTarget) or not half_done:
+                # It passed its tests, or is another run's: what it runs and what the ledger says stay the same.
+                lost.append(Returned(target.label, error=str(error)))
                 continue
-            # It passed its tests, or is another run's: what it runs and what the ledger says stay the same.
-            mine.remove(target)
-            lost.append(Returned(target.label, error=str(error)))
+            get_run_logger().error("%s is put back, though the ledger could not be told: %s", target.label, error)
+        mine.append(target)
     if not mine:
         return lost
     with story.timed(", ".join(target.label for target in mine), "put back"):

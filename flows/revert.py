@@ -78,8 +78,8 @@ async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
         results = await settle_left_open(repo, run)
     for each in died or ():
         await tell_of(each, repo, results)
-    stuck = any(each.error for each in results)
-    return Failed(message=return_words(results)) if stuck else Completed(message=return_words(results))
+    ended = Failed if any(each.error for each in results) else Completed
+    return ended(message=return_words(results))
 
 
 async def settle_left_open(repo: Path, run: str) -> list[Returned]:

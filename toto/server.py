@@ -388,7 +388,7 @@ async def _have_settled(api: Api, repos: Path, left_behind: Sequence[str]) -> No
     for repo in git_host.infra_repos(repos):
         try:
             if Ledger(repo).read().open_intents:
-                asked.setdefault(f"start-{repo.name}-{time.time()}", {"repo": str(repo.resolve())})
+                asked[f"start-{repo.name}-{time.time()}"] = {"repo": str(repo.resolve())}
         except TotoError as error:
             log.error("%s", error)
     for key, parameters in asked.items():
