@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
-from toto import fork_server, git_host, process, server
+from toto import deployments, fork_server, git_host, process, server
 from toto.prefect_api import Api
 
 ROUNDS = 20
@@ -42,7 +42,7 @@ async def measure(folder: Path, database_url: str | None = None) -> Latency:
     found = Latency()
     async with server.running_server(env, folder / "server.log"):
         api = Api.of(env)
-        ids = await server.deploy(env, root=folder)
+        ids = await deployments.deploy(env, root=folder)
         async with server.running_worker(env, folder / "worker.log"):
             hooked = await git_host.create(folder / "infra.git", api_url=api.url, ui_url="http://ui",
                                            deployment_id=ids["reconcile/toto"])

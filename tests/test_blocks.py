@@ -32,7 +32,7 @@ from tests.repos import InfraRepo as Repo
 from tests.repos import git
 from tests.test_story import story
 from tests.venue_servers import HttpServer, http_server, smtp_server
-from toto import server, told
+from toto import deployments, told
 from toto.errors import InputError, TotoError
 from toto.manifest import Machine, Manifest
 from toto.settings import Settings, Venues
@@ -78,7 +78,7 @@ async def logs(prefect: PrefectServer, run: str) -> list[str]:
 
 
 async def test_one_command_makes_the_forms_known(prefect: PrefectServer) -> None:
-    await server.register_blocks(prefect.env)
+    await deployments.register_blocks(prefect.env)
     found = await prefect.api.call("POST", "/block_types/filter", {"limit": 200})
     assert {kind.get_block_type_slug() for kind in KINDS} == {
         each["slug"] for each in found if each["slug"].startswith("toto-")}
@@ -187,7 +187,7 @@ async def test_a_name_that_is_no_venue_is_told(prefect: PrefectServer, name: str
 async def test_a_message_can_be_tried(prefect: PrefectServer, web: HttpServer) -> None:
     await NtfyVenue(url=f"{web.address}/t").asave("tried", overwrite=True)
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-m", "blocks", "nobody", "tried"], env=prefect.env, cwd=server.ROOT,
+        subprocess.run, [sys.executable, "-m", "blocks", "nobody", "tried"], env=prefect.env, cwd=deployments.ROOT,
         capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "tried: sent\n")
     assert "nobody: there is no venue of this name\nnext: " in done.stderr

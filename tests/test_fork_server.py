@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import TINY_DEPLOYMENT, PrefectServer, background, free_port
 from tests.test_server import until
-from toto import fork_server, process, server
+from toto import deployments, fork_server, process, server
 from toto.prefect_api import Api
 
 FLOW = '''
@@ -77,7 +77,7 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
     made: list[Warm] = []
 
     async def until_stopped(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        ids = await server.deploy(env, root=project)
+        ids = await deployments.deploy(env, root=project)
         log = home / "runs.log"
         async with (server.running_fork_server(env, log, root=project) as forks,
                     server.running_worker(env, home / "worker.log", name="warm")):

@@ -24,7 +24,7 @@ from tests.test_access import key
 from tests.test_git_host import Pusher
 from tests.test_server import until
 from tests.test_ssh import SSHD, keygen, needs_sshd
-from toto import access, git_host, git_shell, process, server
+from toto import access, deployments, git_host, git_shell, process, server
 from toto.errors import InputError
 from toto.git_host import Served
 from toto.prefect_api import Api
@@ -289,7 +289,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
     found: dict[str, str] = {}
 
     async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        found.update(await server.deploy(prefect_server.env, root=folder))
+        found.update(await deployments.deploy(prefect_server.env, root=folder))
         api = prefect_server.api
         own = await api.call("GET", f"/deployments/{found['reconcile/toto']}")
         await api.call("POST", "/deployments/", {

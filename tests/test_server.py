@@ -18,7 +18,7 @@ import pytest
 from tests import postgres
 from tests.conftest import PrefectServer, free_port
 from tests.test_git_host import Pusher
-from toto import git_host, process, server
+from toto import deployments, git_host, orphans, process, server
 from toto.prefect_api import Api, ServerError
 
 
@@ -42,7 +42,7 @@ async def first_line(api: Api, run: str) -> float:
 @pytest.fixture
 async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIterator[str]:
     """The id of the stand-in's deployment, with a worker at work."""
-    ids = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
+    ids = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
     async with server.running_worker(prefect_server.env, prefect_server.home / "worker.log", name="here"):
         yield ids["reconcile/toto"]
 
@@ -69,13 +69,11 @@ async def test_push_starts_the_flow_within_seconds(prefect_server: PrefectServer
 
 
 async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny_project: Path) -> None:
-    once = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
-    again = await server.deploy(prefect_server.env, root=tiny_project, limits={"one": 2})
+    once = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
+    again = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 2})
     assert once == again
     limit = await prefect_server.api.call("GET", "/v2/concurrency_limits/one")
     assert limit["limit"] == 2
-    found = await prefect_server.api.call("POST", "/automations/filter", {})
-    assert [each["name"] for each in found].count(server.AUTOMATION) == 1
 
 
 async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServer, deployed: str,
@@ -91,7 +89,7 @@ async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServ
 
 async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectServer, tiny_project: Path) -> None:
     api = prefect_server.api
-    ids = await server.deploy(prefect_server.env, root=tiny_project)
+    ids = await deployments.deploy(prefect_server.env, root=tiny_project)
 
     async def run(state: str) -> str:
         made = await api.call("POST", f"/deployments/{ids['reconcile/toto']}/create_flow_run",
@@ -102,7 +100,7 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
         return str(made["id"])
 
     running, cancelling, pending = [await run(state) for state in ("RUNNING", "CANCELLING", "PENDING")]
-    assert {running, cancelling, pending} <= set(await server.settle_orphans(api))
+    assert {running, cancelling, pending} <= set(await orphans.settle_orphans(api))
     states = [(await api.call("GET", f"/flow_runs/{each}"))["state_type"] for each in (running, cancelling, pending)]
     assert states == ["CRASHED", "CANCELLED", "SCHEDULED"]
     await api.call("POST", f"/flow_runs/{pending}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
@@ -157,7 +155,7 @@ class Part:
         """Start it, and wait until it is ready."""
         argv = [sys.executable, "-m", "toto.server", "--home", str(home), "--port", str(port), "--root", str(root)]
         part = cls(subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                    env=os.environ | {"PYTHONPATH": str(server.ROOT)} | variables))
+                                    env=os.environ | {"PYTHONPATH": str(deployments.ROOT)} | variables))
         assert part.process.stdout
         while "toto: ready" not in part.said:
             line = await asyncio.wait_for(asyncio.to_thread(part.process.stdout.readline), 180)
@@ -207,7 +205,7 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
             while not (left := await api.call("POST", "/flow_runs/filter", asked)):
                 await asyncio.sleep(0.5)
         assert len(left) == 1
-        [deployment] = (await server.deployments(api)).values()
+        [deployment] = (await deployments.deployments(api)).values()
         long = await api.call("POST", f"/deployments/{deployment}/create_flow_run",
                               {"parameters": {"repo": "x", "seconds": 300}})
         await until(api, long["id"], {"RUNNING"})
@@ -223,7 +221,7 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
     parts: list[Part] = []
 
     async def one_run() -> None:
-        [deployment] = (await server.deployments(api)).values()
+        [deployment] = (await deployments.deployments(api)).values()
         run = await api.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
 

@@ -12,37 +12,29 @@ import contextlib
 import fcntl
 import logging
 import os
-import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
-from toto import git_host, process, prune
+from toto import database, git_host, orphans, process, prune
+from toto.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
 from toto.errors import TotoError
-from toto.ledger import Ledger
 from toto.prefect_api import Api, ServerError
 
 log = logging.getLogger(__name__)
 
-POOL: Final = "toto"
 DEPLOYMENT: Final = "reconcile/toto"
-SETTLE: Final = "settle/toto"
 PORT: Final = 4200
-HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
-SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
-ROOT: Final = Path(__file__).resolve().parent.parent
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
-TOLD_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
 SETTLED: Final = 60  # seconds after which a fork server that dies is started again
 LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
-AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"
 
 
 def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1", database_url: str | None = None,
@@ -58,10 +50,13 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(0o700)
+    temporary = home / "tmp"  # Prefect's worker makes a folder of a fixed name in it, which is one user's alone
+    temporary.mkdir(mode=0o700, exist_ok=True)
     source = os.environ if base is None else base
     env = {name: value for name, value in source.items() if not name.startswith("PREFECT_")}
     address = f"http://{host}:{port}"
     env |= {
+        "TMPDIR": str(temporary),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_API_URL": f"{address}/api",
@@ -80,7 +75,7 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "0.5",  # the default of 10 is most of the wait for a run
         "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(orphans.HEARTBEAT),
         # Left to itself the database keeps every run and its log for ever.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(prune.DAYS * 86_400),
@@ -104,10 +99,10 @@ async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: flo
     """
     host, port = env["PREFECT_SERVER_API_HOST"], int(env["PREFECT_SERVER_API_PORT"])
     _refuse_taken_port(host, port)
-    # uvicorn itself, not `prefect server start`, which is a second process around the same call.
-    argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", host,
-            "--port", str(port), "--timeout-keep-alive", "5", "--timeout-graceful-shutdown", "3", "--no-access-log",
-            "--log-level", "warning"]
+    # uvicorn itself, not `prefect server start`, which is a second process around much the same call.
+    argv = [sys.executable, "-m", "uvicorn", "--app-dir", str(ROOT), "--factory", "toto.prefect_app:create_app",
+            "--host", host, "--port", str(port), "--timeout-keep-alive", "5", "--timeout-graceful-shutdown", "3",
+            "--no-access-log", "--log-level", "warning"]
     api = Api.of(env)
     async with _logged(argv, env, log_file, grace=10) as running:
         await _until_answers(running, api, log_file, timeout)
@@ -148,119 +143,6 @@ async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: P
         yield running
 
 
-async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
-                 limits: Mapping[str, int] | None = None) -> dict[str, str]:
-    """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
-
-    Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the pool, the
-    limits and the automation are single requests, since each start of Prefect's CLI costs 1.5 s as well.
-    """
-    api = Api.of(env)
-    await _ensure_pool(api, pool)
-    for limit, slots in (limits or {}).items():
-        await ensure_limit(api, limit, slots)
-    await _ensure_automation(api)
-    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], env=env, cwd=root,
-                      timeout=120, target=str(root / "prefect.yaml"))
-    return await deployments(api, pool)
-
-
-async def register_blocks(env: Mapping[str, str]) -> None:
-    """Make the forms of toto's blocks known to the UI, or bring them up to date. Idempotent; about 1.5 s."""
-    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
-                      env=env, cwd=ROOT, timeout=120)
-
-
-async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
-    """{"flow/deployment": id} of a work pool."""
-    found = await api.call("POST", "/deployments/filter", {"work_pools": {"name": {"any_": [pool]}}})
-    flows = await api.call("POST", "/flows/filter", {"flows": {"id": {"any_": [each["flow_id"] for each in found]}}})
-    names = {flow["id"]: flow["name"] for flow in flows}
-    return {f"{names[each['flow_id']]}/{each['name']}": each["id"] for each in found}
-
-
-async def ensure_limit(api: Api, name: str, slots: int) -> None:
-    """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
-    body = {"name": name, "limit": slots, "active": True}
-    try:
-        await api.call("POST", "/v2/concurrency_limits/", body)
-    except ServerError as error:
-        if error.status != 409:
-            raise
-        await api.call("PATCH", f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True})
-
-
-async def settle_orphans(api: Api, *, pool: str = POOL) -> list[str]:
-    """Settle the runs that a dead worker of `pool` left behind; return their ids.
-
-    For the start of a server whose only worker is this machine's, before that worker starts: what the database calls
-    running has no process any more. Running becomes Crashed and Cancelling becomes Cancelled, subflows with their
-    parents; Pending (taken by the worker, not begun) goes back to Scheduled, so that no push is lost.
-    """
-    crashed = {"type": "CRASHED", "name": "Crashed", "message": "the worker died and left this run behind"}
-    outcome = {"RUNNING": crashed, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
-               "PENDING": {"type": "SCHEDULED", "name": "Scheduled"}}
-    left = {"state": {"type": {"any_": list(outcome)}}}
-    runs = await api.call("POST", "/flow_runs/filter",
-                          {"flow_runs": left, "work_pools": {"name": {"any_": [pool]}}})
-    settled: list[str] = []
-    parents = runs
-    while parents:
-        for run in parents:
-            # A subflow that had not begun has no worker to begin it: it goes with its parent.
-            state = outcome[run["state_type"]] if run["deployment_id"] else crashed
-            await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-            settled.append(run["id"])
-        children = {**left, "parent_flow_run_id": {"any_": [run["id"] for run in parents]}}
-        found = await api.call("POST", "/flow_runs/filter", {"flow_runs": children})
-        parents = [run for run in found if run["id"] not in settled]
-    return settled
-
-
-async def _ensure_pool(api: Api, pool: str) -> None:
-    text = {"type": "string"}
-    words = {"type": "object", "additionalProperties": text}
-    variables = {
-        "command": {**text, "title": "Command", "default": shlex.join(
-            [sys.executable, "-I", "-S", str(ROOT / "toto" / "fork_server.py"), "run"])},
-        "env": {**words, "title": "Environment", "default": {}},
-        "labels": {**words, "title": "Labels", "default": {}},
-        "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
-        "stream_output": {"type": "boolean", "title": "Stream output", "default": True},
-        "working_dir": {"anyOf": [text, {"type": "null"}], "title": "Working directory", "default": None},
-    }
-    template = {"job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
-                "variables": {"type": "object", "properties": variables}}
-    about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
-    try:
-        await api.call("PATCH", f"/work_pools/{pool}", about)
-    except ServerError as error:
-        if error.status != 404:
-            raise
-        await api.call("POST", "/work_pools/", {"name": pool, "type": "process", **about})
-
-
-async def _ensure_automation(api: Api) -> None:
-    """A run whose worker and process were both killed says nothing any more: its silence crashes it."""
-    ends = ["Completed", "Failed", "Cancelled", "Crashed"]
-    body = {
-        "name": AUTOMATION,
-        "description": f"Without it a run would stay Running for ever after a power cut. Silence: {SILENCE} s.",
-        "enabled": True,
-        "trigger": {"type": "event", "posture": "Proactive", "after": ["prefect.flow-run.heartbeat"],
-                    "expect": ["prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)],
-                    "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
-                    "for_each": ["prefect.resource.id"], "threshold": 1, "within": SILENCE},
-        "actions": [{"type": "change-flow-run-state", "state": "CRASHED", "name": None,
-                     "message": f"no heartbeat for {SILENCE} s: its process is gone"}],
-    }
-    found = await api.call("POST", "/automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}})
-    if found:
-        await api.call("PUT", f"/automations/{found[0]['id']}", body)
-    else:
-        await api.call("POST", "/automations/", body)
-
-
 @contextlib.asynccontextmanager
 async def _logged(argv: Sequence[str], env: Mapping[str, str], log_file: Path, grace: float,
                   cwd: Path | None = None) -> AsyncIterator[process.Running]:
@@ -286,7 +168,7 @@ def _refuse_taken_port(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(home: Path, part: str) -> Iterator[None]:
+def only_one(home: Path, part: str) -> Iterator[None]:
     with (home / f"{part}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,106 +179,108 @@ def _only_one(home: Path, part: str) -> Iterator[None]:
 
 
 async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all", repos: Path | None = None,
-                branch: str = "main", host: str = "127.0.0.1", database_url: str | None = None,
+                branch: str = "main", host: str = "127.0.0.1", database_url: str | None = None, sqlite: bool = False,
                 auth: str | None = None, ui_url: str | None = None, root: Path = ROOT,
                 ready: asyncio.Event | None = None) -> None:
     """Server, deployments and worker until `stop` is set; or the server with the deployments, or the worker alone.
 
     The server starts what pushes leave in the spools of `repos`/*.git. The worker settles what an earlier one left.
+    Prefect's database is at `database_url`, else a PostgreSQL of toto's own, else (or with `sqlite`) a file.
     """
-    env = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
+    settings = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
+    home = Path(settings["PREFECT_HOME"])
     repos = repos or home / "repos"
     watched: dict[Path, process.Running] = {}
     async with contextlib.AsyncExitStack() as stack:
         for each in ("server", "worker") if part == "all" else (part,):
-            stack.enter_context(_only_one(home, each))
+            stack.enter_context(only_one(home, each))
+        _say(f"starting in {home}; logs are in {home / 'logs'}")
         stack.callback(process.sweep)
         if killed := process.sweep():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
+        _clear_old(Path(settings["TMPDIR"]))
         if part != "worker":
-            serving = _serving(env, home / "logs" / "server.log", repos, branch, root)
+            if not (database_url or sqlite) and (cluster := await database.choose(home)):
+                _say(f"starting PostgreSQL {cluster.programs.major}, toto's own")
+                log_file = home / "logs" / "database.log"
+                watched[log_file] = await stack.enter_async_context(cluster.running(log_file))
+                settings = server_environment(home, port, host=host, database_url=cluster.url, auth=auth, ui_url=ui_url)
+            elif not database_url:
+                _say(f"the database is {home / 'prefect.db'} (SQLite, for trying out"
+                     f"{'' if sqlite else '; `toto database move` takes it to PostgreSQL'})")
+            serving = _serving(settings, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
         if part != "server":
-            working = _working(env, home / "logs" / "worker.log", repos, root)
+            working = _working(settings, home / "logs" / "worker.log", repos, root)
             watched |= await stack.enter_async_context(working)
-        print("toto: ready" if part == "worker" else f"toto: ready at {env['PREFECT_UI_URL']}", flush=True)
+        _say("ready" if part == "worker" else f"ready at {settings['PREFECT_UI_URL']}")
         if ready is not None:
             ready.set()
         try:
             await _until(stop, watched)
         finally:
-            print("toto: stopping", flush=True)
+            _say("stopping")
+
+
+def _say(text: str) -> None:
+    print(f"toto: {text}", flush=True)
+
+
+def _clear_old(folder: Path) -> None:
+    """Remove from toto's temporary folder what processes that were killed have left, a day ago or longer."""
+    for each in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if each.lstat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
 
 
 @contextlib.asynccontextmanager
 async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: str,
                    root: Path) -> AsyncIterator[dict[Path, process.Running]]:
     """Server, deployments, hooks, and whoever starts what hooks could not."""
+    _say("starting Prefect's server (the first start makes its tables: up to 20 s)")
     async with running_server(env, log_file) as server:
+        _say("registering the deployments")
         ids = await deploy(env, root=root)
         await register_blocks(env)
         served = git_host.Served(
             api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
             deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
         await _adopt_all(repos, served)
-        draining = asyncio.create_task(_drain(repos))
-        try:
+        async with _beside(_drain(repos)), _beside(orphans.watch(Api.of(env))):
             yield {log_file: server}
-        finally:
-            draining.cancel()
 
 
 @contextlib.asynccontextmanager
 async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
                    root: Path) -> AsyncIterator[dict[Path, process.Running]]:
     """The worker, and what makes its runs begin at once."""
+    _say("starting the worker")
     api = Api.of(env)
     if not await api.wait(PATIENCE):
         raise ServerError(f"Prefect's server does not answer at {api.url}", hint="start `toto serve --part server`")
-    await _ensure_pool(api, POOL)
-    if settled := await settle_orphans(api):
+    await ensure_pool(api, POOL)
+    if settled := await orphans.settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
-    await _have_settled(api, repos, settled)
-    warming = asyncio.create_task(_keep_warm(env, log_file.with_name("runs.log"), root))
+    if skipped := await orphans.skip_missed(api):
+        log.warning("skipped %d runs of schedules that came due while toto was away; the newest are started",
+                    len(skipped))
+    await orphans.have_settled(api, settled, repos)
+    async with _beside(_keep_warm(env, log_file.with_name("runs.log"), root)), running_worker(env, log_file) as worker:
+        yield {log_file: worker}
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Let `work` go on beside the block, and no longer."""
+    task = asyncio.create_task(work)
     try:
-        async with running_worker(env, log_file) as worker:
-            yield {log_file: worker}
+        yield
     finally:
-        warming.cancel()
-        await asyncio.wait((warming,))
-
-
-async def _have_settled(api: Api, repos: Path, left_behind: Sequence[str]) -> None:
-    """Have what dead runs left half done put back, and told that they died: each once, whoever noticed it.
-
-    `left_behind` are the runs that were found under way; some others were marked Crashed before, by their silence.
-    """
-    ids = await deployments(api)
-    if SETTLE not in ids:
-        return
-    since = datetime.now(UTC) - timedelta(seconds=TOLD_WITHIN)
-    crashed = await api.call("POST", "/flow_runs/filter", {"flow_runs": {
-        "state": {"type": {"any_": ["CRASHED"]}}, "end_time": {"after_": since.isoformat()},
-        "deployment_id": {"any_": [ids[name] for name in ids if name == SETTLE or name.startswith("reconcile/")]}}})
-    asked = {}
-    for run in crashed:
-        parameters = run["parameters"]
-        if run["deployment_id"] != ids[SETTLE]:
-            asked[f"died-{run['id']}"] = {"repo": parameters["repo"], "died": [run["id"]]}
-        elif run["id"] in left_behind:  # what it was to do is still to be done
-            asked[f"again-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}
-    for repo in git_host.infra_repos(repos):
-        try:
-            if Ledger(repo).read().open_intents:
-                asked[f"start-{repo.name}-{time.time()}"] = {"repo": str(repo.resolve())}
-        except TotoError as error:
-            log.error("%s", error)
-    for key, parameters in asked.items():
-        try:
-            await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                           {"parameters": parameters, "idempotency_key": key})
-        except TotoError as error:
-            log.error("%s: what a dead run left is not settled yet: %s", Path(parameters["repo"]).name, error)
+        task.cancel()
+        await asyncio.wait((task,))
+        if not task.cancelled() and (error := task.exception()):
+            log.error("unexpectedly: %r", error)
 
 
 async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None:
@@ -430,7 +314,7 @@ async def _adopt(repo: Path, served: git_host.Served) -> None:
         branch = await git_host.deployed_branch(repo) or served.branch
         await git_host.create(repo, **asdict(served) | {"branch": branch})
         if drained := await git_host.drain_spool(repo):
-            print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
+            _say(f"{repo.name}: started {len(drained)} pushes that had waited")
     except TotoError as error:
         log.error("%s", error)
 
@@ -443,7 +327,7 @@ async def _drain(repos: Path) -> None:
             try:
                 late = any(push.file.stat().st_mtime < time.time() - LEFT_BEHIND for push in git_host.waiting(repo))
                 if late and (drained := await git_host.drain_spool(repo)):
-                    print(f"toto: {repo.name}: started {len(drained)} pushes that had waited", flush=True)
+                    _say(f"{repo.name}: started {len(drained)} pushes that had waited")
             except FileNotFoundError:
                 continue  # a hook was quicker
             except (TotoError, OSError) as error:
@@ -472,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
     parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help="where prefect.yaml is (%(default)s)")
+    parser.add_argument("--sqlite", action="store_true",
+                        help="keep Prefect's database in a file, for trying out, though PostgreSQL is on PATH")
     parser.add_argument("--part", choices=get_args(Part), default="all",
                         help="server (with the deployments) and worker as units of their own (%(default)s)")
     # Secrets come by the environment: arguments are visible to every user of the machine.
@@ -486,8 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         work = asyncio.create_task(serve(
             chosen.home, chosen.port, stop=stop, part=chosen.part, repos=chosen.repos, root=chosen.root,
-            branch=chosen.branch, host=chosen.host, database_url=database_url, auth=auth, ui_url=chosen.ui_url,
-            ready=ready))
+            branch=chosen.branch, host=chosen.host, database_url=database_url, sqlite=chosen.sqlite, auth=auth,
+            ui_url=chosen.ui_url, ready=ready))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
