@@ -14,7 +14,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.concurrency.asyncio import concurrency
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from toto import paths, plan
@@ -27,11 +27,20 @@ LEASE: Final = 60  # seconds, the shortest that Prefect grants: how long a dead 
 
 async def _ensure(client: PrefectClient, name: str, limit: int) -> None:
     """Make a limit that is not there yet; one that the operator has set is left as it is."""
+    if await _is_there(client, name):
+        return
+    # One at a time: of two that make it at once, one is an error in the server's log.
+    async with paths.alone(paths.state_home() / "limits.lock"):
+        if not await _is_there(client, name):
+            await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+
+
+async def _is_there(client: PrefectClient, name: str) -> bool:
     try:
         await client.read_global_concurrency_limit_by_name(name)
     except ObjectNotFound:
-        with suppress(ObjectAlreadyExists):
-            await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+        return False
+    return True
 
 
 @asynccontextmanager

@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import clean_logs
 from tests.lab import kube
 from toto import server
 from toto.prefect_api import Api
@@ -35,6 +37,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the logs of whatever `toto.server` starts in this process looked at."""
+    config.addinivalue_line("markers", "logs(*patterns, reason): errors that may be logged while the test runs")
+    logged = server._logged
+
+    def watched(argv: Sequence[str], env: Mapping[str, str], log_file: Path, *rest: Any, **more: Any) -> Any:
+        clean_logs.watch(log_file)
+        return logged(argv, env, log_file, *rest, **more)
+
+    server._logged = watched
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +125,16 @@ def background(until: Callable[..., object]) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _no_servers_by_accident() -> None:
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _clean_logs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves an error in the log of a server, worker or hook, unless it says why (`tests.clean_logs`)."""
+    yield
+    marks = list(request.node.iter_markers("logs"))
+    assert all(mark.kwargs["reason"] for mark in marks)
+    found = list(clean_logs.faults([pattern for mark in marks for pattern in mark.args]))
+    assert not found, "errors in the logs:\n" + "\n".join(found)[:20_000]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import postgres
+from tests import clean_logs, postgres
 from tests.conftest import PrefectServer, free_port
 from tests.test_git_host import Pusher
 from toto import deployments, git_host, orphans, process, server
@@ -154,6 +154,7 @@ class Part:
     async def begin(cls, root: Path, home: Path, port: int, *options: str, **variables: str) -> "Part":
         """Start it, and wait until it is ready."""
         argv = [sys.executable, "-m", "toto.server", "--home", str(home), "--port", str(port), "--root", str(root)]
+        clean_logs.watch(home / "logs")
         part = cls(subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                     env=os.environ | {"PYTHONPATH": str(deployments.ROOT)} | variables))
         assert part.process.stdout

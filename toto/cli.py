@@ -12,7 +12,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from toto import access, git, git_host, git_shell, plan, receive, server
+from toto import access, database_move, git, git_host, git_shell, paths, plan, receive, server
 from toto.changes import Action, table
 from toto.errors import InputError, TotoError
 from toto.ledger import REF, Ledger
@@ -57,8 +57,24 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")
     history.set_defaults(run=_log)
 
+    _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they take, who may reach them"))
     return parser
+
+
+def _database_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--home", type=Path, default=paths.state_home() / "server",
+                       help="the home of the server, which must not run (default: %(default)s)")
+    moving = verbs.add_parser("move", parents=[where],
+                              help="copy the SQLite database into a PostgreSQL of toto's own, used from then on")
+    moving.set_defaults(run=_database_move)
+    upgrading = verbs.add_parser("upgrade", parents=[where],
+                                 help="take toto's PostgreSQL to the newest version that is installed")
+    upgrading.add_argument("--from", type=Path, dest="old_bin", metavar="DIR", help="the bin folder of its present "
+                           "version, where that is not installed as Debian does it")
+    upgrading.set_defaults(run=_database_upgrade)
 
 
 def _repo_verbs(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +140,37 @@ async def _log(arguments: argparse.Namespace) -> int:
                          check=False)
     print(done.stdout if done.status == 0 else "nothing was deployed from here yet", end="")
     return 0
+
+
+async def _database_move(arguments: argparse.Namespace) -> int:
+    home = _home(arguments)
+    with server.only_one(home, "server"):
+        moved = await database_move.move(home, _say)
+    print(table([{"table": each.table, "rows": str(each.copied)} for each in moved if each.copied], ("table", "rows")))
+    for line in database_move.left_behind(moved):
+        _say(line)
+    _say(f"moved; `toto serve` uses PostgreSQL from now on, and {home / 'prefect.db'} stays as it was")
+    return 0
+
+
+async def _database_upgrade(arguments: argparse.Namespace) -> int:
+    home = _home(arguments)
+    with server.only_one(home, "server"):
+        old, new = await database_move.upgrade(home, _say, arguments.old_bin)
+    _say(f"PostgreSQL {new} from now on; the cluster of {old} is still in {home / 'postgres' / str(old)}, "
+         "to be removed when all is well")
+    return 0
+
+
+def _home(arguments: argparse.Namespace) -> Path:
+    home: Path = arguments.home.absolute()
+    if not home.is_dir():
+        raise InputError("no server has run there", target=str(home), hint="name its folder: --home")
+    return home
+
+
+def _say(text: str) -> None:
+    print(f"toto: {text}", file=sys.stderr, flush=True)
 
 
 async def _repo_create(arguments: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ SYSTEM_USERS: Final = ("toto", "postgres")  # as whom a root toto runs its clust
 # Root's home, and with it toto's state, is closed to that user. It sees the cluster's folder at /tmp, in a mount
 # namespace of its own; nothing else has to be opened to it.
 _AT: Final = Path("/tmp")  # noqa: S108
+_DEBIAN: Final = Path("/usr/lib/postgresql")
 _MOUNTED: Final = 'mount --bind -- "$1" /tmp && cd / && shift && exec "$@"'
 
 
@@ -49,15 +50,13 @@ class Programs:
     major: int
 
     @classmethod
-    async def on_path(cls) -> "Programs | None":
-        """Those on PATH, or None when there are none."""
-        found = shutil.which("postgres")
-        if found is None:
-            return None
-        # Beside the real one: /usr/local/bin may hold a link to one of them alone.
-        folder = next((each for each in (Path(found).parent, Path(found).resolve().parent)
-                       if (each / "initdb").exists()), None)
-        return None if folder is None else await cls.of(folder)
+    async def installed(cls) -> list["Programs"]:
+        """Those on PATH, first, and those that Debian keeps beside them for each major version."""
+        # The real folder as well: /usr/local/bin may hold a link to `postgres` alone.
+        on_path = [each for found in [shutil.which("postgres")] if found
+                   for each in (Path(found).parent, Path(found).resolve().parent)]
+        folders = dict.fromkeys([*on_path, *sorted(_DEBIAN.glob("*/bin"))])
+        return [await cls.of(each) for each in folders if (each / "postgres").exists() and (each / "initdb").exists()]
 
     @classmethod
     async def of(cls, folder: Path) -> "Programs":
@@ -75,12 +74,11 @@ class Cluster:
 
     home: Path
     programs: Programs
-    version: int | None = None  # of the files, where that is not the programs'; a folder a major version
 
     @property
     def folder(self) -> Path:
-        """What belongs to the cluster: files, socket."""
-        return self.home / "postgres" / str(self.version or self.programs.major)
+        """What belongs to the cluster: files, socket. A major version has a folder of its own."""
+        return self.home / "postgres" / str(self.programs.major)
 
     @property
     def url(self) -> str:
@@ -144,21 +142,25 @@ class Cluster:
 
     async def _until_answers(self, server: process.Running, log_file: Path) -> None:
         deadline = time.monotonic() + START
-        while True:
-            try:
-                connection = await self.connect("postgres")
-                break
-            except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-                if server.status is not None or time.monotonic() > deadline:
-                    said = process.tail(log_file.read_text(errors="replace"))
-                    raise DatabaseError(f"PostgreSQL did not start: {said or error}",
-                                        hint=f"see {log_file}") from None
-            await asyncio.sleep(0.1)
+        while not self._is_ready(server.pid):
+            if server.status is not None or time.monotonic() > deadline:
+                raise DatabaseError(f"PostgreSQL did not start:\n{process.tail(log_file.read_text(errors='replace'))}",
+                                    hint=f"see {log_file}")
+            await asyncio.sleep(0.05)
+        connection = await self.connect("postgres")
         try:
             if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", NAME):
                 await connection.execute(f"CREATE DATABASE {NAME}")
         finally:
             await connection.close()
+
+    def _is_ready(self, pid: int) -> bool:
+        """As pg_ctl looks at it: a connection that comes too early would be an error in the log."""
+        try:
+            lines = (self.folder / "data" / "postmaster.pid").read_text().split("\n")
+        except FileNotFoundError:
+            return False
+        return lines[0] == str(pid) and lines[7:8] != [] and lines[7].strip() == "ready"
 
 
 def versions(home: Path) -> list[int]:
@@ -169,22 +171,19 @@ def versions(home: Path) -> list[int]:
 async def choose(home: Path) -> Cluster | None:
     """The cluster that toto's server in `home` keeps; None for SQLite.
 
-    A home keeps what it has: a cluster, or else the SQLite file. A new one gets a cluster where PostgreSQL is on PATH.
-    Raises `DatabaseError` when there is a cluster that PostgreSQL on PATH cannot run.
+    A home keeps what it has: a cluster, with the version that made it, or else the SQLite file. A new home gets a
+    cluster where PostgreSQL is installed. Raises `DatabaseError` when the version that made the cluster is gone.
     """
-    programs, made = await Programs.on_path(), versions(home)
-    if not made and ((home / "prefect.db").exists() or programs is None):
-        return None
-    if programs is None:
-        raise DatabaseError(f"its database is a cluster of PostgreSQL {made[-1]}, and there is no `postgres` on PATH",
-                            target=str(home), hint=f"install PostgreSQL {made[-1]}, or put its bin folder on PATH")
-    if made and made[-1] != programs.major:
-        newer = programs.major > made[-1]
-        raise DatabaseError(
-            f"its database is a cluster of PostgreSQL {made[-1]}, and `postgres` on PATH is {programs.major}",
-            target=str(home), hint=f"toto database upgrade --home {home}" if newer else
-            f"put PostgreSQL {made[-1]} on PATH")
-    return Cluster(home, programs)
+    installed, made = await Programs.installed(), versions(home)
+    if not made:
+        return None if (home / "prefect.db").exists() or not installed else Cluster(home, installed[0])
+    for programs in installed:
+        if programs.major == made[-1]:
+            return Cluster(home, programs)
+    there = ", ".join(str(each.major) for each in installed) or "none"
+    raise DatabaseError(f"its database is a cluster of PostgreSQL {made[-1]}, which is not installed ({there} is)",
+                        target=str(home), hint=f"put PostgreSQL {made[-1]} on PATH; or, with its bin folder at hand, "
+                        f"`toto database upgrade --home {home} --from DIR`")
 
 
 def _other_user() -> pwd.struct_passwd | None:

@@ -137,13 +137,12 @@ async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
 
 async def ensure_limit(api: Api, name: str, slots: int) -> None:
     """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
-    body = {"name": name, "limit": slots, "active": True}
     try:
-        await api.call("POST", "/v2/concurrency_limits/", body)
-    except ServerError as error:
-        if error.status != 409:
-            raise
         await api.call("PATCH", f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True})
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        await api.call("POST", "/v2/concurrency_limits/", {"name": name, "limit": slots, "active": True})
 
 
 async def ensure_pool(api: Api, pool: str) -> None:

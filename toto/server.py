@@ -73,7 +73,7 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "results"),
         # The default keeps leases in memory: after a kill of the server their holders would block for ever.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_WORKER_QUERY_SECONDS": "0.5",  # the default of 10 is most of the wait for a run
+        "PREFECT_WORKER_QUERY_SECONDS": "0.3",  # the default of 10 is most of the wait for a run
         "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(orphans.HEARTBEAT),
         # Left to itself the database keeps every run and its log for ever.
@@ -363,7 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Secrets come by the environment: arguments are visible to every user of the machine.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="toto: %(message)s")
+    logging.addLevelName(logging.ERROR, "error: ")
+    logging.addLevelName(logging.WARNING, "")
+    logging.basicConfig(level=logging.WARNING, format="toto: %(levelname)s%(message)s")
     database_url, auth = os.environ.pop("TOTO_DATABASE_URL", None), os.environ.pop("TOTO_AUTH", None)
 
     async def until_signalled() -> None:

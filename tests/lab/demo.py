@@ -17,7 +17,10 @@ from pathlib import Path
 from tests.lab import setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
+from tests.lab.parts import while_all_live
+from toto import logs
 from toto.changes import table
+from toto.errors import TotoError
 from toto.ledger import Ledger
 
 MORE = EXAMPLE.parent / "more"
@@ -139,7 +142,8 @@ async def hosts(whole: Fleet) -> None:
 async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     """Two pushes of what is no machine; the machines stay as they are."""
     if shutil.which("terraform") is None:
-        title("6. and 7., a terraform root and a release beside the machines: NOT SHOWN, terraform is not on PATH")
+        title("6. and 7., a terraform root and a release beside the machines, are left out: terraform is not on PATH "
+              "(no failure)")
         return
     machines = await whole.systems()
 
@@ -174,6 +178,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 async def main() -> int:
     """Exit status: 0 when all went as told, 1 otherwise."""
     keep = bool(os.environ.get("KEEP"))
+    failure: str | None = None
     began = time.monotonic()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -185,19 +190,47 @@ async def main() -> int:
         async with (cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
                     fleet(directory, kubeconfig=cluster.kubeconfig) as whole):
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
-            telling = asyncio.create_task(_unless(stop, lambda: story(whole, cluster)))
-            await telling
+            await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
+                                                       story(whole, cluster)))
+            if not stop.is_set():
+                clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
             if keep and not stop.is_set():
                 say(f"Left running: {whole.url}\nPush from {whole.work}; log in with `ssh -i {whole.key} -p 2222 "
                     "toto@127.0.1.12`. Ctrl-C ends it all.")
                 await stop.wait()
     except Claim as error:
-        say(f"\nThe demo does not hold: {error}")
-        return 1
+        failure = f"The demo does not hold: {error}"
+    except TotoError as error:
+        failure = f"The demo cannot go on: {error.message}"
     finally:
+        if failure is not None or isinstance(sys.exception(), Exception):
+            say(f"\n{failure or 'The demo has a fault of its own:'}\nThe logs are in {_keep_logs(directory)}")
         shutil.rmtree(directory, ignore_errors=True)
+    if failure is not None:
+        return 1
     return 130 if stop.is_set() and not keep else 0
+
+
+def clean_logs(whole: Fleet) -> None:
+    """The last claim: nothing in the logs that nobody has looked at."""
+    title("And the logs")
+    files = [file for place in whole.log_places
+             for file in ([place] if place.is_file() else sorted(place.glob("*.log")))]
+    found = [f"{file.name}: {fault}" for file in files for fault in logs.faults(file.read_text(errors="replace"))]
+    for each in found[:3]:
+        say(each)
+    claim(f"{', '.join(file.name for file in files)}: no error, no traceback", not found)
+
+
+def _keep_logs(directory: Path) -> Path:
+    """Keep the logs, and only those, of a demo that has failed."""
+    kept = Path(tempfile.mkdtemp(prefix="demo-logs-", dir=_state()))
+    for file in directory.rglob("*.log"):
+        place = kept / file.relative_to(directory)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+    return kept
 
 
 async def _unless(stop: asyncio.Event, work: Callable[[], Awaitable[None]]) -> None:

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tests import clean_logs
 from tests.lab.machine import Machine
+from tests.lab.parts import Part
 from tests.lab.setup import environment
 from toto import git_host
 from toto.ledger import Entry, Ledger, Target
@@ -67,6 +69,17 @@ class Fleet:
         return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)} | {
             name: value for name, value in more.items() if value}
 
+    @property
+    def log_places(self) -> tuple[Path, ...]:
+        """What toto logs: `toto serve` itself, its parts (a folder), and what the hook told the pusher."""
+        return self.directory / "toto.log", self.home / "logs", self.directory / "hook.log"
+
+    @property
+    def parts(self) -> list[Part]:
+        """The programs that are to run: toto, and the machines."""
+        mine = [] if self.server is None else [Part("toto serve", self.server.poll(), self.directory / "toto.log")]
+        return mine + [part for machine in self.machines.values() for part in machine.parts]
+
     # The parts
 
     async def prepare(self, example: Path = EXAMPLE) -> None:
@@ -85,17 +98,20 @@ class Fleet:
 
     async def start_server(self) -> None:
         """Server and worker, ready for pushes."""
+        for place in self.log_places:
+            clean_logs.watch(place)
         log = (self.directory / "toto.log").open("ab")
         self.server = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "toto.server", "--home", self.home, "--port",
-             str(self.port), "--repos", self.repo.parent],
+             str(self.port), "--repos", self.repo.parent, "--sqlite"],
             env=self.environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
         log.close()
         assert self.server.stdout is not None
         while line := await asyncio.to_thread(self.server.stdout.readline):
             if b"toto: ready" in line:
                 return
-        raise RuntimeError("toto.server did not start:\n" + (self.directory / "toto.log").read_text())
+        await asyncio.to_thread(self.server.wait)
+        raise self.parts[0].died()
 
     async def stop_server(self) -> None:
         """An orderly stop."""
@@ -178,6 +194,8 @@ class Fleet:
     def push(self) -> str:
         """`git push`; the id of the run that its hook started."""
         told = self.git("push", "toto", "main")
+        with (self.directory / "hook.log").open("a") as log:
+            log.write(told)
         if found := re.search(r"/runs/flow-run/([0-9a-f-]{36})", told):
             return found[1]
         # On a very busy machine Prefect may not answer the hook in time: then the server starts the run.

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from tests.lab.parts import Part
 from toto import process
 from toto.errors import TotoError
 
@@ -114,6 +115,10 @@ class Cluster:
         """A client of the API, with the token."""
         return httpx.AsyncClient(base_url=self.url, verify=ssl.create_default_context(cafile=self.ca), timeout=60,
                                  trust_env=False, headers={"Authorization": f"Bearer {self.token}"})
+
+    def programs(self) -> list[Part]:
+        """The programs, and whether they live."""
+        return [Part(name, running.status, self.directory / f"{name}.log") for name, running in self.parts.items()]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the API server: SIGSTOP makes it hang until SIGCONT, SIGKILL ends it."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from tests.lab import nix
+from tests.lab.parts import Part
 from tests.lab.setup import environment
 
 SSH_PORT: Final = 2222
@@ -94,6 +95,11 @@ class Machine:
             self._process = await asyncio.create_subprocess_exec(
                 "setpriv", "--pdeathsig", "KILL", str(run), "-qmp", qmp, env=env, cwd=self.directory,
                 stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=console)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Its QEMU, while it is switched on."""
+        return [] if self._process is None else [Part(f"machine {self.name}", self._process.returncode, self._console)]
 
     @property
     def running(self) -> bool:

@@ -12,6 +12,7 @@ The result is `<cache>/nixpkgs`: a copy of `nix/lab` with `pinned.nix` beside it
 Needed on this machine: apt, dpkg-deb and nix (single user). A second run takes half a second.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -157,10 +158,18 @@ def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
     names = {name: f"{name}_{version.replace(':', '%3a')}_" for name, version in versions.items()}
     missing = [name for name, start in names.items() if not any(debs.glob(start + "*.deb"))]
     if missing:
-        got = subprocess.run(["apt-get", "-q", "download", *missing], cwd=debs, check=False,
-                             stdout=subprocess.DEVNULL)
-        if got.returncode != 0:
-            raise SystemExit("apt could not download the lab's packages; run `apt-get update` as root, and try again")
+        # As root apt downloads as its own user, who cannot get at a folder below root's home.
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as fresh:
+            if os.geteuid() == 0:
+                with contextlib.suppress(LookupError):
+                    shutil.chown(fresh, "_apt")
+            got = subprocess.run(["apt-get", "-q", "download", *missing], cwd=fresh, check=False,
+                                 stdout=subprocess.DEVNULL)
+            if got.returncode != 0:
+                raise SystemExit("apt could not download the lab's packages; run `apt-get update` as root, and try "
+                                 "again")
+            for deb in Path(fresh).glob("*.deb"):
+                shutil.copyfile(deb, debs / deb.name)
     for name, start in names.items():
         (deb,) = debs.glob(start + "*.deb")
         target = root / ("static" if name == "busybox-static" else "")

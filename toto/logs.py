@@ -1,0 +1,40 @@
+"""What the logs of toto's own processes may not say, and the few errors that mean nothing.
+
+The logs: server, worker, runs (the fork server), database, `toto serve` itself, and what a hook tells a pusher. Not for
+what a run logs about a target that fails: that is its result.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Known:
+    """An entry that is found by `pattern` is no fault, for the `reason`."""
+
+    pattern: str
+    reason: str
+
+
+KNOWN: Final = (
+    Known(r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - (?!.*\nTraceback)",
+          "a target that fails says so in its run: that is the run's result"),
+)
+# An entry begins with a time, a level or a program's name; what follows until the next one belongs to it.
+_HEAD: Final = re.compile(r"(?m)^(?=\d\d:\d\d:\d\d\.\d{3} \| |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* |toto: |"
+                          r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL): |Traceback \(most recent call last\))")
+_FAULT: Final = re.compile(
+    r"\A[\d:.]+ \| (?:ERROR|CRITICAL) |\A(?:ERROR|CRITICAL): |\Atoto: error: |"
+    r"\A\d{4}-\d\d-\d\d [^\n]*\] (?:ERROR|FATAL|PANIC): |"
+    r"(?m:^Traceback \(most recent call last\))|never retrieved|never awaited|Exception ignored in|"
+    r"database is locked|dead letter queue")
+
+
+def faults(text: str) -> Iterator[str]:
+    """The entries of a log that somebody should look at: errors, tracebacks, lost events; none that is `KNOWN`."""
+    text = re.sub(r"(?m)^remote: ", "", text)  # as git marks what a hook says
+    for entry in _HEAD.split(text):
+        if _FAULT.search(entry) and not any(re.search(known.pattern, entry, re.S) for known in KNOWN):
+            yield entry.rstrip("\n")
