@@ -16,7 +16,8 @@ BESIDE = [LAB / name for name in ("test_whole.py", "test_lab.py", "test_kube.py"
 
 def main() -> int:
     """Run both; the exit status."""
-    pytest = [sys.executable, "-m", "pytest"]
+    # Whatever ends us ends them, as Ctrl-C does: with their machines and servers.
+    pytest = ["setpriv", "--pdeathsig", "INT", sys.executable, "-m", "pytest"]
     others = sorted(HERE.glob("test_*.py")) + sorted(set(LAB.glob("test_*.py")) - set(BESIDE))
     with tempfile.TemporaryFile() as said:
         beside = subprocess.Popen([*pytest, *BESIDE, "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT)

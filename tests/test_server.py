@@ -5,11 +5,14 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,44 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
     states = [(await api.call("GET", f"/flow_runs/{each}"))["state_type"] for each in (running, cancelling, pending)]
     assert states == ["CRASHED", "CANCELLED", "SCHEDULED"]
     await api.call("POST", f"/flow_runs/{pending}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
+async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: PrefectServer,
+                                                                tiny_project: Path) -> None:
+    api = prefect_server.api
+    ids = await deployments.deploy(prefect_server.env, root=tiny_project)
+
+    async def run(state: str = "RUNNING", process: str = "elsewhere:1") -> str:
+        made = await api.call("POST", f"/deployments/{ids['reconcile/toto']}/create_flow_run",
+                              {"parameters": {"repo": "x"}})
+        await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": process})
+        for each in ("RUNNING", state):
+            await api.call("POST", f"/flow_runs/{made['id']}/set_state", {"state": {"type": each}, "force": True})
+        return str(made["id"])
+
+    silent, cancelling, ended, heard = await run(), await run("CANCELLING"), await run("COMPLETED"), await run()
+    here = await run(process=f"{socket.gethostname()}:{os.getpid()}")
+    gone = await run(process=f"{socket.gethostname()}:{2**22 + 1}")
+    await asyncio.sleep(2)
+    beat = time.time()
+    await api.call("POST", "/events", [{
+        "occurred": datetime.now(UTC).isoformat(), "event": "prefect.flow-run.heartbeat", "id": str(uuid.uuid4()),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{heard}"}}])
+    stored = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]},
+                         "resource": {"id": [f"prefect.flow-run.{heard}"]}}}
+    async with asyncio.timeout(60):
+        while not (await api.call("POST", "/events/filter", stored))["events"]:
+            await asyncio.sleep(0.2)
+    young = await run()
+    everyone = (silent, cancelling, ended, heard, here, gone, young)
+    assert not set(everyone) & set(await orphans.crash_silent(api, silence=3600))
+    # Silent since one second before that heartbeat, and a second or more after the first six had begun.
+    crashed = await orphans.crash_silent(api, silence=time.time() - beat + 1)
+    assert set(everyone) & set(crashed) == {silent, cancelling, gone}
+    states = [(await api.call("GET", f"/flow_runs/{each}"))["state_type"] for each in everyone]
+    assert states == ["CRASHED", "CANCELLED", "COMPLETED", "RUNNING", "RUNNING", "CRASHED", "RUNNING"]
+    for each in (heard, here, young):
+        await api.call("POST", f"/flow_runs/{each}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
 async def test_taken_port_is_told_before_anything_starts(prefect_server: PrefectServer) -> None:

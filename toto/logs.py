@@ -19,8 +19,10 @@ class Known:
 
 
 KNOWN: Final = (
-    Known(r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - (?!.*\nTraceback)",
+    Known(r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - ",
           "a target that fails says so in its run: that is the run's result"),
+    Known(r"prefect\.engine - Crash detected! Execution was (cancelled by|aborted by a termination signal)",
+          "a run was cancelled, or toto was stopped while it was under way: its state says so"),
 )
 # An entry begins with a time, a level or a program's name; what follows until the next one belongs to it.
 _HEAD: Final = re.compile(r"(?m)^(?=\d\d:\d\d:\d\d\.\d{3} \| |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* |toto: |"

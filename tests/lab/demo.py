@@ -175,8 +175,8 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     claim("no machine has changed", await whole.systems() == machines)
 
 
-async def main() -> int:
-    """Exit status: 0 when all went as told, 1 otherwise."""
+async def main(start_only: bool = False) -> int:
+    """Exit status: 0 when all went as told, 1 otherwise. `start_only`: no push, just all that the demo starts."""
     keep = bool(os.environ.get("KEEP"))
     failure: str | None = None
     began = time.monotonic()
@@ -190,8 +190,9 @@ async def main() -> int:
         async with (cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
                     fleet(directory, kubeconfig=cluster.kubeconfig) as whole):
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
-            await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
-                                                       story(whole, cluster)))
+            if not start_only:
+                await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
+                                                           story(whole, cluster)))
             if not stop.is_set():
                 clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
@@ -252,4 +253,4 @@ def _state() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(asyncio.run(main(start_only="--start-only" in sys.argv[1:])))
