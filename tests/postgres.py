@@ -29,7 +29,8 @@ class Postgres:
         """Start the server and wait until it answers."""
         with (self.home / "log").open("wb") as log:
             self.server = subprocess.Popen(
-                [*_unprivileged(), "postgres", "-D", self.home / "data", "-k", self.home, "-h", "", "-F"],
+                [*_unprivileged(), "postgres", "-D", self.home / "data", "-k", self.home, "-h", "", "-F",
+                 "-c", "dynamic_shared_memory_type=mmap"],
                 cwd="/", stdout=log, stderr=log, env={"PATH": os.environ["PATH"]})
         deadline = time.monotonic() + 60
         while "ready to accept connections" not in (self.home / "log").read_text():

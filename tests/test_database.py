@@ -79,6 +79,10 @@ async def test_cluster_comes_back_after_a_power_cut(home: Path) -> None:
             await connection.close()
             os.killpg(running.pid, signal.SIGKILL)
             await running.process.wait()
+    async with cluster.running(home / "logs" / "database.log"):
+        connection = await cluster.connect()
+        assert await connection.fetchval("SHOW dynamic_shared_memory_type") == "mmap"  # it left nothing in /dev/shm
+        await connection.close()
 
 
 async def test_home_keeps_what_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -472,6 +472,7 @@ async def test_helm_gets_nothing_of_totos_own_environment(lab: Lab, tmp_path: Pa
     assert [line for line in env if POISON in line] == [f"AWS_PROFILE={POISON}"]
     assert f"KUBECONFIG={lab.cluster.kubeconfig}" in env
     assert f"HELM_CACHE_HOME={tmp_path}/state/cache" in env
+    assert f"KUBECACHEDIR={tmp_path}/state/cache/kube" in env  # and not below the home folder
 
 
 async def test_cluster_that_cannot_be_reached_is_told_quickly(lab: Lab, tmp_path: Path) -> None:

@@ -79,6 +79,26 @@ async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny
     assert limit["limit"] == 2
 
 
+async def test_deployment_of_an_older_toto_keeps_its_schedules_and_gets_new_ones(
+        prefect_server: PrefectServer, tiny_project: Path) -> None:
+    api, file = prefect_server.api, tiny_project / "prefect.yaml"
+    plain = file.read_text().replace("name: toto\n", "name: scheduled\n", 1)
+    nightly, weekly = ('      - {slug: %s, cron: "%s", active: false}\n' % each  # noqa: UP031
+                       for each in (("nightly", "1 2 * * *"), ("weekly", "1 2 * * 0")))
+    file.write_text(f"{plain}    schedules:\n{nightly}")
+    path = f"/deployments/{(await deployments.deploy(prefect_server.env, root=tiny_project))['reconcile/scheduled']}"
+    [schedule] = (await api.call("GET", path))["schedules"]
+    await api.call("PATCH", f"{path}/schedules/{schedule['id']}", {"active": True, "schedule": {"cron": "5 5 * * *"}})
+    await api.call("DELETE", f"/variables/name/{deployments.WRITTEN}")  # which an older one did not have
+    for _ in range(2):
+        file.write_text(f"{plain}    schedules:\n{nightly}{weekly}")
+        await deployments.deploy(prefect_server.env, root=tiny_project)
+        found = {each["slug"]: (each["active"], each["schedule"]["cron"])
+                 for each in (await api.call("GET", path))["schedules"]}
+        assert found == {"nightly": (True, "5 5 * * *"), "weekly": (False, "1 2 * * 0")}
+    await api.call("DELETE", path)
+
+
 async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServer, deployed: str,
                                                      tmp_path: Path) -> None:
     repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, deployment_id=deployed)
@@ -153,6 +173,7 @@ async def test_taken_port_is_told_before_anything_starts(prefect_server: Prefect
             pass
 
 
+@pytest.mark.logs("unable to open database file", "Application startup failed", reason="it is started to die")
 async def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
     env = server.server_environment(tmp_path / "home", free_port(), database_url="sqlite+aiosqlite:////nowhere/x.db")
     with pytest.raises(ServerError, match="exited with status"):

@@ -121,6 +121,7 @@ class Cluster:
         # What PostgreSQL is told here, and not in its files, is the same for clusters of every age.
         settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder),
                     "unix_socket_permissions": "0700", "timezone": "UTC", "log_timezone": "UTC",
+                    "dynamic_shared_memory_type": "mmap",  # in its own folder: no kill leaves any elsewhere
                     "jit": "off"}  # small queries: compiling them costs more than it saves
         argv = _as_owner(self.folder, [
             self.programs.folder / "postgres", "-D", _seen(self.folder) / "data",

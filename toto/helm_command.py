@@ -64,6 +64,7 @@ def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items()
             if not name.startswith(_NOT_FOR_HELM) or name.startswith("HELM_DRIVER")}
     ours |= {f"HELM_{what.upper()}_HOME": str(state / what) for what in ("cache", "config", "data")}
+    ours["KUBECACHEDIR"] = str(state / "cache" / "kube")  # otherwise ~/.kube/cache
     return ours if kubeconfig is None else ours | {"KUBECONFIG": str(kubeconfig)}
 
 

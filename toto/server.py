@@ -76,6 +76,8 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
         "PREFECT_WORKER_QUERY_SECONDS": "0.3",  # the default of 10 is most of the wait for a run
         "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(orphans.HEARTBEAT),
+        # A schedule that was switched on shows its runs after that many seconds; the default of 60 looks like a fault.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
         # Left to itself the database keeps every run and its log for ever.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(prune.DAYS * 86_400),

@@ -83,7 +83,7 @@ class Cluster:
         return {key: value for key, value in os.environ.items() if not key.startswith(("HELM_", "KUBE"))} | {
             "KUBECONFIG": str(self.kubeconfig), "HELM_CACHE_HOME": str(self.directory / "helm/cache"),
             "HELM_CONFIG_HOME": str(self.directory / "helm/config"),
-            "HELM_DATA_HOME": str(self.directory / "helm/data")}
+            "HELM_DATA_HOME": str(self.directory / "helm/data"), "KUBECACHEDIR": str(self.directory / "helm/kube")}
 
     async def get(self, path: str) -> Any:
         """What is at `path` (such as /api/v1/namespaces/web/configmaps/page), or None."""
