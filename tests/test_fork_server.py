@@ -92,6 +92,8 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
         yield made[0]
 
 
+@pytest.mark.logs(r"exited with status code: (7|-11|137)", "ValueError: on purpose",
+                  reason="runs that end in every way")
 async def test_runs_are_forks_and_end_as_they_end(warm: Warm) -> None:
     runs = {then: await warm.begin(then) for then in ("end", "raise", "exit", "crash")}
     assert (await until(warm.api, runs["end"], {"COMPLETED"}))["state_type"] == "COMPLETED"
@@ -124,6 +126,7 @@ async def test_the_fork_goes_with_the_process_that_the_worker_sees(warm: Warm) -
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.logs("exited with status code: 137", reason="the fork server is killed, and its runs with it")
 async def test_without_a_fork_server_runs_begin_slowly(warm: Warm) -> None:
     run = await warm.begin("sleep")
     pid, _ = await warm.who(run)
