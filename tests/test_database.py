@@ -56,9 +56,10 @@ async def test_new_home_gets_a_cluster_that_only_its_user_reaches(home: Path) ->
         assert f"pid={running.pid}," not in listening
         if os.geteuid() == 0:
             assert Path(f"/proc/{running.pid}").stat().st_uid != 0
+            assert cluster.folder.stat().st_uid == 0  # its user cannot change who is let in
             for folder in (home, home / "postgres", home.parent):  # even if someone opened the way to it
                 folder.chmod(0o755)
-            refused = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "psql", "-h", cluster.folder, "-U",
+            refused = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "psql", "-h", cluster.socket, "-U",
                                       database.USER, database.NAME, "-c", "SELECT 1"], cwd="/", check=False,
                                      capture_output=True, text=True)
             assert refused.returncode != 0 and "Permission denied" in refused.stderr, refused

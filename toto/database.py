@@ -77,17 +77,26 @@ class Cluster:
 
     @property
     def folder(self) -> Path:
-        """What belongs to the cluster: files, socket. A major version has a folder of its own."""
+        """What belongs to the cluster; a major version has a folder of its own.
+
+        Where toto is root the folder and the rules in it are root's: the cluster's user cannot change who is let in,
+        nor have root write anywhere else.
+        """
         return self.home / "postgres" / str(self.programs.major)
+
+    @property
+    def socket(self) -> Path:
+        """The folder of its socket: the host, to whoever connects."""
+        return self.folder / "socket"
 
     @property
     def url(self) -> str:
         """The address that Prefect takes."""
-        return f"postgresql+asyncpg://{USER}@/{NAME}?host={urllib.parse.quote(str(self.folder))}"
+        return f"postgresql+asyncpg://{USER}@/{NAME}?host={urllib.parse.quote(str(self.socket))}"
 
     async def connect(self, database: str = NAME) -> asyncpg.Connection:
         """A connection, to be closed."""
-        return await asyncpg.connect(host=str(self.folder), user=USER, database=database, timeout=10)
+        return await asyncpg.connect(host=str(self.socket), user=USER, database=database, timeout=10)
 
     async def make(self) -> None:
         """Make the cluster, unless it is there: whole, or not at all."""
@@ -95,9 +104,13 @@ class Cluster:
             return
         fresh = self.folder.with_suffix(".new")
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700, parents=True)
+        fresh.mkdir(mode=0o750, parents=True)
+        (fresh / "data").mkdir(mode=0o700)
+        (fresh / "socket").mkdir(mode=0o700)
         if owner := _other_user():
-            os.chown(fresh, owner.pw_uid, owner.pw_gid)
+            os.chown(fresh, 0, owner.pw_gid)
+            for each in (fresh / "data", fresh / "socket"):
+                os.chown(each, owner.pw_uid, owner.pw_gid)
         # No locale: an index that is sorted by libc's rules breaks when those change with the next libc.
         await process.run(
             _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
@@ -112,14 +125,14 @@ class Cluster:
 
         Raises `DatabaseError` when it does not start.
         """
-        socket = self.folder / ".s.PGSQL.5432"
-        if len(os.fsencode(socket)) > LONGEST_SOCKET:
-            raise DatabaseError(f"the path of its socket has more than {LONGEST_SOCKET} characters: {socket}",
+        if len(os.fsencode(self.socket / ".s.PGSQL.5432")) > LONGEST_SOCKET:
+            raise DatabaseError(f"the path of its socket has more than {LONGEST_SOCKET} characters: {self.socket}",
                                 hint="choose a shorter --home, or --sqlite")
         await self.make()
         self._let_in()
         # What PostgreSQL is told here, and not in its files, is the same for clusters of every age.
-        settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder),
+        settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder) / "socket",
+                    "hba_file": _seen(self.folder) / "pg_hba.conf", "ident_file": _seen(self.folder) / "pg_ident.conf",
                     "unix_socket_permissions": "0700", "timezone": "UTC", "log_timezone": "UTC",
                     "dynamic_shared_memory_type": "mmap",  # in its own folder: no kill leaves any elsewhere
                     "jit": "off"}  # small queries: compiling them costs more than it saves
@@ -135,11 +148,14 @@ class Cluster:
 
     def _let_in(self) -> None:
         """Only toto's user on this machine, and only as the one role."""
-        data = self.folder / "data"
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        for file, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
+        user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user()
+        for name, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
                            ("pg_ident.conf", f'toto "{user}" {USER}')):
-            (data / file).write_text(f"# Written by toto at each start.\n{line}\n")
+            file = self.folder / name
+            file.write_text(f"# Written by toto at each start.\n{line}\n")
+            file.chmod(0o640)
+            if owner:
+                os.chown(file, 0, owner.pw_gid)
 
     async def _until_answers(self, server: process.Running, log_file: Path) -> None:
         deadline = time.monotonic() + START

@@ -107,7 +107,7 @@ async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[in
 
 
 async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) -> None:
-    where = [f"--host={cluster.folder}", f"--username={USER}", f"--dbname={NAME}"]
+    where = [f"--host={cluster.socket}", f"--username={USER}", f"--dbname={NAME}"]
     await process.run([programs.folder / name, *where, *words], env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
                       timeout=LONGEST, target=str(cluster.folder))
 

@@ -28,6 +28,7 @@ SETTLE: Final = "settle/toto"
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
 TOLD_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
+PAGE: Final = 200  # runs; the API gives no more at once
 _UNDER_WAY: Final = ("RUNNING", "CANCELLING", "PENDING")
 
 
@@ -47,7 +48,7 @@ async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
     The newest is started late: a machine that was off catches up. To start one for every night of a holiday would
     only do the same thing again, so the others are Cancelled, by the name Skipped.
     """
-    due = await api.call("POST", "/flow_runs/filter", {
+    due = await _runs(api, {
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
                       "expected_start_time": {"before_": datetime.now(UTC).isoformat()}},
         "work_pools": {"name": {"any_": [pool]}}, "sort": "EXPECTED_START_TIME_DESC"})
@@ -135,8 +136,17 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
 
 async def _under_way(api: Api, pool: str, states: Sequence[str]) -> list[dict[str, Any]]:
     """The runs of a pool that are in one of the states (subflows have no pool)."""
-    found: list[dict[str, Any]] = await api.call("POST", "/flow_runs/filter", {
-        "flow_runs": {"state": {"type": {"any_": list(states)}}}, "work_pools": {"name": {"any_": [pool]}}})
+    return await _runs(api, {"flow_runs": {"state": {"type": {"any_": list(states)}}},
+                             "work_pools": {"name": {"any_": [pool]}}})
+
+
+async def _runs(api: Api, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """All runs that a filter finds: the API gives them in pages."""
+    found: list[dict[str, Any]] = []
+    while page := await api.call("POST", "/flow_runs/filter", {**wanted, "limit": PAGE, "offset": len(found)}):
+        found += page
+        if len(page) < PAGE:
+            break
     return found
 
 
@@ -153,7 +163,7 @@ async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[st
             state = outcome[run["state_type"]] if run["deployment_id"] else crashed
             await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             settled.append(run["id"])
-        found = await api.call("POST", "/flow_runs/filter", {"flow_runs": {
+        found = await _runs(api, {"flow_runs": {
             "state": {"type": {"any_": list(_UNDER_WAY)}},
             "parent_flow_run_id": {"any_": [run["id"] for run in parents]}}})
         parents = [run for run in found if run["id"] not in settled]

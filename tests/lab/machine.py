@@ -87,6 +87,7 @@ class Machine:
             "TMPDIR": str(self.directory / "tmp"),
             "USE_TMPDIR": "1",
             "QEMU_NET_OPTS": ",".join(f"hostfwd=tcp:{self.address}:{host}-:{guest}" for host, guest in forwards),
+            "QEMU_KERNEL_PARAMS": "no_timer_check",  # an emulated timer may be late on a busy machine
             "QEMU_OPTS": f"-machine accel={os.environ.get('TOTO_LAB_ACCEL', 'tcg')} -m {self.memory}",
         }
         qmp = f"unix:{self._qmp_socket.name},server=on,wait=off"

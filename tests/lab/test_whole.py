@@ -195,7 +195,8 @@ async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: W
     assert entry.before is not None and entry.before.system == installed["web1"]
     assert whole.entry("web2").unreachable is not None
     assert whole.entry("web2").intent is None
-    scheduled = whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+    scheduled = whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
+                                                                      "tags": {"all_": ["retry"]}}})
     assert [each["parameters"]["only"] for each in scheduled] == [["web2"]], "it is tried again by itself"
 
 
