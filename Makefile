@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | torture | kube | clean | help. What they need is installed by setup/prepare first.
-#   make test TESTS=tests/test_server.py K='push and not down'
+#   make test TESTS=tests/server/test_serve.py K='push and not down'
 #   make torture ROUNDS=30 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh

@@ -1,4 +1,4 @@
-"""From nothing to ssh: a sandbox by `toto.sandbox`, beside a lab machine that a test starts itself."""
+"""From nothing to ssh: a sandbox by `toto.rehearsal.sandbox`, beside a lab machine that a test starts itself."""
 
 import time
 from collections.abc import AsyncIterator
@@ -9,7 +9,11 @@ from bench.fleets import known
 from bench.row import Row
 from tests.lab import nix as lab
 from tests.lab.machine import Machine
-from toto import keys, plan, sandbox
+from toto.base import runs
+from toto.machine import keys
+from toto.plan import make as plan
+from toto.plan.order import HostOrder
+from toto.rehearsal import acceleration, sandbox
 
 ROUNDS: Final = 2
 ADDRESS: Final = "127.0.1.99"  # not one of the demo's, which may run beside
@@ -21,11 +25,11 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
     machines: list[float] = []
     async with known(folder / "fleet", 1) as it:
         state, repo = folder / "sandboxes", it.fleet.repo
-        async with plan.claimed(repo, "bench-boot"):
+        async with runs.claimed(repo, "bench-boot"):
             (order,) = (await plan.make(repo, it.commit, "bench-boot")).orders
-            assert isinstance(order, plan.HostOrder)
+            assert isinstance(order, HostOrder)
             vm = await plan.build(order, "vm")
-        await sandbox.acceleration(state)  # probed once per boot of this machine
+        await acceleration.acceleration(state)  # probed once per boot of this machine
         key = await keys.private("sandbox")
         for _ in range(ROUNDS):
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Detect (`toto.plan.make`, no Prefect) beside bare `nix-instantiate` runs of the very same hosts."""
+"""Detect (`toto.plan.make.make`, no Prefect) beside bare `nix-instantiate` runs of the very same hosts."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from typing import Final
 
 from bench.fleets import Known, bare, known, side_by_side
 from bench.row import Row
-from toto import process
+from toto.base import process
 
 COUNTS: Final = (1, 5, 10)
 ROUNDS: Final = 5
@@ -121,4 +121,4 @@ async def _process() -> Row:
     for _ in range(20):
         await _timed(mine, partial(process.run, ["true"]))
         await _timed(bare_runs, plain)
-    return Row("a process that does nothing, by toto.process", mine, "by asyncio alone", bare_runs)
+    return Row("a process that does nothing, by toto", mine, "by asyncio alone", bare_runs)

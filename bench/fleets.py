@@ -11,9 +11,14 @@ from typing import Final
 
 from tests.lab import setup
 from tests.lab.fleet import EXAMPLE, Fleet
-from toto import git, hosts, plan
-from toto.ledger import Deployed, Ledger, verified
-from toto.settings import Settings
+from toto.base import resources, runs
+from toto.infra_repo import git
+from toto.infra_repo.settings import Settings
+from toto.ledger.ledger import Deployed, Ledger
+from toto.ledger.steps import verified
+from toto.nix import hosts
+from toto.plan import make as plan
+from toto.plan import order
 
 BRANCH: Final = "bench"  # not the deployed one: its push starts nothing
 
@@ -30,9 +35,9 @@ class Known:
     def files(self) -> list[Path]:
         return [self.tree / host.file for host in hosts.in_files(self.tree)]
 
-    async def plan(self, run: str) -> plan.Plan:
+    async def plan(self, run: str) -> order.Plan:
         """What `detect` does, without Prefect; what it wrote goes."""
-        async with plan.claimed(self.fleet.repo, run):
+        async with runs.claimed(self.fleet.repo, run):
             return await plan.make(self.fleet.repo, self.commit, run)
 
     async def make_good(self) -> None:
@@ -93,4 +98,4 @@ async def bare(files: Sequence[Path], at_once: int) -> None:
 
 def side_by_side() -> int:
     """As many as toto evaluates side by side on this machine."""
-    return plan.at_once(Settings().nix.evaluate_memory)
+    return resources.at_once(Settings().nix.evaluate_memory)

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
-from toto import deployments, fork_server, git_host, process, server
-from toto.prefect_api import Api
+from toto.base import process
+from toto.base.prefect_api import Api
+from toto.git_host import host as git_host
+from toto.server import deployments, environment, fork_server
+from toto.server import serve as server
 
 ROUNDS = 20
 COLD_ROUNDS = 4
@@ -38,7 +41,7 @@ async def measure(folder: Path, database_url: str | None = None) -> Latency:
     (folder / "flows").mkdir()
     (folder / "flows" / "reconcile.py").write_text(TINY_FLOW)
     (folder / "prefect.yaml").write_text(TINY_DEPLOYMENT)
-    env = server.server_environment(folder / "home", free_port(), database_url=database_url)
+    env = environment.server_environment(folder / "home", free_port(), database_url=database_url)
     found = Latency()
     async with server.running_server(env, folder / "server.log"):
         api = Api.of(env)

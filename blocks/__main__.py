@@ -5,8 +5,8 @@ import asyncio
 import sys
 
 from blocks import venues
-from toto.errors import TotoError
-from toto.message import Message
+from toto.base.errors import TotoError
+from toto.report.message import Message
 
 
 async def main() -> int:

@@ -11,7 +11,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
-from toto.errors import InputError
+from toto.base.errors import InputError
 
 
 def _write(file: Path, text: str) -> Path:

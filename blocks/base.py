@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, ValidationError
 
-from toto.errors import InputError
+from toto.base.errors import InputError
 
 
 class TotoBlock(Block, ABC):

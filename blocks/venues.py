@@ -7,9 +7,9 @@ from typing import ClassVar, Final
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
-from toto import venues
-from toto.settings import is_mail_address, is_venue_name
-from toto.venues import Security, VenueFailed
+from toto.infra_repo.settings import is_mail_address, is_venue_name
+from toto.report import venues
+from toto.report.venues import Security, VenueFailed
 
 PUSHER: Final = "pusher"  # the mail venue by which pushers get the result of their push
 

@@ -9,12 +9,13 @@ from prefect.states import Completed, Failed
 from tasks import cancelled_by_sigterm, report
 from tasks.drift import look_at
 from tasks.tell import tell
-from toto import git, plan
-from toto.changes import ChangeSet
-from toto.errors import TotoError
-from toto.ledger import Ledger
-from toto.story import Story
-from toto.venues import Origin
+from toto.base import runs
+from toto.base.errors import TotoError
+from toto.infra_repo import git
+from toto.ledger.ledger import Ledger
+from toto.plan.changes import ChangeSet
+from toto.report.report import Story
+from toto.report.venues import Origin
 
 
 @flow(name="drift", flow_run_name="drift", persist_result=False)
@@ -29,7 +30,7 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
         venues: who is told the result besides the usual ones, by the names of the venue blocks.
     """
     run = str(runtime.flow_run.id)
-    async with cancelled_by_sigterm(), plan.claimed(repo, run):
+    async with cancelled_by_sigterm(), runs.claimed(repo, run):
         newest = git.resolve(repo, "HEAD")
         ledger = Ledger(repo).read()
         story = Story(repo.name.removesuffix(".git"), newest, ChangeSet(commit=newest, ledger=ledger.fingerprint))

@@ -6,9 +6,9 @@ from prefect import flow
 
 from tasks.helm import compare, look, reach, test, upgrade
 from tasks.record import intend, record_good, record_verified
-from toto.changes import Why
-from toto.manifests import Difference
-from toto.plan import ReleaseOrder
+from toto.helm.diff import Difference
+from toto.plan.changes import Why
+from toto.plan.order import ReleaseOrder
 
 
 @flow(name="rehearse release", flow_run_name="{order.label}: rehearse", persist_result=False)

@@ -8,10 +8,10 @@ from prefect.logging import get_run_logger
 from tasks.record import intend, record_good, record_unreachable, record_verified
 from tasks.rehearse import Verdict, build, in_sandbox, show_difference, trial
 from tasks.roll_out import activate, copy, keep, look, reach, reached, tidy
-from toto.changes import Action
-from toto.plan import HostOrder
-from toto.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
-from toto.suite import Phase
+from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
+from toto.plan.changes import Action
+from toto.plan.order import HostOrder
+from toto.rehearsal.suite import Phase
 
 
 @flow(flow_run_name="{order.name}: rehearse", persist_result=False)

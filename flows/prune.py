@@ -6,8 +6,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
-from toto.prune import DAYS
-from toto.prune import prune as let_go
+from toto.server.prune import DAYS
+from toto.server.prune import prune as let_go
 
 
 @flow(name="prune", flow_run_name="prune", persist_result=False)

@@ -22,14 +22,17 @@ from tasks.limits import one_roll_out
 from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
 from tasks.settle import bury, was_cancelled
 from tasks.tell import tell
-from toto import git, paths
-from toto import plan as plans
-from toto.changes import Action
-from toto.errors import TotoError
-from toto.ledger import Ledger, LostTarget, Target
-from toto.plan import HostOrder, Plan, ReleaseOrder, RootOrder
-from toto.story import Returned, Story
-from toto.venues import Origin
+from toto.base import paths, runs
+from toto.base.errors import TotoError
+from toto.infra_repo import git
+from toto.ledger.ledger import Ledger, LostTarget
+from toto.ledger.target import Target
+from toto.plan import make as plans
+from toto.plan import window
+from toto.plan.changes import Action
+from toto.plan.order import HostOrder, Plan, ReleaseOrder, RootOrder
+from toto.report.report import Returned, Story
+from toto.report.venues import Origin
 
 AnyOrder: TypeAlias = HostOrder | RootOrder | ReleaseOrder
 Rehearsed: TypeAlias = tuple[AnyOrder, Any]  # with what its rehearsal found: a verdict, a saved plan, a difference
@@ -96,7 +99,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         venues: who is told the result besides the usual ones, by the names of the venue blocks.
     """
     run = str(runtime.flow_run.id)
-    async with cancelled_by_sigterm(), plans.claimed(repo, run):
+    async with cancelled_by_sigterm(), runs.claimed(repo, run):
         await sweep(repo)
         wanted = git.resolve(repo, commit or "HEAD")
         deploys = not (plan_only or rehearse_only)
@@ -275,7 +278,7 @@ async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> lis
             story.outcome[order.label] = "recorded"
         else:
             due[order.label] = (order, found)
-            reason = plans.held_now(order.target, plan.manifest, plan.settings.roll_out)
+            reason = window.held_now(order.target, plan.manifest, plan.settings.roll_out)
             if reason and not plan.override:
                 story.held[order.label] = reason
     for group in plan.groups(due):

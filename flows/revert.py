@@ -15,12 +15,12 @@ from tasks import roll_out as hosts
 from tasks import terraform as roots
 from tasks.limits import one_roll_out
 from tasks.settle import dead_intents, died_at, healing_for, manifest_of, take_over, tell_of
-from toto import plan
-from toto.errors import TotoError
-from toto.ledger import Target
-from toto.manifest import Manifest
-from toto.settings import Settings
-from toto.story import Returned, return_words
+from toto.base import runs
+from toto.base.errors import TotoError
+from toto.infra_repo.manifest import Manifest
+from toto.infra_repo.settings import Settings
+from toto.ledger.target import Target
+from toto.report.report import Returned, return_words
 
 AGAIN = "again"  # the tag of a run that another had to be begun once more for
 HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
@@ -74,7 +74,7 @@ async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
         died: runs that have died: whoever would have heard of their ends is told.
     """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
-    async with cancelled_by_sigterm(), plan.claimed(repo, run), one_roll_out(repo, run):
+    async with cancelled_by_sigterm(), runs.claimed(repo, run), one_roll_out(repo, run):
         results = await settle_left_open(repo, run)
     for each in died or ():
         await tell_of(each, repo, results)

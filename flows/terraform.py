@@ -6,9 +6,9 @@ from prefect import flow
 
 from tasks.record import intend, record_good, record_verified
 from tasks.terraform import apply, plan_root
-from toto.ledger import Before
-from toto.plan import RootOrder
-from toto.tfplan import Planned
+from toto.ledger.ledger import Before
+from toto.plan.order import RootOrder
+from toto.terraform.plan import Planned
 
 
 @flow(name="rehearse root", flow_run_name="{order.label}: plan", persist_result=False)

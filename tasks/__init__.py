@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Final
 
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import get_logger
+from prefect.utilities import engine as prefect_engine
 
-from toto.errors import TotoError
+from toto.base.errors import TotoError
 
 LINES: Final = 400  # of one step's output that reach the run's log; each is a row in Prefect's database
 
@@ -32,26 +34,40 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
     return write
 
 _listening: ContextVar[bool] = ContextVar("listening", default=False)
+_blocks = 0  # how many blocks of `cancelled_by_sigterm` this process is in
+
+
+def _on_sigterm(number: int, *_: object) -> None:
+    """In place of Prefect's handler, which each subflow installs anew: in a block, asyncio's own is told as well."""
+    if not _blocks:
+        raise TerminationSignal(signal=number)
+
+
+prefect_engine._prefect_sigterm_handler = _on_sigterm  # type: ignore[assignment]
 
 
 @asynccontextmanager
 async def cancelled_by_sigterm() -> AsyncIterator[None]:
     """Turn SIGTERM, by which Prefect's worker cancels a run, into a cancel of the calling asyncio task.
 
-    Prefect's own handler raises in whatever code runs at that moment, and when that is a callback of the event loop
-    the signal is lost and a cancelled roll-out goes on. Does nothing within another such block (the outermost flow
-    is what is cancelled), nor outside the main thread.
+    Prefect's own handler raises in whatever code runs at that moment. When that is a callback of the event loop the
+    signal is lost and a cancelled roll-out goes on; when it is the loop itself, the loop ends, and what the run would
+    clean up meets a closed client. Does nothing within another such block (the outermost flow is what is cancelled),
+    nor outside the main thread.
     """
     task = asyncio.current_task()
     if task is None or _listening.get() or threading.current_thread() is not threading.main_thread():
         yield
         return
+    global _blocks  # noqa: PLW0603
     before = signal.getsignal(signal.SIGTERM)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     token = _listening.set(True)
+    _blocks += 1
     try:
         yield
     finally:
+        _blocks -= 1
         _listening.reset(token)
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, before)

@@ -9,10 +9,10 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from tasks.report import fenced
-from toto import tfplan
-from toto.errors import TotoError
-from toto.plan import RootOrder
-from toto.tfplan import Planned
+from toto.base.errors import TotoError
+from toto.plan.order import RootOrder
+from toto.terraform import plan as tfplan
+from toto.terraform.plan import Planned
 
 POLL = 2  # seconds between two looks for the answer
 

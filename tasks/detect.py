@@ -7,12 +7,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from toto import plan, process
-from toto.changes import Desired
-from toto.hosts import Host
-from toto.manifest import Machine
-from toto.plan import Plan
-from toto.settings import Settings
+from toto.base import process, runs
+from toto.infra_repo.manifest import Machine
+from toto.infra_repo.settings import Settings
+from toto.nix.hosts import Host
+from toto.plan import make as plan
+from toto.plan.changes import Desired
+from toto.plan.order import Plan
 
 
 @task(name="detect", task_run_name="detect", cache_policy=NO_CACHE)
@@ -34,7 +35,7 @@ async def evaluate(tree: Path, host: Host, machine: Machine | None, settings: Se
 @task(name="clear what a dead run left", task_run_name="clear what a dead run left", cache_policy=NO_CACHE)
 async def sweep(repo: Path) -> None:
     """End processes and remove directories whose toto is no longer alive."""
-    killed, removed = process.sweep(), plan.sweep(repo)
+    killed, removed = process.sweep(), runs.sweep(repo)
     if killed or removed:
         get_run_logger().warning("ended %s processes and removed %s directories of runs that had died",
                                  len(killed), len(removed))

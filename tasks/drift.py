@@ -7,7 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.helm import reach, release_at
 from tasks.terraform import session_at
-from toto.ledger import Deployed, Target
+from toto.ledger.ledger import Deployed
+from toto.ledger.target import Target
 
 
 @task(name="drift", task_run_name="drift", cache_policy=NO_CACHE)

@@ -10,13 +10,17 @@ from prefect.logging import get_run_logger
 from blocks import KubeAccess
 from tasks import report
 from tasks.record import record_back
-from toto import git, helm_release, ledger, plan
-from toto.errors import TotoError
-from toto.helm import Helm
-from toto.helm_release import Release
-from toto.ledger import Before, Ledger, Target
-from toto.manifests import Difference
-from toto.plan import ReleaseOrder
+from toto.base import runs
+from toto.base.errors import TotoError
+from toto.helm import release as helm_release
+from toto.helm.cluster import Helm
+from toto.helm.diff import Difference
+from toto.helm.release import Release
+from toto.infra_repo import git
+from toto.ledger import steps
+from toto.ledger.ledger import Before, Ledger
+from toto.ledger.target import Target
+from toto.plan.order import ReleaseOrder
 
 
 class TestsFailed(TotoError):
@@ -25,7 +29,7 @@ class TestsFailed(TotoError):
 
 async def reach(repo: Path, run: str) -> Helm:
     """helm, and the cluster of the block `toto` (else of the environment's kubeconfig)."""
-    directory = plan.run_directory(repo, run) / "helm"
+    directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A folder of its own for each: releases are rehearsed side by side.
     return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
@@ -91,7 +95,7 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     Raises `ReleaseFailed`, `ClusterUnreachable`; the intent is then still open.
     """
     entry = Ledger(repo).read().get(target)
-    intent = ledger.mine(entry, run)
+    intent = steps.mine(entry, run)
     good, failed, reached = entry.good, intent.desired, await reach(repo, run)
     release = await release_at(repo, run, target, failed.commit)
     to = good.revision if good else intent.before.revision
@@ -111,7 +115,7 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
 
 async def release_at(repo: Path, run: str, target: Target, commit: str) -> Release:
     """A release as a commit describes it."""
-    tree = plan.run_directory(repo, run) / "back" / f"helm-{target.name}"
+    tree = runs.run_directory(repo, run) / "back" / f"helm-{target.name}"
     await git.checkout(repo, commit, tree)
     for release in helm_release.discover(tree):
         if release.name == target.name:

@@ -17,8 +17,8 @@ from prefect.concurrency.asyncio import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from toto import paths, plan
-from toto.ledger import owner, owner_lives
+from toto.base import paths, resources
+from toto.ledger.ledger import owner, owner_lives
 
 SANDBOXES: Final = "toto-sandboxes"
 SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox is counted as when the limit is first made
@@ -47,7 +47,7 @@ async def _is_there(client: PrefectClient, name: str) -> bool:
 async def room_for_sandbox() -> AsyncIterator[None]:
     """Wait until another sandbox may run: the limit `toto-sandboxes`, made from memory and cores at first."""
     async with get_client() as client:
-        await _ensure(client, SANDBOXES, plan.at_once(SANDBOX_MEMORY))
+        await _ensure(client, SANDBOXES, resources.at_once(SANDBOX_MEMORY))
     # A lease that could not be renewed is no reason to give a rehearsal up: at worst there is one VM too many.
     async with concurrency(SANDBOXES, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False):
         yield

@@ -5,9 +5,12 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from toto import git, ledger, plan
-from toto.ledger import Before, Deployed, Entry, Intent, Ledger, Note, Target
-from toto.plan import Order
+from toto.base import runs
+from toto.infra_repo import git
+from toto.ledger import ledger, steps
+from toto.ledger.ledger import Before, Deployed, Entry, Intent, Ledger, Note
+from toto.ledger.target import Target
+from toto.plan.order import Order
 
 
 def desired(order: Order, revision: int = 0) -> Deployed:
@@ -28,41 +31,41 @@ async def intend(order: Order, before: Before) -> None:
     """Say in the ledger what is about to be done, and what was before, before anything is touched."""
     intent = Intent(desired=desired(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
     in_spite = f"; held back, but: {order.override}" if order.override else ""
-    await Ledger(order.repo).write(order.target, ledger.intend(intent),
+    await Ledger(order.repo).write(order.target, steps.intend(intent),
                                    f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})")
 
 
 async def now_at(order: Order, step: str, message: str) -> None:
     """Say in the ledger how far the roll-out of a target is. Raises `LostTarget`."""
-    await Ledger(order.repo).write(order.target, lambda entry: ledger.now_at(entry, order.run, step),
+    await Ledger(order.repo).write(order.target, lambda entry: steps.now_at(entry, order.run, step),
                                    f"{order.label}: {message}")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order, revision: int = 0) -> None:
     """The target passed everything: it is the new last good."""
-    await Ledger(order.repo).write(order.target, ledger.good(desired(order, revision), order.run),
+    await Ledger(order.repo).write(order.target, steps.good(desired(order, revision), order.run),
                                    f"{order.label}: good at {order.commit[:8]}")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_verified(order: Order, revision: int = 0) -> None:
     """Nothing was touched: the target is what the commit wants already, by another identity or other tests."""
-    await Ledger(order.repo).write(order.target, ledger.verified(desired(order, revision)),
+    await Ledger(order.repo).write(order.target, steps.verified(desired(order, revision)),
                                    f"{order.label}: verified at {order.commit[:8]}, nothing touched")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_rehearsed(order: Order) -> None:
     """A host without a machine passed its rehearsal."""
-    await Ledger(order.repo).write(order.target, ledger.rehearsed_only(desired(order)),
+    await Ledger(order.repo).write(order.target, steps.rehearsed_only(desired(order)),
                                    f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
     """The machine does not answer, and nothing was done to it; a later run tries again."""
-    await Ledger(order.repo).write(order.target, ledger.not_reached(note(desired(order), order.run, why)),
+    await Ledger(order.repo).write(order.target, steps.not_reached(note(desired(order), order.run, why)),
                                    f"{order.label}: unreachable, {order.commit[:8]} not deployed")
 
 
@@ -71,7 +74,7 @@ async def retire(repo: Path, target: Target) -> None:
     """A target left the manifest, or the repo: its ledger entry and GC roots go, nothing of it is touched."""
     await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
     if target.kind == "host":
-        for root in (plan.last_good_root(repo, target.name), plan.previous_root(repo, target.name)):
+        for root in (runs.last_good_root(repo, target.name), runs.previous_root(repo, target.name)):
             root.unlink(missing_ok=True)
 
 
@@ -82,7 +85,7 @@ async def intend_to_put_back(repo: Path, target: Target, run: str) -> None:
     """
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            return ledger.now_at(entry, run, entry.intent.step)
+            return steps.now_at(entry, run, entry.intent.step)
         if entry.good is None or entry.good.run != run:
             raise ledger.LostTarget("is no longer what this run made of it")
         intent = Intent(desired=entry.good, before=entry.before or Before(system=entry.good.path), run=run,
@@ -94,5 +97,5 @@ async def intend_to_put_back(repo: Path, target: Target, run: str) -> None:
 async def record_back(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str, why: str) -> None:
     """The target is back at its last good, or at what was there before toto (None): close the intent."""
     where = to.commit[:8] if to else "what was there before toto"
-    await Ledger(repo).write(target, ledger.put_back(to, note(failed, run, why), run),
+    await Ledger(repo).write(target, steps.put_back(to, note(failed, run, why), run),
                              f"{target.label}: put back to {where}")

@@ -18,11 +18,17 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks import report, sink
 from tasks.limits import room_for_sandbox
-from toto import keys, nix, paths, plan, suite
-from toto.errors import TotoError
-from toto.plan import HostOrder
-from toto.sandbox import BootTimeout, sandbox
-from toto.suite import Phase
+from toto.base import paths
+from toto.base.errors import TotoError
+from toto.machine import keys
+from toto.nix import commands as nix
+from toto.plan import make as plan
+from toto.plan.order import HostOrder
+from toto.rehearsal import suite
+from toto.rehearsal.errors import BootTimeout
+from toto.rehearsal.run import run_phase, write_on_host
+from toto.rehearsal.sandbox import sandbox
+from toto.rehearsal.suite import Phase
 
 
 class TestsFailed(TotoError):
@@ -147,10 +153,10 @@ async def trial(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
     found = suite.find(order.tree, order.name)
     tools = order.scratch / "bin"
     tools.mkdir(exist_ok=True)
-    suite.write_on_host(tools)
+    write_on_host(tools)
     try:
         async with asyncio.timeout(settings.phase_timeout):
-            result = await suite.run_phase(
+            result = await run_phase(
                 found, phase, reached.environment(order.name, phase, tools), timeout=settings.test_timeout,
                 keep=settings.test_output, on_line=sink(),
                 on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary))

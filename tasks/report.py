@@ -9,12 +9,12 @@ from typing import Any, ParamSpec
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
-from toto import process
-from toto.changes import COLUMNS
-from toto.plan import Plan
-from toto.story import Story
-from toto.suite import PhaseResult
-from toto.tfplan import Planned
+from toto.base import process
+from toto.plan.changes import COLUMNS
+from toto.plan.order import Plan
+from toto.rehearsal.results import PhaseResult
+from toto.report.report import Story
+from toto.terraform.plan import Planned
 
 P = ParamSpec("P")
 

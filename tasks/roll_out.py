@@ -14,13 +14,17 @@ from blocks import SshIdentity
 from tasks import sink
 from tasks.record import now_at, record_back
 from tasks.rehearse import Reached
-from toto import keys, ledger, nix, paths, plan, process, ssh
-from toto.activation import Activator, Verb
-from toto.errors import TotoError
-from toto.ledger import Before, Entry, Ledger, Target
-from toto.manifest import Machine
-from toto.plan import HostOrder
-from toto.settings import RollOut
+from toto.base import paths, process, runs
+from toto.base.errors import TotoError
+from toto.infra_repo.manifest import Machine
+from toto.infra_repo.settings import RollOut
+from toto.ledger import steps
+from toto.ledger.ledger import Before, Entry, Ledger
+from toto.ledger.target import Target
+from toto.machine import keys, ssh
+from toto.machine.activation import Activator, Verb
+from toto.nix import commands as nix
+from toto.plan.order import HostOrder
 
 
 @asynccontextmanager
@@ -30,14 +34,14 @@ async def reach(machine: Machine, repo: Path, run: str, connect_timeout: float) 
         name=machine.name, address=machine.address, port=machine.ssh.port, user=machine.ssh.user,
         identity=await _identity(machine, repo, run), host_key=machine.ssh.host_key,
         known_hosts=paths.repo_state(repo) / "known_hosts", connect_timeout=max(1, round(connect_timeout)))
-    async with ssh.connection(target, plan.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
+    async with ssh.connection(target, runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
         yield Activator(connection, run, connect_timeout)
 
 
 async def _identity(machine: Machine, repo: Path, run: str) -> Path:
     """The key for a machine: what the manifest names, else the one of the block `toto`, else toto's own."""
     if machine.ssh.identity is None:
-        directory = plan.run_directory(repo, run) / "identity" / machine.name
+        directory = runs.run_directory(repo, run) / "identity" / machine.name
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (saved := (await SshIdentity.load_or_default()).file(directory)) is not None:
             return saved
@@ -94,9 +98,9 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: B
 @task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
 async def keep(order: HostOrder) -> None:
     """What is to be the last good is kept by a GC root, as is the one before it."""
-    root = plan.last_good_root(order.repo, order.name)
+    root = runs.last_good_root(order.repo, order.name)
     if root.is_symlink():
-        await nix.keep(str(root.readlink()), plan.previous_root(order.repo, order.name))
+        await nix.keep(str(root.readlink()), runs.previous_root(order.repo, order.name))
     await nix.keep(order.desired.path, root)
 
 
@@ -118,7 +122,7 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
     """
     target = Target("host", machine.name)
     entry = Ledger(repo).read().get(target)
-    intent = ledger.mine(entry, run)
+    intent = steps.mine(entry, run)
     to = where_to(entry, machine)
     deadline = time.monotonic() + patience
     while True:
@@ -132,7 +136,7 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
             await anyio.sleep(2)
     if entry.good is not None:
         try:
-            await nix.keep(entry.good.path, plan.last_good_root(repo, machine.name))
+            await nix.keep(entry.good.path, runs.last_good_root(repo, machine.name))
         except process.CommandFailed as error:  # the machine is back, and that is what counts
             get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
     await record_back(repo, target, entry.good, intent.desired, run, why)

@@ -14,11 +14,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
 from tasks.tell import tell
-from toto import git, ledger, plan
-from toto.ledger import KINDS, Intent, Ledger, Target
-from toto.manifest import Manifest
-from toto.settings import RollOut, Settings
-from toto.story import Returned, RunDied
+from toto.infra_repo import git, tree
+from toto.infra_repo.manifest import Manifest
+from toto.infra_repo.settings import RollOut, Settings
+from toto.ledger import ledger, steps
+from toto.ledger.ledger import Intent, Ledger
+from toto.ledger.target import KINDS, Target
+from toto.report.report import Returned, RunDied
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
@@ -49,7 +51,7 @@ def healing_for(intent: Intent, settings: RollOut) -> float:
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
 async def take_over(repo: Path, target: Target, intent: Intent, run: str) -> None:
     """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
-    await Ledger(repo).write(target, ledger.take_over(intent, run),
+    await Ledger(repo).write(target, steps.take_over(intent, run),
                              f"{target.label}: settling what run {intent.run} left open at `{intent.step}`")
 
 
@@ -58,7 +60,7 @@ async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
     """Settings and manifest of the commit that was being deployed: how its machines are reached."""
     with tempfile.TemporaryDirectory() as directory:
         await git.checkout(repo, commit, Path(directory, "tree"))
-        return plan.read_tree(Path(directory, "tree"))
+        return tree.read_tree(Path(directory, "tree"))
 
 
 async def was_cancelled(run: UUID) -> bool:

@@ -15,14 +15,15 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_UI_URL
 
 from blocks import venues
-from toto import git, plan, told
-from toto.errors import TotoError
-from toto.manifest import Manifest
-from toto.message import Message
-from toto.settings import Settings
-from toto.story import Story
-from toto.told import Check, Told
-from toto.venues import Audience, Origin, venues_for
+from toto.base.errors import TotoError
+from toto.infra_repo import git, tree
+from toto.infra_repo.manifest import Manifest
+from toto.infra_repo.settings import Settings
+from toto.report import notified as told
+from toto.report.message import Message
+from toto.report.notified import Check, Told
+from toto.report.report import Story
+from toto.report.venues import Audience, Origin, venues_for
 
 
 @task(name="tell", task_run_name="tell", cache_policy=NO_CACHE)
@@ -99,7 +100,7 @@ async def _readable(repo: Path, commit: str) -> tuple[Settings, Manifest]:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 await git.checkout(repo, each, Path(directory, "tree"))
-                return plan.read_tree(Path(directory, "tree"))
+                return tree.read_tree(Path(directory, "tree"))
         except TotoError:
             continue
     return Settings(), Manifest()

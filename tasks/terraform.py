@@ -9,12 +9,17 @@ from prefect.logging import get_run_logger
 from blocks import TerraformCredentials
 from tasks import report, sink
 from tasks.record import record_back
-from toto import git, ledger, plan, settings, terraform, tfplan
-from toto.errors import TotoError
-from toto.ledger import Ledger, Target
-from toto.plan import RootOrder
-from toto.terraform import PlanStale, Session
-from toto.tfplan import Planned
+from toto.base import runs
+from toto.base.errors import TotoError
+from toto.infra_repo import git, settings
+from toto.ledger import steps
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.plan.order import RootOrder
+from toto.terraform import plan as tfplan
+from toto.terraform import session as terraform
+from toto.terraform.plan import Planned
+from toto.terraform.session import PlanStale, Session
 
 
 class PlanMoved(TotoError):
@@ -76,7 +81,7 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`; the intent is then still open.
     """
     entry = Ledger(repo).read().get(target)
-    intent = ledger.mine(entry, run)
+    intent = steps.mine(entry, run)
     good, before = entry.good, intent.before
     commit = (good or intent.desired).commit
     session = await session_at(repo, run, target, commit)
@@ -103,11 +108,11 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
 
 async def session_at(repo: Path, run: str, target: Target, commit: str) -> Session:
     """Terraform at work on a root as it is at a commit. Raises `CannotGoBack` where it is not there."""
-    tree = plan.run_directory(repo, run) / "back" / f"terraform-{target.name}"
+    tree = runs.run_directory(repo, run) / "back" / f"terraform-{target.name}"
     await git.checkout(repo, commit, tree)
     wanted = settings.load(tree).terraform
     for root in terraform.discover(tree, wanted):
         if root.name == target.name:
-            return Session(repo=repo, root=root, tree=tree, scratch=plan.run_directory(repo, run) / "back",
+            return Session(repo=repo, root=root, tree=tree, scratch=runs.run_directory(repo, run) / "back",
                            settings=wanted, env=await credentials(root.name), on_line=sink())
     raise CannotGoBack(f"there is no such root at {commit[:8]}", target=target.label)

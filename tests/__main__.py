@@ -18,7 +18,7 @@ def main() -> int:
     """Run both; the exit status."""
     # Whatever ends us ends them, as Ctrl-C does: with their machines and servers.
     pytest = ["setpriv", "--pdeathsig", "INT", sys.executable, "-m", "pytest"]
-    others = sorted(HERE.glob("test_*.py")) + sorted(set(LAB.glob("test_*.py")) - set(BESIDE))
+    others = sorted(set(HERE.rglob("test_*.py")) - set(BESIDE))
     with tempfile.TemporaryFile() as said:
         beside = subprocess.Popen([*pytest, *BESIDE, "-p", "no:cacheprovider"], stdout=said, stderr=subprocess.STDOUT)
         try:

@@ -1,4 +1,4 @@
-"""Holds the logs of every server, worker and hook that a test starts against `toto.logs`.
+"""Holds the logs of every server, worker and hook that a test starts against `toto.server.logs`.
 
 A test that kills or starves one on purpose says what may be logged then, with a reason:
 `@pytest.mark.logs(r"Failed to …", reason="the server is killed")`.
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from toto import logs
+from toto.server import logs
 
 _read: dict[Path, int] = {}  # files, and folders of files, with the bytes of a file that have been read
 

@@ -15,8 +15,9 @@ import pytest
 
 from tests import clean_logs
 from tests.lab import kube
-from toto import server
-from toto.prefect_api import Api
+from toto.base.prefect_api import Api
+from toto.server import environment
+from toto.server import serve as server
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def free_port() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the logs of whatever `toto.server` starts in this process looked at."""
+    """Have the logs of whatever `toto.server.serve` starts in this process looked at."""
     config.addinivalue_line("markers", "logs(*patterns, reason): errors that may be logged while the test runs")
     logged = server._logged
 
@@ -56,7 +57,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
     """One server a session (10 to 20 s on a new database), on a free port, with a home of its own."""
     home = tmp_path_factory.mktemp("prefect")
     log = home / "server.log"
-    env = server.server_environment(home, free_port())
+    env = environment.server_environment(home, free_port())
 
     async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
         async with server.running_server(env, log):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from toto import process
+from toto.base import process
 
 _PREFIX = "toto-postgres."
 

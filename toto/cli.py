@@ -12,11 +12,18 @@ import sys
 import uuid
 from pathlib import Path
 
-from toto import access, database_move, git, git_host, git_shell, paths, plan, receive, server
-from toto.changes import Action, table
-from toto.errors import InputError, TotoError
-from toto.ledger import REF, Ledger
-from toto.plan import HostOrder
+from toto.base import paths, runs
+from toto.base.errors import InputError, TotoError
+from toto.git_host import access, receive
+from toto.git_host import host as git_host
+from toto.git_host import shell as git_shell
+from toto.infra_repo import git
+from toto.ledger.ledger import REF, Ledger
+from toto.plan import make as plan
+from toto.plan.changes import Action, table
+from toto.plan.order import HostOrder
+from toto.server import database_move
+from toto.server import serve as server
 
 
 def main() -> None:
@@ -109,7 +116,7 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
 async def _plan(arguments: argparse.Namespace) -> int:
     repo = git.bare(arguments.repo)
     run = f"plan-{uuid.uuid4()}"
-    async with plan.claimed(repo, run):
+    async with runs.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
         if not arguments.no_build:
             await asyncio.gather(*(plan.build(order, "toplevel") for order in made.orders

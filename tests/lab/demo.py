@@ -18,10 +18,10 @@ from tests.lab import setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
 from tests.lab.parts import while_all_live
-from toto import logs
-from toto.changes import table
-from toto.errors import TotoError
-from toto.ledger import Ledger
+from toto.base.errors import TotoError
+from toto.ledger.ledger import Ledger
+from toto.plan.changes import table
+from toto.server import logs
 
 MORE = EXAMPLE.parent / "more"
 ROOT, VALUES, TEST = "terraform/dns/main.tf", "helm/page/values.yaml", "helm/page/templates/test.yaml"

@@ -1,7 +1,7 @@
 """A whole toto in one folder: server and worker, a bare infra repo with its hook, a clone to push from, lab machines.
 
 For the demo and for tests of the whole. Everything is real, and started as an operator would: the server
-by `python -m toto.server`, a run by `git push`. What it says of a machine it reads from the machine.
+by `python -m toto.server.serve`, a run by `git push`. What it says of a machine it reads from the machine.
 """
 
 import asyncio
@@ -26,8 +26,9 @@ from tests import clean_logs
 from tests.lab.machine import Machine
 from tests.lab.parts import Part
 from tests.lab.setup import environment
-from toto import git_host
-from toto.ledger import Entry, Ledger, Target
+from toto.git_host import host as git_host
+from toto.ledger.ledger import Entry, Ledger
+from toto.ledger.target import Target
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -102,7 +103,7 @@ class Fleet:
             clean_logs.watch(place)
         log = (self.directory / "toto.log").open("ab")
         self.server = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "toto.server", "--home", self.home, "--port",
+            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "toto.server.serve", "--home", self.home, "--port",
              str(self.port), "--repos", self.repo.parent, "--sqlite"],
             env=self.environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
         log.close()

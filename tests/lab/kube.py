@@ -35,8 +35,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.lab.parts import Part
-from toto import process
-from toto.errors import TotoError
+from toto.base import process
+from toto.base.errors import TotoError
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Builds hosts of the lab, for tests. Not toto's own door to nix (that is `toto.nix`)."""
+"""Builds hosts of the lab, for tests. Not toto's own door to nix (that is `toto.nix.commands`)."""
 
 import asyncio
 import json

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from toto import process
-from toto.errors import TotoError
+from toto.base import process
+from toto.base.errors import TotoError
 
 T = TypeVar("T")
 

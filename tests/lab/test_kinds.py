@@ -26,7 +26,8 @@ from tests.lab.fleet import EXAMPLE, Fleet
 from tests.lab.kube import Cluster
 from tests.lab.test_whole import SETTINGS
 from tests.repos import git
-from toto.ledger import REF, Entry, Ledger, Target
+from toto.ledger.ledger import REF, Entry, Ledger
+from toto.ledger.target import Target
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
 

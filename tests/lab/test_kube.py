@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import background
 from tests.lab.kube import SETUP, Cluster, ClusterError, cluster_or_stand_in, stand_in
-from toto import process
+from toto.base import process
 
 CHART = {
     "Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",

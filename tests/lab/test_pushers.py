@@ -13,13 +13,15 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import free_port
+from tests.git_host.test_over_ssh import Clone, Host, set_rules
 from tests.lab import setup
 from tests.lab.test_whole import BAD, GOOD, Whole
+from tests.machine.test_ssh import keygen
 from tests.repos import git
-from tests.test_git_ssh import Clone, Host, set_rules
-from tests.test_ssh import keygen
-from toto import access, git_host, process
-from toto.ledger import REF
+from toto.base import process
+from toto.git_host import access
+from toto.git_host import host as git_host
+from toto.ledger.ledger import REF
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
 

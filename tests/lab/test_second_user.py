@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import setup
-from toto.deployments import ROOT
+from toto.server.deployments import ROOT
 
 pytestmark = pytest.mark.lab
 USER = "nobody"

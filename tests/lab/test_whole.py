@@ -18,7 +18,7 @@ import pytest_asyncio
 from tests.lab import setup
 from tests.lab.fleet import Fleet, Run, command_of, processes
 from tests.repos import git
-from toto.ledger import REF
+from toto.ledger.ledger import REF
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
 

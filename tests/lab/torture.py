@@ -22,7 +22,7 @@ from tests.lab.fleet import command_of
 from tests.lab.test_whole import GOOD, Whole
 
 PARTS = {"worker": b"\0worker\0start", "server": b"uvicorn", "run": b"fork_server.py\0run",
-         "forks": b"toto.fork_server"}
+         "forks": b"toto.server.fork_server"}
 MORTAL = {"worker", "server"}  # toto ends when one of them has died; whoever keeps it starts it again
 LONGEST = 25.0  # seconds after a push at which there may still be something to interrupt
 

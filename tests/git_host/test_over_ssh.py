@@ -1,0 +1,471 @@
+"""The git host over real ssh: two users, what they may do, and what a push with options starts in a real Prefect.
+
+The flow is a stand-in of a few lines; `reconcile/parked` is it too, with no worker, for what only a request shows.
+"""
+
+import asyncio
+import getpass
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PrefectServer, background, free_port
+from tests.git_host.test_access import key
+from tests.git_host.test_host import Pusher
+from tests.machine.test_ssh import SSHD, keygen, needs_sshd
+from tests.server.test_serve import until
+from toto.base import process
+from toto.base.errors import InputError
+from toto.base.prefect_api import Api
+from toto.git_host import access
+from toto.git_host import host as git_host
+from toto.git_host import shell as git_shell
+from toto.git_host.host import Served
+from toto.server import deployments
+from toto.server import serve as server
+
+pytestmark = needs_sshd
+
+FLOW = '''
+import asyncio
+from pathlib import Path
+from prefect import flow, get_run_logger
+from prefect.states import Completed, Failed
+
+@flow(flow_run_name="{host}: rehearse")
+async def rehearse(host: str) -> None:
+    get_run_logger().info("not for the pusher")
+
+@flow
+async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", only: list[str] | None = None,
+                    plan_only: bool = False, rehearse_only: bool = False):
+    """Stands in for the real one."""
+    log = get_run_logger()
+    log.info("the plan of %s:\\nHOST  ACTION\\nweb1  deploy", commit[:8])
+    if plan_only:
+        return Completed(message="plan only: web1 would change")
+    await rehearse("web1")
+    while only == ["slow"] and not Path(repo, "toto", "go-on").exists():
+        await asyncio.sleep(0.1)
+    if only == ["broken"]:
+        log.error("web1: tests failed: \\x1b[31mnot ok 1\\a")
+        return Failed(message="web1: rehearsal failed; nothing was touched")
+    return Completed(message="web1 deployed")
+'''
+PROJECT = """
+name: tiny
+deployments:
+  - {name: toto, entrypoint: "flows/reconcile.py:reconcile", work_pool: {name: toto}}
+"""
+
+
+@dataclass
+class Host:
+    """An sshd whose only business is the repositories in `repos`."""
+
+    folder: Path
+    port: int
+
+    @property
+    def repos(self) -> Path:
+        return self.folder / "repos"
+
+    def url(self, name: str) -> str:
+        return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}/{name}"
+
+    def ssh(self, user: str) -> str:
+        return shlex.join(["ssh", "-F", "none", "-i", str(self.folder / user), "-o", "IdentitiesOnly=yes", "-o",
+                           "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+                           "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"])
+
+    def ask(self, user: str, *command: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+        """What a user gets who asks for something by hand."""
+        argv = [*shlex.split(self.ssh(user)), *options, "-p", str(self.port), "-l", getpass.getuser(), "127.0.0.1"]
+        return subprocess.run([*argv, *command], capture_output=True, text=True, check=False, timeout=60)
+
+    def clone(self, user: str, name: str = "infra") -> "Clone":
+        """A work tree of `user`'s, whose remote is a repository on the host."""
+        there = Clone(self.folder / f"{user}-{name}", Path(name))
+        there.git("config", "core.sshCommand", self.ssh(user))
+        there.git("remote", "add", "toto", self.url(name))
+        return there
+
+    async def sshd(self) -> list[str]:
+        """The command line of the server, in the foreground."""
+        keys = git_shell.invocation(self.repos, "keys")
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+            lines = ["AuthorizedKeysFile none", f"AuthorizedKeysCommand {shlex.join(keys)}",
+                     f"AuthorizedKeysCommandUser {getpass.getuser()}"]
+        else:  # sshd runs a command for root only
+            (self.folder / "authorized").write_text((await process.run(keys)).stdout)
+            lines = [f"AuthorizedKeysFile {self.folder}/authorized"]
+        (self.folder / "sshd_config").write_text("\n".join([
+            f"Port {self.port}", "ListenAddress 127.0.0.1", f"HostKey {self.folder}/host", *lines, "AcceptEnv GIT_*",
+            "StrictModes no", "PidFile none", "UsePAM no", "AuthenticationMethods publickey",
+            "PermitRootLogin prohibit-password", ""]))
+        assert SSHD is not None
+        return [SSHD, "-D", "-f", str(self.folder / "sshd_config")]
+
+
+class Clone(Pusher):
+    def push(self, refspec: str = "main", *options: str) -> str:
+        return self.git("push", *(f"--push-option={option}" for option in options), "toto", refspec)
+
+    def refused(self, refspec: str = "main", *options: str) -> str:
+        with pytest.raises(AssertionError) as failed:
+            self.push(refspec, *options)
+        return str(failed.value)
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """alice may do everything, bob may read infra; eve has a key, and no place in the rules."""
+    host = Host(tmp_path_factory.mktemp("host"), free_port())
+
+    async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        for name in ("host", "alice", "bob", "eve"):
+            await keygen(host.folder / name)
+        await git_host.make_admin(host.repos, "alice", (host.folder / "alice.pub").read_text())
+        set_rules(host, host.clone("alice", access.ADMIN), lambda text: text.replace(
+            "[users]", f'[users]\nbob = ["{(host.folder / "bob.pub").read_text().strip()}"]') + (
+            '[repos.infra]\nread = ["bob"]\nwrite = ["alice"]\n'), push=False)
+        argv, journal = await host.sshd(), host.folder / "journal"
+        async with process.start([*argv, "-E", journal]):
+            async with asyncio.timeout(60):
+                while not (journal.exists() and "listening" in journal.read_text()):
+                    await asyncio.sleep(0.02)
+            ready()
+            await stop.wait()
+
+    with background(serve):
+        yield host
+
+
+@pytest.fixture
+async def host(sshd: Host) -> AsyncIterator[Host]:
+    """The host as it was at first."""
+    await git_host.remember(sshd.repos, Served(api_url=f"http://127.0.0.1:{free_port()}/api"))
+    admin = access.path_of(sshd.repos, access.ADMIN)
+    rules = (await access.git(admin, "rev-parse", "main")).stdout.strip()
+    yield sshd
+    await access.git(admin, "update-ref", "refs/heads/main", rules)
+    for repo in git_host.infra_repos(sshd.repos):
+        shutil.rmtree(repo)
+    for clone in sshd.folder.glob("*-*"):
+        shutil.rmtree(clone)
+
+
+def set_rules(host: Host, admin: Clone, change: Callable[[str], str], *, push: bool = True) -> None:
+    bare = access.path_of(host.repos, access.ADMIN)
+    admin.git("fetch", "--quiet", str(bare), "main")
+    admin.git("reset", "--quiet", "--hard", "FETCH_HEAD")
+    file = admin.folder / access.FILE
+    file.write_text(change(file.read_text()))
+    admin.git("add", "--all")
+    admin.commit()
+    admin.git("push", "--quiet", *(["toto"] if push else [str(bare)]), "main")
+
+
+# Who gets in, and where to
+
+
+def test_repository_is_made_by_its_first_push(host: Host) -> None:
+    alice, bob = host.clone("alice"), host.clone("bob")
+    assert "there is no repository infra that bob may see" in bob.refused()
+    assert not access.path_of(host.repos, "infra").exists()
+    assert "there is no repository infra that alice may see" in host.ask("alice", "git-upload-pack 'infra'").stderr
+    told = alice.push()
+    assert "the push is accepted" in told and "nothing is deployed yet" in told
+    repo = access.path_of(host.repos, "infra")
+    assert (repo / "hooks" / "pre-receive").exists()
+    [waiting] = (repo / "toto" / "spool").glob("*.json")
+    assert '"tags":["push","user:alice"]' in waiting.read_text()
+    assert host.clone("alice", "private").push()
+    assert "no repository private" in host.clone("bob", "private").refused()
+
+
+async def test_reader_reads_and_does_not_write(host: Host) -> None:
+    alice, bob = host.clone("alice"), host.clone("bob")
+    alice.push("main", "skip")
+    bob.git("fetch", "--quiet", "toto")
+    assert bob.git("rev-parse", "toto/main") == alice.git("rev-parse", "main")
+    assert "bob may read infra, and not write it" in bob.refused()
+    assert "no repository toto-admin that bob may see" in host.ask("bob", "git-upload-pack 'toto-admin'").stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_a_push_of_the_rules_changes_them_at_once(host: Host) -> None:
+    assert "Permission denied" in host.ask("eve").stderr
+    admin = host.clone("alice", "admin")
+    admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
+    eve = (host.folder / "eve.pub").read_text().strip()
+    set_rules(host, admin, lambda text: text.replace("[users]", f'[users]\neve = ["{eve}"]').replace(
+        'create = ["alice"]', 'create = ["alice", "eve"]').replace('write = ["alice"]', 'write = ["alice", "eve"]'))
+    assert "hello eve" in host.ask("eve").stderr
+    host.clone("eve", "attic").push("main", "skip")
+    assert access.creator(access.path_of(host.repos, "attic")) == "eve"
+    set_rules(host, admin, lambda text: text.replace(f'eve = ["{eve}"]', "").replace(', "eve"', ""))
+    assert "Permission denied" in host.ask("eve").stderr
+    with pytest.raises(AssertionError, match=r"access\.toml:2: create: there is no user 'eve'"):
+        set_rules(host, admin, lambda text: text.replace('create = ["alice"]', 'create = ["eve"]'))
+    assert "hello alice" in host.ask("alice").stderr
+
+
+def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
+    """An authorized_keys line that somebody wrote by hand outlives the rules; its user does not."""
+    shell = git_shell.invocation(host.repos, "shell")
+    done = subprocess.run([*shell, "eve"], capture_output=True, text=True, check=False,
+                          env={"SSH_ORIGINAL_COMMAND": "git-upload-pack 'infra'"})
+    assert done.returncode == 1 and "toto: there is no user eve any more" in done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    "", "bash", "sh -c id", "git-upload-archive 'infra'", "git-receive-pack 'infra'; id", "git-receive-pack infra x",
+    "git-receive-pack '../infra'", "git-receive-pack '/etc/x'", "git-upload-pack '--help'", "git-upload-pack 'a/../b'",
+    "git-upload-pack '.new/infra'", "git-upload-pack '~root/infra'", "git -c core.pager=id upload-pack infra",
+    "git-upload-pack 'infra", "git-upload-pack $'infra\\n'", "scp -t /tmp", "internal-sftp",
+    "/usr/bin/git-receive-pack infra"])
+def test_whatever_else_is_asked_is_refused(tmp_path: Path, command: str) -> None:
+    everyone = access.Allowed(write=frozenset("*"))
+    rules = access.Rules({"alice": ()}, frozenset("*"), {"*": everyone, access.ADMIN: everyone})
+    with pytest.raises(InputError):
+        git_shell.admit(rules, tmp_path, "alice", command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_are_in_plain_words_and_forwarding_is_closed(host: Host) -> None:
+    for command in ([], ["id"], ["git-receive-pack '../../etc/x'"]):
+        done = host.ask("alice", *command)
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("toto: "), done
+        assert "Traceback" not in done.stderr
+    done = host.ask("alice", options=["-W", f"127.0.0.1:{host.port}"])
+    assert done.returncode != 0 and "forwarding failed" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["~/infra", "{repos}/infra.git"])
+def test_every_form_of_a_repositorys_address(host: Host, form: str) -> None:
+    alice = host.clone("alice")
+    alice.git("remote", "set-url", "toto", host.url(form.format(repos=str(host.repos).lstrip("/"))))
+    assert "(-o skip)" in alice.push("main", "skip")
+    assert access.path_of(host.repos, "infra").is_dir()
+
+
+async def test_two_first_pushes_at_once_make_one_repository(host: Host) -> None:
+    clones = [host.clone("alice"), host.clone("alice", "again")]
+    clones[1].git("remote", "set-url", "toto", host.url("infra"))
+    await asyncio.gather(*(asyncio.to_thread(each.push, f"main:refs/heads/{index}", "skip")
+                           for index, each in enumerate(clones)))
+    assert len(clones[0].git("ls-remote", "--heads", "toto").splitlines()) == 2
+
+
+def test_nothing_of_the_pushers_environment_reaches_the_hooks(host: Host) -> None:
+    """Even an sshd that accepts GIT_*: a pusher who could set GIT_CONFIG_PARAMETERS could run what they like."""
+    alice = host.clone("alice")
+    alice.push("main", "skip")
+    pwned = host.folder / "pwned"
+    alice.git("config", "core.sshCommand", host.ssh("alice") + " -o SendEnv=GIT_*")
+    env = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": str(pwned)}
+    done = subprocess.run(["git", "push", "-o", "nonsense", "toto", "main:refs/heads/x"], cwd=alice.folder,
+                          env=os.environ | env, capture_output=True, text=True, check=False, timeout=60)
+    assert "the push option 'nonsense' is not known" in done.stderr
+
+
+# What a push starts
+
+
+@pytest.fixture(scope="module")
+def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The stand-in with a worker, and `reconcile/parked`, the same without."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "flows").mkdir()
+    (folder / "flows" / "reconcile.py").write_text(FLOW)
+    (folder / "prefect.yaml").write_text(PROJECT)
+    found: dict[str, str] = {}
+
+    async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        found.update(await deployments.deploy(prefect_server.env, root=folder))
+        api = prefect_server.api
+        own = await api.call("GET", f"/deployments/{found['reconcile/toto']}")
+        await api.call("POST", "/deployments/", {
+            "name": "parked", "flow_id": own["flow_id"], "enforce_parameter_schema": True,
+            "parameter_openapi_schema": own["parameter_openapi_schema"]})
+        async with server.running_worker(prefect_server.env, folder / "worker.log", name="here"):
+            ready()
+            await stop.wait()
+
+    with background(serve):
+        yield Served(api_url=prefect_server.api_url, ui_url="http://ui", deployment_id=found["reconcile/toto"])
+
+
+@pytest.fixture
+async def parked(host: Host, deployed: Served) -> Clone:
+    await git_host.remember(host.repos, Served(api_url=deployed.api_url, ui_url="http://ui",
+                                            deployment="reconcile/parked"))
+    await git_host.make(host.repos, "infra")
+    return host.clone("alice")
+
+
+@pytest.fixture
+async def alice(host: Host, deployed: Served) -> Clone:
+    await git_host.remember(host.repos, deployed)
+    await git_host.make(host.repos, "infra")
+    return host.clone("alice")
+
+
+async def runs(api: Api, told: str) -> list[dict[str, Any]]:
+    """The runs that a push has named."""
+    return [await api.call("GET", f"/flow_runs/{run}") for run in re.findall(r"http://ui/runs/flow-run/(\S+)", told)]
+
+
+@pytest.mark.parametrize(("refspec", "options", "parameters", "words"), [
+    ("main", [], {}, "toto: rehearsing {commit} in run"),
+    ("main", ["only=web1,web", "only=helm:shop"], {"only": ["web1", "web", "helm:shop"]}, ", only web1,web,helm:shop"),
+    ("main", ["rehearse"], {"rehearse_only": True}, "; nothing is rolled out"),
+    ("main:refs/heads/feature", ["rehearse", "only=web1"], {"rehearse_only": True, "only": ["web1"]},
+     ", only web1; nothing is rolled out"),
+    ("main:refs/heads/feature", ["only=web1"], None,
+     "feature is not deployed (only main is): `git push -o rehearse`"),
+    ("main", ["skip"], None, "main is taken, and nothing is started (-o skip)"),
+    ("main:refs/tags/v1", ["rehearse"], None, ""),
+])
+async def test_push_options_become_parameters_of_the_run(
+        host: Host, parked: Clone, prefect_server: PrefectServer, refspec: str, options: list[str],
+        parameters: dict[str, object] | None, words: str) -> None:
+    commit = parked.commit()
+    told = parked.push(refspec, *options)
+    assert words.format(commit=commit[:12]) in told
+    found = await runs(prefect_server.api, told)
+    repo = access.path_of(host.repos, "infra")
+    assert [run["parameters"] for run in found] == ([] if parameters is None else [
+        {"repo": str(repo), "commit": commit, "origin": "push", **parameters}])
+    assert all(set(run["tags"]) == {"push", "user:alice"} for run in found)
+    assert git_host.waiting(repo) == []
+
+
+async def test_unknown_option_is_refused_with_those_that_are_known(host: Host, parked: Clone) -> None:
+    told = parked.refused("main", "dry-run")
+    assert "toto: the push option 'dry-run' is not known" in told and "-o only=web1,web2" in told
+    assert parked.git("ls-remote", "toto") == ""
+
+
+async def test_push_while_prefect_is_down_keeps_its_options(host: Host, parked: Clone,
+                                                            prefect_server: PrefectServer) -> None:
+    repo = access.path_of(host.repos, "infra")
+    there = prefect_server.api_url
+    parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
+    commit = parked.commit()
+    told = parked.push("main:refs/heads/feature", "rehearse", "only=web1,web2", "wait")
+    assert "the push is accepted, but Prefect does not answer" in told
+    parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", there)
+    [run] = await git_host.drain_spool(repo)
+    found = await prefect_server.api.call("GET", f"/flow_runs/{run}")
+    assert found["parameters"] == {"repo": str(repo), "commit": commit, "origin": "push", "only": ["web1", "web2"],
+                                   "rehearse_only": True}
+    assert set(found["tags"]) == {"push", "user:alice"}
+
+
+async def test_plan_is_printed_and_nothing_is_deployed(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:
+    told = alice.push("main:refs/heads/feature", "plan")
+    assert "planning" in told and "; nothing is deployed" in told
+    assert f"the plan of {alice.git('rev-parse', 'main')[:8]}:\nHOST  ACTION\nweb1  deploy\n" in told
+    assert told.index("web1  deploy") < told.index("toto: done: plan only: web1 would change")
+    [run] = await runs(prefect_server.api, told)
+    assert run["state_type"] == "COMPLETED" and run["parameters"]["plan_only"] is True
+    assert "rehearse" not in told
+
+
+async def test_whoever_waits_is_told_the_progress_and_the_end(host: Host, alice: Clone) -> None:
+    told = alice.push("main", "wait")
+    assert re.search(r"(?m)^ *\d+ s  web1: rehearse\n", told)
+    assert re.search(r"(?m)^ *\d+ s  web1: rehearse: done$", told)
+    assert told.splitlines()[-3:] and "toto: done: web1 deployed" in told
+    assert "not for the pusher" not in told and "Beginning" not in told
+    alice.commit()
+    told = alice.push("main", "wait", "only=broken")
+    assert "web1: tests failed: �[31mnot ok 1�" in told
+    assert "toto: failed: web1: rehearsal failed; nothing was touched" in told
+
+
+async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:
+    pushing = subprocess.Popen(["git", "push", "-o", "wait", "-o", "only=slow", "toto", "main"], cwd=alice.folder,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert pushing.stderr is not None
+    told = ""
+    while "web1: rehearse" not in told:
+        line = await asyncio.wait_for(asyncio.to_thread(pushing.stderr.readline), 60)
+        assert line, told
+        told += line
+    repo = str(access.path_of(host.repos, "infra"))
+    assert followers(repo)
+    os.killpg(pushing.pid, signal.SIGINT)  # as ^C does
+    await asyncio.to_thread(pushing.wait, 30)
+    pushing.stderr.close()
+    deadline = time.monotonic() + 30
+    while followers(repo):
+        assert time.monotonic() < deadline, "somebody still waits for nobody"
+        await asyncio.sleep(0.1)
+    [run] = await runs(prefect_server.api, told.replace("remote: ", ""))
+    assert run["state_type"] == "RUNNING"
+    Path(repo, "toto", "go-on").touch()
+    await until(prefect_server.api, run["id"], {"COMPLETED"}, 60)
+
+
+def followers(repo: str) -> list[int]:
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"toto.git_host.follow" in words and os.fsencode(repo) in words:
+                found.append(int(entry.name))
+    return found
+
+
+async def test_time_to_wait_is_bounded(parked: Clone, host: Host, prefect_server: PrefectServer) -> None:
+    [run] = await runs(prefect_server.api, parked.push())
+    repo = access.path_of(host.repos, "infra")
+    done = await process.run(["python", "-m", "toto.git_host.follow", repo, run["id"], "--at-most", "1"], check=False)
+    assert (done.status, done.lines[-1]) == (2, "toto: the time to wait is up; the run goes on")
+
+
+async def test_waiting_outlives_a_prefect_that_is_restarted(parked: Clone, host: Host) -> None:
+    repo = access.path_of(host.repos, "infra")
+    parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
+    done = await process.run(["python", "-m", "toto.git_host.follow", repo, "some-run", "--at-most", "2"], check=False)
+    assert done.stdout.count("Prefect does not answer; the run goes on") == 1
+    assert done.lines[-1] == "toto: the time to wait is up; the run goes on"
+
+
+async def test_signed_pushes_over_ssh_need_no_file_of_signers(host: Host, parked: Clone) -> None:
+    parked.push("main", "skip")
+    await git_host.set_policy(access.path_of(host.repos, "infra"), signed=True)
+    unsigned = parked.commit()
+    assert f"{unsigned[:8]} is not signed" in parked.refused()
+    parked.git("-c", "gpg.format=ssh", "-c", f"user.signingKey={host.folder / 'alice'}", "commit", "--quiet", "--amend",
+               "-S", "--no-edit", "--allow-empty")
+    assert "rehearsing" in parked.push()
+
+
+def test_lines_for_sshd_are_what_sshd_takes(host: Host) -> None:
+    printed = subprocess.run(["python", "-m", "toto.cli", "repo", "sshd", "--repos", host.repos], capture_output=True,
+                             text=True, check=True).stdout
+    config = host.folder / "printed"
+    config.write_text(f"HostKey {host.folder}/host\n{printed}")
+    assert SSHD is not None
+    shown = subprocess.run([SSHD, "-T", "-f", config, "-C", f"user={getpass.getuser()},host=x,addr=127.0.0.1"],
+                           capture_output=True, text=True, check=True).stdout
+    assert f"authorizedkeyscommand {shlex.join(git_shell.invocation(host.repos, 'keys'))}" in shown
+    assert key("a") not in shown

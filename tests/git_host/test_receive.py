@@ -1,0 +1,338 @@
+"""What a push may bring: real pushes into a bare repository with toto's pre-receive hook."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+from tests.git_host.test_access import key
+from tests.git_host.test_host import Pusher
+from toto.base import process
+from toto.git_host import access, receive
+from toto.git_host import host as git_host
+from toto.git_host.receive import Policy
+from toto.infra_repo import git
+
+GOOD = "machines:\n  web1:\n    address: 10.0.0.1\n"
+
+
+@pytest.fixture
+async def repo(tmp_path: Path) -> Path:
+    return await git_host.create(tmp_path / "infra.git", api_url=f"http://127.0.0.1:{free_port()}/api")
+
+
+@pytest.fixture
+def pusher(tmp_path: Path, repo: Path) -> Pusher:
+    """Its pushes start nothing: there is no server, and that is another file's matter."""
+    there = Pusher(tmp_path / "clone", repo)
+    there.git("config", "push.pushOption", "skip")
+    return there
+
+
+def write(pusher: Pusher, files: dict[str, str | None]) -> str:
+    for name, text in files.items():
+        path = pusher.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+    pusher.git("add", "--all")
+    return pusher.commit()
+
+
+def refused(pusher: Pusher, *refspecs: str) -> str:
+    """What a push is told that is refused; nothing has moved."""
+    before = pusher.git("ls-remote", str(pusher.remote))
+    done = subprocess.run(["git", "push", str(pusher.remote), *(refspecs or ("main",))], cwd=pusher.folder,
+                          capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0, done.stderr
+    assert "toto: nothing was taken" in done.stderr
+    assert pusher.git("ls-remote", str(pusher.remote)) == before
+    return done.stderr
+
+
+def test_mistakes_in_manifest_and_settings_are_told_with_their_lines(pusher: Pusher) -> None:
+    write(pusher, {"machines.yaml": "machines:\n  web1:\n    adress: 10.0.0.1\n  we b: {}\n",
+                   "toto.toml": "[sandbox]\nmemroy = 3\n"})
+    said = refused(pusher)
+    assert "toto: machines.yaml:3: web1: adress: is not a known field; did you mean 'address'?" in said
+    assert "toto: machines.yaml:4: 'we b'" in said
+    assert "toto: toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?" in said
+    write(pusher, {"machines.yaml": GOOD, "toto.toml": "x = \n"})
+    said = refused(pusher)
+    assert "toto: toto.toml:1: is not TOML" in said and "machines.yaml" not in said
+    write(pusher, {"toto.toml": None})
+    pusher.push()
+
+
+def test_manifest_that_the_push_does_not_change_is_not_looked_at(pusher: Pusher) -> None:
+    write(pusher, {"machines.yaml": "fleet: []\n"})
+    pusher.push("main:refs/heads/elsewhere")  # where nothing is deployed from
+    assert "toto: machines.yaml:1: fleet: is not a known field" in refused(pusher)
+    write(pusher, {"machines.yaml": GOOD})
+    pusher.push()
+    write(pusher, {"machines.yaml": None})
+    assert "toto: machines.yaml: is gone" in refused(pusher)
+
+
+@pytest.mark.parametrize(("content", "complaint"), [
+    (b"", "machines.yaml:1: is empty"),
+    (b"machines:\n  a: \xff\n", "machines.yaml:2: is not UTF-8"),
+    (b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB"),
+])
+def test_strange_manifests_are_told_as_the_run_would(pusher: Pusher, content: bytes, complaint: str) -> None:
+    (pusher.folder / "machines.yaml").write_bytes(content)
+    pusher.git("add", "--all")
+    pusher.commit()
+    assert f"toto: {complaint}" in refused(pusher)
+
+
+def test_manifest_that_is_a_link_or_a_folder(pusher: Pusher) -> None:
+    (pusher.folder / "machines.yaml").symlink_to("fleet.yaml")
+    write(pusher, {"fleet.yaml": GOOD})
+    pusher.push()  # the run reads what it leads to
+    (pusher.folder / "machines.yaml").unlink()
+    write(pusher, {"machines.yaml/x": "y"})
+    assert "machines.yaml: is gone" in refused(pusher)
+
+
+async def test_deployed_branch_only_moves_forward(pusher: Pusher, repo: Path) -> None:
+    first = pusher.git("rev-parse", "HEAD")
+    pusher.commit()
+    pusher.push()
+    pusher.push("main:refs/heads/other")
+    said = refused(pusher, f"+{first}:refs/heads/main")
+    assert "a forced push to it is refused" in said and "toto repo set infra --allow-force" in said
+    assert "it cannot be deleted" in refused(pusher, ":main")
+    refused(pusher, ":main", "main:refs/heads/new")  # all or nothing
+    pusher.push(f"+{first}:refs/heads/other")
+    pusher.push(":other")
+    await git_host.set_policy(repo, allow_force=True)
+    pusher.push(f"+{first}:refs/heads/main")
+    pusher.push(":main")
+    assert pusher.git("ls-remote", str(repo)) == ""
+
+
+@pytest.mark.parametrize("ref", ["refs/replace/" + "a" * 40, "refs/notes/commits", "refs/tags/toto/last-good"])
+def test_only_branches_and_tags_of_the_users_own(pusher: Pusher, ref: str) -> None:
+    assert ref in refused(pusher, f"main:{ref}")
+
+
+async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: Pusher, repo: Path) -> None:
+    pusher.push()
+    write(pusher, {"isö/an image.raw": "x" * 5000, "small": "y" * 4096})
+    write(pusher, {"isö/an image.raw": None})
+    await git_host.set_policy(repo, max_file_size=4096)
+    said = refused(pusher)
+    assert "is\\xf6/an image.raw is larger than 4096 bytes" in said and "small" not in said
+    assert "image.raw" in refused(pusher, "main:refs/tags/v1")
+    await git_host.set_policy(repo, max_file_size=0)
+    pusher.push()
+    await git_host.set_policy(repo, max_file_size=4096)
+    pusher.commit()
+    pusher.push()  # what is there already is no matter of this push
+
+
+@pytest.mark.parametrize(("options", "complaint"), [
+    (["dry-run"], "the push option 'dry-run' is not known"),
+    (["only="], "the push option 'only=' is not known"),
+    (["only=web1;id"], "'only=web1;id' is not known"),
+    (['only=web1","x":"'], "is not known"),
+    (["only=a,,b"], "is not known"),
+    (["wait=5"], "is not known"),
+    (["pl\x1ban"], "'pl\\x1ban' is not known"),
+    (["skip", "only=web1"], "it goes with no other"),
+    (["plan", "rehearse"], "do not go together"),
+    (["plan", "only=web1,tag:x", "only=web2", "wait"], ""),
+    (["skip"], ""),
+    ([], ""),
+])
+def test_options_that_are_not_known_are_refused_with_those_that_are(options: list[str], complaint: str) -> None:
+    said = "\n".join(receive.wrong_options(options))
+    assert complaint in said if complaint else said == ""
+    if "not known" in complaint:
+        assert all(f"-o {option}" in said for option in receive.OPTIONS)
+
+
+@pytest.mark.parametrize(("text", "bytes_"), [("0", 0), ("100", 100), ("4k", 4096), ("20M", 20 << 20), ("1g", 1 << 30)])
+def test_sizes(text: str, bytes_: int) -> None:
+    assert receive.size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5m", "many", "1t", "9" * 30])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        receive.size(text)
+
+
+def test_policy_is_read_as_git_writes_it() -> None:
+    config = "toto.signed\0toto.allowforce\nno\0toto.branch\nlive\0toto.maxfilesize\n2k\0toto.apiurl\nx\ny\0"
+    assert Policy.of(config) == Policy(branch="live", signed=True, max_file_size=2048)
+
+
+# Signatures
+
+
+@pytest.fixture
+def signing(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the ssh keys `good` and `bad`, and the gpg homes `bob` (whose key it is) and `toto` (keyring)."""
+    for name in ("good", "bad"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", tmp_path / name], check=True)
+    yield tmp_path
+    for home in ("bob", "toto"):
+        if (tmp_path / home).exists():
+            subprocess.run(["gpgconf", "--homedir", tmp_path / home, "--kill", "all"], check=False)
+
+
+def sign(pusher: Pusher, signing: Path, name: str, *more: str) -> None:
+    pusher.git("-c", "gpg.format=ssh", "-c", f"user.signingKey={signing / name}", "commit", "--quiet", "--allow-empty",
+               "-S", "-m", f"signed by {name}", *more)
+
+
+async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_wanted(
+        pusher: Pusher, repo: Path, signing: Path) -> None:
+    pusher.push()  # the history before that is as it is
+    signers = signing / "signers"
+    signers.write_text(f'op@example.org namespaces="git" {(signing / "good.pub").read_text()}')
+    await git_host.set_policy(repo, signed=True, allowed_signers=str(signers))
+    begin = pusher.git("rev-parse", "HEAD")
+    sign(pusher, signing, "good")
+    pusher.push()
+    unsigned = pusher.commit()
+    sign(pusher, signing, "good")  # signing what follows does not help
+    assert f"toto: {unsigned[:8]} is not signed" in refused(pusher)
+    pusher.git("reset", "--quiet", "--hard", "HEAD~2")
+    sign(pusher, signing, "bad")
+    said = refused(pusher)
+    assert "is signed with a key that is not trusted here: SHA256:" in said
+    assert "is signed with a key" in refused(pusher, "main:refs/heads/feature"), "whose rehearsal runs its tests here"
+    pusher.git("reset", "--quiet", "--hard", "HEAD~1")
+    sign(pusher, signing, "good")
+    genuine = pusher.git("cat-file", "commit", "HEAD").replace("signed by good", "signed by evil")
+    forged = subprocess.run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], input=genuine + "\n", text=True,
+                            cwd=pusher.folder, capture_output=True, check=True).stdout.strip()
+    assert "was changed after it was signed" in refused(pusher, f"{forged}:main")
+    pusher.push()
+    pusher.push(f"{begin}:refs/heads/old")  # what the deployed branch has is not asked again
+    signers.unlink()
+    sign(pusher, signing, "good")
+    assert "cannot be read on toto" in refused(pusher)
+
+
+async def test_gpg_signatures_count_when_their_key_is_in_totos_keyring_and_trusted(
+        pusher: Pusher, repo: Path, signing: Path) -> None:
+    bob, toto = signing / "bob", signing / "toto"
+    for home in (bob, toto):
+        home.mkdir(mode=0o700)
+    subprocess.run(["gpg", "--homedir", bob, "--batch", "--quiet", "--passphrase", "", "--quick-generate-key",
+                    "bob@example.org", "ed25519", "sign"], check=True, capture_output=True)
+    public = subprocess.run(["gpg", "--homedir", bob, "--export"], check=True, capture_output=True).stdout
+    program = signing / "gpg"
+    program.write_text(f'#!/bin/sh\nexec gpg --homedir {bob} "$@"\n')
+    program.chmod(0o755)
+    pusher.push()
+    await git_host.set_policy(repo, signed=True, allowed_signers=os.devnull)
+    pusher.git("-c", f"gpg.program={program}", "commit", "--quiet", "--allow-empty", "-Sbob@example.org", "-m", "x")
+    assert "is signed with a key that is not known here" in refused(pusher)  # no keyring at all
+    await git_host.set_policy(repo, gpg_home=str(toto))
+    assert "is signed with a key that is not known here" in refused(pusher)
+    subprocess.run(["gpg", "--homedir", toto, "--batch", "--quiet", "--import"], input=public, check=True,
+                   capture_output=True)
+    assert "is signed with a key that is not trusted here" in refused(pusher)
+    (toto / "gpg.conf").write_text("trust-model always\n")
+    pusher.push()
+
+
+async def test_writers_keys_are_trusted_where_no_signers_are_named(tmp_path: Path, signing: Path) -> None:
+    """The rules are read from their own repository, out of the hook of another, in the middle of its quarantine."""
+    await git_host.make_admin(tmp_path / "repos", "alice", (signing / "good.pub").read_text())
+    repo = await git_host.make(tmp_path / "repos", "infra")
+    pusher = Pusher(tmp_path / "clone", repo)
+    pusher.git("config", "push.pushOption", "skip")
+    pusher.push()
+    await git_host.set_policy(repo, signed=True)
+    sign(pusher, signing, "bad")
+    assert "is not trusted here" in refused(pusher)
+    pusher.git("reset", "--quiet", "--hard", "HEAD~1")
+    sign(pusher, signing, "good")
+    pusher.push()
+
+
+async def test_push_of_many_branches_at_once(pusher: Pusher, repo: Path, signing: Path) -> None:
+    pusher.push()
+    await git_host.set_policy(repo, signed=True, allowed_signers=os.devnull)
+    for number in range(60):
+        pusher.git("branch", f"b{number}")
+    pusher.git("push", "--quiet", str(pusher.remote), "refs/heads/b*:refs/heads/b*")
+    assert len(pusher.git("ls-remote", "--heads", str(pusher.remote)).splitlines()) == 61
+
+
+# The rules' own repository
+
+
+async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tmp_path: Path, signing: Path) -> None:
+    admin = await git_host.make_admin(tmp_path / "repos", "alice", (signing / "good.pub").read_text())
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", admin, clone], check=True)
+    pusher = Pusher(clone, admin)
+    good = (clone / access.FILE).read_text()
+    write(pusher, {access.FILE: good.replace('write = ["alice"]', 'write = ["alcie"]')})
+    assert "toto: access.toml:8: toto-admin: write: there is no user 'alcie' in [users]" in refused(pusher)
+    write(pusher, {access.FILE: None})
+    assert "access.toml: is gone" in refused(pusher)
+    assert set((await access.in_force(tmp_path / "repos")).users) == {"alice"}
+    write(pusher, {access.FILE: good.replace("[users]", "[users]\nbob = []")})
+    assert "takes no option" in subprocess.run(
+        ["git", "push", "-o", "plan", admin, "main"], cwd=clone, capture_output=True, text=True, check=False).stderr
+    assert "these rules are in force from now on" in pusher.push()
+    assert set((await access.in_force(tmp_path / "repos")).users) == {"alice", "bob"}
+    assert "in force" not in pusher.push("main:refs/heads/draft")
+    assert "it cannot be deleted" in refused(pusher, ":main")
+
+
+# The hook's surroundings
+
+
+async def test_environment_of_a_hook_does_not_leak_into_totos_own_git(tmp_path: Path, repo: Path, pusher: Pusher,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that toto does to repositories, as it would from within another repository's pre-receive."""
+    pusher.push()
+    commit = pusher.git("rev-parse", "HEAD")
+    other = tmp_path / "other.git"
+    await process.run(["git", "init", "--quiet", "--bare", other])
+    before = sorted(path for path in other.rglob("*"))
+    for name, value in {"GIT_DIR": str(other), "GIT_QUARANTINE_PATH": str(other / "objects" / "incoming"),
+                        "GIT_OBJECT_DIRECTORY": str(other / "objects" / "incoming"), "GIT_INDEX_FILE": "/nowhere",
+                        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(other / "objects"), "GIT_WORK_TREE": "/nowhere",
+                        "GIT_CONFIG_PARAMETERS": "'core.bare'='false'", "GIT_PUSH_OPTION_COUNT": "1",
+                        "GIT_PUSH_OPTION_0": "plan"}.items():
+        monkeypatch.setenv(name, value)
+    await git.mark(repo, "toto/last-good", commit)
+    await git.checkout(repo, commit, tmp_path / "tree")
+    repos = tmp_path / "repos"
+    await git_host.make_admin(repos, "alice", key("a"))
+    made = await git_host.make(repos, "fresh")
+    assert await git_host.deployed_branch(made) == "main"
+    assert set((await access.in_force(repos)).users) == {"alice"}
+    toto = [sys.executable, "-m", "toto.cli"]
+    done = await process.run([*toto, "repo", "set", "fresh", "--signed", "--repos", repos])
+    assert "signed" in done.stdout and (await git_host.policy_of(made)).signed
+    assert "nothing was deployed" in (await process.run([*toto, "status", "--repo", repo])).stdout
+    assert sorted(path for path in other.rglob("*")) == before
+
+
+def test_hook_says_what_to_do_when_its_python_is_gone(pusher: Pusher, repo: Path) -> None:
+    pusher.git("config", "--file", str(repo / "config"), "toto.python", "/nowhere/python")
+    done = subprocess.run(["git", "push", repo, "main"], cwd=pusher.folder, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "does not know where toto is; start toto" in done.stderr
+
+
+def test_hook_needs_no_pydantic_unless_the_manifest_changes() -> None:
+    code = "import sys, toto.git_host.receive; print({'pydantic', 'yaml', 'git', 'prefect'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

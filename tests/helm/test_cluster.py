@@ -1,0 +1,565 @@
+"""Releases on a real cluster, with helm 4 and helm 3: what is done is done, what fails is told, nothing secret is."""
+
+import asyncio
+import functools
+import http.server
+import json
+import logging
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.kube import Cluster
+from toto.base import process
+from toto.base.errors import InputError
+from toto.helm.cluster import Deployed, Helm
+from toto.helm.command import (
+    AccessRefused,
+    ChartUnavailable,
+    ClusterUnreachable,
+    HelmError,
+    ReleaseBusy,
+    ReleaseFailed,
+    ReleaseMissing,
+    RenderFailed,
+)
+from toto.helm.release import Release, discover
+
+POISON = "poison-4d1c"
+CHART = "apiVersion: v2\nname: page\nversion: 0.1.0\n"
+FILES = {
+    "values.yaml": "{}",
+    "chart/Chart.yaml": CHART,
+    "chart/values.yaml": "text: hello\npassword: first-secret\nreplicas: 1\nfate: ''\ncheck: ''\n",
+    "chart/templates/all.yaml": """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: page}
+data: {text: {{ .Values.text | quote }}, kube: {{ .Capabilities.KubeVersion | quote }}}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: page}
+stringData: {password: {{ .Values.password | quote }}}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: page}
+spec:
+  replicas: {{ .Values.replicas }}
+  selector: {matchLabels: {app: page}}
+  template:
+    metadata:
+      labels: {app: page}
+      annotations: {lab/fate: {{ .Values.fate | quote }}, text: {{ .Values.text | quote }}}
+    spec:
+      containers: [{name: page, image: page, resources: {limits: {cpu: 1000m}}}]
+""",
+    "chart/templates/test.yaml": """
+apiVersion: v1
+kind: Pod
+metadata:
+  name: page-test
+  annotations: {helm.sh/hook: test, lab/fate: {{ .Values.check | quote }}}
+spec:
+  restartPolicy: Never
+  containers: [{name: test, image: test}]
+""",
+}
+
+
+@dataclass
+class Lab:
+    """One helm, one cluster, and a tree with one release, in a namespace of its own."""
+
+    helm: Helm
+    cluster: Cluster
+    tree: Path
+    namespace: str
+
+    def write(self, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = self.tree / "helm/page" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def set(self, **values: object) -> None:
+        self.write({"values.yaml": json.dumps(values)})
+
+    def release(self, **fields: object) -> Release:
+        self.write({"release.yaml": json.dumps({"namespace": self.namespace, "timeout": 120} | fields)})
+        (release,) = discover(self.tree)
+        return release
+
+    async def upgrade(self, release: Release | None = None, **values: object) -> Deployed:
+        self.set(**values)
+        return await self.helm.upgrade(release or self.release(), self.tree)
+
+    async def get(self, kind: str, name: str = "page", api: str = "api/v1") -> Any:
+        return await self.cluster.get(f"/{api}/namespaces/{self.namespace}/{kind}/{name}")
+
+    async def text(self) -> str | None:
+        found = await self.get("configmaps")
+        return None if found is None else str(found["data"]["text"])
+
+    async def by_hand(self, *words: str) -> None:
+        """What someone does with a helm of their own."""
+        await process.run([self.helm.binary, *words, "--namespace", self.namespace], timeout=120,
+                          env=self.cluster.environment)
+
+    async def change_by_hand(self, replicas: int) -> None:
+        await self.cluster.patch(f"/apis/apps/v1/namespaces/{self.namespace}/deployments/page",
+                                 {"spec": {"replicas": replicas}})
+
+    def helms(self) -> list[int]:
+        """The processes that are at work on this namespace."""
+        found = subprocess.run(["pgrep", "--full", f"namespace {self.namespace}"], stdout=subprocess.PIPE, text=True,
+                               check=False)
+        return [int(pid) for pid in found.stdout.split()]
+
+    async def until_pending(self, release: Release) -> None:
+        async with asyncio.timeout(120):
+            while (now := await self.helm.current(release)) is None or not now.pending:
+                await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest, cluster: Cluster, tmp_path: Path) -> Lab:
+    """With helm 4, unless a test says otherwise."""
+    binary = os.environ[getattr(request, "param", "TOTO_HELM4")]
+    made = Lab(Helm(binary, cluster.kubeconfig, tmp_path / "state"), cluster, tmp_path / "tree",
+               f"page-{uuid.uuid4().hex[:8]}")
+    made.write(FILES)
+    return made
+
+
+both = pytest.mark.parametrize("lab", ["TOTO_HELM4", "TOTO_HELM3"], indirect=True)
+
+
+@both
+async def test_release_is_installed_changed_rolled_back_and_removed(lab: Lab) -> None:
+    release, helm, tree = lab.release(), lab.helm, lab.tree
+    assert await helm.current(release) is None
+    assert await helm.history(release) == []
+    assert await helm.outside_change(release, 0) is None
+    assert await helm.lint(release, tree) == ()
+    assert (await helm.difference(release, tree)).lines() == [
+        "+ ConfigMap page", "+ Pod page-test", "+ Secret page", "+ Deployment page"]
+
+    first = await helm.upgrade(release, tree, description="toto: commit 1234")
+    assert (first.number, first.status, first.chart, first.description, first.tests, first.pending) == (
+        1, "deployed", "page-0.1.0", "toto: commit 1234", ("page-test",), False)
+    assert await lab.text() == "hello"
+    assert (await lab.get("deployments", api="apis/apps/v1"))["status"]["readyReplicas"] == 1
+    assert [(each.name, each.passed, each.said) for each in await helm.test(release)] == [("page-test", True, "")]
+    assert (await helm.difference(release, tree)).empty
+    assert (await helm.drift(release)).empty
+    assert await helm.outside_change(release, 1, first.digest) is None
+    assert await helm.repair(release) is None
+
+    lab.set(text="again", password=POISON, replicas=2)
+    release = lab.release()
+    assert (await helm.difference(release, tree)).lines() == [
+        "~ ConfigMap page", "    data.text: hello → again",
+        "~ Secret page", "    data.password: ****** → ******",
+        "~ Deployment page", "    spec.replicas: 1 → 2", "    spec.template.metadata.annotations.text: hello → again"]
+    second = await helm.upgrade(release, tree)
+    assert second.number == 2 and second.digest != first.digest
+    assert await lab.text() == "again"
+
+    back = await helm.rollback(release, 1)
+    assert (back.number, back.status, back.digest) == (3, "deployed", first.digest)
+    assert await lab.text() == "hello"
+    assert [(each.number, each.status) for each in await helm.history(release)] == [
+        (1, "superseded"), (2, "superseded"), (3, "deployed")]
+
+    assert await helm.uninstall(release)
+    assert await lab.text() is None
+    assert not await helm.uninstall(release)
+    assert await helm.outside_change(release, 3) == "it was deleted outside toto, which had left revision 3"
+    assert (await helm.drift(release)).lines() == ["- the release page"]
+
+
+async def test_failing_upgrade_is_told_with_its_pods_and_a_rollback_brings_the_release_back(lab: Lab) -> None:
+    good = await lab.upgrade()
+    with pytest.raises(ReleaseFailed) as caught:
+        await lab.upgrade(lab.release(timeout=2), text="bad", fate="stuck")
+    assert str(caught.value).startswith("helm/page: UPGRADE FAILED: ")
+    assert "deadline exceeded" in str(caught.value)
+    assert "\npod page-" in str(caught.value) and ": page runs and is not ready\nnext: " in str(caught.value)
+    assert await lab.text() == "bad"
+    now = await lab.helm.current(lab.release())
+    assert now is not None and (now.number, now.status, now.pending) == (2, "failed", False)
+    back = await lab.helm.rollback(lab.release(), good.number)
+    assert (back.number, back.digest) == (3, good.digest)
+    assert await lab.text() == "hello"
+    assert await lab.helm.outside_change(lab.release(), back.number) is None
+
+
+async def test_first_installation_that_fails_is_removed_again(lab: Lab) -> None:
+    with pytest.raises(ReleaseFailed):
+        await lab.upgrade(lab.release(timeout=2), fate="stuck")
+    now = await lab.helm.current(lab.release())
+    assert now is not None and now.status == "failed"
+    assert await lab.helm.uninstall(lab.release())
+    assert await lab.text() is None
+
+
+@both
+async def test_upgrade_that_was_killed_is_repaired_and_the_next_one_works(lab: Lab) -> None:
+    good = await lab.upgrade()
+    release = lab.release()
+    upgrade = asyncio.create_task(lab.upgrade(text="bad", fate="stuck"))
+    await lab.until_pending(release)
+    for pid in lab.helms():
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ReleaseFailed, match="helm was ended by SIGKILL"):
+        await upgrade
+
+    lab.set(text="next")
+    difference = str(await lab.helm.difference(release, lab.tree))
+    assert "data.text: bad → next" in difference and "kube" not in difference
+    with pytest.raises(ReleaseBusy, match="another helm is at work on it, or was killed"):
+        await lab.helm.upgrade(release, lab.tree)
+    with pytest.raises(ReleaseBusy, match=r"it is pending-upgrade since \d+ s: that helm may be alive"):
+        await lab.helm.repair(release)
+    done = await lab.helm.repair(release, good.number, patience=0)
+    assert done == ("a helm that was killed had left it pending-upgrade at revision 2; it was rolled back to "
+                    "revision 1, as revision 3")
+    assert await lab.text() == "hello"
+    assert (await lab.upgrade(text="next")).number == 4
+    assert await lab.text() == "next"
+
+
+async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab: Lab) -> None:
+    await lab.upgrade(text="whole")
+    with pytest.raises(ReleaseFailed):
+        await lab.upgrade(lab.release(timeout=1), text="failed", fate="stuck")
+    upgrade = asyncio.create_task(lab.upgrade(text="killed", fate="stuck"))
+    await lab.until_pending(lab.release())
+    for pid in lab.helms():
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ReleaseFailed):
+        await upgrade
+    assert "rolled back to revision 1," in str(await lab.helm.repair(lab.release(), patience=0))
+    assert await lab.text() == "whole"
+
+
+async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
+    upgrade = asyncio.create_task(lab.upgrade(fate="stuck"))
+    await lab.until_pending(lab.release())
+    for pid in lab.helms():
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ReleaseFailed):
+        await upgrade
+    assert await lab.helm.repair(lab.release(), patience=0) == (
+        "a helm that was killed had left it pending-install at revision 1; what there was of it was removed")
+    assert await lab.helm.current(lab.release()) is None
+    assert (await lab.upgrade()).number == 1
+
+
+async def test_cancelled_upgrade_leaves_no_helm_and_nothing_pending(lab: Lab) -> None:
+    await lab.upgrade()
+    upgrade = asyncio.create_task(lab.upgrade(text="bad", fate="stuck"))
+    await lab.until_pending(lab.release())
+    upgrade.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upgrade
+    assert lab.helms() == []
+    now = await lab.helm.current(lab.release())
+    assert now is not None and (now.number, now.status) == (2, "failed")
+
+
+async def test_what_is_done_outside_toto_is_told_in_plain_words(lab: Lab) -> None:
+    chart = str(lab.tree / "helm/page/chart")
+    first = await lab.upgrade()
+    release = lab.release()
+    assert await lab.helm.outside_change(release, 0) == (
+        "it is there already, at revision 1 (page-0.1.0), and not by toto")
+    await lab.by_hand("upgrade", "page", chart, "--set", f"text=hand,password={POISON}")
+    told = await lab.helm.outside_change(release, 1)
+    assert told is not None
+    assert told.startswith("outside toto it was upgraded to page-0.1.0 (revision 2, deployed, 20")
+    await lab.by_hand("rollback", "page", "1")
+    told = await lab.helm.outside_change(release, 1)
+    assert told is not None
+    assert ", then rolled back to revision 1 (revision 3, deployed, 20" in told
+    assert told.endswith(" UTC); toto had left revision 1")
+    await lab.by_hand("uninstall", "page", "--keep-history")
+    assert await lab.helm.outside_change(release, 1) == "it was deleted outside toto, which had left revision 1"
+    await lab.by_hand("uninstall", "page")
+    await lab.by_hand("upgrade", "--install", "page", chart, "--set", "text=anew")
+    assert await lab.helm.outside_change(release, 3) == (
+        "it was deleted and installed anew outside toto: it is at revision 1 (page-0.1.0), toto had left revision 3")
+    assert "installed anew" in str(await lab.helm.outside_change(release, 1, first.digest))
+    lab.set()
+    assert "data.text: anew → hello" in str(await lab.helm.difference(release, lab.tree))
+
+
+async def test_rollback_that_cannot_be_done_is_told(lab: Lab) -> None:
+    release = lab.release()
+    with pytest.raises(ReleaseMissing, match="helm/page: cannot be rolled back to revision 1: it is not installed"):
+        await lab.helm.rollback(release, 1)
+    await lab.upgrade()
+    with pytest.raises(ReleaseFailed, match="helm/page: release has no 99 version"):
+        await lab.helm.rollback(release, 99)
+    await lab.upgrade(text="next")
+    lab.cluster.fates[f"{lab.namespace}/page-"] = "stuck"
+    try:
+        with pytest.raises(ReleaseFailed, match="deadline exceeded"):
+            await lab.helm.rollback(lab.release(timeout=1), 1)
+    finally:
+        del lab.cluster.fates[f"{lab.namespace}/page-"]
+    now = await lab.helm.current(release)
+    assert now is not None and now.status == "failed"
+
+
+async def test_what_was_changed_by_hand_is_drift_and_stops_neither_upgrade_nor_rollback(lab: Lab) -> None:
+    await lab.upgrade(replicas=1)
+    await lab.change_by_hand(3)
+    await lab.cluster.delete(f"/api/v1/namespaces/{lab.namespace}/configmaps/page")
+    await lab.cluster.patch(f"/api/v1/namespaces/{lab.namespace}/secrets/page", {"stringData": {"password": POISON}})
+    assert (await lab.helm.drift(lab.release())).lines() == [
+        "- ConfigMap page", "~ Secret page", "    data.password: ****** → ******", "~ Deployment page",
+        "    spec.replicas: 1 → 3"]
+    await lab.upgrade(replicas=2)
+    assert (await lab.helm.drift(lab.release())).empty
+    await lab.change_by_hand(3)
+    await lab.helm.rollback(lab.release(), 1)
+    assert (await lab.helm.drift(lab.release())).empty
+
+
+async def test_release_of_helm_3_is_carried_on_by_helm_4(lab: Lab) -> None:
+    newer, lab.helm = lab.helm, Helm(os.environ["TOTO_HELM3"], lab.helm.kubeconfig, lab.helm.state)
+    await lab.upgrade()
+    lab.helm = newer
+    assert (await lab.upgrade(text="next")).number == 2
+    assert (await lab.helm.rollback(lab.release(), 1)).number == 3
+    assert await lab.text() == "hello"
+
+
+async def test_failing_test_of_a_chart_is_a_result(lab: Lab) -> None:
+    await lab.upgrade(check="failed")
+    (result,) = await lab.helm.test(lab.release())
+    assert (result.name, result.passed) == ("page-test", False)
+    assert "Error: " in result.said
+    (stuck,) = await lab.helm.test(lab.release(timeout=1))
+    assert not stuck.passed
+    assert await lab.helm.test(lab.release(test=False)) == ()
+    await lab.upgrade()
+    assert [each.passed for each in await lab.helm.test(lab.release())] == [True]
+    (lab.tree / "helm/page/chart/templates/test.yaml").unlink()
+    assert (await lab.upgrade()).tests == ()
+    assert await lab.helm.test(lab.release()) == ()
+
+
+async def test_value_that_is_left_out_again_has_its_default(lab: Lab) -> None:
+    await lab.upgrade(text="mine")
+    (lab.tree / "helm/page/values.yaml").unlink()
+    release = lab.release()
+    assert release.values == ()
+    await lab.helm.upgrade(release, lab.tree)
+    assert await lab.text() == "hello"
+
+
+async def test_later_values_go_over_earlier_ones_whatever_the_files_are_called(lab: Lab) -> None:
+    lab.write({"a, b.yaml": "text: earlier\nreplicas: 0\n", "é 'x'.yaml": "text: later\n"})
+    await lab.helm.upgrade(lab.release(values=["a, b.yaml", "é 'x'.yaml"]), lab.tree)
+    assert await lab.text() == "later"
+    assert (await lab.get("deployments", api="apis/apps/v1"))["spec"]["replicas"] == 0
+
+
+async def test_namespace_is_made_only_where_it_may_be(lab: Lab) -> None:
+    with pytest.raises(ReleaseFailed, match="not found"):
+        await lab.upgrade(lab.release(create_namespace=False))
+    assert (await lab.upgrade(lab.release(create_namespace=True))).number == 1
+    assert (await lab.upgrade(lab.release(create_namespace=False))).number == 2
+
+
+@pytest.mark.parametrize(("files", "told"), [
+    ({"chart/templates/x.yaml": "a: {{ .Values.x.y.z }}\n"}, "helm/page/chart/templates/x.yaml:1:1"),
+    ({"chart/templates/x.yaml": "a: {{ if }}\n"}, "helm/page/chart/templates/x.yaml:1"),
+    ({"chart/templates/x.yaml": "a: [\n"}, "YAML parse error on helm/page/chart/templates/x.yaml"),
+    ({"chart/templates/x.yaml": '{{ fail (printf "no %s" .Values.password) }}\n'},
+     "helm/page/chart/templates/x.yaml:1:3): no ******"),
+    ({"chart/templates/x.yaml": "apiVersion: v1\nkind: Nonsense\nmetadata: {name: x}\n"},
+     'no matches for kind "Nonsense"'),
+    ({"chart/templates/x.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndta: {a: b}\n"}, '"dta"'),
+    ({"chart/Chart.yaml": CHART + "kubeVersion: '>=1.99'\n"}, "incompatible with Kubernetes v1.20.2"),
+    ({"chart/Chart.yaml": CHART + "dependencies: [{name: x, version: 1.0.0, repository: ''}]\n"},
+     "missing in charts/ directory: x"),
+    ({"values.yaml": f"password: [{POISON}\n"}, "failed to parse helm/page/values.yaml: "),
+    ({"chart/values.schema.json": '{"properties": {"password": {"type": "integer"}}}'}, "got string, want integer"),
+])
+async def test_what_does_not_render_is_told_by_the_repos_names(lab: Lab, files: dict[str, str], told: str) -> None:
+    lab.set(password=POISON)
+    lab.write(files)
+    with pytest.raises(RenderFailed) as caught:
+        await lab.helm.upgrade(lab.release(), lab.tree)
+    assert told in str(caught.value) and str(caught.value).startswith("helm/page: ")
+    assert str(caught.value).endswith("\nnext: mend helm/page/chart or its values, and push again")
+    assert POISON not in str(caught.value) and str(lab.tree) not in str(caught.value)
+    assert await lab.helm.current(lab.release()) is None
+
+
+async def test_lint_warns_and_refuses(lab: Lab) -> None:
+    lab.write({"chart/Chart.yaml": CHART + "dependencies: [{name: x}]\n"})
+    (warning,) = await lab.helm.lint(lab.release(), lab.tree)
+    assert warning == "[WARNING] helm/page/chart: chart directory is missing these dependencies: x"
+    lab.write({"chart/templates/x.yaml": "a: {{ .Values.x.y.z }}\n"})
+    with pytest.raises(RenderFailed, match=r"\[ERROR\] templates/: .*helm/page/chart/templates/x.yaml:1:1"):
+        await lab.helm.lint(lab.release(), lab.tree)
+
+
+async def test_no_secret_is_told_anywhere(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    said: list[object] = []
+
+    async def hear(action: Awaitable[object]) -> None:
+        try:
+            said.append(await action)
+        except (HelmError, InputError) as error:
+            said.append((str(error), repr(error), error.__dict__, error.__cause__, error.__context__))
+
+    lab.write({"chart/templates/url.yaml": """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: url}
+data: {url: "postgres://me:{{ .Values.password }}@db"}
+""", "chart/templates/NOTES.txt": "The password is {{ .Values.password }}\n"})
+    for number, more in enumerate(({"check": "failed"}, {"fate": "stuck"})):
+        lab.set(password=f"{POISON}-{number}", **more)
+        release = lab.release(timeout=2 if "fate" in more else 120)
+        for verb in (lab.helm.difference, lab.helm.lint, lab.helm.upgrade):
+            await hear(verb(release, lab.tree))
+        for look in (lab.helm.current, lab.helm.history, lab.helm.drift, lab.helm.test):
+            await hear(look(release))
+    # The API server's own words on a Secret that is none quote it, and not from its beginning.
+    lab.write({"chart/templates/bad.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: bad}\n"
+                                           "data: {p: '{{ .Values.password }}!!'}\n"})
+    await hear(lab.helm.upgrade(release, lab.tree))
+    for look in (lab.helm.current, lab.helm.history, lab.helm.drift):
+        await hear(look(release))
+    await hear(lab.helm.rollback(release, 99))
+    everything = f"{said}\n{caplog.text}"
+    assert "data.password: ****** → ******" in everything and "base64" in everything
+    assert "postgres://me:******@db" in everything
+    assert "poison" not in everything and "son-4d1c" not in everything and "cG9pc29u" not in everything
+    token = lab.cluster.token
+    assert token not in everything
+
+
+async def test_helm_gets_nothing_of_totos_own_environment(lab: Lab, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_AUTH_STRING", "TOTO_SECRET", "HELM_KUBETOKEN", "GIT_DIR", "AWS_PROFILE"):
+        monkeypatch.setenv(name, POISON)
+    spy = tmp_path / "helm"
+    spy.write_text(f'#!/bin/sh\nenv > {tmp_path}/env\nexec {lab.helm.binary} "$@"\n')
+    spy.chmod(0o755)
+    helm = Helm(str(spy), lab.helm.kubeconfig, lab.helm.state)
+    assert await helm.current(lab.release()) is None
+    env = (tmp_path / "env").read_text().splitlines()
+    assert [line for line in env if POISON in line] == [f"AWS_PROFILE={POISON}"]
+    assert f"KUBECONFIG={lab.cluster.kubeconfig}" in env
+    assert f"HELM_CACHE_HOME={tmp_path}/state/cache" in env
+    assert f"KUBECACHEDIR={tmp_path}/state/cache/kube" in env  # and not below the home folder
+
+
+async def test_cluster_that_cannot_be_reached_is_told_quickly(lab: Lab, tmp_path: Path) -> None:
+    def helm(name: str, change: Callable[[str], str]) -> Helm:
+        path = tmp_path / name
+        path.write_text(change(lab.cluster.kubeconfig.read_text()))
+        return Helm(lab.helm.binary, path, lab.helm.state)
+
+    release = lab.release()
+    await lab.upgrade()
+    with socket.socket() as silent, socket.socket() as closed:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        closed.bind(("127.0.0.1", 0))
+        nobody, hanging = (f"https://127.0.0.1:{each.getsockname()[1]}" for each in (closed, silent))
+        refused = helm("refused", lambda text: text.replace(lab.cluster.url, nobody))
+        for look in (refused.current, refused.history, refused.drift, refused.test, refused.uninstall, refused.repair):
+            with pytest.raises(ClusterUnreachable, match="connection refused\nnext: is the cluster up"):
+                await look(release)
+        for verb in (refused.difference, refused.upgrade):
+            with pytest.raises(ClusterUnreachable):
+                await verb(release, lab.tree)
+        assert "kind: ConfigMap" in await refused.render(release, lab.tree)
+        slow = helm("slow", lambda text: text.replace(lab.cluster.url, hanging))
+        slow.patience = 1
+        with pytest.raises(ClusterUnreachable, match="did not end within 1 s"):
+            await slow.current(release)
+    wrong = helm("wrong", lambda text: text.replace(lab.cluster.token, POISON))
+    stranger = helm("stranger", lambda text: text.replace(str(lab.cluster.ca), str(other_ca(tmp_path)[0])))
+    garbage = helm("garbage", lambda text: f"token: {POISON}: [")
+    for each in (wrong, stranger, garbage):
+        with pytest.raises(AccessRefused, match="look at the kubeconfig") as caught:
+            await each.current(release)
+        assert POISON not in str(caught.value)
+    with pytest.raises(ClusterUnreachable, match="there is no kubeconfig"):
+        await Helm(lab.helm.binary, tmp_path / "nothing").current(release)
+
+
+def other_ca(directory: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1's own, and its key."""
+    certificate, key = directory / "tls.crt", directory / "tls.key"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=lab", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
+                    "-out", certificate], check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A chart repository on https with the test's chart in it, in version 0.1.0."""
+    (tmp_path / "chart/templates").mkdir(parents=True)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    helm = os.environ["TOTO_HELM4"]
+    subprocess.run([helm, "package", tmp_path / "chart", "--destination", tmp_path / "repo"], check=True,
+                   capture_output=True)
+    subprocess.run([helm, "repo", "index", tmp_path / "repo"], check=True)
+    certificate, key = other_ca(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "repo"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+async def test_remote_chart_is_fetched_once(lab: Lab, repository: str, tmp_path: Path) -> None:
+    release = lab.release(chart="page", repo=repository, version="0.1.0")
+    lab.set(text="remote")
+    assert (await lab.helm.difference(release, lab.tree)).added
+    (tmp_path / "repo/index.yaml").unlink()  # what was rehearsed is deployed, whatever became of the repository
+    assert (await lab.helm.upgrade(release, lab.tree)).chart == "page-0.1.0"
+    assert await lab.text() == "remote"
+    with pytest.raises(ChartUnavailable, match="helm/page: "):
+        await lab.helm.render(lab.release(chart="page", repo=repository, version="0.2.0"), lab.tree)
+
+
+async def test_helm_that_is_too_old_or_absent_is_told(tmp_path: Path) -> None:
+    old = tmp_path / "helm"
+    old.write_text("#!/bin/sh\necho v3.9.0\n")
+    old.chmod(0o755)
+    with pytest.raises(HelmError, match=r"is of version v3\.9\.0\nnext: toto needs helm 3\.13 or newer"):
+        await Helm(str(old), state=tmp_path).major()
+    with pytest.raises(process.CommandNotFound, match="no-such-helm"):
+        await Helm("no-such-helm", state=tmp_path).major()

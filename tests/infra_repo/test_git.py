@@ -1,0 +1,123 @@
+"""Reading and exporting an infra repo."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.repos import InfraRepo, git
+from toto.base.errors import InputError
+from toto.infra_repo import git as toto_git
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> InfraRepo:
+    return InfraRepo(tmp_path / "repo")
+
+
+async def test_an_export_has_the_files_and_no_git(repo: InfraRepo, tmp_path: Path) -> None:
+    commit = repo.commit({"hosts/web 1 ü.nix": "{ }\n", "tests/a": "#!/bin/sh\n", "empty": ""})
+    async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+        assert (tree / "hosts/web 1 ü.nix").read_text() == "{ }\n"
+        assert os.access(tree / "tests/a", os.X_OK)
+        assert not (tree / ".git").exists()
+
+
+async def test_an_export_lies_at_the_same_path_for_every_commit(repo: InfraRepo, tmp_path: Path) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": None, "b": "2"})
+    async with toto_git.exported(repo.bare, first, tmp_path / "state") as tree:
+        one = tree
+    async with toto_git.exported(repo.bare, second, tmp_path / "state") as tree:
+        assert tree == one
+        assert sorted(path.name for path in tree.iterdir()) == ["b"]
+
+
+async def test_two_exports_of_one_repo_wait_for_each_other(repo: InfraRepo, tmp_path: Path) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
+    seen = []
+
+    async def use(commit: str) -> None:
+        async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+            before = (tree / "a").read_text()
+            await asyncio.sleep(0.3)
+            seen.append((before, (tree / "a").read_text()))
+
+    await asyncio.gather(use(first), use(second))
+    assert sorted(seen) == [("1", "1"), ("2", "2")]
+
+
+async def test_the_revision_never_reaches_the_tree(repo: InfraRepo, tmp_path: Path) -> None:
+    commit = repo.commit({".gitattributes": "version export-subst\n", "version": "$Format:%H$\n"})
+    async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+        assert commit not in (tree / "version").read_text()
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../outside", "folder/../../../x"])
+async def test_a_link_out_of_the_tree_is_refused_by_name(repo: InfraRepo, tmp_path: Path, target: str) -> None:
+    (repo.work / "hosts").mkdir()
+    (repo.work / "hosts" / "web1.nix").symlink_to(target)
+    commit = repo.commit({})
+    with pytest.raises(InputError, match=r"hosts/web1\.nix: is a link that leads out"):
+        async with toto_git.exported(repo.bare, commit, tmp_path / "state"):
+            pass
+
+
+async def test_a_link_within_the_tree_is_fine(repo: InfraRepo, tmp_path: Path) -> None:
+    (repo.work / "b").symlink_to("a")
+    commit = repo.commit({"a": "1"})
+    async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+        assert (tree / "b").read_text() == "1"
+
+
+async def test_a_hooks_environment_does_not_choose_our_repo(
+        repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = repo.commit({"a": "1"})
+    other = InfraRepo(tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(other.bare))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("GIT_QUARANTINE_PATH", str(tmp_path))
+    assert toto_git.resolve(repo.bare, "main") == commit
+    async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+        assert (tree / "a").read_text() == "1"
+
+
+@pytest.mark.parametrize("revision", ["nope", "", "--output=/tmp/x", "main\nmain", "f" * 40])
+def test_what_names_no_commit_is_told_plainly(repo: InfraRepo, revision: str) -> None:
+    repo.commit({"a": "1"})
+    with pytest.raises(toto_git.NoSuchCommit):
+        toto_git.resolve(repo.bare, revision)
+
+
+def test_what_is_no_repo_is_told_plainly(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a git repository"):
+        toto_git.resolve(tmp_path, "main")
+
+
+async def test_whatever_the_branch_points_to_now_supersedes(repo: InfraRepo) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
+    assert await toto_git.superseded_by(repo.bare, first) == second
+    assert await toto_git.superseded_by(repo.bare, second) is None
+    git("update-ref", "refs/heads/main", first, cwd=repo.bare)  # a force push took the second away
+    assert await toto_git.superseded_by(repo.bare, second) == first
+    git("update-ref", "refs/toto/wanted", second, cwd=repo.bare)  # by the hook: `first` was only planned
+    assert await toto_git.superseded_by(repo.bare, second) is None
+    assert await toto_git.superseded_by(repo.bare, first) == second
+
+
+async def test_a_dead_git_s_lock_is_broken_and_a_living_one_s_is_waited_for(repo: InfraRepo) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
+    await toto_git.mark(repo.bare, "toto/last-good", first)
+    lock = repo.bare / "refs/tags/toto/last-good.lock"
+    lock.touch()
+    os.utime(lock, (0, time.time() - 60))
+    await toto_git.mark(repo.bare, "toto/last-good", second)
+    assert toto_git.resolve(repo.bare, "toto/last-good") == second
+    lock.touch()
+    moving = asyncio.create_task(toto_git.mark(repo.bare, "toto/last-good", first))
+    await asyncio.sleep(0.5)
+    assert not moving.done()
+    lock.unlink()
+    await moving
+    assert toto_git.resolve(repo.bare, "toto/last-good") == first

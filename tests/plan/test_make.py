@@ -1,0 +1,290 @@
+"""From a commit to a plan, on real nix and the lab's nixpkgs; no machine is touched and no VM booted."""
+
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.lab import setup
+from tests.repos import InfraRepo
+from toto.base import process
+from toto.base.errors import InputError
+from toto.infra_repo import git as git_of
+from toto.ledger.ledger import Deployed, Entry, Ledger
+from toto.ledger.target import Target
+from toto.nix import closure
+from toto.nix import commands as nix
+from toto.plan import make as plan
+from toto.plan import order
+from toto.plan.changes import Action, Why
+from toto.plan.order import Plan
+
+Make = Callable[..., Awaitable[Plan]]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Path:
+    return setup.setup()
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> InfraRepo:
+    return InfraRepo(tmp_path / "repo")
+
+
+@pytest.fixture
+def make(lab: Path, repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    for name, value in setup.environment().items():
+        if name in ("NIX_PATH", "NIX_CONFIG"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    numbers = iter(range(100))
+
+    async def run(commit: str, *only: str) -> Plan:
+        return await plan.make(repo.bare, commit, f"run-{next(numbers)}", only)
+    return run
+
+
+def machines(*names: str) -> str:
+    return "machines:\n" + "".join(f"  - {{ name: {name}, address: 192.0.2.{number + 1} }}\n"
+                                   for number, name in enumerate(names))
+
+
+def host(name: str, text: str = "x") -> str:
+    return f'{{ networking.hostName = "{name}"; environment.etc."text".text = "{text}"; }}\n'
+
+
+async def good(repo: InfraRepo, made: Plan) -> None:
+    """Make everything that a plan wants the last good, as a roll-out would."""
+    for change in made.changes.changes:
+        wanted = change.desired
+        deployed = Deployed(identity=wanted.identity, path=wanted.path, commit=made.commit, run=made.run, at="now",
+                            tests=wanted.tests)
+        entry = Entry(good=deployed)
+        await Ledger(repo.bare).write(change.target, lambda _, new=entry: new, "good")  # type: ignore[misc]
+
+
+async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make) -> None:
+    first = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
+                                    "hosts/b/default.nix": host("b")}))
+    assert [(change.label, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
+    await good(repo, first)
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a", "b"), "text": "one", "hosts/b.nix": host("b"),
+        "hosts/a.nix": '{ environment.etc."text".text = builtins.readFile ../text; }\n'}
+    await good(repo, await make(repo.commit(files)))
+    changed = await make(repo.commit({"text": "two"}))
+    assert [(change.label, change.why, change.action) for change in changed.changes.changes] == [
+        ("a", Why.CHANGED, Action.DEPLOY)]
+    assert changed.changes.unchanged == (Target("host", "b"),)
+
+
+async def test_a_commit_that_goes_back_to_what_is_deployed_changes_nothing(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a", "one")}
+    await good(repo, await make(repo.commit(files)))
+    repo.commit({"hosts/a.nix": host("a", "two")})
+    assert (await make(repo.commit({"hosts/a.nix": host("a", "one")}))).changes.empty
+
+
+async def test_where_the_tree_lies_does_not_reach_the_drv_from_commit_to_commit(repo: InfraRepo, make: Make) -> None:
+    leaky = '{ environment.etc."where".text = toString ../.; }\n'
+    await good(repo, await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": leaky})))
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("{ networking.hostName = ; }\n", r"hosts/bad\.nix:1"),
+    ("\n\n{ nope }\n", r"hosts/bad\.nix:[34]"),  # newer nix names the end of the file
+    ("{ }: { }\n", "bad"),
+    ('{ pkgs, ... }: { environment.systemPackages = [ pkgs.nopenope ]; }\n', "nopenope"),
+    ("{ networking.nope.nope = throw \"on purpose\"; environment.etc.x.text = throw \"on purpose\"; }\n", "on purpose"),
+    ("", "bad"),
+])
+async def test_one_host_that_does_not_evaluate_stops_no_other(
+        repo: InfraRepo, make: Make, text: str, says: str) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("bad", "fine"), "hosts/bad.nix": text,
+                                   "hosts/fine.nix": host("fine")}))
+    assert [change.label for change in made.changes.changes] == ["fine"]
+    (failure,) = made.changes.failed
+    assert failure.target == Target("host", "bad")
+    assert re.search(says, failure.message), failure.message
+    assert "/state/" not in failure.message, "positions are told as the operator knows them"
+
+
+async def test_an_endless_evaluation_is_ended_and_told(repo: InfraRepo, make: Make) -> None:
+    endless = ("{ networking.hostName = toString (builtins.foldl' (sum: x: sum + builtins.length "
+               "(builtins.genList (y: y) 100000)) 0 (builtins.genList (x: x) 1000000)); }\n")
+    began = time.monotonic()
+    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": endless,
+                                   "toto.toml": "[nix]\nevaluate_timeout = 2\n"}))
+    assert "did not end within 2 s" in made.changes.failed[0].message
+    assert time.monotonic() - began < 30
+
+
+async def test_dotted_names_work_and_names_that_are_paths_do_not(repo: InfraRepo, make: Make) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("toto.canon"), "hosts/toto.canon.nix": host("toto")}))
+    assert [change.label for change in made.changes.changes] == ["toto.canon"]
+    with pytest.raises(InputError, match=r"a\.\.b"):
+        await make(repo.commit({"hosts/a..b.nix": host("x")}))
+
+
+async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Path) -> None:
+    flake = f"""{{
+      inputs.nixpkgs.url = "path:{lab}";
+      outputs = {{ self, nixpkgs }}: {{
+        nixosConfigurations."toto.canon" = nixpkgs.lib.nixosSystem {{
+          system = "x86_64-linux"; modules = [ ./hosts/canon.nix ]; }};
+      }};
+    }}"""
+    files: dict[str, str | None] = {"machines.yaml": machines("toto.canon"), "flake.nix": flake,
+                                    "hosts/canon.nix": host("canon")}
+    with pytest.raises(nix.EvaluationFailed, match="nix flake lock"):
+        await make(repo.commit(files))
+    await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
+    made = await make(repo.commit({}))
+    assert not made.changes.failed, made.changes.failed
+    (change,) = made.changes.changes
+    assert change.label == "toto.canon"
+    assert made.vms["toto.canon"].endswith(".drv")
+    await good(repo, made)
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+async def test_a_run_can_be_limited_by_name_and_by_tag(repo: InfraRepo, make: Make) -> None:
+    commit = repo.commit({"machines.yaml": "machines:\n  - { name: a, address: 192.0.2.1, tags: [web] }\n"
+                                           "  - { name: b, address: 192.0.2.2 }\n",
+                          "hosts/a.nix": host("a"), "hosts/b.nix": host("b")})
+    assert [change.label for change in (await make(commit, "web")).changes.changes] == ["a"]
+    assert [change.label for change in (await make(commit, "b")).changes.changes] == ["b"]
+    with pytest.raises(InputError, match="nope"):
+        await make(commit, "nope")
+
+
+async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
+        repo: InfraRepo, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": host("a")}))
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
+    other = await make(made.commit)
+    assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
+    assert other.vms["a"] != made.vms["a"], "another sandbox key"
+
+
+async def test_the_difference_of_two_closures_names_packages_and_units(
+        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
+    service = '{ systemd.services.SAY = { script = "sleep 1000"; wantedBy = [ "multi-user.target" ]; }; }\n'
+    paths = []
+    for number, text in enumerate([service.replace("SAY", "old"), service.replace("SAY", "new")]):
+        made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": text}))
+        paths.append(await nix.build(made.changes.changes[0].desired.identity, tmp_path / f"root{number}", timeout=60,
+                                     target="a"))
+    found = await closure.difference(paths[0], paths[1])
+    assert found.units_added == ("new.service",)
+    assert found.units_removed == ("old.service",)
+    assert found.packages_added == ("new-start",)
+    assert found.packages_removed == ("old-start",)
+    assert any(line.startswith("~ etc") for line in found.lines())
+    assert (await closure.difference(paths[0], paths[0])).lines() == ["closure +0 bytes"]
+
+
+@pytest.mark.parametrize(("path", "name", "version"), [
+    ("/nix/store/00000000000000000000000000000000-openssh-9.2p1", "openssh", "9.2p1"),
+    ("/nix/store/00000000000000000000000000000000-etc", "etc", ""),
+    ("/nix/store/00000000000000000000000000000000-nixos-system-web-1-24.11", "nixos-system-web", "1-24.11"),
+    ("/nix/store/00000000000000000000000000000000-unit-sshd.service", "unit-sshd.service", ""),
+])
+def test_names_and_versions_are_told_apart_as_nix_does(path: str, name: str, version: str) -> None:
+    assert closure.name_and_version(path) == (name, version)
+
+
+async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIX_CONFIG", setup.NIX_CONFIG)
+    expression = ('derivation { name = "bad"; system = builtins.currentSystem; builder = "/bin/sh"; '
+                  'args = [ "-c" "echo the disk of the builder burns; exit 3" ]; }')
+    drv = (await process.run(["nix-instantiate", "--expr", expression], env=dict(os.environ))).stdout.strip()
+    with pytest.raises(nix.BuildFailed, match="the disk of the builder burns") as caught:
+        await nix.build(drv, tmp_path / "root", timeout=60, target="a")
+    assert not caught.value.transient
+
+
+async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_another_name_of_the_search_path(
+        repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
+    plainly = (await make(repo.commit(files))).changes.changes[0].desired.identity
+    monkeypatch.setenv("NIX_PATH", "")
+    pin: dict[str, str | None] = {"pin.nix": f"/. + \"{lab}\"\n", "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
+    assert (await make(repo.commit(pin))).changes.changes[0].desired.identity == plainly
+    monkeypatch.setenv("NIX_PATH", f"another={lab}")
+    other = await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "<another>"\n'}))
+    assert other.changes.changes[0].desired.identity == plainly
+    (failure,) = (await make(repo.commit({"toto.toml": None}))).changes.failed
+    assert "nix.nixpkgs in toto.toml" in failure.message
+
+
+async def test_what_is_another_way_in_the_manifest_shows_in_the_plan_and_deploys_nothing(
+        repo: InfraRepo, make: Make) -> None:
+    first = await make(repo.commit({"machines.yaml": machines("a", "nas"), "hosts/a.nix": host("a")}))
+    assert {each.name for each in first.changes.machines} == {"a", "nas"}
+    await good(repo, first)
+    await git_of.mark(repo.bare, plan.LAST_GOOD, first.commit)
+    moved = machines("a", "new").replace("192.0.2.1", "192.0.2.9")
+    made = await make(repo.commit({"machines.yaml": moved}))
+    assert made.changes.empty
+    told = {each.name: each.what for each in made.changes.machines}
+    assert told["a"] == "address '192.0.2.1' → '192.0.2.9'"
+    assert told["new"].startswith("added") and told["nas"].startswith("removed")
+    assert "machine/a" in str(made.changes)
+
+
+async def test_a_freeze_and_a_closed_window_show_in_the_plan_unless_overridden(
+        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
+                                    "hosts/b.nix": host("b")}
+    files["machines.yaml"] = f"{files['machines.yaml']}".replace("name: a,", "name: a, freeze: until the move,")
+    held = (await make(repo.commit(files))).changes
+    assert [(each.label, each.held) for each in held.changes] == [("a", "until the move"), ("b", "")]
+    assert "held back" in str(held) and "until the move" in str(held)
+    commit = repo.commit({"toto.toml": '[roll_out]\nfreeze = "holidays"\n'})
+    assert {each.held for each in (await make(commit)).changes.changes} == {"holidays"}
+    now = time.strftime("%H")
+    later = f"{(int(now) + 3) % 24:02}:00-{(int(now) + 4) % 24:02}:00"
+    closed = await make(repo.commit({"toto.toml": f'[roll_out]\nwindow = "{later}"\n'}))
+    assert {each.held for each in closed.changes.changes if each.label == "b"} == {
+        f"outside the window of the fleet, {later}"}
+    urgent = await plan.make(repo.bare, commit, "urgent", override="CVE-2026-1")
+    assert {each.held for each in urgent.changes.changes} == {""}
+    assert urgent.orders[0].override == "CVE-2026-1"
+
+
+async def test_an_error_in_a_flake_names_the_file_of_the_repo(repo: InfraRepo, make: Make, lab: Path) -> None:
+    flake = f"""{{
+      inputs.nixpkgs.url = "path:{lab}";
+      outputs = {{ self, nixpkgs }}: {{
+        nixosConfigurations.a = nixpkgs.lib.nixosSystem {{ system = "x86_64-linux"; modules = [ ./hosts/a.nix ]; }};
+        nixosConfigurations.b = nixpkgs.lib.nixosSystem {{ system = "x86_64-linux"; modules = [
+          {{ environment.etc.when.text = toString self.lastModified; }} ]; }};
+      }};
+    }}"""
+    (repo.work / "flake.nix").write_text(flake)
+    await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
+    made = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": "{\n  nope = ;\n}\n"}))
+    (failure,) = made.changes.failed
+    assert "hosts/a.nix:2" in failure.message and "/nix/store" not in failure.message.splitlines()[0]
+    await good(repo, made)
+    again = await make(repo.commit({"README.md": "later"}))
+    assert again.changes.changes == (), "self.lastModified is the same in every export"
+
+
+def test_dependents_are_all_that_come_after() -> None:
+    after = {"hv": (), "guest": ("hv",), "inner": ("guest",), "other": ()}
+    assert order.dependents("hv", after) == {"guest", "inner"}
+    assert order.dependents("other", after) == set()
+    chain = {f"m{n}": (f"m{n - 1}",) for n in range(1500)}
+    assert len(order.dependents("m0", chain)) == 1499

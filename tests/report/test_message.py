@@ -1,0 +1,157 @@
+"""What a message says, and that nothing that is in a commit or a test's output can bend it."""
+
+import json
+
+import pytest
+
+from tests.report.test_report import after, story
+from toto.base.errors import TotoError
+from toto.infra_repo.git import Commit
+from toto.report.message import MARKDOWN, SLACK, Message, Problem, clean
+from toto.report.report import Returned, RunDied, Story
+
+COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
+LINK = "http://toto:4200/runs/flow-run/1"
+TESTS = TotoError("smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 - it says welcome\n    got: 502",
+                  target="b", hint="mend it, and push again")
+
+
+def message(of: Story) -> Message:
+    return Message.of(of, COMMIT, LINK)
+
+
+def failed(text: str = str(TESTS)) -> Message:
+    told = story("a", "b")
+    told.failure("b", "rehearsal", TotoError(text))
+    return message(told)
+
+
+def test_a_failed_roll_out_reads_like_this() -> None:
+    told = story("a", "b")
+    told.outcome["a"] = "deployed"
+    told.failure("b", "roll-out", TESTS)
+    told.put_back = [Returned("b", "/nix/store/x"), Returned("a", "/nix/store/y")]
+    assert f"{message(told).title}\n\n{message(told).text()}" == """\
+[infra] b: roll-out failed
+
+b: roll-out failed: smoke tests failed: 10-page: 1 of 2 tests failed
+    not ok 2 - it says welcome
+      got: 502
+next: mend it, and push again
+
+b, a put back
+
+12345678 a page of its own (Ada)
+http://toto:4200/runs/flow-run/1"""
+
+
+def test_slack_reads_like_this() -> None:
+    assert failed().text(SLACK) == """\
+*b: rehearsal failed: smoke tests failed: 10-page: 1 of 2 tests failed*
+```
+not ok 2 - it says welcome
+  got: 502
+```
+next: mend it, and push again
+
+*nothing was touched*
+
+12345678 a page of its own (Ada)
+<http://toto:4200/runs/flow-run/1|the run>"""
+
+
+def test_what_could_not_be_put_back_comes_first() -> None:
+    told = story("a", "b")
+    told.failure("b", "roll-out", TESTS)
+    told.put_back = [Returned("b", error="ssh does not reach it"), Returned("a", "/nix/store/y")]
+    assert message(told).title == "[infra] b COULD NOT BE PUT BACK"
+    assert message(told).text().startswith("b COULD NOT BE PUT BACK: ssh does not reach it\n")
+
+
+@pytest.mark.parametrize(("outcome", "state", "title"), [
+    ({"a": "deployed", "b": "verified"}, "done", "[infra] a deployed"),
+    ({"a": "deployed", "b": "unreachable"}, "partial", "[infra] b: unreachable"),
+    ({"a": "verified", "b": "verified"}, "done", "[infra] a, b verified"),
+])
+def test_what_became_of_a_run_is_in_the_title(outcome: dict[str, str], state: str, title: str) -> None:
+    told = story("a", "b")
+    told.outcome |= outcome
+    assert (message(told).state, message(told).title) == (state, title)
+
+
+def test_who_is_held_back_and_why_is_told() -> None:
+    told = story("a", "b")
+    told.outcome["a"] = "unreachable"
+    told.hold_behind(["b"], after)
+    assert message(told).title == "[infra] a, b: not deployed"
+    assert "b: held back: it comes after a, which was not rolled out" in message(told).text()
+
+
+def test_of_many_failures_the_first_are_told_and_the_others_named() -> None:
+    told = story("a")
+    for number in range(40):
+        told.failure(f"host{number}", "rehearsal", TotoError("\n".join(f"line {line} " * 100 for line in range(1000))))
+    text = message(told).text()
+    assert "and 37 more: host3, host4, host5, host6 and 33 more" in text
+    assert message(told).title == "[infra] host0, host1, host2, host3 and 36 more: rehearsal failed"
+    assert len(text) < 5000
+    assert text.endswith(LINK)
+
+
+def test_a_run_that_broke_off_tells_its_error() -> None:
+    told = Message.broken_off("infra", TotoError("machines.yaml:7: web1: is wrong\nmachines.yaml:9: too"), COMMIT, LINK)
+    assert told.title == "[infra] the run failed"
+    assert told.text().startswith("the run failed: machines.yaml:7: web1: is wrong\n    machines.yaml:9: too\n")
+
+
+NASTY = "x\r\nBcc: all@example.org\n\x1b[31m\u202e<!channel> `a` *b* ``` [c](http://d)\0\x07"
+
+
+def test_nothing_that_is_in_a_commit_or_an_output_bends_a_message() -> None:
+    told = Story(NASTY, "1234567890", story("a").changes)
+    told.failure(NASTY, "roll-out", TotoError(f"{NASTY}\n{NASTY}"))
+    told.put_back = [Returned(NASTY, error=NASTY)]
+    nasty = Message.of(told, Commit("12345678", NASTY, NASTY), LINK)
+    assert "\n" not in nasty.title and nasty.title.isprintable()
+    assert nasty.text().replace("\n", "").isprintable()
+    for text in (nasty.text(SLACK), nasty.text(MARKDOWN)):
+        assert text.count("```") == 4  # two blocks, of two problems
+    assert "<!channel>" not in nasty.text(SLACK)
+    assert "\nBcc" not in nasty.footer()
+    json.dumps(nasty.as_json())
+
+
+def test_colours_of_a_terminal_are_left_out() -> None:
+    assert clean("\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\\tend") == "red link    end"
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ("s: 1 of 2 failed\n  not ok 2 - x\n    at 12:03", "s: 1 of 2 failed\n  not ok 2 - x\n    at 12:05", True),
+    ("s: 1 of 2 failed\n  not ok 2 - welcome", "s: 1 of 2 failed\n  not ok 1 - runs", False),
+    ("s: 2 failed\n  not ok 2 - a\n  not ok 1 - b", "s: 2 failed\n  not ok 1 - b\n  not ok 2 - a", True),
+    ("did not end within 300 s", "did not end within 301 s", True),
+    (f"`cp /nix/store/{'0' * 32}-a` failed", f"`cp /nix/store/{'1' * 32}-a` failed", True),
+    ("does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'x'",
+     "does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'y'", False),
+    ("the disk is full", "the network is down", False),
+])
+def test_the_same_failure_has_the_same_key(one: str, other: str, same: bool) -> None:
+    assert (Problem.of("a", "x failed", one).key == Problem.of("a", "x failed", other).key) is same
+
+
+def test_another_target_or_stage_is_another_failure() -> None:
+    keys = {Problem.of(target, what, "no").key for target in ("a", "b") for what in ("rehearsal failed", "x failed")}
+    assert len(keys) == 4
+
+
+def test_the_same_message_has_the_same_id() -> None:
+    assert failed().id == failed().id != failed("another").id
+
+
+def test_a_run_that_died_says_what_was_put_back() -> None:
+    died = RunDied("infra 12345678 (push)", [Returned("b", "/nix/store/x"), Returned("a", error="no route to it")])
+    told = Message.broken_off("infra", died, COMMIT, LINK)
+    assert told.title == "[infra] a COULD NOT BE PUT BACK"
+    assert "the run failed: infra 12345678 (push) died in the middle" in told.text()
+    assert "b put back; a COULD NOT BE PUT BACK" in told.text()
+    assert "put back" not in Message.broken_off("infra", RunDied("infra", []), COMMIT, LINK).text()

@@ -1,0 +1,114 @@
+"""What a run says of itself: a headline for the list of runs, a page for the one who is paged."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from tasks.report import as_markdown
+from tests.plan.test_changes import host, manifest
+from toto.base.errors import TotoError
+from toto.infra_repo.manifest import Machine, Manifest
+from toto.infra_repo.settings import Settings
+from toto.ledger.ledger import Snapshot
+from toto.ledger.target import Target
+from toto.plan import changes
+from toto.plan.changes import ChangeSet, Failure
+from toto.plan.order import Plan
+from toto.report.report import Returned, Span, Story
+
+FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
+                 Machine(name="c", address="192.0.2.3", after=("b",)))
+
+
+def after(name: str, stuck: Collection[str]) -> str | None:
+    return Plan(repo=Path("/r"), run="r", commit="c", manifest=FLEET, settings=Settings(),
+                changes=ChangeSet(commit="c", ledger="")).held_behind(name, stuck)
+
+
+def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Story:
+    wanted = [host(name) for name in names]
+    change_set: ChangeSet = changes.compare("1234567890", wanted, list(failed), of, Snapshot(""))
+    return Story("infra", "1234567890", change_set.model_copy(update={"waiting": ()}))
+
+
+def test_nothing_to_do_says_so() -> None:
+    assert story().headline() == "12345678: nothing to do"
+
+
+def test_a_plan_names_what_would_change() -> None:
+    assert story("a", "b").headline() == "12345678: plan only: a, b would change"
+
+
+def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
+    told = story("a", "b", "c")
+    told.outcome |= {"a": "unreachable", "c": "deployed"}
+    assert told.hold_behind(["b"], after) == []
+    assert told.headline() == ("12345678: c deployed; a unreachable; "
+                               "b held back: it comes after a, which was not rolled out")
+
+
+def test_who_comes_after_what_is_held_is_held_too() -> None:
+    told = story("a", "b", "c")
+    told.outcome["a"] = "unreachable"
+    assert told.hold_behind(["b"], after) == []
+    assert told.hold_behind(["c"], after) == []
+
+
+def test_who_comes_after_a_host_that_failed_its_rehearsal_is_held() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("no"))
+    assert told.hold_behind(["b"], after) == []
+
+
+def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("smoke tests failed: 10-page: 1 of 2\nmore", target="a"))
+    assert told.failed and not told.failed_roll_out
+    assert told.headline() == "12345678: a: rehearsal failed: smoke tests failed: 10-page: 1 of 2; nothing was touched"
+
+
+def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
+    failure = Failure(target=Target("host", "b"), message="b: does not evaluate (hosts/b.nix:3):\nerror")
+    told = story("a", failed=(failure,))
+    assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in told.headline()
+
+
+@pytest.mark.parametrize(("back", "says"), [
+    ([Returned("b", to="/nix/store/x"), Returned("a", to="/nix/store/y")], "b, a put back"),
+    ([Returned("b", error="ssh does not reach it"), Returned("a", to="/nix/store/y")],
+     "a put back; b COULD NOT BE PUT BACK"),
+])
+def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
+    told = story("a", "b")
+    told.outcome["a"] = "deployed"
+    told.failure("b", "roll-out", TotoError("`switch` exited with status 4:\nweb.service failed", target="b"))
+    told.put_back = back
+    assert told.headline().endswith(says)
+    page = as_markdown(told)
+    assert "web.service failed" in page
+    assert page.index("web.service failed") < page.index("## Put back")
+    for each in back:
+        assert (each.error or each.to) in page
+
+
+def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
+    told = story("a", "b")
+    told.failure("a", "rehearsal", TotoError("no"))
+    told.failure("b", "roll-out", TotoError("the page is empty"))
+    assert told.cause.endswith(": b: roll-out failed: the page is empty (and 1 more)")
+
+
+def test_the_timing_is_a_picture() -> None:
+    told = story("a", "b")
+    told.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
+                  Span("a", "put back", 50.04, 50.05)]
+    assert told.timing(8) == """\
+bb: rehearse  ██          10.0 s
+a: rehearse   ██████      30.0 s
+a: roll out         ██    10.0 s
+a: put back           █    0.0 s"""
+    assert story("a").timing() == ""
+    with told.timed("a", "verify"):
+        pass
+    assert told.spans[-1].step == "verify"

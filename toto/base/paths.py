@@ -1,0 +1,65 @@
+"""Where toto keeps what is not in git, the nix store or Prefect: exports, keys, GC roots, sandboxes."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from toto.base.errors import InputError, TotoError
+
+LEAST_FREE: Final = 200_000_000  # bytes: the ledger, logs and exports of a run, and some more for what runs beside it
+
+
+def state_home() -> Path:
+    """The state directory of this toto: $TOTO_STATE, else ~/.local/state/toto; made private to its user."""
+    home = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto").absolute()
+    if re.search(r"\s", str(home)):
+        # ssh options and NixOS's run-NAME-vm split at white space.
+        raise InputError(f"the state directory {home} has white space in its name", hint="set TOTO_STATE")
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home
+
+
+def repo_state(repo: Path) -> Path:
+    """The directory that belongs to one infra repo; readable for people, unique by the repo's path."""
+    real = repo.resolve()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
+    path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def require_room(repo: Path) -> None:
+    """Raise `TotoError` when a disk on which a roll-out depends is full: of the ledger, toto's state, or the nix store.
+
+    A roll-out that cannot write down what it does could not be taken back.
+    """
+    for what, place in (("the ledger", repo), ("toto's state", state_home()), ("the nix store", Path("/nix/store"))):
+        if place.exists() and (free := shutil.disk_usage(place).free) < LEAST_FREE:
+            raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out wants "
+                            f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out", target=str(place),
+                            hint="look at `df -h`, make room (nix-collect-garbage, prune/toto), and push again")
+
+
+@asynccontextmanager
+async def alone(lock: Path) -> AsyncIterator[None]:
+    """Wait until no other block, of this process or another, holds the file `lock`, and hold it for this block.
+
+    The lock goes with the process that held it, however that ends.
+    """
+    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(0.1)
+        yield

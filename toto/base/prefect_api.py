@@ -1,0 +1,82 @@
+"""Prefect's HTTP API, as far as toto needs it outside flows: the server's start, and pushes that waited.
+
+Not for flows and tasks: those have Prefect's own client.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toto.base import process
+from toto.base.errors import TotoError
+
+
+class ServerError(TotoError):
+    """Prefect's server or worker did not start, died, or refused a request."""
+
+    def __init__(self, message: str, *, status: int | None = None, target: str | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, target=target, hint=hint)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Api:
+    """Prefect's HTTP API, as far as toto needs it outside flows."""
+
+    url: str
+    auth: str | None = None
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> "Api":
+        return cls(env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING"))
+
+    async def call(self, method: str, path: str, body: object = None, *, timeout: float = 30) -> Any:
+        """The decoded answer (None when there is none). Raises `ServerError` with the HTTP status, if any.
+
+        An answer of 503 is tried again for up to `timeout` seconds: on SQLite it says no more than "locked just now".
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return await asyncio.to_thread(self._call, method, path, body, timeout)
+            except ServerError as error:
+                if error.status != 503 or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.3)
+
+    def _call(self, method: str, path: str, body: object, timeout: float) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.auth is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(self.auth.encode()).decode()
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310
+        # No proxy: the API listens on loopback, or on the operator's own network.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise ServerError(f"{method} {path} was answered {error.code}: {process.shorten(said, 500)}",
+                              status=error.code, target=self.url) from None
+        except OSError as error:
+            raise ServerError(f"no answer: {error}", target=self.url, hint="start `toto serve`") from None
+        return json.loads(text) if text else None
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether the API answers within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ServerError):
+                await self.call("GET", "/health", timeout=2)
+                return True
+            await asyncio.sleep(0.1)
+        return False

@@ -1,0 +1,408 @@
+"""The one door through which toto starts processes.
+
+Argv lists, never a shell string; a process group of its own; a timeout; SIGTERM, then SIGKILL, of the
+whole group; output streamed line by line and kept within bounds; secrets masked. Children also die with
+toto: the kernel kills the direct child (PR_SET_PDEATHSIG through setpriv, where there is one), and what
+that child had started carries a cookie in its environment by which `sweep` finds it, even when it
+made itself a session of its own. (The cookie is Jenkins' ProcessTreeKiller's idea.)
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from toto.base.errors import TotoError
+
+log = logging.getLogger(__name__)
+
+Argument: TypeAlias = str | os.PathLike[str]
+LineSink: TypeAlias = Callable[[str], None]
+
+COOKIE: Final = "TOTO_COOKIE"
+LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
+KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
+LEFT_BEHIND: Final = 5.0  # seconds that what outlived its program is given to obey a signal
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a finished process left: exit status (negative: the signal that ended it), output, seconds."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+    truncated: bool = False
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stdout.splitlines()
+
+
+class CommandFailed(TotoError):
+    """A process exited with a status other than 0. Carries its argv, status and last lines."""
+
+    def __init__(self, argv: Sequence[str], status: int, tail: str, *, target: str | None = None,
+                 hint: str | None = None) -> None:
+        what = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        said = f":\n{tail}" if tail else " and said nothing"
+        super().__init__(f"`{shorten(shlex.join(argv))}` {what}{said}", target=target, hint=hint)
+        self.argv = tuple(argv)
+        self.status = status
+        self.tail = tail
+
+
+class CommandTimeout(TotoError):
+    """A process ran for longer than its timeout (seconds) and was ended with its whole group."""
+
+    def __init__(self, argv: Sequence[str], seconds: float, tail: str, *, target: str | None = None) -> None:
+        said = f"; its last lines:\n{tail}" if tail else "; it had printed nothing"
+        super().__init__(f"`{shorten(shlex.join(argv))}` did not end within {seconds:g} s{said}", target=target)
+        self.argv = tuple(argv)
+        self.seconds = seconds
+        self.tail = tail
+
+
+class CommandNotFound(TotoError):
+    """The program is not on this machine."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(f"the program `{program}` is not on PATH", hint=f"install {program}, or set PATH")
+
+
+@dataclass
+class _Kept:
+    """The first and the last half of a stream, so that endless output costs bounded memory."""
+
+    limit: int
+    head: bytearray = field(default_factory=bytearray)
+    tail: bytearray = field(default_factory=bytearray)
+    dropped: int = 0
+
+    def add(self, chunk: bytes) -> None:
+        room = self.limit // 2 - len(self.head)
+        if room > 0:
+            self.head += chunk[:room]
+            chunk = chunk[room:]
+        self.tail += chunk
+        if (over := len(self.tail) - self.limit // 2) > self.limit // 4:
+            del self.tail[:over]
+            self.dropped += over
+
+    def text(self, secrets: Sequence[str]) -> str:
+        cut = f"\n[… {self.dropped} bytes left out …]\n".encode() if self.dropped else b""
+        return mask((bytes(self.head) + cut + bytes(self.tail)).decode(errors="replace"), secrets)
+
+
+class _Lines:
+    """Cuts a stream into lines for a sink; a sink sees masked text only."""
+
+    def __init__(self, sink: LineSink | None, secrets: Sequence[str]) -> None:
+        self.sink, self.secrets, self.rest = sink, secrets, b""
+
+    def feed(self, chunk: bytes) -> None:
+        if self.sink is None:
+            return
+        *lines, self.rest = (self.rest + chunk).split(b"\n")
+        while len(self.rest) > LONGEST_LINE:
+            lines.append(self.rest[:LONGEST_LINE])
+            self.rest = self.rest[LONGEST_LINE:]
+        for line in lines:
+            self.sink(mask(line.decode(errors="replace").rstrip("\r"), self.secrets))
+
+    def close(self) -> None:
+        if self.rest:
+            self.feed(b"\n")
+
+
+@dataclass
+class Running:
+    """A process that is under way: see `start`."""
+
+    argv: tuple[str, ...]
+    process: asyncio.subprocess.Process
+    cookie: str
+    ended: bool = False
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self.process.returncode
+
+    async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
+        """End the group: each of `signals` with `grace` seconds to obey, then SIGKILL to whatever is left.
+
+        What a program has left behind when it ended by itself is given less time.
+        """
+        if self.ended:  # its number may be another's by now
+            return
+        if self.status is not None:
+            grace = min(grace, LEFT_BEHIND)
+        for each in signals:
+            _signal_group(self.pid, each)
+            if await self._gone(grace):
+                break
+        _signal_group(self.pid, signal.SIGKILL)
+        for _ in _kill_all(self.cookie.__eq__):
+            await asyncio.sleep(0.003)
+        self.ended = True
+        with contextlib.suppress(TimeoutError):
+            # Not bare wait(): it also waits for the pipes, which a daemon outside our reach may hold open.
+            await asyncio.wait_for(asyncio.shield(self._reaped()), grace)
+
+    async def _reaped(self) -> None:
+        pause = 0.001
+        while self.process.returncode is None:  # (wait() would wait for the pipes too)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    async def _gone(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.returncode is not None and not _group_lives(self.pid):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+
+def mask(text: str, secrets: Sequence[str]) -> str:
+    """`text` with every secret replaced by asterisks."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "******")
+    return text
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """`text` within `limit` characters, its middle left out."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def tail(text: str, lines: int = 20) -> str:
+    """The last lines of an output, for an error's message."""
+    return "\n".join(shorten(line, 500) for line in text.strip().splitlines()[-lines:])
+
+
+@contextlib.asynccontextmanager
+async def start(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, cwd: Argument | None = None,
+                stdin: int | None = asyncio.subprocess.DEVNULL, stdout: int | None = asyncio.subprocess.DEVNULL,
+                stderr: int | None = asyncio.subprocess.DEVNULL, grace: float = 5.0,
+                signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> AsyncIterator[Running]:
+    """Start a process that lives as long as the `async with` block, then end it and its group.
+
+    Raises `CommandNotFound`, or OSError when the kernel refuses (no memory, not executable).
+    """
+    words = tuple(os.fspath(word) for word in argv)
+    environment = dict(os.environ if env is None else env)
+    program = shutil.which(words[0], path=environment.get("PATH"))
+    if program is None:
+        raise CommandNotFound(words[0])
+    cookie = f"{owner()}.{_pid_namespace()}.{next(_numbers)}"
+    environment[COOKIE] = cookie
+    process = await asyncio.create_subprocess_exec(
+        *_dies_with_us(), program, *words[1:], env=environment, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr,
+        start_new_session=True)
+    running = Running(words, process, cookie)
+    try:
+        yield running
+    finally:
+        await asyncio.shield(running.end(grace=grace, signals=signals))
+
+
+async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, cwd: Argument | None = None,
+              stdin: bytes | None = None, timeout: float | None = None, check: bool = True,
+              on_line: LineSink | None = None, on_error_line: LineSink | None = None, keep: int = KEPT,
+              secrets: Sequence[str] = (), grace: float = 5.0, target: str | None = None,
+              signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Completed:
+    """Run a program to its end and return what it left.
+
+    `timeout` and `grace` are seconds. `on_line` and `on_error_line` get each line of stdout and stderr as it
+    comes (without its newline, secrets masked). The exit of the program is the end: a daemon that it left
+    behind holding stdout is ended with the group, it hangs no one. A cancel ends the group as well.
+
+    Raises `CommandFailed` for a status other than 0 when `check`, `CommandTimeout`, `CommandNotFound`.
+    """
+    pipe = asyncio.subprocess.PIPE
+    began = time.monotonic()
+    kept_out, kept_err = _Kept(keep), _Kept(keep)
+    async with start(argv, env=env, cwd=cwd, stdin=asyncio.subprocess.DEVNULL if stdin is None else pipe,
+                     stdout=pipe, stderr=pipe, grace=grace, signals=signals) as running:
+        process = running.process
+        pumps = [
+            asyncio.create_task(_pump(process.stdout, kept_out, _Lines(on_line, secrets))),
+            asyncio.create_task(_pump(process.stderr, kept_err, _Lines(on_error_line, secrets))),
+        ]
+        if stdin is not None:
+            pumps.append(asyncio.create_task(_feed(process.stdin, stdin)))
+        timed_out = False
+        try:
+            async with asyncio.timeout(timeout):
+                await running._reaped()
+        except TimeoutError:
+            timed_out = True
+        finally:
+            await asyncio.shield(running.end(grace=grace, signals=signals))
+            # All that held the pipes is dead now; what is still buffered arrives at once.
+            await asyncio.wait(pumps, timeout=grace)
+            for pump in pumps:
+                pump.cancel()
+    out, err = kept_out.text(secrets), kept_err.text(secrets)
+    shown = [mask(word, secrets) for word in running.argv]
+    if timed_out and timeout is not None:
+        raise CommandTimeout(shown, timeout, tail(err or out), target=target)
+    status = process.returncode
+    assert status is not None
+    if check and status != 0:
+        raise CommandFailed(shown, status, tail(err) or tail(out), target=target)
+    return Completed(tuple(shown), status, out, err, time.monotonic() - began,
+                     truncated=bool(kept_out.dropped or kept_err.dropped))
+
+
+async def _pump(stream: asyncio.StreamReader | None, kept: _Kept, lines: _Lines) -> None:
+    assert stream is not None
+    while chunk := await stream.read(65_536):
+        kept.add(chunk)
+        lines.feed(chunk)
+    lines.close()
+
+
+async def _feed(stream: asyncio.StreamWriter | None, data: bytes) -> None:
+    assert stream is not None
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        stream.write(data)
+        await stream.drain()
+        stream.close()
+        await stream.wait_closed()
+
+
+@cache
+def _dies_with_us() -> tuple[str, ...]:
+    setpriv = shutil.which("setpriv")
+    return () if setpriv is None else (setpriv, "--pdeathsig", "KILL", "--")
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # A zombie answers too, for as long as a lazy init leaves it unreaped: look closer.
+    return any(state != "Z" and pgrp == str(group) for state, pgrp in map(_state_and_group, _pids()))
+
+
+def owner() -> str:
+    """Who we are, in a form that a later process can check: PID and start time (no PID is taken for its heir)."""
+    return f"{os.getpid()}.{started(os.getpid())}"
+
+
+def started(pid: int) -> str | None:
+    """The start time of a process in clock ticks since boot, or None when there is no such process."""
+    fields = _stat(pid)
+    return None if not fields or fields[0] == "Z" else fields[19]
+
+
+def lives(who: str) -> bool:
+    """Whether the process that `owner` named is still there."""
+    pid, _, ticks = who.partition(".")
+    return pid.isdigit() and started(int(pid)) == ticks
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none where the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _state_and_group(pid: int) -> tuple[str, str]:
+    fields = _stat(pid)
+    return (fields[0], fields[2]) if fields else ("Z", "")
+
+
+def _scan() -> tuple[list[tuple[int, str]], bool]:
+    """Every process that has a cookie, with it; and whether some process is just being executed.
+
+    Such a one shows no environment for a moment: whoever looks for all of its kind looks again.
+    """
+    found, starting = [], False
+    needle = f"{COOKIE}=".encode()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if not environment:
+                fields = _stat(pid)
+                # No zombie, no kernel thread (no memory), and the end of its environment is not known yet.
+                starting |= bool(fields) and fields[0] != "Z" and fields[20] != "0" and fields[48:49] == ["0"]
+            for item in environment.split(b"\0"):
+                if item.startswith(needle) and pid != os.getpid():
+                    found.append((pid, item[len(needle) :].decode(errors="replace")))
+    return found, starting
+
+
+def _kill_all(doomed: Callable[[str], bool]) -> Iterator[list[int]]:
+    """SIGKILL every process whose cookie is `doomed`, again and again until none is left; yields who was hit.
+
+    (A process that forks while it is looked for, or is just being executed, is seen the next time.) Between two
+    rounds the caller waits a moment.
+    """
+    for _ in range(300):
+        found, starting = _scan()
+        mine = [pid for pid, cookie in found if doomed(cookie)]
+        for pid in mine:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not mine and not starting:
+            break
+        yield mine
+
+
+@cache
+def _pid_namespace() -> str:
+    return str(Path("/proc/self/ns/pid").stat().st_ino)
+
+
+def _orphaned(cookie: str) -> bool:
+    """Whether the toto that started a process is dead. Process ids of a container mean nothing outside of it."""
+    owner, _, namespace = cookie.rpartition(".")[0].rpartition(".")
+    return namespace == _pid_namespace() and not lives(owner)
+
+
+def sweep() -> list[int]:
+    """Kill whatever a toto that is no longer alive has left running; return the process ids.
+
+    A toto in a container is left alone, dead or alive: its own next start knows.
+    """
+    killed: set[int] = set()
+    for hit in _kill_all(_orphaned):
+        killed.update(hit)
+        time.sleep(0.003)
+    return sorted(killed)

@@ -1,0 +1,301 @@
+"""Who may do what on the git host: the rules, `access.toml` on the branch main of the repository `toto-admin`.
+
+They are those of that repository's newest commit, so a push to it changes them at once; its pre-receive hook
+(`toto.git_host.receive`) refuses rules that are wrong. This runs at every login, so it imports little: no Prefect, no
+pydantic, and asyncio only when git has to be asked. The form of the file is gitolite's idea, without its language.
+"""
+
+import base64
+import binascii
+import contextlib
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from toto.base.errors import InputError
+
+if TYPE_CHECKING:
+    from toto.base.process import Completed
+
+ADMIN: Final = "toto-admin"
+FILE: Final = "access.toml"
+BRANCH: Final = "refs/heads/main"
+EVERYONE: Final = "*"
+LARGEST: Final = 1 << 20  # bytes of the file
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}")
+_KEY: Final = re.compile(r"((?:ssh|ecdsa|sk)-[a-z0-9@.-]+) ([A-Za-z0-9+/]+=*)(?: [^\x00-\x1f\x7f]*)?")
+
+Verb: TypeAlias = Literal["read", "write"]
+
+
+class AccessError(InputError):
+    """The rules are wrong, or there are none. `problems` holds a line for each thing that is, as `file:line: what`."""
+
+    def __init__(self, problems: Iterable[str], hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems), hint=hint)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Who may read a repository, and who may write it; a writer reads as well."""
+
+    read: frozenset[str] = frozenset()
+    write: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """`users` are names with their public keys; `create` names who may make a repository by its first push."""
+
+    users: Mapping[str, tuple[str, ...]]
+    create: frozenset[str] = frozenset()
+    repos: Mapping[str, Allowed] = field(default_factory=dict)
+
+    def may(self, user: str, verb: Verb, repo: str, creator: str | None = None) -> bool:
+        """Whether `user` may read or write `repo`.
+
+        The repository's own table decides; where it has none, its `creator` may do both and the table `*` decides
+        for the others. The rules' own repository is never a matter of `*`.
+        """
+        allowed = self.repos.get(repo)
+        if allowed is None:
+            if repo == ADMIN:
+                return False
+            if user in self.users and user == creator:
+                return True
+            allowed = self.repos.get(EVERYONE, Allowed())
+        names = allowed.write if verb == "write" else allowed.write | allowed.read
+        return user in self.users and bool(names & {user, EVERYONE})
+
+    def may_create(self, user: str) -> bool:
+        """Whether `user` may make a repository by pushing to one that is not there."""
+        return user in self.users and bool(self.create & {user, EVERYONE})
+
+    def authorized_keys(self, command: Iterable[str]) -> str:
+        """The lines of an authorized_keys file: each key may run `command` with its user's name, and nothing else."""
+        shell = shlex.join(command).replace("\\", "\\\\").replace('"', '\\"')
+        return "".join(f'command="{shell} {user}",restrict {key}\n' for user, keys in self.users.items()
+                       for key in keys)
+
+    def allowed_signers(self, repo: str, creator: str | None = None) -> str:
+        """The lines of an ssh allowed-signers file: the keys of those who may write `repo`."""
+        return "".join(f'{user} namespaces="git" {key}\n' for user, keys in self.users.items()
+                       if self.may(user, "write", repo, creator) for key in keys)
+
+
+def repo_name(text: str, repos: Path) -> str:
+    """The name of the repository that git asks for: `infra`, `infra.git`, `/infra`, `~/infra`, or its path in `repos`.
+
+    Raises `InputError` for everything else, above all for what leads out of `repos`.
+    """
+    name = text.removeprefix(f"{repos}/").removeprefix("~/").removeprefix("/").removesuffix("/").removesuffix(".git")
+    return check_name(name, text)
+
+
+def check_name(name: str, shown: str | None = None) -> str:
+    """`name` itself when it can name a repository; `InputError` when not."""
+    if not _NAME.fullmatch(name) or ".." in name or name.endswith((".", ".git", ".lock")):
+        raise InputError(f"{ascii(shown or name)[:80]} does not name a repository",
+                         hint="a name has letters, digits, '.', '_' and '-', begins with a letter or a digit, "
+                              "and has no folder: toto:infra")
+    return name
+
+
+def path_of(repos: Path, name: str) -> Path:
+    """Where the repository of that name lies."""
+    return repos / f"{name}.git"
+
+
+def check_user(user: str) -> str:
+    """`user` itself when it can name a user; `InputError` when not."""
+    if not _USER.fullmatch(user):
+        raise InputError(f"{ascii(user)[:60]} is not a user's name",
+                         hint="use up to 32 letters, digits, '.', '_' and '-'")
+    return user
+
+
+def check_key(text: str) -> str:
+    """A public key without its comment. ValueError, saying what is wrong with it."""
+    form = _KEY.fullmatch(text.strip())
+    if form is None:
+        raise ValueError("is not a public key like 'ssh-ed25519 AAAA… comment'")
+    try:
+        data = base64.b64decode(form[2], validate=True)
+    except binascii.Error:
+        data = b""
+    parts: list[bytes] = []  # each with its length before it, in 4 bytes (RFC 4253)
+    at = 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4])
+        parts.append(data[at + 4 : at + 4 + length])
+        at += 4 + length
+    if at != len(data) or parts[:1] != [form[1].encode()]:
+        raise ValueError(f"is not a whole key of its kind, {form[1]}: was it cut when it was copied?")
+    return f"{form[1]} {form[2]}"
+
+
+def parse(text: str) -> Rules:
+    """The rules in the text of an `access.toml`. Raises `AccessError` with everything that is wrong with it."""
+    if len(text) > LARGEST:
+        raise AccessError([f"{FILE}:1: is larger than {LARGEST >> 20} MiB"])
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        line = int(found[1]) if found and found[1] else text.count("\n") + 1
+        what = str(error).removesuffix(found[0]).strip() if found else str(error)
+        raise AccessError([f"{FILE}:{line}: is not TOML: {what[:1].lower()}{what[1:]}"]) from None
+    reading = _Reading(text)
+    rules = reading.rules(data)
+    if reading.problems:
+        raise AccessError(what for _, what in sorted(reading.problems))
+    return rules
+
+
+class _Reading:
+    """One reading of the file, and what is wrong with it."""
+
+    def __init__(self, text: str) -> None:
+        self.lines = text.splitlines()
+        self.problems: list[tuple[int, str]] = []
+
+    def problem(self, needle: str, what: str, within: str = "") -> None:
+        """Note a problem with the first line that holds `needle`, from the line that holds `within` on."""
+        start = next((at for at, line in enumerate(self.lines) if within in line), 0)
+        line = next((at for at, line in enumerate(self.lines) if at >= start and needle in line), start) + 1
+        self.problems.append((line, f"{FILE}:{line}: {what}"))
+
+    def rules(self, data: Mapping[str, Any]) -> Rules:
+        for key in data.keys() - {"users", "create", "repos"}:
+            self.problem(key, f"{key}: is not known here; known are users, create and repos")
+        users = dict(self.users(data.get("users", {})))
+        create = self.names(data.get("create", []), "create", users)
+        repos = dict(self.repos(data.get("repos", {}), users))
+        if not repos.get(ADMIN, Allowed()).write:
+            self.problem("[repos", f"nobody may write {ADMIN}, so nobody could ever change these rules again: "
+                                   f"give [repos.{ADMIN}] its `write`")
+        return Rules(users, create, repos)
+
+    def users(self, table: object) -> Iterator[tuple[str, tuple[str, ...]]]:
+        owners: dict[str, str] = {}
+        for user, keys in self.table(table, "users"):
+            if not _USER.fullmatch(user):
+                self.problem(user, f"{user!r}: is not a user's name: letters, digits, '.', '_' and '-'", "[users")
+            elif not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                self.problem(user, f"{user}: should be a list of public keys", "[users")
+            else:
+                yield user, tuple(self.keys(user, keys, owners))
+
+    def keys(self, user: str, keys: list[str], owners: dict[str, str]) -> Iterator[str]:
+        for text in keys:
+            try:
+                key = check_key(text)
+            except ValueError as error:
+                self.problem(text, f"{user}: {text[:40]!r} {error}", "[users")
+                continue
+            if (other := owners.setdefault(key, user)) != user:
+                self.problem(key, f"{user}: has the same key as {other}: a key says who somebody is", f"{user} ")
+            yield key
+
+    def repos(self, table: object, users: Mapping[str, object]) -> Iterator[tuple[str, Allowed]]:
+        for repo, fields in self.table(table, "repos"):
+            try:
+                name = repo if repo == EVERYONE else check_name(repo)
+            except InputError:
+                self.problem(repo, f"{repo!r}: does not name a repository", "[repos")
+                continue
+            found = dict(self.table(fields, f"repos.{name}"))
+            for key in found.keys() - {"read", "write"}:
+                self.problem(key, f"{name}: {key}: is not known here; known are read and write", name)
+            yield name, Allowed(self.names(found.get("read", []), "read", users, name),
+                                self.names(found.get("write", []), "write", users, name))
+
+    def names(self, value: object, what: str, users: Mapping[str, object], repo: str = "") -> frozenset[str]:
+        label = f"{repo}: {what}" if repo else what
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.problem(what, f"{label}: should be a list of users, such as [\"alice\"]", repo)
+            return frozenset()
+        for name in set(value) - users.keys() - {EVERYONE}:
+            self.problem(f'"{name}"', f"{label}: there is no user {name!r} in [users]", repo)
+        return frozenset(value)
+
+    def table(self, value: object, what: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            self.problem(what, f"{what}: should be a table, [{what}]")
+
+
+def creator(repo: Path) -> str | None:
+    """Who made a repository by a first push, or None."""
+    file = repo / "toto" / "creator"
+    return file.read_text() if file.exists() else None
+
+
+def remembered(repos: Path) -> Rules | None:
+    """The rules of `repos`, when `in_force` has read those of the newest commit before; without asking git."""
+    admin = path_of(repos, ADMIN)
+    try:
+        commit, _, text = (admin / "toto" / "rules").read_text().partition("\n")
+        newest = (admin / BRANCH).read_text().strip()
+        return parse(text) if commit == newest else None
+    except (OSError, UnicodeDecodeError, AccessError):
+        return None
+
+
+async def in_force(repos: Path) -> Rules:
+    """The rules of `repos`: the newest that are right. Raises `AccessError` where there are none."""
+    admin = path_of(repos, ADMIN)
+    wrong: AccessError | None = None
+    async for commit, text in _versions(admin):
+        try:
+            rules = parse(text)
+        except AccessError as error:  # not by a push: its hook would have refused it. The last good one stands
+            wrong = wrong or error
+            continue
+        if wrong is None:
+            _remember(admin, commit, text)
+        return rules
+    raise wrong or AccessError([f"{admin} has no {FILE}"], hint=f"toto repo admin USER KEY.pub --repos {repos}")
+
+
+async def _versions(admin: Path) -> AsyncIterator[tuple[str, str]]:
+    """The commits with their texts of the rules, newest first."""
+    newest = await git(admin, "rev-parse", "--verify", "--quiet", BRANCH, check=False)
+    revisions = newest.stdout.split()
+    for number in range(50):
+        if number == 1:  # only when the newest will not do
+            revisions += (await git(admin, "rev-list", "--max-count=50", BRANCH, "--", FILE)).lines
+        if number == len(revisions):
+            return
+        done = await git(admin, "cat-file", "blob", f"{revisions[number]}:{FILE}", check=False)
+        if done.status == 0:
+            yield revisions[number], done.stdout
+
+
+def _remember(admin: Path, commit: str, text: str) -> None:
+    file = admin / "toto" / "rules"
+    with contextlib.suppress(OSError):  # then git is asked again
+        file.parent.mkdir(exist_ok=True)
+        fresh = file.with_name(f"rules.{os.getpid()}")
+        fresh.write_text(f"{commit}\n{text}")
+        fresh.replace(file)
+
+
+async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None = None) -> "Completed":
+    """git on a repository of the host: no hook's GIT_DIR or quarantine reaches it.
+
+    (`toto.infra_repo.git` has more, and takes longer to import than a login may.)
+    """
+    from toto.base import process  # noqa: PLC0415  (with asyncio it takes longer than all else of a login)
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return await process.run(["git", f"--git-dir={repo}", *arguments], env=env, timeout=30, check=check,
+                             stdin=None if stdin is None else stdin.encode())

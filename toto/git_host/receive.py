@@ -1,0 +1,303 @@
+"""What a push may bring: the pre-receive hook of toto's repositories, and the policy that it enforces.
+
+It sees the pushed objects in git's quarantine, before any ref has moved; whatever it prints the pusher reads. Git
+itself verifies signatures. No Prefect, and pydantic only when the manifest or the settings are in the push: the
+pusher waits for this. Who may push at all is `toto.git_host.access`; what a push starts is the post-receive hook.
+"""
+
+import asyncio
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn, Self
+
+from toto.base import process
+from toto.base.errors import TotoError
+from toto.base.process import Completed, LineSink
+from toto.git_host import access
+
+OPTIONS: Final[Mapping[str, str]] = {
+    "plan": "print what would change, and start nothing",
+    "wait": "print the progress and the end of the run",
+    "only=web1,web2": "limit it to these hosts or tags",
+    "skip": "take the push, and start nothing",
+    "rehearse": "rehearse, and roll nothing out; for every branch",
+}
+MANIFEST: Final = "machines.yaml"
+SETTINGS: Final = "toto.toml"
+LINK: Final = "120000"  # git's mode of one
+MAX_FILE_SIZE: Final = 100 << 20  # bytes
+_ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
+# What git sets for a hook so that its git finds the repository and the objects that are not in it yet.
+_QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES")
+_at_once: Final = asyncio.Semaphore(8)  # gits; a push may bring a thousand branches
+_TOLD: Final = 5  # commits or files of one kind; the rest is counted
+_SIGNATURE: Final[Mapping[str, str]] = {  # git's %G?
+    "N": "is not signed",
+    "B": "has a signature that does not fit: it was changed after it was signed",
+    "U": "is signed with a key that is not trusted here",
+    "E": "is signed with a key that is not known here",
+    "X": "has a signature that has expired",
+    "Y": "is signed with a key that has expired",
+    "R": "is signed with a key that was revoked",
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a repository takes, from the keys `toto.*` of its git config.
+
+    `branch` is the deployed one. `max_file_size` is in bytes, 0 for no limit. The trusted signers are, for ssh, the
+    file `allowed_signers` (without it the keys of those who may write the repository), and for gpg the keyring in
+    `gpg_home`, of which the keys count that gpg trusts (without it no gpg signature does).
+    """
+
+    branch: str | None = None
+    signed: bool = False
+    allow_force: bool = False
+    max_file_size: int = MAX_FILE_SIZE
+    allowed_signers: str | None = None
+    gpg_home: str | None = None
+    rules: bool = False
+
+    @classmethod
+    def of(cls, config: str) -> Self:
+        """From what `git config --null --get-regexp ^toto` prints."""
+        found: dict[str, str] = {}
+        for entry in config.split("\0"):
+            key, _, value = entry.partition("\n")
+            found[key.removeprefix("toto.")] = value if "\n" in entry else "true"
+        return cls(branch=found.get("branch"), signed=_is_true(found.get("signed")),
+                   allow_force=_is_true(found.get("allowforce")), rules=_is_true(found.get("rules")),
+                   max_file_size=size(found.get("maxfilesize", str(MAX_FILE_SIZE))),
+                   allowed_signers=found.get("allowedsigners"), gpg_home=found.get("gpghome"))
+
+
+def size(text: str) -> int:
+    """Bytes, from a number with git's suffixes k, m and g. ValueError for anything else."""
+    form = re.fullmatch(r"(\d{1,12})([kmg]?)", text.strip().lower())
+    if form is None:
+        raise ValueError(f"{process.shorten(repr(text), 40)} is no size of a file: use a number, or one with k, m or g")
+    return int(form[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[form[2]]
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").lower() in {"true", "yes", "on", "1"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """One ref of a push: where it is, where it shall be. All zeros mean that there is none."""
+
+    old: str
+    new: str
+    ref: str
+
+    @property
+    def creates(self) -> bool:
+        return not self.old.strip("0")
+
+    @property
+    def deletes(self) -> bool:
+        return not self.new.strip("0")
+
+    @property
+    def branch(self) -> str | None:
+        """The name of the branch, when it is one."""
+        return self.ref.removeprefix("refs/heads/") if self.ref.startswith("refs/heads/") else None
+
+    @property
+    def base(self) -> str:
+        """What the ref is compared with: its old commit, else git's own empty tree."""
+        if not self.creates:
+            return self.old
+        return ("4b825dc642cb6eb9a060e54bf8d69288fbee4904" if len(self.old) == 40
+                else "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321")
+
+
+def main() -> NoReturn:
+    """The hook: updates on standard input, one a line; status 1 refuses the push, whole."""
+    updates = [Update(*line.split(" ", 2)) for line in sys.stdin.read().splitlines()]
+    options = [os.environ.get(f"GIT_PUSH_OPTION_{number}", "")
+               for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))]
+    try:
+        refusals = asyncio.run(judge(Path.cwd(), updates, options))
+    except (TotoError, ValueError, OSError) as error:
+        refusals = [str(error)]
+    for line in "\n".join(refusals).splitlines():
+        print(f"toto: {line}")
+    if refusals:
+        print("toto: nothing was taken")
+    sys.exit(bool(refusals))
+
+
+async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -> list[str]:
+    """Why the push must not be taken, in words for the pusher; empty when it may be. `repo` is the hook's own."""
+    done = await _git("config", "--null", "--get-regexp", "^toto[.]", check=False)
+    policy = Policy.of(done.stdout)
+    if wrong := list(wrong_options(options)):
+        return wrong
+    if options and policy.rules:
+        return [f"a push to {access.ADMIN} takes no option: it deploys nothing"]
+    checks = [_too_large(updates, policy)] if policy.max_file_size else []
+    for update in updates:
+        if not update.ref.startswith(("refs/heads/", "refs/tags/")):
+            return [f"{update.ref} is neither a branch nor a tag"]  # refs/replace would be another commit's content
+        if update.ref.startswith("refs/tags/toto/"):
+            return [f"{update.ref} is toto's own: it says what was deployed"]
+        if update.branch is not None and update.branch == policy.branch:
+            checks += [_taken_away(update, policy, repo)] if not update.creates else []
+            if not update.deletes:
+                checks.append(_wrong_rules(update) if policy.rules else _wrong_files(update))
+        if policy.signed and update.branch is not None and not update.deletes:
+            checks.append(_untrusted(update, policy, repo))
+    return [line for found in await asyncio.gather(*checks) for line in found]
+
+
+def wrong_options(options: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the options of a push, and which there are."""
+    wrong = [option for option in options if option not in {"plan", "wait", "skip", "rehearse"}
+             and not (option.startswith("only=") and _ONLY.fullmatch(option.removeprefix("only=")))]
+    for option in wrong:
+        yield f"the push option {process.shorten(ascii(option), 80)} is not known"
+    if "skip" in options and len(set(options)) > 1:
+        yield "the push option skip starts nothing: it goes with no other"
+    elif {"plan", "rehearse"} <= set(options):
+        yield "the push options plan and rehearse do not go together: a rehearsal begins with a plan"
+    if wrong:
+        yield "known are:"
+        yield from (f"  -o {option:<15} {meaning}" for option, meaning in OPTIONS.items())
+
+
+async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
+    """The deployed branch only ever moves forward, unless the policy says otherwise."""
+    if policy.allow_force:
+        return []
+    hint = f"next: to allow it, on toto: toto repo set {repo.name.removesuffix('.git')} --allow-force"
+    if update.deletes:
+        return [f"{update.branch} is the deployed branch: it cannot be deleted", hint]
+    done = await _git("merge-base", "--is-ancestor", update.old, update.new, check=False)
+    if done.status == 0:
+        return []
+    return [f"{update.branch} is the deployed branch: a forced push to it is refused, {update.old[:8]} would be lost "
+            "from it", "next: `git pull` first, or push a commit that reverts what is wrong", hint]
+
+
+async def _wrong_files(update: Update) -> list[str]:
+    """The mistakes in the manifest and the settings, where the push changes them."""
+    changed = await _changed(update, MANIFEST, SETTINGS)
+    wrong = [f"{MANIFEST}: is gone; without it nothing can be deployed"] if changed.get(MANIFEST) == "" else []
+    there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # what a link leads to, the run sees
+    if not there:
+        return wrong
+    from toto.infra_repo import manifest, settings  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
+        await _git("-c", "core.hooksPath=/dev/null", "restore", f"--source={update.new}", "--worktree", "--", *there,
+                   extra={"GIT_WORK_TREE": folder, "GIT_INDEX_FILE": f"{folder}/.index"})
+        for name in there:
+            try:
+                if name == MANIFEST:
+                    manifest.load(Path(folder, name))
+                else:
+                    settings.load(Path(folder))
+            except TotoError as error:
+                wrong.append(str(error))
+    return wrong
+
+
+async def _wrong_rules(update: Update) -> list[str]:
+    """The mistakes in the rules of access."""
+    done = await _git("cat-file", "blob", f"{update.new}:{access.FILE}", check=False)
+    if done.status != 0:
+        return [f"{access.FILE}: is gone; without it nobody could log in"]
+    try:
+        access.parse(done.stdout)
+    except access.AccessError as error:
+        return list(error.problems)
+    return []
+
+
+async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
+    """The commits, of those that a branch gets, whose signature is missing or not trusted."""
+    known = [] if update.creates else [update.old]
+    if policy.branch and update.branch != policy.branch and await _is_there(f"refs/heads/{policy.branch}"):
+        known.append(f"refs/heads/{policy.branch}")
+    with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
+        signers = policy.allowed_signers
+        if signers is None:
+            signers = f"{folder}/allowed_signers"
+            rules = await access.in_force(repo.parent)
+            Path(signers).write_text(rules.allowed_signers(repo.name.removesuffix(".git"), access.creator(repo)))
+        elif not os.access(signers, os.R_OK):
+            return [f"the signatures cannot be verified: {signers} cannot be read on toto"]
+        done = await _git("-c", f"gpg.ssh.allowedSignersFile={signers}", "log", "--no-show-signature",
+                          "--format=%H %G? %GK", update.new, "--not", *known,
+                          extra={"GNUPGHOME": policy.gpg_home or f"{folder}/no-gnupg"}, timeout=600)
+    verdicts = [line.split(" ", 2) for line in done.lines]
+    bad = [f"{commit[:8]} {_SIGNATURE.get(verdict, 'has a signature that cannot be verified')}"
+           + (f": {key}" if key else "") for commit, verdict, key in verdicts if verdict != "G"]
+    return _some(bad, "commits") + (
+        ["next: sign them with a key that toto trusts: git rebase --exec 'git commit --amend --no-edit -S' "
+         f"{update.old[:8] if not update.creates else '--root'}"] if bad else [])
+
+
+async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
+    """The files beyond the limit that no ref has brought yet."""
+    fresh = [update.new for update in updates if not update.deletes]
+    if not fresh:
+        return []
+    large: set[str] = set()
+
+    def note(line: str) -> None:
+        if line.startswith("~"):
+            large.add(line[1:])
+
+    await _git("rev-list", "--objects", f"--filter=blob:limit={policy.max_file_size + 1}", "--filter-print-omitted",
+               *fresh, "--not", "--all", on_line=note, timeout=600)
+    if not large:
+        return []
+    found: list[str] = []
+
+    def name(line: str) -> None:
+        blob, _, path = line.partition(" ")
+        if blob in large:
+            found.append(f"{ascii(path)[1:-1]} is larger than {policy.max_file_size} bytes")
+
+    await _git("rev-list", "--objects", *fresh, "--not", "--all", on_line=name, timeout=600)
+    return [*_some(found, "files"), "next: take it out of the commits that are to be pushed; what a machine needs of "
+            "that size is better fetched by nix"]
+
+
+async def _changed(update: Update, *names: str) -> dict[str, str]:
+    """Which of the files the push changes, with their new modes; an empty one when it is gone."""
+    done = await _git("diff-tree", "-r", "-z", "--raw", "--no-renames", update.base, update.new, "--", *names)
+    fields = done.stdout.split("\0")
+    return {path: "" if about.endswith("D") else about.split(" ")[1]
+            for about, path in zip(fields[::2], fields[1::2], strict=False) if path in names}
+
+
+async def _is_there(ref: str) -> bool:
+    return (await _git("rev-parse", "--verify", "--quiet", ref, check=False)).status == 0
+
+
+def _some(lines: Sequence[str], what: str) -> list[str]:
+    more = len(lines) - _TOLD
+    return [*lines[:_TOLD], *([f"… and {more} more {what}"] if more > 0 else [])]
+
+
+async def _git(*arguments: str, check: bool = True, extra: Mapping[str, str] | None = None, timeout: float = 60,
+               on_line: LineSink | None = None) -> Completed:
+    """git in the hook's own repository, which sees the quarantined objects."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _QUARANTINE}
+    async with _at_once:
+        return await process.run(["git", *arguments], env=env | dict(extra or {}), timeout=timeout, check=check,
+                                 on_line=on_line)
+
+
+if __name__ == "__main__":
+    main()

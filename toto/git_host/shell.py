@@ -1,0 +1,135 @@
+"""What a key of the git host's user may run, and nothing else: git's two sides of a push and a fetch.
+
+    python -m toto.git_host.shell --repos DIR shell USER     the forced command of USER's keys (`toto-shell`)
+    python -m toto.git_host.shell --repos DIR keys           all keys, as sshd's AuthorizedKeysCommand prints them
+
+`toto repo sshd` prints the lines of sshd_config that use both. The rules are `toto.git_host.access`; what a push may
+contain is `toto.git_host.receive`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal, NoReturn
+
+from toto.base.errors import InputError, TotoError
+from toto.git_host import access
+from toto.git_host.access import Rules, Verb
+
+VERBS: Final[Mapping[str, Verb]] = {"upload-pack": "read", "receive-pack": "write"}
+USER_VARIABLE: Final = "TOTO_USER"  # tells the hooks who pushes
+PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # and which process it was that began this session
+
+
+def invocation(repos: Path, mode: Literal["shell", "keys"]) -> list[str]:
+    """The command line of this module on this machine, as sshd can run it: its environment has next to nothing."""
+    root = Path(__file__).resolve().parents[2]
+    return ["/usr/bin/env", f"PYTHONPATH={root}", sys.executable, "-P", "-m", "toto.git_host.shell", "--repos",
+            str(repos), mode]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Become git, or say in plain words why not (status 1)."""
+    parser = argparse.ArgumentParser("toto-shell", description="The forced command of toto's git host.")
+    parser.add_argument("--repos", type=Path, required=True, help="the folder of the bare repositories")
+    modes = parser.add_subparsers(required=True, dest="mode")
+    modes.add_parser("keys")
+    modes.add_parser("shell").add_argument("user")
+    chosen = parser.parse_args(arguments)
+    try:
+        rules = access.remembered(chosen.repos) or _asked_of_git(chosen.repos)
+        if chosen.mode == "keys":
+            print(rules.authorized_keys(invocation(chosen.repos, "shell")), end="")
+            sys.exit(0)
+        program = admit(rules, chosen.repos, chosen.user, os.environ.get("SSH_ORIGINAL_COMMAND"))
+    except TotoError as error:
+        print("\n".join(f"toto: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(1)
+    # git takes over this process: nothing of toto stays between the pusher and it.
+    os.execvpe(program[0], program, _environment(chosen.user))  # noqa: S606
+
+
+def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str]:
+    """The argv that `user` may run instead of `command`. Makes a repository that may be made by its first push.
+
+    Raises `InputError` when there is none, in words for the user; whoever may not read a repository does not
+    learn whether it is there.
+    """
+    if user not in rules.users:
+        raise InputError(f"there is no user {user} any more", hint=f"ask who may write {access.ADMIN}")
+    service, argument = _asked(command, user)
+    name = access.repo_name(argument, repos)
+    repo = access.path_of(repos, name)
+    if not repo.exists():
+        if VERBS[service] == "read" or not (rules.may_create(user) and rules.may(user, "write", name, creator=user)):
+            raise _unknown(name, user)
+        _make(repos, name, user)
+        return ["git", service, str(repo)]
+    creator = access.creator(repo)
+    if not rules.may(user, "read", name, creator):
+        raise _unknown(name, user)
+    if not rules.may(user, VERBS[service], name, creator):
+        raise InputError(f"{user} may read {name}, and not write it", hint=f"ask who may write {access.ADMIN}")
+    if VERBS[service] == "write" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
+        raise InputError(f"{name} has no hooks of toto's", hint=f"on toto: toto repo create {name}")
+    return ["git", service, str(repo)]
+
+
+# What follows is rare, and what it imports takes longer than the rest of a login.
+
+
+def _asked_of_git(repos: Path) -> Rules:
+    import asyncio  # noqa: PLC0415
+
+    return asyncio.run(access.in_force(repos))
+
+
+def _make(repos: Path, name: str, creator: str) -> None:
+    import asyncio  # noqa: PLC0415
+
+    from toto.git_host import host as git_host  # noqa: PLC0415
+
+    asyncio.run(git_host.make(repos, name, creator=creator))
+
+
+def _asked(command: str | None, user: str) -> tuple[str, str]:
+    """The service and the repository that git asks for."""
+    if not command:
+        raise InputError(f"hello {user}: this is a git host, and git is all that it does",
+                         hint="git clone toto:NAME, git push toto:NAME")
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    match words:
+        case ["git", service, repo] if service in VERBS:
+            return service, repo
+        case [program, repo] if program.removeprefix("git-") in VERBS and program.startswith("git-"):
+            return program.removeprefix("git-"), repo
+    raise InputError("only git's push and fetch are allowed here", hint="git clone toto:NAME, git push toto:NAME")
+
+
+def _unknown(name: str, user: str) -> InputError:
+    return InputError(f"there is no repository {name} that {user} may see",
+                      hint=f"ask who may write {access.ADMIN} to make it, or to let you in")
+
+
+def _environment(user: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith("GIT_") or name == "GIT_PROTOCOL"}
+    return clean | {USER_VARIABLE: user, PARENT_VARIABLE: parent_of_session()}
+
+
+def parent_of_session() -> str:
+    """The process that has begun this session, by its number: sshd's. Another one means that the connection is gone."""
+    try:
+        return Path(f"/proc/{os.getsid(0)}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

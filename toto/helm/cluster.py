@@ -1,0 +1,457 @@
+"""What can be done with a release on a cluster: look, render, upgrade, test, roll back, repair.
+
+`toto.helm.release` knows what a commit wants, `toto.helm.diff` how two manifests differ. What a method returns or
+raises holds nothing of a Secret, and no value of a key that sounds like one; `render` alone returns all.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from toto.base import paths, process
+from toto.base.errors import TotoError
+from toto.helm import diff as manifests
+from toto.helm.command import (
+    ChartUnavailable,
+    ClusterUnreachable,
+    Command,
+    HelmError,
+    ReleaseBusy,
+    ReleaseFailed,
+    ReleaseMissing,
+    RenderFailed,
+    environment,
+)
+from toto.helm.diff import Difference, Key, Resource
+from toto.helm.release import Release, sensitive
+
+PATIENCE: Final = 30.0  # seconds that a look at the cluster may take
+
+_INSTALL: Final = ("--install", "--reset-values")  # else helm may take the values of the revision before
+_ROLLED_BACK: Final = "Rollback to "
+_PENDING: Final = ("pending-install", "pending-upgrade", "pending-rollback", "uninstalling")
+_WORKLOADS: Final = ("Deployment", "StatefulSet", "DaemonSet", "Job", "ReplicaSet")
+
+# A field a line, and what may hold anything in hexadecimal digits. APPLIES is known to helm 4 only.
+_STORED: Final = (
+    '{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n'
+    '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n{{printf "%x" .Manifest}}'
+    '{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t'
+    '{{printf "%x" .Manifest}}{{end}}{{end}}')
+
+# A chart that reads what lives in the cluster, with helm's own client: it understands whatever a kubeconfig may say.
+_LIVE: Final = {
+    "Chart.yaml": "apiVersion: v2\nname: live\nversion: 0.0.0\n",
+    "templates/live.yaml": """\
+{{- $found := list }}
+{{- range .Values.wanted }}{{ $found = append $found (lookup .apiVersion .kind .namespace .name) }}{{ end -}}
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: live}
+data: {live: {{ toJson $found | quote }}}
+""",
+}
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision of a release. `status` and `description` are helm's words, `chart` is like `web-1.2.3`."""
+
+    number: int
+    status: str
+    chart: str
+    description: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Deployed(Revision):
+    """The newest revision of a release, with the digest of its manifests and the names of its chart's tests."""
+
+    digest: str
+    tests: tuple[str, ...] = ()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a helm is at work on it, or was killed while it was."""
+        return self.status in _PENDING
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What came of one test of a chart; `said` is what it, or helm, said of a failure."""
+
+    name: str
+    passed: bool
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class _Hook:
+    name: str
+    events: str
+    started: str
+    phase: str
+    manifest: str
+
+    @property
+    def is_test(self) -> bool:
+        return not {"test", "test-success"}.isdisjoint(self.events.strip("[]").split())
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What helm keeps of the newest revision: it holds secrets, and goes no further than this module."""
+
+    deployed: Deployed
+    applies: str
+    resources: dict[Key, Resource]
+    hooks: tuple[_Hook, ...]
+
+    @property
+    def everything(self) -> dict[Key, Resource]:
+        return self.resources | manifests.parse("\n---\n".join(hook.manifest for hook in self.hooks))
+
+    @property
+    def secrets(self) -> list[str]:
+        return manifests.secrets(self.everything.values())
+
+
+@dataclass
+class Helm:
+    """helm and one cluster. `kubeconfig` None: the one that the environment names.
+
+    `state` is where charts and helm's caches are kept (in toto's state directory, when None); `patience` is how many
+    seconds a look at the cluster may take. Every method that reaches for the cluster raises `ClusterUnreachable`.
+    """
+
+    binary: str = "helm"
+    kubeconfig: Path | None = None
+    state: Path | None = None
+    patience: float = PATIENCE
+    _major: int = field(default=0, init=False)
+
+    async def major(self) -> int:
+        """3 or 4. Raises `HelmError` for a helm that is too old, `CommandNotFound`."""
+        if not self._major:
+            version = str(await self._command(None).version()).strip()
+            found = re.match(r"v(\d+)\.(\d+)\.", version)
+            if found is None or (int(found[1]), int(found[2])) < (3, 13):
+                raise HelmError(f"{self.binary} is of version {version}", hint="toto needs helm 3.13 or newer")
+            self._major = int(found[1])
+        return self._major
+
+    async def current(self, release: Release) -> Deployed | None:
+        """The newest revision; None where the release is not installed."""
+        stored = await self._stored(release)
+        return None if stored is None else stored.deployed
+
+    async def history(self, release: Release) -> list[Revision]:
+        """The revisions that helm still keeps, oldest first."""
+        stored = await self._stored(release)
+        if stored is None:
+            return []
+        return [Revision(each["revision"], each["status"], each["chart"],
+                         process.mask(each["description"], stored.secrets), datetime.fromisoformat(each["updated"]))
+                for each in await self._command(release).history(release.name, namespace=release.namespace)]
+
+    async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
+        """What `helm lint` warns of. Raises `RenderFailed`, `ChartUnavailable`."""
+        chart = await self._chart(release, tree)
+        command = self._command(release, failure=RenderFailed, secrets=sensitive(release, tree))
+        done = await command.attempt(["lint", chart, "--quiet", *_values(release, tree)])
+        said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
+        if done.status != 0:
+            raise RenderFailed(said, target=release.label, hint=f"mend {release.chart} or its values, and push again")
+        return tuple(line for line in said.splitlines() if line.startswith("[WARNING]"))
+
+    async def render(self, release: Release, tree: Path) -> str:
+        """All that the chart renders to, hooks and tests and Secrets too: not to be shown, not to be kept.
+
+        As an upgrade would, by what the cluster can do, and checked by it; where it is not reached, by what helm
+        thinks that a cluster can do. Raises `RenderFailed`, `ChartUnavailable`.
+        """
+        stored = None
+        with contextlib.suppress(ClusterUnreachable):
+            stored = await self._stored(release)
+        return await self._rendered(release, tree, stored)
+
+    async def difference(self, release: Release, tree: Path) -> Difference:
+        """What an upgrade would change in the release's manifests. Raises as `render` does."""
+        stored = await self._stored(release)
+        rendered = manifests.parse(await self._rendered(release, tree, stored))
+        return manifests.compare(stored.everything if stored else {}, rendered)
+
+    async def drift(self, release: Release) -> Difference:
+        """Where what lives in the cluster is not as the release's manifests state; removed are those not there."""
+        stored = await self._stored(release)
+        if stored is None:
+            return Difference(removed=(f"the release {release.name}",))
+        live = zip(stored.resources, await self._live(release, stored.resources.values()), strict=True)
+        return manifests.drift(stored.resources, {key: found for key, found in live if found})
+
+    async def outside_change(self, release: Release, recorded: int, digest: str = "") -> str | None:
+        """What was done to the release behind toto's back since toto left its revision `recorded` (0: none).
+
+        `digest` is that revision's; by it a release that was installed anew is not taken for the one that was left.
+        """
+        now = await self.current(release)
+        if now is None:
+            return f"it was deleted outside toto, which had left revision {recorded}" if recorded else None
+        if not recorded:
+            return f"it is there already, at revision {now.number} ({now.chart}), and not by toto"
+        if now.number < recorded or (now.number == recorded and digest not in ("", now.digest)):
+            return (f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
+                    f"toto had left revision {recorded}")
+        since = [_told(each) for each in await self.history(release) if each.number > recorded]
+        if since:
+            return f"outside toto it was {', then '.join(since)}; toto had left revision {recorded}"
+        return None if now.status == "deployed" else f"it is {now.status} at revision {recorded}, and not by toto"
+
+    async def upgrade(self, release: Release, tree: Path, *, description: str = "toto") -> Deployed:
+        """Install or upgrade, wait, and return the new revision; `description` shows in `helm history`.
+
+        It is not put back on a failure: that is `rollback`'s, or `uninstall`'s where there was nothing before.
+        Raises `ReleaseFailed`; with nothing touched yet `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
+        """
+        stored = await self._stored(release)
+        rendered = manifests.parse(await self._rendered(release, tree, stored))
+        command = self._changing(release, [*manifests.secrets(rendered.values()), *sensitive(release, tree)])
+        try:
+            await command.run(["upgrade", release.name, await self._chart(release, tree), "--namespace",
+                               release.namespace, *_values(release, tree), *_INSTALL, *_waiting(release),
+                               *(["--create-namespace"] if release.create_namespace else []),
+                               "--description", description, *_forced(stored)])
+        except ReleaseFailed as error:
+            pods: list[str] = []
+            with contextlib.suppress(TotoError):
+                pods = await self._not_ready(release)
+            raise ReleaseFailed("\n".join([error.message, *pods]), target=release.label, hint="look at the pods, or at "
+                                f"`helm --namespace {release.namespace} history {release.name}`") from None
+        return await self._now(release)
+
+    async def rollback(self, release: Release, revision: int) -> Deployed:
+        """Go back to a revision, as a new one, and return that: record its number. Raises `ReleaseFailed`."""
+        stored = await self._stored(release)
+        if stored is None:
+            raise ReleaseMissing(f"cannot be rolled back to revision {revision}: it is not installed any more",
+                                 target=release.label, hint="push again: that installs it")
+        await self._changing(release, stored.secrets).run(
+            ["rollback", release.name, revision, "--namespace", release.namespace, *_waiting(release),
+             *_forced(stored)])
+        return await self._now(release)
+
+    async def uninstall(self, release: Release) -> bool:
+        """Remove the release and its history, not the namespace; False where it was not there.
+
+        Raises `ReleaseFailed`.
+        """
+        stored = await self._stored(release)
+        if stored is not None:
+            await self._changing(release, stored.secrets).uninstall(
+                release.name, namespace=release.namespace, timeout=f"{release.timeout:g}s", wait=release.wait)
+        return stored is not None
+
+    async def test(self, release: Release) -> tuple[Tested, ...]:
+        """Run the chart's own tests: what came of each; none where it has none, or release.yaml says `test: false`.
+
+        A test that fails is a result.
+        """
+        before = await self._stored(release)
+        if before is None or not before.deployed.tests or not release.test:
+            return ()
+        command = self._changing(release, before.secrets)
+        done = await command.attempt(["test", release.name, "--namespace", release.namespace, "--logs", "--timeout",
+                                      f"{release.timeout:g}s"])
+        after = await self._stored(release)
+        # Its exit status is no verdict: helm also fails where a test's log is not to be had.
+        said = command.clean(f"{done.stdout.partition('POD LOGS: ')[2]}\n{done.stderr}")
+        began = {hook.name: hook.started for hook in before.hooks}
+        passed = {hook.name for hook in (after.hooks if after else ())
+                  if hook.phase == "Succeeded" and hook.started != began.get(hook.name)}
+        return tuple(Tested(name, name in passed, "" if name in passed else said) for name in before.deployed.tests)
+
+    async def repair(self, release: Release, good: int = 0, *, patience: float | None = None) -> str | None:
+        """Make a release that a killed helm left pending fit for an upgrade; returns what was done, None for nothing.
+
+        It goes back to revision `good`, else to the newest that was whole, and is removed where none ever was.
+        Raises `ReleaseBusy` for one that is pending for less than `patience` seconds (its own timeout, when None): that
+        helm may be alive. Else raises as `rollback` does.
+        """
+        now = await self.current(release)
+        if now is None or not now.pending:
+            return None
+        age = (datetime.now(UTC) - now.at).total_seconds()
+        if age < (release.timeout if patience is None else patience):
+            raise ReleaseBusy(f"it is {now.status} since {age:.0f} s: that helm may be alive", target=release.label,
+                              hint="wait for it to end; when it was killed, a later run repairs what it left")
+        left = f"a helm that was killed had left it {now.status} at revision {now.number}"
+        history = await self.history(release)
+        whole = [each.number for each in history if each.status == "deployed"
+                 or (each.status == "superseded" and " failed: " not in each.description)]
+        to = good if good in {each.number for each in history} else max(whole, default=0)
+        if not to or now.status == "uninstalling":
+            await self.uninstall(release)
+            return f"{left}; what there was of it was removed"
+        back = await self.rollback(release, to)
+        return f"{left}; it was rolled back to revision {to}, as revision {back.number}"
+
+    @property
+    def _state(self) -> Path:
+        return self.state or paths.state_home() / "helm"
+
+    def _command(self, release: Release | None, *, timeout: float = 0, failure: type[TotoError] = HelmError,
+                 secrets: Sequence[str] = ()) -> Command:
+        label = None if release is None else release.label
+        if self.kubeconfig is not None and not self.kubeconfig.is_file():
+            raise ClusterUnreachable(f"there is no kubeconfig {self.kubeconfig}", target=label)
+        return Command(self.binary, environment(self._state, self.kubeconfig), timeout=timeout or self.patience,
+                       failure=failure, target=label, secrets=secrets)
+
+    def _changing(self, release: Release, secrets: Sequence[str]) -> Command:
+        # The release's timeout is for each of helm's waits; this one is for a helm that hangs all the same.
+        return self._command(release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed,
+                             secrets=secrets)
+
+    async def _now(self, release: Release) -> Deployed:
+        if (now := await self.current(release)) is None:
+            raise ReleaseMissing("was deleted by another, just when it was deployed", target=release.label)
+        return now
+
+    async def _stored(self, release: Release) -> _Stored | None:
+        template = _STORED.replace("APPLIES", "{{.ApplyMethod}}" if await self.major() > 3 else "")
+        try:
+            told = await self._command(release).run(["get", "all", release.name, "--namespace", release.namespace,
+                                                     "--template", template])
+        except ReleaseMissing:
+            return None
+        number, status, chart, description, at, applies, manifest, *rest = told.decode().split("\n")
+        if status == "uninstalled":  # and its history was kept
+            return None
+        hooks = tuple(_Hook(name, events, started, phase, _unhex(text))
+                      for name, events, started, phase, text in (line.split("\t") for line in rest if line))
+        deployed = Deployed(int(number), status, chart, _unhex(description), datetime.fromtimestamp(int(at), UTC),
+                            digest=hashlib.sha256(manifest.encode()).hexdigest(),
+                            tests=tuple(hook.name for hook in hooks if hook.is_test))
+        stored = _Stored(deployed, applies, manifests.parse(_unhex(manifest)), hooks)
+        clean = process.mask(deployed.description, stored.secrets)
+        return replace(stored, deployed=replace(deployed, description=clean))
+
+    async def _rendered(self, release: Release, tree: Path, stored: _Stored | None) -> str:
+        words = [release.name, await self._chart(release, tree), "--namespace", release.namespace,
+                 *_values(release, tree)]
+        command = self._command(release, timeout=2 * self.patience, failure=RenderFailed,
+                                secrets=[*(stored.secrets if stored else ()), *sensitive(release, tree)])
+        try:
+            try:
+                told = await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
+                done = json.loads(told)
+                return "\n---\n".join([done["manifest"], *(hook["manifest"] for hook in done.get("hooks") or ())])
+            except ReleaseBusy:  # then helm does not even try how an upgrade would be
+                checks = ["--dry-run=server", "--is-upgrade", *(["--validate"] if await self.major() == 3 else [])]
+            except ClusterUnreachable:
+                checks = []
+            return (await command.run(["template", *words, *checks])).decode()
+        except RenderFailed as error:
+            raise RenderFailed(_by_names_of_the_repo(error.message, release, tree), target=error.target,
+                               hint=f"mend {release.chart} or its values, and push again") from None
+
+    async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
+        """What lives in the cluster of each of `wanted`, in their order; {} for what is not there."""
+        asked = [{"apiVersion": each["apiVersion"], "kind": each["kind"], "name": each["metadata"].get("name", ""),
+                  "namespace": each["metadata"].get("namespace") or release.namespace} for each in wanted]
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="live.", dir=self._state) as chart:
+            for name, text in _LIVE.items():
+                Path(chart, name).parent.mkdir(exist_ok=True)
+                Path(chart, name).write_text(text)
+            told = await self._command(release, timeout=2 * self.patience).run(
+                ["template", "live", chart, "--namespace", release.namespace, "--dry-run=server", "--values", "-"],
+                json.dumps({"wanted": asked}).encode())
+        (answer,) = manifests.parse(told.decode()).values()
+        live: list[Resource] = json.loads(answer["data"]["live"])
+        return live
+
+    async def _not_ready(self, release: Release) -> list[str]:
+        """The release's pods that are not ready, and why."""
+        stored = await self._stored(release)
+        workloads = tuple(f"{key.name}-" for key in stored.resources if key.kind in _WORKLOADS) if stored else ()
+        (pods,) = await self._live(release, [{"apiVersion": "v1", "kind": "Pod", "metadata": {}}])
+        return [f"pod {pod['metadata']['name']}: {why}" for pod in pods.get("items") or ()
+                if pod["metadata"]["name"].startswith(workloads) and (why := _why_not_ready(pod["status"]))]
+
+    async def _chart(self, release: Release, tree: Path) -> Path:
+        """The chart's folder or archive. A remote one is fetched once: what was rehearsed is what is deployed."""
+        if not release.remote:
+            return tree / release.chart
+        words = [release.chart, "--version", str(release.version), *(["--repo", release.repo] if release.repo else [])]
+        store = self._state / "charts"
+        kept = store / hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+        if not any(kept.glob("*.tgz")):
+            store.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="new.", dir=store) as fresh:
+                await self._command(release, timeout=4 * self.patience, failure=ChartUnavailable).run(
+                    ["pull", *words, "--destination", fresh])
+                kept.mkdir(exist_ok=True)
+                for archive in Path(fresh).iterdir():
+                    archive.replace(kept / archive.name)
+        return next(kept.glob("*.tgz"))
+
+
+def _forced(stored: _Stored | None) -> list[str]:
+    """Helm 4 applies on the server, where a field belongs to whoever changed it last: the repo's word prevails."""
+    return ["--force-conflicts"] if stored is not None and stored.applies == "ssa" else []
+
+
+def _waiting(release: Release) -> list[str]:
+    return ["--timeout", f"{release.timeout:g}s", *(["--wait", "--wait-for-jobs"] if release.wait else [])]
+
+
+def _values(release: Release, tree: Path) -> list[str]:
+    # Helm takes apart at commas what is not in quotes, as a line of CSV.
+    files = [str(tree / each).replace('"', '""') for each in release.values]
+    return [word for each in files for word in ("--values", f'"{each}"')]
+
+
+def _unhex(digits: str) -> str:
+    return bytes.fromhex(digits).decode(errors="replace")
+
+
+def _told(revision: Revision) -> str:
+    back = revision.description.startswith(_ROLLED_BACK)
+    what = (f"rolled back to revision {revision.description.removeprefix(_ROLLED_BACK)}" if back
+            else f"upgraded to {revision.chart}")
+    at = revision.at.astimezone(UTC)
+    return f"{what} (revision {revision.number}, {revision.status}, {at:%Y-%m-%d %H:%M} UTC)"
+
+
+def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
+    """Helm's words with the paths that the operator knows."""
+    def ours(match: re.Match[str]) -> str:
+        path = f"{release.chart}/{match[1]}"
+        return path if (tree / path).exists() else match[0]
+
+    return re.sub(r"[\w.-]+/((?:charts/[\w.-]+/)*templates/[\w./-]+)", ours, text.replace(f"{tree}/", ""))
+
+
+def _why_not_ready(status: dict[str, Any]) -> str:
+    """Why a pod is not ready, by its status; "" when it is, or has done its work."""
+    conditions = {each["type"]: each for each in status.get("conditions") or ()}
+    if status.get("phase") == "Succeeded" or conditions.get("Ready", {}).get("status") == "True":
+        return ""
+    for each in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+        match each:
+            case {"state": {"waiting": dict(said)}}:
+                return f"{each['name']} waits: {said.get('reason', '')} {said.get('message', '')}".strip()
+            case {"state": {"terminated": {"exitCode": int(code)}}} if code != 0:
+                return f"{each['name']} ended with status {code}"
+            case {"state": {"running": _}, "ready": False}:
+                return f"{each['name']} runs and is not ready"
+    return str(conditions.get("PodScheduled", {}).get("message") or f"it is {status.get('phase', 'not there')}")

@@ -1,0 +1,127 @@
+"""The process side of helm: pyhelm3's commands through toto's own door, and what helm's words mean.
+
+pyhelm3 itself would start a shell, and a cancel would end that and leave helm at work. Its Client is not used: it
+refuses names with dots, asks for helm's version by a shell too, and repairs a release by going back to whatever was
+there before, good or bad.
+"""
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pyhelm3  # type: ignore[import-untyped]
+
+from toto.base import process
+from toto.base.errors import InputError, TotoError
+
+log = logging.getLogger(__name__)
+
+KEPT: Final = 64_000_000  # bytes of helm's output: a release with its chart, as JSON, may be large
+_NOT_FOR_HELM: Final = ("PREFECT_", "TOTO_", "HELM_", "GIT_")
+_REFUSED: Final = re.compile("asked for the client to provide credentials|Unauthorized|x509:|loading config file")
+_UNREACHABLE: Final = re.compile("[Cc]luster unreachable")
+_LOST: Final = re.compile(f"{_UNREACHABLE.pattern}|dial tcp|TLS handshake|connection reset|unexpected EOF")
+
+
+class HelmError(TotoError):
+    """Helm, or the cluster, did not do what was asked."""
+
+
+class ClusterUnreachable(HelmError):
+    """The cluster does not answer: nothing was touched, and it is worth another try later."""
+
+
+class AccessRefused(ClusterUnreachable):
+    """The cluster answers and does not take the kubeconfig's word, or the kubeconfig is none: no use trying again."""
+
+
+class ChartUnavailable(HelmError):
+    """A remote chart cannot be had."""
+
+
+class RenderFailed(InputError):
+    """The chart does not render, or the cluster would not take what it renders to: nothing was touched."""
+
+
+class ReleaseBusy(HelmError):
+    """Another helm is at work on the release, or was killed while it was."""
+
+
+class ReleaseFailed(HelmError):
+    """An upgrade, a rollback or an uninstallation failed: the release may be half done."""
+
+
+class ReleaseMissing(ReleaseFailed):
+    """The release is not installed, where it should have been."""
+
+
+def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
+    """This process's environment as helm gets it: none of toto's or Prefect's own, and its files under `state`."""
+    ours = {name: value for name, value in os.environ.items()
+            if not name.startswith(_NOT_FOR_HELM) or name.startswith("HELM_DRIVER")}
+    ours |= {f"HELM_{what.upper()}_HOME": str(state / what) for what in ("cache", "config", "data")}
+    ours["KUBECACHEDIR"] = str(state / "cache" / "kube")  # otherwise ~/.kube/cache
+    return ours if kubeconfig is None else ours | {"KUBECONFIG": str(kubeconfig)}
+
+
+class Command(pyhelm3.Command):  # type: ignore[misc]
+    """pyhelm3's commands, with helm itself as the process: in a group of its own, within a time, ended by a cancel.
+
+    `failure` is what a failure is raised as when it is none of those that are known by helm's words.
+    """
+
+    def __init__(self, binary: str, environment: dict[str, str], *, timeout: float, failure: type[TotoError],
+                 target: str | None = None, secrets: Sequence[str] = ()) -> None:
+        super().__init__(executable=binary)
+        self.binary, self.environment, self.timeout = binary, environment, timeout
+        self.failure, self.target, self.secrets = failure, target, secrets
+
+    async def run(self, command: list[Any], input: bytes | None = None) -> bytes:
+        """What helm printed. Raises `ReleaseMissing`, `ClusterUnreachable`, `ReleaseBusy`, else `failure`."""
+        done = await self.attempt(command, input)
+        if done.status != 0:
+            raise self.explained(done)
+        for line in self.clean(done.stderr).splitlines():
+            log.info("%s: %s", self.target, line)
+        return done.stdout.encode()
+
+    async def attempt(self, command: list[Any], input: bytes | None = None) -> process.Completed:
+        """What a helm that ran to its end left; its output is not masked. A cancel lets it mark the release first."""
+        try:
+            done = await process.run([self.binary, *map(str, command)], env=self.environment, stdin=input, check=False,
+                                     timeout=self.timeout, keep=KEPT, target=self.target,
+                                     signals=(signal.SIGINT, signal.SIGTERM))
+        except process.CommandTimeout as late:
+            what = f"`helm {command[0]}` did not end within {late.seconds:g} s; {self.clean(late.tail)}"
+            kind = self.failure if issubclass(self.failure, ReleaseFailed) else ClusterUnreachable
+            raise kind(what, target=self.target, hint="is the cluster up?") from None
+        if done.truncated:
+            raise HelmError(f"`helm {command[0]}` printed more than {KEPT} bytes", target=self.target)
+        return done
+
+    def clean(self, text: str) -> str:
+        """Helm's words without what is secret in them. (The API server quotes what it could not decode.)"""
+        text = re.sub(r", error found in #\d+ byte of .*", "", text)
+        return process.tail(process.mask(text, self.secrets))
+
+    def explained(self, done: process.Completed) -> TotoError:
+        """The error that helm's words mean."""
+        words = self.clean(done.stderr.rpartition("\nError: ")[2].removeprefix("Error: "))
+        if "release: not found" in words:
+            return ReleaseMissing("it is not installed", target=self.target)
+        if "another operation (install/upgrade/rollback) is in progress" in words:
+            return ReleaseBusy("another helm is at work on it, or was killed while it was", target=self.target,
+                               hint="wait for it to end; when it was killed, a later run repairs what it left")
+        if self.failure is not ChartUnavailable and "webhook" not in words:
+            if _REFUSED.search(words):
+                return AccessRefused(words, target=self.target, hint="look at the kubeconfig that toto is given")
+            # Once helm is at work, a lost connection is a failure: something may have been touched.
+            if (_UNREACHABLE if self.failure is ReleaseFailed else _LOST).search(words):
+                return ClusterUnreachable(words, target=self.target,
+                                          hint="is the cluster up, and is it the one that the kubeconfig names?")
+        ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "failed and said nothing"
+        return self.failure(words or f"helm {ended}", target=self.target)

@@ -1,0 +1,251 @@
+"""The helm releases of a commit: `helm/NAME/release.yaml`, and what changes one. `toto.helm.cluster` deploys them."""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, StrictBool, StrictStr
+
+from toto.base.errors import InputError
+from toto.base.model import Fields, shown
+from toto.base.yaml_file import FileError, Reading, Unreadable, read_text
+from toto.helm import diff as manifests
+from toto.infra_repo import git
+from toto.infra_repo.fields import Distinct, Word
+from toto.infra_repo.settings import Seconds
+
+FILE: Final = "release.yaml"
+
+_SENSITIVE: Final = re.compile(r"passw|passphrase|secret|token|credential|private|api_?key|dsn", re.IGNORECASE)
+_LABEL: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+
+
+class ReleaseFileError(FileError):
+    """A release.yaml is wrong. `problems` holds a line for each thing that is, as `file:line: field: what`."""
+
+
+def _check_name(name: str) -> str:
+    if len(name) > 53 or not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", name):
+        raise ValueError("a release's name should be 1 to 53 lower case letters, digits, '-' and '.', "
+                         f"not {shown(name)}")
+    return name
+
+
+def _check_namespace(name: str) -> str:
+    if len(name) > 63 or not re.fullmatch(_LABEL, name):
+        raise ValueError(f"should be 1 to 63 lower case letters, digits and '-', not {shown(name)}")
+    return name
+
+
+def _check_repo(url: str) -> str:
+    if not re.fullmatch(r"(https|oci)://[^\s@]+", url):
+        raise ValueError(f"should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', "
+                         f"without a user's name, not {shown(url)}")
+    return url
+
+
+def _check_version(version: str) -> str:
+    if not re.fullmatch(r"v?\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", version):
+        raise ValueError(f"should be one exact version like '1.2.3', not {shown(version)}")
+    return version
+
+
+class ReleaseFile(Fields):
+    """What stands in a release.yaml."""
+
+    chart: Word | None = None
+    """where the chart is: a path from the release's folder, or, with a '/' before it, from the root of the repo; the
+    name of the chart in `repo`; or an `oci://` address. Left out: the release's folder itself, or its folder `chart`"""
+    repo: Annotated[StrictStr, AfterValidator(_check_repo)] | None = None
+    """the address of the repository that a remote chart is in, `https://…` or `oci://…`"""
+    version: Annotated[StrictStr, AfterValidator(_check_version)] | None = None
+    """the exact version of a remote chart"""
+    namespace: Annotated[StrictStr, AfterValidator(_check_namespace)] = "default"
+    """the namespace that it is installed in"""
+    create_namespace: StrictBool = True
+    """make the namespace where there is none"""
+    values: Annotated[tuple[Word, ...], Distinct] | None = None
+    """files of values, a later one over an earlier; paths as for `chart`. Left out: the `values.yaml` in the release's
+    folder, unless that is the chart's own"""
+    timeout: Seconds = 300
+    """seconds that each of helm's waits may take: for a hook, for the resources, for a test"""
+    wait: StrictBool = True
+    """wait until the resources are ready and the jobs done"""
+    after: Annotated[tuple[Word, ...], Distinct] = ()
+    """releases that are rolled out before this one"""
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """words to select releases by"""
+    test: StrictBool = True
+    """run the chart's own tests after an upgrade"""
+
+
+class Release(ReleaseFile):
+    """A release as a commit wants it. Paths are relative to the tree: `file`, `values`, and `chart` unless `remote`."""
+
+    name: str
+    file: str
+    chart: str
+    values: tuple[str, ...] = ()
+
+    @property
+    def remote(self) -> bool:
+        return self.version is not None
+
+    @property
+    def label(self) -> str:
+        """What people call it: `helm/web`."""
+        return f"helm/{self.name}"
+
+
+def discover(tree: Path) -> list[Release]:
+    """The releases of a tree, `helm/NAME/release.yaml`, each after those that it names in `after`, else by name.
+
+    Raises `ReleaseFileError` with everything that is wrong with any of them.
+    """
+    tree = tree.resolve()
+    readings: dict[str, Reading] = {}
+    found: dict[str, Release] = {}
+    for path in sorted(tree.glob(f"helm/*/{FILE}")):
+        name = path.parent.name
+        readings[name] = reading = Reading(f"helm/{name}/{FILE}")
+        try:
+            release = _read(reading, tree, path)
+        except Unreadable as problem:
+            reading.problem(problem.line, str(problem))
+        else:
+            found |= {name: release} if release else {}
+    for release in found.values():
+        for number, other in enumerate(release.after):
+            if other not in readings:
+                reading = readings[release.name]
+                reading.problem(reading.line(("after", number)), "after", f"there is no release {shown(other)}")
+    order: list[str] = []
+    sorter = TopologicalSorter({name: {*found[name].after} & found.keys() for name in found})
+    try:
+        sorter.prepare()
+        while sorter:
+            ready = sorted(sorter.get_ready())
+            sorter.done(*ready)
+            order += ready
+    except CycleError as error:
+        circle: list[str] = error.args[1]
+        reading = readings[circle[-1]]
+        reading.problem(reading.line(("after",)), "after",
+                        f"this goes round in a circle: {' after '.join(reversed(circle))}")
+    if problems := [what for reading in readings.values() for _, what in sorted(reading.problems)]:
+        raise ReleaseFileError(problems)
+    return [found[name] for name in order]
+
+
+def _read(reading: Reading, tree: Path, path: Path) -> Release | None:
+    folder = path.parent
+    try:
+        _check_name(folder.name)
+    except ValueError as error:
+        reading.problem(1, str(error))
+    data = reading.document(read_text(path, missing=""))
+    said = reading.validated(ReleaseFile, {} if data is None else data)
+    if said is None:
+        return None
+
+    def wrong(what: str, *place: str | int) -> None:
+        reading.problem(reading.line(place), str(place[0]), what)
+
+    def inside(text: str, *place: str | int) -> str:
+        """The path in the tree that a text names; "" where it is wrong."""
+        named = _real(tree / text.lstrip("/") if text.startswith("/") else folder / text)
+        if not named.is_relative_to(tree) or named == tree:
+            wrong(f"{shown(text)} leads out of the repo", *place)
+        elif not os.access(named, os.R_OK):
+            wrong(f"there is no {shown(str(named.relative_to(tree)), 200)}", *place)
+        else:
+            return str(named.relative_to(tree))
+        return ""
+
+    chart = said.chart or ""
+    if said.repo is not None or chart.startswith("oci://"):
+        if not chart:
+            wrong("a repo needs a chart: its name there", "repo")
+        if said.version is None:
+            wrong("is missing: a remote chart needs one exact version, to be the same tomorrow", "version")
+        chart = f"{said.repo.rstrip('/')}/{chart}" if said.repo and said.repo.startswith("oci://") else chart
+    else:
+        if said.version is not None:
+            wrong("is only for a remote chart; that of one in the repo stands in its Chart.yaml", "version")
+        chart = inside(chart or ("." if (folder / "Chart.yaml").exists() else "chart"), "chart")
+        if chart and not chart.endswith(".tgz") and not (tree / chart / "Chart.yaml").is_file():
+            wrong(f"there is no Chart.yaml in {chart}", "chart")
+    own = chart == f"helm/{folder.name}"
+    values = said.values
+    if values is None:
+        values = ("values.yaml",) if (folder / "values.yaml").exists() and not own else ()
+    release = Release(**said.model_dump(exclude={"chart", "values"}), name=folder.name, file=reading.file, chart=chart,
+                      values=tuple(inside(text, "values", number) for number, text in enumerate(values)))
+    if not reading.problems:
+        for link in (each for each in _sources(tree, release) if not each.is_relative_to(tree)):
+            wrong(f"a link in it leads out of the repo, to {link}", "chart")
+    return release
+
+
+def _sources(tree: Path, release: Release) -> set[Path]:
+    """All files and folders that make a release, with what links in them lead to."""
+    found: set[Path] = set()
+    rest = [tree / each for each in (release.file, *release.values, *([] if release.remote else [release.chart]))]
+    while rest:
+        path = _real(rest.pop())
+        if path not in found and os.access(path, os.R_OK):
+            found.add(path)
+            rest += (Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)
+                     if Path(folder, name).is_symlink())
+    return found
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads. (Not `resolve`, which raises for links that go round in a circle.)"""
+    return Path(os.path.realpath(path))
+
+
+async def identity(repo: Path, commit: str, tree: Path, release: Release) -> str:
+    """The hash of all that makes a release: its chart, its values, its release.yaml. Starts no helm.
+
+    Raises `InputError` where the tree is not the commit's.
+    """
+    tree = tree.resolve()
+    sources = _sources(tree, release)
+    names = sorted(str(path.relative_to(tree)) for path in sources if sources.isdisjoint(path.parents))
+    listed = await git.git(repo, "ls-tree", "-z", "--full-tree", commit, "--", *names)
+    objects = [each for each in listed.stdout.split("\0") if each]
+    if len(objects) != len(names):
+        raise InputError(f"the commit {commit[:12]} does not have all of {', '.join(names)}", target=release.label)
+    return hashlib.sha256("\0".join(objects).encode()).hexdigest()
+
+
+def sensitive(release: Release, tree: Path) -> list[str]:
+    """The values of keys that sound like a secret's: helm's words on what does not render may hold values."""
+    own = [] if release.remote else [f"{release.chart}/values.yaml"]
+    found: set[str] = set()
+    for each in (*own, *release.values):
+        with contextlib.suppress(OSError, InputError):  # helm says what is wrong with it
+            found.update(_sensitive(manifests.load((tree / each).read_text(errors="replace")), False, set()))
+    return manifests.worth_masking(found)
+
+
+def _sensitive(value: object, under: bool, seen: set[tuple[int, bool]]) -> Iterator[str]:
+    if (id(value), under) in seen:  # an alias: a few of them can stand for a billion values
+        return
+    match value:
+        case str() if under:
+            yield from (value, *value.splitlines())
+        case dict():
+            seen.add((id(value), under))
+            for key, each in value.items():
+                yield from _sensitive(each, under or bool(_SENSITIVE.search(str(key))), seen)
+        case list():
+            seen.add((id(value), under))
+            for each in value:
+                yield from _sensitive(each, under, seen)

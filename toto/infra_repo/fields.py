@@ -1,0 +1,100 @@
+"""The kinds of value that manifest and settings share: names, addresses, keys, words, and how each is checked."""
+
+import re
+from collections.abc import Hashable
+from typing import Annotated, Final
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
+
+from toto.base.model import shown
+from toto.infra_repo.window import Window
+
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_ADDRESS: Final = r"[\w:][\w.:%-]{0,252}"
+_USER: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}"
+_HOST_KEY: Final = r"(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\x00-\x1f\x7f]*)?"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def check_name(name: str) -> str:
+    """`name` itself when it can name a host or a machine; ValueError when not."""
+    if not re.fullmatch(_NAME, name) or ".." in name or name.endswith("."):
+        raise ValueError(f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
+                         f"and not end in a dot, not {shown(name)}")
+    return name
+
+
+def check_address(address: str) -> str:
+    if "@" in address:
+        raise ValueError(f"should be a host name or an IP address; the user goes to ssh.user, not {shown(address)}")
+    if not re.fullmatch(_ADDRESS, address):
+        raise ValueError(f"should be a host name or an IP address, not {shown(address)}")
+    return address
+
+
+def check_user(user: str) -> str:
+    if not re.fullmatch(_USER, user):
+        raise ValueError(f"should be a user name of letters, digits, '.', '-' and '_', not {shown(user)}")
+    return user
+
+
+def _check_word(text: str) -> str:
+    if not text.strip() or text.startswith("-") or _CONTROL.search(text) or '"' in text:
+        raise ValueError(f"should be one line of text that does not begin with '-', not {shown(text)}")
+    return text
+
+
+def check_host_key(text: str) -> str:
+    if not re.fullmatch(_HOST_KEY, text):
+        raise ValueError(f"should be a public key like 'ssh-ed25519 AAAA…', not {shown(text)}")
+    return text
+
+
+def check_system(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+-[a-z0-9]+", text):
+        raise ValueError(f"should be a system like 'x86_64-linux', not {shown(text)}")
+    return text
+
+
+def _check_freeze(value: object) -> object:
+    if not isinstance(value, bool) and (not isinstance(value, str) or not value.strip() or _CONTROL.search(value)
+                                        or value.lower() in ("true", "false", "yes", "no", "on", "off")):
+        raise ValueError(f"should be true, false or the reason in one line of text, not {shown(value)}")
+    return value
+
+
+def _check_window(value: object) -> object:
+    if isinstance(value, Window):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"should be text like 'Sat-Sun 22:00-06:00', not {shown(value)}")
+    return Window.parse(value)
+
+
+def _check_distinct(values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    seen: set[Hashable] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"should name each once, not {shown(value)} twice")
+        seen.add(value)
+    return values
+
+
+Name = Annotated[StrictStr, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
+Word = Annotated[StrictStr, AfterValidator(_check_word)]
+Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+Distinct = AfterValidator(_check_distinct)
+Freeze = Annotated[StrictBool | StrictStr, BeforeValidator(_check_freeze)]
+
+
+OpenIn = Annotated[Window, BeforeValidator(_check_window), PlainSerializer(str),
+                   WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]})]

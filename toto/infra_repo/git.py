@@ -1,0 +1,238 @@
+"""Reading the infra repo on toto, and exporting a commit to a tree without .git. The ledger is `toto.ledger.ledger`'s.
+
+Objects are read by GitPython (which keeps a `git cat-file` of its own while a repo is open); everything else
+goes through the process door. Both get an environment that no hook's GIT_DIR or quarantine leaks into.
+"""
+
+import os
+import random
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+import git as gitpython
+from gitdb.exc import BadName, BadObject
+
+from toto.base import paths, process
+from toto.base.errors import InputError, TotoError
+
+STALE: Final = 20  # seconds; git holds a ref's lock for milliseconds
+
+
+class GitError(TotoError):
+    """git, or the infra repo, did not do what was asked."""
+
+
+class NoSuchCommit(InputError):
+    """The commit or branch is not in the infra repo."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit as people know it. `committer` is a mail address: of who pushed it, as far as a commit can tell."""
+
+    hash: str
+    subject: str = ""
+    author: str = ""
+    committer: str = ""
+
+
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without any GIT_*: a hook's GIT_DIR must not choose our repo."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return clean | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
+
+
+async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, check: bool = True,
+              extra: dict[str, str] | None = None) -> process.Completed:
+    """Run git on a bare repo; raises `CommandFailed` when `check`."""
+    return await process.run(
+        ["git", f"--git-dir={repo}", "-c", "core.fsync=loose-object,reference", *arguments],
+        env=environment(extra), stdin=stdin, check=check, timeout=300, target=repo.name)
+
+
+@contextmanager
+def open_repo(repo: Path) -> Iterator[gitpython.Repo]:
+    """The repo for reading, for as long as the block lasts. Raises `InputError` where there is none."""
+    try:
+        opened = gitpython.Repo(repo)
+    except (gitpython.InvalidGitRepositoryError, gitpython.NoSuchPathError) as error:
+        raise InputError("is not a git repository", target=str(repo),
+                         hint="name the path of the bare repo") from error
+    with opened:
+        opened.git.update_environment(GIT_DIR=str(opened.git_dir))
+        yield opened
+
+
+def bare(path: Path) -> Path:
+    """The git directory of a repo, bare or with a work tree. Raises `InputError` where there is none."""
+    with open_repo(path) as opened:
+        return Path(opened.git_dir)
+
+
+def resolve(repo: Path, revision: str) -> str:
+    """The full hash of the commit that `revision` (branch, tag or hash) names. Raises `NoSuchCommit`."""
+    if not revision or revision.startswith("-") or "\n" in revision:
+        raise NoSuchCommit(f"{revision!r} does not name a commit", target=str(repo))
+    with open_repo(repo) as opened:
+        try:
+            return str(opened.commit(revision).hexsha)
+        except (BadName, BadObject, ValueError, IndexError) as error:
+            raise NoSuchCommit(f"has no commit {revision!r}", target=str(repo),
+                               hint="push it first, or see `git log --all`") from error
+
+
+async def describe(repo: Path, commit: str) -> Commit:
+    """The subject of a commit, its author's name, and its committer's mail address; each as somebody once typed it."""
+    done = await git(repo, "-c", "log.showSignature=false", "log", "-1", "--no-color", "--encoding=UTF-8",
+                     "--format=%H%x00%s%x00%an%x00%ce", commit, "--")
+    return Commit(*done.stdout.removesuffix("\n").split("\0"))
+
+
+@asynccontextmanager
+async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
+    """The files of a commit under `directory`/tree, for as long as the block lasts, for this run alone.
+
+    Always the same path: a configuration that mentions where it lies (`toString ./.`) keeps its drv from
+    commit to commit. There is no .git in it, so no revision can leak into a drv. Other runs of the
+    same repo wait; the lock goes with the process that held it, however that ends.
+
+    Raises `InputError` for a link that leads out of the tree.
+    """
+    async with paths.alone(directory / "export.lock"):
+        tree = directory / "tree"
+        await checkout(repo, commit, tree)
+        yield tree
+
+
+async def checkout(repo: Path, commit: str, destination: Path) -> None:
+    """Write the files of a commit to `destination`, which is emptied first."""
+    if destination.exists():
+        shutil.rmtree(destination)
+    destination.mkdir(parents=True)
+    index = destination.with_name(f"{destination.name}.index")
+    index.unlink(missing_ok=True)
+    try:
+        # Not `git archive`: that expands export-subst, and the revision would be back in the tree.
+        extra = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(destination)}
+        await git(repo, "read-tree", commit, extra=extra)
+        await git(repo, "checkout-index", "--all", "--force", "--quiet", extra=extra)
+    finally:
+        index.unlink(missing_ok=True)
+    _refuse_links_out(destination)
+    # A flake's self.lastModified is the newest time in its tree: the same in every checkout, or the drv would change.
+    for directory, folders, files in os.walk(destination, topdown=False):
+        for name in (*files, *folders):
+            os.utime(Path(directory, name), (1, 1), follow_symlinks=False)
+    os.utime(destination, (1, 1))
+
+
+def _refuse_links_out(tree: Path) -> None:
+    root = os.path.realpath(tree)
+    for directory, folders, files in os.walk(tree):
+        for name in (*folders, *files):
+            path = Path(directory, name)
+            if path.is_symlink():
+                leads = os.path.realpath(path)
+                if not (leads == root or leads.startswith((root + os.sep, "/nix/store/"))):
+                    raise InputError(f"is a link that leads out of the repo, to {path.readlink()}",
+                                     target=str(path.relative_to(tree)), hint="commit the file itself")
+
+
+async def superseded_by(repo: Path, commit: str) -> str | None:
+    """The commit whose deployment was asked for last, when that is another than `commit`, else None.
+
+    The hook notes it in `refs/toto/wanted`; without that it is the newest commit of the deployed branch (the bare
+    repo's HEAD). Another, not a later one: what a force push took away must not be rolled out either.
+    """
+    for name in ("refs/toto/wanted", "HEAD"):
+        done = await git(repo, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False)
+        if newest := done.stdout.strip():
+            return newest if newest != commit else None
+    return None
+
+
+async def mark(repo: Path, tag: str, commit: str) -> None:
+    """Point a lightweight tag at a commit, moving it if it exists."""
+    if (done := await update_ref(repo, f"refs/tags/{tag}", commit, message=f"toto: {tag}")).status != 0:
+        raise GitError(f"could not be moved to {commit[:8]}: {process.tail(done.stderr)}", target=tag)
+
+
+async def update_ref(repo: Path, ref: str, new: str, old: str | None = None, *, message: str) -> process.Completed:
+    """Move a ref, if it still is at `old`; status 0 when it was moved.
+
+    A git that was killed, or lost its power, leaves the ref locked for ever. Such a lock is broken once it is older
+    than any living git would hold it.
+    """
+    deadline = time.monotonic() + 2 * STALE
+    while True:
+        expected = [] if old is None else [old]
+        done = await git(repo, "update-ref", "-m", message, ref, new, *expected, check=False)
+        if done.status == 0 or not _lock(repo, ref).exists() or time.monotonic() > deadline:
+            return done
+        await _break_stale_lock(repo, ref)
+        await anyio.sleep(random.uniform(0.01, 0.1))  # noqa: S311
+
+
+def _lock(repo: Path, ref: str) -> Path:
+    return repo / f"{ref}.lock"
+
+
+async def _break_stale_lock(repo: Path, ref: str) -> None:
+    async with paths.alone(repo / "toto-stale.lock"):  # two that break it at once could break a third's
+        with suppress(FileNotFoundError):
+            if time.time() - _lock(repo, ref).stat().st_mtime > STALE:
+                _lock(repo, ref).unlink()
+
+
+async def edit_file(repo: Path, ref: str, path: str, edit: Callable[[str], str], message: str) -> None:
+    """Change one file of the branch `ref`, safe with several writers: `edit` makes the new text of the old.
+
+    The old is "" at first. It is called again when another writer was first; a text that it leaves as it was makes
+    no commit. Raises `GitError` when the branch cannot be written.
+    """
+    await _edit(repo, ref, ["cat-file", "blob", f"{ref}:{path}"], f"M 100644 inline {path}", edit, message)
+
+
+async def edit_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
+    """Change the note of a commit in `ref` (below refs/notes), as `edit_file` changes a file."""
+    await _edit(repo, ref, ["notes", f"--ref={ref}", "show", commit], f"N inline {commit}", edit, "toto's notes")
+
+
+async def _edit(repo: Path, ref: str, read: list[str], write: str, edit: Callable[[str], str], message: str) -> None:
+    for attempt in range(20):
+        if _lock(repo, ref).exists():
+            await _break_stale_lock(repo, ref)
+        # The ref first: what is read after it may be newer, and then it is fast-import that refuses.
+        parent = (await git(repo, "rev-parse", "--verify", "--quiet", ref, check=False)).stdout.strip()
+        old = (await git(repo, *read, check=False)).stdout
+        new = edit(old)
+        if new == old:
+            return
+        # Moves the ref only as a fast-forward from `parent`, which makes it a compare-and-swap.
+        stream = b"".join((
+            f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
+            f"from {parent}\n".encode() if parent else b"", f"{write}\n".encode(), _data(new), b"done\n"))
+        done = await git(repo, "fast-import", "--quiet", "--date-format=now", stdin=stream, check=False)
+        if done.status == 0:
+            return
+        if done.status != 1:  # 1: another writer was first
+            break
+        await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
+    raise GitError(f"{ref} could not be written: {process.tail(done.stderr)}", target=str(repo),
+                   hint="is there room on the disk, and may toto write to it?")
+
+
+def _data(text: str) -> bytes:
+    data = text.encode()
+    return b"data %d\n%b\n" % (len(data), data)
+
+
+def now() -> str:
+    """The time as it is written into records: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,260 @@
+"""The manifest, `machines.yaml`: the physical machines, and what toto may do with each.
+
+`load` reports everything that is wrong with a file at once, a line each: file, line, machine, field.
+Not for reaching machines (`toto.machine.ssh`), nor for what runs on them (`hosts/`).
+
+`python -m toto.infra_repo.manifest` prints the JSON schema of the file, for editors.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from toto.base.model import Fields, Location, Model, shown
+from toto.base.yaml_file import FileError, Reading, quoted, read_text
+from toto.infra_repo.fields import (
+    Distinct,
+    Freeze,
+    Name,
+    OpenIn,
+    Port,
+    Word,
+    check_address,
+    check_host_key,
+    check_system,
+    check_user,
+)
+
+FILE: Final = "machines.yaml"
+
+
+class ManifestError(FileError):
+    """The manifest is wrong. `problems` holds a line for each thing that is, as `file:line: machine: field: what`."""
+
+
+class SSH(Fields):
+    """How to reach a machine."""
+
+    user: Annotated[StrictStr, AfterValidator(check_user)] = "toto"
+    """the user that toto logs in as"""
+    port: Port = 22
+    """the port of the machine's SSH server"""
+    identity: Word | None = None
+    """a private key: a path on toto, or the name of one of toto's own keys"""
+    host_key: Annotated[StrictStr, AfterValidator(check_host_key)] | None = None
+    """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""
+
+
+class Machine(Fields):
+    """A machine, and what toto may do with it."""
+
+    name: Name
+    """the machine's name; the host of the same name in `hosts/` is what runs on it"""
+    address: Annotated[StrictStr, AfterValidator(check_address)]
+    """host name or IP address"""
+    system: Annotated[StrictStr, AfterValidator(check_system)] = "x86_64-linux"
+    """nix's name of its platform"""
+    role: Literal["nixos", "other"] = "nixos"
+    """`other` (a NAS, a switch) is known and never deployed"""
+    after: Annotated[tuple[Name, ...], Distinct] = ()
+    """machines that are rolled out before this one: a hypervisor before its guests"""
+    wave: Annotated[StrictInt, Field(ge=0, le=1000)] = 0
+    """a later wave begins when every machine of the earlier ones is done"""
+    deploy: Literal["push", "pull", "none"] = "push"
+    """toto pushes, the machine's flying-monkey pulls, or neither"""
+    activation: Literal["switch", "boot", "test"] = "switch"
+    """what a roll-out ends with; a netbooted host is only ever `test`ed"""
+    ssh: SSH = SSH()
+    """how to reach it"""
+    ports: Annotated[tuple[Port, ...], Distinct] = ()
+    """ports that tests may reach, forwarded into the sandbox as `TOTO_PORT_<port>`"""
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """words to select machines by"""
+    venues: Annotated[tuple[Word, ...], Distinct] = ()
+    """where results of this machine are told, besides the usual places"""
+    freeze: Freeze = False
+    """`true` or a reason: rehearsed, not rolled out"""
+    window: OpenIn | None = None
+    """when it may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+    memory: Annotated[StrictInt, Field(ge=64, le=16_777_216)] | None = None
+    """MB of memory of its sandbox; as the host's VM says, when left out"""
+    cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    """processors of its sandbox; as the host's VM says, when left out"""
+
+    @property
+    def deployed(self) -> bool:
+        """Whether toto may ever change this machine."""
+        return self.role == "nixos" and self.deploy != "none"
+
+
+class Manifest(Model):
+    """The machines of a fleet, by name, in the order of the file."""
+
+    machines: dict[str, Machine] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        for name, machine in self.machines.items():
+            if machine.name != name:
+                raise ValueError(f"machine {shown(machine.name)} is kept as {shown(name)}")
+        if wrong := list(_relations(self.machines)):
+            raise ValueError("; ".join(f"{name}: {'.'.join(map(str, where))}: {what}" for name, where, what in wrong))
+        return self
+
+    def order(self, names: Iterable[str]) -> list[list[str]]:
+        """`names` in groups, to be rolled out one group after the other: by wave, then by `after`.
+
+        A machine comes after those it depends on, also through machines that are not among `names`.
+        Within a group the order is the file's. Raises `ManifestError` for a name that is no machine.
+        """
+        chosen = set(names)
+        if unknown := sorted(chosen - self.machines.keys()):
+            raise ManifestError([f"{FILE}: {name}: there is no such machine" for name in unknown])
+        depth: dict[str, int] = {}
+        for name in _sorter(self.machines).static_order():
+            machine = self.machines[name]
+            depth[name] = max((depth[other] + (other in chosen) for other in machine.after
+                               if self.machines[other].wave == machine.wave), default=0)
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, machine in self.machines.items():
+            if name in chosen:
+                groups.setdefault((machine.wave, depth[name]), []).append(name)
+        return [groups[key] for key in sorted(groups)]
+
+
+def load(path: Path) -> Manifest:
+    """The manifest in the file `path`. Raises `ManifestError` with everything that is wrong with it."""
+    return _read(path.name, lambda: read_text(path, missing="list the machines in it, see docs/manifest.md"))
+
+
+def parse(text: str) -> Manifest:
+    """The manifest that a text is. Raises `ManifestError`."""
+    return _read(FILE, lambda: text)
+
+
+def _read(name: str, text: Callable[[], str]) -> Manifest:
+    reading = _Reading(name)
+    with reading.telling(ManifestError):
+        manifest = reading.manifest(text())
+    return manifest
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors and for the docs."""
+    machine = Machine.model_json_schema(ref_template="#/$defs/{model}")
+    definitions = machine.pop("$defs", {})
+    named = {**machine, "title": "Machine by name", "required": ["address"]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "toto's manifest, machines.yaml",
+        "type": "object",
+        "required": ["machines"],
+        "additionalProperties": False,
+        "properties": {
+            "machines": {
+                "description": "the machines: a list, or a mapping of each one's name to its other fields",
+                "oneOf": [
+                    {"type": "array", "items": {"$ref": "#/$defs/Machine"}},
+                    {"type": "object", "additionalProperties": {"$ref": "#/$defs/NamedMachine"}},
+                ],
+            },
+        },
+        "$defs": {**definitions, "Machine": machine, "NamedMachine": named},
+    }
+
+
+Relation: TypeAlias = tuple[str, Location, str]
+
+
+def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
+    """What is wrong between machines: (machine, field, what)."""
+    for machine in machines.values():
+        for index, other in enumerate(machine.after):
+            if other not in machines:
+                yield machine.name, ("after", index), f"there is no machine {shown(other)}"
+            elif machines[other].wave > machine.wave:
+                yield machine.name, ("after", index), (
+                    f"{other} is of wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
+    graph = {name: {other for other in machine.after if other in machines} for name, machine in machines.items()}
+    for _ in range(20):
+        try:
+            TopologicalSorter(graph).prepare()
+            return
+        except CycleError as error:
+            # The cycle is told as its edges run: each machine is before the next one.
+            cycle: list[str] = error.args[1]
+            last = cycle[-1]
+            yield last, ("after",), f"this goes round in a circle: {' after '.join(reversed(cycle))}"
+            graph[last] = graph[last] - {cycle[-2]}
+
+
+def _sorter(machines: Mapping[str, Machine]) -> TopologicalSorter[str]:
+    return TopologicalSorter({name: machine.after for name, machine in machines.items()})
+
+class _Reading(Reading):
+    """One reading of a manifest."""
+
+    def manifest(self, text: str) -> Manifest:
+        root = self.document(text, empty="it should begin with `machines:`")
+        if not isinstance(root, dict):
+            self.problem(1, f"should be a mapping that begins with `machines:`, not {shown(root)}")
+            return Manifest()
+        for key in root.keys() - {"machines"}:
+            self.problem(self.line((key,)), quoted(key), "is not a known field; known is machines")
+        if "machines" not in root:
+            self.problem(1, "machines", "is missing")
+            return Manifest()
+        machines: dict[str, Machine] = {}
+        places: dict[str, Location] = {}
+        for place, label, fields in self.entries(root["machines"]):
+            machine = self.validated(Machine, fields, place, label)
+            name = fields.get("name") if isinstance(fields, dict) else None
+            if not isinstance(name, str):
+                continue
+            if name.lower() in places:
+                first = self.line(places[name.lower()])
+                self.problem(self.line((*place, "name")), label, "name",
+                             f"is taken by the machine on line {first} (upper and lower case count as one)")
+                continue
+            places[name.lower()] = place
+            if machine is not None:
+                machines[name] = machine
+        if not self.problems:
+            for name, where, what in _relations(machines):
+                place = places[name.lower()]
+                self.problem(self.line((*place, *where)), name, str(where[0]), what)
+        return Manifest() if self.problems else Manifest(machines=machines)
+
+    def entries(self, machines: object) -> Iterator[tuple[Location, str, object]]:
+        """Each machine of either form: where it is, how to call it, its fields."""
+        match machines:
+            case tuple():
+                for index, fields in enumerate(machines):
+                    name = fields.get("name") if isinstance(fields, dict) else None
+                    label = quoted(name) if isinstance(name, str) else f"machine {index + 1}"
+                    yield ("machines", index), label, fields
+            case dict():
+                for name, fields in machines.items():
+                    place = ("machines", name)
+                    if isinstance(fields, dict) and fields.get("name", name) != name:
+                        self.problem(self.line((*place, "name")), quoted(name), "name",
+                                     f"is {shown(name)} already by its key, not {shown(fields['name'])}")
+                    named = {**fields, "name": name} if isinstance(fields, dict) else fields
+                    yield place, quoted(name), {"name": name} if fields is None else named
+            case _:
+                self.problem(self.line(("machines",)), "machines",
+                             f"should be a list of machines, or a mapping by their names, not {shown(machines)}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

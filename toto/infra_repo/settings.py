@@ -1,0 +1,246 @@
+"""The fleet's settings, `toto.toml` of the infra repo: every one has a default, so the file may be missing.
+
+Not for secrets, nor for what belongs to the server: those are Prefect blocks and the environment.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from toto.base.errors import InputError
+from toto.base.model import Location, Model, explain, shown
+from toto.infra_repo.fields import Distinct, Freeze, Name, OpenIn, Word
+
+FILE: Final = "toto.toml"
+LARGEST: Final = 1 << 20  # bytes of a file
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_VENUE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_MAIL: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+
+
+class SettingsError(InputError):
+    """The settings are wrong. `problems` holds a line for each thing that is, as `file: key: what`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+def _check_nixpkgs(text: str) -> str:
+    searched = re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9+._/-]*>", text)
+    if not searched and (not re.fullmatch(r"[A-Za-z0-9._/][A-Za-z0-9+._/-]*", text) or ".." in text.split("/")):
+        raise ValueError(f"should be like '<nixpkgs>', or the path of an expression in the repo, not {shown(text)}")
+    return text
+
+
+def _check_path(text: str) -> str:
+    if not text.strip() or text.startswith("-") or _CONTROL.search(text):
+        raise ValueError(f"should be a path, not {shown(text)}")
+    return text
+
+
+def _check_in_repo(text: str) -> str:
+    if text.startswith(("/", "-")) or ".." in text.split("/") or not text.strip("./ ") or _CONTROL.search(text):
+        raise ValueError(f"should be a path in the repo, without '..', not {shown(text)}")
+    return text
+
+
+def _check_backend(text: str) -> str:
+    return text if re.fullmatch(r"[A-Za-z_]\w*=[^\x00-\x1f\x7f]*", text) else _check_in_repo(text)
+
+
+InRepo = Annotated[StrictStr, AfterValidator(_check_in_repo)]
+
+
+def is_venue_name(text: str) -> bool:
+    """Whether a venue, which is a Prefect block, can have this name."""
+    return _VENUE.fullmatch(text) is not None
+
+
+def is_mail_address(text: str) -> bool:
+    """Whether `text` is one plain mail address."""
+    return len(text) <= 254 and _MAIL.fullmatch(text) is not None
+
+
+def _check_venue(text: str) -> str:
+    if not is_venue_name(text):
+        raise ValueError(f"should be a venue's name of lower-case letters, digits and '-', not {shown(text)}")
+    return text
+
+
+def _check_mail(text: str) -> str:
+    if not is_mail_address(text if "@" in text else f"x@{text}"):
+        raise ValueError(f"should be a mail address or a domain like 'example.org', not {shown(text)}")
+    return text.lower()
+
+
+Seconds = Annotated[float, Field(strict=True, gt=0, le=7 * 86_400, allow_inf_nan=False)]
+Megabytes = Annotated[StrictInt, Field(ge=64, le=16_777_216)]
+
+
+class Nix(Model):
+    """Evaluation and builds."""
+
+    nixpkgs: Annotated[StrictStr, AfterValidator(_check_nixpkgs)] = "<nixpkgs>"
+    """where nixpkgs is, for hosts without a flake: a search path, or an expression in the repo that gives its path"""
+    evaluate_timeout: Seconds = 600
+    """seconds that the evaluation of one host may take"""
+    evaluate_memory: Megabytes = 1700
+    """MB that an evaluation may take: decides how many run side by side"""
+    build_timeout: Seconds = 7200
+    """seconds that a build may take"""
+    signing_key: Annotated[StrictStr, AfterValidator(_check_path)] | None = None
+    """file on toto of the secret key that signs closures; nothing is signed, when left out"""
+
+
+class Sandbox(Model):
+    """Rehearsals."""
+
+    memory: Megabytes | None = None
+    """MB of memory of each sandbox; as the host's VM says, when left out"""
+    boot_timeout: Seconds = 300
+    """seconds until the host answers SSH"""
+    test_timeout: Seconds = 300
+    """seconds that one test script may take"""
+    phase_timeout: Seconds = 1800
+    """seconds that all test scripts of a phase may take"""
+    test_output: Annotated[StrictInt, Field(ge=1000, le=1_000_000_000)] = 1_000_000
+    """bytes that are kept of the output of one test script"""
+
+
+class RollOut(Model):
+    """What touches machines."""
+
+    method: Literal["toto", "nixos-rebuild"] = "toto"
+    """`toto` activates under a watchdog on the machine, `nixos-rebuild` leaves activation to nixos-rebuild"""
+    policy: Literal["all", "partial"] = "all"
+    """`all`: nothing is rolled out when one host fails its rehearsal; `partial`: the others are"""
+    confirm_timeout: Seconds = 120
+    """seconds until the machine's watchdog goes back, when toto does not confirm"""
+    activation_timeout: Seconds = 600
+    """seconds that an activation may take"""
+    connect_timeout: Seconds = 15
+    """seconds until a machine that does not answer is unreachable"""
+    freeze: Freeze = False
+    """`true` or a reason: nothing of the fleet is rolled out, everything is rehearsed"""
+    window: OpenIn | None = None
+    """when anything may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+
+
+Prevent = Annotated[tuple[Literal["destroy", "replace"], ...], Distinct]
+Approve = Literal["never", "destroy", "always"]
+
+
+class TerraformRoot(Model):
+    """A root module of terraform."""
+
+    path: InRepo | None = None
+    """its folder in the repo; `terraform/NAME`, when left out"""
+    workspace: Name = "default"
+    """the workspace that it is deployed to; it is made when it is not there"""
+    var_files: Annotated[tuple[InRepo, ...], Distinct] = ()
+    """files of variables, as paths in the repo; later ones win"""
+    backend_config: Annotated[tuple[Annotated[StrictStr, AfterValidator(_check_backend)], ...], Distinct] = ()
+    """what its backend block leaves out: files, as paths in the repo, or `key=value`; no secrets"""
+    after: Annotated[tuple[Name, ...], Distinct] = ()
+    """roots that are applied before this one"""
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """words to select roots by"""
+    watch: Annotated[tuple[InRepo, ...], Distinct] = ()
+    """more files and folders of the repo that it reads; a change to them plans it again"""
+    prevent: Prevent | None = None
+    """as `terraform.prevent`, for this root alone"""
+    approve: Approve | None = None
+    """as `terraform.approve`, for this root alone"""
+
+
+class Terraform(Model):
+    """Terraform's root modules."""
+
+    timeout: Seconds = 3600
+    """seconds that one terraform command may take"""
+    lock_timeout: Seconds = 300
+    """seconds that a state which is locked by another is waited for"""
+    prevent: Prevent = ()
+    """what no plan may do: `destroy` (a replacement destroys as well), or `replace` alone"""
+    approve: Approve = "never"
+    """which plans wait for a person's approval: none, those that `destroy` or replace, or `always`"""
+    approve_timeout: Seconds = 3600
+    """seconds that an approval is waited for"""
+    roots: dict[Name, TerraformRoot] = Field(default_factory=dict)
+    """the roots by name; when left out, `terraform/`, or else each folder in it that has `.tf` files"""
+
+
+class Venues(Model):
+    """Who hears of a run. What a name stands for (an address, a secret) is a Prefect block of that name."""
+
+    fleet: tuple[Annotated[StrictStr, AfterValidator(_check_venue)], ...] = ()
+    """names of the venues that hear of every target: failures, what was deployed, what works again"""
+    mail_pusher: tuple[Annotated[StrictStr, AfterValidator(_check_mail)], ...] = ()
+    """addresses and domains: the committer of a pushed commit gets the result by mail when it is one of these"""
+    notes: StrictBool = True
+    """whether a result is also written as a git note of its commit, in `refs/notes/toto`"""
+
+
+class Settings(Model):
+    """Everything in `toto.toml`."""
+
+    nix: Nix = Nix()
+    sandbox: Sandbox = Sandbox()
+    roll_out: RollOut = RollOut()
+    terraform: Terraform = Terraform()
+    venues: Venues = Venues()
+
+
+def load(tree: Path) -> Settings:
+    """The settings of an infra repo checked out at `tree`; all defaults where it has no `toto.toml`.
+
+    Raises `SettingsError` with everything that is wrong, and the line of what is not TOML.
+    """
+    data = _toml(tree / FILE)
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError([
+            problem(location, what) for location, what in explain(error, Settings)
+        ]) from None
+
+
+def problem(location: Location, what: str) -> str:
+    """A line of a `SettingsError`: what is wrong with the setting at `location`."""
+    return f"{FILE}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        if path.exists() and not path.is_file():
+            raise SettingsError([f"{FILE}: this is not a file"])
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError([f"{FILE}: cannot be read: {error.strerror}"]) from None
+    if len(data) > LARGEST:
+        raise SettingsError([f"{FILE}: is larger than {LARGEST >> 20} MiB"])
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SettingsError([f"{FILE}:{line}: is not UTF-8 from here on"]) from None
+    except RecursionError:
+        raise SettingsError([f"{FILE}: is nested too deeply"]) from None
+    except ValueError as error:
+        # Besides TOMLDecodeError also what Python's int() says of a number without end.
+        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
+        line = (int(found[2]) if found[2] else data.count(b"\n") + 1) if found else 1
+        what = " ".join((found[1] if found else str(error)).split())
+        raise SettingsError([f"{FILE}:{line}: is not TOML: {what[:1].lower()}{what[1:]}"]) from None
+
+
+def _key(part: str | int) -> str:
+    return part if isinstance(part, str) and re.fullmatch(r"[A-Za-z0-9_-]+", part) else shown(part)

@@ -1,0 +1,57 @@
+"""Windows of time in which machines may be changed: `Mo-Fr 22:00-06:00`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, time
+from typing import Final, Self
+
+from toto.base.model import shown
+
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A weekly maintenance window, such as `Sat-Sun 22:00-06:00`, `Mon,Thu 01:00-03:30` or `22:00-06:00` (daily).
+
+    A window whose end is not after its start ends on the next day; its days are those on which it starts.
+    """
+
+    text: str
+    days: frozenset[int]  # 0 is Monday
+    start: time
+    end: time  # 24:00 is kept as 00:00, which is the next day's
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError, saying what form is wanted."""
+        wanted = f"should be like 'Sat-Sun 22:00-06:00' or '22:00-06:00', not {shown(text)}"
+        form = re.fullmatch(r"(?:([A-Za-z,-]+) +)?(\d\d:\d\d) ?- ?(\d\d:\d\d)", text.strip(), re.ASCII)
+        if form is None:
+            raise ValueError(wanted)
+        try:
+            days = frozenset(range(7)) if form[1] is None else frozenset(_days(form[1]))
+            start = time.fromisoformat(form[2])
+            end = time(0) if form[3] == "24:00" else time.fromisoformat(form[3])
+        except ValueError:
+            raise ValueError(wanted) from None
+        return cls(text.strip(), days, start, end)
+
+    def contains(self, moment: datetime) -> bool:
+        """Whether the window is open at `moment`, by the clock that `moment` shows."""
+        clock, today = moment.time(), moment.weekday()
+        if self.start < self.end:
+            return today in self.days and self.start <= clock < self.end
+        return (today in self.days and clock >= self.start) or ((today - 1) % 7 in self.days and clock < self.end)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _days(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        begin = _DAYS.index(first.capitalize())
+        end = _DAYS.index(last.capitalize()) if last else begin
+        yield from ((begin + step) % 7 for step in range((end - begin) % 7 + 1))

@@ -1,0 +1,81 @@
+"""What happened to every target, read back from the ledger's commits: for looking back, for charts."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+import git as gitpython
+from gitdb.exc import BadName
+
+from toto.infra_repo import git
+from toto.ledger.ledger import REF, Entry
+from toto.ledger.target import KIND, Target
+
+
+class What(StrEnum):
+    """What one commit of the ledger says."""
+
+    BEGUN = "begun"  # an intent was opened
+    GOOD = "good"  # it passed everything
+    VERIFIED = "verified"  # it was what it should be, and nothing was touched
+    PUT_BACK = "put back"
+    UNREACHABLE = "unreachable"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to one target. `seconds` is how long it took since it was begun, where that is known."""
+
+    at: datetime
+    target: Target
+    what: What
+    commit: str
+    run: str
+    why: str = ""
+    seconds: float | None = None
+
+
+def events(repo: Path, most: int = 10_000) -> list[Event]:
+    """What happened to the targets of an infra repo, the oldest first; `most` commits of the ledger are read."""
+    found: list[Event] = []
+    with git.open_repo(repo) as opened:
+        try:
+            commits = list(opened.iter_commits(REF, max_count=most))
+        except (BadName, ValueError):
+            return []
+        entries: dict[Target, Entry] = {}
+        begun: dict[Target, datetime] = {}
+        for commit in reversed(commits):
+            for diff in (commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE)):
+                path = str(diff.b_path or diff.a_path)
+                kind, _, name = path.removesuffix(".json").partition("/")
+                target = Target(KIND.validate_python(kind), name)
+                blob = None if diff.deleted_file else diff.b_blob
+                new = Entry() if blob is None else Entry.model_validate_json(blob.data_stream.read())
+                event = _event(target, entries.get(target, Entry()), new, blob is None, commit.committed_datetime,
+                               begun.get(target))
+                entries[target] = new
+                if event is not None:
+                    found.append(event)
+                    begun.pop(target, None)
+                    if event.what is What.BEGUN:
+                        begun[target] = event.at
+    return found
+
+
+def _event(target: Target, old: Entry, new: Entry, gone: bool, at: datetime, begun: datetime | None) -> Event | None:
+    seconds = (at - begun).total_seconds() if begun else None
+    if gone:
+        return Event(at, target, What.RETIRED, "", "")
+    if old.intent is None and new.intent is not None:
+        return Event(at, target, What.BEGUN, new.intent.desired.commit, new.intent.run)
+    if old.intent is not None and new.intent is None and new.reverted is not None:
+        return Event(at, target, What.PUT_BACK, new.reverted.commit, new.reverted.run, new.reverted.why, seconds)
+    if new.unreachable is not None and new.unreachable != old.unreachable:
+        return Event(at, target, What.UNREACHABLE, new.unreachable.commit, new.unreachable.run, new.unreachable.why)
+    if new.good is not None and new.good != old.good:
+        what = What.GOOD if old.intent is not None else What.VERIFIED
+        return Event(at, target, what, new.good.commit, new.good.run, seconds=seconds)
+    return None

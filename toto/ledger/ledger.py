@@ -1,0 +1,244 @@
+"""The ledger: what is deployed where, and what is being deployed.
+
+A branch, `refs/toto/ledger`, of the infra repo on toto: one JSON file a target, one commit a change, so
+that `git log refs/toto/ledger` reads as the deployment history. Every write is a compare-and-swap of the
+ref, and a change is a function of the entry as it stands, so several writers are safe: whoever loses the
+race looks at the new entry and decides again. An open intent belongs to one run; another run that tries
+to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind every lock.
+"""
+
+import hashlib
+import json
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import anyio
+from gitdb.exc import BadName
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toto.base import process
+from toto.base.errors import TotoError
+from toto.infra_repo import git
+from toto.ledger.target import KIND, Target
+
+REF: Final = "refs/toto/ledger"
+_EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+
+
+class LedgerError(TotoError):
+    """The ledger cannot be read or written."""
+
+
+class TargetBusy(LedgerError):
+    """Another run has an open intent on this target."""
+
+
+class LostTarget(LedgerError):
+    """This run's intent is gone: another run settled it. Nothing more may be done to the target."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Deployed(_Record):
+    """What a target is, or was, by toto's own roll-out: its identity and where that came from.
+
+    `identity` is the hash that changes when the target does (a host's toplevel drv). Of a host, `path` is what is
+    activated (its toplevel) and `tests` the digest of the test scripts it passed; `revision` is the helm revision,
+    or the serial of the terraform state, that the roll-out left.
+    """
+
+    identity: str
+    path: str = ""
+    commit: str
+    run: str
+    at: str
+    tests: str = ""
+    revision: int = 0
+
+
+class Before(_Record):
+    """What was there before a target was touched, as read from it.
+
+    Of a host: the store paths that it ran and booted ("" where it had none). Of a release: its helm revision (0
+    where it was not installed). Of a terraform root: the serial of its state, and the resources in it.
+    """
+
+    system: str = ""
+    profile: str = ""
+    revision: int = 0
+    resources: tuple[str, ...] = ()
+
+
+class Intent(_Record):
+    """A target is being touched. `owner` tells whether the process that does it is still alive."""
+
+    desired: Deployed
+    before: Before
+    run: str
+    owner: str
+    at: str
+    step: str = "roll out"
+    left_by: str = ""
+    """the run that died over it, once another has taken it over"""
+
+
+class Note(_Record):
+    """Something about a target that a later run needs: why it was put back, since when it cannot be reached."""
+
+    identity: str
+    commit: str
+    run: str
+    at: str
+    why: str
+
+
+class Entry(_Record):
+    """All that the ledger says of one target.
+
+    `good` is the last good. `previous` and `before` are what it was before that, as the ledger knew it and
+    as the machine told it: to them goes a revert of the very run that made it good.
+    `rehearsed` is the identity of a host that is rehearsed only.
+    """
+
+    good: Deployed | None = None
+    previous: Deployed | None = None
+    before: Before | None = None
+    intent: Intent | None = None
+    reverted: Note | None = None
+    unreachable: Note | None = None
+    rehearsed: Deployed | None = None
+
+    def touched_by(self, run: str) -> bool:
+        """Whether the target is what a run is making, or has made, of it."""
+        return (self.intent is not None and self.intent.run == run) or (self.good is not None and self.good.run == run)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The ledger as it stood at one of its commits ("" before the first)."""
+
+    commit: str
+    entries: dict[Target, Entry] = field(default_factory=dict)
+
+    def get(self, target: Target) -> Entry:
+        return self.entries.get(target, Entry())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when what is deployed, or known to be rehearsed, does; not with intents and notes."""
+        parts = {"identity", "path", "tests", "revision"}
+        what = sorted((str(target), *(each and each.model_dump_json(include=parts)
+                                      for each in (entry.good, entry.rehearsed)))
+                      for target, entry in self.entries.items() if entry.good or entry.rehearsed)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
+    @property
+    def open_intents(self) -> dict[Target, Intent]:
+        return {target: entry.intent for target, entry in self.entries.items() if entry.intent}
+
+
+def owner() -> str:
+    """This process, as an intent names it: machine, boot, PID and start time."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{process.owner()}"
+
+
+def owner_lives(who: str) -> bool | None:
+    """Whether the owner of an intent is still there; None where it ran on another machine."""
+    host, _, rest = who.partition("/")
+    boot, _, pid = rest.partition("/")
+    if host != socket.gethostname():
+        return None
+    return boot == owner().split("/")[1] and process.lives(pid)
+
+
+Change: TypeAlias = Callable[[Entry], Entry | None]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger of one infra repo."""
+
+    repo: Path
+
+    def read(self) -> Snapshot:
+        """The ledger as it stands. Raises `LedgerError` for a file that does not parse, naming it."""
+        with git.open_repo(self.repo) as repo:
+            try:
+                head = repo.commit(REF)
+            except (BadName, ValueError):
+                return Snapshot("")
+            entries = {}
+            for folder in head.tree.trees:
+                for blob in folder.blobs:
+                    try:
+                        entry = Entry.model_validate_json(blob.data_stream.read())
+                        target = Target(KIND.validate_python(folder.name), blob.name.removesuffix(".json"))
+                    except ValidationError as error:
+                        raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
+                                          hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
+                                               "at the last commit that was whole") from error
+                    entries[target] = entry
+            return Snapshot(head.hexsha, entries)
+
+    async def write(self, target: Target, change: Change, message: str) -> Entry | None:
+        """Change the entry of one target: `change` gets it as it stands and returns the new one (None: remove it).
+
+        Called again when another writer was first; what it raises goes through, with nothing written.
+        Returns the entry as written. Raises `LedgerError` when the ref cannot be moved after many tries.
+        """
+        for attempt in range(50):
+            snapshot = self.read()
+            old = snapshot.entries.get(target)
+            try:
+                new = change(old or Entry())
+            except LedgerError as error:
+                error.target = error.target or str(target)
+                raise
+            if new == (old or Entry()) and not (new is None and old is not None):
+                return old
+            if await self._commit(snapshot.commit, target, new, message):
+                return new
+            await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
+        raise LedgerError("could not be written: others kept writing", target=str(target), hint="run it again")
+
+    async def _commit(self, parent: str, target: Target, entry: Entry | None, message: str) -> bool:
+        """One commit on top of `parent`; False when the ref had moved meanwhile."""
+        path = f"{target.kind}/{target.name}.json"
+        index = {"GIT_INDEX_FILE": str(self.repo / f"toto-ledger.{process.owner()}.{random.getrandbits(48):x}")}
+        who = {"GIT_AUTHOR_NAME": "toto", "GIT_AUTHOR_EMAIL": "toto@localhost",
+               "GIT_COMMITTER_NAME": "toto", "GIT_COMMITTER_EMAIL": "toto@localhost"}
+        try:
+            await git.git(self.repo, "read-tree", parent or _EMPTY_TREE, extra=index)
+            line = f"0 {'0' * 40}\t{path}\n"  # as git says that a file is gone
+            if entry is not None:
+                text = json.dumps(entry.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"
+                blob = await git.git(self.repo, "hash-object", "-w", "--stdin", stdin=text.encode())
+                line = f"100644 {blob.stdout.strip()}\t{path}\n"
+            await git.git(self.repo, "update-index", "--index-info", stdin=line.encode(), extra=index)
+            tree = (await git.git(self.repo, "write-tree", extra=index)).stdout.strip()
+            parents = ["-p", parent] if parent else []
+            commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()
+            moved = await git.update_ref(self.repo, REF, commit, parent or "0" * 40, message=message.splitlines()[0])
+        except TotoError as error:
+            raise self._unwritten(target, error.message) from error
+        finally:
+            Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
+        if moved.status == 0:
+            return True
+        if self.read().commit != parent:
+            return False
+        raise self._unwritten(target, process.tail(moved.stderr))
+
+    def _unwritten(self, target: Target, why: str) -> LedgerError:
+        return LedgerError(f"the ledger could not be written: {why}", target=str(target),
+                           hint=f"is there room on the disk (`df -h {self.repo}`), and may toto write there?")
+
+
+

@@ -1,0 +1,235 @@
+"""How toto reaches a machine or a sandbox: OpenSSH, from an ssh_config that is written for one target.
+
+One `connection` opens one master (a handshake costs an emulated guest a second) and runs commands through it.
+Whoever uses the same config file, a test script for one, shares the master; when the master is gone, every
+ssh makes a connection of its own. Nothing here knows what is run, and no password is ever asked for.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import re
+import shlex
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from toto.base import process
+from toto.base.errors import InputError, TotoError
+from toto.base.process import Argument, CommandFailed, CommandTimeout, Completed, LineSink, Running
+
+LOST: Final = 255  # ssh's own exit status, which a remote command may have too
+_LONGEST_SOCKET: Final = 80  # of the 108 bytes that a socket's path may have, ssh wants 17 for a temporary name
+_HANDSHAKE: Final = 30.0  # seconds beyond ConnectTimeout that an authentication may take
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_ADDRESS: Final = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9._:%-]*")
+_HOST_KEY: Final = re.compile(r"(?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: [^\n\r]*)?")
+_numbers = itertools.count()
+
+
+class Unreachable(TotoError):
+    """No connection to the machine, or it was lost: worth another try later. `words` are ssh's own."""
+
+    def __init__(self, words: str, *, target: str | None = None, hint: str | None = None) -> None:
+        super().__init__(f"ssh does not reach the machine: {words}", target=target, hint=hint)
+        self.words = words
+
+
+class AuthenticationFailed(Unreachable):
+    """The machine answers and refuses the key: another try does not help."""
+
+
+class HostKeyChanged(Unreachable):
+    """The machine shows another host key than it did before: another machine, or a new installation."""
+
+
+@dataclass(frozen=True)
+class SshTarget:
+    """A machine as ssh sees it: `name` stands in configs and known_hosts, `address` is what is dialled.
+
+    The host key is `host_key` ("ssh-ed25519 AAAA…") when it is known beforehand; else the one that was seen
+    first, kept in `known_hosts`; a `throwaway` machine (a sandbox) has a new one every time and is not checked.
+    `connect_timeout` is in seconds. Raises `InputError` for values that cannot stand in an ssh_config.
+    """
+
+    name: str
+    address: str
+    port: int = 22
+    user: str = "root"
+    identity: Path | None = None
+    host_key: str | None = None
+    known_hosts: Path | None = None
+    throwaway: bool = False
+    connect_timeout: int = 10
+
+    def __post_init__(self) -> None:
+        for what, value, form in (("name", self.name, _NAME), ("address", self.address, _ADDRESS),
+                                  ("user", self.user, _NAME), ("host key", self.host_key, _HOST_KEY)):
+            if value is not None and not form.fullmatch(value):
+                raise InputError(f"the {what} {value!r} cannot be used with ssh", target=self.name)
+        if not 0 < self.port < 65536:
+            raise InputError(f"{self.port} is no TCP port", target=self.name)
+        if not (self.throwaway or self.host_key or self.known_hosts):
+            raise InputError("nothing says which host key to expect", target=self.name,
+                             hint="give host_key or known_hosts")
+
+    def write_config(self, directory: Path, *, control: Path | None = None) -> Path:
+        """Write the ssh_config of this target to `directory` (made when missing, mode 0700); return its path.
+
+        `ssh -F PATH NAME` then reaches it. `control` is the socket of a master that may be there.
+        """
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options: dict[str, str] = {
+            "HostName": self.address.replace("%", "%%"),
+            "Port": str(self.port),
+            "User": self.user,
+            "BatchMode": "yes",
+            "ConnectTimeout": str(self.connect_timeout),
+            "ServerAliveInterval": "15",
+            "ServerAliveCountMax": "3",
+            "LogLevel": "ERROR",
+            "RequestTTY": "no",
+            "HostKeyAlias": self.name,
+        }
+        if self.identity is not None:
+            options |= {"IdentityFile": _path(self.identity), "IdentitiesOnly": "yes", "IdentityAgent": "none"}
+        if self.host_key is not None:
+            pinned = directory / "known_hosts"
+            pinned.write_text(f"{self.name} {self.host_key}\n")
+            options |= {"StrictHostKeyChecking": "yes", "UserKnownHostsFile": _path(pinned)}
+        elif self.known_hosts is not None:
+            self.known_hosts.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            options |= {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": _path(self.known_hosts),
+                        "HashKnownHosts": "no"}
+        else:
+            options |= {"StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null",
+                        "GlobalKnownHostsFile": "/dev/null"}
+        if control is not None:
+            options |= {"ControlMaster": "no", "ControlPath": _path(control)}
+        config = directory / "ssh_config"
+        config.write_text("".join([f"Host {self.name}\n", *(f"  {key} {value}\n" for key, value in options.items())]))
+        config.chmod(0o600)
+        return config
+
+
+@dataclass
+class Connection:
+    """A way to run commands on `target`; `config` is the ssh_config that other programs may use too."""
+
+    target: SshTarget
+    config: Path
+    control: Path | None = None
+    master: Running | None = None
+
+    async def run(self, argv: Sequence[str], *, stdin: bytes | None = None, timeout: float | None = None,
+                  check: bool = True, fresh: bool = False, on_line: LineSink | None = None,
+                  on_error_line: LineSink | None = None, secrets: Sequence[str] = ()) -> Completed:
+        """Run the words `argv` on the machine and return what they left.
+
+        `timeout` is in seconds and ends the local side only. `fresh` makes a new connection, which proves that
+        the machine still lets us in. Raises `Unreachable` and its kinds, `CommandFailed` when `check`,
+        `CommandTimeout`.
+        """
+        self._forget_dead_master()
+        words = [process.mask(word, secrets) for word in argv]
+        journal = self.config.with_name(f"log.{next(_numbers)}")
+        # What ssh itself has to say goes to a file, so that it is not mistaken for the remote command's words.
+        command: list[Argument] = ["ssh", "-F", self.config, "-E", journal, "-T",
+                                   *(["-o", "ControlPath=none"] if fresh else []),
+                                   self.target.name, "--", shlex.join(argv)]
+        try:
+            done = await process.run(command, stdin=stdin, timeout=timeout, check=False, on_line=on_line,
+                                     on_error_line=on_error_line, secrets=secrets, target=self.target.name)
+            said = _read(journal)
+        except CommandTimeout as error:
+            raise CommandTimeout(words, error.seconds, error.tail, target=self.target.name) from None
+        finally:
+            journal.unlink(missing_ok=True)
+        if done.status == LOST and (said or await self._was_lost(done.stderr, fresh)):
+            raise _explained(self.target, said or "the connection was lost")
+        if check and done.status != 0:
+            raise CommandFailed(words, done.status, process.tail(done.stderr) or process.tail(done.stdout),
+                                target=self.target.name)
+        return done
+
+    def _forget_dead_master(self) -> None:
+        """Every ssh complains of a socket that nobody answers."""
+        if self.control is not None and (self.master is None or self.master.status is not None):
+            self.control.unlink(missing_ok=True)
+
+    async def _was_lost(self, stderr: str, fresh: bool) -> bool:
+        if re.search(r"^(Shared c|C)onnection to \S+ closed", stderr, re.M):
+            return True
+        if fresh or self.master is None:
+            return False
+        await asyncio.sleep(0.3)  # the master that took the command's connection with it is about to exit
+        return self.master.status is not None
+
+
+def plain(target: SshTarget, directory: Path) -> Connection:
+    """A `Connection` without a master: every command connects anew. Its config is written to `directory`."""
+    return Connection(target, target.write_config(directory))
+
+
+@contextlib.asynccontextmanager
+async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connection]:
+    """Connect to `target`; the master lives as long as the block. Files are kept in `directory`.
+
+    Raises `Unreachable`, `AuthenticationFailed` or `HostKeyChanged` when there is no way in.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _socket(directory) as control:
+        config = target.write_config(directory, control=control)
+        journal = directory / "log.master"
+        for stale in (control, journal):
+            stale.unlink(missing_ok=True)
+        async with process.start(["ssh", "-F", config, "-E", journal, "-M", "-N", "-T", target.name]) as master:
+            try:
+                async with asyncio.timeout(target.connect_timeout + _HANDSHAKE):
+                    while not control.exists():
+                        if master.status is not None:
+                            raise _explained(target, _read(journal) or f"ssh exited with status {master.status}")
+                        await asyncio.sleep(0.02)
+            except TimeoutError:
+                raise Unreachable("the login did not come to an end in time", target=target.name) from None
+            yield Connection(target, config, control, master)
+
+
+@contextlib.contextmanager
+def _socket(directory: Path) -> Iterator[Path]:
+    """A path for the master's socket that is short enough for the kernel."""
+    wanted = directory.absolute() / "master"
+    if len(bytes(wanted)) <= _LONGEST_SOCKET:
+        yield wanted
+        return
+    with tempfile.TemporaryDirectory(prefix="toto-", dir="/tmp") as short:  # private: mode 0700
+        yield Path(short, "master")
+
+
+def _path(path: Path) -> str:
+    """`path` as a value of an ssh_config: quoted, percent signs taken literally."""
+    text = str(path.absolute())
+    if not text.isprintable() or '"' in text or "${" in text:
+        raise InputError(f"the path {text!r} cannot stand in an ssh_config", hint="choose a plainer path")
+    return '"' + text.replace("\\", "\\\\").replace("%", "%%") + '"'
+
+
+def _read(journal: Path) -> str:
+    lines = journal.read_text(errors="replace").splitlines() if journal.exists() else []
+    return "\n".join(line for line in lines if not line.startswith("Control socket connect"))
+
+
+def _explained(target: SshTarget, words: str) -> Unreachable:
+    if "Host key verification failed" in words or "IDENTIFICATION HAS CHANGED" in words:
+        known = target.known_hosts
+        hint = (f"make sure that {target.address} is the machine, then `ssh-keygen -f {known} -R {target.name}`"
+                if known else f"compare the host key of {target.address} with the one that is set for {target.name}")
+        return HostKeyChanged("its host key is not the one that is known", target=target.name, hint=hint)
+    if "Permission denied" in words or "Too many authentication failures" in words:
+        return AuthenticationFailed(process.tail(words, 3), target=target.name,
+                                    hint=f"let the key {target.identity or 'of this user'} log in as {target.user}")
+    return Unreachable(process.tail(words, 3), target=target.name,
+                       hint=f"is {target.address} up, and does it listen on port {target.port}?")

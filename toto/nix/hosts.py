@@ -1,0 +1,52 @@
+"""Which hosts a commit has. Their evaluation is `toto.nix.commands`'s, what is deployed is the ledger's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from toto.base.errors import InputError
+from toto.infra_repo import fields
+
+
+@dataclass(frozen=True, order=True)
+class Host:
+    """One NixOS configuration. `file` is relative to the tree; empty when the flake defines the host."""
+
+    name: str
+    file: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where the operator finds it, for messages."""
+        return self.file or f"flake.nix#nixosConfigurations.{self.name}"
+
+
+def check_name(name: str, where: str) -> str:
+    """The name itself when it is fit to be a host's, else `InputError`: it becomes paths, argv and ref names."""
+    try:
+        return fields.check_name(name)
+    except ValueError as error:
+        raise InputError(f"a host's name {error}", target=where, hint="rename it") from None
+
+
+def in_files(tree: Path) -> list[Host]:
+    """The hosts `hosts/NAME.nix` and `hosts/NAME/default.nix`, by name.
+
+    Raises `InputError` for a name that is none, and for a name defined twice.
+    """
+    found: dict[str, Host] = {}
+    folder = tree / "hosts"
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith("."):
+            continue
+        if entry.suffix == ".nix" and entry.is_file():
+            host = Host(entry.name.removesuffix(".nix"), f"hosts/{entry.name}")
+        elif (entry / "default.nix").is_file():
+            host = Host(entry.name, f"hosts/{entry.name}/default.nix")
+        else:
+            continue
+        check_name(host.name, host.file)
+        if host.name in found:
+            raise InputError(f"is defined twice: {found[host.name].file} and {host.file}", target=host.name,
+                             hint="remove one of them")
+        found[host.name] = host
+    return list(found.values())

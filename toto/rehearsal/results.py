@@ -1,0 +1,125 @@
+"""What came out of test scripts: of each script, of a phase, and as JUnit XML."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from xml.etree import ElementTree
+
+from toto.base.process import shorten
+from toto.rehearsal import tap
+from toto.rehearsal.suite import Phase, Script
+
+_XML_ILLEGAL: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    """What came of a script: `output` is what it printed, stderr included, bounded; `problem` why it did not run."""
+
+    script: Script
+    report: tap.Report
+    seconds: float
+    output: str = ""
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.report.passed
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, or what it counted, in one line."""
+        if not self.problem:
+            return self.report.summary
+        failed = self.report.failed
+        return self.problem + (f"; failed so far: {', '.join(map(str, failed[:5]))}" if failed else "")
+
+    @property
+    def result(self) -> str:
+        """passed, skipped or failed."""
+        return "failed" if not self.passed else "passed" if self.report.skipped_all is None else "skipped"
+
+    def row(self) -> dict[str, str]:
+        """Its row in a table."""
+        ok = sum(not test.failed for test in self.report.tests)
+        return {"script": self.script.name, "result": self.result, "tests": f"{ok}/{len(self.report.tests)}",
+                "seconds": f"{self.seconds:.1f}", "reason": self.reason}
+
+    def failure_lines(self) -> list[str]:
+        """The failed tests as they were printed, with their diagnostics, and what else is wrong."""
+        if self.passed:
+            return []
+        lines = [f"{self.script.name}: {self.reason}"]
+        for test in self.report.failed:
+            lines += [f"  {test}", *(f"    {line}" for line in (*test.diagnostics, *test.yaml.splitlines()))]
+        if not self.report.failed:
+            # Nothing failed by name: the last words are the best clue.
+            lines += [f"    {line}" for line in self.output.strip().split("\n")[-5:] if line]
+        return [shorten(line, 500) for line in lines]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What came of the scripts of a phase; a phase without scripts passes."""
+
+    host: str
+    phase: Phase
+    results: tuple[ScriptResult, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results)
+
+    @property
+    def seconds(self) -> float:
+        return sum(result.seconds for result in self.results)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of a table: script, result, tests (ok/total), seconds, reason."""
+        return [result.row() for result in self.results]
+
+    def failure_lines(self, limit: int = 40) -> list[str]:
+        """The failing tests' own lines, at most `limit`."""
+        lines = [line for result in self.results for line in result.failure_lines()]
+        return lines if len(lines) <= limit else [*lines[: limit - 1], f"… and {len(lines) - limit + 1} more lines"]
+
+    def junit_xml(self) -> str:
+        """The results as JUnit XML: a test suite for each script."""
+        return junit_xml([self])
+
+
+def junit_xml(phases: Iterable[PhaseResult]) -> str:
+    """The results of several phases in one JUnit XML document."""
+    root = ElementTree.Element("testsuites")
+    for phase in phases:
+        for result in phase.results:
+            root.append(_junit_suite(f"{phase.host}/{result.script.name}", result))
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _junit_suite(name: str, result: ScriptResult) -> ElementTree.Element:
+    suite = ElementTree.Element("testsuite", name=_xml(name), time=f"{result.seconds:.3f}")
+    for test in result.report.tests:
+        title = f"{test.number} {test.description}".strip()
+        case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name=_xml(title))
+        if test.failed:
+            failure = ElementTree.SubElement(case, "failure", message=_xml(str(test)))
+            failure.text = _xml("\n".join((*test.diagnostics, *test.yaml.splitlines())))
+        elif test.directive == "skip" or not test.ok:
+            ElementTree.SubElement(case, "skipped", message=_xml(f"{test.directive} {test.reason}".strip()))
+    skipped = result.report.skipped_all
+    broken = not result.passed and (bool(result.problem) or not result.report.failed or bool(result.report.problems))
+    if broken or skipped is not None:
+        case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name="the script itself")
+        ElementTree.SubElement(case, "error" if broken else "skipped",
+                               message=_xml(result.reason if broken else skipped or ""))
+    for attribute, tag in (("tests", "testcase"), ("failures", "*/failure"), ("errors", "*/error"),
+                           ("skipped", "*/skipped")):
+        suite.set(attribute, str(len(suite.findall(tag))))
+    ElementTree.SubElement(suite, "system-out").text = _xml(result.output)
+    return suite
+
+
+def _xml(text: str) -> str:
+    return _XML_ILLEGAL.sub("�", text)

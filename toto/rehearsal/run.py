@@ -1,0 +1,148 @@
+"""Running test scripts, one by one, and judging what they print."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from toto.base.process import CommandNotFound, CommandTimeout, LineSink, run
+from toto.rehearsal import tap
+from toto.rehearsal.results import PhaseResult, ScriptResult
+from toto.rehearsal.suite import Phase, Script, Suite, shown
+
+OUTPUT: Final = 1_000_000  # bytes of a script's output that are kept, unless told
+
+
+ON_HOST: Final = """\
+#!/bin/sh
+# on-host WORD...: run a command on the machine under test; the words arrive there as they are here.
+# on-host 'LINE': a single argument is a line for the machine's shell.
+if [ $# -eq 0 ]; then
+    echo 'usage: on-host COMMAND [ARGUMENT...]' >&2
+    exit 64
+fi
+if [ $# -eq 1 ]; then
+    line=$1
+else
+    line=
+    for word do
+        line="$line '"
+        while :; do
+            case $word in
+                *\\'*) line="$line${word%%\\'*}'\\\\''" word=${word#*\\'} ;;
+                *) break ;;
+            esac
+        done
+        line="$line$word'"
+    done
+fi
+exec ssh -F "$TOTO_SSH_CONFIG" -o BatchMode=yes -- "$TOTO_HOST" "$line"
+"""
+
+
+class _Output:
+    """Lines as they come from both streams, within bounds: the first half and the last half."""
+
+    def __init__(self, keep: int) -> None:
+        self.half, self.used, self.dropped = keep // 2, 0, 0
+        self.head: list[str] = []
+        self.tail: deque[str] = deque()
+
+    def add(self, line: str) -> None:
+        size = len(line) + 1
+        if not self.tail and self.used + size <= self.half:
+            self.head.append(line)
+            self.used += size
+            return
+        if not self.tail:
+            self.used = 0
+        self.tail.append(line)
+        self.used += size
+        while self.used > self.half and len(self.tail) > 1:
+            self.used -= len(self.tail.popleft()) + 1
+            self.dropped += 1
+
+    def text(self) -> str:
+        left_out = [f"[… {self.dropped} lines left out …]"] if self.dropped else []
+        return "".join(f"{line}\n" for line in (*self.head, *left_out, *self.tail))
+
+
+async def run_script(script: Script, env: Mapping[str, str], *, timeout: float | None = None, keep: int = OUTPUT,
+                     on_line: LineSink | None = None) -> ScriptResult:
+    """Run a script to its end, in its own directory, with `env` as its whole environment.
+
+    `timeout` is seconds; of its output `keep` bytes are kept, though all of it is judged; `on_line` gets each line
+    of stdout and stderr. Whatever the script does is in the result; only a cancel comes out as an exception.
+    """
+    began = time.monotonic()
+    judge, output = tap.Judge(), _Output(keep)
+
+    def hear(line: str) -> None:
+        output.add(line)
+        if on_line is not None:
+            on_line(line)
+
+    def hear_tap(line: str) -> None:
+        judge.line(line)
+        hear(line)
+
+    status: int | None = None
+    problem = _unable(script.path)
+    if not problem:
+        try:
+            completed = await run([script.path], env=env, cwd=script.path.parent, timeout=timeout, check=False,
+                                  keep=4096, on_line=hear_tap, on_error_line=hear)
+            status = completed.status
+        except CommandTimeout:
+            problem = f"it did not end within {timeout:g} s and was ended"
+        except CommandNotFound:
+            problem = "it is gone, or not executable"
+        except (OSError, ValueError) as error:
+            problem = f"it could not be started: {getattr(error, 'strerror', None) or error}"
+    return ScriptResult(script, judge.report(status), time.monotonic() - began, output.text(), problem)
+
+
+def _unable(path: Path) -> str:
+    """Why the kernel would not run a file, in words that name its shebang; nothing when it would."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(256)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if first.startswith(b"\x7fELF"):
+        return ""
+    if not first.startswith(b"#!"):
+        return "its first line names no interpreter: begin it with `#!/bin/sh` or `#!/usr/bin/env bash`"
+    shebang = shown(first.rstrip(b"\n").rstrip(b"\r"))
+    interpreter = first[2:].rstrip(b"\n").split()
+    if first.rstrip(b"\n").endswith(b"\r"):
+        return f"its first line, `{shebang}`, ends like a DOS file's (CR LF): save it with plain line ends"
+    if not interpreter or not os.access(interpreter[0], os.X_OK):
+        return f"its first line, `{shebang}`, names an interpreter that is not here; `#!/usr/bin/env …` looks on PATH"
+    return ""
+
+
+async def run_phase(suite: Suite, phase: Phase, env: Mapping[str, str], *, timeout: float | None = None,
+                    keep: int = OUTPUT, on_line: LineSink | None = None,
+                    on_result: Callable[[ScriptResult], None] | None = None) -> PhaseResult:
+    """Run the scripts of a phase, one after the other, each within `timeout` seconds; a failure stops none."""
+    results = []
+    for script in suite.of(phase):
+        result = await run_script(script, env, timeout=timeout, keep=keep, on_line=on_line)
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+    return PhaseResult(suite.host, phase, tuple(results))
+
+
+def write_on_host(directory: Path) -> Path:
+    """Write the helper `on-host` into `directory`, which belongs first on the PATH of the scripts; return its path.
+
+    It needs TOTO_SSH_CONFIG (a file for `ssh -F`) and TOTO_HOST in the environment.
+    """
+    path = directory / "on-host"
+    path.write_text(ON_HOST)
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,344 @@
+"""The sandbox: QEMU with one host's own VM, without and then with internet.
+
+It starts NixOS's `run-NAME-vm` and steers it by its environment variables. The VM has two cards: the management
+card, which reaches nothing and is reached through forwarded ports of the loopback only, and `inet`, whose link
+is down before the guest's first instruction and is switched by QMP in the running VM. QEMU drops packets in both
+directions while the link is down, whatever the guest does. Tests are run elsewhere; this module knows none.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from toto.base import process
+from toto.base.errors import InputError
+from toto.base.process import CommandTimeout, LineSink, Running
+from toto.machine import ssh
+from toto.machine.ssh import AuthenticationFailed, Connection, SshTarget, Unreachable
+from toto.rehearsal.acceleration import Acceleration, acceleration
+from toto.rehearsal.console import Console
+from toto.rehearsal.errors import BootTimeout, SandboxError, SandboxFailed
+from toto.rehearsal.qmp import Qmp
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+SSH: Final = 22
+INET_MAC: Final = "52:54:00:12:34:57"
+
+# TEST-NET-1 (RFC 5737): no host has it, so it meets no address of the host's own. ipv6=off: QEMU's router
+# advertisements know no restriction.
+_MANAGEMENT: Final = "restrict=on,ipv6=off,net=192.0.2.0/24"
+_INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet0,mac={INET_MAC},romfile="
+_CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
+
+_REFUSALS: Final = 5  # logins, a second apart: a machine that is still coming up may refuse one
+
+
+# Prints whether the inet card has a carrier (1, 0, or "down" when the host left the card alone) and whether
+# there is a default route. The management card never brings one.
+_LOOK: Final = f"""
+carrier=none route=no
+for card in /sys/class/net/*; do
+  [ -e "$card/device" ] && read -r mac < "$card/address" && [ "$mac" = {INET_MAC} ] || continue
+  read -r carrier 2>/dev/null < "$card/carrier" || carrier=down
+done
+while read -r _ to _; do [ "$to" = 00000000 ] && route=yes; done < /proc/net/route
+echo "$carrier $route"
+"""
+
+
+@dataclass
+class Sandbox:
+    """A VM that answers SSH. `console_log` is its serial output, which goes with the sandbox when it ends."""
+
+    host: str
+    ssh: SshTarget
+    connection: Connection
+    console_log: Path
+    forwards: Mapping[int, int]
+    _vm: "_Vm"
+
+    def port(self, guest: int) -> int:
+        """The port of the loopback that leads to the guest's port. Raises `SandboxError` for one not forwarded."""
+        try:
+            return self.forwards[guest]
+        except KeyError:
+            raise SandboxError(f"port {guest} is not forwarded", target=self.host,
+                               hint="name it among the ports of the machine") from None
+
+    async def set_internet(self, up: bool, *, patience: float = 60.0, address_patience: float = 20.0) -> bool:
+        """Set the link of the inet card, wait until the guest has seen it, and return whether it is online.
+
+        Online is a default route; the guest gets `address_patience` seconds for it, and a host that configures
+        no such card simply is not online. Raises `SandboxError` when the guest does not see the link change
+        within `patience` seconds, and what `Connection.run` raises.
+        """
+        await self._vm.link(up)
+        began = time.monotonic()
+        seen: float | None = None
+        while True:
+            try:
+                look = await self.connection.run(["sh", "-c", _LOOK], timeout=patience)
+                carrier, route = look.stdout.split()
+            except (Unreachable, CommandTimeout) as error:
+                # A host may reconfigure its network when a link changes.
+                carrier, route = f"unknown ({error.message})", "no"
+            now = time.monotonic()
+            if not up and carrier != "1" and not carrier.startswith("unknown"):
+                return False
+            if up and carrier in ("1", "down", "none"):
+                seen = seen or now
+                if route == "yes":
+                    return True
+                if now - seen > address_patience:
+                    log.info("%s: the internet is there, and the host takes no address from it (carrier %s)",
+                             self.host, carrier)
+                    return False
+            elif now - began > patience:
+                raise SandboxError(f"the guest does not see its internet go {'up' if up else 'down'} "
+                                   f"(carrier {carrier})", target=self.host, console=self._vm.console.tail())
+            await asyncio.sleep(0.3)
+
+    async def alive(self) -> bool:
+        """Whether QEMU is there and its guest runs: no exit, no panic, not paused."""
+        return await self._vm.alive()
+
+
+@contextlib.asynccontextmanager
+async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequence[int] = (),
+                  memory: int | None = None, cores: int | None = None, boot_timeout: float = 300.0,
+                  on_console: LineSink | None = None) -> AsyncIterator[Sandbox]:
+    """Boot the host's VM without internet, and yield it when it answers SSH; it is gone when the block ends.
+
+    `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, `ports` the
+    guest's ports to forward besides SSH. `memory` (MB) and `cores` overrule the host's own. `boot_timeout` is in
+    seconds. Everything lives in a directory of its own under `state`. Raises `BootTimeout`, `SandboxFailed`, and
+    `InputError` for a `vm` without a script to run.
+    """
+    accelerated = await acceleration(state)
+    script = _script(vm, host)
+    if "," in str(state.absolute()):
+        raise InputError(f"QEMU cannot keep a disk in {state}", target=host, hint="choose a path without a comma")
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The name says whose it is from the first moment on: see `sweep`.
+        directory = Path(tempfile.mkdtemp(prefix=f"{process.owner()}-{host[:40]}-", dir=state)).absolute()
+    except OSError as error:
+        raise SandboxFailed(f"there is no place for the sandbox: {error}", target=host) from error
+    try:
+        environment = _environment(directory, ports, accelerated, memory, cores)
+        pipe = asyncio.subprocess.PIPE
+        async with process.start([script], env=environment, cwd=directory, stdout=pipe,
+                                 stderr=asyncio.subprocess.STDOUT) as running:
+            console = Console(directory / "console.log", on_console)
+            machine = _Vm(host, directory, running, console, asyncio.create_task(console.read(running)))
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    yield await machine.boot(stack, key, [SSH, *ports], boot_timeout)
+            finally:
+                machine.close()
+    finally:
+        _remove(directory)
+
+
+def sweep(state: Path) -> list[Path]:
+    """End the sandboxes under `state` whose owner is no longer alive; return the directories removed."""
+    process.sweep()
+    owned = [(path, re.match(r"(\d+\.\d+)-", path.name)) for path in state.glob("*-*")]
+    dead = [path for path, name in owned if name is not None and not process.lives(name[1])]
+    for path in dead:
+        _remove(path)
+    return dead
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def _script(vm: Path, host: str) -> Path:
+    match sorted(vm.glob("bin/run-*-vm")):
+        case [script]:
+            return script
+        case found:
+            raise InputError(f"{vm} has {len(found)} scripts bin/run-*-vm where one is expected", target=host,
+                             hint="build the host's system.build.vm")
+
+
+def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None,
+                 cores: int | None) -> dict[str, str]:
+    """What steers NixOS's script. Nothing else of our environment reaches it, a QEMU_KERNEL_PARAMS least of all."""
+    # Port 0: the kernel chooses a free one, and nobody can take it in between.
+    forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in dict.fromkeys([SSH, *ports]))
+    # The script does not quote QEMU_OPTS, so its paths are relative to the directory in which QEMU runs.
+    options = ["-S", "-qmp unix:qmp.sock,server=on,wait=off", _INET]
+    if accelerated == "tcg":
+        options.append("-machine accel=tcg")  # the later of two -machine options wins
+    if memory is not None:
+        options.append(f"-m {memory}")
+    if cores is not None:
+        options.append(f"-smp {cores}")
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "NIX_SSL_CERT_FILE") if name in os.environ}
+    return kept | {
+        "NIX_DISK_IMAGE": str(directory / "disk.qcow2"),
+        "NIX_EFI_VARS": str(directory / "efi-vars.fd"),
+        "NIX_SWTPM_DIR": str(directory / "swtpm"),
+        "TMPDIR": str(directory),
+        "USE_TMPDIR": "1",
+        "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
+        "QEMU_OPTS": " ".join(options),
+        # On a busy machine an emulated timer can be late enough for the kernel to give up ("IO-APIC + timer doesn't
+        # work"). Under KVM it does not look; under TCG it has to be told.
+        "QEMU_KERNEL_PARAMS": "no_timer_check" if accelerated == "tcg" else "",
+    }
+
+
+def _remove(directory: Path) -> None:
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        for path in directory.rglob("*"):
+            with contextlib.suppress(OSError):
+                path.chmod(0o700)
+        time.sleep(0.05)
+    log.warning("%s could not be removed", directory)
+
+
+@dataclass
+class _Vm:
+    """The running QEMU: its process, its console and its QMP."""
+
+    host: str
+    directory: Path
+    running: Running
+    console: "Console"
+    reading: asyncio.Task[None]
+    qmp: "Qmp | None" = None
+    login: Unreachable | None = None
+
+    async def boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int], seconds: float) -> Sandbox:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.or_trouble(self._boot(stack, key, ports))
+        except TimeoutError:
+            why = f"{self.login.words}" if self.login else "it never spoke SSH"
+            raise BootTimeout(f"the VM was not ready within {seconds:g} s: {why}", target=self.host,
+                              hint="read its console; give it more memory, or a longer boot_timeout",
+                              console=self.console.tail()) from None
+
+    async def _boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int]) -> Sandbox:
+        self.qmp = await Qmp.connect(self.directory)
+        await self.link(False)
+        self._check_cards(await self.qmp.human("info network"))
+        forwards = _forwards(await self.qmp.human("info usernet"))
+        if missing := [port for port in ports if port not in forwards]:
+            raise SandboxFailed(f"QEMU did not forward port {missing[0]}", target=self.host)
+        await self.qmp.execute("cont")
+        target = SshTarget(self.host, "127.0.0.1", forwards[SSH], identity=key, throwaway=True)
+        for tries in itertools.count(1):
+            await _speaks_ssh("127.0.0.1", target.port)
+            try:
+                connection = await stack.enter_async_context(ssh.connection(target, self.directory / "ssh"))
+                return Sandbox(self.host, target, connection, self.console.path, forwards, self)
+            except AuthenticationFailed as error:
+                if tries >= _REFUSALS:
+                    raise SandboxFailed(f"the VM does not let toto's key in: {error.words}", target=self.host,
+                                        hint="see what the host does to root's login: services.openssh, security.pam",
+                                        console=self.console.tail()) from None
+                self.login = error
+            except Unreachable as error:
+                self.login = error
+            await asyncio.sleep(1)
+        raise AssertionError("unreachable")
+
+    async def or_trouble(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, unless QEMU ends or the guest crashes before."""
+        doing, watching = asyncio.create_task(work), asyncio.create_task(self._trouble())
+        try:
+            await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                raise watching.result()
+            return await doing
+        finally:
+            for task in (doing, watching):
+                task.cancel()
+            await asyncio.gather(doing, watching, return_exceptions=True)
+
+    async def _trouble(self) -> SandboxFailed:
+        while self.running.status is None and self.console.fatal is None:  # noqa: ASYNC110  (no event tells of an exit: see process)
+            await asyncio.sleep(0.1)
+        await asyncio.wait([self.reading], timeout=1)  # its last words
+        if self.console.fatal is not None:
+            why, hint = f"the VM crashed: {self.console.fatal}", "read its console"
+        elif self.running.status == 0:
+            why, hint = "the VM switched itself off", "read its console"
+        else:
+            why = f"QEMU ended with status {self.running.status}"
+            hint = "is there room on the disk and in memory, and a QEMU for the host's system?"
+        return SandboxFailed(why, target=self.host, hint=hint, console=self.console.tail())
+
+    def _check_cards(self, network: str) -> None:
+        """A card that toto does not know would be a way out: a host can add one through virtualisation.qemu."""
+        cards = dict(re.findall(r"^ \\ (\S+): (.*)$", network, re.M))
+        right = set(cards) == set(_CARDS) and all(_CARDS[name] in cards[name] for name in cards)
+        if not right or network.count("type=nic") != len(_CARDS):
+            raise SandboxFailed(f"the VM's network is not the one that toto controls:\n{network.strip()}",
+                                target=self.host,
+                                hint="take the network cards out of virtualisation.qemu in virtualisation.vmVariant")
+
+    async def link(self, up: bool) -> None:
+        assert self.qmp is not None
+        await self.qmp.execute("set_link", name="inet0", up=up)
+
+    async def alive(self) -> bool:
+        if self.qmp is None or self.running.status is not None or self.console.fatal is not None:
+            return False
+        try:
+            async with asyncio.timeout(10):
+                status = await self.qmp.execute("query-status")
+        except (SandboxError, TimeoutError):
+            return False
+        return bool(status["running"])
+
+    def close(self) -> None:
+        if self.qmp is not None:
+            self.qmp.close()
+        self.reading.cancel()
+        self.console.close()
+
+
+def _forwards(usernet: str) -> dict[int, int]:
+    """{guest port: port of the loopback} from QEMU's `info usernet`."""
+    rows = re.findall(r"^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s", usernet, re.M)
+    return {int(guest): int(ours) for ours, guest in rows}
+
+
+async def _speaks_ssh(address: str, port: int) -> None:
+    """Wait for a greeting. The forward accepts long before the guest listens, so every try has its own end."""
+    while True:
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(5):
+                reader, writer = await asyncio.open_connection(address, port)
+                try:
+                    if (await reader.read(4)).startswith(b"SSH-"):
+                        return
+                finally:
+                    writer.close()
+        await asyncio.sleep(0.2)
+
+
+# --- acceleration ----------------------------------------------------------------------------------------------------
+
+
+

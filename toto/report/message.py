@@ -1,0 +1,252 @@
+"""The result of a run as one short message, to be understood on a phone at three in the morning. Text only.
+
+Who hears of it, and how it is sent: `toto.report.venues`. Whether it is news to them: `toto.report.notified`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from textwrap import dedent
+from typing import Any, Final, Literal, Self, TypeAlias
+
+from toto.base.process import shorten
+from toto.infra_repo.git import Commit
+from toto.plan.changes import Action
+from toto.report.report import Returned, RunDied, Story, return_words
+
+State: TypeAlias = Literal["failed", "partial", "done", "recovered"]
+
+STUCK: Final = "COULD NOT BE PUT BACK"
+IN_FULL: Final = 3  # problems that are told with their lines; of more, the names
+LINES: Final = 7  # of one problem
+LINE: Final = 160  # characters
+NAMES: Final = 4
+
+_ESCAPES: Final = re.compile(r"\x1b(\[[0-9;:?]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)")
+_STORE: Final = re.compile(r"/nix/store/[0-9a-z]{32}-")
+_VARYING: Final = re.compile(r"\b[0-9a-f-]{7,}\b|\d+")  # commits, runs, seconds, ports
+
+
+def clean(text: str) -> str:
+    """Text without terminal escapes, control characters, and what turns the direction of reading round."""
+    text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\t", "    "))
+    return "".join(" " if each.isspace() and each != "\n" else each for each in text
+                   if each.isprintable() or each.isspace())
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Clean text as one line, bounded."""
+    return shorten(" ".join(clean(shorten(text, 10_000)).split()), limit)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a medium writes text."""
+
+    escape: Callable[[str], str]
+    bold: Callable[[str], str]
+    block: Callable[[Sequence[str]], str]
+    link: Callable[[str], str]
+
+
+def _fence(lines: Sequence[str]) -> str:
+    text = "\n".join(lines).replace("```", "'''")
+    return f"```\n{text}\n```"
+
+
+def _slack_escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+PLAIN: Final = Style(escape=str, bold=str, link=str,
+                     block=lambda lines: "\n".join(f"    {line}" for line in lines))
+MARKDOWN: Final = Style(escape=lambda text: re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text),
+                        bold=lambda text: f"**{text}**", block=_fence, link=lambda url: f"[the run]({url})")
+SLACK: Final = Style(escape=lambda text: _slack_escape(text.replace("`", "'")), bold=lambda text: f"*{text}*",
+                     block=lambda lines: _slack_escape(_fence(lines)), link=lambda url: f"<{url}|the run>")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one target: in one line, with the lines that say more, and the next step.
+
+    `key` is the same for the same failure: target, stage and failing tests; not for its times and paths.
+    """
+
+    target: str
+    what: str
+    why: str = ""
+    lines: tuple[str, ...] = ()
+    hint: str = ""
+    key: str = ""
+
+    @classmethod
+    def of(cls, target: str, what: str, text: str) -> Self:
+        """From an error's own text: its message, further lines, and `next:` with its hint."""
+        short = _STORE.sub("…-", clean(shorten(text, 20_000)))
+        first, *rest = short.removeprefix(f"{target}: ").split("\n")
+        hint = rest.pop().removeprefix("next: ") if rest and rest[-1].startswith("next: ") else ""
+        failing = sorted(line.strip() for line in rest if line.lstrip().startswith("not ok"))
+        errors = [_VARYING.sub("#", line) for line in (first, *rest) if line is first or line.startswith("error")]
+        essence = "\n".join((target, what, *(failing or errors)))
+        lines = [line for line in dedent("\n".join(rest)).split("\n") if line.strip()]
+        if len(lines) > LINES:
+            lines = [*lines[: LINES - 3], "…", *lines[-2:]]
+        return cls(target=one_line(target), what=what, why=one_line(first), hint=one_line(hint),
+                   lines=tuple(shorten(line, LINE) for line in lines),
+                   key=hashlib.sha256(essence.encode()).hexdigest()[:16])
+
+    @property
+    def header(self) -> str:
+        return ": ".join(filter(None, (_said(self.target, self.what), self.why.rstrip(":"))))
+
+
+@dataclass(frozen=True)
+class Message:
+    """What became of a run.
+
+    `stuck` could not be put back. `changed` was deployed and stayed. `good` is known to be as the commit says;
+    `all_good`: everything is. `recovered` had failed as far as the reader knows, and since when.
+    """
+
+    repo: str
+    state: State
+    summary: str
+    commit: Commit | None = None
+    link: str = ""
+    problems: tuple[Problem, ...] = ()
+    stuck: tuple[Problem, ...] = ()
+    aftermath: str = ""
+    changed: tuple[str, ...] = ()
+    recovered: Mapping[str, str] = field(default_factory=dict)
+    good: frozenset[str] = frozenset()
+    all_good: bool = False
+
+    @classmethod
+    def of(cls, story: Story, commit: Commit, link: str) -> Self:
+        """The message of a run that came to its end."""
+        problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in story.failures]
+        problems += [Problem.of(name, "unreachable", "it does not answer") for name in story.unreachable]
+        problems += [Problem.of(name, "held back", reason) for name, reason in story.held.items()]
+        bad = {each.target for each in problems} | {each.target for each in story.put_back}
+        changed = tuple(name for name, end in story.outcome.items() if end == "deployed" and name not in bad)
+        return cls(
+            repo=one_line(story.repo), state="failed" if story.failed else "done" if story.complete else "partial",
+            summary=one_line(story.headline().removeprefix(f"{story.commit[:8]}: ")), commit=commit, link=link,
+            problems=tuple(problems), changed=changed,
+            stuck=_stuck(story.put_back),
+            aftermath=one_line(story.aftermath()) if story.failed else "",
+            good=(frozenset(story.outcome) | {each.label for each in story.changes.unchanged}) - bad,
+            all_good=story.complete and story.changes.whole and all(
+                change.label in story.outcome for change in story.changes.changes
+                if change.action in (Action.DEPLOY, Action.VERIFY)))
+
+    @classmethod
+    def broken_off(cls, repo: str, error: BaseException, commit: Commit | None, link: str) -> Self:
+        """The message of a run that has no end of its own: of a manifest that is wrong, toto's own errors, a kill."""
+        problem = Problem.of("the run", "failed", str(error) or repr(error))
+        put_back = error.put_back if isinstance(error, RunDied) else []
+        aftermath = one_line(return_words(put_back)) if put_back else ""
+        return cls(repo=one_line(repo), state="failed", summary="; ".join(filter(None, (problem.header, aftermath))),
+                   commit=commit, link=link, problems=(problem,), stuck=_stuck(put_back), aftermath=aftermath)
+
+    def about(self, targets: Collection[str]) -> Self:
+        """The same, for someone who cares about these targets only."""
+        problems = tuple(each for each in self.problems if each.target in targets)
+        stuck = tuple(each for each in self.stuck if each.target in targets)
+        bad = bool(problems or stuck)
+        return replace(self, state=self.state if bad else "done", problems=problems, stuck=stuck,
+                       aftermath=self.aftermath if bad else "",
+                       changed=tuple(name for name in self.changed if name in targets))
+
+    def is_good(self, target: str) -> bool:
+        """Whether this run found a target to be as the commit says."""
+        return self.all_good or target in self.good
+
+    @property
+    def id(self) -> str:
+        """The same for the same message of the same run."""
+        return hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def title(self) -> str:
+        """One line: which repo, which targets, what."""
+        return f"[{self.repo}] {self._what()}"
+
+    def _what(self) -> str:
+        if self.stuck:
+            return _said(names(self.stuck), self.stuck[0].what)
+        if self.problems:
+            whats = {each.what for each in self.problems}
+            several = "failed" if self.state == "failed" else "not deployed"
+            return _said(names(self.problems), whats.pop() if len(whats) == 1 else several)
+        if self.recovered:
+            return f"{names([*self.recovered])} fine again"
+        return f"{names(self.changed)} deployed" if self.changed else self.summary
+
+    def text(self, style: Style = PLAIN) -> str:
+        """What goes below the title: what failed, the lines that show it, what was put back, the commit, the link."""
+        urgent = (*self.stuck, *self.problems)
+        parts = [_problem(each, style) for each in urgent[:IN_FULL]]
+        if more := urgent[IN_FULL:]:
+            parts.append(style.escape(f"and {len(more)} more: {names(more)}"))
+        if self.aftermath:
+            parts.append(style.bold(style.escape(self.aftermath)))
+        elif self.summary != self._what() and not self.problems:
+            parts.append(style.escape(self.summary))
+        elif self.changed and self.problems:
+            parts.append(style.escape(f"{names(self.changed)} deployed"))
+        if self.recovered:
+            since = min(self.recovered.values())[:16].replace("T", " ")
+            parts.append(style.escape(f"{names([*self.recovered])} had failed since {since} UTC"))
+        return "\n\n".join([*parts, self.footer(style)])
+
+    def footer(self, style: Style = PLAIN) -> str:
+        """Commit, author and link."""
+        lines = []
+        if self.commit is not None:
+            subject = shorten(one_line(self.commit.subject), 72)
+            author = shorten(one_line(self.commit.author), 40)
+            lines.append(style.escape(f"{self.commit.hash[:8]} {subject} ({author})"))
+        return "\n".join(lines + ([style.link(self.link)] if self.link else []))
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program: what the message says, and the message itself as text and as Markdown."""
+        return {"id": self.id, **self._facts(), "title": self.title, "text": self.text(),
+                "markdown": self.text(MARKDOWN)}
+
+    def _facts(self) -> dict[str, Any]:
+        def told(problem: Problem) -> dict[str, Any]:
+            return {"target": problem.target, "what": problem.what, "why": problem.why, "lines": list(problem.lines)}
+        return {"repo": self.repo, "state": self.state, "summary": self.summary, "link": self.link,
+                "commit": asdict(self.commit) if self.commit else None,
+                "problems": list(map(told, self.problems)), "stuck": list(map(told, self.stuck)),
+                "aftermath": self.aftermath, "changed": list(self.changed), "recovered": dict(self.recovered)}
+
+
+def _stuck(put_back: Sequence[Returned]) -> tuple[Problem, ...]:
+    return tuple(Problem.of(each.target, STUCK, each.error) for each in put_back if each.error)
+
+
+def _problem(problem: Problem, style: Style) -> str:
+    parts = [style.bold(style.escape(problem.header))]
+    if problem.lines:
+        parts.append(style.block(problem.lines))
+    if problem.hint:
+        parts.append(style.escape(f"next: {problem.hint}"))
+    return "\n".join(parts)
+
+
+def names(of: Sequence[str | Problem]) -> str:
+    """Names in a line; of many, the first few and how many more."""
+    every = list(dict.fromkeys(each if isinstance(each, str) else each.target for each in of))
+    more = len(every) - NAMES
+    return one_line(", ".join(every) if more < 2 else f"{', '.join(every[:NAMES])} and {more} more")
+
+
+def _said(who: str, what: str) -> str:
+    return f"{who} {what}" if what in ("failed", STUCK) else f"{who}: {what}"
+
+

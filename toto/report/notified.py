@@ -1,0 +1,98 @@
+"""What each venue was last told, so that it hears of a failure once, and again when it changes or is over.
+
+Kept beside the ledger: a JSON file for each kind of check on the branch `refs/toto/told` of the infra repo. Also a
+run's result as a git note on its commit (`git log --notes=toto`). Losing either loses nothing but a repetition.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from toto.infra_repo import git
+from toto.report.message import Message
+
+REF: Final = "refs/toto/told"
+NOTES: Final = "refs/notes/toto"
+_MOST_LINES: Final = 50  # of a note
+
+
+class Known(BaseModel):
+    """A failure that a venue knows of: which (`Problem.key`), and since when."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    since: str
+
+
+Told = dict[str, dict[str, Known]]  # by venue, by target
+Check: TypeAlias = Literal["reconcile", "drift"]  # that one finds a target good says nothing of what the other found
+_TOLD: Final = TypeAdapter(Told)
+
+
+def news(message: Message, known: Mapping[str, Known]) -> Message | None:
+    """The message for a venue that knows of these failures: with what has recovered since; None when it has no news.
+
+    News is a failure that it does not know, one that is over, one that left a target half done, and, in a run that
+    did not fail, whatever was deployed.
+    """
+    fresh = any(target not in known or known[target].key != key for target, key in _keys(message).items())
+    recovered = {target: failure.since for target, failure in known.items() if message.is_good(target)}
+    if not (fresh or recovered or message.stuck or (message.changed and message.state != "failed")):
+        return None
+    return replace(message, recovered=recovered,
+                   state="recovered" if recovered and message.state == "done" else message.state)
+
+
+def after(message: Message, known: Mapping[str, Known]) -> dict[str, Known]:
+    """What a venue knows once it was told."""
+    still = {target: each for target, each in known.items() if not message.is_good(target)}
+    return still | {target: Known(key=key, since=known[target].since if target in known else git.now())
+                    for target, key in _keys(message).items()}
+
+
+def _keys(message: Message) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for problem in message.problems:
+        keys[problem.target] = "+".join(filter(None, (keys.get(problem.target), problem.key)))
+    return keys
+
+
+async def read(repo: Path, check: Check = "reconcile") -> Told:
+    """What the venues of a repo were last told; nothing where that cannot be read."""
+    done = await git.git(repo, "cat-file", "blob", f"{REF}:{check}.json", check=False)
+    return _parse(done.stdout)
+
+
+async def remember(repo: Path, told: Told, check: Check = "reconcile") -> None:
+    """Remember what these venues know now; the others' knowledge stays. Raises `GitError`."""
+    def edit(text: str) -> str:
+        merged = {venue: known for venue, known in (_parse(text) | told).items() if known}
+        if merged == _parse(text):
+            return text
+        return json.dumps(_TOLD.dump_python(merged), indent=1, sort_keys=True) + "\n"
+    await git.edit_file(repo, REF, f"{check}.json", edit, f"told {', '.join(sorted(told))}")
+
+
+def _parse(text: str) -> Told:
+    try:
+        return _TOLD.validate_json(text)
+    except ValidationError:
+        return {}
+
+
+async def note(repo: Path, commit: str, message: Message) -> None:
+    """Add the result to the notes of its commit, unless it is what they say last. Raises `GitError`."""
+    said = f"{message.state}: {message.summary}"
+
+    def edit(text: str) -> str:
+        lines = text.splitlines()
+        if lines and lines[-1].partition(" ")[2].partition(" <")[0] == said:
+            return text
+        link = f" <{message.link}>" if message.link else ""
+        return "\n".join([*lines, f"{git.now()} {said}{link}"][-_MOST_LINES:]) + "\n"
+    await git.edit_note(repo, NOTES, commit, edit)

@@ -1,0 +1,210 @@
+"""The story of one run: what was rehearsed and rolled out, what failed and where, what was put back. Text only.
+
+Targets are called by their labels here, as people call them: `web1`, `terraform/dns`, `helm/grafana`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
+
+from toto.base.errors import TotoError
+from toto.ledger.target import KINDS, Kind
+from toto.plan.changes import ChangeSet
+
+Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "roll-out", "drift check"]
+
+_KIND_WORDS: Final[dict[Kind, tuple[str, str]]] = {
+    "host": ("host", "hosts"), "terraform": ("terraform root", "terraform roots"), "helm": ("release", "releases")}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """One failure, in the words of the error."""
+
+    target: str
+    stage: Stage
+    text: str
+
+
+@dataclass(frozen=True)
+class Returned:
+    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back."""
+
+    target: str
+    to: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What was at work on a target, from when to when (seconds of the monotonic clock)."""
+
+    target: str
+    step: str
+    began: float
+    ended: float
+
+
+class RunDied(TotoError):
+    """A run whose process was gone before its end; what it had left half done was put back, or not."""
+
+    def __init__(self, name: str, put_back: Sequence[Returned]) -> None:
+        super().__init__(f"{name} died in the middle: its process was killed, or toto was stopped",
+                         hint="push again, or start it again, once it is known why")
+        self.put_back = list(put_back)
+
+
+@dataclass
+class Story:
+    """Told as it happens, read at the end: a headline for the state's message, Markdown for the artifact."""
+
+    repo: str
+    commit: str
+    changes: ChangeSet
+    failures: list[Failed] = field(default_factory=list)
+    rehearsals: dict[str, str] = field(default_factory=dict)
+    outcome: dict[str, str] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+    put_back: list[Returned] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.failures += [Failed(each.target.label, "evaluation", each.message) for each in self.changes.failed]
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.failures)
+
+    @property
+    def unreachable(self) -> list[str]:
+        return sorted(name for name, end in self.outcome.items() if end == "unreachable")
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is now what the commit says."""
+        return not (self.failures or self.held or self.unreachable)
+
+    @property
+    def failed_targets(self) -> set[str]:
+        return {each.target for each in self.failures}
+
+    @property
+    def failed_roll_out(self) -> bool:
+        return any(each.stage == "roll-out" for each in self.failures)
+
+    def failure(self, target: str, stage: Stage, error: Exception) -> None:
+        """A target failed at a stage."""
+        self.failures.append(Failed(target, stage, str(error) or repr(error)))
+
+    def hold_behind(self, group: Sequence[str], held_behind: Callable[[str, Collection[str]], str | None]) -> list[str]:
+        """Of a group, the targets that may go on; those that come `after` one that did not get there are held."""
+        stuck = [*self.unreachable, *self.held, *self.failed_targets]
+        for name in group:
+            if behind := held_behind(name, stuck):
+                self.held[name] = f"it comes after {behind}, which was not rolled out"
+        return [name for name in group if name not in self.held]
+
+    @property
+    def cause(self) -> str:
+        """One line: what failed first; where something was touched, what failed there."""
+        first = next((each for each in self.failures if each.stage == "roll-out"), self.failures[0])
+        more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+        what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
+        return f"{self.commit[:8]}: {first.target}: {what}{more}"
+
+    def headline(self) -> str:
+        """One line: what became of this run."""
+        commit = self.commit[:8]
+        if self.failures:
+            return f"{self.cause}; {self.aftermath()}"
+        if not self.outcome and not self.rehearsals and not self.held:
+            plan = [change.label for change in self.changes.changes]
+            return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
+        # In the plan's order, not in that in which they happened to end.
+        ended = {word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
+                 for word in ("deployed", "verified", "recorded", "unreachable")}
+        said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
+        if self.held:
+            said += [f"{name} held back: {reason}" for name, reason in self.held.items()]
+        rest = [change.label for change in self.changes.changes
+                if change.label not in self.outcome and change.label not in self.held]
+        if rest:
+            said.append(f"{', '.join(rest)} rehearsed only")
+        return f"{commit}: {'; '.join(said)}"
+
+    def _nothing(self) -> str:
+        if self.changes.retired:
+            return f"{', '.join(target.label for target in self.changes.retired)} retired; nothing else to do"
+        kinds = [target.kind for target in self.changes.unchanged]
+        said = [f"{count} {_KIND_WORDS[kind][count > 1]}" for kind in KINDS if (count := kinds.count(kind))]
+        return f"nothing to do ({', '.join(said)} as wanted)" if said else "nothing to do"
+
+    def aftermath(self) -> str:
+        """What a failure did to the fleet: who was put back, who could not be, or that nothing was touched."""
+        if not self.failed_roll_out:
+            return "nothing was touched" if not self.outcome else "the others were rolled out"
+        return return_words(self.put_back)
+
+    @contextlib.contextmanager
+    def timed(self, target: str, step: str) -> Iterator[None]:
+        """Remember how long the block takes, however it ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spans.append(Span(target, step, began, time.monotonic()))
+
+    def timing(self, width: int = 50) -> str:
+        """What took how long, as bars over the time of the run; "" where nothing was timed."""
+        if not self.spans:
+            return ""
+        spans = sorted(self.spans, key=lambda each: each.began)
+        first, last = spans[0].began, max(each.ended for each in spans)
+        scale = width / max(last - first, 1)
+        names = [f"{each.target}: {each.step}" for each in spans]
+        lines = []
+        for name, each in zip(names, spans, strict=True):
+            before, after = round((each.began - first) * scale), round((each.ended - first) * scale)
+            bar = " " * before + "█" * max(1, after - before)
+            lines.append(f"{name:<{max(map(len, names))}}  {bar:<{width + 1}}  {each.ended - each.began:5.1f} s")
+        return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """One row a target: its label, what became of it, why or how."""
+        rows = []
+        failures = {each.target: each for each in self.failures}
+        returned = {each.target: each for each in self.put_back}
+        for change in self.changes.changes:
+            name = change.label
+            if name in failures:
+                end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
+            elif name in self.held:
+                end, how = "held back", self.held[name]
+            elif name in self.outcome:
+                end, how = self.outcome[name], self.rehearsals.get(name, "")
+            else:
+                end, how = "rehearsed" if name in self.rehearsals else str(change.action), self.rehearsals.get(name, "")
+            if name in returned:
+                back = returned[name]
+                end += ", COULD NOT BE PUT BACK" if back.error else ", put back"
+            rows.append((name, end, how))
+        rows += [(each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
+                 for each in self.changes.failed]
+        rows += [(name, "waiting", "no host file yet") for name in self.changes.waiting]
+        return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
+
+
+def _first_line(text: str, target: str) -> str:
+    return text.removeprefix(f"{target}: ").split("\n", 1)[0].removesuffix(":")
+
+
+def return_words(put_back: Sequence[Returned]) -> str:
+    """Who was put back, and who could not be."""
+    back = [each.target for each in put_back if not each.error]
+    stuck = [each.target for each in put_back if each.error]
+    said = [f"{', '.join(back)} put back"] if back else []
+    if stuck:
+        said.append(f"{', '.join(stuck)} COULD NOT BE PUT BACK")
+    return "; ".join(said) or "nothing had been touched"

@@ -1,0 +1,61 @@
+"""Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
+
+The only difference to Prefect's own is how transactions begin on SQLite. Prefect begins most of them DEFERRED: such a
+transaction reads first, and when another one has written before it writes itself, SQLite answers "database is locked"
+at once, however long its timeout (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). With that go events,
+and with them automations and the UI's feed. Here every transaction takes the write lock as it begins, and waits for
+it in this process, in order: SQLite's own waiting is a poll, in which the unlucky one sleeps up to 0.1 s a turn.
+
+This module and `toto.server.fork_server` are the only ones in `toto/` that import Prefect: they are its processes.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+
+from fastapi import FastAPI
+from prefect.server.api.server import create_app as prefects_own
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
+from prefect.server.database.dependencies import set_database_config
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+_ours: ContextVar[object | None] = ContextVar("_ours", default=None)
+
+
+class OneWriter(AioSqliteConfiguration):
+    """SQLite with one transaction at a time. Reads outside of a transaction go on beside it (the write-ahead log)."""
+
+    def __init__(self, connection_url: str) -> None:
+        super().__init__(connection_url)
+        self._writing = asyncio.Lock()
+        self._writer: object | None = None
+
+    @asynccontextmanager
+    async def begin_transaction(self, session: AsyncSession,
+                                with_for_update: bool = False) -> AsyncGenerator[AsyncSessionTransaction, None]:
+        """As Prefect's, but with the write lock from the start."""
+        if self._writer is not None and _ours.get() is self._writer:
+            # A transaction within one, on a second connection: to wait for the first would be to wait for ever.
+            async with super().begin_transaction(session, with_for_update) as transaction:
+                yield transaction
+            return
+        async with self._writing:
+            self._writer = object()
+            writer, mode = _ours.set(self._writer), SQLITE_BEGIN_MODE.set("IMMEDIATE")
+            try:
+                async with session.begin() as transaction:
+                    yield transaction
+            finally:
+                SQLITE_BEGIN_MODE.reset(mode)
+                _ours.reset(writer)
+                self._writer = None
+
+
+def create_app() -> FastAPI:
+    """Prefect's application, for the database that its settings name."""
+    url = PREFECT_API_DATABASE_CONNECTION_URL.value()
+    if url and url.startswith("sqlite"):
+        set_database_config(OneWriter(url))
+    return prefects_own()

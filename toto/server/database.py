@@ -1,0 +1,234 @@
+"""Toto's own PostgreSQL: a cluster in toto's state that nobody else reaches.
+
+It listens on a unix socket in a folder of its own, lets in the user that toto runs as and no one else (`peer`), and
+keeps checksums of its pages. PostgreSQL refuses to run as root; where toto does, its cluster runs as another user.
+
+Not for what is in the database: that is Prefect's. `toto.server.database_move` brings an older one here.
+"""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import signal
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+
+from toto.base import process
+from toto.base.errors import TotoError
+
+USER: Final = "toto"  # the role in the database, whatever toto's user on the machine is called
+NAME: Final = "prefect"
+START: Final = 120  # seconds: after a crash a cluster replays what it had written ahead
+STOP: Final = 60
+LONGEST_SOCKET: Final = 107  # bytes of a socket's path: the kernel's limit
+SYSTEM_USERS: Final = ("toto", "postgres")  # as whom a root toto runs its cluster, the first that there is
+# Root's home, and with it toto's state, is closed to that user. It sees the cluster's folder at /tmp, in a mount
+# namespace of its own; nothing else has to be opened to it.
+_AT: Final = Path("/tmp")  # noqa: S108
+_DEBIAN: Final = Path("/usr/lib/postgresql")
+_MOUNTED: Final = 'mount --bind -- "$1" /tmp && cd / && shift && exec "$@"'
+
+
+class DatabaseError(TotoError):
+    """Toto's own database could not be made, started or moved."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """PostgreSQL's programs of one major version: `folder` holds `postgres` and `initdb`."""
+
+    folder: Path
+    major: int
+
+    @classmethod
+    async def installed(cls) -> list["Programs"]:
+        """Those on PATH, first, and those that Debian keeps beside them for each major version."""
+        # The real folder as well: /usr/local/bin may hold a link to `postgres` alone.
+        on_path = [each for found in [shutil.which("postgres")] if found
+                   for each in (Path(found).parent, Path(found).resolve().parent)]
+        folders = dict.fromkeys([*on_path, *sorted(_DEBIAN.glob("*/bin"))])
+        return [await cls.of(each) for each in folders if (each / "postgres").exists() and (each / "initdb").exists()]
+
+    @classmethod
+    async def of(cls, folder: Path) -> "Programs":
+        """Those in `folder`. Raises `DatabaseError` when they do not say their version."""
+        said = (await process.run([folder / "postgres", "--version"], timeout=30, check=False)).stdout
+        version = re.search(r"\(PostgreSQL\) (\d+)", said)
+        if version is None:
+            raise DatabaseError(f"`{folder / 'postgres'} --version` says {said.strip()!r}")
+        return cls(folder, int(version[1]))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster below `home`, which is toto's server's home; `programs` run it. See `running`."""
+
+    home: Path
+    programs: Programs
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to the cluster; a major version has a folder of its own.
+
+        Where toto is root the folder and the rules in it are root's: the cluster's user cannot change who is let in,
+        nor have root write anywhere else.
+        """
+        return self.home / "postgres" / str(self.programs.major)
+
+    @property
+    def socket(self) -> Path:
+        """The folder of its socket: the host, to whoever connects."""
+        return self.folder / "socket"
+
+    @property
+    def url(self) -> str:
+        """The address that Prefect takes."""
+        return f"postgresql+asyncpg://{USER}@/{NAME}?host={urllib.parse.quote(str(self.socket))}"
+
+    async def connect(self, database: str = NAME) -> asyncpg.Connection:
+        """A connection, to be closed."""
+        return await asyncpg.connect(host=str(self.socket), user=USER, database=database, timeout=10)
+
+    async def make(self) -> None:
+        """Make the cluster, unless it is there: whole, or not at all."""
+        if self.folder.exists():
+            return
+        fresh = self.folder.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(mode=0o750, parents=True)
+        (fresh / "data").mkdir(mode=0o700)
+        (fresh / "socket").mkdir(mode=0o700)
+        if owner := _other_user():
+            os.chown(fresh, 0, owner.pw_gid)
+            for each in (fresh / "data", fresh / "socket"):
+                os.chown(each, owner.pw_uid, owner.pw_gid)
+        # No locale: an index that is sorted by libc's rules breaks when those change with the next libc.
+        await process.run(
+            _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
+                              "--auth-local=peer", "--auth-host=reject", f"--username={USER}", "-D",
+                              _seen(fresh) / "data"]),
+            env=_environment(), cwd="/", timeout=300, target=str(self.folder))
+        fresh.rename(self.folder)
+
+    @contextlib.asynccontextmanager
+    async def running(self, log_file: Path) -> AsyncIterator[process.Running]:
+        """The cluster's server, from the moment it answers to the end of the block. Its database is made.
+
+        Raises `DatabaseError` when it does not start.
+        """
+        if len(os.fsencode(self.socket / ".s.PGSQL.5432")) > LONGEST_SOCKET:
+            raise DatabaseError(f"the path of its socket has more than {LONGEST_SOCKET} characters: {self.socket}",
+                                hint="choose a shorter --home, or --sqlite")
+        await self.make()
+        self._let_in()
+        # What PostgreSQL is told here, and not in its files, is the same for clusters of every age.
+        settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder) / "socket",
+                    "hba_file": _seen(self.folder) / "pg_hba.conf", "ident_file": _seen(self.folder) / "pg_ident.conf",
+                    "unix_socket_permissions": "0700", "timezone": "UTC", "log_timezone": "UTC",
+                    "dynamic_shared_memory_type": "mmap",  # in its own folder: no kill leaves any elsewhere
+                    "jit": "off"}  # small queries: compiling them costs more than it saves
+        argv = _as_owner(self.folder, [
+            self.programs.folder / "postgres", "-D", _seen(self.folder) / "data",
+            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))])
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("ab") as sink:
+            async with process.start(argv, env=_environment(), cwd="/", stdout=sink.fileno(), stderr=sink.fileno(),
+                                     signals=(signal.SIGINT,), grace=STOP) as server:
+                await self._until_answers(server, log_file)
+                yield server
+
+    def _let_in(self) -> None:
+        """Only toto's user on this machine, and only as the one role."""
+        user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user()
+        for name, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
+                           ("pg_ident.conf", f'toto "{user}" {USER}')):
+            file = self.folder / name
+            file.write_text(f"# Written by toto at each start.\n{line}\n")
+            file.chmod(0o640)
+            if owner:
+                os.chown(file, 0, owner.pw_gid)
+
+    async def _until_answers(self, server: process.Running, log_file: Path) -> None:
+        deadline = time.monotonic() + START
+        while not self._is_ready(server.pid):
+            if server.status is not None or time.monotonic() > deadline:
+                raise DatabaseError(f"PostgreSQL did not start:\n{process.tail(log_file.read_text(errors='replace'))}",
+                                    hint=f"see {log_file}")
+            await asyncio.sleep(0.05)
+        connection = await self.connect("postgres")
+        try:
+            if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", NAME):
+                await connection.execute(f"CREATE DATABASE {NAME}")
+        finally:
+            await connection.close()
+
+    def _is_ready(self, pid: int) -> bool:
+        """As pg_ctl looks at it: a connection that comes too early would be an error in the log."""
+        try:
+            lines = (self.folder / "data" / "postmaster.pid").read_text().split("\n")
+        except FileNotFoundError:
+            return False
+        return lines[0] == str(pid) and lines[7:8] != [] and lines[7].strip() == "ready"
+
+
+def versions(home: Path) -> list[int]:
+    """The major versions of the clusters below `home`, the oldest first; the newest is the one that counts."""
+    return sorted(int(each.name) for each in (home / "postgres").glob("*") if each.name.isdigit())
+
+
+async def choose(home: Path) -> Cluster | None:
+    """The cluster that toto's server in `home` keeps; None for SQLite.
+
+    A home keeps what it has: a cluster, with the version that made it, or else the SQLite file. A new home gets a
+    cluster where PostgreSQL is installed. Raises `DatabaseError` when the version that made the cluster is gone.
+    """
+    installed, made = await Programs.installed(), versions(home)
+    if not made:
+        return None if (home / "prefect.db").exists() or not installed else Cluster(home, installed[0])
+    for programs in installed:
+        if programs.major == made[-1]:
+            return Cluster(home, programs)
+    there = ", ".join(str(each.major) for each in installed) or "none"
+    raise DatabaseError(f"its database is a cluster of PostgreSQL {made[-1]}, which is not installed ({there} is)",
+                        target=str(home), hint=f"put PostgreSQL {made[-1]} on PATH; or, with its bin folder at hand, "
+                        f"`toto database upgrade --home {home} --from DIR`")
+
+
+def _other_user() -> pwd.struct_passwd | None:
+    """As whom the cluster runs, where toto is root; None where it is not."""
+    if os.geteuid() != 0:
+        return None
+    for name in SYSTEM_USERS:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise DatabaseError(f"PostgreSQL does not run as root, and there is no user {' or '.join(SYSTEM_USERS)}",
+                        hint="useradd --system toto; or run toto as another user, or with --sqlite")
+
+
+def _seen(folder: Path) -> Path:
+    """Where the cluster's processes see its folder."""
+    return _AT if os.geteuid() == 0 else folder
+
+
+def _as_owner(folder: Path, argv: list[process.Argument]) -> list[process.Argument]:
+    """`argv`, run by the owner of the cluster's folder. (The signal is set after the user: a change forgets it.)"""
+    owner = _other_user()
+    if owner is None:
+        return argv
+    return ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _MOUNTED, "sh", folder,
+            "setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "--pdeathsig", "KILL",
+            "--", *argv]
+
+
+def _environment() -> Mapping[str, str]:
+    """No PG* of someone's own, and none of toto's secrets."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}

@@ -1,0 +1,168 @@
+"""What toto keeps registered in Prefect: the work pool, the deployments of prefect.yaml and their schedules, limits.
+
+An operator changes schedules and parameters in the UI; toto's start adds what is new in prefect.yaml and leaves alone
+what they changed. It knows by a Prefect variable, which says what toto itself wrote last.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from toto.base import process
+from toto.base.prefect_api import Api, ServerError
+
+POOL: Final = "toto"
+ROOT: Final = Path(__file__).resolve().parents[2]
+WRITTEN: Final = "toto_deployments"  # the variable
+OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # of versions that left that to Prefect
+
+
+@dataclass(frozen=True)
+class Written:
+    """What toto wrote of one deployment: the slugs of the schedules that it ever made, and the parameters."""
+
+    schedules: tuple[str, ...]
+    parameters: Mapping[str, Any]
+
+
+async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
+                 limits: Mapping[str, int] | None = None) -> dict[str, str]:
+    """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
+
+    What an operator has changed of a deployment stays: schedules (also one that is gone), a pause, parameters.
+    Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the rest are
+    single requests, since each start of Prefect's CLI costs 1.5 s as well.
+    """
+    api = Api.of(env)
+    await ensure_pool(api, pool)
+    for limit, slots in (limits or {}).items():
+        await ensure_limit(api, limit, slots)
+    await _forget_old_automation(api)
+    before, written = await _found(api, pool), await _read_written(api)
+    listed = yaml.safe_load((root / "prefect.yaml").read_text())
+    mine: dict[str, Written] = {}
+    added: dict[str, list[dict[str, Any]]] = {}
+    for each in listed["deployments"]:
+        name = _name(each)
+        if (there := before.get(name)) is None:
+            mine[name] = Written(_slugs(each), {})
+            continue
+        known = written.get(name) or Written(_slugs(there), there["parameters"])
+        changed = {key: value for key, value in there["parameters"].items() if known.parameters.get(key) != value}
+        each["parameters"] = each.get("parameters", {}) | changed
+        each["paused"] = there["paused"]
+        # Told to Prefect once more, a schedule would be as prefect.yaml has it, whatever an operator made of it.
+        schedules = each.pop("schedules", [])
+        added[name] = [new for new in schedules if new["slug"] not in {*known.schedules, *_slugs(there)}]
+        mine[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
+                             {key: known.parameters.get(key) for key in changed})
+    file = Path(env["PREFECT_HOME"]) / "prefect.yaml"
+    file.write_text(yaml.safe_dump(listed, allow_unicode=True))
+    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
+                      env=env, cwd=root, timeout=120, target=str(root / "prefect.yaml"))
+    after = await _found(api, pool)
+    for name, new in added.items():
+        if new:
+            await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
+    await _write_written(api, written | {
+        name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in mine.items()})
+    return {name: each["id"] for name, each in after.items()}
+
+
+async def _found(api: Api, pool: str) -> dict[str, dict[str, Any]]:
+    """The deployments of a work pool as the API gives them, by "flow/deployment"."""
+    found = await api.call("POST", "/deployments/filter", {"work_pools": {"name": {"any_": [pool]}}})
+    flows = await api.call("POST", "/flows/filter", {"flows": {"id": {"any_": [each["flow_id"] for each in found]}}})
+    names = {flow["id"]: flow["name"] for flow in flows}
+    return {f"{names[each['flow_id']]}/{each['name']}": each for each in found}
+
+
+def _name(listed: Mapping[str, Any]) -> str:
+    """The "flow/deployment" of an entry of prefect.yaml; a flow is named after its function."""
+    return f"{re.split('[.:]', listed['entrypoint'])[-1].replace('_', '-')}/{listed['name']}"
+
+
+def _slugs(deployment: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(each["slug"] for each in deployment.get("schedules", ()) if each["slug"])
+
+
+def _schedule(listed: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule of prefect.yaml in the API's form."""
+    about = {key: listed[key] for key in ("slug", "active", "parameters") if key in listed}
+    return {**about, "schedule": {key: value for key, value in listed.items() if key not in about}}
+
+
+async def _read_written(api: Api) -> dict[str, Written]:
+    try:
+        variable = await api.call("GET", f"/variables/name/{WRITTEN}")
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        return {}
+    return {name: Written(tuple(each["schedules"]), each["parameters"]) for name, each in variable["value"].items()}
+
+
+async def _write_written(api: Api, written: Mapping[str, Written]) -> None:
+    value = {"value": {name: asdict(each) for name, each in written.items()}}
+    try:
+        await api.call("PATCH", f"/variables/name/{WRITTEN}", value)
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        await api.call("POST", "/variables/", {"name": WRITTEN, "tags": ["toto"], **value})
+
+
+async def _forget_old_automation(api: Api) -> None:
+    """It also acted on runs that had ended, when a heartbeat came in late; `toto.server.orphans` looks at the run."""
+    for old in await api.call("POST", "/automations/filter", {"automations": {"name": {"any_": [OLD_AUTOMATION]}}}):
+        await api.call("DELETE", f"/automations/{old['id']}")
+
+
+async def register_blocks(env: Mapping[str, str]) -> None:
+    """Make the forms of toto's blocks known to the UI, or bring them up to date. Idempotent; about 1.5 s."""
+    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
+                      env=env, cwd=ROOT, timeout=120)
+
+
+async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
+    """{"flow/deployment": id} of a work pool."""
+    return {name: each["id"] for name, each in (await _found(api, pool)).items()}
+
+
+async def ensure_limit(api: Api, name: str, slots: int) -> None:
+    """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
+    try:
+        await api.call("PATCH", f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True})
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        await api.call("POST", "/v2/concurrency_limits/", {"name": name, "limit": slots, "active": True})
+
+
+async def ensure_pool(api: Api, pool: str) -> None:
+    text = {"type": "string"}
+    words = {"type": "object", "additionalProperties": text}
+    variables = {
+        "command": {**text, "title": "Command", "default": shlex.join(
+            [sys.executable, "-I", "-S", str(ROOT / "toto" / "server" / "fork_server.py"), "run"])},
+        "env": {**words, "title": "Environment", "default": {}},
+        "labels": {**words, "title": "Labels", "default": {}},
+        "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
+        "stream_output": {"type": "boolean", "title": "Stream output", "default": True},
+        "working_dir": {"anyOf": [text, {"type": "null"}], "title": "Working directory", "default": None},
+    }
+    template = {"job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
+                "variables": {"type": "object", "properties": variables}}
+    about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
+    try:
+        await api.call("PATCH", f"/work_pools/{pool}", about)
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        await api.call("POST", "/work_pools/", {"name": pool, "type": "process", **about})

@@ -1,0 +1,233 @@
+"""Flow runs that begin at once: a process that has imported what they need, and is forked for each of them.
+
+A new Python spends most of the wait for a flow run's first line on imports (1.5 to 2 s on a small machine). So
+`serve` imports Prefect and toto's flows once, and `run`, the command that Prefect's worker starts for a run, has
+it forked: the fork gets the caller's environment, folder and standard streams, and becomes `prefect.engine`. The
+caller stays, passes signals on and ends with the fork's exit status, so that for the worker it is the run. Neither
+outlives the other, nor the server. Without one the caller becomes the engine itself, in the slow way.
+
+(The idea: Android's zygote, and multiprocessing's forkserver, whose forks only their own program can ask for.)
+
+`python -I -S toto/server/fork_server.py run` must start fast: here, on top, only what every Python has loaded anyway.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+NAME: Final = "fork.sock"  # in Prefect's home, which only its owner may enter
+PATIENCE: Final = 15.0  # seconds in which a fork has to come
+PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _address() -> tuple[str, int]:
+    """The socket's path by way of a folder's descriptor, and that, to be closed: a path may have 107 bytes only."""
+    folder = os.open(os.environ["PREFECT_HOME"], os.O_RDONLY | os.O_DIRECTORY)
+    return f"/proc/self/fd/{folder}/{NAME}", folder
+
+
+# The caller
+
+
+def run() -> NoReturn:
+    """Be a flow run: have it forked, and end as it ends."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path, folder = _address()
+        try:
+            server.connect(path)
+        finally:
+            os.close(folder)
+        server.settimeout(PATIENCE)  # a server that hangs is none; a fork that comes too late goes with this connection
+        # From here on a signal waits until there is someone to pass it on to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        request = b"\0".join([os.getcwdb(), *(key + b"=" + value for key, value in os.environb.items())])  # noqa: PTH109
+        socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+        server.sendall(request)
+        answer = server.makefile("r")
+        pid = int(answer.readline())
+        server.settimeout(None)
+    except (OSError, KeyError, ValueError):
+        server.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])  # noqa: S606
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: _pass_on(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    status = answer.readline()
+    if not status:  # the server has died: the run must not go on without anyone to tell its end to
+        _pass_on(pid, signal.SIGKILL)
+        os._exit(128 + signal.SIGKILL)
+    code = int(status)
+    if code < 0:
+        with contextlib.suppress(OSError):  # (SIGKILL has no handler)
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _pass_on(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # (it has just ended)
+        os.kill(pid, number)
+
+
+# The server
+
+
+class _Forked(Exception):
+    """Raised in a fork, with request and streams: to leave what is the server's and take the caller's place."""
+
+
+def serve(modules: list[str]) -> None:
+    """Import `modules`, then fork for whoever asks, until SIGTERM. Returns in the forks, each in its caller's place."""
+    for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", *modules):
+        importlib.import_module(module)
+    if threading.active_count() > 1:  # a fork has one thread only, and whatever locks the others held stay locked
+        sys.exit(f"toto: flow runs will begin slowly: an import has started {threading.enumerate()}")
+    gc.collect()
+    gc.freeze()  # no collection in a fork touches, and by that copies, what all of them share
+    callers: dict[int, socket.socket] = {}
+    try:
+        with _listening() as listener, _children() as ended, selectors.PollSelector() as selector:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(ended, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is listener:
+                        caller = _accepted(listener)
+                        if caller and (pid := _fork_for(caller)):
+                            callers[pid] = caller
+                            selector.register(caller, selectors.EVENT_READ, pid)
+                    elif key.fileobj is not ended:  # a caller that has gone: its run goes with it
+                        selector.unregister(key.fileobj)
+                        os.kill(key.data, signal.SIGKILL)  # (it is ours, so its number is, until we have waited for it)
+                for pid, status in _ends(ended):
+                    if caller := callers.pop(pid, None):
+                        with contextlib.suppress(KeyError):
+                            selector.unregister(caller)
+                        _say(caller, status)
+                        caller.close()
+    except _Forked as fork:
+        for caller in callers.values():
+            caller.close()
+        _take_the_place(*fork.args)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[socket.socket]:
+    path, folder = _address()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)  # noqa: PTH107
+            listener.bind(path)
+            listener.listen(64)
+            yield listener
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _children() -> Iterator[socket.socket]:
+    """A socket that can be read from when a child has ended."""
+    here, there = socket.socketpair()
+    with here, there:
+        here.setblocking(False)
+        there.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        yield here
+
+
+def _ends(ended: socket.socket) -> Iterator[tuple[int, int]]:
+    """The children that have ended, with their exit statuses."""
+    with contextlib.suppress(BlockingIOError):
+        ended.recv(4096)
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found[0], os.waitstatus_to_exitcode(found[1])
+
+
+def _accepted(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except OSError:  # it has gone, or there are too many open files just now
+        time.sleep(0.1)
+        return None
+
+
+def _fork_for(caller: socket.socket) -> int | None:
+    """The process id of the fork, or None where there is none. Raises `_Forked` in it."""
+    caller.settimeout(5)
+    streams: list[int] = []
+    try:
+        head, streams, _, _ = socket.recv_fds(caller, 4, 3)
+        request = bytearray()
+        while len(request) < int.from_bytes(head, "big"):
+            if not (more := caller.recv(65_536)):
+                raise ConnectionError
+            request += more
+        # A signal to the fork waits until it is no longer the server's handler that would take it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        if (pid := os.fork()) == 0:
+            # It says so itself: a caller that was told nothing knows that there is no fork.
+            if not _say(caller, os.getpid()):
+                os._exit(1)
+            caller.close()
+            raise _Forked(bytes(request), streams)
+    except OSError:  # the caller has gone, or there is no room for another process
+        caller.close()
+        pid = None
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    for stream in streams:
+        os.close(stream)
+    return pid
+
+
+def _say(caller: socket.socket, number: int) -> bool:
+    """Whether the caller was still there to be told."""
+    try:
+        caller.sendall(b"%d\n" % number)
+    except OSError:
+        return False
+    return True
+
+
+def _take_the_place(request: bytes, streams: list[int]) -> None:
+    """In the fork: environment, folder and standard streams of its caller."""
+    from prefect.context import refresh_global_settings_context  # noqa: PLC0415
+
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    for standard, stream in enumerate(streams):
+        os.dup2(stream, standard)
+        os.close(stream)
+    folder, *variables = request.split(b"\0")
+    os.environb.clear()
+    for each in variables:
+        key, _, value = each.partition(b"=")
+        os.environb[key] = value
+    os.chdir(folder)
+    sys.argv = ["prefect.engine"]
+    refresh_global_settings_context()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        run()
+    else:
+        serve(sys.argv[2:])
+        runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

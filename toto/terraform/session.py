@@ -1,0 +1,457 @@
+"""Terraform: the root modules of the infra repo, their identities, and plan and apply of one of them.
+
+A root is planned into a file, and that file is applied, never a second plan. python-terraform builds the command
+lines; they run through the process door, and are ended by SIGINT first: terraform then saves its state and unlocks it.
+What a plan says is read by `toto.terraform.plan`. State locks are waited for and told, never broken.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+import python_terraform  # type: ignore[import-untyped]
+
+from toto.base import paths, process
+from toto.base.errors import InputError, TotoError
+from toto.base.model import Model, shown
+from toto.base.process import CommandTimeout, Completed, LineSink
+from toto.infra_repo import fields, git
+from toto.infra_repo.settings import Approve, Prevent, SettingsError, Terraform, TerraformRoot, problem
+from toto.terraform import hcl
+from toto.terraform import plan as tfplan
+from toto.terraform.plan import Planned, State
+
+FOLDER: Final = "terraform"
+OVERRIDE: Final = "toto_override.tf.json"  # terraform lays files of such a name over the others
+GRACE: Final = 60.0  # seconds to save the state and unlock it, once interrupted
+LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
+SHORTEST: Final = 4  # characters of a secret; to mask shorter ones would leave nothing readable
+
+# What of toto's own environment reaches terraform, its providers and provisioners.
+_PASSED_ON: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "NIX_SSL_CERT_FILE", "PATH", "SSH_AUTH_SOCK", "SSL_CERT_DIR",
+                     "SSL_CERT_FILE", "TF_CLI_CONFIG_FILE", "TMPDIR", "TZ", "USER", "HTTP_PROXY", "HTTPS_PROXY",
+                     "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+# Its constructor reads the state that lies in the working directory: in this one there is none.
+_COMMANDS: Final = python_terraform.Terraform(working_dir=os.devnull)
+_FLAG: Final = python_terraform.IsFlagged
+_LOCK: Final = re.compile(r"^ +(ID|Operation|Who|Created): +(.*?) *$", re.MULTILINE)
+_POSITION: Final = re.compile(r"\bon (\S.*) line (\d+)")
+
+
+class TerraformFailed(TotoError):
+    """A terraform command failed; the message is terraform's own errors, their positions made the repo's.
+
+    `killed`: it was ended by a signal, so that nobody knows how far it came.
+    """
+
+    def __init__(self, message: str, *, target: str, hint: str | None = None, killed: bool = False) -> None:
+        super().__init__(message, target=target, hint=hint)
+        self.killed = killed
+
+
+class StateLocked(TerraformFailed):
+    """Another terraform held the lock of the state for all the time that was waited.
+
+    `holder` is what the lock says of it (ID, Operation, Who, Created); empty where the backend does not tell.
+    """
+
+    def __init__(self, holder: Mapping[str, str], *, target: str, waited: float) -> None:
+        who, since, what, lock = (holder.get(key, "unknown") for key in ("Who", "Created", "Operation", "ID"))
+        by = f"{who} since {since} ({what}, lock {lock})" if holder else "someone: the backend does not say whom"
+        unlock = f"; if it is dead, `terraform force-unlock {lock}`" if holder else ""
+        super().__init__(f"its state is locked by {by}; waited {waited:g} s", target=target,
+                         hint=f"wait until that terraform is done{unlock}")
+        self.holder = dict(holder)
+
+
+class PlanStale(TerraformFailed):
+    """The state has moved since the plan was made; nothing was applied."""
+
+
+class ApplyFailed(TerraformFailed):
+    """A plan was not applied, or only in part. `partial` is False only where it is certain that nothing was changed."""
+
+    def __init__(self, message: str, *, partial: bool, target: str, hint: str | None = None) -> None:
+        super().__init__(message, target=target, hint=hint)
+        self.partial = partial
+
+
+class Root(Model):
+    """A root module: `path` is its folder in the repo. The rest is as in `toto.toml`, defaults filled in."""
+
+    name: str
+    path: str
+    workspace: str = "default"
+    var_files: tuple[str, ...] = ()
+    backend_config: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    watch: tuple[str, ...] = ()
+    prevent: Prevent = ()
+    approve: Approve = "never"
+
+    @property
+    def label(self) -> str:
+        return f"terraform/{self.name}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it reads besides its own folder and the modules that it calls, as paths in the repo."""
+        return *self.var_files, *(each for each in self.backend_config if "=" not in each), *self.watch
+
+
+def discover(tree: Path, settings: Terraform) -> list[Root]:
+    """The roots of a commit, each after those that it comes `after`.
+
+    Raises `SettingsError` for what names no file or no root, and for a circle.
+    """
+    named = settings.roots or {name: TerraformRoot(path=path) for name, path in _found(tree)}
+    roots = {name: Root(name=name, **each.model_dump(exclude={"path", "prevent", "approve"}),
+                        path=each.path or f"{FOLDER}/{name}",
+                        prevent=settings.prevent if each.prevent is None else each.prevent,
+                        approve=each.approve or settings.approve) for name, each in named.items()}
+    if problems := list(_problems(tree, roots)):
+        raise SettingsError(problems)
+    try:
+        order = list(TopologicalSorter({name: root.after for name, root in roots.items()}).static_order())
+    except CycleError as error:
+        circle = " after ".join(reversed(error.args[1]))
+        raise SettingsError([problem(("terraform", "roots", error.args[1][-1], "after"),
+                                     f"this goes round in a circle: {circle}")]) from None
+    return [roots[name] for name in order]
+
+
+def _found(tree: Path) -> Iterator[tuple[str, str]]:
+    folder = tree / FOLDER
+    if _configuration(folder):
+        yield "main", FOLDER
+        return
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not entry.name.startswith(".") and not entry.is_symlink() and _configuration(entry):
+            yield check_name(entry.name, f"{FOLDER}/{entry.name}"), f"{FOLDER}/{entry.name}"
+
+
+def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
+    for name, root in roots.items():
+        where = ("terraform", "roots", name)
+        if not _configuration(tree / root.path):
+            yield problem((*where, "path"), f"there are no .tf files in {shown(root.path)}")
+        for file in root.files:
+            if not (tree / file).exists():
+                key = "var_files" if file in root.var_files else "watch" if file in root.watch else "backend_config"
+                yield problem((*where, key), f"there is no {shown(file)} in the repo")
+        for other in root.after:
+            if other not in roots:
+                yield problem((*where, "after"), f"there is no root {shown(other)}")
+
+
+def _configuration(folder: Path) -> list[Path]:
+    """The files of a module: those of its folder that terraform reads."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.endswith((".tf", ".tf.json"))
+                  and not path.name.startswith(".") and path.is_file())
+
+
+def check_name(name: str, where: str) -> str:
+    """The name itself when it is fit to be a root's, else `InputError`: it becomes paths and ref names."""
+    try:
+        return fields.check_name(name)
+    except ValueError as error:
+        raise InputError(f"a root's name {error}", target=where, hint="rename it, or name it in toto.toml") from None
+
+
+async def identity(repo: Path, commit: str, tree: Path, root: Root) -> str:
+    """A hash that changes when what the root makes of the world may: by its files in git, and its own settings.
+
+    Its files are its folder, the local modules that it calls (and those that they call), where links in them lead,
+    and the root's `files`. Raises `InputError`, with file and line, for a module that is not in the repo.
+    """
+    names = sorted(_dependencies(tree.resolve(), root))
+    ids = await git.git(repo, "rev-parse", *(f"{commit}:{name}" for name in names))
+    parts = (root.path, root.workspace, root.var_files, root.backend_config, list(zip(names, ids.lines, strict=True)))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _dependencies(tree: Path, root: Root) -> set[str]:
+    modules, folders = set[Path](), [(tree / root.path).resolve()]
+    while folders:
+        if (folder := folders.pop()) not in modules:
+            modules.add(folder)
+            folders += _called(tree, folder)
+    found = modules | {(tree / name).resolve() for name in root.files}
+    for folder in [path for path in found if path.is_dir()]:
+        links = (path.resolve() for path in folder.rglob("*") if path.is_symlink())
+        found |= {path for path in links if path.is_relative_to(tree) and path.exists()}
+    return {str(path.relative_to(tree)) for path in found}
+
+
+def _called(tree: Path, folder: Path) -> Iterator[Path]:
+    """The folders of the local modules that a module calls."""
+    for file in _configuration(folder):
+        text = file.read_text(errors="replace")
+        for module in (hcl.json_modules if file.suffix == ".json" else hcl.modules)(text):
+            if not module.source.startswith(("./", "../", "/")):
+                continue  # of a registry or of another repo, pinned by its version
+            target = (folder / module.source).resolve()
+            if not target.is_relative_to(tree) or not target.is_dir():
+                wrong = "is no folder" if target.is_relative_to(tree) else "is not in the repo"
+                raise InputError(f"the source of module {shown(module.name)} {wrong}: {shown(module.source)}",
+                                 target=f"{file.relative_to(tree)}:{module.line}", hint="mend the path and push again")
+            yield target
+
+
+@dataclass(frozen=True)
+class Session:
+    """Terraform at work on one root of an exported commit, `tree`.
+
+    `scratch` is the run's own directory: there go the plans, which hold secrets, and what terraform downloads. A root
+    without a backend keeps its state in toto's state directory for `repo`. `env` are the secrets that terraform is
+    given (`TF_VAR_…`, `AWS_…`); they are masked in whatever it says, to `on_line` as well.
+    """
+
+    repo: Path
+    root: Root
+    tree: Path
+    scratch: Path
+    settings: Terraform
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    on_line: LineSink | None = None
+
+    async def plan(self, *, destroy: bool = False) -> Planned:
+        """Make the root ready (see `init`) and plan it; with `destroy`, that all of it is destroyed.
+
+        Raises `TerraformFailed` (`StateLocked` among them), `InputError`, `CommandTimeout`.
+        """
+        await self.init()
+        handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
+        os.close(handle)
+        done = await self._run("plan", ok=(0, 2), out=name, detailed_exitcode=_FLAG, lock_timeout=self._patience,
+                               destroy=_FLAG if destroy else None,
+                               var_file=[str(self.tree / file) for file in self.root.var_files])
+        document = json.loads((await self._run("show", name, private=True, json=_FLAG)).stdout)
+        # Read afterwards: should the state move in between, the plan is stale, and is never applied to another one.
+        return Planned(root=self.root.name, file=Path(name), before=await self.state(), empty=done.status == 0,
+                       terraform=document["terraform_version"],
+                       changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
+                       outputs=tfplan.outputs_of(document.get("output_changes", {}), self._secrets),
+                       drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets))
+
+    async def apply(self, planned: Planned) -> State:
+        """Apply a saved plan of this session's tree and scratch, exactly, and return the state that it left.
+
+        When cancelled, terraform finishes what it is at, saves its state and unlocks it.
+        Raises `PlanStale` and `StateLocked` (nothing was done), and `ApplyFailed`.
+        """
+        try:
+            await self._run("apply", planned.file, lock_timeout=self._patience)
+        except (PlanStale, StateLocked):
+            raise
+        except (TerraformFailed, CommandTimeout) as error:
+            raise await self._apply_failed(planned, error) from None
+        finally:
+            self._rescue()
+        return await self.state()
+
+    async def state(self) -> State:
+        """The state as it is now. The session must be ready, by `plan` or `init`."""
+        text = (await self._run("state pull", private=True)).stdout
+        return tfplan.state_of(json.loads(text) if text.strip() else None, self._secrets)
+
+    async def init(self) -> None:
+        """Make the tree ready: backend, providers, modules, workspace. One at a time, for providers' shared cache.
+
+        Raises `InputError` for a state that would be lost with the tree.
+        """
+        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        override, marker = self._folder / OVERRIDE, self._data / "terraform.tfstate"
+        async with paths.alone(_plugins().with_suffix(".lock")):
+            if not override.exists():
+                marker.unlink(missing_ok=True)  # of an earlier tree's backend
+                await self._init(*(each if "=" in each else self.tree / each for each in self.root.backend_config))
+                if marker.exists():
+                    self._check_backend(json.loads(marker.read_text())["backend"])
+                else:
+                    self._check_no_state_beside()
+                    override.write_text('{"terraform": {"backend": {"local": {}}}}\n')
+            if override.exists():
+                await self._init(f"path={self._home}/terraform.tfstate", f"workspace_dir={self._home}/workspaces")
+        if self.root.workspace != "default":
+            await self._run("workspace select", self.root.workspace, or_create=_FLAG)
+        for file in sorted(self._home.glob("errored-*.tfstate")):
+            await self._save_late(file)
+
+    async def _init(self, *backend_config: str | Path) -> None:
+        await self._run("init", reconfigure=_FLAG, backend_config=list(backend_config))
+
+    def _check_backend(self, backend: Any) -> None:
+        config = backend["config"]
+        kept = [config.get("path"), *([config.get("workspace_dir")] if self.root.workspace != "default" else [])]
+        if backend["type"] == "local" and not all(path and Path(path).is_absolute() for path in kept):
+            raise InputError("its backend keeps the state beside the configuration, which goes when the run is over",
+                             target=self.root.label, hint=f"leave the backend block out, and toto keeps the state in "
+                                                          f"{self._home}; or use another backend")
+
+    def _check_no_state_beside(self) -> None:
+        kept = self._home / "terraform.tfstate"
+        if (self._folder / "terraform.tfstate").exists() and not kept.exists():
+            raise InputError("a state is committed beside the configuration, and toto keeps this root's elsewhere",
+                             target=self.root.label, hint=f"move {self.root.path}/terraform.tfstate to {kept}")
+
+    async def _apply_failed(self, planned: Planned, error: TerraformFailed | CommandTimeout) -> ApplyFailed:
+        unsaved = self._rescue()
+        try:
+            moved = await self.state() != planned.before
+        except TotoError:
+            moved = True
+        # One that was killed may have made what it could not write down.
+        partial = moved or unsaved is not None or isinstance(error, CommandTimeout) or error.killed
+        hint = ("a part of the plan may have been applied: the next plan shows what is left of it" if partial
+                else "nothing was changed; mend the cause and push again")
+        if unsaved is not None:
+            hint = f"the state could not be saved: it is kept in {unsaved}, and the next run saves it first"
+        return ApplyFailed(error.message, partial=partial, target=self.root.label, hint=hint)
+
+    async def _save_late(self, file: Path) -> None:
+        """Save the state that an earlier apply could not; terraform refuses that when the state has moved since."""
+        try:
+            await self._run("state push", file, lock_timeout=self._patience)
+        except StateLocked:
+            raise
+        except TerraformFailed as error:
+            raise TerraformFailed(f"what an earlier apply did is not in the state: {error.message}",
+                                  target=self.root.label,
+                                  hint=f"compare {file}, which that apply left, with the state; "
+                                       "remove it when the state is right") from None
+        file.unlink()
+
+    def _rescue(self) -> Path | None:
+        """Take the state that terraform could not save out of the tree, before it goes."""
+        left = self._folder / "errored.tfstate"
+        if not left.exists():
+            return None
+        kept = self._home / f"errored-{git.now()}.tfstate"
+        shutil.move(left, kept)
+        kept.chmod(0o600)
+        return kept
+
+    async def _run(self, command: str, *arguments: str | Path, ok: Collection[int] = (0,), private: bool = False,
+                   **options: Any) -> Completed:
+        """Run a terraform command; the output of a `private` one is for toto alone, and holds secrets.
+
+        Raises `TerraformFailed` or one of its kinds for a status that is not `ok`, `CommandTimeout`.
+        """
+        argv = _COMMANDS.generate_cmd_string(command, *map(str, arguments), no_color=_FLAG, **options)
+        sink = None if private else self.on_line
+        began = datetime.now(UTC)
+        try:
+            done = await process.run(
+                argv, env=self._environment(), cwd=self._folder, check=False, on_line=sink, on_error_line=sink,
+                secrets=() if private else self._secrets, keep=LARGEST if private else process.KEPT, grace=GRACE,
+                timeout=self.settings.timeout + self.settings.lock_timeout, target=self.root.label,
+                signals=(signal.SIGINT, signal.SIGTERM))
+        except CommandTimeout as error:
+            raise CommandTimeout(error.argv, error.seconds, "" if private else error.tail,
+                                 target=self.root.label) from None
+        if done.status not in ok:
+            raise self._failed(done, began)
+        if private and done.truncated:
+            raise TerraformFailed(f"`terraform {command}` printed more than {LARGEST} bytes", target=self.root.label)
+        return done
+
+    def _failed(self, done: Completed, began: datetime) -> TerraformFailed:
+        said = process.mask(done.stderr, self._secrets)
+        if "Error acquiring the state lock" in said:
+            holder = dict(_LOCK.findall(said))
+            # Some backends (pg) cannot tell who holds a lock, and terraform then prints what it would have written.
+            ours = holder.get("Who", "").endswith(f"@{socket.gethostname()}")
+            if ours and holder.get("Created", "") >= began.strftime("%Y-%m-%d %H:%M:%S.%f"):
+                holder = {}
+            return StateLocked(holder, target=self.root.label, waited=self.settings.lock_timeout)
+        if re.search(r"Saved plan (is stale|does not match)", said):
+            return PlanStale("the state has moved since it was planned", target=self.root.label, hint="plan it again")
+        told = self._in_repo(_errors(said)) or f"`{process.shorten(' '.join(done.argv))}` said nothing"
+        if done.status < 0:
+            told = f"terraform was ended by {signal.Signals(-done.status).name}\n{told}"
+        return TerraformFailed(told, target=self.root.label, killed=done.status < 0)
+
+    def _in_repo(self, text: str) -> str:
+        """Terraform's words with positions as paths in the repo, not in the root's folder."""
+        return _POSITION.sub(lambda found: f"on {os.path.normpath(f'{self.root.path}/{found[1]}')} line {found[2]}"
+                             if (self._folder / found[1]).exists() else found[0], text)
+
+    @cached_property
+    def _secrets(self) -> tuple[str, ...]:
+        return tuple(_spellings(self.env.values()))
+
+    @property
+    def _folder(self) -> Path:
+        return self.tree / self.root.path
+
+    @property
+    def _home(self) -> Path:
+        """What outlives a run."""
+        return paths.repo_state(self.repo) / "terraform" / self.root.name
+
+    @property
+    def _data(self) -> Path:
+        """What goes with the run. Of a run's own, so that two runs may plan one root at a time."""
+        return self.scratch / "terraform" / self.root.name / self.root.workspace
+
+    @property
+    def _patience(self) -> str:
+        return f"{self.settings.lock_timeout:.3f}s"
+
+    def _environment(self) -> dict[str, str]:
+        ours = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        if not Path(ours.get("TF_CLI_CONFIG_FILE", "")).is_file():  # terraform warns of a missing one each time
+            ours.pop("TF_CLI_CONFIG_FILE", None)
+        return {**ours, **self.env,
+                "TF_IN_AUTOMATION": "1", "TF_INPUT": "0", "CHECKPOINT_DISABLE": "1", "TF_DATA_DIR": str(self._data),
+                "TF_PLUGIN_CACHE_DIR": str(_plugins()),
+                # Without a lock file in the repo every run would download its providers again.
+                "TF_PLUGIN_CACHE_MAY_BREAK_DEPENDENCY_LOCK_FILE": "1"}
+
+
+def _plugins() -> Path:
+    """The cache of providers, shared by all roots."""
+    folder = paths.state_home() / "terraform-plugins"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _errors(text: str) -> str:
+    """The errors in what terraform printed, each once, bounded; all of it where it has no such form."""
+    blocks = (block.strip() for block in re.split(r"^(?=Error: )", text, flags=re.MULTILINE))
+    said = "\n".join(dict.fromkeys(block for block in blocks if block.startswith("Error: ")
+                                   and block != "Error: execution halted")) or text
+    return process.tail("\n".join(line for line in said.splitlines() if line.strip()), 40)
+
+
+def _spellings(values: Iterable[str]) -> list[str]:
+    """Every form in which a secret may turn up: whole, as part of its JSON or URL, by lines, escaped. Longest first."""
+    found = set(values)
+    for value in tuple(found):
+        with suppress(ValueError, RecursionError):
+            found |= {str(leaf) for _, leaf in tfplan.leaves(json.loads(value)) if isinstance(leaf, str | int | float)}
+        with suppress(ValueError):
+            found.add(unquote(urlsplit(value).password or ""))
+    found |= {line.strip() for each in found for line in each.splitlines()}
+    found |= {json.dumps(each, ensure_ascii=False)[1:-1] for each in found}
+    return sorted((each for each in found if len(each) >= SHORTEST and each.lower() not in ("true", "false", "null")),
+                  key=len, reverse=True)
