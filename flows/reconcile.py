@@ -168,6 +168,8 @@ async def _unless_superseded(work: Coroutine[Any, Any, T], request: Request) -> 
     finally:
         task.cancel()
         await asyncio.wait((task,))
+        if not task.cancelled():
+            task.exception()  # a cancel of the run reaches work and waiter: asked here, so that asyncio does not complain
 
 
 def _stops(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> bool:

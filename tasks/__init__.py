@@ -61,11 +61,24 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
         return
     global _blocks  # noqa: PLW0603
     before = signal.getsignal(signal.SIGTERM)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    terminated = False
+
+    def terminate() -> None:
+        nonlocal terminated
+        terminated = True
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     token = _listening.set(True)
     _blocks += 1
     try:
         yield
+    except asyncio.CancelledError:
+        if not terminated:
+            raise
+        # All below has been cleaned up; from here on the engine goes by the signal, which is a cancel or a stop to it.
+        task.uncancel()
+        raise TerminationSignal(signal=signal.SIGTERM) from None
     finally:
         _blocks -= 1
         _listening.reset(token)
