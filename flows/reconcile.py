@@ -169,7 +169,7 @@ async def _unless_superseded(work: Coroutine[Any, Any, T], request: Request) -> 
         task.cancel()
         await asyncio.wait((task,))
         if not task.cancelled():
-            task.exception()  # a cancel of the run reaches work and waiter: asked here, so that asyncio does not complain
+            task.exception()  # what a cancel of the run made of it; asyncio complains where nobody asks
 
 
 def _stops(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> bool:
