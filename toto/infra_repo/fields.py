@@ -34,6 +34,7 @@ def check_name(name: str) -> str:
 
 
 def check_address(address: str) -> str:
+    """`address` itself when it can be a host name or an IP address; ValueError when not."""
     if "@" in address:
         raise ValueError(f"should be a host name or an IP address; the user goes to ssh.user, not {shown(address)}")
     if not re.fullmatch(_ADDRESS, address):
@@ -42,6 +43,7 @@ def check_address(address: str) -> str:
 
 
 def check_user(user: str) -> str:
+    """`user` itself when it can name a user; ValueError when not."""
     if not re.fullmatch(_USER, user):
         raise ValueError(f"should be a user name of letters, digits, '.', '-' and '_', not {shown(user)}")
     return user
@@ -54,12 +56,14 @@ def _check_word(text: str) -> str:
 
 
 def check_host_key(text: str) -> str:
+    """`text` itself when it is an ssh public key on one line; ValueError when not."""
     if not re.fullmatch(_HOST_KEY, text):
         raise ValueError(f"should be a public key like 'ssh-ed25519 AAAA…', not {shown(text)}")
     return text
 
 
 def check_system(text: str) -> str:
+    """`text` itself when it has the form of a nix system; ValueError when not."""
     if not re.fullmatch(r"[a-z0-9_]+-[a-z0-9]+", text):
         raise ValueError(f"should be a system like 'x86_64-linux', not {shown(text)}")
     return text
