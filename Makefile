@@ -16,7 +16,7 @@ run := . setup/env && exec
 help:
 	@echo "make demo    a fleet of virtual machines: rehearse, roll out, break, revert (KEEP=1 leaves it running)"
 	@echo "make test    all tests (TESTS=path selects files, K=expression selects names)"
-	@echo "make lint    ruff and mypy --strict"
+	@echo "make lint    ruff, the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
 	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done"
 	@echo "make kube    builds a Kubernetes API server, for the tests of helm (8 minutes, 3.5 GB while it does; once)"
@@ -32,7 +32,7 @@ test: prepare
 	@$(run) python -m $(if $(TESTS)$(K),pytest $(or $(TESTS),tests) $(if $(K),-k '$(K)'),tests)
 
 lint: prepare
-	@. setup/env && ruff check . && exec mypy --strict
+	@. setup/env && ruff check . && lint-imports --no-cache && exec mypy --strict
 
 torture: prepare
 	@$(run) python -m tests.lab.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
