@@ -206,7 +206,9 @@ async def main(start_only: bool = False) -> int:
         failure = f"The demo cannot go on: {error.message}"
     finally:
         if failure is not None or isinstance(sys.exception(), Exception):
-            say(f"\n{failure or 'The demo has a fault of its own:'}\nThe logs are in {_keep_logs(directory)}")
+            kept = _keep_logs(directory)
+            said = failure or "The demo has a fault of its own:"
+            say(f"\n{said.replace(str(directory), str(kept))}\nThe logs are in {kept}")
         shutil.rmtree(directory, ignore_errors=True)
     if failure is not None:
         return 1

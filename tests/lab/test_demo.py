@@ -34,5 +34,6 @@ def test_start_that_fails_shows_why_and_keeps_the_logs(tmp_path: Path) -> None:
     assert "unable to open database file" in told
     assert "Traceback" not in done.stdout.partition("The demo cannot go on")[0], done.stdout
     kept = Path(told.partition("The logs are in ")[2].split()[0])
+    assert f"next: see {kept}/server/logs/server.log" in told  # where it is now
     assert "unable to open database file" in (kept / "server" / "logs" / "server.log").read_text()
     assert [each.name for each in (tmp_path / "state").iterdir()] == [kept.name]
