@@ -50,6 +50,10 @@ class CopyFailed(TotoError):
 def environment() -> dict[str, str]:
     """The environment for nix: messages in plain text, and nothing secret that builtins.getEnv could read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_"))}
+    # A build may run as a user of nix's own, who cannot enter toto's temporary folder: it gets the machine's.
+    if (machines := os.environ.get("TOTO_TMPDIR")) is not None:
+        kept = {name: value for name, value in kept.items() if name != "TMPDIR"} | (
+            {"TMPDIR": machines} if machines else {})
     # A collection of nix's garbage in the middle of an evaluation costs time, and with Debian's libgc it can crash
     # (NixOS/nix issue 4919): with a large heap from the start there is none in a host of ordinary size.
     return {"GC_INITIAL_HEAP_SIZE": "2G"} | kept | {"TERM": "dumb", "NO_COLOR": "1"}

@@ -31,6 +31,7 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
     address = f"http://{host}:{port}"
     env |= {
         "TMPDIR": str(temporary),
+        "TOTO_TMPDIR": source.get("TOTO_TMPDIR", source.get("TMPDIR", "")),  # where nix builds: see toto.nix.commands
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_API_URL": f"{address}/api",
