@@ -14,7 +14,7 @@ from tasks import helm as releases
 from tasks import roll_out as hosts
 from tasks import terraform as roots
 from tasks.limits import one_roll_out
-from tasks.settle import dead_intents, died_at, healing_for, manifest_of, take_over, tell_of
+from tasks.settle import dead_intents, died_at, healing_for, manifest_of, take_over, tell_of, was_cancelled
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Manifest
@@ -60,7 +60,7 @@ async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest
 
 async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
     """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
-    if flow_run.deployment_id and AGAIN not in flow_run.tags:
+    if flow_run.deployment_id and AGAIN not in flow_run.tags and not await was_cancelled(flow_run.id):
         await arun_deployment("settle/toto", timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
                               idempotency_key=f"again-{flow_run.id}")
 

@@ -71,6 +71,9 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     token = _listening.set(True)
     _blocks += 1
+    # Prefect's own handler (as we have it) from the start: by that its worker knows that a cancel is understood.
+    signal.signal(signal.SIGTERM, prefect_engine._prefect_sigterm_handler)
+    signal.siginterrupt(signal.SIGTERM, False)
     try:
         yield
     except asyncio.CancelledError:

@@ -156,7 +156,7 @@ async def _database_move(arguments: argparse.Namespace) -> int:
     print(table([{"table": each.table, "rows": str(each.copied)} for each in moved if each.copied], ("table", "rows")))
     for line in database_move.left_behind(moved):
         _say(line)
-    _say(f"moved; `toto serve` uses PostgreSQL from now on, and {home / 'prefect.db'} stays as it was")
+    _say(f"moved; `toto serve` uses PostgreSQL from now on, and the file is {home / database_move.MOVED} now")
     return 0
 
 

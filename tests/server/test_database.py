@@ -159,8 +159,9 @@ async def test_sqlite_moves_to_postgresql_with_all_that_an_operator_would_miss(h
     assert f"log: 1 of {good} rows stay behind" in left
     assert "odd: 1 of 1 rows stay behind; the first: PostgreSQL has no such table" in left
     assert len(left.splitlines()) == 2
-    assert (home / "prefect.db").read_bytes() == old
-    assert not (home / "moving").exists()
+    assert (home / database_move.MOVED).read_bytes() == old
+    assert not (home / "prefect.db").exists()
+    assert not (home / "new").exists()
     cluster = await cluster_of(home)
     async with cluster.running(home / "logs" / "database.log"), serving(home, tmp_path, cluster.url) as api:
         after = await everything(api)

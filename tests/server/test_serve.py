@@ -93,14 +93,25 @@ async def test_deployment_of_an_older_toto_keeps_its_schedules_and_gets_new_ones
     path = f"/deployments/{(await deployments.deploy(prefect_server.env, root=tiny_project))['reconcile/scheduled']}"
     [schedule] = (await api.call("GET", path))["schedules"]
     await api.call("PATCH", f"{path}/schedules/{schedule['id']}", {"active": True, "schedule": {"cron": "5 5 * * *"}})
+    await api.call("PATCH", path, {"concurrency_limit": 1})
     await api.call("DELETE", f"/variables/name/{deployments.WRITTEN}")  # which an older one did not have
     for _ in range(2):
         file.write_text(f"{plain}    schedules:\n{nightly}{weekly}")
         await deployments.deploy(prefect_server.env, root=tiny_project)
         found = {each["slug"]: (each["active"], each["schedule"]["cron"])
                  for each in (await api.call("GET", path))["schedules"]}
+        assert (await api.call("GET", path))["global_concurrency_limit"]["limit"] == 1
         assert found == {"nightly": (True, "5 5 * * *"), "weekly": (False, "1 2 * * 0")}
     await api.call("DELETE", path)
+
+
+async def test_a_work_queue_is_paused_and_goes_on_on_sqlite(prefect_server: PrefectServer, tiny_project: Path) -> None:
+    """Prefect reads within its transaction by a second session, which must not wait for the first."""
+    await deployments.deploy(prefect_server.env, root=tiny_project)
+    for paused in (True, False):
+        await prefect_server.api.call("PATCH", "/work_pools/toto/queues/default", {"is_paused": paused})
+        queue = await prefect_server.api.call("GET", "/work_pools/toto/queues/default")
+        assert queue["is_paused"] is paused
 
 
 async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServer, deployed: str,

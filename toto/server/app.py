@@ -46,6 +46,8 @@ class OneWriter(AioSqliteConfiguration):
             writer, mode = _ours.set(self._writer), SQLITE_BEGIN_MODE.set("IMMEDIATE")
             try:
                 async with session.begin() as transaction:
+                    await session.connection()  # it begins now; what only reads within it begins as ever
+                    SQLITE_BEGIN_MODE.set("DEFERRED")
                     yield transaction
             finally:
                 SQLITE_BEGIN_MODE.reset(mode)

@@ -104,19 +104,24 @@ class Cluster:
             return
         fresh = self.folder.with_suffix(".new")
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o750, parents=True)
+        fresh.mkdir(parents=True)
+        fresh.chmod(0o750)  # whatever the umask
         (fresh / "data").mkdir(mode=0o700)
         (fresh / "socket").mkdir(mode=0o700)
-        if owner := _other_user():
+        if owner := _other_user(fresh):
             os.chown(fresh, 0, owner.pw_gid)
             for each in (fresh / "data", fresh / "socket"):
                 os.chown(each, owner.pw_uid, owner.pw_gid)
         # No locale: an index that is sorted by libc's rules breaks when those change with the next libc.
-        await process.run(
-            _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
-                              "--auth-local=peer", "--auth-host=reject", f"--username={USER}", "-D",
-                              _seen(fresh) / "data"]),
-            env=_environment(), cwd="/", timeout=300, target=str(self.folder))
+        try:
+            await process.run(
+                _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
+                                  "--auth-local=peer", "--auth-host=reject", f"--username={USER}", "-D",
+                                  _seen(fresh) / "data"]),
+                env=_environment(), cwd="/", timeout=300)
+        except process.CommandFailed as error:
+            raise DatabaseError(f"its PostgreSQL could not be made: {error.tail}", target=str(self.folder),
+                                hint="mend that, or go without: `toto serve --sqlite`") from None
         fresh.rename(self.folder)
 
     @contextlib.asynccontextmanager
@@ -148,7 +153,7 @@ class Cluster:
 
     def _let_in(self) -> None:
         """Only toto's user on this machine, and only as the one role."""
-        user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user()
+        user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user(self.folder)
         for name, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
                            ("pg_ident.conf", f'toto "{user}" {USER}')):
             file = self.folder / name
@@ -193,7 +198,8 @@ async def choose(home: Path) -> Cluster | None:
     """
     installed, made = await Programs.installed(), versions(home)
     if not made:
-        return None if (home / "prefect.db").exists() or not installed else Cluster(home, installed[0])
+        newest = max(installed, key=lambda each: each.major, default=None)
+        return None if (home / "prefect.db").exists() or newest is None else Cluster(home, newest)
     for programs in installed:
         if programs.major == made[-1]:
             return Cluster(home, programs)
@@ -203,10 +209,13 @@ async def choose(home: Path) -> Cluster | None:
                         f"`toto database upgrade --home {home} --from DIR`")
 
 
-def _other_user() -> pwd.struct_passwd | None:
-    """As whom the cluster runs, where toto is root; None where it is not."""
+def _other_user(folder: Path) -> pwd.struct_passwd | None:
+    """As whom the cluster in `folder` runs, where toto is root: the owner of its files. None where it is not."""
     if os.geteuid() != 0:
         return None
+    with contextlib.suppress(FileNotFoundError):
+        if owner := (folder / "data").lstat().st_uid:
+            return pwd.getpwuid(owner)
     for name in SYSTEM_USERS:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
@@ -221,7 +230,7 @@ def _seen(folder: Path) -> Path:
 
 def _as_owner(folder: Path, argv: list[process.Argument]) -> list[process.Argument]:
     """`argv`, run by the owner of the cluster's folder. (The signal is set after the user: a change forgets it.)"""
-    owner = _other_user()
+    owner = _other_user(folder)
     if owner is None:
         return argv
     return ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _MOUNTED, "sh", folder,

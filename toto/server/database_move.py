@@ -28,6 +28,7 @@ Say: TypeAlias = Callable[[str], None]
 Row: TypeAlias = tuple[Any, ...]
 
 BATCH: Final = 2000  # rows; of a batch that is refused the halves are tried, down to the row that is at fault
+MOVED: Final = "prefect.db.moved"  # what the SQLite file is called from then on
 LONGEST: Final = 3600  # seconds for a dump, its restoring, or a migration of a large database
 _EPOCH: Final = datetime(1970, 1, 1)
 
@@ -48,7 +49,7 @@ class Moved:
 
 
 async def move(home: Path, say: Say) -> list[Moved]:
-    """Copy the SQLite database of `home` into a new cluster, which `toto serve` uses from then on.
+    """Copy the SQLite database of `home` into a new cluster, which `toto serve` uses from then on. The file is renamed.
 
     No server may run in `home` meanwhile. Raises `InputError` where there is nothing to move, `DatabaseError` when it
     cannot be moved.
@@ -61,7 +62,7 @@ async def move(home: Path, say: Say) -> list[Moved]:
     installed = await Programs.installed()
     if not installed:
         raise InputError("there is no `postgres` on PATH", hint="install PostgreSQL (Debian: postgresql)")
-    async with _new_cluster(home, installed[0]) as cluster:
+    async with _new_cluster(home, max(installed, key=lambda each: each.major)) as cluster:
         say(f"copying {file} ({file.stat().st_size / 1e6:.0f} MB), and bringing the copy up to date")
         copy = cluster.home / "prefect.db"
         await asyncio.to_thread(_back_up, file, copy)
@@ -75,6 +76,10 @@ async def move(home: Path, say: Say) -> list[Moved]:
             await connection.execute("ANALYZE")
         finally:
             await connection.close()
+    # Under its own name it would be the database again, were the cluster ever gone.
+    for suffix in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            file.with_name(file.name + suffix).rename(home / f"{MOVED}{suffix}")
     return moved
 
 
@@ -116,7 +121,7 @@ async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) ->
 @contextlib.asynccontextmanager
 async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]:
     """A cluster to be filled in the block, which becomes that of `home` at its end, when all went well."""
-    beside = home / "moving"
+    beside = home / "new"  # short: the path of a socket has a limit
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(mode=0o700)
     try:

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,11 +58,15 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         changed = {key: value for key, value in there["parameters"].items() if known.parameters.get(key) != value}
         each["parameters"] = each.get("parameters", {}) | changed
         each["paused"] = there["paused"]
+        if limit := there["global_concurrency_limit"]:
+            options = {key: value for key, value in (there["concurrency_options"] or {}).items() if value is not None}
+            each["concurrency_limit"] = {"limit": limit["limit"], **options} if options else limit["limit"]
         # Told to Prefect once more, a schedule would be as prefect.yaml has it, whatever an operator made of it.
         schedules = each.pop("schedules", [])
         added[name] = [new for new in schedules if new["slug"] not in {*known.schedules, *_slugs(there)}]
         mine[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
                              {key: known.parameters.get(key) for key in changed})
+    began = datetime.now(UTC).isoformat()
     file = Path(env["PREFECT_HOME"]) / "prefect.yaml"
     file.write_text(yaml.safe_dump(listed, allow_unicode=True))
     await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
@@ -70,6 +75,10 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     for name, new in added.items():
         if new:
             await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
+    for each in after.values():
+        if any(schedule["active"] for schedule in each["schedules"]):
+            # Prefect has taken away the runs to come. One that is due this very minute would not be made again.
+            await api.call("POST", f"/deployments/{each['id']}/schedule", {"start_time": began})
     await _write_written(api, written | {
         name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in mine.items()})
     return {name: each["id"] for name, each in after.items()}

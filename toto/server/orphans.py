@@ -6,7 +6,6 @@ is known by its silence. What such a run had half done is put back by a run of `
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -57,7 +56,7 @@ async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
     for run in due:
         if not run["auto_scheduled"]:  # someone asked for this one
             continue
-        kept = newest.setdefault(f"{run['deployment_id']} {json.dumps(run['parameters'], sort_keys=True)}", run)
+        kept = newest.setdefault((run["created_by"] or {}).get("id") or run["deployment_id"], run)
         if kept is not run:
             state = {"type": "CANCELLED", "name": "Skipped", "message":
                      f"toto was away when it was due; the run of {kept['expected_start_time'][:16]} stands for it"}

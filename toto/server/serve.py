@@ -148,7 +148,8 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
         stack.callback(process.sweep)
         if killed := process.sweep():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
-        _clear_old(Path(settings["TMPDIR"]))
+        if part != "server":  # runs, which may go on while the server is started again, work in there
+            _clear_old(Path(settings["TMPDIR"]))
         if part != "worker":
             if not (database_url or sqlite) and (cluster := await database.choose(home)):
                 _say(f"starting PostgreSQL {cluster.programs.major}, toto's own")
