@@ -76,7 +76,7 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         if new:
             await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
     for each in after.values():
-        if any(schedule["active"] for schedule in each["schedules"]):
+        if not each["paused"] and any(schedule["active"] for schedule in each["schedules"]):
             # Prefect has taken away the runs to come. One that is due this very minute would not be made again.
             await api.call("POST", f"/deployments/{each['id']}/schedule", {"start_time": began})
     await _write_written(api, written | {
