@@ -116,19 +116,26 @@ async def test_whoever_waits_sees_why_the_machine_was_put_back(pushers: Pushers)
 
 
 async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_a_time(pushers: Pushers) -> None:
-    """Twenty in a minute; a smoke test looks whether it is alone."""
+    """Twenty in a minute; a smoke test looks whether it is alone, and the first one's lasts until all are pushed."""
     whole, place = pushers.whole, pushers.whole.control.directory
-    whole.control["smoke"] = f"mkdir {place}/alone || echo two >> {place}/overlap; sleep 1; rmdir {place}/alone\n{GOOD}"
+    whole.control["smoke"] = (f"mkdir {place}/alone || echo two >> {place}/overlap\n"
+                              f"until [ -e {place}/pushed ]; do sleep 0.2; done; rmdir {place}/alone\n{GOOD}")
     pushers.bob.git("fetch", "--quiet", "toto", "main")
     pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
     began, told, before = time.monotonic(), [], len(whole.history())
     for number in range(PUSHES):
         clone, other = (pushers.alice, pushers.bob)[:: 1 if number % 2 else -1]
-        pushers.change(clone, "AB"[number // 2 % 2] if number < PUSHES - 1 else "C")
+        pushers.change(clone, {0: "first", PUSHES - 1: "C"}.get(number, "AB"[number // 2 % 2]))
         told.append(await asyncio.to_thread(clone.push))
+        if number == 0:
+            async with asyncio.timeout(300):
+                while not (place / "alone").exists():
+                    await asyncio.sleep(0.2)
+            began = time.monotonic()
         other.git("fetch", "--quiet", "toto", "main")
         other.git("reset", "--quiet", "--hard", "FETCH_HEAD")
         await asyncio.sleep(max(0, began + (number + 1) * SECONDS / PUSHES - time.monotonic()))
+    (place / "pushed").touch()
     runs = [run for each in told for run in re.findall(r"/runs/flow-run/(\S+)", each)]
     ends = [await whole.ended(run) for run in runs]
     assert {end.state for end in ends} <= {"COMPLETED", "CANCELLED"}, [end.message for end in ends]
