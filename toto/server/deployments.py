@@ -36,7 +36,8 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
                  limits: Mapping[str, int] | None = None) -> dict[str, str]:
     """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
 
-    What an operator has changed of a deployment stays: schedules (also one that is gone), a pause, parameters.
+    What an operator has changed of a deployment stays: schedules (also one that is gone), a pause, a limit,
+    parameters.
     Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the rest are
     single requests, since each start of Prefect's CLI costs 1.5 s as well.
     """
@@ -119,12 +120,20 @@ async def _read_written(api: Api) -> dict[str, Written]:
 
 async def _write_written(api: Api, written: Mapping[str, Written]) -> None:
     value = {"value": {name: asdict(each) for name, each in written.items()}}
+    await _update(api, f"/variables/name/{WRITTEN}", value, "/variables/", {"name": WRITTEN, "tags": ["toto"]})
+
+
+async def _update(api: Api, path: str, changes: Mapping[str, Any], collection: str, rest: Mapping[str, Any]) -> None:
+    """Change what is at `path`; where nothing is there yet, make it in `collection`, with the `rest` of its fields.
+
+    In this order: a name that is taken already would be a traceback in the server's log.
+    """
     try:
-        await api.call("PATCH", f"/variables/name/{WRITTEN}", value)
+        await api.call("PATCH", path, changes)
     except ServerError as error:
         if error.status != 404:
             raise
-        await api.call("POST", "/variables/", {"name": WRITTEN, "tags": ["toto"], **value})
+        await api.call("POST", collection, {**rest, **changes})
 
 
 async def _forget_old_automation(api: Api) -> None:
@@ -146,12 +155,8 @@ async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
 
 async def ensure_limit(api: Api, name: str, slots: int) -> None:
     """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
-    try:
-        await api.call("PATCH", f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True})
-    except ServerError as error:
-        if error.status != 404:
-            raise
-        await api.call("POST", "/v2/concurrency_limits/", {"name": name, "limit": slots, "active": True})
+    await _update(api, f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True}, "/v2/concurrency_limits/",
+                  {"name": name})
 
 
 async def ensure_pool(api: Api, pool: str) -> None:
@@ -169,9 +174,4 @@ async def ensure_pool(api: Api, pool: str) -> None:
     template = {"job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
                 "variables": {"type": "object", "properties": variables}}
     about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
-    try:
-        await api.call("PATCH", f"/work_pools/{pool}", about)
-    except ServerError as error:
-        if error.status != 404:
-            raise
-        await api.call("POST", "/work_pools/", {"name": pool, "type": "process", **about})
+    await _update(api, f"/work_pools/{pool}", about, "/work_pools/", {"name": pool, "type": "process"})
