@@ -20,8 +20,7 @@ from toto.git_host import shell as git_shell
 from toto.infra_repo import git
 from toto.ledger.ledger import REF, Ledger
 from toto.plan import make as plan
-from toto.plan.changes import Action, table
-from toto.plan.order import HostOrder
+from toto.plan.changes import table
 from toto.server import database_move
 from toto.server import serve as server
 
@@ -118,10 +117,7 @@ async def _plan(arguments: argparse.Namespace) -> int:
     run = f"plan-{uuid.uuid4()}"
     async with runs.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
-        if not arguments.no_build:
-            await asyncio.gather(*(plan.build(order, "toplevel") for order in made.orders
-                                   if isinstance(order, HostOrder) and order.change.action is Action.DEPLOY))
-        print(table(made.changes.rows(await plan.differences(made.changes))))
+        print(table(made.changes.rows(await plan.previews(made, build=not arguments.no_build))))
     return 1 if made.changes.failed else 0
 
 

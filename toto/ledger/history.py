@@ -10,7 +10,7 @@ from gitdb.exc import BadName
 
 from toto.infra_repo import git
 from toto.ledger.ledger import REF, Entry
-from toto.ledger.target import KIND, Target
+from toto.ledger.target import Target
 
 
 class What(StrEnum):
@@ -51,7 +51,7 @@ def events(repo: Path, most: int = 10_000) -> list[Event]:
             for diff in (commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE)):
                 path = str(diff.b_path or diff.a_path)
                 kind, _, name = path.removesuffix(".json").partition("/")
-                target = Target(KIND.validate_python(kind), name)
+                target = Target(kind, name)
                 blob = None if diff.deleted_file else diff.b_blob
                 new = Entry() if blob is None else Entry.model_validate_json(blob.data_stream.read())
                 event = _event(target, entries.get(target, Entry()), new, blob is None, commit.committed_datetime,

@@ -14,16 +14,16 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias, overload
 
 import anyio
 from gitdb.exc import BadName
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
 
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.infra_repo import git
-from toto.ledger.target import KIND, Target
+from toto.ledger.target import Target
 
 REF: Final = "refs/toto/ledger"
 _EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
@@ -45,41 +45,53 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Deployed(_Record):
+class KindRecord(BaseModel):
+    """A record that each kind extends by fields of its own.
+
+    The ledger keeps those fields and does not know them; the kind reads them by `of`, which leaves out what it does
+    not know: older versions wrote every kind's fields for every kind.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @overload
+    @classmethod
+    def of(cls, record: "KindRecord") -> Self: ...
+    @overload
+    @classmethod
+    def of(cls, record: None) -> None: ...
+    @classmethod
+    def of(cls, record: "KindRecord | None") -> Self | None:
+        """The same record as the kind knows it; None for None. Raises `LedgerError` where it is not of this kind."""
+        if record is None or type(record) is cls:
+            return record
+        try:
+            return cls.model_validate(record.model_dump())
+        except ValidationError as error:
+            raise LedgerError(f"a record in {REF} cannot be read: {error}") from error
+
+
+class Deployed(KindRecord):
     """What a target is, or was, by toto's own roll-out: its identity and where that came from.
 
-    `identity` is the hash that changes when the target does (a host's toplevel drv). Of a host, `path` is what is
-    activated (its toplevel) and `tests` the digest of the test scripts it passed; `revision` is the helm revision,
-    or the serial of the terraform state, that the roll-out left.
+    `identity` is the hash that changes when the target does (a host's toplevel drv).
     """
 
     identity: str
-    path: str = ""
     commit: str
     run: str
     at: str
-    tests: str = ""
-    revision: int = 0
 
 
-class Before(_Record):
-    """What was there before a target was touched, as read from it.
-
-    Of a host: the store paths that it ran and booted ("" where it had none). Of a release: its helm revision (0
-    where it was not installed). Of a terraform root: the serial of its state, and the resources in it.
-    """
-
-    system: str = ""
-    profile: str = ""
-    revision: int = 0
-    resources: tuple[str, ...] = ()
+class Before(KindRecord):
+    """What was there before a target was touched, as read from it. Each kind says what that is."""
 
 
 class Intent(_Record):
     """A target is being touched. `owner` tells whether the process that does it is still alive."""
 
-    desired: Deployed
-    before: Before
+    desired: SerializeAsAny[Deployed]
+    before: SerializeAsAny[Before]
     run: str
     owner: str
     at: str
@@ -106,13 +118,13 @@ class Entry(_Record):
     `rehearsed` is the identity of a host that is rehearsed only.
     """
 
-    good: Deployed | None = None
-    previous: Deployed | None = None
-    before: Before | None = None
+    good: SerializeAsAny[Deployed] | None = None
+    previous: SerializeAsAny[Deployed] | None = None
+    before: SerializeAsAny[Before] | None = None
     intent: Intent | None = None
     reverted: Note | None = None
     unreachable: Note | None = None
-    rehearsed: Deployed | None = None
+    rehearsed: SerializeAsAny[Deployed] | None = None
 
     def touched_by(self, run: str) -> bool:
         """Whether the target is what a run is making, or has made, of it."""
@@ -132,8 +144,8 @@ class Snapshot:
     @property
     def fingerprint(self) -> str:
         """Changes when what is deployed, or known to be rehearsed, does; not with intents and notes."""
-        parts = {"identity", "path", "tests", "revision"}
-        what = sorted((str(target), *(each and each.model_dump_json(include=parts)
+        origin = {"commit", "run", "at"}
+        what = sorted((str(target), *(each and each.model_dump_json(exclude=origin)
                                       for each in (entry.good, entry.rehearsed)))
                       for target, entry in self.entries.items() if entry.good or entry.rehearsed)
         return hashlib.sha256(repr(what).encode()).hexdigest()
@@ -179,12 +191,11 @@ class Ledger:
                 for blob in folder.blobs:
                     try:
                         entry = Entry.model_validate_json(blob.data_stream.read())
-                        target = Target(KIND.validate_python(folder.name), blob.name.removesuffix(".json"))
                     except ValidationError as error:
                         raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
                                           hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
                                                "at the last commit that was whole") from error
-                    entries[target] = entry
+                    entries[Target(folder.name, blob.name.removesuffix(".json"))] = entry
             return Snapshot(head.hexsha, entries)
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
@@ -201,7 +212,7 @@ class Ledger:
             except LedgerError as error:
                 error.target = error.target or str(target)
                 raise
-            if new == (old or Entry()) and not (new is None and old is not None):
+            if old == new or (new is not None and new.model_dump() == (old or Entry()).model_dump()):
                 return old
             if await self._commit(snapshot.commit, target, new, message):
                 return new

@@ -41,17 +41,11 @@ class NotWhatItShouldBe(TotoError):
     """The machine runs another system than the one it was just told to run."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a machine runs, boots next and has booted: store paths, "" where it has none."""
+class MachineState(Before):
+    """What a machine runs, and what it boots next: store paths, "" where it has none."""
 
-    system: str
-    profile: str
-    booted: str
-
-    @property
-    def before(self) -> Before:
-        return Before(system=self.system, profile=self.profile)
+    system: str = ""
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,16 +61,16 @@ class Activator:
         await self._root(["/bin/sh", "-c", f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && "
                           f"mv {_ON_MACHINE}.new {_ON_MACHINE}"], stdin=_SCRIPT.read_bytes())
 
-    async def facts(self) -> Facts:
+    async def facts(self) -> MachineState:
         """What the machine runs now. Raises `Unreachable`, `NotWhatItShouldBe` when it is no NixOS."""
         done = await self._verb("facts")
         told = dict(line.partition("=")[::2] for line in done.lines)
         if not told.get("system", "").startswith("/nix/store/"):
             raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.name,
                                     hint="is it a NixOS machine? role: other in machines.yaml leaves it alone")
-        return Facts(told["system"], told.get("profile", ""), told.get("booted", ""))
+        return MachineState(system=told["system"], profile=told.get("profile", ""))
 
-    async def activate(self, verb: Verb, path: str, before: Before, *, finish: float, confirm: float) -> None:
+    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
         """Activate `path`, then confirm over a new connection. `finish` and `confirm` are seconds.
 
         `switch` and `boot` set the system profile first. When the activation itself fails the machine is
@@ -138,7 +132,7 @@ class Activator:
                                        target=self.connection.target.name,
                                        hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration")
 
-    async def go_back(self, to: Before, *, finish: float, boot: bool) -> None:
+    async def go_back(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot what is recorded: profile and activation, then look whether it does.
 
         With "" as profile the machine's profile stays as it is (it had none, or toto never set it). `boot` also

@@ -1,15 +1,18 @@
-"""The change set: what a commit wants, held against the ledger. It touches nothing and starts nothing."""
+"""The change set: what differs between what a commit wants and what the ledger says is deployed.
 
-from collections.abc import Iterable, Mapping
+This module is only the value, and its table. `toto.plan.compare` works it out.
+"""
+
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from toto.base.model import shown
 from toto.infra_repo.manifest import Machine, Manifest
-from toto.ledger.ledger import Deployed, Entry, Snapshot
-from toto.ledger.target import KINDS, Target
+from toto.ledger.ledger import Deployed, Entry
+from toto.ledger.target import Target
 
 
 class Why(StrEnum):
@@ -22,7 +25,7 @@ class Why(StrEnum):
     INTENT = "intent left open"
     UNREACHABLE = "unreachable last time"
     REVERTED = "reverted last time"
-    AGAIN = "asked for again"
+    FORCED = "forced"
 
 
 class Action(StrEnum):
@@ -30,7 +33,7 @@ class Action(StrEnum):
 
     DEPLOY = "deploy"  # roll out
     VERIFY = "verify"  # run its post-switch tests against the machine; activate nothing
-    RECORD = "record"  # another drv, the same closure: only the ledger changes
+    RECORD = "record"  # a different drv, the same closure: only the ledger changes
     REHEARSE = "rehearse only"  # there is no machine for it, or its machine is not toto's to push to
 
 
@@ -39,17 +42,14 @@ class _Value(BaseModel):
 
 
 class Desired(_Value):
-    """What a commit wants of one target, and the file that says so.
+    """What a commit wants of one target, and the file that says so. A kind may add to it.
 
-    `identity` is the hash that changes when the target does; `path` and `tests` are a host's: the output path of its
-    toplevel, and the digest of its tests.
+    `identity` is the hash that changes when the target does.
     """
 
     target: Target
     file: str
     identity: str
-    path: str = ""
-    tests: str = ""
 
 
 class Failure(_Value):
@@ -65,10 +65,10 @@ class Change(_Value):
     `held` is why it would not be rolled out now, though it is rehearsed: it is frozen, or its window is closed.
     """
 
-    desired: Desired
+    desired: SerializeAsAny[Desired]
     why: Why
     action: Action
-    last: Deployed | None = None
+    last: SerializeAsAny[Deployed] | None = None
     note: str = ""
     held: str = ""
 
@@ -82,7 +82,7 @@ class Change(_Value):
 
 
 class MachineChange(_Value):
-    """A machine that is in another way in the manifest than in that of the last good commit. It deploys nothing."""
+    """A machine whose entry in the manifest differs from that of the last good commit. It deploys nothing."""
 
     name: str
     what: str
@@ -91,8 +91,8 @@ class MachineChange(_Value):
 class ChangeSet(_Value):
     """All that one commit would change, and what it would leave alone and why. It prints as a table.
 
-    `ledger` is the fingerprint of the ledger that it was held against; `whole` is false where it was limited to
-    some targets.
+    `ledger` is the fingerprint of the ledger that it was compared with; `whole` is false where it was limited to some
+    targets.
     """
 
     commit: str
@@ -116,8 +116,8 @@ class ChangeSet(_Value):
         rows += [_row(change.target, f"{change.action}{', held back' if change.held else ''}", _why(change),
                       shown.get(change.label, "")) for change in self.changes]
         rows += [_row(failure.target, "none", "does not evaluate", failure.message) for failure in self.failed]
-        rows += [_row(target, "forget", "left the manifest" if target.kind == "host" else "left the repo",
-                      "its ledger entry goes; nothing of it is touched") for target in self.retired]
+        rows += [_row(target, "retire", "left the commit", "its ledger entry goes; nothing of it is touched")
+                 for target in self.retired]
         rows += [_row(f"host/{name}", "none", "waiting", f"in the manifest, but there is no hosts/{name}.nix yet")
                  for name in self.waiting]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
@@ -135,68 +135,8 @@ def _why(change: Change) -> str:
     return f"{change.why} ({'; '.join(said)})" if said else str(change.why)
 
 
-def compare(commit: str, desired: Iterable[Desired], failed: Iterable[Failure], manifest: Manifest,
-            ledger: Snapshot, *, again: bool = False) -> ChangeSet:
-    """The change set of a commit: what is desired, against the ledger (never against the previous push).
-
-    The order is that of a roll-out: hosts, terraform roots, releases. With `again`, what toto deploys is in it though
-    nothing of it has changed.
-    """
-    changes, unchanged = [], []
-    wanted = sorted(desired, key=lambda each: _order(each.target))
-    broken = sorted(failed, key=lambda each: _order(each.target))
-    for each in wanted:
-        entry = ledger.get(each.target)
-        change = (_of_host(each, manifest.machines.get(each.target.name), entry) if each.target.kind == "host"
-                  else _of_files(each, entry))
-        if change is None and again and entry.good is not None:
-            change = Change(desired=each, why=Why.AGAIN, action=Action.DEPLOY, last=entry.good)
-        if change is None:
-            unchanged.append(each.target)
-        else:
-            changes.append(change)
-    known = {each.target for each in wanted} | {each.target for each in broken}
-    return ChangeSet(
-        commit=commit, ledger=ledger.fingerprint, changes=tuple(changes), unchanged=tuple(unchanged),
-        waiting=tuple(name for name, machine in manifest.machines.items()
-                      if Target("host", name) not in known and machine.role == "nixos"),
-        retired=tuple(sorted(target for target, entry in ledger.entries.items()
-                             if _retired(target, entry, known, manifest))),
-        failed=tuple(broken))
-
-
-def _order(target: Target) -> tuple[int, str]:
-    return KINDS.index(target.kind), target.name
-
-
-def _retired(target: Target, entry: Entry, known: set[Target], manifest: Manifest) -> bool:
-    if target.kind != "host":
-        return target not in known
-    rehearsed_only = entry.rehearsed is not None and entry.good is None and target in known
-    return target.name not in manifest.machines and not rehearsed_only
-
-
-def _of_host(host: Desired, machine: Machine | None, entry: Entry) -> Change | None:
-    if machine is None or machine.role != "nixos" or machine.deploy != "push":
-        return _rehearsed_only(host, entry, "no machine in the manifest" if machine is None else
-                               f"role {machine.role}, deploy {machine.deploy}")
-    last = entry.good
-    tests_differ = last is not None and last.tests != host.tests
-    if entry.intent is None and last is not None and last.path == host.path:
-        if last.identity != host.identity:
-            return Change(desired=host, why=Why.CHANGED, note="the same closure", last=last,
-                          action=Action.VERIFY if tests_differ else Action.RECORD)
-        return Change(desired=host, why=Why.TESTS, action=Action.VERIFY, last=last) if tests_differ else None
-    return _deploy(host, entry, Why.CHANGED)
-
-
-def _of_files(desired: Desired, entry: Entry) -> Change | None:
-    if entry.intent is None and entry.good is not None and entry.good.identity == desired.identity:
-        return None
-    return _deploy(desired, entry, Why.FILES)
-
-
-def _deploy(desired: Desired, entry: Entry, changed: Why) -> Change:
+def deploy(desired: Desired, entry: Entry, changed: Why) -> Change:
+    """The change of a target that is to be rolled out. `changed` is why, where the ledger has no better reason."""
     if entry.intent is not None:
         why, note = Why.INTENT, f"run {entry.intent.run}, {entry.intent.step}"
     elif entry.unreachable is not None:
@@ -208,16 +148,8 @@ def _deploy(desired: Desired, entry: Entry, changed: Why) -> Change:
     return Change(desired=desired, why=why, action=Action.DEPLOY, last=entry.good, note=note)
 
 
-def _rehearsed_only(host: Desired, entry: Entry, note: str) -> Change | None:
-    seen = entry.rehearsed
-    if seen is not None and (seen.identity, seen.tests) == (host.identity, host.tests):
-        return None
-    why = Why.NEW if seen is None else Why.CHANGED if seen.identity != host.identity else Why.TESTS
-    return Change(desired=host, why=why, action=Action.REHEARSE, note=note)
-
-
 def of_machines(before: Manifest | None, now: Manifest) -> tuple[MachineChange, ...]:
-    """What is another way in the manifest than before: machines added, removed, and each field that changed."""
+    """What differs in the manifest from before: machines added, removed, and each field that changed."""
     was = before.machines if before else {}
     found = []
     for name in sorted(was.keys() | now.machines.keys()):

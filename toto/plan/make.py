@@ -1,132 +1,113 @@
-"""What a commit would do, worked out without touching anything: the plan, and one target's part of it, its order."""
+"""Make the plan of a commit: what it would change, worked out without touching anything."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from toto.base import paths, process
+from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.base.resources import at_once
 from toto.base.runs import run_directory
-from toto.helm import release as helm_release
-from toto.helm.release import Release
 from toto.infra_repo import git, manifest
-from toto.infra_repo.manifest import Machine, Manifest
-from toto.infra_repo.settings import Settings
+from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
-from toto.machine import keys
-from toto.nix import closure, hosts
-from toto.nix import commands as nix
 from toto.plan import changes
-from toto.plan.changes import Action, Change, ChangeSet, Desired, Failure
-from toto.plan.order import HostOrder, Plan
+from toto.plan.changes import Action, Change, Desired, Failure
+from toto.plan.compare import compare
+from toto.plan.kind import Found, Kind, Source
+from toto.plan.kinds import KINDS, kind_of
+from toto.plan.order import Order, Plan
 from toto.plan.selector import Selector
 from toto.plan.window import held_now
-from toto.rehearsal import suite
-from toto.terraform import session as terraform
-from toto.terraform.session import Root
 
 LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed whole
 
 T = TypeVar("T")
-Evaluate: TypeAlias = Callable[[Path, hosts.Host, Machine | None, Settings, Path], Awaitable[Desired]]
+Identify: TypeAlias = Callable[[Kind[Any], Source, Found[Any]], Awaitable[Desired]]
 
 
-async def discover(tree: Path, settings: Settings) -> list[hosts.Host]:
-    """The hosts of a commit: those of its flake where it has any, else the files under hosts/."""
-    from_flake = await nix.flake_hosts(tree, timeout=settings.nix.evaluate_timeout)
-    return hosts.in_files(tree) if from_flake is None else from_flake
-
-
-async def desire(tree: Path, host: hosts.Host, machine: Machine | None, settings: Settings, roots: Path) -> Desired:
-    """What the tree wants of one host. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
-    tests = suite.find(tree, host.name)
-    drv = await nix.instantiate(
-        tree, host, "toplevel", roots / host.name / "toplevel.drv", nixpkgs=settings.nix.nixpkgs,
-        system=machine.system if machine else None, timeout=settings.nix.evaluate_timeout)
-    (path,) = await nix.outputs(drv)
-    return Desired(target=Target("host", host.name), file=host.file, identity=drv, path=path,
-                   tests=tests.digest(list(suite.Phase)))
-
-
-async def instantiate_vm(tree: Path, host: Desired, machine: Machine | None, settings: Settings, *, roots: Path,
-                         sandbox_key: str) -> str:
-    """The drv of the VM in which a changed host is rehearsed."""
-    name = host.target.name
-    return await nix.instantiate(
-        tree, hosts.Host(name, host.file), "vm", roots / name / "vm.drv",
-        nixpkgs=settings.nix.nixpkgs, system=machine.system if machine else None, sandbox_key=sandbox_key,
-        ports=machine.ports if machine else (), timeout=settings.nix.evaluate_timeout)
+async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
+    """What a commit wants of one target. Raises `TotoError`."""
+    return await kind.identify(source, found)
 
 
 async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, override: str | None = None,
-               again: bool = False, evaluate: Evaluate = desire) -> Plan:
-    """The plan of a commit: export, manifest, every target's identity, the ledger, the VMs of what changed.
+               force: bool = False, identify: Identify = identify) -> Plan:
+    """The plan of a commit, against the ledger as it is now.
 
-    One host's failure to evaluate is its own result and stops no other. `evaluate` may wrap `desire`.
+    A target that does not evaluate is a failure of its own and stops no other. `identify` may wrap this module's.
     Raises `InputError` for a manifest, settings or names that are wrong, `NoSuchCommit`.
     """
-    directory = run_directory(repo, run)
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
-        selector, machines = Selector(only, fleet), fleet.machines
-        found = [host for host in await discover(tree, settings) if selector.takes(
-            Target("host", host.name), machines[host.name].tags if host.name in machines else ())]
-        roots = {root.name: root for root in terraform.discover(tree, settings.terraform)
-                 if selector.takes(Target("terraform", root.name), root.tags)}
-        releases = {release.name: release for release in helm_release.discover(tree)
-                    if selector.takes(Target("helm", release.name), release.tags)}
-        selector.check()
+        source = Source(repo, commit, run, tree, settings, fleet)
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
-
-        async def of_host(host: hosts.Host) -> Desired | Failure:
-            return await _or_failure(Target("host", host.name), room, lambda: evaluate(
-                tree, host, machines.get(host.name), settings, directory / "roots"))
-
-        async def of_root(root: Root) -> Desired | Failure:
-            target = Target("terraform", root.name)
-            return await _or_failure(target, room, lambda: _desired(
-                target, root.path, terraform.identity(repo, commit, tree, root)))
-
-        async def of_release(release: Release) -> Desired | Failure:
-            target = Target("helm", release.name)
-            return await _or_failure(target, room, lambda: _desired(
-                target, release.file, helm_release.identity(repo, commit, tree, release)))
-
-        results = await asyncio.gather(*map(of_host, found), *map(of_root, roots.values()),
-                                       *map(of_release, releases.values()))
-        compared = changes.compare(commit, [each for each in results if isinstance(each, Desired)],
-                                   [each for each in results if isinstance(each, Failure)], fleet,
-                                   Ledger(repo).read(), again=again)
-        # VMs only of what will be rehearsed: an evaluation is what a push costs.
-        rehearsed = [each.desired for each in compared.changes
-                     if each.target.kind == "host" and each.action is not Action.RECORD]
-        sandbox_key = await keys.public("sandbox") if rehearsed else ""
-
-        async def vm(host: Desired) -> str | Failure:
-            name = host.target.name
-            return await _or_failure(host.target, room, lambda: instantiate_vm(
-                tree, host, machines.get(name), settings, roots=directory / "roots", sandbox_key=sandbox_key))
-
-        vms = dict(zip((each.target for each in rehearsed), await asyncio.gather(*map(vm, rehearsed)), strict=True))
-    failures = {target: each for target, each in vms.items() if isinstance(each, Failure)}
-    held = {each.target: held_now(each.target, fleet, settings.roll_out) for each in compared.changes
-            if override is None and each.action in (Action.DEPLOY, Action.VERIFY)}
+        found, after = await _discover(source, only)
+        wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
+        compared = compare(commit, wanted.made.values(), wanted.failures, fleet, Ledger(repo).read(), force=force)
+        changed = {each.target: each for each in compared.changes}
+        ordered = await _each([each for each in found if each.target in changed], room,
+                              lambda each: kind_of(each.target).order(source, each, changed[each.target]))
+    positions = {each.target: number for number, each in enumerate(found)}
+    orders = tuple(_placed(ordered.made[each.target], positions, override)
+                   for each in compared.changes if each.target in ordered.made)
     change_set = compared.model_copy(update={
-        "changes": tuple(each.model_copy(update={"held": held.get(each.target) or ""})
-                         for each in compared.changes if each.target not in failures),
-        "failed": (*compared.failed, *failures.values()),
+        "changes": tuple(order.change for order in orders),
+        "failed": (*compared.failed, *ordered.failures),
         "machines": changes.of_machines(await _last_manifest(repo), fleet),
         # A run that was limited to some targets says nothing of the others.
         **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {})})
-    if change_set.changes:
-        await git.checkout(repo, commit, directory / "tree")
+    if orders:
+        await git.checkout(repo, commit, run_directory(repo, run) / "tree")
     return Plan(repo=repo, run=run, commit=commit, manifest=fleet, settings=settings, changes=change_set,
-                vms={target.name: drv for target, drv in vms.items() if isinstance(drv, str)}, roots=roots,
-                releases=releases, override=override)
+                orders=orders, after=after, override=override)
+
+
+async def _discover(source: Source, only: Sequence[str]) -> tuple[list[Found[Any]], Mapping[str, tuple[str, ...]]]:
+    """The targets of a commit that `only` selects, and what comes before what."""
+    selector = Selector(only, source.manifest)
+    taken: list[Found[Any]] = []
+    after: dict[str, tuple[str, ...]] = {}
+    for kind in KINDS.values():
+        found = [each for each in await kind.discover(source) if selector.takes(each.target, each.tags)]
+        after |= kind.after(source, found)
+        taken += found
+    selector.check()
+    return taken, after
+
+
+@dataclass(frozen=True)
+class _Results(Generic[T]):
+    made: Mapping[Target, T]
+    failures: tuple[Failure, ...]
+
+
+async def _each(found: Sequence[Found[Any]], room: asyncio.Semaphore,
+                work: Callable[[Found[Any]], Awaitable[T]]) -> _Results[T]:
+    """What `work` makes of each target, side by side within `room`; a `TotoError` is the failure of that target."""
+    async def one(each: Found[Any]) -> T | Failure:
+        async with room:
+            try:
+                return await work(each)
+            except TotoError as error:
+                return Failure(target=each.target, message=str(error))
+
+    results = dict(zip((each.target for each in found), await asyncio.gather(*map(one, found)), strict=True))
+    return _Results({target: each for target, each in results.items() if not isinstance(each, Failure)},
+                    tuple(each for each in results.values() if isinstance(each, Failure)))
+
+
+def _placed(order: Order, positions: Mapping[Target, int], override: str | None) -> Order:
+    """The order with what only the whole plan knows: its place, the override, and whether it is held back."""
+    held = ""
+    if override is None and order.change.action in (Action.DEPLOY, Action.VERIFY):
+        held = held_now(order.label, order.rules, order.settings.roll_out)
+    change: Change = order.change.model_copy(update={"held": held})
+    return order.model_copy(update={"position": positions[order.target], "override": override, "change": change})
 
 
 async def _last_manifest(repo: Path) -> Manifest | None:
@@ -138,39 +119,10 @@ async def _last_manifest(repo: Path) -> Manifest | None:
         return None
 
 
-async def _desired(target: Target, file: str, identity: Awaitable[str]) -> Desired:
-    return Desired(target=target, file=file, identity=await identity)
+async def previews(plan: Plan, *, build: bool = False) -> dict[str, str]:
+    """What would change in each target, by label, as far as that can be told; with `build`, after building it.
 
-
-async def _or_failure(target: Target, room: asyncio.Semaphore, work: Callable[[], Awaitable[T]]) -> T | Failure:
-    async with room:
-        try:
-            return await work()
-        except TotoError as error:
-            return Failure(target=target, message=str(error))
-
-
-async def build(order: HostOrder, what: Literal["toplevel", "vm"], on_line: process.LineSink | None = None) -> Path:
-    """Build a host's toplevel or its VM, kept by a root for as long as the run lasts. Raises `BuildFailed`."""
-    return Path(await nix.build(order.desired.identity if what == "toplevel" else order.vm, order.roots / what,
-                                timeout=order.settings.nix.build_timeout, target=order.label, on_line=on_line))
-
-
-async def differences(change_set: ChangeSet) -> dict[str, str]:
-    """What changes in each host that is to be deployed, by label, where its closures are in the store."""
-    async def of(change: Change) -> tuple[str, str]:
-        if change.action in (Action.VERIFY, Action.RECORD):
-            return change.label, "nothing in the closure"
-        if not await nix.valid(change.desired.path):
-            return change.label, "not built yet"
-        return change.label, str(await difference(change))
-    return dict(await asyncio.gather(*(of(each) for each in change_set.changes if each.target.kind == "host")))
-
-
-async def difference(change: Change) -> closure.Difference:
-    """What changes from a host's last good to what is desired, which must be in the store."""
-    last = change.last.path if change.last and await nix.valid(change.last.path) else None
-    return await closure.difference(last, change.desired.path)
-
-
-
+    Raises `BuildFailed` when a build fails.
+    """
+    told = await asyncio.gather(*(kind_of(each.target).preview(each, build=build) for each in plan.orders))
+    return {order.label: text for order, text in zip(plan.orders, told, strict=True) if text}

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from toto.base.errors import InputError
 from toto.infra_repo.manifest import Manifest
-from toto.ledger.target import KINDS, Target
+from toto.ledger.target import Target
+from toto.plan.kinds import KINDS
 
 
 class Selector:

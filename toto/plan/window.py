@@ -1,21 +1,32 @@
-"""Whether a target is held just now: by a freeze, or by the window of its machine."""
+"""Whether a target is held just now: by a freeze, or because a window is closed."""
 
 from datetime import datetime
+from typing import Protocol
 
-from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import RollOut
-from toto.ledger.target import Target
+from toto.infra_repo.window import Window
 
 
-def held_now(target: Target, fleet: Manifest, settings: RollOut) -> str | None:
-    """Why a target must not be rolled out now: it or the fleet is frozen, or a maintenance window is closed."""
-    machine = fleet.machines.get(target.name) if target.kind == "host" else None
+class Rules(Protocol):
+    """When something may be rolled out, as the manifest and the settings say it."""
+
+    @property
+    def freeze(self) -> bool | str: ...
+    @property
+    def window(self) -> Window | None: ...
+
+
+def held_now(label: str, rules: Rules | None, settings: RollOut) -> str:
+    """Why a target must not be rolled out now: it or the fleet is frozen, or a window is closed; "" where it may be.
+
+    `rules` are the target's own, where it has any.
+    """
     now = datetime.now().astimezone()
-    for whose, rules in (("the fleet", settings), (target.label, machine)):
-        if rules is None:
+    for whose, each in (("the fleet", settings), (label, rules)):
+        if each is None:
             continue
-        if rules.freeze:
-            return rules.freeze if isinstance(rules.freeze, str) else f"{whose} is frozen"
-        if rules.window is not None and not rules.window.contains(now):
-            return f"outside the window of {whose}, {rules.window}"
-    return None
+        if each.freeze:
+            return each.freeze if isinstance(each.freeze, str) else f"{whose} is frozen"
+        if each.window is not None and not each.window.contains(now):
+            return f"outside the window of {whose}, {each.window}"
+    return ""

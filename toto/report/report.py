@@ -1,4 +1,4 @@
-"""The story of one run: what was rehearsed and rolled out, what failed and where, what was put back. Text only.
+"""The report of one run: what was rehearsed and rolled out, what failed and where, what was reverted. Text only.
 
 Targets are called by their labels here, as people call them: `web1`, `terraform/dns`, `helm/grafana`.
 """
@@ -7,16 +7,13 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from toto.base.errors import TotoError
-from toto.ledger.target import KINDS, Kind
 from toto.plan.changes import ChangeSet
+from toto.plan.kinds import KINDS
 
 Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "roll-out", "drift check"]
-
-_KIND_WORDS: Final[dict[Kind, tuple[str, str]]] = {
-    "host": ("host", "hosts"), "terraform": ("terraform root", "terraform roots"), "helm": ("release", "releases")}
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Returned:
-    """One target of a revert: what it is back at (and what of it cannot be had back), or why it is not back."""
+class Reverted:
+    """One target of a revert: what it is now (and what of it could not be restored), or why it was not reverted."""
 
     target: str
     to: str = ""
@@ -48,17 +45,17 @@ class Span:
 
 
 class RunDied(TotoError):
-    """A run whose process was gone before its end; what it had left half done was put back, or not."""
+    """A run whose process was gone before its end; what it had left half done was reverted, or not."""
 
-    def __init__(self, name: str, put_back: Sequence[Returned]) -> None:
+    def __init__(self, name: str, reverted: Sequence[Reverted]) -> None:
         super().__init__(f"{name} died in the middle: its process was killed, or toto was stopped",
                          hint="push again, or start it again, once it is known why")
-        self.put_back = list(put_back)
+        self.reverted = list(reverted)
 
 
 @dataclass
-class Story:
-    """Told as it happens, read at the end: a headline for the state's message, Markdown for the artifact."""
+class Report:
+    """Written as it happens, read at the end: a headline for the state's message, Markdown for the artifact."""
 
     repo: str
     commit: str
@@ -67,7 +64,7 @@ class Story:
     rehearsals: dict[str, str] = field(default_factory=dict)
     outcome: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
-    put_back: list[Returned] = field(default_factory=list)
+    reverted: list[Reverted] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -138,14 +135,15 @@ class Story:
         if self.changes.retired:
             return f"{', '.join(target.label for target in self.changes.retired)} retired; nothing else to do"
         kinds = [target.kind for target in self.changes.unchanged]
-        said = [f"{count} {_KIND_WORDS[kind][count > 1]}" for kind in KINDS if (count := kinds.count(kind))]
+        said = [f"{count} {kind.many if count > 1 else kind.one}" for kind in KINDS.values()
+                if (count := kinds.count(kind.name))]
         return f"nothing to do ({', '.join(said)} as wanted)" if said else "nothing to do"
 
     def aftermath(self) -> str:
-        """What a failure did to the fleet: who was put back, who could not be, or that nothing was touched."""
+        """What a failure did to the fleet: who was reverted, who could not be, or that nothing was touched."""
         if not self.failed_roll_out:
             return "nothing was touched" if not self.outcome else "the others were rolled out"
-        return return_words(self.put_back)
+        return revert_words(self.reverted)
 
     @contextlib.contextmanager
     def timed(self, target: str, step: str) -> Iterator[None]:
@@ -175,7 +173,7 @@ class Story:
         """One row a target: its label, what became of it, why or how."""
         rows = []
         failures = {each.target: each for each in self.failures}
-        returned = {each.target: each for each in self.put_back}
+        reverted = {each.target: each for each in self.reverted}
         for change in self.changes.changes:
             name = change.label
             if name in failures:
@@ -186,9 +184,9 @@ class Story:
                 end, how = self.outcome[name], self.rehearsals.get(name, "")
             else:
                 end, how = "rehearsed" if name in self.rehearsals else str(change.action), self.rehearsals.get(name, "")
-            if name in returned:
-                back = returned[name]
-                end += ", COULD NOT BE PUT BACK" if back.error else ", put back"
+            if name in reverted:
+                back = reverted[name]
+                end += ", COULD NOT BE REVERTED" if back.error else ", reverted"
             rows.append((name, end, how))
         rows += [(each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
                  for each in self.changes.failed]
@@ -200,11 +198,11 @@ def _first_line(text: str, target: str) -> str:
     return text.removeprefix(f"{target}: ").split("\n", 1)[0].removesuffix(":")
 
 
-def return_words(put_back: Sequence[Returned]) -> str:
-    """Who was put back, and who could not be."""
-    back = [each.target for each in put_back if not each.error]
-    stuck = [each.target for each in put_back if each.error]
-    said = [f"{', '.join(back)} put back"] if back else []
+def revert_words(reverted: Sequence[Reverted]) -> str:
+    """Which targets were reverted, and which could not be."""
+    back = [each.target for each in reverted if not each.error]
+    stuck = [each.target for each in reverted if each.error]
+    said = [f"{', '.join(back)} reverted"] if back else []
     if stuck:
-        said.append(f"{', '.join(stuck)} COULD NOT BE PUT BACK")
+        said.append(f"{', '.join(stuck)} COULD NOT BE REVERTED")
     return "; ".join(said) or "nothing had been touched"

@@ -1,0 +1,175 @@
+"""Hosts as a kind of target: evaluated by nix, identified by the drv of their toplevel."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toto.base import process, runs
+from toto.infra_repo.manifest import Machine, Manifest
+from toto.ledger.ledger import Deployed, Entry
+from toto.ledger.target import HOST, Target
+from toto.machine import keys
+from toto.nix import closure, hosts
+from toto.nix import commands as nix
+from toto.nix.hosts import Host
+from toto.plan.changes import Action, Change, Desired, Why, deploy
+from toto.plan.kind import Found, Kind, Source
+from toto.plan.order import Order
+from toto.plan.window import Rules
+from toto.rehearsal import suite
+
+
+class DesiredHost(Desired):
+    """`path` is what is activated, the output path of the toplevel; `tests` is the digest of the test scripts."""
+
+    path: str
+    tests: str
+
+
+class DeployedHost(Deployed):
+    """`path` is what was activated, the output path of the toplevel; `tests` is the digest of what it passed."""
+
+    path: str
+    tests: str = ""
+
+
+class HostOrder(Order):
+    """One host's part of a plan. `vm` is the drv of the VM that it is rehearsed in; "" where it is not rehearsed."""
+
+    machine: Machine | None
+    vm: str = ""
+
+    @property
+    def host(self) -> DesiredHost:
+        """What is desired of it."""
+        assert isinstance(self.desired, DesiredHost)
+        return self.desired
+
+    @property
+    def last(self) -> DeployedHost | None:
+        """Its last good."""
+        return DeployedHost.of(self.change.last)
+
+    @property
+    def rules(self) -> Rules | None:
+        return self.machine
+
+    @property
+    def roots(self) -> Path:
+        """Where this run keeps what it evaluated and built of the host from garbage collection."""
+        return self.scratch / "roots" / self.name
+
+
+class HostKind(Kind[Host]):
+    """NixOS configurations."""
+
+    name, one, many = HOST, "host", "hosts"
+    evaluated = True
+
+    async def discover(self, source: Source) -> list[Found[Host]]:
+        """The hosts of a commit: those of its flake where it has any, else the files under hosts/."""
+        from_flake = await nix.flake_hosts(source.tree, timeout=source.settings.nix.evaluate_timeout)
+        machines = source.manifest.machines
+        return [Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
+                for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)]
+
+    async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
+        """Evaluate its toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
+        host, machine = found.subject, source.manifest.machines.get(found.target.name)
+        tests = suite.find(source.tree, host.name)
+        drv = await nix.instantiate(
+            source.tree, host, "toplevel", source.roots / host.name / "toplevel.drv",
+            nixpkgs=source.settings.nix.nixpkgs, system=machine.system if machine else None,
+            timeout=source.settings.nix.evaluate_timeout)
+        (path,) = await nix.outputs(drv)
+        return DesiredHost(target=found.target, file=host.file, identity=drv, path=path,
+                           tests=tests.digest(list(suite.Phase)))
+
+    async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
+        """Evaluate its VM, where it is to be rehearsed. Raises as `identify` does."""
+        machine, vm = source.manifest.machines.get(found.target.name), ""
+        if change.action is not Action.RECORD:  # an evaluation is what a push costs
+            vm = await nix.instantiate(
+                source.tree, found.subject, "vm", source.roots / found.target.name / "vm.drv",
+                nixpkgs=source.settings.nix.nixpkgs, system=machine.system if machine else None,
+                sandbox_key=await keys.public("sandbox"), ports=machine.ports if machine else (),
+                timeout=source.settings.nix.evaluate_timeout)
+        return HostOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
+                         settings=source.settings, machine=machine, vm=vm)
+
+    def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
+        """Equal paths activate nothing, whatever the drv; tests that differ are run against the machine."""
+        assert isinstance(desired, DesiredHost)
+        machine = manifest.machines.get(desired.target.name)
+        if machine is None or machine.role != "nixos" or machine.deploy != "push":
+            return _rehearsed_only(desired, entry, "no machine in the manifest" if machine is None else
+                                   f"role {machine.role}, deploy {machine.deploy}")
+        last = DeployedHost.of(entry.good)
+        tests_differ = last is not None and last.tests != desired.tests
+        if entry.intent is None and last is not None and last.path == desired.path:
+            if last.identity != desired.identity:
+                return Change(desired=desired, why=Why.CHANGED, note="the same closure", last=last,
+                              action=Action.VERIFY if tests_differ else Action.RECORD)
+            return Change(desired=desired, why=Why.TESTS, action=Action.VERIFY, last=last) if tests_differ else None
+        return deploy(desired, entry, Why.CHANGED)
+
+    def retired(self, target: Target, entry: Entry, known: Collection[Target], manifest: Manifest) -> bool:
+        """A host is retired when its machine leaves the manifest, unless it is rehearsed without one."""
+        rehearsed_only = entry.rehearsed is not None and entry.good is None and target in known
+        return target.name not in manifest.machines and not rehearsed_only
+
+    def deployed(self, desired: Desired, **origin: Any) -> DeployedHost:
+        assert isinstance(desired, DesiredHost)
+        return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **origin)
+
+    def after(self, source: Source, found: Sequence[Found[Host]]) -> Mapping[str, tuple[str, ...]]:
+        """As the manifest orders its machines, also those that have no host yet."""
+        return {name: machine.after for name, machine in source.manifest.machines.items()}
+
+    def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
+        """Machines by wave and `after`; those of one group are rolled out side by side."""
+        named = {each.name: each for each in orders}
+        return [[named[name] for name in group] for group in manifest.order(named.keys() & manifest.machines.keys())]
+
+    async def preview(self, order: Order, *, build: bool = False) -> str:
+        """What changes between the last good closure and the desired one, where both are in the store."""
+        assert isinstance(order, HostOrder)
+        if order.change.action in (Action.VERIFY, Action.RECORD):
+            return "nothing in the closure"
+        if build and order.change.action is Action.DEPLOY:
+            await build_toplevel(order)
+        if not await nix.valid(order.host.path):
+            return "not built yet"
+        return str(await difference(order))
+
+    def roots(self, repo: Path, name: str) -> tuple[Path, ...]:
+        return runs.last_good_root(repo, name), runs.previous_root(repo, name)
+
+
+def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None:
+    seen = DeployedHost.of(entry.rehearsed)
+    if seen is not None and (seen.identity, seen.tests) == (host.identity, host.tests):
+        return None
+    why = Why.NEW if seen is None else Why.CHANGED if seen.identity != host.identity else Why.TESTS
+    return Change(desired=host, why=why, action=Action.REHEARSE, note=note)
+
+
+async def build_toplevel(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
+    """Build a host's system, kept by a GC root for as long as the run lasts. Raises `BuildFailed`."""
+    return await _build(order, order.desired.identity, "toplevel", on_line)
+
+
+async def build_vm(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
+    """Build the VM that a host is rehearsed in, kept as `build_toplevel` does. Raises `BuildFailed`."""
+    return await _build(order, order.vm, "vm", on_line)
+
+
+async def _build(order: HostOrder, drv: str, link: str, on_line: process.LineSink | None) -> Path:
+    return Path(await nix.build(drv, order.roots / link, timeout=order.settings.nix.build_timeout,
+                                target=order.label, on_line=on_line))
+
+
+async def difference(order: HostOrder) -> closure.Difference:
+    """What changes from a host's last good to what is desired, which must be in the store."""
+    last = order.last.path if order.last and await nix.valid(order.last.path) else None
+    return await closure.difference(last, order.host.path)

@@ -1,0 +1,56 @@
+"""Helm releases as a kind of target: identified by their chart, their values and their release.yaml."""
+
+from collections.abc import Mapping, Sequence
+
+from toto.helm import release as releases
+from toto.helm.release import Release
+from toto.ledger.ledger import Before, Deployed
+from toto.ledger.target import Target
+from toto.plan.changes import Change, Desired
+from toto.plan.kind import Found, Kind, Source
+from toto.plan.order import Order
+
+
+class DeployedRelease(Deployed):
+    """`revision` is the helm revision that the roll-out left."""
+
+    revision: int = 0
+
+
+class ReleaseBefore(Before):
+    """The helm revision that the release goes back to; 0 where it was not installed."""
+
+    revision: int = 0
+
+
+class ReleaseOrder(Order):
+    """One helm release's part of a plan."""
+
+    release: Release
+
+    @property
+    def last(self) -> DeployedRelease | None:
+        """Its last good."""
+        return DeployedRelease.of(self.change.last)
+
+
+class ReleaseKind(Kind[Release]):
+    """Releases of helm."""
+
+    name, one, many = "helm", "release", "releases"
+
+    async def discover(self, source: Source) -> list[Found[Release]]:
+        return [Found(Target(self.name, release.name), release, release.tags)
+                for release in releases.discover(source.tree)]
+
+    async def identify(self, source: Source, found: Found[Release]) -> Desired:
+        identity = await releases.identity(source.repo, source.commit, source.tree, found.subject)
+        return Desired(target=found.target, file=found.subject.file, identity=identity)
+
+    async def order(self, source: Source, found: Found[Release], change: Change) -> ReleaseOrder:
+        return ReleaseOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
+                            settings=source.settings, release=found.subject)
+
+    def after(self, source: Source, found: Sequence[Found[Release]]) -> Mapping[str, tuple[str, ...]]:
+        return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)
+                for each in found}

@@ -1,0 +1,56 @@
+"""Terraform roots as a kind of target: identified by their files and their settings."""
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import AliasChoices, Field
+
+from toto.ledger.ledger import Before, Deployed
+from toto.ledger.target import Target
+from toto.plan.changes import Change, Desired
+from toto.plan.kind import Found, Kind, Source
+from toto.plan.order import Order
+from toto.terraform import session as terraform
+from toto.terraform.session import Root
+
+_SERIAL = Field(default=0, validation_alias=AliasChoices("serial", "revision"))  # older ledgers say revision
+
+
+class DeployedRoot(Deployed):
+    """`serial` is that of the terraform state that the roll-out left."""
+
+    serial: int = _SERIAL
+
+
+class RootBefore(Before):
+    """The serial of the terraform state before, and the addresses of the resources in it."""
+
+    serial: int = _SERIAL
+    resources: tuple[str, ...] = ()
+
+
+class RootOrder(Order):
+    """One terraform root's part of a plan."""
+
+    root: Root
+
+
+class RootKind(Kind[Root]):
+    """Root modules of terraform."""
+
+    name, one, many = "terraform", "terraform root", "terraform roots"
+
+    async def discover(self, source: Source) -> list[Found[Root]]:
+        return [Found(Target(self.name, root.name), root, root.tags)
+                for root in terraform.discover(source.tree, source.settings.terraform)]
+
+    async def identify(self, source: Source, found: Found[Root]) -> Desired:
+        identity = await terraform.identity(source.repo, source.commit, source.tree, found.subject)
+        return Desired(target=found.target, file=found.subject.path, identity=identity)
+
+    async def order(self, source: Source, found: Found[Root], change: Change) -> RootOrder:
+        return RootOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
+                         settings=source.settings, root=found.subject)
+
+    def after(self, source: Source, found: Sequence[Found[Root]]) -> Mapping[str, tuple[str, ...]]:
+        return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)
+                for each in found}
