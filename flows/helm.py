@@ -1,32 +1,39 @@
-"""One helm release: its difference in the rehearsal, and its roll-out."""
+"""One helm release: its difference in the rehearsal, its roll-out, its way back."""
 
 from typing import Literal
 
 from prefect import flow
+from prefect.utilities.annotations import quote
 
-from tasks.helm import compare, look, reach, test, upgrade
+from tasks.helm import compare, connect, find_drift, inspect, revert, test, upgrade
 from tasks.record import intend, record_good, record_verified
 from toto.helm.diff import Difference
 from toto.plan.changes import Why
-from toto.plan.order import ReleaseOrder
+from toto.plan.release import ReleaseOrder
+from toto.plan.verdict import Verdict
+
+__all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 
 
-@flow(name="rehearse release", flow_run_name="{order.label}: rehearse", persist_result=False)
-async def rehearse(order: ReleaseOrder) -> Difference:
-    """Render the release, lint it, and hold it against what is deployed."""
-    return await compare(order)
+@flow(name="rehearse release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
+    """Render the release, lint it, and compare it with what is deployed."""
+    difference = await compare(order)
+    return Verdict.passed(order, difference, summary=difference.summary, difference=str(difference))
 
 
-@flow(name="roll out release", flow_run_name="{order.label}: roll out", persist_result=False)
-async def roll_out(order: ReleaseOrder, difference: Difference) -> Literal["deployed", "recorded"]:
+@flow(name="roll out release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def roll_out(order: ReleaseOrder, verdict: Verdict[Difference]) -> Literal["deployed", "recorded"]:
     """Upgrade the release, run its own tests, and record its revision. No difference: it is recorded only."""
-    helm = await reach(order.repo, order.run)
-    before, whole = await look(order, helm)
-    if whole and difference.empty and order.change.why is not Why.AGAIN:
-        await record_verified(order, before.revision)
+    verdict.check(order)
+    helm = await connect(order.repo, order.run)
+    now = await inspect(order, helm)
+    unchanged = verdict.found is not None and verdict.found.empty
+    if now.whole and unchanged and order.change.why is not Why.FORCED:
+        await record_verified(order, revision=now.before.revision, wait_for=[now])
         return "recorded"
-    await intend(order, before)
-    revision = await upgrade(order, helm, before)
-    await test(order, helm)
-    await record_good(order, revision)
+    intended = await intend(order, now.before)
+    revision = await upgrade(order, helm, quote(now.before), wait_for=[intended])
+    tested = await test(order, helm, wait_for=[revision])
+    await record_good(order, revision=revision.number, wait_for=[tested])
     return "deployed"

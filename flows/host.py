@@ -1,57 +1,70 @@
-"""One host: its rehearsal, and its roll-out."""
+"""One host: its rehearsal, its roll-out, its way back."""
 
 from typing import Literal
 
 from prefect import flow
 from prefect.logging import get_run_logger
+from prefect.utilities.annotations import quote
 
 from tasks.record import intend, record_good, record_unreachable, record_verified
-from tasks.rehearse import Verdict, build, in_sandbox, show_difference, trial
-from tasks.roll_out import activate, copy, keep, look, reach, reached, tidy
+from tasks.rehearse import build_system, build_vm, in_sandbox, run_tests, show_difference
+from tasks.roll_out import activate, add_gc_root, clean_up, connect, copy, inspect, reached, revert
 from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.plan.changes import Action
-from toto.plan.order import HostOrder
+from toto.plan.host import HostOrder
+from toto.plan.verdict import Verdict
+from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.suite import Phase
 
+__all__ = ["rehearse", "revert", "roll_out"]
 
-@flow(flow_run_name="{order.name}: rehearse", persist_result=False)
-async def rehearse(order: HostOrder) -> Verdict:
+
+@flow(name="rehearse host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
     """Build the host and its VM, and test it in there: first without internet, then with it."""
-    await build.with_options(task_run_name="build the system")(order, "toplevel")
-    vm = await build.with_options(task_run_name="build the VM")(order, "vm")
-    await show_difference(order)
-    return await in_sandbox(order, vm)
+    system = await build_system(order)
+    vm = await build_vm(order)
+    difference = await show_difference(order, wait_for=[system])
+    found = await in_sandbox(order, vm)
+    return Verdict.passed(order, found, summary=str(found), difference=difference, cached=found.run != order.run)
 
 
-@flow(flow_run_name="{order.name}: roll out", persist_result=False)
-async def roll_out(order: HostOrder) -> Literal["deployed", "verified", "unreachable"]:
+@flow(name="roll out host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified",
+                                                                                    "unreachable"]:
     """Bring the rehearsed closure to the machine: activate, test, make it permanent, test again, record."""
+    verdict.check(order)
     machine, settings = order.machine, order.settings.roll_out
     assert machine is not None
     intended = False
     try:
-        async with reach(machine, order.repo, order.run, settings.connect_timeout) as activator:
+        async with connect(machine, order.repo, order.run, settings.connect_timeout) as activator:
             where = reached(machine, activator)
+            smoke, post_switch = (run_tests.with_options(task_run_name=f"{phase} tests")
+                                  for phase in (Phase.SMOKE, Phase.POST_SWITCH))
             if order.change.action is Action.VERIFY:
-                await look(activator, expected=order.change.last.path if order.change.last else None)
-                await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
-                await record_verified(order)
+                before = await inspect(activator, expected=order.last.path if order.last else None)
+                done = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[before])
+                await record_verified(order, wait_for=[done])
                 return "verified"
-            await copy(order, activator)
-            before = await look(activator)
+            copied = await copy(order, activator)
+            before = await inspect(activator, wait_for=[copied])
             intended = True
-            await intend(order, before)
+            step: object = await intend(order, before)
             if machine.activation == "boot":
-                await activate.with_options(task_run_name="set for the next boot")(order, activator, "boot", before)
+                step = await activate.with_options(task_run_name="set for the next boot")(
+                    order, activator, "boot", quote(before), wait_for=[step])
             else:
-                await activate.with_options(task_run_name="activate: test")(order, activator, "test", before)
-                await trial.with_options(task_run_name="smoke tests")(order, Phase.SMOKE, where)
+                step = await activate.with_options(task_run_name="activate: test")(
+                    order, activator, "test", quote(before), wait_for=[step])
+                step = await smoke(order, Phase.SMOKE, where, wait_for=[step])
                 if machine.activation == "switch":
-                    await activate.with_options(task_run_name="activate: switch")(order, activator, "switch", before)
-                await trial.with_options(task_run_name="post-switch tests")(order, Phase.POST_SWITCH, where)
-            await keep(order)
-            await record_good(order)
-            await tidy(activator)
+                    step = await activate.with_options(task_run_name="activate: switch")(
+                        order, activator, "switch", quote(before), wait_for=[step])
+                step = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[step])
+            step = await add_gc_root(order, wait_for=[step])
+            step = await record_good(order, wait_for=[step])
+            await clean_up(activator, wait_for=[step])
             return "deployed"
     except Unreachable as error:
         if intended or isinstance(error, AuthenticationFailed | HostKeyChanged):

@@ -1,103 +1,115 @@
-"""Revert: put back what a run touched, in reverse order, each on its own. And settle what a dead run left open."""
+"""Revert what a run touched, in reverse order, each target on its own. And settle what a dead run left open."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
-from prefect import Flow, flow, runtime
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.deployments import arun_deployment
+from prefect import flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
+from flows.kinds import steps_of
 from tasks import cancelled_by_sigterm
-from tasks import helm as releases
-from tasks import roll_out as hosts
-from tasks import terraform as roots
 from tasks.limits import one_roll_out
-from tasks.settle import dead_intents, died_at, healing_for, manifest_of, take_over, tell_of, was_cancelled
+from tasks.names import repo_run_name
+from tasks.record import intend_to_revert
+from tasks.reversal import Reversal
+from tasks.run import Run
+from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify_of_death, settle_again, take_over
 from toto.base import runs
 from toto.base.errors import TotoError
-from toto.infra_repo.manifest import Manifest
-from toto.infra_repo.settings import Settings
-from toto.ledger.target import Target
-from toto.report.report import Returned, return_words
+from toto.ledger.ledger import Ledger, LostTarget
+from toto.report.report import Reverted, revert_words
 
-AGAIN = "again"  # the tag of a run that another had to be begun once more for
 HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
 
 
-@flow(flow_run_name="revert: {why_short}", persist_result=False)
-async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest, settings: Settings, why: str,
-                 why_short: str = "what this run touched", patience: float | None = None) -> list[Returned]:
-    """Put `targets` (in the order in which they were touched) back, the last one first; one failure stops no other.
-
-    A machine that does not answer is given `patience` seconds: time for its watchdog to bring it back.
-    """
-    if patience is None:
-        patience = settings.roll_out.confirm_timeout + HEALING
-    results = []
-    for target in reversed(targets):
-        name = f"{target.label}: put back"
+@flow(name="revert", flow_run_name="{run.touched_names}", persist_result=False, validate_parameters=False)
+async def revert(run: Run) -> Run:
+    """Revert what a run touched. All intents first: whatever happens now, the next run finds each of them."""
+    entries = Ledger(run.repo).read()
+    for target in run.to_revert:
+        entry = entries.get(target)
+        if not entry.touched_by(run.id):
+            continue
         try:
-            match target.kind:
-                case "host":
-                    machine = manifest.machines.get(target.name)
-                    if machine is None:
-                        raise TotoError("is not in the manifest any more: toto does not know how to reach it",
-                                        target=target.name,
-                                        hint="put it back into machines.yaml, or go back by hand")
-                    to = await hosts.put_back.with_options(task_run_name=name)(
-                        repo, run, machine, settings.roll_out, why, patience)
-                case "terraform":
-                    to = await roots.put_back.with_options(task_run_name=name)(repo, run, target, why)
-                case "helm":
-                    to = await releases.put_back.with_options(task_run_name=name)(repo, run, target, why)
-            results.append(Returned(target.label, to=to))
-        except Exception as error:  # whatever it was, the others go back
-            results.append(Returned(target.label, error=str(error) or repr(error)))
+            await intend_to_revert(run.repo, target, run.id)
+        except (TotoError, OSError) as error:
+            half_done = entry.intent is not None and entry.intent.run == run.id
+            if isinstance(error, LostTarget) or not half_done:
+                # It passed its tests, or is another run's: what it runs and what the ledger says stay the same.
+                run.report.reverted.append(Reverted(target.label, error=str(error)))
+                continue
+            get_run_logger().error("%s is reverted, though the ledger could not be told: %s", target.label, error)
+        run.reverting.append(target)
+    patience = run.plan.settings.roll_out.confirm_timeout + HEALING
+    with run.report.timed(run.touched_names, "revert"):
+        run.report.reverted += await _revert([
+            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
+            for target in reversed(run.reverting)])
+    return run
+
+
+async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
+    """Revert one target after the other; one failure stops no other."""
+    results = []
+    for each in reversals:
+        label = each.target.label
+        try:
+            results.append(Reverted(label, to=await revert_target.with_options(task_run_name=f"revert {label}")(each)))
+        except Exception as error:  # whatever it was, the others are reverted
+            results.append(Reverted(label, error=str(error) or repr(error)))
     return results
 
 
-async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
-    """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
-    if flow_run.deployment_id and AGAIN not in flow_run.tags and not await was_cancelled(flow_run.id):
-        await arun_deployment("settle/toto", timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
-                              idempotency_key=f"again-{flow_run.id}")
+@task(name="revert", task_run_name="revert", cache_policy=NO_CACHE)
+async def revert_target(reversal: Reversal) -> str:
+    """Revert one target by the steps of its kind; what it is now, in words. Raises `TotoError`."""
+    return await steps_of(reversal.target).revert(reversal)
 
 
-@flow(flow_run_name="settle what a dead run left open", persist_result=False, on_crashed=[settle_again])
+@flow(name="settle", flow_run_name=repo_run_name, persist_result=False, on_crashed=[settle_again])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
-    """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
+    """Revert every target whose run died before it was done with it. Waits for a run that is rolling out.
 
     Args:
         repo: the bare infra repo on toto.
-        died: runs that have died: whoever would have heard of their ends is told.
+        died: runs that have died: whoever would have been notified of their ends is notified of that.
     """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
     async with cancelled_by_sigterm(), runs.claimed(repo, run), one_roll_out(repo, run):
-        results = await settle_left_open(repo, run)
+        results = await _settle(repo, run)
     for each in died or ():
-        await tell_of(each, repo, results)
+        await notify_of_death(each, repo, results)
     ended = Failed if any(each.error for each in results) else Completed
-    return ended(message=return_words(results))
+    return ended(message=revert_words(results))
 
 
-async def settle_left_open(repo: Path, run: str) -> list[Returned]:
-    """As `settle`, for a run that has the roll-out slot already."""
-    results: list[Returned] = []
+async def settle_first(repo: Path, run: str) -> list[Reverted]:
+    """Settle what dead runs left open, for a run that has the roll-out slot already."""
+    return await _settle_first(repo, run) if Ledger(repo).read().open_intents else []
+
+
+@flow(name="settle first", flow_run_name="what dead runs left open", persist_result=False)
+async def _settle_first(repo: Path, run: str) -> list[Reverted]:
+    return await _settle(repo, run)
+
+
+async def _settle(repo: Path, run: str) -> list[Reverted]:
+    results: list[Reverted] = []
     for target, intent in (await dead_intents(repo, run)).items():
-        get_run_logger().warning("%s: run %s died at `%s`: putting it back", target.label, intent.run, intent.step)
+        get_run_logger().warning("%s: run %s died at `%s`: reverting it", target.label, intent.run, intent.step)
         try:
             await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
-            [back] = await revert(
-                repo, run, [target], manifest, settings, died_at(intent.left_by or intent.run, intent.step),
-                why_short=f"{target.label}, left open by a run that died",
-                patience=healing_for(intent, settings.roll_out))
+            results += await _revert([Reversal(
+                repo, run, target, manifest, settings, died_at(intent.left_by or intent.run, intent.step),
+                healing_for(intent, settings.roll_out))])
         except TotoError as error:
-            back = Returned(target.label, error=str(error))
-        results.append(back)
+            results.append(Reverted(target.label, error=str(error)))
     for each in results:
         if each.error:
-            get_run_logger().error("%s COULD NOT BE PUT BACK: %s", each.target, each.error)
+            get_run_logger().error("%s COULD NOT BE REVERTED: %s", each.target, each.error)
     return results

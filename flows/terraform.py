@@ -1,29 +1,39 @@
-"""One terraform root: its plan in the rehearsal, and the roll-out of that very plan."""
+"""One terraform root: its plan in the rehearsal, the roll-out of that very plan, its way back."""
 
 from typing import Literal
 
 from prefect import flow
 
 from tasks.record import intend, record_good, record_verified
-from tasks.terraform import apply, plan_root
-from toto.ledger.ledger import Before
-from toto.plan.order import RootOrder
+from tasks.terraform import apply, find_drift, plan_root, question, revert
+from toto.base.errors import TotoError
+from toto.plan.root import RootBefore, RootOrder
+from toto.plan.verdict import Verdict
 from toto.terraform.plan import Planned
 
+__all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 
-@flow(name="rehearse root", flow_run_name="{order.label}: plan", persist_result=False)
-async def rehearse(order: RootOrder) -> Planned:
+
+@flow(name="rehearse root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def rehearse(order: RootOrder) -> Verdict[Planned]:
     """Plan the root, and keep the plan: nothing else is applied later."""
-    return await plan_root(order)
+    planned = await plan_root(order)
+    return Verdict.passed(order, planned, summary=planned.summary, difference=str(planned),
+                          question=question(order, planned))
 
 
-@flow(name="roll out root", flow_run_name="{order.label}: apply", persist_result=False)
-async def roll_out(order: RootOrder, planned: Planned) -> Literal["deployed", "recorded"]:
+@flow(name="roll out root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
+async def roll_out(order: RootOrder, verdict: Verdict[Planned]) -> Literal["deployed", "recorded"]:
     """Apply the plan that was rehearsed, and record it. An empty plan is recorded, and nothing is applied."""
+    verdict.check(order)
+    planned = verdict.found
+    if planned is None:
+        raise TotoError("it has no plan, and nothing else is applied", target=order.label)
+    before = planned.before
     if planned.empty:
-        await record_verified(order, planned.before.serial)
+        await record_verified(order, serial=before.serial)
         return "recorded"
-    await intend(order, Before(revision=planned.before.serial, resources=planned.before.resources))
-    serial = await apply(order, planned)
-    await record_good(order, serial)
+    intended = await intend(order, RootBefore(serial=before.serial, resources=before.resources))
+    state = await apply(order, planned, wait_for=[intended])
+    await record_good(order, serial=state.serial, wait_for=[state])
     return "deployed"

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
@@ -32,6 +32,27 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
         elif count == most + 1:
             logger.info("%s… further lines are left out here", prefix)
     return write
+
+
+
+class Done:
+    """What a step returns that has nothing to say: the next step names it in `wait_for`, which draws the edge."""
+
+
+T = TypeVar("T")
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What each coroutine returns, all run side by side. Raises the first error, when all have come to their end.
+
+    (Bare `asyncio.gather` leaves the others at work when one is cancelled.)
+    """
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for each in results:
+        if isinstance(each, BaseException):
+            raise each
+    return cast(list[T], results)
+
 
 _listening: ContextVar[bool] = ContextVar("listening", default=False)
 _blocks = 0  # how many blocks of `cancelled_by_sigterm` this process is in

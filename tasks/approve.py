@@ -1,7 +1,9 @@
-"""A person's word before terraform does what cannot be taken back: the run pauses in the UI until it is given."""
+"""A person's word before something that cannot be taken back: the run pauses in the UI until it is given."""
 
 import uuid
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
@@ -9,16 +11,15 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from tasks.report import fenced
+from tasks.run import Run
 from toto.base.errors import TotoError
-from toto.plan.order import RootOrder
-from toto.terraform import plan as tfplan
-from toto.terraform.plan import Planned
+from toto.plan.verdict import Question
 
 POLL = 2  # seconds between two looks for the answer
 
 
 class NotApproved(TotoError):
-    """Nobody approved a plan in time, or somebody said no."""
+    """Nobody approved it in time, or somebody said no."""
 
 
 class Approval(RunInput):
@@ -28,26 +29,44 @@ class Approval(RunInput):
     by: str = Field(default="", title="Your name", description="goes to the run's log")
 
 
-def needed(order: RootOrder, planned: Planned) -> bool:
-    """Whether the settings want a person's word for this plan."""
-    return tfplan.wants_approval(planned, order.root.approve)
+async def approve(run: Run) -> Run:
+    """Ask a person about each target whose verdict has a question. No: that is a failure like any other.
 
-
-async def ask(order: RootOrder, planned: Planned) -> None:
-    """Pause the run until a person says yes. Nothing has been touched yet, and no other run is kept waiting.
-
-    Raises `NotApproved`.
+    It is the run itself that pauses, and no subflow, so that the list of runs shows it and Resume is on its page;
+    a task then stands for the stage in the graph. Nothing has been touched yet, and no other run is kept waiting.
     """
-    seconds = order.settings.terraform.approve_timeout
-    form = Approval.with_initial_data(description=f"# {order.label}\n{fenced(str(planned))}")
-    get_run_logger().warning("%s: waiting up to %.0f s for an approval: press Resume on this run's page", order.label,
-                             seconds)
+    async def ask_all() -> None:
+        for label, verdict in run.verdicts.items():
+            if verdict.question is not None:
+                try:
+                    answers[label] = await _ask(label, verdict.question)
+                except NotApproved as error:
+                    run.report.failure(label, "approval", error)
+
+    answers: dict[str, str] = {}
+    await run.unless_superseded(ask_all())
+    return await _approved(run, answers)
+
+
+async def _ask(label: str, question: Question) -> str:
+    """Who approved it. Raises `NotApproved`."""
+    form = Approval.with_initial_data(description=f"# {label}\n{fenced(question.text)}")
+    get_run_logger().warning("%s: waiting up to %.0f s for an approval: press Resume on this run's page", label,
+                             question.seconds)
     try:
-        answer = await apause_flow_run(wait_for_input=form, timeout=round(seconds), poll_interval=POLL,
+        answer = await apause_flow_run(wait_for_input=form, timeout=round(question.seconds), poll_interval=POLL,
                                        key=str(uuid.uuid4()))
     except FlowPauseTimeout:
-        raise NotApproved(f"nobody approved its plan within {seconds:.0f} s", target=order.label,
+        raise NotApproved(f"nobody approved its plan within {question.seconds:.0f} s", target=label,
                           hint="start the run again, and press Resume on its page") from None
     if not answer.approve:
-        raise NotApproved(f"its plan was refused by {answer.by or 'somebody'}", target=order.label)
-    get_run_logger().info("%s: approved by %s", order.label, answer.by or "somebody")
+        raise NotApproved(f"its plan was refused by {answer.by or 'somebody'}", target=label)
+    return answer.by or "somebody"
+
+
+@task(name="approve", task_run_name="approve", cache_policy=NO_CACHE)
+async def _approved(run: Run, answers: dict[str, str]) -> Run:
+    """Write down who approved what."""
+    for label, who in answers.items():
+        get_run_logger().info("%s: approved by %s", label, who)
+    return run

@@ -1,6 +1,7 @@
 """Helm: render, lint and compare in the rehearsal, upgrade in the roll-out, roll back to the recorded revision."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import task
@@ -8,26 +9,27 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import KubeAccess
-from tasks import report
-from tasks.record import record_back
+from tasks import Done, report
+from tasks.record import record_reverted
+from tasks.reversal import Reversal
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.helm import release as helm_release
-from toto.helm.cluster import Helm
+from toto.helm.cluster import Helm, Revision
 from toto.helm.diff import Difference
 from toto.helm.release import Release
 from toto.infra_repo import git
 from toto.ledger import steps
-from toto.ledger.ledger import Before, Ledger
+from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
-from toto.plan.order import ReleaseOrder
+from toto.plan.release import DeployedRelease, ReleaseBefore, ReleaseOrder
 
 
 class TestsFailed(TotoError):
     """The chart's own tests did not pass; the message has what they said."""
 
 
-async def reach(repo: Path, run: str) -> Helm:
+async def connect(repo: Path, run: str) -> Helm:
     """helm, and the cluster of the block `toto` (else of the environment's kubeconfig)."""
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,30 +43,38 @@ async def compare(order: ReleaseOrder) -> Difference:
 
     Raises `RenderFailed`, `ChartUnavailable`, `ClusterUnreachable`.
     """
-    logger, reached, release = get_run_logger(), await reach(order.repo, order.run), order.release
-    for warning in await reached.lint(release, order.tree):
+    logger, helm, release = get_run_logger(), await connect(order.repo, order.run), order.release
+    for warning in await helm.lint(release, order.tree):
         logger.warning("%s", warning)
-    last = order.change.last
-    if said := await reached.outside_change(release, last.revision if last else 0):
+    if said := await helm.outside_change(release, order.last.revision if order.last else 0):
         logger.warning("%s: %s", order.label, said)
-    difference = await reached.difference(release, order.tree)
+    difference = await helm.difference(release, order.tree)
     await report.show_difference(order.label, "\n".join([*([said] if said else []), str(difference)]))
     return difference
 
 
-@task(name="look at the release", task_run_name="look at the release", cache_policy=NO_CACHE)
-async def look(order: ReleaseOrder, helm: Helm) -> tuple[Before, bool]:
+@dataclass(frozen=True)
+class Inspected:
+    """What a release is now: what it is reverted to, and whether it is `whole` as it is."""
+
+    before: ReleaseBefore
+    whole: bool
+
+
+@task(name="inspect the release", task_run_name="inspect the release", cache_policy=NO_CACHE)
+async def inspect(order: ReleaseOrder, helm: Helm) -> Inspected:
     """The revision to which the release goes back (the last good one, else what is there), and whether it is whole."""
-    last, now = order.change.last, await helm.current(order.release)
+    last, now = order.last, await helm.current(order.release)
     if last is not None or now is None:
-        return Before(revision=last.revision if last else 0), now is not None and now.status == "deployed"
+        before = ReleaseBefore(revision=last.revision if last else 0)
+        return Inspected(before, whole=now is not None and now.status == "deployed")
     whole = [each.number for each in await helm.history(order.release)  # helm calls a failed one superseded later
              if each.status in ("deployed", "superseded") and " failed: " not in each.description]
-    return Before(revision=max(whole, default=0)), now.status == "deployed"
+    return Inspected(ReleaseBefore(revision=max(whole, default=0)), whole=now.status == "deployed")
 
 
 @task(name="upgrade", task_run_name="upgrade", cache_policy=NO_CACHE)
-async def upgrade(order: ReleaseOrder, helm: Helm, before: Before) -> int:
+async def upgrade(order: ReleaseOrder, helm: Helm, before: ReleaseBefore) -> Revision:
     """Install or upgrade, and wait until it is ready; the new revision.
 
     What a killed helm has left pending is repaired first. Raises `ReleaseFailed`, `ReleaseBusy`.
@@ -73,11 +83,11 @@ async def upgrade(order: ReleaseOrder, helm: Helm, before: Before) -> int:
         get_run_logger().warning("%s: %s", order.label, done)
     deployed = await helm.upgrade(order.release, order.tree, description=f"toto, {order.commit[:8]}")
     get_run_logger().info("it is at revision %d", deployed.number)
-    return deployed.number
+    return deployed
 
 
 @task(name="the chart's tests", task_run_name="the chart's tests", cache_policy=NO_CACHE)
-async def test(order: ReleaseOrder, helm: Helm) -> None:
+async def test(order: ReleaseOrder, helm: Helm) -> Done:
     """Run the chart's own tests, when it has any. Raises `TestsFailed`."""
     results = await helm.test(order.release)
     for each in results:
@@ -86,31 +96,40 @@ async def test(order: ReleaseOrder, helm: Helm) -> None:
         raise TestsFailed("\n".join([f"the chart's tests failed: {', '.join(each.name for each in failed)}",
                                      failed[0].said]), target=order.label,
                           hint="mend the chart or its tests, and push again")
+    return Done()
 
 
-@task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
-async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
+async def revert(reversal: Reversal) -> str:
     """Roll back to the recorded revision; a release that was new is uninstalled. What it is now, in words.
 
     Raises `ReleaseFailed`, `ClusterUnreachable`; the intent is then still open.
     """
+    repo, run, target = reversal.repo, reversal.run, reversal.target
     entry = Ledger(repo).read().get(target)
-    intent = steps.mine(entry, run)
-    good, failed, reached = entry.good, intent.desired, await reach(repo, run)
-    release = await release_at(repo, run, target, failed.commit)
-    to = good.revision if good else intent.before.revision
+    intent, good, helm = steps.require_intent(entry, run), DeployedRelease.of(entry.good), await connect(repo, run)
+    release = await release_at(repo, run, target, intent.desired.commit)
+    to = good.revision if good else ReleaseBefore.of(intent.before).revision
     moved = good is not None and (await release_at(repo, run, target, good.commit)).namespace != release.namespace
-    now = await reached.current(release)
+    now = await helm.current(release)
     if to == 0 or moved:
-        await reached.uninstall(release)
+        await helm.uninstall(release)
         number, words = to, "uninstalled" if to == 0 else f"uninstalled from namespace {release.namespace}"
     elif now is not None and now.number == to and now.status == "deployed":
         number, words = to, f"at revision {to}, as it was"
     else:
-        number = (await reached.rollback(release, to)).number
+        number = (await helm.rollback(release, to)).number
         words = f"rolled back to revision {to}, as revision {number}"
-    await record_back(repo, target, good and good.model_copy(update={"revision": number}), failed, run, why)
+    await record_reverted(repo, target, good and good.model_copy(update={"revision": number}), intent.desired, run,
+                          reversal.why)
     return words
+
+
+async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
+    """What was changed outside since the last good, a line a change. Raises `ClusterUnreachable`."""
+    helm, release = await connect(repo, run), await release_at(repo, run, target, good.commit)
+    outside = await helm.outside_change(release, DeployedRelease.of(good).revision)
+    difference = await helm.drift(release)
+    return [*([outside] if outside else []), *([] if difference.empty else difference.lines())]
 
 
 async def release_at(repo: Path, run: str, target: Target, commit: str) -> Release:

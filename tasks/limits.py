@@ -43,6 +43,11 @@ async def _is_there(client: PrefectClient, name: str) -> bool:
     return True
 
 
+def side_by_side() -> int:
+    """How many subflows may run at once: more make SQLite answer 503."""
+    return 4
+
+
 @asynccontextmanager
 async def room_for_sandbox() -> AsyncIterator[None]:
     """Wait until another sandbox may run: the limit `toto-sandboxes`, made from memory and cores at first."""

@@ -1,23 +1,23 @@
-"""Write in the ledger what is about to be done to a target, what was done, and what was put back."""
+"""Record in the ledger what is about to be done to a target, what was done, and what was reverted."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from toto.base import runs
+from tasks import Done
 from toto.infra_repo import git
 from toto.ledger import ledger, steps
 from toto.ledger.ledger import Before, Deployed, Entry, Intent, Ledger, Note
 from toto.ledger.target import Target
+from toto.plan.kinds import kind_of
 from toto.plan.order import Order
 
 
-def desired(order: Order, revision: int = 0) -> Deployed:
-    """What this run makes of the target, as the ledger records it."""
-    wanted = order.desired
-    return Deployed(identity=wanted.identity, path=wanted.path, commit=order.commit, run=order.run, at=git.now(),
-                    tests=wanted.tests, revision=revision)
+def deployed(order: Order, **facts: Any) -> Deployed:
+    """What this run makes of a target, as the ledger records it; `facts` are what the kind records besides."""
+    return kind_of(order.target).deployed(order.desired, commit=order.commit, run=order.run, at=git.now(), **facts)
 
 
 def note(what: Deployed, run: str, why: str) -> Note:
@@ -27,75 +27,78 @@ def note(what: Deployed, run: str, why: str) -> Note:
 
 
 @task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
-async def intend(order: Order, before: Before) -> None:
+async def intend(order: Order, before: Before) -> Done:
     """Say in the ledger what is about to be done, and what was before, before anything is touched."""
-    intent = Intent(desired=desired(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
+    intent = Intent(desired=deployed(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
     in_spite = f"; held back, but: {order.override}" if order.override else ""
     await Ledger(order.repo).write(order.target, steps.intend(intent),
                                    f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})")
+    return Done()
 
 
-async def now_at(order: Order, step: str, message: str) -> None:
+async def set_step(order: Order, step: str, message: str) -> None:
     """Say in the ledger how far the roll-out of a target is. Raises `LostTarget`."""
-    await Ledger(order.repo).write(order.target, lambda entry: steps.now_at(entry, order.run, step),
+    await Ledger(order.repo).write(order.target, lambda entry: steps.set_step(entry, order.run, step),
                                    f"{order.label}: {message}")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_good(order: Order, revision: int = 0) -> None:
-    """The target passed everything: it is the new last good."""
-    await Ledger(order.repo).write(order.target, steps.good(desired(order, revision), order.run),
+async def record_good(order: Order, **facts: Any) -> Done:
+    """The target passed everything: it is the new last good. `facts` are what its kind records besides."""
+    await Ledger(order.repo).write(order.target, steps.good(deployed(order, **facts), order.run),
                                    f"{order.label}: good at {order.commit[:8]}")
+    return Done()
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
-async def record_verified(order: Order, revision: int = 0) -> None:
-    """Nothing was touched: the target is what the commit wants already, by another identity or other tests."""
-    await Ledger(order.repo).write(order.target, steps.verified(desired(order, revision)),
+async def record_verified(order: Order, **facts: Any) -> Done:
+    """Nothing was touched: the target is what the commit wants already, by a different identity or other tests."""
+    await Ledger(order.repo).write(order.target, steps.verified(deployed(order, **facts)),
                                    f"{order.label}: verified at {order.commit[:8]}, nothing touched")
+    return Done()
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_rehearsed(order: Order) -> None:
-    """A host without a machine passed its rehearsal."""
-    await Ledger(order.repo).write(order.target, steps.rehearsed_only(desired(order)),
+    """A target that is not deployed from here passed its rehearsal."""
+    await Ledger(order.repo).write(order.target, steps.rehearsed_only(deployed(order)),
                                    f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
-    """The machine does not answer, and nothing was done to it; a later run tries again."""
-    await Ledger(order.repo).write(order.target, steps.not_reached(note(desired(order), order.run, why)),
+    """The target cannot be reached, and nothing was done to it; a later run tries again."""
+    await Ledger(order.repo).write(order.target, steps.not_reached(note(deployed(order), order.run, why)),
                                    f"{order.label}: unreachable, {order.commit[:8]} not deployed")
 
 
 @task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
 async def retire(repo: Path, target: Target) -> None:
-    """A target left the manifest, or the repo: its ledger entry and GC roots go, nothing of it is touched."""
+    """A target left the commit: its ledger entry and GC roots go, nothing of it is touched."""
     await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
-    if target.kind == "host":
-        for root in (runs.last_good_root(repo, target.name), runs.previous_root(repo, target.name)):
-            root.unlink(missing_ok=True)
+    for root in kind_of(target).roots(repo, target.name):
+        root.unlink(missing_ok=True)
 
 
-async def intend_to_put_back(repo: Path, target: Target, run: str) -> None:
-    """Open the intent under which a target is put back, also one that this run had made good already.
+async def intend_to_revert(repo: Path, target: Target, run: str) -> None:
+    """Open the intent under which a target is reverted, also one that this run had made good already.
 
     No task: it needs nothing but the repo, and a Prefect that is down must not keep it from being written.
     """
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            return steps.now_at(entry, run, entry.intent.step)
-        if entry.good is None or entry.good.run != run:
+            return steps.set_step(entry, run, entry.intent.step)
+        if entry.good is None or entry.good.run != run or entry.before is None:
             raise ledger.LostTarget("is no longer what this run made of it")
-        intent = Intent(desired=entry.good, before=entry.before or Before(system=entry.good.path), run=run,
-                        owner=ledger.owner(), at=git.now(), step="revert")
+        intent = Intent(desired=entry.good, before=entry.before, run=run, owner=ledger.owner(), at=git.now(),
+                        step="revert")
         return entry.model_copy(update={"intent": intent, "good": entry.previous})
-    await Ledger(repo).write(target, change, f"{target.label}: to be put back")
+    await Ledger(repo).write(target, change, f"{target.label}: to be reverted")
 
 
-async def record_back(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str, why: str) -> None:
+async def record_reverted(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str,
+                          why: str) -> None:
     """The target is back at its last good, or at what was there before toto (None): close the intent."""
     where = to.commit[:8] if to else "what was there before toto"
-    await Ledger(repo).write(target, steps.put_back(to, note(failed, run, why), run),
-                             f"{target.label}: put back to {where}")
+    await Ledger(repo).write(target, steps.revert(to, note(failed, run, why), run),
+                             f"{target.label}: reverted to {where}")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
@@ -22,10 +22,12 @@ from toto.base import paths
 from toto.base.errors import TotoError
 from toto.machine import keys
 from toto.nix import commands as nix
-from toto.plan import make as plan
-from toto.plan.order import HostOrder
+from toto.plan import host
+from toto.plan.changes import Action
+from toto.plan.host import HostOrder
 from toto.rehearsal import suite
 from toto.rehearsal.errors import BootTimeout
+from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.run import run_phase, write_on_host
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
@@ -37,20 +39,6 @@ class TestsFailed(TotoError):
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class Verdict(_Value):
-    """A host passed its rehearsal: how many tests, how long each part took (seconds), in which run."""
-
-    host: str
-    vm: str
-    run: str
-    tests: dict[str, int]
-    seconds: dict[str, float]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s"
-                         for phase, count in self.tests.items())
 
 
 class Trial(_Value):
@@ -83,17 +71,24 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
     return isinstance(error, BootTimeout) or (isinstance(error, nix.BuildFailed) and error.transient)
 
 
-@task(name="build", task_run_name="build", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30],
-      retry_condition_fn=_may_pass_next_time)
-async def build(order: HostOrder, what: Literal["toplevel", "vm"]) -> Path:
-    """Build the toplevel or the VM; kept from garbage collection for as long as the run lasts."""
-    return await plan.build(order, what, on_line=sink())
+@task(name="build the system", task_run_name="build the system", cache_policy=NO_CACHE, retries=2,
+      retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
+async def build_system(order: HostOrder) -> Path:
+    """Build the toplevel; kept from garbage collection for as long as the run lasts."""
+    return await host.build_toplevel(order, on_line=sink())
+
+
+@task(name="build the VM", task_run_name="build the VM", cache_policy=NO_CACHE, retries=2,
+      retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
+async def build_vm(order: HostOrder) -> Path:
+    """Build the VM; kept from garbage collection for as long as the run lasts."""
+    return await host.build_vm(order, on_line=sink())
 
 
 @task(name="what changes", task_run_name="what changes", cache_policy=NO_CACHE)
 async def show_difference(order: HostOrder) -> str:
     """What changes between the last good and what is rehearsed, as an artifact."""
-    text = str(await plan.difference(order.change))
+    text = "nothing in the closure" if order.change.action is Action.VERIFY else str(await host.difference(order))
     await report.show_difference(order.name, text)
     return text
 
@@ -104,14 +99,14 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     machine = order.machine
     settings = order.settings.sandbox.model_dump_json() + (
         machine.model_dump_json(include={"ports", "memory", "cores"}) if machine else "")
-    what = "\n".join((order.vm, order.desired.tests, settings))
-    return f"toto-rehearsal-v1-{hashlib.sha256(what.encode()).hexdigest()}"
+    what = "\n".join((order.vm, order.host.tests, settings))
+    return f"toto-rehearsal-v2-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
 @task(name="sandbox", task_run_name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
       persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90),
       retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass_next_time)
-async def in_sandbox(order: HostOrder, vm: Path) -> Verdict:
+async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
     """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
     logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
     ports = machine.ports if machine else ()
@@ -135,19 +130,21 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Verdict:
                 logger.info("booted and answers ssh after %.1f s", seconds["boot"])
                 reached = Reached(config=guest.connection.config, address="127.0.0.1",
                                   ports={port: guest.port(port) for port in ports})
+                before: object = vm  # which draws the edges: build, no-internet, with-internet
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
                         routed = await guest.set_internet(True)
                         logger.info("the internet is on%s", "" if routed else ", but the host has no route to it")
-                    result = await trial.with_options(task_run_name=f"{phase} tests")(order, phase, reached)
+                    before = result = await run_tests.with_options(task_run_name=f"{phase} tests")(
+                        order, phase, reached, wait_for=[before])
                     tests[phase], seconds[phase] = result.tests, result.seconds
         finally:
             await report.show_console(order.name, "\n".join(console))
-    return Verdict(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
+    return Rehearsal(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
 
 
 @task(name="tests", task_run_name="tests", cache_policy=NO_CACHE)
-async def trial(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
+async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
     """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
     logger, settings = get_run_logger(), order.settings.sandbox
     found = suite.find(order.tree, order.name)

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was put back."""
+"""What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was reverted."""
 
 import functools
 import logging
@@ -13,7 +13,7 @@ from toto.base import process
 from toto.plan.changes import COLUMNS
 from toto.plan.order import Plan
 from toto.rehearsal.results import PhaseResult
-from toto.report.report import Story
+from toto.report.report import Report
 from toto.terraform.plan import Planned
 
 P = ParamSpec("P")
@@ -79,34 +79,34 @@ async def show_terraform_plan(label: str, planned: Planned, *, back: bool = Fals
 
 
 @_best_effort
-async def show_story(story: Story) -> None:
-    """The whole story of a run, as one page, what failed first; and in short as the last words of the log."""
+async def show_report(report: Report) -> None:
+    """The whole report of a run, as one page, what failed first; and in short as the last words of the log."""
     logger = get_run_logger()
-    for each in story.failures:
+    for each in report.failures:
         logger.error("%s: %s failed: %s", each.target, each.stage, each.text.removeprefix(f"{each.target}: "))
-    for back in story.put_back:
+    for back in report.reverted:
         if back.error:
-            logger.error("%s COULD NOT BE PUT BACK: %s", back.target, back.error)
+            logger.error("%s COULD NOT BE REVERTED: %s", back.target, back.error)
         else:
-            logger.warning("%s was put back to %s", back.target, back.to)
-    logger.log(logging.ERROR if story.failed else logging.INFO, "%s", story.headline())
-    await acreate_markdown_artifact(key=key("report", story.repo), markdown=as_markdown(story),
-                                    description=story.headline())
+            logger.warning("%s was reverted to %s", back.target, back.to)
+    logger.log(logging.ERROR if report.failed else logging.INFO, "%s", report.headline())
+    await acreate_markdown_artifact(key=key("report", report.repo), markdown=as_markdown(report),
+                                    description=report.headline())
 
 
-def as_markdown(story: Story) -> str:
-    """The story as the operator reads it at three in the morning: verdict, failures in full, what was put back."""
-    parts = ["# Failed" if story.failed else "# Done", story.headline()]
-    for each in story.failures:
+def as_markdown(report: Report) -> str:
+    """The report as the operator reads it at three in the morning: result, failures in full, what was reverted."""
+    parts = ["# Failed" if report.failed else "# Done", report.headline()]
+    for each in report.failures:
         parts += [f"## {each.target}: {each.stage} failed", fenced(each.text)]
-    if story.put_back:
-        parts += ["## Put back", markdown_table(("target", "result", "what it is now"), [
-            (each.target, "could not be put back" if each.error else "put back", each.error or each.to)
-            for each in story.put_back])]
-    rows = story.rows()
+    if report.reverted:
+        parts += ["## Reverted", markdown_table(("target", "result", "what it is now"), [
+            (each.target, "could not be reverted" if each.error else "reverted", each.error or each.to)
+            for each in report.reverted])]
+    rows = report.rows()
     if rows:
         parts += ["## Targets", markdown_table(("target", "result", "more"), rows)]
-    if timing := story.timing():
+    if timing := report.timing():
         parts += ["## Timing", fenced(timing)]
     return "\n\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""Roll out one host, and put one back: copy, intent, activate, test, record. Each verb a task of its own."""
+"""Roll out one host, and revert one: copy, intent, activate, test, record. Each verb a task of its own."""
 
 import time
 from collections.abc import AsyncIterator
@@ -11,24 +11,23 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import SshIdentity
-from tasks import sink
-from tasks.record import now_at, record_back
+from tasks import Done, sink
+from tasks.record import record_reverted, set_step
 from tasks.rehearse import Reached
+from tasks.reversal import Reversal
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
-from toto.infra_repo.settings import RollOut
 from toto.ledger import steps
-from toto.ledger.ledger import Before, Entry, Ledger
-from toto.ledger.target import Target
+from toto.ledger.ledger import Intent, Ledger
 from toto.machine import keys, ssh
-from toto.machine.activation import Activator, Verb
+from toto.machine.activation import Activator, MachineState, Verb
 from toto.nix import commands as nix
-from toto.plan.order import HostOrder
+from toto.plan.host import DeployedHost, HostOrder
 
 
 @asynccontextmanager
-async def reach(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
+async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
     """A connection to a machine, with the activation verbs on it. Raises `Unreachable`."""
     target = ssh.SshTarget(
         name=machine.name, address=machine.address, port=machine.ssh.port, user=machine.ssh.user,
@@ -54,9 +53,9 @@ def reached(machine: Machine, activator: Activator) -> Reached:
                    ports={port: port for port in machine.ports})
 
 
-@task(name="look at the machine", task_run_name="look at the machine", cache_policy=NO_CACHE)
-async def look(activator: Activator, expected: str | None = None) -> Before:
-    """What the machine runs and boots now: to this it goes back if toto never deployed it.
+@task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
+async def inspect(activator: Activator, expected: str | None = None) -> MachineState:
+    """What the machine runs and boots now: this is what it is reverted to if toto never deployed it.
 
     Raises `NotWhatItShouldBe` when it does not run `expected`.
     """
@@ -65,14 +64,14 @@ async def look(activator: Activator, expected: str | None = None) -> Before:
     if expected is not None:
         await activator.check(expected)
     get_run_logger().info("it runs %s, and boots %s next", facts.system, facts.profile or "what it was installed with")
-    return facts.before
+    return facts
 
 
 @task(name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1,
       retry_delay_seconds=3)
-async def copy(order: HostOrder, activator: Activator) -> None:
+async def copy(order: HostOrder, activator: Activator) -> Done:
     """Bring the very closure that was rehearsed to the machine."""
-    path, settings = order.desired.path, order.settings.nix
+    path, settings = order.host.path, order.settings.nix
     if settings.signing_key is not None:
         await nix.sign(path, Path(settings.signing_key))
     try:
@@ -81,93 +80,97 @@ async def copy(order: HostOrder, activator: Activator) -> None:
     except nix.CopyFailed:
         await activator.connection.run(["true"], fresh=True, timeout=60)  # raises Unreachable when that was why
         raise
+    return Done()
 
 
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)
-async def activate(order: HostOrder, activator: Activator, verb: Verb, before: Before) -> None:
+async def activate(order: HostOrder, activator: Activator, verb: Verb, before: MachineState) -> Done:
     """Activate on the machine under its watchdog, and confirm over a new connection."""
-    await now_at(order, verb, f"activation {verb}")
+    await set_step(order, verb, f"activation {verb}")
     settings = order.settings.roll_out
     if settings.method == "nixos-rebuild":
-        await activator.nixos_rebuild(verb, order.desired.path, timeout=settings.activation_timeout, on_line=sink())
+        await activator.nixos_rebuild(verb, order.host.path, timeout=settings.activation_timeout, on_line=sink())
     else:
-        await activator.activate(verb, order.desired.path, before, finish=settings.activation_timeout,
+        await activator.activate(verb, order.host.path, before, finish=settings.activation_timeout,
                                  confirm=settings.confirm_timeout)
+    return Done()
 
 
-@task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
-async def keep(order: HostOrder) -> None:
-    """What is to be the last good is kept by a GC root, as is the one before it."""
+@task(name="add GC roots", task_run_name="add GC roots", cache_policy=NO_CACHE)
+async def add_gc_root(order: HostOrder) -> Done:
+    """A GC root keeps what is to be the last good from garbage collection, and one keeps the one before it."""
     root = runs.last_good_root(order.repo, order.name)
     if root.is_symlink():
         await nix.keep(str(root.readlink()), runs.previous_root(order.repo, order.name))
-    await nix.keep(order.desired.path, root)
+    await nix.keep(order.host.path, root)
+    return Done()
 
 
-@task(name="tidy", task_run_name="tidy", cache_policy=NO_CACHE)
-async def tidy(activator: Activator) -> None:
+@task(name="clean up", task_run_name="clean up", cache_policy=NO_CACHE)
+async def clean_up(activator: Activator) -> None:
     """Remove this run's state from the machine; when that fails, nothing is lost."""
     try:
         await activator.forget()
     except TotoError as error:
-        get_run_logger().warning("its /run/toto could not be tidied: %s", error)
+        get_run_logger().warning("its /run/toto could not be cleaned up: %s", error)
 
 
-@task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
-async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, why: str, patience: float) -> str:
-    """Make a host what it was: its last good, or what it ran before toto first touched it; the path it is back at.
+async def revert(reversal: Reversal) -> str:
+    """Make a host what it was: its last good, or what it ran before toto first touched it; the path that it runs now.
 
-    A machine that may be healing itself, cut off from us, is waited for: `patience` seconds at the most.
+    A machine that may be healing itself, cut off from us, is waited for.
     Raises `Unreachable`, `ActivationFailed`; the intent is then still open.
     """
-    target = Target("host", machine.name)
+    repo, run, target = reversal.repo, reversal.run, reversal.target
+    machine = reversal.manifest.machines.get(target.name)
+    if machine is None:
+        raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=target.name,
+                        hint="add it to machines.yaml again, or go back by hand")
     entry = Ledger(repo).read().get(target)
-    intent = steps.mine(entry, run)
-    to = where_to(entry, machine)
-    deadline = time.monotonic() + patience
+    intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
+    to = where_to(machine, MachineState.of(intent.before), good)
+    deadline = time.monotonic() + reversal.patience
     while True:
         try:
-            await _go_back(repo, run, machine, settings, entry, to)
+            await _go_back(reversal, machine, intent, to)
             break
         except ssh.Unreachable:
             if time.monotonic() > deadline:
                 raise
             get_run_logger().warning("does not answer yet; it goes back by itself when toto does not confirm")
             await anyio.sleep(2)
-    if entry.good is not None:
+    if good is not None:
         try:
-            await nix.keep(entry.good.path, runs.last_good_root(repo, machine.name))
-        except process.CommandFailed as error:  # the machine is back, and that is what counts
+            await nix.keep(good.path, runs.last_good_root(repo, machine.name))
+        except process.CommandFailed as error:  # the machine is reverted, and that is what counts
             get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
-    await record_back(repo, target, entry.good, intent.desired, run, why)
+    await record_reverted(repo, target, good, intent.desired, run, reversal.why)
     return to.system
 
 
-async def _go_back(repo: Path, run: str, machine: Machine, settings: RollOut, entry: Entry, to: Before) -> None:
-    assert entry.intent is not None
-    async with reach(machine, repo, run, settings.connect_timeout) as activator:
+async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState) -> None:
+    settings = reversal.settings.roll_out
+    async with connect(machine, reversal.repo, reversal.run, settings.connect_timeout) as activator:
         await activator.install()
         # A watchdog that is still armed is named after the run that armed it.
-        armed = Activator(activator.connection, entry.intent.desired.run, settings.connect_timeout)
+        armed = Activator(activator.connection, intent.desired.run, settings.connect_timeout)
         await armed.take_charge(patience=settings.activation_timeout * 2 + settings.confirm_timeout)
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
             await nix.copy(to.system, machine.name, activator.connection.config, timeout=settings.activation_timeout,
                            target=machine.name)
-        await activator.go_back(to, finish=settings.activation_timeout, boot=entry.intent.step != "test")
+        await activator.go_back(to, finish=settings.activation_timeout, boot=intent.step != "test")
         await armed.forget()
         await activator.forget()
 
 
-def where_to(entry: Entry, machine: Machine) -> Before:
-    """Where a host with an open intent goes back to: the recorded last good, else what it ran before."""
-    assert entry.intent is not None
-    before, good = entry.intent.before, entry.good
+def where_to(machine: Machine, before: MachineState, good: DeployedHost | None) -> MachineState:
+    """What a host is reverted to: the recorded last good, else what it ran before."""
     if good is None:
         return before
     match machine.activation:
         case "switch":
-            return Before(system=good.path, profile=good.path)
+            return MachineState(system=good.path, profile=good.path)
         case "boot":  # what runs was never touched
-            return Before(system=before.system, profile=good.path)
+            return MachineState(system=before.system, profile=good.path)
         case "test":  # what boots was never touched
-            return Before(system=good.path, profile=before.profile)
+            return MachineState(system=good.path, profile=before.profile)

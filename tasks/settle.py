@@ -1,32 +1,60 @@
-"""What a dead run left open in the ledger, and taking it over."""
+"""Runs that died or were cancelled: having what they left open settled, and taking it over."""
 
 import calendar
 import tempfile
 import time
 from pathlib import Path
+from typing import Final
 from uuid import UUID
 
-from prefect import get_client, task
+from prefect import Flow, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
-from tasks.tell import tell
+from tasks.notify import notify
 from toto.infra_repo import git, tree
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import RollOut, Settings
 from toto.ledger import ledger, steps
 from toto.ledger.ledger import Intent, Ledger
-from toto.ledger.target import KINDS, Target
-from toto.report.report import Returned, RunDied
+from toto.ledger.target import Target
+from toto.plan.kinds import place
+from toto.report.report import Reverted, RunDied
+
+AGAIN: Final = "again"  # the tag of a run that was begun once more for one that had died
+SETTLE: Final = "settle/settle"  # the deployment
+
+
+async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once.
+
+    If it crashed, nobody else would notify anyone of that. (One that was cancelled is Crashed for a moment, too.)
+    """
+    repo, died = flow_run.parameters["repo"], state.is_crashed() and not await was_cancelled(flow_run.id)
+    if died or Ledger(Path(repo)).read().open_intents:
+        await arun_deployment(SETTLE, timeout=0, as_subflow=False,
+                              idempotency_key=f"died-{flow_run.id}" if died else None,
+                              parameters={"repo": repo, "died": [str(flow_run.id)] if died else []})
+    if died:
+        await mark_crashed(flow_run.id)
+
+
+async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+    """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
+    if flow_run.deployment_id and AGAIN not in flow_run.tags and not await was_cancelled(flow_run.id):
+        await arun_deployment(SETTLE, timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
+                              idempotency_key=f"again-{flow_run.id}")
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
 async def dead_intents(repo: Path, run: str) -> dict[Target, Intent]:
     """The open intents whose run is over or dead, in the order of a revert: releases, terraform roots, hosts."""
-    found = sorted(Ledger(repo).read().open_intents.items(), key=lambda each: KINDS.index(each[0].kind), reverse=True)
+    found = sorted(Ledger(repo).read().open_intents.items(), key=lambda each: place(each[0])[0], reverse=True)
     return {target: intent for target, intent in found if await _dead(intent, run)}
 
 
@@ -69,8 +97,8 @@ async def was_cancelled(run: UUID) -> bool:
         return any(state.is_cancelling() or state.is_cancelled() for state in await client.read_flow_run_states(run))
 
 
-async def bury(run: UUID) -> None:
-    """A run that has died takes its subflows with it: left alone they stay Running until a heartbeat is missed."""
+async def mark_crashed(run: UUID) -> None:
+    """Mark the subflows of a run that has died: left alone they stay Running until a heartbeat is missed."""
     async with get_client() as client:
         parents = [run]
         while parents:
@@ -83,25 +111,25 @@ async def bury(run: UUID) -> None:
 
 
 def died_at(run: str, step: str) -> str:
-    """Why a target was put back: in the ledger, and found again there."""
+    """Why a target was reverted, as the ledger says it, and as it is found there."""
     return f"its run {run} died at {step}"
 
 
-async def tell_of(died: UUID, repo: Path, put_back: list[Returned]) -> None:
-    """Tell that a run has died, to those who would have heard of its end. What it left may have been settled before."""
+async def notify_of_death(died: UUID, repo: Path, reverted: list[Reverted]) -> None:
+    """Notify those who would have heard of its end that a run has died. What it left may have been settled before."""
     try:
         async with get_client() as client:
             run = await client.read_flow_run(died)
         if await was_cancelled(died):
             return
-        mine = {target: entry.reverted for target, entry in Ledger(repo).read().entries.items()
+        its_own = {target: entry.reverted for target, entry in Ledger(repo).read().entries.items()
                 if entry.reverted and entry.reverted.why.startswith(died_at(str(died), ""))}
-        back = [Returned(target.label, to=note.commit) for target, note in mine.items()]
-        back += [each for each in put_back if each.error]
+        back = [Reverted(target.label, to=note.commit) for target, note in its_own.items()]
+        back += [each for each in reverted if each.error]
         asked = run.parameters
-        commit = asked.get("commit") or next((note.commit for note in mine.values()), None) or "HEAD"
-        await tell(repo, git.resolve(repo, commit), RunDied(run.name, back), origin=asked.get("origin", "ui"),
+        commit = asked.get("commit") or next((note.commit for note in its_own.values()), None) or "HEAD"
+        await notify(repo, git.resolve(repo, commit), RunDied(run.name, back), origin=asked.get("origin", "ui"),
                    named=asked.get("venues") or (), run=str(died),
                    listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
-    except Exception as error:  # what was put back stays so
-        get_run_logger().warning("that run %s died could not be told: %s", died, error)
+    except Exception as error:  # what was reverted stays so
+        get_run_logger().warning("nobody could be notified that run %s died: %s", died, error)

@@ -1,4 +1,4 @@
-"""Terraform: plan in the rehearsal, apply that very plan in the roll-out, go back to the last good commit's root."""
+"""Terraform: plan in the rehearsal, apply that very plan in the roll-out, revert to the last good commit's root."""
 
 from pathlib import Path
 
@@ -8,22 +8,24 @@ from prefect.logging import get_run_logger
 
 from blocks import TerraformCredentials
 from tasks import report, sink
-from tasks.record import record_back
+from tasks.record import record_reverted
+from tasks.reversal import Reversal
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.infra_repo import git, settings
 from toto.ledger import steps
-from toto.ledger.ledger import Ledger
+from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
-from toto.plan.order import RootOrder
+from toto.plan.root import DeployedRoot, RootBefore, RootOrder
+from toto.plan.verdict import Question
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
-from toto.terraform.plan import Planned
+from toto.terraform.plan import Planned, State
 from toto.terraform.session import PlanStale, Session
 
 
 class PlanMoved(TotoError):
-    """The state has moved since the rehearsal, and the plan would be another one now."""
+    """The state has moved since the rehearsal, and the plan would be different now."""
 
 
 class CannotGoBack(TotoError):
@@ -53,46 +55,53 @@ async def plan_root(order: RootOrder) -> Planned:
     return planned
 
 
+def question(order: RootOrder, planned: Planned) -> Question | None:
+    """What a person must approve before this plan is applied; None where the settings want nobody's word."""
+    if not tfplan.wants_approval(planned, order.root.approve):
+        return None
+    return Question(str(planned), order.settings.terraform.approve_timeout)
+
+
 @task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)
-async def apply(order: RootOrder, planned: Planned) -> int:
-    """Apply the very plan of the rehearsal; the serial of the state that it left.
+async def apply(order: RootOrder, planned: Planned) -> State:
+    """Apply the very plan of the rehearsal; the state that it left.
 
     Where the state has moved since, it is planned again, and that plan is applied if it does the same.
     Raises `PlanMoved` (nothing was applied), `ApplyFailed`, `StateLocked`.
     """
     session = await _session(order)
     try:
-        return (await session.apply(planned)).serial
+        return await session.apply(planned)
     except PlanStale:
         get_run_logger().warning("the state has moved since the rehearsal: planning again")
-    again = await session.plan()
-    if not again.same(planned):
-        raise PlanMoved("the state has moved since the rehearsal, and the plan would be another one now:\n"
-                        + "\n".join(again.lines), target=order.label, hint="start the run again: it plans anew")
-    return (await session.apply(again)).serial
+    replanned = await session.plan()
+    if not replanned.same(planned):
+        raise PlanMoved("the state has moved since the rehearsal, and the plan would be different now:\n"
+                        + "\n".join(replanned.lines), target=order.label, hint="start the run again: it plans anew")
+    return await session.apply(replanned)
 
 
-@task(name="put back", task_run_name="put back", cache_policy=NO_CACHE)
-async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
-    """Apply the last good commit's root again, or destroy what the first roll-out made; what it is now, in words.
+async def revert(reversal: Reversal) -> str:
+    """Apply the last good commit's root, or destroy what the first roll-out made; what it is now, in words.
 
     What was destroyed is created anew, and is not what it was: that is said. Where the settings prevent destruction,
     only what came since is destroyed.
     Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`; the intent is then still open.
     """
+    repo, run, target, why = reversal.repo, reversal.run, reversal.target, reversal.why
     entry = Ledger(repo).read().get(target)
-    intent = steps.mine(entry, run)
-    good, before = entry.good, intent.before
+    intent, good = steps.require_intent(entry, run), DeployedRoot.of(entry.good)
+    before = RootBefore.of(intent.before)
     commit = (good or intent.desired).commit
     session = await session_at(repo, run, target, commit)
     await session.init()
     state = await session.state()
-    if good is None and (state.serial, state.resources) == (before.revision, before.resources):
-        await record_back(repo, target, good, intent.desired, run, why)
+    if good is None and (state.serial, state.resources) == (before.serial, before.resources):
+        await record_reverted(repo, target, good, intent.desired, run, why)
         return "as it was: nothing had been applied, as far as its state tells"
     if good is None and before.resources:
         raise CannotGoBack("toto had not deployed it before, so what it was is not known", target=target.label,
-                           hint=f"its state was serial {before.revision}, with {len(before.resources)} resources; "
+                           hint=f"its state was serial {before.serial}, with {len(before.resources)} resources; "
                                 "go back by hand, then start the run again")
     planned = await session.plan(destroy=good is None)
     await report.show_terraform_plan(target.label, planned, back=True)
@@ -100,10 +109,16 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     if not planned.empty:
         state = await session.apply(planned)
     anew = sorted(set(planned.created) & set(before.resources))
-    await record_back(repo, target, good and good.model_copy(update={"revision": state.serial}), intent.desired,
-                      run, why)
+    await record_reverted(repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired,
+                          run, why)
     where = f"as at {good.commit[:8]} ({planned.summary})" if good else "empty again"
     return where + (f"; new, and not what they were: {', '.join(anew)}" if anew else "")
+
+
+async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
+    """What was changed outside since the last good, a line a change. Raises `TerraformFailed`, `CannotGoBack`."""
+    planned = await (await session_at(repo, run, target, good.commit)).plan()
+    return [] if planned.empty else [planned.summary, *planned.lines]
 
 
 async def session_at(repo: Path, run: str, target: Target, commit: str) -> Session:

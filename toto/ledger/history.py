@@ -19,7 +19,7 @@ class What(StrEnum):
     BEGUN = "begun"  # an intent was opened
     GOOD = "good"  # it passed everything
     VERIFIED = "verified"  # it was what it should be, and nothing was touched
-    PUT_BACK = "put back"
+    REVERTED = "reverted"
     UNREACHABLE = "unreachable"
     RETIRED = "retired"
 
@@ -72,7 +72,7 @@ def _event(target: Target, old: Entry, new: Entry, gone: bool, at: datetime, beg
     if old.intent is None and new.intent is not None:
         return Event(at, target, What.BEGUN, new.intent.desired.commit, new.intent.run)
     if old.intent is not None and new.intent is None and new.reverted is not None:
-        return Event(at, target, What.PUT_BACK, new.reverted.commit, new.reverted.run, new.reverted.why, seconds)
+        return Event(at, target, What.REVERTED, new.reverted.commit, new.reverted.run, new.reverted.why, seconds)
     if new.unreachable is not None and new.unreachable != old.unreachable:
         return Event(at, target, What.UNREACHABLE, new.unreachable.commit, new.unreachable.run, new.unreachable.why)
     if new.good is not None and new.good != old.good:

@@ -1,4 +1,4 @@
-"""What happens to a target's entry at each step of a run: intent, good, put back and so on. Each is a pure change."""
+"""What happens to a target's entry at each step of a run: intent, good, revert and so on. Each is a pure change."""
 
 from toto.ledger.ledger import REF, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
 
@@ -8,7 +8,7 @@ def intend(intent: Intent) -> Change:
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}, or left it half done",
-                             hint="wait for it to end, or run settle/toto")
+                             hint="wait for it to end, or run settle/settle")
         return entry.model_copy(update={"intent": intent})
     return change
 
@@ -23,22 +23,22 @@ def take_over(old: Intent, run: str) -> Change:
     return change
 
 
-def mine(entry: Entry, run: str) -> Intent:
+def require_intent(entry: Entry, run: str) -> Intent:
     """The open intent of this run. Raises `LostTarget` when it has none."""
     if entry.intent is None or entry.intent.run != run:
         raise LostTarget("this run's intent is gone: another run settled the target", hint="see git log " + REF)
     return entry.intent
 
 
-def now_at(entry: Entry, run: str, step: str) -> Entry:
+def set_step(entry: Entry, run: str, step: str) -> Entry:
     """Say how far the roll-out of a target is. Raises `LostTarget`."""
-    return entry.model_copy(update={"intent": mine(entry, run).model_copy(update={"step": step})})
+    return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"step": step})})
 
 
 def good(deployed: Deployed, run: str) -> Change:
     """Close the intent: the target passed all its tests and is the new last good. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
-        return Entry(good=deployed, previous=entry.good, before=mine(entry, run).before)
+        return Entry(good=deployed, previous=entry.good, before=require_intent(entry, run).before)
     return change
 
 
@@ -51,10 +51,10 @@ def verified(deployed: Deployed) -> Change:
     return change
 
 
-def put_back(to: Deployed | None, note: Note, run: str) -> Change:
-    """Close the intent: the target went back; `to` is what the ledger knows of where it is now. Raises `LostTarget`."""
+def revert(to: Deployed | None, note: Note, run: str) -> Change:
+    """Close the intent: the target was reverted, to what the ledger knows as `to`. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
-        mine(entry, run)
+        require_intent(entry, run)
         return Entry(good=to, reverted=note)
     return change
 

@@ -118,9 +118,9 @@ class HostKind(Kind[Host]):
         rehearsed_only = entry.rehearsed is not None and entry.good is None and target in known
         return target.name not in manifest.machines and not rehearsed_only
 
-    def deployed(self, desired: Desired, **origin: Any) -> DeployedHost:
+    def deployed(self, desired: Desired, **facts: Any) -> DeployedHost:
         assert isinstance(desired, DesiredHost)
-        return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **origin)
+        return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Host]]) -> Mapping[str, tuple[str, ...]]:
         """As the manifest orders its machines, also those that have no host yet."""

@@ -79,9 +79,12 @@ class Kind(ABC, Generic[S]):
         """Whether a target of the ledger has left the commit; `known` are those that the commit has."""
         return target not in known
 
-    def deployed(self, desired: Desired, **origin: Any) -> Deployed:
-        """The ledger's record of a target that was made what is desired; `origin` are the fields of `Deployed`."""
-        return Deployed(identity=desired.identity, **origin)
+    @abstractmethod
+    def deployed(self, desired: Desired, **facts: Any) -> Deployed:
+        """The ledger's record of a target that was made what is desired.
+
+        `facts` are the other fields of `Deployed`, and those that the kind itself records.
+        """
 
     def after(self, source: Source, found: Sequence[Found[S]]) -> Mapping[str, tuple[str, ...]]:
         """By label, the labels of the targets that are rolled out before each."""

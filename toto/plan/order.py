@@ -10,7 +10,7 @@ from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.ledger.target import Target
 from toto.plan.changes import Change, ChangeSet, Desired
-from toto.plan.window import Rules
+from toto.plan.window import Rules, held_now
 
 
 class Order(BaseModel):
@@ -82,6 +82,10 @@ class Plan(BaseModel):
     def held_behind(self, label: str, stuck: Collection[str]) -> str | None:
         """The first of `stuck` (labels of targets that were not rolled out) that this target comes `after`."""
         return next((other for other in stuck if label in dependents(other, self.after)), None)
+
+    def held_now(self, order: Order) -> str:
+        """Why one of its targets must not be rolled out at this moment; "" where it may be, or is overridden."""
+        return "" if self.override else held_now(order.label, order.rules, self.settings.roll_out)
 
     def of_kind(self, kind: str) -> Sequence[Order]:
         """The orders of one kind."""

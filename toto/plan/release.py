@@ -1,6 +1,7 @@
 """Helm releases as a kind of target: identified by their chart, their values and their release.yaml."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from toto.helm import release as releases
 from toto.helm.release import Release
@@ -50,6 +51,9 @@ class ReleaseKind(Kind[Release]):
     async def order(self, source: Source, found: Found[Release], change: Change) -> ReleaseOrder:
         return ReleaseOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
                             settings=source.settings, release=found.subject)
+
+    def deployed(self, desired: Desired, **facts: Any) -> DeployedRelease:
+        return DeployedRelease(identity=desired.identity, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Release]]) -> Mapping[str, tuple[str, ...]]:
         return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)

@@ -1,6 +1,7 @@
 """Terraform roots as a kind of target: identified by their files and their settings."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import AliasChoices, Field
 
@@ -50,6 +51,9 @@ class RootKind(Kind[Root]):
     async def order(self, source: Source, found: Found[Root], change: Change) -> RootOrder:
         return RootOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
                          settings=source.settings, root=found.subject)
+
+    def deployed(self, desired: Desired, **facts: Any) -> DeployedRoot:
+        return DeployedRoot(identity=desired.identity, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Root]]) -> Mapping[str, tuple[str, ...]]:
         return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)

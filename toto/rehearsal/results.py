@@ -6,11 +6,32 @@ from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
 
+from pydantic import BaseModel, ConfigDict
+
 from toto.base.process import shorten
 from toto.rehearsal import tap
 from toto.rehearsal.suite import Phase, Script
 
 _XML_ILLEGAL: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Rehearsal(BaseModel):
+    """A host passed its rehearsal: how many tests each phase had, how long each part took (seconds), in which run.
+
+    A pydantic model, since it is kept as JSON: what has passed once is not rehearsed again.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str
+    vm: str
+    run: str
+    tests: dict[str, int]
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s"
+                         for phase, count in self.tests.items())
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any, Final, Literal, Self, TypeAlias
 from toto.base.process import shorten
 from toto.infra_repo.git import Commit
 from toto.plan.changes import Action
-from toto.report.report import Returned, RunDied, Story, return_words
+from toto.report.report import Report, Reverted, RunDied, revert_words
 
 State: TypeAlias = Literal["failed", "partial", "done", "recovered"]
 
-STUCK: Final = "COULD NOT BE PUT BACK"
+STUCK: Final = "COULD NOT BE REVERTED"
 IN_FULL: Final = 3  # problems that are told with their lines; of more, the names
 LINES: Final = 7  # of one problem
 LINE: Final = 160  # characters
@@ -107,7 +107,7 @@ class Problem:
 class Message:
     """What became of a run.
 
-    `stuck` could not be put back. `changed` was deployed and stayed. `good` is known to be as the commit says;
+    `stuck` could not be reverted. `changed` was deployed and stayed. `good` is known to be as the commit says;
     `all_good`: everything is. `recovered` had failed as far as the reader knows, and since when.
     """
 
@@ -125,32 +125,32 @@ class Message:
     all_good: bool = False
 
     @classmethod
-    def of(cls, story: Story, commit: Commit, link: str) -> Self:
+    def of(cls, report: Report, commit: Commit, link: str) -> Self:
         """The message of a run that came to its end."""
-        problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in story.failures]
-        problems += [Problem.of(name, "unreachable", "it does not answer") for name in story.unreachable]
-        problems += [Problem.of(name, "held back", reason) for name, reason in story.held.items()]
-        bad = {each.target for each in problems} | {each.target for each in story.put_back}
-        changed = tuple(name for name, end in story.outcome.items() if end == "deployed" and name not in bad)
+        problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in report.failures]
+        problems += [Problem.of(name, "unreachable", "it does not answer") for name in report.unreachable]
+        problems += [Problem.of(name, "held back", reason) for name, reason in report.held.items()]
+        bad = {each.target for each in problems} | {each.target for each in report.reverted}
+        changed = tuple(name for name, end in report.outcome.items() if end == "deployed" and name not in bad)
         return cls(
-            repo=one_line(story.repo), state="failed" if story.failed else "done" if story.complete else "partial",
-            summary=one_line(story.headline().removeprefix(f"{story.commit[:8]}: ")), commit=commit, link=link,
+            repo=one_line(report.repo), state="failed" if report.failed else "done" if report.complete else "partial",
+            summary=one_line(report.headline().removeprefix(f"{report.commit[:8]}: ")), commit=commit, link=link,
             problems=tuple(problems), changed=changed,
-            stuck=_stuck(story.put_back),
-            aftermath=one_line(story.aftermath()) if story.failed else "",
-            good=(frozenset(story.outcome) | {each.label for each in story.changes.unchanged}) - bad,
-            all_good=story.complete and story.changes.whole and all(
-                change.label in story.outcome for change in story.changes.changes
+            stuck=_stuck(report.reverted),
+            aftermath=one_line(report.aftermath()) if report.failed else "",
+            good=(frozenset(report.outcome) | {each.label for each in report.changes.unchanged}) - bad,
+            all_good=report.complete and report.changes.whole and all(
+                change.label in report.outcome for change in report.changes.changes
                 if change.action in (Action.DEPLOY, Action.VERIFY)))
 
     @classmethod
     def broken_off(cls, repo: str, error: BaseException, commit: Commit | None, link: str) -> Self:
         """The message of a run that has no end of its own: of a manifest that is wrong, toto's own errors, a kill."""
         problem = Problem.of("the run", "failed", str(error) or repr(error))
-        put_back = error.put_back if isinstance(error, RunDied) else []
-        aftermath = one_line(return_words(put_back)) if put_back else ""
+        reverted = error.reverted if isinstance(error, RunDied) else []
+        aftermath = one_line(revert_words(reverted)) if reverted else ""
         return cls(repo=one_line(repo), state="failed", summary="; ".join(filter(None, (problem.header, aftermath))),
-                   commit=commit, link=link, problems=(problem,), stuck=_stuck(put_back), aftermath=aftermath)
+                   commit=commit, link=link, problems=(problem,), stuck=_stuck(reverted), aftermath=aftermath)
 
     def about(self, targets: Collection[str]) -> Self:
         """The same, for someone who cares about these targets only."""
@@ -187,7 +187,7 @@ class Message:
         return f"{names(self.changed)} deployed" if self.changed else self.summary
 
     def text(self, style: Style = PLAIN) -> str:
-        """What goes below the title: what failed, the lines that show it, what was put back, the commit, the link."""
+        """What goes below the title: what failed, the lines that show it, what was reverted, the commit, the link."""
         urgent = (*self.stuck, *self.problems)
         parts = [_problem(each, style) for each in urgent[:IN_FULL]]
         if more := urgent[IN_FULL:]:
@@ -226,8 +226,8 @@ class Message:
                 "aftermath": self.aftermath, "changed": list(self.changed), "recovered": dict(self.recovered)}
 
 
-def _stuck(put_back: Sequence[Returned]) -> tuple[Problem, ...]:
-    return tuple(Problem.of(each.target, STUCK, each.error) for each in put_back if each.error)
+def _stuck(reverted: Sequence[Reverted]) -> tuple[Problem, ...]:
+    return tuple(Problem.of(each.target, STUCK, each.error) for each in reverted if each.error)
 
 
 def _problem(problem: Problem, style: Style) -> str:

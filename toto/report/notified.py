@@ -1,4 +1,4 @@
-"""What each venue was last told, so that it hears of a failure once, and again when it changes or is over.
+"""What each venue was last notified of, so that it hears of a failure once, and again when it changes or is over.
 
 Kept beside the ledger: a JSON file for each kind of check on the branch `refs/toto/told` of the infra repo. Also a
 run's result as a git note on its commit (`git log --notes=toto`). Losing either loses nothing but a repetition.
@@ -29,9 +29,9 @@ class Known(BaseModel):
     since: str
 
 
-Told = dict[str, dict[str, Known]]  # by venue, by target
+Notified = dict[str, dict[str, Known]]  # by venue, by target
 Check: TypeAlias = Literal["reconcile", "drift"]  # that one finds a target good says nothing of what the other found
-_TOLD: Final = TypeAdapter(Told)
+_NOTIFIED: Final = TypeAdapter(Notified)
 
 
 def news(message: Message, known: Mapping[str, Known]) -> Message | None:
@@ -49,7 +49,7 @@ def news(message: Message, known: Mapping[str, Known]) -> Message | None:
 
 
 def after(message: Message, known: Mapping[str, Known]) -> dict[str, Known]:
-    """What a venue knows once it was told."""
+    """What a venue knows once it was notified."""
     still = {target: each for target, each in known.items() if not message.is_good(target)}
     return still | {target: Known(key=key, since=known[target].since if target in known else git.now())
                     for target, key in _keys(message).items()}
@@ -62,25 +62,25 @@ def _keys(message: Message) -> dict[str, str]:
     return keys
 
 
-async def read(repo: Path, check: Check = "reconcile") -> Told:
-    """What the venues of a repo were last told; nothing where that cannot be read."""
+async def read(repo: Path, check: Check = "reconcile") -> Notified:
+    """What the venues of a repo were last notified of; nothing where that cannot be read."""
     done = await git.git(repo, "cat-file", "blob", f"{REF}:{check}.json", check=False)
     return _parse(done.stdout)
 
 
-async def remember(repo: Path, told: Told, check: Check = "reconcile") -> None:
+async def remember(repo: Path, notified: Notified, check: Check = "reconcile") -> None:
     """Remember what these venues know now; the others' knowledge stays. Raises `GitError`."""
     def edit(text: str) -> str:
-        merged = {venue: known for venue, known in (_parse(text) | told).items() if known}
+        merged = {venue: known for venue, known in (_parse(text) | notified).items() if known}
         if merged == _parse(text):
             return text
-        return json.dumps(_TOLD.dump_python(merged), indent=1, sort_keys=True) + "\n"
-    await git.edit_file(repo, REF, f"{check}.json", edit, f"told {', '.join(sorted(told))}")
+        return json.dumps(_NOTIFIED.dump_python(merged), indent=1, sort_keys=True) + "\n"
+    await git.edit_file(repo, REF, f"{check}.json", edit, f"notified {', '.join(sorted(notified))}")
 
 
-def _parse(text: str) -> Told:
+def _parse(text: str) -> Notified:
     try:
-        return _TOLD.validate_json(text)
+        return _NOTIFIED.validate_json(text)
     except ValidationError:
         return {}
 

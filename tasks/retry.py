@@ -1,4 +1,4 @@
-"""A machine that did not answer is tried again by itself, without waiting for the next push."""
+"""A machine that did not answer is retried without waiting for the next push."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,17 +11,17 @@ from prefect.logging import get_run_logger
 LATER: Final = 15 * 60  # seconds
 
 
-async def try_again_later(repo: Path, hosts: list[str]) -> None:
+async def retry_later(repo: Path, hosts: list[str]) -> None:
     """Schedule a run for these hosts in a quarter of an hour; runs that ask for it meanwhile share it."""
     if not hosts:
         return
     at = datetime.now(UTC) + timedelta(seconds=LATER)
     try:
         await arun_deployment(
-            "reconcile/toto", scheduled_time=at, timeout=0, as_subflow=False, tags=["retry"],
+            "reconcile/reconcile", scheduled_time=at, timeout=0, as_subflow=False, tags=["retry"],
             idempotency_key=f"{repo}-{','.join(hosts)}-{int(time.time()) // LATER}",
             parameters={"repo": str(repo), "origin": "schedule", "only": hosts})
-    except Exception as error:  # the next run tries again as well
+    except Exception as error:  # the next run retries as well
         get_run_logger().warning("no run could be scheduled for %s: %s", ", ".join(hosts), error)
     else:
-        get_run_logger().info("%s will be tried again at %s", ", ".join(hosts), at.strftime("%H:%M UTC"))
+        get_run_logger().info("%s will be retried at %s", ", ".join(hosts), at.strftime("%H:%M UTC"))

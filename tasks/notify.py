@@ -1,6 +1,7 @@
-"""Tell: the result of a run goes to where the run came from, and to whoever it is news to.
+"""Notify: the result of a run goes to where the run came from, and to whoever it is news to.
 
-Nothing that goes wrong here fails a run, or hides that it failed: a venue that cannot be told is a warning in the log.
+Nothing that goes wrong here fails a run, or hides that it failed: a venue that cannot be notified is a warning in the
+log.
 """
 
 import asyncio
@@ -19,54 +20,54 @@ from toto.base.errors import TotoError
 from toto.infra_repo import git, tree
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
-from toto.report import notified as told
+from toto.report import notified
 from toto.report.message import Message
-from toto.report.notified import Check, Told
-from toto.report.report import Story
+from toto.report.notified import Check, Notified
+from toto.report.report import Report
 from toto.report.venues import Audience, Origin, venues_for
 
 
-@task(name="tell", task_run_name="tell", cache_policy=NO_CACHE)
-async def tell(repo: Path, commit: str, end: Story | Exception, origin: Origin, named: Sequence[str] = (),
-               of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile",
-               run: str | None = None) -> None:
-    """Tell the end of a run: its story, or the error by which it broke off before it had one.
+@task(name="notify", task_run_name="notify", cache_policy=NO_CACHE)
+async def notify(repo: Path, commit: str, end: Report | Exception, origin: Origin, named: Sequence[str] = (),
+                 of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile",
+                 run: str | None = None) -> None:
+    """Notify of the end of a run: its report, or the error by which it broke off before it had one.
 
     `named` are venues that the run's starter asked for. `of` are the settings and the manifest; left out where the
     run did not get as far as reading them: then the commit's own are tried, and those of the last good. With
-    `listening` false only those hear who asked: for the rehearsal of a branch that is not deployed. `check` is what
-    kind of run it was: what one kind finds good again is not what another found wrong. `run` is whose end it is, where
-    that is not the run that tells.
+    `listening` false only those are notified who asked: for the rehearsal of a branch that is not deployed. `check` is
+    what kind of run it was: what one kind finds good says nothing of what another found wrong. `run` is whose end it
+    is, where that is not the run that notifies.
     """
     try:
         settings, manifest = of or await _readable(repo, commit)
         about = await git.describe(repo, commit)
         link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{run or runtime.flow_run.id}"
-        message = (Message.of(end, about, link) if isinstance(end, Story)
+        message = (Message.of(end, about, link) if isinstance(end, Report)
                    else Message.broken_off(repo.name.removesuffix(".git"), end, about, link))
         audience = venues_for(
             origin, about.committer, {name: machine.venues for name, machine in manifest.machines.items()},
             settings.venues.fleet, named, settings.venues.mail_pusher)
-        known = await told.read(repo, check) if listening else {}
-        heard = await _tell_all(message, audience if listening else replace(audience, listening={}), known)
+        known = await notified.read(repo, check) if listening else {}
+        heard = await _send_all(message, audience if listening else replace(audience, listening={}), known)
         if listening and heard:
-            await told.remember(repo, heard, check)
+            await notified.remember(repo, heard, check)
         if settings.venues.notes and check == "reconcile":
-            await told.note(repo, commit, message)
+            await notified.note(repo, commit, message)
     except Exception as error:
-        get_run_logger().warning("the result could not be told: %s", _words(error))
+        get_run_logger().warning("nobody could be notified of the result: %s", _words(error))
 
 
-async def _tell_all(message: Message, audience: Audience, known: Told) -> Told:
-    """Tell everyone at once; what those venues know now that heard of it."""
-    letters = {name: told.news(message, known.get(name, {})) or message for name in audience.asked}
+async def _send_all(message: Message, audience: Audience, known: Notified) -> Notified:
+    """Send to everyone at once; what those venues know now that got it."""
+    letters = {name: notified.news(message, known.get(name, {})) or message for name in audience.asked}
     for name, targets in audience.listening.items():
         concern = message if targets is None else message.about(targets)
-        if letter := told.news(concern, known.get(name, {})):
+        if letter := notified.news(concern, known.get(name, {})):
             letters[name] = letter
     mail = [_attempt(audience.mail, _mail(audience.mail, message))] if audience.mail else []
     done = await asyncio.gather(*(_attempt(name, _send(name, letter)) for name, letter in letters.items()), *mail)
-    return {name: told.after(letter, known.get(name, {}))
+    return {name: notified.after(letter, known.get(name, {}))
             for (name, letter), heard in zip(letters.items(), done, strict=False) if heard}
 
 
@@ -79,13 +80,13 @@ async def _mail(address: str, message: Message) -> None:
 
 
 async def _attempt(who: str, sending: Awaitable[None]) -> bool:
-    """Whether `who` heard of it."""
+    """Whether `who` got it."""
     try:
         await sending
     except Exception as error:
-        get_run_logger().warning("%s was not told: %s", who, _words(error))
+        get_run_logger().warning("%s was not notified: %s", who, _words(error))
         return False
-    get_run_logger().info("%s was told", who)
+    get_run_logger().info("%s was notified", who)
     return True
 
 

@@ -1,0 +1,134 @@
+"""The stages of a reconcile: each takes the run, adds what it found, and returns it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from prefect import flow, runtime
+from prefect.utilities.annotations import quote
+
+from flows.kinds import STEPS, steps_of
+from flows.revert import settle_first
+from tasks import report, together
+from tasks.detect import identify
+from tasks.limits import one_roll_out, side_by_side
+from tasks.notify import notify as send
+from tasks.record import record_rehearsed, record_verified
+from tasks.run import Run
+from toto.base import paths
+from toto.base.errors import TotoError
+from toto.plan import make
+from toto.plan.changes import Action
+from toto.plan.kinds import KINDS
+from toto.plan.order import Order
+from toto.plan.verdict import Verdict
+from toto.report.message import names
+
+
+@flow(name="detect", flow_run_name="{run.commit}", persist_result=False, validate_parameters=False)
+async def detect(run: Run) -> Run:
+    """Plan: what the commit would change. Nothing outside toto is touched."""
+    request = run.request
+    if not request.plan_only:
+        paths.require_room(run.repo)
+    await run.check_superseded()
+    run.planned(await make.make(run.repo, request.commit, run.id, request.only, override=request.override,
+                                force=request.force, identify=identify))
+    await report.show_plan(run.plan)
+    return run
+
+
+async def rehearse(run: Run) -> Run:
+    """Rehearse every changed target side by side. Raises `Superseded`."""
+    return await run.unless_superseded(_rehearse(run))
+
+
+@flow(name="rehearse", flow_run_name="{run.all_names}", persist_result=False, validate_parameters=False)
+async def _rehearse(run: Run) -> Run:
+    room = asyncio.Semaphore(side_by_side())
+
+    async def one(order: Order) -> None:
+        async with room:
+            try:
+                with run.report.timed(order.label, "rehearse"):
+                    run.passed(order, await _verdict(order))
+            except Exception as error:  # whatever it was, the others go on
+                run.report.failure(order.label, "rehearsal", error)
+
+    await together(one(each) for each in run.plan.orders)
+    differences = {label: verdict.difference for label, verdict in run.verdicts.items() if verdict.difference}
+    await report.show_plan(run.plan, await make.previews(run.plan) | differences)
+    return run
+
+
+async def _verdict(order: Order) -> Verdict[object]:
+    if order.change.action is Action.RECORD:
+        return Verdict.waived(order, by="toto", why="the very same closure is deployed already")
+    return await steps_of(order.target).rehearse(quote(order))
+
+
+@asynccontextmanager
+async def the_roll_out(run: Run) -> AsyncIterator[None]:
+    """Hold the one roll-out slot of the repo, with all settled that dead runs left.
+
+    Raises `Superseded`, or `Outdated` when what is deployed has changed since the plan was made.
+    """
+    async with one_roll_out(run.repo, run.id):
+        await run.check_superseded()
+        paths.require_room(run.repo)
+        for left in await settle_first(run.repo, run.id):
+            if left.error:  # a target that could not be reverted is not deployed over
+                run.report.failure(left.target, "settling", TotoError(left.error))
+        run.check_plan()
+        yield
+
+
+async def roll_out(kind: str, run: Run) -> Run:
+    """Roll out the targets of one kind that have a verdict, group by group, until one fails."""
+    return await _roll_out.with_options(name=STEPS[kind].stage)(run, kind)
+
+
+def _due_names() -> str:
+    asked = runtime.flow_run.parameters
+    return names([each.label for each in asked["run"].due(asked["kind"])])
+
+
+@flow(flow_run_name=_due_names, persist_result=False, validate_parameters=False)
+async def _roll_out(run: Run, kind: str) -> Run:
+    room = asyncio.Semaphore(side_by_side())
+
+    async def one(order: Order) -> None:
+        async with room:
+            try:
+                with run.report.timed(order.label, "roll out"):
+                    run.report.outcome[order.label] = await STEPS[kind].roll_out(
+                        quote(order), run.verdict_before_touching(order))
+            except Exception as error:  # whatever it was, what was touched is reverted
+                run.report.failure(order.label, "roll-out", error)
+
+    due: list[Order] = []
+    for order in run.due(kind):
+        match order.change.action:
+            case Action.REHEARSE:
+                await record_rehearsed(order)
+            case Action.RECORD:
+                await record_verified(order)
+                run.report.outcome[order.label] = "recorded"
+            case Action.DEPLOY | Action.VERIFY:
+                due.append(order)
+                if reason := run.plan.held_now(order):
+                    run.report.held[order.label] = reason
+    for group in KINDS[kind].groups(run.plan.manifest, due):
+        await together(one(each) for each in run.not_held(group))
+        if run.report.failed_roll_out:
+            break
+    return run
+
+
+async def notify(run: Run) -> Run:
+    """Show the report, and notify whoever the result is news to."""
+    await report.show_report(run.report)
+    if not run.request.plan_only:
+        await send(run.repo, run.request.commit, run.report, run.request.origin, run.request.venues,
+                   (run.plan.settings, run.plan.manifest), run.request.deploys, wait_for=[run])
+    return run
