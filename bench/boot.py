@@ -12,7 +12,7 @@ from tests.lab.machine import Machine
 from toto.base import runs
 from toto.machine import keys
 from toto.plan import make as plan
-from toto.plan.order import HostOrder
+from toto.plan.host import HostOrder, build_vm
 from toto.rehearsal import acceleration, sandbox
 
 ROUNDS: Final = 2
@@ -28,7 +28,7 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
         async with runs.claimed(repo, "bench-boot"):
             (order,) = (await plan.make(repo, it.commit, "bench-boot")).orders
             assert isinstance(order, HostOrder)
-            vm = await plan.build(order, "vm")
+            vm = await build_vm(order)
         await acceleration.acceleration(state)  # probed once per boot of this machine
         key = await keys.private("sandbox")
         for _ in range(ROUNDS):

@@ -14,11 +14,12 @@ from tests.lab.fleet import EXAMPLE, Fleet
 from toto.base import resources, runs
 from toto.infra_repo import git
 from toto.infra_repo.settings import Settings
-from toto.ledger.ledger import Deployed, Ledger
+from toto.ledger.ledger import Ledger
 from toto.ledger.steps import verified
 from toto.nix import hosts
 from toto.plan import make as plan
 from toto.plan import order
+from toto.plan.kinds import kind_of
 
 BRANCH: Final = "bench"  # not the deployed one: its push starts nothing
 
@@ -43,9 +44,7 @@ class Known:
     async def make_good(self) -> None:
         """Write every host into the ledger as deployed, so that nothing is due."""
         for change in (await self.plan("bench-good")).changes.changes:
-            wanted = change.desired
-            deployed = Deployed(identity=wanted.identity, path=wanted.path, commit=self.commit, run="bench",
-                                at=git.now(), tests=wanted.tests)
+            deployed = kind_of(change.target).deployed(change.desired, commit=self.commit, run="bench", at=git.now())
             await Ledger(self.fleet.repo).write(change.target, verified(deployed),
                                                 f"{change.label}: good at {self.commit[:8]}")
 

@@ -61,7 +61,7 @@ async def dead_intents(repo: Path, run: str) -> dict[Target, Intent]:
 async def _dead(intent: Intent, run: str) -> bool:
     """Whether nobody is at work on an intent: its process is gone, or (a notebook's lives on) its run is over."""
     if intent.run == run or ledger.owner_lives(intent.owner) is False:
-        return True  # its own: taken over before, and not put back yet; nothing is rolled out before all is settled
+        return True  # its own: taken over before, and not reverted yet; nothing is rolled out before all is settled
     async with get_client() as client:
         try:
             state = (await client.read_flow_run(UUID(intent.run))).state

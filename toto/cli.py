@@ -126,7 +126,7 @@ async def _status(arguments: argparse.Namespace) -> int:
     for target, entry in sorted(Ledger(git.bare(arguments.repo)).read().entries.items()):
         state = "good" if entry.good else "rehearsed only" if entry.rehearsed else "not deployed"
         if entry.reverted:
-            state = f"put back {entry.reverted.at}: {entry.reverted.why}"
+            state = f"reverted {entry.reverted.at}: {entry.reverted.why}"
         if entry.unreachable:
             state = f"unreachable since {entry.unreachable.at}"
         if entry.intent:

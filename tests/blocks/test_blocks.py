@@ -1,4 +1,4 @@
-"""Blocks on a real Prefect server, and telling by them from a flow: nothing secret is ever to be seen."""
+"""Blocks on a real Prefect server, and notifying by them from a flow: nothing secret is ever to be seen."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from blocks import (
     venues,
 )
 from blocks.base import TotoBlock
-from tasks.tell import tell
+from tasks.notify import notify
 from tests.conftest import PrefectServer
 from tests.report.test_report import story
 from tests.repos import InfraRepo as Repo
@@ -35,8 +35,8 @@ from tests.venue_servers import HttpServer, http_server, smtp_server
 from toto.base.errors import InputError, TotoError
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.infra_repo.settings import Settings, Venues
-from toto.report import notified as told
-from toto.report.report import Returned, Story
+from toto.report import notified
+from toto.report.report import Report, Reverted
 from toto.report.venues import Origin, VenueFailed
 from toto.server import deployments
 
@@ -209,31 +209,31 @@ class Fleet:
         self.commit = self.repo.commit({"toto.toml": '[venues]\nfleet = ["ops"]\n', "machines.yaml": "machines: []\n"})
         git("tag", "toto/last-good", self.commit, cwd=self.repo.bare)
 
-    async def run(self, end: Story | Exception, origin: Origin = "schedule", **options: Any) -> str:
-        """A flow that does nothing but tell; its id."""
-        if isinstance(end, Story):
+    async def run(self, end: Report | Exception, origin: Origin = "schedule", **options: Any) -> str:
+        """A flow that does nothing but notify; its id."""
+        if isinstance(end, Report):
             options["of"] = (self.settings, self.manifest)
 
-        @flow(name="tells", log_prints=True)
-        async def tells() -> str:
-            await tell(self.repo.bare, self.commit, end, origin, **options)
+        @flow(name="notifies", log_prints=True)
+        async def notifies() -> str:
+            await notify(self.repo.bare, self.commit, end, origin, **options)
             print("the end")
             return str(runtime.flow_run.id)
-        return await tells()
+        return await notifies()
 
     @property
     def heard(self) -> list[str]:
         return [json.loads(request.body)["text"] for request in self.web.requests]
 
 
-def failing(why: str = "not ok 1 - welcome") -> Story:
+def failing(why: str = "not ok 1 - welcome") -> Report:
     of = story("a", "b")
     of.failure("b", "roll-out", TotoError(f"smoke tests failed: s\n  {why}", target="b"))
-    of.put_back = [Returned("b", "/nix/store/x"), Returned("a", "/nix/store/y")]
+    of.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
     return of
 
 
-def working() -> Story:
+def working() -> Report:
     of = story("a", "b")
     of.outcome |= {"a": "deployed", "b": "deployed"}
     return of
@@ -251,7 +251,7 @@ async def test_a_failure_is_told_once_again_when_it_changes_and_when_it_is_over(
     assert [text.splitlines()[0] for text in fleet.heard] == [
         "🔴 *[infra] b: roll-out failed*", "🔴 *[infra] b: roll-out failed*",
         "🟢 *[infra] b fine again*"]
-    assert await told.read(fleet.repo.bare) == {}
+    assert await notified.read(fleet.repo.bare) == {}
     assert len(git("notes", "--ref=toto", "show", fleet.commit, cwd=fleet.repo.bare).splitlines()) == 3
 
 
@@ -259,13 +259,13 @@ async def test_a_venue_that_cannot_be_told_is_a_warning_and_hears_of_it_the_next
         fleet: Fleet, prefect: PrefectServer, tmp_path: Path) -> None:
     fleet.web.answers = [(404, f"no_service {POISON}"), (200, "ok")]
     lines = await logs(prefect, await fleet.run(failing()))
-    assert any(line.startswith(f"ops was not told: ops: {fleet.web.address} answered 404: no_service ******")
+    assert any(line.startswith(f"ops was not notified: ops: {fleet.web.address} answered 404: no_service ******")
                for line in lines)
-    assert any(line.startswith("nobody was not told: nobody: there is no venue of this name") for line in lines)
+    assert any(line.startswith("nobody was not notified: nobody: there is no venue of this name") for line in lines)
     assert lines[-1] == "the end"
-    assert "ops" not in await told.read(fleet.repo.bare)
-    assert "ops was told" in await logs(prefect, await fleet.run(failing()))
-    assert set(await told.read(fleet.repo.bare)) == {"ops"}
+    assert "ops" not in await notified.read(fleet.repo.bare)
+    assert "ops was notified" in await logs(prefect, await fleet.run(failing()))
+    assert set(await notified.read(fleet.repo.bare)) == {"ops"}
     assert POISON.encode() not in on_disk(prefect.home, tmp_path)
 
 
@@ -284,7 +284,7 @@ async def test_who_is_named_hears_and_a_branchs_rehearsal_is_nobody_elses(fleet:
     await fleet.run(failing(), "push", named=["ops"], listening=False)
     await fleet.run(failing(), "notebook", named=["ops"], listening=False)
     assert len(fleet.heard) == 2
-    assert await told.read(fleet.repo.bare) == {}
+    assert await notified.read(fleet.repo.bare) == {}
 
 
 async def test_what_a_check_for_drift_finds_good_is_not_what_a_run_found_wrong(fleet: Fleet) -> None:
@@ -313,7 +313,8 @@ async def test_a_run_that_broke_off_is_told_by_what_can_be_read(fleet: Fleet) ->
 async def test_nothing_that_goes_wrong_fails_the_run(fleet: Fleet, prefect: PrefectServer,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     fleet.commit = "1" * 40
-    assert any("the result could not be told: " in line for line in await logs(prefect, await fleet.run(failing())))
+    assert any("nobody could be notified of the result: " in line for line in
+               await logs(prefect, await fleet.run(failing())))
 
     def broken(_url: str) -> None:
         raise RuntimeError(POISON)
@@ -321,5 +322,5 @@ async def test_nothing_that_goes_wrong_fails_the_run(fleet: Fleet, prefect: Pref
     fleet.commit = git("rev-parse", "HEAD", cwd=fleet.repo.bare)
     monkeypatch.setattr("toto.report.venues.http_address", broken)
     lines = await logs(prefect, await fleet.run(failing()))
-    assert "ops was not told: unexpectedly, RuntimeError" in lines or "ops was not told: block" in str(lines)
+    assert "ops was not notified: unexpectedly, RuntimeError" in lines or "ops was not notified: block" in str(lines)
     assert POISON not in str(lines)

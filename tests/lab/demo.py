@@ -19,7 +19,7 @@ from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
 from tests.lab.parts import while_all_live
 from toto.base.errors import TotoError
-from toto.ledger.ledger import Ledger
+from toto.ledger.ledger import Deployed, Ledger
 from toto.plan.changes import table
 from toto.server import logs
 
@@ -77,7 +77,7 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     rows = [{"target": name, "runs": Path(path).name[:60],
              "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed"}
             for name, path in systems.items()]
-    rows += [{"target": target.label, "commit": entry.good.commit[:8], "runs": f"revision {entry.good.revision}"}
+    rows += [{"target": target.label, "commit": entry.good.commit[:8], "runs": _runs(entry.good)}
              for target, entry in Ledger(whole.repo).read().entries.items() if target.kind != "host" and entry.good]
     say("\n" + "\n".join(f"   {line}" for line in table(rows, ("target", "commit", "runs")).splitlines()))
     say(f"\n   {ended.state.lower()} after {time.monotonic() - began:.0f} s: {ended.message}\n")
@@ -252,6 +252,12 @@ def _state() -> Path:
     state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
     state.mkdir(parents=True, exist_ok=True)
     return state
+
+
+def _runs(good: Deployed) -> str:
+    """What the ledger calls a terraform root's state, or a release's revision."""
+    facts = good.model_dump()
+    return f"revision {facts['revision']}" if "revision" in facts else f"serial {facts['serial']}"
 
 
 if __name__ == "__main__":

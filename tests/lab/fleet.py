@@ -29,6 +29,7 @@ from tests.lab.setup import environment
 from toto.git_host import host as git_host
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
+from toto.plan.host import DeployedHost
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -295,7 +296,7 @@ class Fleet:
 
     def runs_its_good(self, name: str, system: str) -> bool:
         """Whether what a machine runs is what the ledger calls its last good."""
-        good = self.entry(name).good
+        good = DeployedHost.of(self.entry(name).good)
         return good is not None and good.path == system
 
     def terraform_state(self, root: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from tests.lab.test_whole import SETTINGS
 from tests.repos import git
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import Target
+from toto.plan.release import DeployedRelease
+from toto.plan.root import DeployedRoot, RootBefore
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
 
@@ -127,11 +129,11 @@ class World(Fleet):
         found = await self.cluster.get("/api/v1/namespaces/page/configmaps/page")
         return found and str(found["data"]["text"])
 
-    def put_back_in_order(self) -> list[str]:
-        """Which targets the last revert put back, in that order."""
+    def reverted_in_order(self) -> list[str]:
+        """Which targets the last revert reverted, in that order."""
         lines = self.git_log().splitlines()
-        last = max(index for index, line in enumerate(lines) if line.endswith("to be put back"))
-        return [line.split(": put back")[0] for line in lines[last:] if ": put back to" in line]
+        last = max(index for index, line in enumerate(lines) if line.endswith("to be reverted"))
+        return [line.split(": reverted")[0] for line in lines[last:] if ": reverted to" in line]
 
     def request(self, deployment: str, **parameters: object) -> str:
         """Start a run of a deployment, as the UI does; its id."""
@@ -149,7 +151,7 @@ class World(Fleet):
                                                  "more": more}}
 
     def of(self, kind: str, name: str) -> Entry:
-        return Ledger(self.repo).read().get(Target(kind, name))  # type: ignore[arg-type]
+        return Ledger(self.repo).read().get(Target(kind, name))
 
     def state_files(self) -> list[Path]:
         return list(self.state.glob("repos/*/terraform/dns/terraform.tfstate"))
@@ -190,8 +192,8 @@ async def test_a_new_root_is_planned_before_anything_is_touched_and_applied_afte
     assert "+ terraform_data.record" in world.artifacts(run.id)["terraform-dns-plan"]
     history = world.git_log()
     assert history.index("terraform/dns: intent to deploy") > history.index("web1: good at")
-    good = world.of("terraform", "dns").good
-    assert good is not None and good.revision == json.loads(world.state_files()[0].read_text())["serial"]
+    good = DeployedRoot.of(world.of("terraform", "dns").good)
+    assert good is not None and good.serial == json.loads(world.state_files()[0].read_text())["serial"]
 
 
 async def test_a_readme_changes_no_root_and_a_comment_is_recorded_without_an_apply(world: World) -> None:
@@ -248,7 +250,7 @@ async def test_a_toto_killed_in_the_middle_of_an_apply_is_settled_by_the_next_st
     world.quick()
     (world.control / "go").touch()
     intent = world.of("terraform", "dns").intent
-    assert intent is not None and "terraform_data.record" in intent.before.resources
+    assert intent is not None and "terraform_data.record" in RootBefore.of(intent.before).resources
     await world.start_server()
     async with asyncio.timeout(120):
         while world.of("terraform", "dns").intent is not None:
@@ -266,7 +268,7 @@ async def test_a_new_release_is_installed_last_and_its_own_tests_are_run(world: 
     assert await world.page() == "one"
     await world.log_line(run.id, "ok page-test", 15)
     assert POISON not in world.logs(run.id)
-    good = world.of("helm", "page").good
+    good = DeployedRelease.of(world.of("helm", "page").good)
     assert good is not None and good.revision == 1
 
 
@@ -278,12 +280,12 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
     world.cluster.fates.clear()
     assert run.state == "FAILED"
     assert "helm/page: roll-out failed: the chart's tests failed: page-test" in run.message, run.message
-    assert world.put_back_in_order() == ["helm/page", "terraform/dns", "web1", "gate"]
+    assert world.reverted_in_order() == ["helm/page", "terraform/dns", "web1", "gate"]
     assert await world.systems() == before
-    assert {name: world.entry(name).good.path for name in before} == before  # type: ignore[union-attr]
+    assert all(world.runs_its_good(name, system) for name, system in before.items())
     assert world.value() == "three"
     assert await world.page() == "one"
-    good = world.of("helm", "page").good
+    good = DeployedRelease.of(world.of("helm", "page").good)
     assert good is not None and good.revision == 3, "rolled back, as a new revision"
 
 
@@ -293,7 +295,7 @@ async def test_a_rollback_that_fails_is_told_and_stops_no_other(world: World) ->
         "modules/common.nix": (EXAMPLE / "modules/common.nix").read_text(), **world.root("five"),
         **world.release("three")})
     assert run.state == "FAILED"
-    assert "helm/page COULD NOT BE PUT BACK" in run.message, run.message
+    assert "helm/page COULD NOT BE REVERTED" in run.message, run.message
     assert world.value() == "three", "terraform went back all the same"
     assert world.of("helm", "page").intent is not None
     world.cluster.fates.clear()

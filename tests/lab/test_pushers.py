@@ -103,14 +103,14 @@ async def test_whoever_waits_sees_what_was_rehearsed_on_a_branch_reach_the_machi
     await pushers.whole.settled()
 
 
-async def test_whoever_waits_sees_why_the_machine_was_put_back(pushers: Pushers) -> None:
+async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers) -> None:
     before = await pushers.whole.systems()
     pushers.whole.control["smoke"] = BAD
     pushers.change(pushers.alice, "B")
     told = await asyncio.to_thread(pushers.alice.push, "main", "wait")
     pushers.whole.control.all_good()
     assert re.search(r"(?m)^  not ok 1 - the customer is happy$", told), "the failing test's own line"
-    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 put back\ntoto: failed$", told), told
+    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", told), told
     assert await pushers.whole.systems() == before
     await pushers.whole.settled()
 

@@ -19,6 +19,7 @@ from tests.lab import setup
 from tests.lab.fleet import Fleet, Run, command_of, processes
 from tests.repos import git
 from toto.ledger.ledger import REF
+from toto.machine.activation import MachineState
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
 
@@ -153,7 +154,7 @@ class Whole(Fleet):
         for name in self.machines:
             entry = self.entry(name)
             assert entry.intent is None
-            assert entry.good is not None and entry.good.path == systems[name]
+            assert self.runs_its_good(name, systems[name])
             assert await self.machines[name].profile() == systems[name]
         assert not self.sandboxes()
 
@@ -192,7 +193,7 @@ async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: W
     systems = await whole.systems()
     assert all(systems[name] != installed[name] for name in systems)
     entry = whole.entry("web1")
-    assert entry.before is not None and entry.before.system == installed["web1"]
+    assert entry.before is not None and MachineState.of(entry.before).system == installed["web1"]
     assert whole.entry("web2").unreachable is not None
     assert whole.entry("web2").intent is None
     scheduled = whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
@@ -321,7 +322,7 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
     await web1.check("sudo touch /run/let-go")
     run = await whole.ended(begun)
     assert run.state == "FAILED"
-    assert "the customer is happy" in run.message and "web1 put back" in run.message
+    assert "the customer is happy" in run.message and "web1 reverted" in run.message
     assert await whole.systems() == before
     await whole.settled()
     report = whole.artifacts(run.id)["report-infra"]
@@ -340,7 +341,7 @@ async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole
              for name, text in whole.web1("B", broken).items()}
     run = await whole.deploy("lock ourselves out", dict(files), timeout=400)
     assert run.state == "FAILED"
-    assert "web1 put back" in run.message, run.message
+    assert "web1 reverted" in run.message, run.message
     await whole.machines["web1"].wait_ssh()
     assert await whole.systems() == before
     await whole.settled()
@@ -392,7 +393,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     run = await whole.deploy("after the crash", files)
     assert run.state == "COMPLETED", whole.logs(run.id)
     if touched:
-        assert any(line.startswith("web1: put back") for line in whole.history()[:6])
+        assert any(line.startswith("web1: reverted") for line in whole.history()[:6])
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
@@ -400,7 +401,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
 
 @pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert", "stop"])
 async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
-    """In a build, while the closure is copied, right after the intent was written, while the host is put back.
+    """In a build, while the closure is copied, right after the intent was written, while the host is reverted.
 
     And stopped in an orderly way during the smoke tests: as by the activation of the machine that toto runs on.
     """
@@ -421,8 +422,8 @@ async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_g
             await whole.until_ledger(lambda: whole.entry("web1").intent is not None)
         case "revert":
             whole.control["post-switch"] = BAD
-            run = whole.begin_other("killed while it is put back")
-            await whole.task(run, "web1: put back")
+            run = whole.begin_other("killed while it is reverted")
+            await whole.task(run, "web1: reverted")
         case "stop":
             whole.control.waits("smoke")
             whole.begin_other("it restarts toto")
@@ -441,7 +442,7 @@ async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_g
     if instant != "stop":  # (whoever has stopped it knows)
         await whole.until_ledger(lambda: "died in the middle" in whole.note("main"))
     if instant in ("intent", "revert"):
-        assert "web1 put back" in whole.note("main")
+        assert "web1 reverted" in whole.note("main")
     whole.commit("as it is deployed", whole.web1(variant))
 
 
@@ -547,9 +548,9 @@ async def test_a_machine_that_stays_away_keeps_its_open_intent_and_stops_no_othe
     await whole.machines["web1"].power_cut()
     whole.control["smoke"] = BAD
     whole.control.go()
-    assert "web1 COULD NOT BE PUT BACK" in (await whole.ended(run)).message
+    assert "web1 COULD NOT BE REVERTED" in (await whole.ended(run)).message
     left = whole.entry("web1").intent
-    assert left is not None and left.before.system == before["web1"]
+    assert left is not None and MachineState.of(left.before).system == before["web1"]
     gate = (whole.work / "hosts/gate.nix").read_text()
     others = await whole.deploy("gate goes on", {"hosts/gate.nix": gate.replace("open", "wide open")})
     assert others.state == "FAILED" and "web1: settling failed" in others.message, others.message

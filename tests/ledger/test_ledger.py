@@ -38,12 +38,12 @@ async def test_an_empty_repo_has_an_empty_ledger(book: Ledger) -> None:
     assert book.read().entries == {}
 
 
-def test_nothing_is_put_back_without_an_intent_of_ones_own() -> None:
+def test_nothing_is_reverted_without_an_intent_of_ones_own() -> None:
     with pytest.raises(LostTarget, match="this run's intent is gone"):
-        steps.mine(Entry(good=deployed("/nix/store/new")), "run-1")
+        steps.require_intent(Entry(good=deployed("/nix/store/new")), "run-1")
     with pytest.raises(LostTarget):
-        steps.mine(Entry(intent=intent("run-1")), "run-2")
-    assert steps.mine(Entry(intent=intent("run-1")), "run-1").run == "run-1"
+        steps.require_intent(Entry(intent=intent("run-1")), "run-2")
+    assert steps.require_intent(Entry(intent=intent("run-1")), "run-1").run == "run-1"
 
 
 async def test_a_roll_out_reads_as_history(book: Ledger) -> None:
@@ -80,16 +80,16 @@ async def test_a_run_whose_intent_was_taken_over_can_record_nothing(book: Ledger
     opened = intent("run-1")
     await book.write(WEB1, steps.intend(opened), "one")
     await book.write(WEB1, steps.take_over(opened, "run-2"), "two takes over")
-    for change in (steps.good(deployed("/nix/store/new"), "run-1"), steps.put_back(None, note(), "run-1")):
+    for change in (steps.good(deployed("/nix/store/new"), "run-1"), steps.revert(None, note(), "run-1")):
         with pytest.raises(LostTarget):
             await book.write(WEB1, change, "too late")
     with pytest.raises(LostTarget):
         await book.write(WEB1, steps.take_over(opened, "run-3"), "three is second")
 
 
-async def test_what_was_put_back_keeps_its_last_good_and_says_why(book: Ledger) -> None:
+async def test_what_was_reverted_keeps_its_last_good_and_says_why(book: Ledger) -> None:
     await book.write(WEB1, steps.intend(intent("run-1")), "i")
-    await book.write(WEB1, steps.put_back(deployed("/nix/store/old"), note(), "run-1"), "back")
+    await book.write(WEB1, steps.revert(deployed("/nix/store/old"), note(), "run-1"), "back")
     assert book.read().get(WEB1) == Entry(good=deployed("/nix/store/old"), reverted=note())
 
 
@@ -181,17 +181,17 @@ def test_the_owner_of_an_intent_is_known_to_live_or_not() -> None:
 async def test_its_history_reads_back_as_what_happened(book: Ledger) -> None:
     nas = Target("helm", "nas")
     await book.write(WEB1, steps.intend(intent("run-1")), "begun")
-    await book.write(WEB1, lambda entry: steps.now_at(entry, "run-1", "switch"), "a step")
+    await book.write(WEB1, lambda entry: steps.set_step(entry, "run-1", "switch"), "a step")
     await book.write(WEB1, steps.good(deployed("/nix/store/new"), "run-1"), "good")
     await book.write(WEB1, steps.verified(deployed("/nix/store/new", "run-2")), "verified")
     await book.write(WEB1, steps.not_reached(note("run-3")), "unreachable")
     await book.write(nas, steps.intend(intent("run-4")), "begun")
-    await book.write(nas, steps.put_back(None, note("run-4"), "run-4"), "put back")
+    await book.write(nas, steps.revert(None, note("run-4"), "run-4"), "reverted")
     await book.write(WEB1, lambda _: None, "retired")
     told = history.events(book.repo)
     assert [(str(each.target), each.what, each.run) for each in told] == [
         ("host/web1", What.BEGUN, "run-1"), ("host/web1", What.GOOD, "run-1"), ("host/web1", What.VERIFIED, "run-2"),
         ("host/web1", What.UNREACHABLE, "run-3"), ("helm/nas", What.BEGUN, "run-4"),
-        ("helm/nas", What.PUT_BACK, "run-4"), ("host/web1", What.RETIRED, "")]
+        ("helm/nas", What.REVERTED, "run-4"), ("host/web1", What.RETIRED, "")]
     assert told[1].seconds is not None and told[1].seconds >= 0
     assert told[5].why == "a test failed"

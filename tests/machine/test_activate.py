@@ -31,8 +31,7 @@ class Machine:
         text = SCRIPT.read_text()
         for path, here in (("/run/toto", self.state), ("/nix/var/nix/profiles/system", self.profile),
                            ("/nix/var/nix/gcroots", root / "roots"), ("/run/systemd/system", root / "no-systemd"),
-                           ("/run/nixos/switch-to-configuration.lock", root / "switching"),
-                           ("/run/booted-system", self.current)):
+                           ("/run/nixos/switch-to-configuration.lock", root / "switching")):
             assert path in text
             text = text.replace(path, str(here))
         text = text.replace("readlink -f /run/current-system", f"readlink -f {self.current}")

@@ -13,13 +13,15 @@ from tests.repos import InfraRepo
 from toto.base import process
 from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
-from toto.ledger.ledger import Deployed, Entry, Ledger
+from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
 from toto.nix import closure
 from toto.nix import commands as nix
 from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.changes import Action, Why
+from toto.plan.host import HostOrder
+from toto.plan.kinds import kind_of
 from toto.plan.order import Plan
 
 Make = Callable[..., Awaitable[Plan]]
@@ -57,12 +59,18 @@ def host(name: str, text: str = "x") -> str:
     return f'{{ networking.hostName = "{name}"; environment.etc."text".text = "{text}"; }}\n'
 
 
+def vm(made: Plan) -> str:
+    """The drv of the only host's VM."""
+    (order,) = made.orders
+    assert isinstance(order, HostOrder)
+    return order.vm
+
+
 async def good(repo: InfraRepo, made: Plan) -> None:
     """Make everything that a plan wants the last good, as a roll-out would."""
     for change in made.changes.changes:
         wanted = change.desired
-        deployed = Deployed(identity=wanted.identity, path=wanted.path, commit=made.commit, run=made.run, at="now",
-                            tests=wanted.tests)
+        deployed = kind_of(change.target).deployed(wanted, commit=made.commit, run=made.run, at="now")
         entry = Entry(good=deployed)
         await Ledger(repo.bare).write(change.target, lambda _, new=entry: new, "good")  # type: ignore[misc]
 
@@ -152,7 +160,7 @@ async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Pa
     assert not made.changes.failed, made.changes.failed
     (change,) = made.changes.changes
     assert change.label == "toto.canon"
-    assert made.vms["toto.canon"].endswith(".drv")
+    assert vm(made).endswith(".drv")
     await good(repo, made)
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
 
@@ -173,7 +181,7 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
     other = await make(made.commit)
     assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
-    assert other.vms["a"] != made.vms["a"], "another sandbox key"
+    assert vm(other) != vm(made), "another sandbox key"
 
 
 async def test_the_difference_of_two_closures_names_packages_and_units(

@@ -8,7 +8,7 @@ from tests.report.test_report import after, story
 from toto.base.errors import TotoError
 from toto.infra_repo.git import Commit
 from toto.report.message import MARKDOWN, SLACK, Message, Problem, clean
-from toto.report.report import Returned, RunDied, Story
+from toto.report.report import Report, Reverted, RunDied
 
 COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
 LINK = "http://toto:4200/runs/flow-run/1"
@@ -16,7 +16,7 @@ TESTS = TotoError("smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 
                   target="b", hint="mend it, and push again")
 
 
-def message(of: Story) -> Message:
+def message(of: Report) -> Message:
     return Message.of(of, COMMIT, LINK)
 
 
@@ -30,7 +30,7 @@ def test_a_failed_roll_out_reads_like_this() -> None:
     told = story("a", "b")
     told.outcome["a"] = "deployed"
     told.failure("b", "roll-out", TESTS)
-    told.put_back = [Returned("b", "/nix/store/x"), Returned("a", "/nix/store/y")]
+    told.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
     assert f"{message(told).title}\n\n{message(told).text()}" == """\
 [infra] b: roll-out failed
 
@@ -39,7 +39,7 @@ b: roll-out failed: smoke tests failed: 10-page: 1 of 2 tests failed
       got: 502
 next: mend it, and push again
 
-b, a put back
+b, a reverted
 
 12345678 a page of its own (Ada)
 http://toto:4200/runs/flow-run/1"""
@@ -60,12 +60,12 @@ next: mend it, and push again
 <http://toto:4200/runs/flow-run/1|the run>"""
 
 
-def test_what_could_not_be_put_back_comes_first() -> None:
+def test_what_could_not_be_reverted_comes_first() -> None:
     told = story("a", "b")
     told.failure("b", "roll-out", TESTS)
-    told.put_back = [Returned("b", error="ssh does not reach it"), Returned("a", "/nix/store/y")]
-    assert message(told).title == "[infra] b COULD NOT BE PUT BACK"
-    assert message(told).text().startswith("b COULD NOT BE PUT BACK: ssh does not reach it\n")
+    told.reverted = [Reverted("b", error="ssh does not reach it"), Reverted("a", "/nix/store/y")]
+    assert message(told).title == "[infra] b COULD NOT BE REVERTED"
+    assert message(told).text().startswith("b COULD NOT BE REVERTED: ssh does not reach it\n")
 
 
 @pytest.mark.parametrize(("outcome", "state", "title"), [
@@ -108,9 +108,9 @@ NASTY = "x\r\nBcc: all@example.org\n\x1b[31m\u202e<!channel> `a` *b* ``` [c](htt
 
 
 def test_nothing_that_is_in_a_commit_or_an_output_bends_a_message() -> None:
-    told = Story(NASTY, "1234567890", story("a").changes)
+    told = Report(NASTY, "1234567890", story("a").changes)
     told.failure(NASTY, "roll-out", TotoError(f"{NASTY}\n{NASTY}"))
-    told.put_back = [Returned(NASTY, error=NASTY)]
+    told.reverted = [Reverted(NASTY, error=NASTY)]
     nasty = Message.of(told, Commit("12345678", NASTY, NASTY), LINK)
     assert "\n" not in nasty.title and nasty.title.isprintable()
     assert nasty.text().replace("\n", "").isprintable()
@@ -148,10 +148,10 @@ def test_the_same_message_has_the_same_id() -> None:
     assert failed().id == failed().id != failed("another").id
 
 
-def test_a_run_that_died_says_what_was_put_back() -> None:
-    died = RunDied("infra 12345678 (push)", [Returned("b", "/nix/store/x"), Returned("a", error="no route to it")])
+def test_a_run_that_died_says_what_was_reverted() -> None:
+    died = RunDied("infra 12345678 (push)", [Reverted("b", "/nix/store/x"), Reverted("a", error="no route to it")])
     told = Message.broken_off("infra", died, COMMIT, LINK)
-    assert told.title == "[infra] a COULD NOT BE PUT BACK"
+    assert told.title == "[infra] a COULD NOT BE REVERTED"
     assert "the run failed: infra 12345678 (push) died in the middle" in told.text()
-    assert "b put back; a COULD NOT BE PUT BACK" in told.text()
-    assert "put back" not in Message.broken_off("infra", RunDied("infra", []), COMMIT, LINK).text()
+    assert "b reverted; a COULD NOT BE REVERTED" in told.text()
+    assert "reverted" not in Message.broken_off("infra", RunDied("infra", []), COMMIT, LINK).text()

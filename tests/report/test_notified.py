@@ -15,17 +15,17 @@ from toto.infra_repo.git import GitError
 from toto.report import notified as told
 from toto.report.message import Message
 from toto.report.notified import Known
-from toto.report.report import Returned
+from toto.report.report import Reverted
 
 
 def run(*, fails: str = "", why: str = "not ok 1 - welcome", ends: dict[str, str] | None = None,
         plan: tuple[str, ...] = ("a", "b")) -> Message:
-    """A run of a and b in which one fails its roll-out and both are put back, or that ends like that."""
+    """A run of a and b in which one fails its roll-out and both are reverted, or that ends like that."""
     of = story(*plan)
     of.outcome |= ends or {}
     if fails:
         of.failure(fails, "roll-out", TotoError(f"smoke tests failed: s\n  {why}"))
-        of.put_back = [Returned(name, "/nix/store/x") for name in plan]
+        of.reverted = [Reverted(name, "/nix/store/x") for name in plan]
     return message(of)
 
 
@@ -107,10 +107,10 @@ def test_a_machines_venue_hears_of_its_machine_alone() -> None:
     assert letter is not None and (letter.state, letter.title) == ("done", "[infra] a deployed")
 
 
-def test_what_could_not_be_put_back_is_always_news() -> None:
+def test_what_could_not_be_reverted_is_always_news() -> None:
     of = story("a")
     of.failure("a", "roll-out", TotoError("no"))
-    of.put_back = [Returned("a", error="no")]
+    of.reverted = [Reverted("a", error="no")]
     assert heard(message(of), message(of)) == ["failed", "failed"]
 
 
@@ -162,7 +162,7 @@ async def test_a_commit_carries_its_results_as_notes(repo: InfraRepo) -> None:
     for each in (run(fails="a"), run(fails="a"), run(ends=DONE), run(ends=DONE)):
         await told.note(repo.bare, commit, each)
     first, second = git("notes", "--ref=toto", "show", commit, cwd=repo.bare).splitlines()
-    assert " failed: a: roll-out failed: smoke tests failed: s; a, b put back <http://toto" in first
+    assert " failed: a: roll-out failed: smoke tests failed: s; a, b reverted <http://toto" in first
     assert " done: a, b deployed <http://toto" in second
     assert "a, b deployed" in git("log", "-1", "--notes=toto", cwd=repo.bare)
 

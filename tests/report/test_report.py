@@ -12,10 +12,10 @@ from toto.infra_repo.manifest import Machine, Manifest
 from toto.infra_repo.settings import Settings
 from toto.ledger.ledger import Snapshot
 from toto.ledger.target import Target
-from toto.plan import changes
 from toto.plan.changes import ChangeSet, Failure
+from toto.plan.compare import compare
 from toto.plan.order import Plan
-from toto.report.report import Returned, Span, Story
+from toto.report.report import Report, Reverted, Span
 
 FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
                  Machine(name="c", address="192.0.2.3", after=("b",)))
@@ -23,13 +23,14 @@ FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", addre
 
 def after(name: str, stuck: Collection[str]) -> str | None:
     return Plan(repo=Path("/r"), run="r", commit="c", manifest=FLEET, settings=Settings(),
-                changes=ChangeSet(commit="c", ledger="")).held_behind(name, stuck)
+                changes=ChangeSet(commit="c", ledger=""),
+                after={name: machine.after for name, machine in FLEET.machines.items()}).held_behind(name, stuck)
 
 
-def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Story:
+def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Report:
     wanted = [host(name) for name in names]
-    change_set: ChangeSet = changes.compare("1234567890", wanted, list(failed), of, Snapshot(""))
-    return Story("infra", "1234567890", change_set.model_copy(update={"waiting": ()}))
+    change_set: ChangeSet = compare("1234567890", wanted, list(failed), of, Snapshot(""))
+    return Report("infra", "1234567890", change_set.model_copy(update={"waiting": ()}))
 
 
 def test_nothing_to_do_says_so() -> None:
@@ -75,19 +76,19 @@ def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
 
 
 @pytest.mark.parametrize(("back", "says"), [
-    ([Returned("b", to="/nix/store/x"), Returned("a", to="/nix/store/y")], "b, a put back"),
-    ([Returned("b", error="ssh does not reach it"), Returned("a", to="/nix/store/y")],
-     "a put back; b COULD NOT BE PUT BACK"),
+    ([Reverted("b", to="/nix/store/x"), Reverted("a", to="/nix/store/y")], "b, a reverted"),
+    ([Reverted("b", error="ssh does not reach it"), Reverted("a", to="/nix/store/y")],
+     "a reverted; b COULD NOT BE REVERTED"),
 ])
-def test_a_revert_tells_both_stories(back: list[Returned], says: str) -> None:
+def test_a_revert_tells_both_stories(back: list[Reverted], says: str) -> None:
     told = story("a", "b")
     told.outcome["a"] = "deployed"
     told.failure("b", "roll-out", TotoError("`switch` exited with status 4:\nweb.service failed", target="b"))
-    told.put_back = back
+    told.reverted = back
     assert told.headline().endswith(says)
     page = as_markdown(told)
     assert "web.service failed" in page
-    assert page.index("web.service failed") < page.index("## Put back")
+    assert page.index("web.service failed") < page.index("## Reverted")
     for each in back:
         assert (each.error or each.to) in page
 
@@ -102,12 +103,12 @@ def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
 def test_the_timing_is_a_picture() -> None:
     told = story("a", "b")
     told.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
-                  Span("a", "put back", 50.04, 50.05)]
+                  Span("a", "reverted", 50.04, 50.05)]
     assert told.timing(8) == """\
 bb: rehearse  ██          10.0 s
 a: rehearse   ██████      30.0 s
 a: roll out         ██    10.0 s
-a: put back           █    0.0 s"""
+a: reverted           █    0.0 s"""
     assert story("a").timing() == ""
     with told.timed("a", "verify"):
         pass

@@ -23,7 +23,7 @@ from toto.report.venues import Audience, Mail, Ntfy, Slack, Venue, VenueFailed, 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH")  # by aiosmtpd, of what is on loopback
 DONE = Message("infra", "done", "a deployed", changed=("a",), link=LINK)
-STUCK = replace(failed(), stuck=(Problem.of("b", "COULD NOT BE PUT BACK", "no ssh"),))
+STUCK = replace(failed(), stuck=(Problem.of("b", "COULD NOT BE REVERTED", "no ssh"),))
 SECRET = "POISON-sesame"
 
 

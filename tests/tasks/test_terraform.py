@@ -12,7 +12,7 @@ from tasks.terraform import PlanMoved, apply, plan_root
 from tests.conftest import PrefectServer
 from tests.repos import InfraRepo
 from toto.plan import make as plan
-from toto.plan.order import RootOrder
+from toto.plan.root import RootOrder
 from toto.terraform.plan import Planned
 
 pytestmark = pytest.mark.skipif(shutil.which("terraform") is None, reason="NOT TESTED: terraform is not on PATH")
@@ -43,7 +43,7 @@ async def planned(of: RootOrder) -> Planned:
 
 @flow(persist_result=False)
 async def applied(of: RootOrder, what: Planned) -> int:
-    return await apply(of, what)
+    return (await apply(of, what)).serial
 
 
 async def test_a_plan_that_would_be_another_one_by_now_is_not_applied(repo: InfraRepo) -> None:
@@ -55,7 +55,7 @@ async def test_a_plan_that_would_be_another_one_by_now_is_not_applied(repo: Infr
     serial = await applied(other, await planned(other))
     with pytest.raises(PlanMoved, match="the state has moved since the rehearsal") as moved:
         await applied(mine, rehearsed)
-    assert "terraform_data.b" in str(moved.value), "it would put back what the other has done"
+    assert "terraform_data.b" in str(moved.value), "it would revert what the other has done"
     state = await planned(other)
     assert state.empty and state.before.serial == serial, "nothing was applied"
 

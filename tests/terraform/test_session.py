@@ -313,7 +313,7 @@ async def test_a_stale_plan_is_not_applied_and_a_new_one_may_be_the_same(fleet: 
         await session.apply(planned)
     assert await session.state() == moved
     replanned = await session.plan()
-    assert not replanned.same(planned)  # it would now put b back as well
+    assert not replanned.same(planned)  # it would now revert b as well
     assert replanned.addresses(Action.UPDATE) == ("terraform_data.a", "terraform_data.b")
 
 
@@ -341,7 +341,7 @@ async def test_what_a_plan_destroys_is_known_and_refused(fleet: Fleet) -> None:
 
 
 @needs_terraform
-async def test_a_new_root_is_put_back_by_destroying_what_it_created(fleet: Fleet) -> None:
+async def test_a_new_root_is_reverted_by_destroying_what_it_created(fleet: Fleet) -> None:
     text = data("a", "1") + data("b", "1") + 'output "o" {\n  value = 1\n}\n'
     session = await fleet.session(text)
     planned = await session.plan()

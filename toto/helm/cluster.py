@@ -218,7 +218,7 @@ class Helm:
     async def upgrade(self, release: Release, tree: Path, *, description: str = "toto") -> Deployed:
         """Install or upgrade, wait, and return the new revision; `description` shows in `helm history`.
 
-        It is not put back on a failure: that is `rollback`'s, or `uninstall`'s where there was nothing before.
+        It is not reverted on a failure: that is `rollback`'s, or `uninstall`'s where there was nothing before.
         Raises `ReleaseFailed`; with nothing touched yet `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
         """
         stored = await self._stored(release)

@@ -101,7 +101,7 @@ class Intent(_Record):
 
 
 class Note(_Record):
-    """Something about a target that a later run needs: why it was put back, since when it cannot be reached."""
+    """Something about a target that a later run needs: why it was reverted, since when it cannot be reached."""
 
     identity: str
     commit: str

@@ -47,6 +47,8 @@ class Desired(_Value):
     `identity` is the hash that changes when the target does.
     """
 
+    model_config = ConfigDict(extra="allow")  # what a kind adds is kept where the kind is not known
+
     target: Target
     file: str
     identity: str

@@ -212,7 +212,7 @@ class Webhook(HttpVenue):
 
 @dataclass(frozen=True, kw_only=True)
 class Ntfy(HttpVenue):
-    """A topic of ntfy: a push message on a phone. What could not be put back comes through at night."""
+    """A topic of ntfy: a push message on a phone. What could not be reverted comes through at night."""
 
     token: str = field(default="", repr=False)
 

@@ -1,7 +1,7 @@
 """Runs that nobody works on any more, and runs that came due while nobody worked.
 
 What a dead worker left is settled when the next one starts; a run whose process was killed together with its worker
-is known by its silence. What such a run had half done is put back by a run of `settle`, which also tells of its death.
+is known by its silence. What such a run had half done is reverted by a run of `settle`, which also tells of its death.
 """
 
 import asyncio
@@ -100,10 +100,10 @@ async def crash_silent(api: Api, *, pool: str = POOL, silence: float = SILENCE) 
 
 
 async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None = None) -> None:
-    """Have what dead runs left half done put back, and told that they died: each once, whoever noticed it.
+    """Have what dead runs left half done reverted, and told that they died: each once, whoever noticed it.
 
     `left_behind` are the runs that were found under way; some others were marked Crashed before. With `repos`, where
-    no run is under way, whatever is half done in one of them is put back as well.
+    no run is under way, whatever is half done in one of them is reverted as well.
     """
     ids = await deployments(api)
     if SETTLE not in ids:

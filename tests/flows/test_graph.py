@@ -1,0 +1,50 @@
+"""What the UI draws of a run is what the run does: its stages in a line, and no other edge."""
+
+from typing import Any
+
+from tests.conftest import PrefectServer
+from tests.flows.test_kinds import Files, files
+from tests.graph import chain, edges, labels
+
+__all__ = ["files"]  # the fixture
+
+
+async def drawn(server: PrefectServer, state: Any) -> dict[str, Any]:
+    graph: dict[str, Any] = await server.api.call("GET", f"/flow_runs/{state.state_details.flow_run_id}/graph-v2")
+    return graph
+
+
+async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_server: PrefectServer) -> None:
+    commit = files.commit({"a": "one", "b": "two"})[:8]
+    graph = await drawn(prefect_server, await files.reconcile())
+    stages = [f"detect / {commit}", "rehearse / file/a, file/b", "files / file/a, file/b", "notify"]
+    assert labels(graph) == stages
+    assert edges(graph) == chain(*stages)
+    inside = {}
+    for node in dict(graph["nodes"]).values():
+        if node["kind"] == "flow-run":
+            inside[node["label"]] = await prefect_server.api.call("GET", f"/flow_runs/{node['id']}/graph-v2")
+    assert {name: labels(each) for name, each in inside.items()} == {
+        stages[0]: [], stages[1]: ["rehearse file / a", "rehearse file / b"],
+        stages[2]: ["roll out file / a", "roll out file / b"]}
+    assert all(edges(each) == [] for each in inside.values())
+
+
+async def test_a_run_that_is_reverted_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
+    commit = files.commit({"a": "one", "z": "too late"})[:8]
+    graph = await drawn(prefect_server, await files.reconcile())
+    stages = [f"detect / {commit}", "rehearse / file/a, file/z", "files / file/a, file/z", "revert / file/a, file/z",
+              "notify"]
+    assert edges(graph) == chain(*stages)
+
+
+async def test_a_run_that_stops_before_the_roll_out_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
+    commit = files.commit({"a": "bad"})[:8]
+    graph = await drawn(prefect_server, await files.reconcile())
+    assert edges(graph) == chain(f"detect / {commit}", "rehearse / file/a", "notify")
+
+
+async def test_a_run_with_nothing_to_do_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
+    graph = await drawn(prefect_server, await files.reconcile())
+    assert [label.split(" ")[0] for label in labels(graph)] == ["detect", "notify"]
+    assert len(edges(graph)) == 1

@@ -1,0 +1,121 @@
+"""A kind is one row in each of two tables: a fourth one goes through a whole reconcile with no other file touched."""
+
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.utilities.annotations import quote
+
+from flows import kinds as flow_kinds
+from flows.drift import drift
+from flows.reconcile import reconcile
+from tests.conftest import PrefectServer
+from tests.repos import InfraRepo
+from tests.toy import steps as toy
+from tests.toy.kind import DeployedFile, FileKind
+from toto.ledger.history import What, events
+from toto.ledger.ledger import Entry, Ledger
+from toto.ledger.target import Target
+from toto.plan import kinds, make
+from toto.plan.verdict import Verdict
+
+
+class Files:
+    """An infra repo with files only, and the folder that they are copied to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repo, self.to = InfraRepo(folder / "repo"), folder / "to"
+        self.to.mkdir()
+        self.repo.commit({"machines.yaml": "machines: []\n", "files/TO": f"{self.to}\n"})
+
+    def commit(self, files: Mapping[str, str | None]) -> str:
+        return self.repo.commit({f"files/{name}": text for name, text in files.items()})
+
+    async def reconcile(self, **parameters: Any) -> State[Any]:
+        return await reconcile(self.repo.bare, return_state=True, **parameters)
+
+    def entry(self, name: str) -> Entry:
+        return Ledger(self.repo.bare).read().get(Target("file", name))
+
+    def there(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in self.to.iterdir()}
+
+
+@pytest.fixture
+async def files(prefect_server: PrefectServer, tmp_path: Path,
+                monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Files]:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    monkeypatch.setitem(kinds.KINDS, "file", FileKind())
+    monkeypatch.setitem(flow_kinds.STEPS, "file", toy.STEPS)
+    with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect"}):
+        yield Files(tmp_path)
+
+
+async def test_a_fourth_kind_is_detected_rehearsed_rolled_out_and_recorded(files: Files) -> None:
+    files.commit({"a": "one"})
+    assert (await files.reconcile()).message.endswith("file/a deployed")  # type: ignore[union-attr]
+    assert files.there() == {"a": "one"}
+    good = DeployedFile.of(files.entry("a").good)
+    assert good is not None and good.size == 3
+    assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
+    assert (await files.reconcile()).message.endswith("nothing to do (1 file as wanted)")  # type: ignore[union-attr]
+
+
+async def test_a_fourth_kind_is_reverted_in_reverse_order_with_its_own_record(files: Files) -> None:
+    files.commit({"a": "one", "m": "one"})
+    await files.reconcile()
+    files.commit({"a": "two", "m": "two", "z": "too late"})
+    state = await files.reconcile()
+    assert state.is_failed() and "file/z: roll-out failed: it came too late" in str(state.message)
+    assert files.there() == {"a": "one", "m": "one"}
+    assert str(state.message).endswith("file/z, file/m, file/a reverted")
+    good = DeployedFile.of(files.entry("a").good)
+    assert good is not None and good.size == 3 and files.entry("a").intent is None
+    assert files.entry("z").good is None and files.entry("z").reverted is not None
+
+
+async def test_a_fourth_kind_that_fails_its_rehearsal_touches_nothing(files: Files) -> None:
+    files.commit({"a": "one", "b": "bad"})
+    state = await files.reconcile()
+    assert state.is_failed() and "nothing was touched" in str(state.message)
+    assert files.there() == {}
+
+
+async def test_a_fourth_kind_can_be_selected_retired_and_looked_at_for_drift(files: Files) -> None:
+    files.commit({"a": "one", "b": "one"})
+    await files.reconcile(only=["file/a"])
+    assert files.there() == {"a": "one"}
+    await files.reconcile(only=["toy"])
+    assert files.there() == {"a": "one", "b": "one"}
+    assert (await drift(files.repo.bare, return_state=True)).is_completed()
+    (files.to / "a").write_text("by hand")
+    state = await drift(files.repo.bare, return_state=True)
+    assert state.is_failed() and "file/a: drift check failed: it was changed outside" in str(state.message)
+    files.commit({"a": None})
+    await files.reconcile()
+    assert "a" not in [target.name for target in Ledger(files.repo.bare).read().entries]
+    assert files.there()["a"] == "by hand", "nothing of it is touched"
+
+
+async def test_nothing_is_rolled_out_without_the_verdict_on_that_very_target(files: Files) -> None:
+    commit = files.commit({"a": "one", "b": "two"})
+    a, b = (await make.make(files.repo.bare, commit, "r")).orders
+    for steps in flow_kinds.STEPS.values():
+        with pytest.raises(TypeError):
+            await steps.roll_out(quote(a))  # type: ignore[call-arg]
+    foreign = Verdict.passed(b, 3, summary="")
+    with pytest.raises(ValueError, match="the verdict is on file/b"):
+        await flow_kinds.STEPS["file"].roll_out(quote(a), foreign)
+    assert files.there() == {}
+
+
+async def test_a_ledger_of_a_kind_that_is_not_known_is_told(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.commit({"a": "one"})
+    await files.reconcile()
+    monkeypatch.delitem(kinds.KINDS, "file")
+    state = await files.reconcile()
+    assert state.is_failed() and "this toto knows no kind of target 'file'" in str(state.message)
+    assert files.entry("a").good is not None
