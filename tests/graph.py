@@ -1,5 +1,6 @@
 """The graph of a run as Prefect's UI draws it: `graph-v2` of the API."""
 
+import itertools
 from typing import Any
 
 Edges = list[tuple[str, str]]
@@ -25,4 +26,4 @@ def labels(graph: dict[str, Any]) -> list[str]:
 
 def chain(*names: str) -> Edges:
     """The edges of nodes that come one after the other."""
-    return sorted(zip(names, names[1:], strict=False))
+    return sorted(itertools.pairwise(names))

@@ -1,6 +1,11 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-The only difference to Prefect's own is how transactions begin on SQLite. Prefect begins most of them DEFERRED: such a
+It differs from Prefect's own in two things.
+
+The graph of a run has each edge once. Prefect's query has an edge as often as the step that it comes from has
+parameters, and its UI draws every one.
+
+On SQLite, transactions begin differently. Prefect begins most of them DEFERRED: such a
 transaction reads first, and when another one has written before it writes itself, SQLite answers "database is locked"
 at once, however long its timeout (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). With that go events,
 and with them automations and the UI's feed. Here every transaction takes the write lock as it begins, and waits for
@@ -16,9 +21,12 @@ from contextvars import ContextVar
 
 from fastapi import FastAPI
 from prefect.server.api.server import create_app as prefects_own
+from prefect.server.database import query_components
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import set_database_config
+from prefect.server.schemas.graph import Edge, Node
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from pydantic import field_validator
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
@@ -55,8 +63,18 @@ class OneWriter(AioSqliteConfiguration):
                 self._writer = None
 
 
+class DrawnOnce(Node):
+    """A node of a run's graph that has each of its edges once."""
+
+    @field_validator("parents", "children")
+    @classmethod
+    def _each_once(cls, edges: list[Edge]) -> list[Edge]:
+        return list({edge.id: edge for edge in edges}.values())
+
+
 def create_app() -> FastAPI:
     """Prefect's application, for the database that its settings name."""
+    query_components.Node = DrawnOnce  # type: ignore[misc]
     url = PREFECT_API_DATABASE_CONNECTION_URL.value()
     if url and url.startswith("sqlite"):
         set_database_config(OneWriter(url))
