@@ -105,7 +105,7 @@ async def test_nothing_is_rolled_out_without_the_verdict_on_that_very_target(fil
     a, b = (await make.make(files.repo.bare, commit, "r")).orders
     for steps in flow_kinds.STEPS.values():
         with pytest.raises(TypeError):
-            await steps.roll_out(quote(a))  # type: ignore[call-arg]
+            await steps.roll_out(quote(a))  # type: ignore[call-arg, misc]
     foreign = Verdict.passed(b, 3, summary="")
     with pytest.raises(ValueError, match="the verdict is on file/b"):
         await flow_kinds.STEPS["file"].roll_out(quote(a), foreign)

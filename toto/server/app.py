@@ -74,7 +74,7 @@ class DrawnOnce(Node):
 
 def create_app() -> FastAPI:
     """Prefect's application, for the database that its settings name."""
-    query_components.Node = DrawnOnce  # type: ignore[misc]
+    query_components.Node = DrawnOnce  # type: ignore[attr-defined]
     url = PREFECT_API_DATABASE_CONNECTION_URL.value()
     if url and url.startswith("sqlite"):
         set_database_config(OneWriter(url))
