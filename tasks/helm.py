@@ -58,9 +58,7 @@ async def look(order: ReleaseOrder, helm: Helm) -> tuple[Before, bool]:
     last, now = order.change.last, await helm.current(order.release)
     if last is not None or now is None:
         return Before(revision=last.revision if last else 0), now is not None and now.status == "deployed"
-    whole = [each.number for each in await helm.history(order.release)  # helm calls a failed one superseded later
-             if each.status in ("deployed", "superseded") and " failed: " not in each.description]
-    return Before(revision=max(whole, default=0)), now.status == "deployed"
+    return Before(revision=await helm.last_whole(order.release)), now.status == "deployed"
 
 
 @task(name="upgrade", task_run_name="upgrade", cache_policy=NO_CACHE)

@@ -245,6 +245,7 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
     await lab.upgrade(text="whole")
     with pytest.raises(ReleaseFailed):
         await lab.upgrade(lab.release(timeout=1), text="failed", fate="stuck")
+    assert await lab.helm.last_whole(lab.release()) == 1
     upgrade = asyncio.create_task(lab.upgrade(text="killed", fate="stuck"))
     await lab.until_pending(lab.release())
     for pid in lab.helms():
@@ -253,6 +254,7 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
         await upgrade
     assert "rolled back to revision 1," in str(await lab.helm.repair(lab.release(), patience=0))
     assert await lab.text() == "whole"
+    assert await lab.helm.last_whole(lab.release()) == 4
 
 
 async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
