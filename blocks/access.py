@@ -11,15 +11,8 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from toto.base import files
 from toto.base.errors import InputError
-
-
-def _write(file: Path, text: str) -> Path:
-    """Write a secret file that only its owner reads."""
-    file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as sink:
-        sink.write(text)
-    return file
 
 
 class AccessBlock(TotoBlock, ABC):
@@ -65,7 +58,7 @@ class SshIdentity(AccessBlock):
     def file(self, directory: Path) -> Path | None:
         """The key as a file: where it is kept, else written into `directory`; None for toto's own key."""
         if text := self.private_key.get_secret_value():
-            return _write(directory / "identity", text)
+            return files.write(directory / "identity", text)
         return Path(self.path).expanduser() if self.path else None
 
 
@@ -129,4 +122,4 @@ class KubeAccess(AccessBlock):
                                  target=f"block {self.get_block_type_slug()}",
                                  hint=f"it has {', '.join(known) or 'none'}; mend the block in the UI, under Blocks")
             text = yaml.safe_dump(config | {"current-context": self.context})
-        return _write(directory / "kubeconfig", text) if text else path
+        return files.write(directory / "kubeconfig", text) if text else path

@@ -17,7 +17,7 @@ from prefect.concurrency.asyncio import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from toto.base import paths, resources
+from toto.base import files, paths, resources
 from toto.ledger.ledger import owner, owner_lives
 
 SANDBOXES: Final = "toto-sandboxes"
@@ -73,7 +73,7 @@ async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
                 waiting = True
             await _release_dead(client, note)
             await asyncio.sleep(1)
-        note.write_text(json.dumps({"lease": str(lease), "owner": owner(), "run": run}))
+        files.write(note, json.dumps({"lease": str(lease), "owner": owner(), "run": run}))
         renewing = asyncio.create_task(_renew(client, lease))
         try:
             yield

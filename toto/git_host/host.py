@@ -7,7 +7,6 @@ commands there are for reading a repository is in `toto.infra_repo.git`; what a 
 import contextlib
 import fcntl
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from toto.base import paths
+from toto.base import files, paths
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import access, receive
@@ -83,7 +82,7 @@ async def remember(repos: Path, served: Served) -> None:
     (The hooks of infra repositories are brought up to date by `create`.)
     """
     repos.mkdir(parents=True, exist_ok=True)
-    _write(repos / "server.json", json.dumps(asdict(served)), 0o600)
+    files.write(repos / "server.json", json.dumps(asdict(served)))
     if (access.path_of(repos, access.ADMIN) / "HEAD").exists():
         await _install(access.path_of(repos, access.ADMIN), "main", {"toto.rules": "true"})
 
@@ -182,7 +181,7 @@ async def create(path: Path, *, api_url: str, deployment: str = "reconcile/toto"
     if auth is None:
         secret.unlink(missing_ok=True)
     else:
-        _write(secret, 'user = "{}"\n'.format(auth.replace("\\", "\\\\").replace('"', '\\"')), 0o600)
+        files.write(secret, 'user = "{}"\n'.format(auth.replace("\\", "\\\\").replace('"', '\\"')))
     return path
 
 
@@ -197,8 +196,9 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
             **settings, "toto.branch": branch, "toto.python": sys.executable, "toto.root": str(HOOKS.parents[2]),
             "receive.hideRefs": "refs/toto", "receive.advertisePushOptions": "true"}.items():
         await _configure(path, key, value)
+    (path / "hooks").mkdir(exist_ok=True)
     for hook in HOOKS.iterdir():
-        _write(path / "hooks" / hook.name, hook.read_text(), 0o755)
+        files.write(path / "hooks" / hook.name, hook.read_text(), 0o755)
 
 
 async def _configure(repo: Path, key: str, value: str | None) -> None:
@@ -279,17 +279,6 @@ def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, depl
     if auth is not None and (":" not in auth or "\n" in auth):
         raise InputError("the API's credentials are not user:password", target=place)  # the text itself is secret
     return path
-
-
-def _write(file: Path, text: str, mode: int) -> None:
-    """Replace `file` at once, never readable by more than `mode` says."""
-    file.parent.mkdir(exist_ok=True)
-    fresh = file.with_name(f"{file.name}.new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as sink:
-        sink.write(text)
-    fresh.chmod(mode)
-    fresh.replace(file)
 
 
 def _read_auth(file: Path) -> str | None:
