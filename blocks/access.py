@@ -1,6 +1,5 @@
-"""Blocks for what toto works on and what lets it in: the infra repo, ssh, terraform, Kubernetes."""
+"""Blocks for what lets toto in: ssh, terraform, Kubernetes."""
 
-import os
 import re
 from abc import ABC
 from pathlib import Path
@@ -22,18 +21,6 @@ class AccessBlock(TotoBlock, ABC):
     async def load_or_default(cls, name: str = "toto") -> Self:
         """The saved block of this name, or its defaults where there is none. Raises `InputError`."""
         return await cls.saved(name) or cls()
-
-
-class InfraRepo(AccessBlock):
-    """The infra repo that toto deploys."""
-
-    _block_type_name: ClassVar[str] = "Toto infra repo"
-
-    path: str = Field(
-        default_factory=lambda: os.environ.get("TOTO_REPO", ""), title="Path",
-        description="Where the bare repository is on toto, such as /var/lib/toto/repos/infra.git. "
-                    "Without it, what TOTO_REPO names.")
-    branch: str = Field(default="main", title="Branch", description="The branch that is deployed.")
 
 
 class SshIdentity(AccessBlock):

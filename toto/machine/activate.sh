@@ -35,7 +35,6 @@ use_run() {
 
 facts() {
 	echo "system=$(readlink -f /run/current-system)"
-	echo "booted=$(readlink -f /run/booted-system)"
 	if [ -L "$profile" ]; then echo "profile=$(readlink -f "$profile")"; else echo "profile="; fi
 }
 

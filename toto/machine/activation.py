@@ -43,11 +43,10 @@ class NotWhatItShouldBe(TotoError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine runs, boots next and has booted: store paths, "" where it has none."""
+    """What a machine runs, and boots next: store paths, "" where it has none."""
 
     system: str
     profile: str
-    booted: str
 
     @property
     def before(self) -> Before:
@@ -74,7 +73,7 @@ class Activator:
         if not told.get("system", "").startswith("/nix/store/"):
             raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.name,
                                     hint="is it a NixOS machine? role: other in machines.yaml leaves it alone")
-        return Facts(told["system"], told.get("profile", ""), told.get("booted", ""))
+        return Facts(told["system"], told.get("profile", ""))
 
     async def activate(self, verb: Verb, path: str, before: Before, *, finish: float, confirm: float) -> None:
         """Activate `path`, then confirm over a new connection. `finish` and `confirm` are seconds.
