@@ -18,7 +18,7 @@ from flows.revert import revert, settle, settle_left_open
 from tasks import approve, cancelled_by_sigterm, report
 from tasks.again import try_again_later
 from tasks.detect import detect, sweep
-from tasks.limits import one_roll_out
+from tasks.limits import one_roll_out, side_by_side
 from tasks.record import intend_to_put_back, record_rehearsed, record_verified, retire
 from tasks.settle import bury, was_cancelled
 from tasks.tell import tell
@@ -38,7 +38,6 @@ AnyOrder: TypeAlias = HostOrder | RootOrder | ReleaseOrder
 Rehearsed: TypeAlias = tuple[AnyOrder, Any]  # with what its rehearsal found: a verdict, a saved plan, a difference
 T = TypeVar("T")
 LOOK = 2  # seconds between two looks whether a newer push has come
-SIDE_BY_SIDE = 4  # subflows at once; more make SQLite answer 503
 
 
 class Superseded(TotoError):
@@ -189,7 +188,7 @@ async def _ask(rehearsed: list[Rehearsed], story: Story) -> None:
 
 async def _rehearse_all(plan: Plan, story: Story) -> list[Rehearsed]:
     """Rehearse every changed target side by side; returns those that passed, each with what its rehearsal found."""
-    room = asyncio.Semaphore(SIDE_BY_SIDE)
+    room = asyncio.Semaphore(await side_by_side())
     differences: dict[str, str] = {}
 
     async def one(order: AnyOrder) -> Rehearsed | None:
@@ -259,7 +258,7 @@ async def _roll_out_all(plan: Plan, rehearsed: list[Rehearsed], story: Story) ->
 async def _in_order(plan: Plan, rehearsed: list[Rehearsed], story: Story) -> list[Target]:
     """Roll out group by group: hosts by wave, terraform, helm; returns what was touched, in that order."""
     touched: list[Target] = []
-    room = asyncio.Semaphore(SIDE_BY_SIDE)
+    room = asyncio.Semaphore(await side_by_side())
     due: dict[str, Rehearsed] = {}
 
     async def one(order: AnyOrder, found: Any) -> None:
