@@ -22,7 +22,8 @@ from toto.ledger import steps
 from toto.ledger.ledger import Before, Entry, Ledger
 from toto.ledger.target import Target
 from toto.machine import keys, ssh
-from toto.machine.activation import Activator, Verb
+from toto.machine.activation import Activator, Facts, Verb
+from toto.machine.back import where_to
 from toto.nix import commands as nix
 from toto.plan.order import HostOrder
 
@@ -123,7 +124,8 @@ async def put_back(repo: Path, run: str, machine: Machine, settings: RollOut, wh
     target = Target("host", machine.name)
     entry = Ledger(repo).read().get(target)
     intent = steps.mine(entry, run)
-    to = where_to(entry, machine)
+    before = Facts(intent.before.system, intent.before.profile)
+    to = where_to(before, entry.good.path if entry.good else None, machine.activation).before
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -156,18 +158,3 @@ async def _go_back(repo: Path, run: str, machine: Machine, settings: RollOut, en
         await activator.go_back(to, finish=settings.activation_timeout, boot=entry.intent.step != "test")
         await armed.forget()
         await activator.forget()
-
-
-def where_to(entry: Entry, machine: Machine) -> Before:
-    """Where a host with an open intent goes back to: the recorded last good, else what it ran before."""
-    assert entry.intent is not None
-    before, good = entry.intent.before, entry.good
-    if good is None:
-        return before
-    match machine.activation:
-        case "switch":
-            return Before(system=good.path, profile=good.path)
-        case "boot":  # what runs was never touched
-            return Before(system=before.system, profile=good.path)
-        case "test":  # what boots was never touched
-            return Before(system=good.path, profile=before.profile)
