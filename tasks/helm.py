@@ -12,6 +12,7 @@ from tasks import report
 from tasks.record import record_back
 from toto.base import runs
 from toto.base.errors import TotoError
+from toto.helm import back as helm_back
 from toto.helm import release as helm_release
 from toto.helm.cluster import Helm
 from toto.helm.diff import Difference
@@ -97,18 +98,10 @@ async def put_back(repo: Path, run: str, target: Target, why: str) -> str:
     good, failed, reached = entry.good, intent.desired, await reach(repo, run)
     release = await release_at(repo, run, target, failed.commit)
     to = good.revision if good else intent.before.revision
-    moved = good is not None and (await release_at(repo, run, target, good.commit)).namespace != release.namespace
-    now = await reached.current(release)
-    if to == 0 or moved:
-        await reached.uninstall(release)
-        number, words = to, "uninstalled" if to == 0 else f"uninstalled from namespace {release.namespace}"
-    elif now is not None and now.number == to and now.status == "deployed":
-        number, words = to, f"at revision {to}, as it was"
-    else:
-        number = (await reached.rollback(release, to)).number
-        words = f"rolled back to revision {to}, as revision {number}"
-    await record_back(repo, target, good and good.model_copy(update={"revision": number}), failed, run, why)
-    return words
+    was = await release_at(repo, run, target, good.commit) if good else None
+    back = await helm_back.put_back(reached, release, to, was)
+    await record_back(repo, target, good and good.model_copy(update={"revision": back.revision}), failed, run, why)
+    return back.words
 
 
 async def release_at(repo: Path, run: str, target: Target, commit: str) -> Release:

@@ -22,6 +22,7 @@ import pytest
 from tests.lab.kube import Cluster
 from toto.base import process
 from toto.base.errors import InputError
+from toto.helm.back import Back, put_back
 from toto.helm.cluster import Deployed, Helm
 from toto.helm.command import (
     AccessRefused,
@@ -255,6 +256,22 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
     assert "rolled back to revision 1," in str(await lab.helm.repair(lab.release(), patience=0))
     assert await lab.text() == "whole"
     assert await lab.helm.last_whole(lab.release()) == 4
+
+
+async def test_release_is_put_back_to_what_it_was(lab: Lab) -> None:
+    assert await put_back(lab.helm, lab.release(), 0) == Back(0, "uninstalled")
+    await lab.upgrade(text="first")
+    assert await put_back(lab.helm, lab.release(), 1) == Back(1, "at revision 1, as it was")
+    await lab.upgrade(text="second")
+    was = lab.release()
+    assert await put_back(lab.helm, was, 1, was) == Back(3, "rolled back to revision 1, as revision 3")
+    assert await lab.text() == "first"
+    elsewhere = lab.release(namespace=f"{lab.namespace}-2")
+    assert (await lab.helm.upgrade(elsewhere, lab.tree)).number == 1
+    assert await put_back(lab.helm, elsewhere, 3, was) == Back(3, f"uninstalled from namespace {lab.namespace}-2")
+    assert await lab.helm.current(elsewhere) is None
+    assert await put_back(lab.helm, was, 0) == Back(0, "uninstalled")
+    assert await lab.text() is None
 
 
 async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
