@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections import deque
 from datetime import timedelta
@@ -29,18 +28,17 @@ from toto.rehearsal.errors import BootTimeout
 from toto.rehearsal.run import run_phase, write_on_host
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
+from toto.rehearsal.trial import Reached, Trial
 
 
 class TestsFailed(TotoError):
     """A phase's tests did not all pass; the message has the failing tests' own lines."""
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Verdict(_Value):
+class Verdict(BaseModel):
     """A host passed its rehearsal: how many tests, how long each part took (seconds), in which run."""
+
+    model_config = ConfigDict(frozen=True)
 
     host: str
     vm: str
@@ -51,30 +49,6 @@ class Verdict(_Value):
     def __str__(self) -> str:
         return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s"
                          for phase, count in self.tests.items())
-
-
-class Trial(_Value):
-    """How many tests of a phase passed, in how many seconds."""
-
-    tests: int
-    seconds: float
-
-
-class Reached(_Value):
-    """How test scripts reach the machine: ssh_config, address, and where each of its ports is."""
-
-    config: Path
-    address: str
-    ports: dict[int, int]
-
-    def environment(self, host: str, phase: Phase, tools: Path) -> dict[str, str]:
-        """The whole environment of a test script, `tools` first on its PATH. No secret of toto's own is in it."""
-        kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TMPDIR", "TERM") if name in os.environ}
-        return kept | {
-            "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
-            "TOTO_HOST": host, "TOTO_PHASE": str(phase), "TOTO_SSH_CONFIG": str(self.config),
-            "TOTO_ADDRESS": self.address,
-            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()}}
 
 
 async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -174,4 +148,4 @@ async def trial(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
         first, *rest = result.failure_lines(20)
         raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
                           hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
-    return Trial(tests=sum(len(each.report.tests) for each in result.results), seconds=result.seconds)
+    return Trial.of(result)

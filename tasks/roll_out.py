@@ -13,7 +13,6 @@ from prefect.logging import get_run_logger
 from blocks import SshIdentity
 from tasks import sink
 from tasks.record import now_at, record_back
-from tasks.rehearse import Reached
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
@@ -26,6 +25,7 @@ from toto.machine.activation import Activator, Facts, Verb
 from toto.machine.back import where_to
 from toto.nix import commands as nix
 from toto.plan.order import HostOrder
+from toto.rehearsal.trial import Reached
 
 
 @asynccontextmanager
