@@ -7,6 +7,7 @@ commands there are for reading a repository is in `toto.infra_repo.git`; what a 
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, paths
+from toto.base import files, paths, process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import access, receive
@@ -219,33 +220,19 @@ def waiting(repo: Path) -> list[Waiting]:
     return [Waiting(file, file.stem.rpartition("-")[2]) for file in files]
 
 
-async def drain_spool(repo: Path, api: Api | None = None) -> list[str]:
+async def drain_spool(repo: Path) -> list[str]:
     """Start what was pushed to `repo` while Prefect was down, in the order of the pushes; return the runs' ids.
 
-    `api` defaults to what the repository's hook uses. A request that Prefect refuses is set aside as `.refused`.
-    Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
+    The hook does it, which knows what is sent and what an answer means; a request that Prefect refuses is set aside as
+    `.refused`. Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
     """
-    pending = waiting(repo)
-    if not pending:
+    if not waiting(repo):
         return []
-    api = api or await api_of(repo)
-    deployment = await _setting(repo, "toto.deployment") or "reconcile/toto"
-    found = await api.call("GET", f"/deployments/name/{deployment}")
-    runs = []
-    for push in pending:
-        try:
-            body = json.loads(push.file.read_text())
-            run = await api.call("POST", f"/deployments/{found['id']}/create_flow_run", body)
-        except FileNotFoundError:
-            continue  # a hook was quicker
-        except (ServerError, ValueError) as error:
-            if isinstance(error, ServerError) and error.status not in {400, 409, 422}:
-                raise
-            push.file.rename(push.file.with_name(push.file.name + ".refused"))
-            continue
-        push.file.unlink(missing_ok=True)
-        runs.append(str(run["id"]))
-    return runs
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "TOTO_"))}
+    done = await process.run(["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=env, timeout=600, check=False)
+    if done.status != 0:
+        raise ServerError(process.tail(done.stderr).removeprefix("toto: "), target=str(repo))
+    return done.lines
 
 
 async def api_of(repo: Path) -> Api:
