@@ -21,7 +21,7 @@ Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Target]]
 
 async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
     """A push until the flow's first line, and the hook alone, beside starting the same flow with Prefect's CLI."""
-    with postgres.running() as cluster:
+    async with postgres.running() as cluster:
         found = await latency.measure(folder / "postgresql", cluster.url)
     yield Row("push, until git returns", found.pushes, "the same push without a hook", found.bare_pushes)
     yield Row("push, until the flow's first line", found.first_lines, "the same, each run a new Python", found.cold)

@@ -323,7 +323,7 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
         run = await api.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
 
-    with postgres.running() as cluster:
+    async with postgres.running() as cluster:
         url = cluster.url
         try:
             for part in ("server", "worker"):
