@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, detect, latency, noop
+from bench import boot, detect, hcl, latency, noop
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -21,7 +21,7 @@ Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Target]]
 
 async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
     """A push until the flow's first line, and the hook alone, beside starting the same flow with Prefect's CLI."""
-    with postgres.running() as cluster:
+    async with postgres.running() as cluster:
         found = await latency.measure(folder / "postgresql", cluster.url)
     yield Row("push, until git returns", found.pushes, "the same push without a hook", found.bare_pushes)
     yield Row("push, until the flow's first line", found.first_lines, "the same, each run a new Python", found.cold)
@@ -35,7 +35,8 @@ async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
 
 
 MEASURES: Final[dict[str, Measure]] = {
-    "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line, "boot": boot.measure}
+    "hcl": hcl.measure, "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line,
+    "boot": boot.measure}
 
 
 async def main(names: list[str]) -> None:

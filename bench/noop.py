@@ -18,25 +18,24 @@ async def measure(folder: Path) -> AsyncIterator[Row | Target]:
     runs: list[float] = []
     pushes: list[float] = []
     bare_runs: list[float] = []
-    with postgres.running() as cluster:
-        async with known(folder, HOSTS) as it:
-            await it.make_good()
-            it.fleet.database_url = cluster.url
-            try:
-                await it.fleet.start_server()
-                for number in range(ROUNDS + 1):
-                    began = time.monotonic()
-                    await bare(it.files, side_by_side())
-                    bare_runs.append(time.monotonic() - began)
-                    it.fleet.commit("say more in the README", {"README.md": f"{number}\n"})
-                    began = time.monotonic()
-                    ended = await it.fleet.ended(it.fleet.push(), 120)
-                    pushes.append(time.monotonic() - began)
-                    runs.append(ended.seconds)
-                    if ended.state != "COMPLETED" or "nothing to do" not in ended.message:
-                        raise RuntimeError(f"not a no-op: {ended.state}: {ended.message}")
-            finally:
-                await it.fleet.stop()
+    async with postgres.running() as cluster, known(folder, HOSTS) as it:
+        await it.make_good()
+        it.fleet.database_url = cluster.url
+        try:
+            await it.fleet.start_server()
+            for number in range(ROUNDS + 1):
+                began = time.monotonic()
+                await bare(it.files, side_by_side())
+                bare_runs.append(time.monotonic() - began)
+                it.fleet.commit("say more in the README", {"README.md": f"{number}\n"})
+                began = time.monotonic()
+                ended = await it.fleet.ended(it.fleet.push(), 120)
+                pushes.append(time.monotonic() - began)
+                runs.append(ended.seconds)
+                if ended.state != "COMPLETED" or "nothing to do" not in ended.message:
+                    raise RuntimeError(f"not a no-op: {ended.state}: {ended.message}")
+        finally:
+            await it.fleet.stop()
     beside = f"nix-instantiate, {side_by_side()} side by side"
     # The first push warms caches.
     run = Row(f"a no-op reconcile of {HOSTS} hosts, its run time", runs[1:], beside, bare_runs[1:])

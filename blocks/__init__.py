@@ -4,8 +4,7 @@
 encrypted in Prefect's database, and shows in no log, repr or artifact.
 """
 
-from blocks.access import InfraRepo, KubeAccess, SshIdentity, TerraformCredentials
+from blocks.access import KubeAccess, SshIdentity, TerraformCredentials
 from blocks.venues import MailVenue, NtfyVenue, SlackVenue, WebhookVenue
 
-__all__ = ["InfraRepo", "KubeAccess", "MailVenue", "NtfyVenue", "SlackVenue", "SshIdentity", "TerraformCredentials",
-           "WebhookVenue"]
+__all__ = ["KubeAccess", "MailVenue", "NtfyVenue", "SlackVenue", "SshIdentity", "TerraformCredentials", "WebhookVenue"]

@@ -1,6 +1,5 @@
-"""Blocks for what toto works on and what lets it in: the infra repo, ssh, terraform, Kubernetes."""
+"""Blocks for what lets toto in: ssh, terraform, Kubernetes."""
 
-import os
 import re
 from abc import ABC
 from pathlib import Path
@@ -11,15 +10,8 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from toto.base import files
 from toto.base.errors import InputError
-
-
-def _write(file: Path, text: str) -> Path:
-    """Write a secret file that only its owner reads."""
-    file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as sink:
-        sink.write(text)
-    return file
 
 
 class AccessBlock(TotoBlock, ABC):
@@ -29,18 +21,6 @@ class AccessBlock(TotoBlock, ABC):
     async def load_or_default(cls, name: str = "toto") -> Self:
         """The saved block of this name, or its defaults where there is none. Raises `InputError`."""
         return await cls.saved(name) or cls()
-
-
-class InfraRepo(AccessBlock):
-    """The infra repo that toto deploys."""
-
-    _block_type_name: ClassVar[str] = "Toto infra repo"
-
-    path: str = Field(
-        default_factory=lambda: os.environ.get("TOTO_REPO", ""), title="Path",
-        description="Where the bare repository is on toto, such as /var/lib/toto/repos/infra.git. "
-                    "Without it, what TOTO_REPO names.")
-    branch: str = Field(default="main", title="Branch", description="The branch that is deployed.")
 
 
 class SshIdentity(AccessBlock):
@@ -65,7 +45,7 @@ class SshIdentity(AccessBlock):
     def file(self, directory: Path) -> Path | None:
         """The key as a file: where it is kept, else written into `directory`; None for toto's own key."""
         if text := self.private_key.get_secret_value():
-            return _write(directory / "identity", text)
+            return files.write(directory / "identity", text)
         return Path(self.path).expanduser() if self.path else None
 
 
@@ -129,4 +109,4 @@ class KubeAccess(AccessBlock):
                                  target=f"block {self.get_block_type_slug()}",
                                  hint=f"it has {', '.join(known) or 'none'}; mend the block in the UI, under Blocks")
             text = yaml.safe_dump(config | {"current-context": self.context})
-        return _write(directory / "kubeconfig", text) if text else path
+        return files.write(directory / "kubeconfig", text) if text else path

@@ -45,7 +45,7 @@ async def rehearse(run: Run) -> Run:
 
 @flow(name="rehearse", flow_run_name="{run.all_names}", persist_result=False, validate_parameters=False)
 async def _rehearse(run: Run) -> Run:
-    room = asyncio.Semaphore(side_by_side())
+    room = asyncio.Semaphore(await side_by_side())
 
     async def one(order: Order) -> None:
         async with room:
@@ -95,7 +95,7 @@ def _due_names() -> str:
 
 @flow(flow_run_name=_due_names, persist_result=False, validate_parameters=False)
 async def _roll_out(run: Run, kind: str) -> Run:
-    room = asyncio.Semaphore(side_by_side())
+    room = asyncio.Semaphore(await side_by_side())
 
     async def one(order: Order) -> None:
         async with room:

@@ -18,6 +18,7 @@ from toto.helm import release as helm_release
 from toto.helm.cluster import Helm, Revision
 from toto.helm.diff import Difference
 from toto.helm.release import Release
+from toto.helm.revert import revert as revert_release
 from toto.infra_repo import git
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
@@ -68,9 +69,7 @@ async def inspect(order: ReleaseOrder, helm: Helm) -> Inspected:
     if last is not None or now is None:
         before = ReleaseBefore(revision=last.revision if last else 0)
         return Inspected(before, whole=now is not None and now.status == "deployed")
-    whole = [each.number for each in await helm.history(order.release)  # helm calls a failed one superseded later
-             if each.status in ("deployed", "superseded") and " failed: " not in each.description]
-    return Inspected(ReleaseBefore(revision=max(whole, default=0)), whole=now.status == "deployed")
+    return Inspected(ReleaseBefore(revision=await helm.last_whole(order.release)), whole=now.status == "deployed")
 
 
 @task(name="upgrade", task_run_name="upgrade", cache_policy=NO_CACHE)
@@ -108,20 +107,12 @@ async def revert(reversal: Reversal) -> str:
     entry = Ledger(repo).read().get(target)
     intent, good, helm = steps.require_intent(entry, run), DeployedRelease.of(entry.good), await connect(repo, run)
     release = await release_at(repo, run, target, intent.desired.commit)
+    was = await release_at(repo, run, target, good.commit) if good else None
     to = good.revision if good else ReleaseBefore.of(intent.before).revision
-    moved = good is not None and (await release_at(repo, run, target, good.commit)).namespace != release.namespace
-    now = await helm.current(release)
-    if to == 0 or moved:
-        await helm.uninstall(release)
-        number, words = to, "uninstalled" if to == 0 else f"uninstalled from namespace {release.namespace}"
-    elif now is not None and now.number == to and now.status == "deployed":
-        number, words = to, f"at revision {to}, as it was"
-    else:
-        number = (await helm.rollback(release, to)).number
-        words = f"rolled back to revision {to}, as revision {number}"
-    await record_reverted(repo, target, good and good.model_copy(update={"revision": number}), intent.desired, run,
-                          reversal.why)
-    return words
+    reverted = await revert_release(helm, release, to, was)
+    await record_reverted(repo, target, good and good.model_copy(update={"revision": reverted.revision}),
+                          intent.desired, run, reversal.why)
+    return reverted.words
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:

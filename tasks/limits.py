@@ -17,12 +17,14 @@ from prefect.concurrency.asyncio import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from toto.base import paths, resources
+from toto.base import files, paths, resources
 from toto.ledger.ledger import owner, owner_lives
 
 SANDBOXES: Final = "toto-sandboxes"
 SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox is counted as when the limit is first made
 LEASE: Final = 60  # seconds, the shortest that Prefect grants: how long a dead holder can keep a slot
+ON_SQLITE: Final = 4  # subflows at once: with more, Prefect's server answers 503
+ON_POSTGRES: Final = 16  # as many as its server has connections to the database (5, and 10 in need); more would wait
 
 
 async def _ensure(client: PrefectClient, name: str, limit: int) -> None:
@@ -43,9 +45,14 @@ async def _is_there(client: PrefectClient, name: str) -> bool:
     return True
 
 
-def side_by_side() -> int:
-    """How many subflows may run at once: more make SQLite answer 503."""
-    return 4
+async def side_by_side() -> int:
+    """How many subflows of a run may be under way at once: by the database of Prefect's server, which is asked."""
+    with suppress(httpx.HTTPError, KeyError, TypeError, ValueError):
+        async with get_client() as client:
+            told = (await client.request("GET", "/admin/settings")).json()
+        if str(told["server"]["database"]["driver"]).startswith("postgresql"):  # as toto.server.environment sets it
+            return ON_POSTGRES
+    return ON_SQLITE
 
 
 @asynccontextmanager
@@ -78,7 +85,7 @@ async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
                 waiting = True
             await _release_dead(client, note)
             await asyncio.sleep(1)
-        note.write_text(json.dumps({"lease": str(lease), "owner": owner(), "run": run}))
+        files.write(note, json.dumps({"lease": str(lease), "owner": owner(), "run": run}))
         renewing = asyncio.create_task(_renew(client, lease))
         try:
             yield

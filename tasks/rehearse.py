@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections import deque
 from datetime import timedelta
@@ -14,7 +13,6 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, ConfigDict
 
 from tasks import report, sink
 from tasks.limits import room_for_sandbox
@@ -31,38 +29,11 @@ from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.run import run_phase, write_on_host
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
+from toto.rehearsal.trial import Reached, Trial
 
 
 class TestsFailed(TotoError):
     """A phase's tests did not all pass; the message has the failing tests' own lines."""
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Trial(_Value):
-    """How many tests of a phase passed, in how many seconds."""
-
-    tests: int
-    seconds: float
-
-
-class Reached(_Value):
-    """How test scripts reach the machine: ssh_config, address, and where each of its ports is."""
-
-    config: Path
-    address: str
-    ports: dict[int, int]
-
-    def environment(self, host: str, phase: Phase, tools: Path) -> dict[str, str]:
-        """The whole environment of a test script, `tools` first on its PATH. No secret of toto's own is in it."""
-        kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TMPDIR", "TERM") if name in os.environ}
-        return kept | {
-            "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
-            "TOTO_HOST": host, "TOTO_PHASE": str(phase), "TOTO_SSH_CONFIG": str(self.config),
-            "TOTO_ADDRESS": self.address,
-            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()}}
 
 
 async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -171,4 +142,4 @@ async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
         first, *rest = result.failure_lines(20)
         raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
                           hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
-    return Trial(tests=sum(len(each.report.tests) for each in result.results), seconds=result.seconds)
+    return Trial.of(result)

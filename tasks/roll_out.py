@@ -13,7 +13,6 @@ from prefect.logging import get_run_logger
 from blocks import SshIdentity
 from tasks import Done, sink
 from tasks.record import record_reverted, set_step
-from tasks.rehearse import Reached
 from tasks.reversal import Reversal
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
@@ -22,8 +21,10 @@ from toto.ledger import steps
 from toto.ledger.ledger import Intent, Ledger
 from toto.machine import keys, ssh
 from toto.machine.activation import Activator, MachineState, Verb
+from toto.machine.revert import where_to
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost, HostOrder
+from toto.rehearsal.trial import Reached
 
 
 @asynccontextmanager
@@ -128,7 +129,7 @@ async def revert(reversal: Reversal) -> str:
                         hint="add it to machines.yaml again, or go back by hand")
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
-    to = where_to(machine, MachineState.of(intent.before), good)
+    to = where_to(MachineState.of(intent.before), good.path if good else None, machine.activation)
     deadline = time.monotonic() + reversal.patience
     while True:
         try:
@@ -161,16 +162,3 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         await activator.go_back(to, finish=settings.activation_timeout, boot=intent.step != "test")
         await armed.forget()
         await activator.forget()
-
-
-def where_to(machine: Machine, before: MachineState, good: DeployedHost | None) -> MachineState:
-    """What a host is reverted to: the recorded last good, else what it ran before."""
-    if good is None:
-        return before
-    match machine.activation:
-        case "switch":
-            return MachineState(system=good.path, profile=good.path)
-        case "boot":  # what runs was never touched
-            return MachineState(system=before.system, profile=good.path)
-        case "test":  # what boots was never touched
-            return MachineState(system=good.path, profile=before.profile)

@@ -21,15 +21,12 @@ from toto.plan.verdict import Question
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
 from toto.terraform.plan import Planned, State
+from toto.terraform.revert import CannotGoBack, way_back
 from toto.terraform.session import PlanStale, Session
 
 
 class PlanMoved(TotoError):
     """The state has moved since the rehearsal, and the plan would be different now."""
-
-
-class CannotGoBack(TotoError):
-    """A terraform root cannot be made what it was."""
 
 
 async def credentials(root: str) -> dict[str, str]:
@@ -96,23 +93,19 @@ async def revert(reversal: Reversal) -> str:
     session = await session_at(repo, run, target, commit)
     await session.init()
     state = await session.state()
-    if good is None and (state.serial, state.resources) == (before.serial, before.resources):
+    way = way_back(good.commit if good else None, State(serial=before.serial, resources=before.resources), state,
+                   target=target.label)
+    if way is None:
         await record_reverted(repo, target, good, intent.desired, run, why)
         return "as it was: nothing had been applied, as far as its state tells"
-    if good is None and before.resources:
-        raise CannotGoBack("toto had not deployed it before, so what it was is not known", target=target.label,
-                           hint=f"its state was serial {before.serial}, with {len(before.resources)} resources; "
-                                "go back by hand, then start the run again")
-    planned = await session.plan(destroy=good is None)
+    planned = await session.plan(destroy=way.destroy)
     await report.show_terraform_plan(target.label, planned, back=True)
-    tfplan.refuse(planned, session.root.prevent, allowed=set(state.resources) - set(before.resources))
+    tfplan.refuse(planned, session.root.prevent, allowed=way.since)
     if not planned.empty:
         state = await session.apply(planned)
-    anew = sorted(set(planned.created) & set(before.resources))
     await record_reverted(repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired,
                           run, why)
-    where = f"as at {good.commit[:8]} ({planned.summary})" if good else "empty again"
-    return where + (f"; new, and not what they were: {', '.join(anew)}" if anew else "")
+    return way.told(planned)
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from prefect import flow, runtime
@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 import blocks
 from blocks import (
-    InfraRepo,
     KubeAccess,
     MailVenue,
     NtfyVenue,
@@ -25,6 +24,7 @@ from blocks import (
     WebhookVenue,
     venues,
 )
+from blocks.access import AccessBlock
 from blocks.base import TotoBlock
 from tasks.notify import notify
 from tests.conftest import PrefectServer
@@ -87,6 +87,23 @@ async def test_one_command_makes_the_forms_known(prefect: PrefectServer) -> None
     assert sum(each["block_type"]["slug"].startswith("toto-") for each in schemas) == len(KINDS)
 
 
+async def test_a_block_of_a_kind_that_is_no_more_does_no_harm(prefect: PrefectServer) -> None:
+    class Former(AccessBlock):
+        """What an older toto had made known, and somebody has saved."""
+
+        _block_type_name: ClassVar[str] = "Toto infra repo"
+        path: str = ""
+
+    await Former(path="/repos/infra.git").asave("toto", overwrite=True)
+    try:
+        await deployments.register_blocks(prefect.env)
+        assert (await TerraformCredentials.load_or_default()).environment() == {}
+        assert await prefect.api.call("GET", "/block_types/slug/toto-infra-repo/block_documents") != []
+    finally:
+        kind = await prefect.api.call("GET", "/block_types/slug/toto-infra-repo")
+        await prefect.api.call("DELETE", f"/block_types/{kind['id']}")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_form_explains_itself(kind: type[TotoBlock]) -> None:
     schema = kind.model_json_schema()
@@ -113,16 +130,12 @@ async def test_a_secret_is_saved_encrypted_and_never_shown(prefect: PrefectServe
     assert POISON.encode() not in on_disk(prefect.home)
 
 
-async def test_what_is_not_saved_works_by_its_defaults(prefect: PrefectServer, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOTO_REPO", "/repos/infra.git")
-    repo = await InfraRepo.load_or_default("unsaved")
-    assert (repo.path, repo.branch) == ("/repos/infra.git", "main")
+async def test_what_is_not_saved_works_by_its_defaults(prefect: PrefectServer, tmp_path: Path) -> None:
     assert (await SshIdentity.load_or_default("unsaved")).file(tmp_path) is None
     assert (await KubeAccess.load_or_default("unsaved")).file(tmp_path) is None
     assert (await TerraformCredentials.load_or_default("unsaved")).environment() == {}
-    await InfraRepo(path="/elsewhere.git", branch="live").asave("saved", overwrite=True)
-    assert (await InfraRepo.load_or_default("saved")).branch == "live"
+    await SshIdentity(path="/elsewhere").asave("saved", overwrite=True)
+    assert (await SshIdentity.load_or_default("saved")).file(tmp_path) == Path("/elsewhere")
 
 
 async def test_a_block_that_is_not_right_is_told_by_its_field(prefect: PrefectServer) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import free_port
 from toto.base.errors import InputError
+from toto.base.prefect_api import ServerError
 from toto.git_host import host as git_host
 
 ID = "11111111-2222-3333-4444-555555555555"
@@ -147,6 +148,18 @@ async def test_push_while_prefect_is_down_is_accepted_and_started_later(pusher: 
     assert await git_host.drain_spool(repo) == ["run-1"]
     assert [body["parameters"]["commit"] for body in stand.bodies] == [one]
     assert git_host.waiting(repo) == []
+
+
+async def test_what_waits_on_is_told_with_the_reason_and_stays(repo: Path, stand: Stand) -> None:
+    for number in (1, 2):
+        (repo / "toto" / "spool" / f"{number}-{str(number) * 40}.json").write_text("{}")
+    stand.status = 401
+    with pytest.raises(ServerError, match=r"Prefect does not accept toto's password \(401\) \(2 pushes wait\)"):
+        await git_host.drain_spool(repo)
+    stand.status, stand.statuses = 201, [201, 422]
+    assert await git_host.drain_spool(repo) == ["run-1"]
+    assert git_host.waiting(repo) == [] and len(list((repo / "toto" / "spool").glob("2-*.refused"))) == 1
+    assert await git_host.drain_spool(repo) == []
 
 
 def test_next_push_starts_those_that_waited_first(pusher: Pusher, repo: Path, stand: Stand) -> None:

@@ -34,6 +34,7 @@ from toto.helm.command import (
     RenderFailed,
 )
 from toto.helm.release import Release, discover
+from toto.helm.revert import RevertedRelease, revert
 
 POISON = "poison-4d1c"
 CHART = "apiVersion: v2\nname: page\nversion: 0.1.0\n"
@@ -245,6 +246,7 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
     await lab.upgrade(text="whole")
     with pytest.raises(ReleaseFailed):
         await lab.upgrade(lab.release(timeout=1), text="failed", fate="stuck")
+    assert await lab.helm.last_whole(lab.release()) == 1
     upgrade = asyncio.create_task(lab.upgrade(text="killed", fate="stuck"))
     await lab.until_pending(lab.release())
     for pid in lab.helms():
@@ -253,6 +255,24 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
         await upgrade
     assert "rolled back to revision 1," in str(await lab.helm.repair(lab.release(), patience=0))
     assert await lab.text() == "whole"
+    assert await lab.helm.last_whole(lab.release()) == 4
+
+
+async def test_release_is_reverted_to_what_it_was(lab: Lab) -> None:
+    assert await revert(lab.helm, lab.release(), 0) == RevertedRelease(0, "uninstalled")
+    await lab.upgrade(text="first")
+    assert await revert(lab.helm, lab.release(), 1) == RevertedRelease(1, "at revision 1, as it was")
+    await lab.upgrade(text="second")
+    was = lab.release()
+    assert await revert(lab.helm, was, 1, was) == RevertedRelease(3, "rolled back to revision 1, as revision 3")
+    assert await lab.text() == "first"
+    elsewhere = lab.release(namespace=f"{lab.namespace}-2")
+    assert (await lab.helm.upgrade(elsewhere, lab.tree)).number == 1
+    gone = RevertedRelease(3, f"uninstalled from namespace {lab.namespace}-2")
+    assert await revert(lab.helm, elsewhere, 3, was) == gone
+    assert await lab.helm.current(elsewhere) is None
+    assert await revert(lab.helm, was, 0) == RevertedRelease(0, "uninstalled")
+    assert await lab.text() is None
 
 
 async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:

@@ -101,8 +101,9 @@ def test_circle_and_unknown_name_are_told_with_their_lines(tmp_path: Path) -> No
                          f"helm/{name}/Chart.yaml": CHART})
     with pytest.raises(ReleaseFileError) as caught:
         discover(tmp_path)
-    circle, unknown = sorted(caught.value.problems)
+    circle, unknown, own = sorted(caught.value.problems)
     assert "yaml:2: after: this goes round in a circle: " in circle
+    assert own == "helm/d/release.yaml:2: after: this goes round in a circle: d after d"
     assert unknown == "helm/c/release.yaml:2: after: there is no release 'nobody'"
 
 

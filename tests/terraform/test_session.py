@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import postgres, terraform_provider
+from tests.conftest import background
 from tests.repos import InfraRepo
 from toto.base import paths, process
 from toto.base.errors import InputError
@@ -60,7 +61,22 @@ def provider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[postgres.Postgres]:
-    with postgres.running() as server:
+    made: list[postgres.Postgres] = []
+
+    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        async with postgres.running() as server:
+            made.append(server)
+            ready()
+            await stop.wait()
+
+    with background(until):
+        yield made[0]
+
+
+@pytest.fixture
+async def own_database() -> AsyncIterator[postgres.Postgres]:
+    """One that may crash."""
+    async with postgres.running() as server:
         yield server
 
 
@@ -653,12 +669,12 @@ async def test_a_cancelled_apply_saves_its_state_and_unlocks_it(
 @needs_postgres
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run(
-        fleet: Fleet, tmp_path: Path, database: postgres.Postgres, cancelled: bool) -> None:
+        fleet: Fleet, tmp_path: Path, own_database: postgres.Postgres, cancelled: bool) -> None:
     text = pg(f"lost{cancelled}") + data("a", "1", shell(
         f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"))
-    session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})
+    session = await fleet.session(text, env={"PG_CONN_STR": own_database.dsn})
     async with applying(session, tmp_path / "began") as task:
-        database.stop()
+        await own_database.crash()
         try:
             if cancelled:
                 task.cancel()
@@ -668,14 +684,14 @@ async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run
                 with pytest.raises(ApplyFailed, match="Failed to save state") as caught:
                     await task
         finally:
-            database.start()
+            await own_database.start()
     (kept,) = fleet.home().glob("errored-*.tfstate")
     if not cancelled:
         assert caught.value.partial
         assert f"the state could not be saved: it is kept in {kept}" in str(caught.value)
     assert kept.stat().st_mode & 0o777 == 0o600 and not (session.tree / "terraform/errored.tfstate").exists()
     shutil.rmtree(session.tree)
-    planned = await (await fleet.session(text, env={"PG_CONN_STR": database.dsn}, run="2")).plan()
+    planned = await (await fleet.session(text, env={"PG_CONN_STR": own_database.dsn}, run="2")).plan()
     assert planned.before.resources == ("terraform_data.a",) and planned.empty is not cancelled and not kept.exists()
 
 

@@ -17,11 +17,12 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from toto.base.bounded import Bounded
 from toto.base.errors import TotoError
 
 log = logging.getLogger(__name__)
@@ -81,30 +82,6 @@ class CommandNotFound(TotoError):
 
     def __init__(self, program: str) -> None:
         super().__init__(f"the program `{program}` is not on PATH", hint=f"install {program}, or set PATH")
-
-
-@dataclass
-class _Kept:
-    """The first and the last half of a stream, so that endless output costs bounded memory."""
-
-    limit: int
-    head: bytearray = field(default_factory=bytearray)
-    tail: bytearray = field(default_factory=bytearray)
-    dropped: int = 0
-
-    def add(self, chunk: bytes) -> None:
-        room = self.limit // 2 - len(self.head)
-        if room > 0:
-            self.head += chunk[:room]
-            chunk = chunk[room:]
-        self.tail += chunk
-        if (over := len(self.tail) - self.limit // 2) > self.limit // 4:
-            del self.tail[:over]
-            self.dropped += over
-
-    def text(self, secrets: Sequence[str]) -> str:
-        cut = f"\n[… {self.dropped} bytes left out …]\n".encode() if self.dropped else b""
-        return mask((bytes(self.head) + cut + bytes(self.tail)).decode(errors="replace"), secrets)
 
 
 class _Lines:
@@ -241,7 +218,7 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
     """
     pipe = asyncio.subprocess.PIPE
     began = time.monotonic()
-    kept_out, kept_err = _Kept(keep), _Kept(keep)
+    kept_out, kept_err = Bounded(keep), Bounded(keep)
     async with start(argv, env=env, cwd=cwd, stdin=asyncio.subprocess.DEVNULL if stdin is None else pipe,
                      stdout=pipe, stderr=pipe, grace=grace, signals=signals) as running:
         process = running.process
@@ -263,7 +240,7 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
             await asyncio.wait(pumps, timeout=grace)
             for pump in pumps:
                 pump.cancel()
-    out, err = kept_out.text(secrets), kept_err.text(secrets)
+    out, err = mask(kept_out.text(), secrets), mask(kept_err.text(), secrets)
     shown = [mask(word, secrets) for word in running.argv]
     if timed_out and timeout is not None:
         raise CommandTimeout(shown, timeout, tail(err or out), target=target)
@@ -275,7 +252,7 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
                      truncated=bool(kept_out.dropped or kept_err.dropped))
 
 
-async def _pump(stream: asyncio.StreamReader | None, kept: _Kept, lines: _Lines) -> None:
+async def _pump(stream: asyncio.StreamReader | None, kept: Bounded, lines: _Lines) -> None:
     assert stream is not None
     while chunk := await stream.read(65_536):
         kept.add(chunk)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from toto.base import paths, process
+from toto.base import files, paths, process
 
 
 def run_directory(repo: Path, run: str) -> Path:
@@ -31,9 +31,9 @@ def claim(repo: Path, run: str) -> Path:
         fresh = directory.parent.with_name("runs.new") / run
         fresh.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
-        (fresh / "owner").write_text(process.owner())
+        files.write(fresh / "owner", process.owner())
         fresh.replace(directory)
-    (directory / "owner").write_text(process.owner())
+    files.write(directory / "owner", process.owner())  # (a sweep that read half of it would take the run for dead)
     return directory
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from toto.base import files
 from toto.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -284,9 +285,7 @@ def _remember(admin: Path, commit: str, text: str) -> None:
     file = admin / "toto" / "rules"
     with contextlib.suppress(OSError):  # then git is asked again
         file.parent.mkdir(exist_ok=True)
-        fresh = file.with_name(f"rules.{os.getpid()}")
-        fresh.write_text(f"{commit}\n{text}")
-        fresh.replace(file)
+        files.write(file, f"{commit}\n{text}", 0o644)
 
 
 async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None = None) -> "Completed":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from toto.base import paths
+from toto.base import files, paths, process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import access, receive
@@ -83,7 +83,7 @@ async def remember(repos: Path, served: Served) -> None:
     (The hooks of infra repositories are brought up to date by `create`.)
     """
     repos.mkdir(parents=True, exist_ok=True)
-    _write(repos / "server.json", json.dumps(asdict(served)), 0o600)
+    files.write(repos / "server.json", json.dumps(asdict(served)))
     if (access.path_of(repos, access.ADMIN) / "HEAD").exists():
         await _install(access.path_of(repos, access.ADMIN), "main", {"toto.rules": "true"})
 
@@ -182,7 +182,7 @@ async def create(path: Path, *, api_url: str, deployment: str = "reconcile/toto"
     if auth is None:
         secret.unlink(missing_ok=True)
     else:
-        _write(secret, 'user = "{}"\n'.format(auth.replace("\\", "\\\\").replace('"', '\\"')), 0o600)
+        files.write(secret, 'user = "{}"\n'.format(auth.replace("\\", "\\\\").replace('"', '\\"')))
     return path
 
 
@@ -197,8 +197,9 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
             **settings, "toto.branch": branch, "toto.python": sys.executable, "toto.root": str(HOOKS.parents[2]),
             "receive.hideRefs": "refs/toto", "receive.advertisePushOptions": "true"}.items():
         await _configure(path, key, value)
+    (path / "hooks").mkdir(exist_ok=True)
     for hook in HOOKS.iterdir():
-        _write(path / "hooks" / hook.name, hook.read_text(), 0o755)
+        files.write(path / "hooks" / hook.name, hook.read_text(), 0o755)
 
 
 async def _configure(repo: Path, key: str, value: str | None) -> None:
@@ -219,33 +220,19 @@ def waiting(repo: Path) -> list[Waiting]:
     return [Waiting(file, file.stem.rpartition("-")[2]) for file in files]
 
 
-async def drain_spool(repo: Path, api: Api | None = None) -> list[str]:
+async def drain_spool(repo: Path) -> list[str]:
     """Start what was pushed to `repo` while Prefect was down, in the order of the pushes; return the runs' ids.
 
-    `api` defaults to what the repository's hook uses. A request that Prefect refuses is set aside as `.refused`.
-    Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
+    The hook does it, which knows what is sent and what an answer means; a request that Prefect refuses is set aside as
+    `.refused`. Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
     """
-    pending = waiting(repo)
-    if not pending:
+    if not waiting(repo):
         return []
-    api = api or await api_of(repo)
-    deployment = await _setting(repo, "toto.deployment") or "reconcile/toto"
-    found = await api.call("GET", f"/deployments/name/{deployment}")
-    runs = []
-    for push in pending:
-        try:
-            body = json.loads(push.file.read_text())
-            run = await api.call("POST", f"/deployments/{found['id']}/create_flow_run", body)
-        except FileNotFoundError:
-            continue  # a hook was quicker
-        except (ServerError, ValueError) as error:
-            if isinstance(error, ServerError) and error.status not in {400, 409, 422}:
-                raise
-            push.file.rename(push.file.with_name(push.file.name + ".refused"))
-            continue
-        push.file.unlink(missing_ok=True)
-        runs.append(str(run["id"]))
-    return runs
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "TOTO_"))}
+    done = await process.run(["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=env, timeout=600, check=False)
+    if done.status != 0:
+        raise ServerError(process.tail(done.stderr).removeprefix("toto: "), target=str(repo))
+    return done.lines
 
 
 async def api_of(repo: Path) -> Api:
@@ -279,17 +266,6 @@ def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, depl
     if auth is not None and (":" not in auth or "\n" in auth):
         raise InputError("the API's credentials are not user:password", target=place)  # the text itself is secret
     return path
-
-
-def _write(file: Path, text: str, mode: int) -> None:
-    """Replace `file` at once, never readable by more than `mode` says."""
-    file.parent.mkdir(exist_ok=True)
-    fresh = file.with_name(f"{file.name}.new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as sink:
-        sink.write(text)
-    fresh.chmod(mode)
-    fresh.replace(file)
 
 
 def _read_auth(file: Path) -> str | None:

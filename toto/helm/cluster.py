@@ -162,6 +162,14 @@ class Helm:
                          process.mask(each["description"], stored.secrets), datetime.fromisoformat(each["updated"]))
                 for each in await self._command(release).history(release.name, namespace=release.namespace)]
 
+    async def last_whole(self, release: Release) -> int:
+        """The newest revision that was deployed without a failure, of those that helm still keeps; 0 for none.
+
+        Helm calls a failed one superseded later, and only its description still tells.
+        """
+        return max((each.number for each in await self.history(release) if each.status == "deployed"
+                    or (each.status == "superseded" and " failed: " not in each.description)), default=0)
+
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
         """What `helm lint` warns of. Raises `RenderFailed`, `ChartUnavailable`."""
         chart = await self._chart(release, tree)
@@ -293,10 +301,8 @@ class Helm:
             raise ReleaseBusy(f"it is {now.status} since {age:.0f} s: that helm may be alive", target=release.label,
                               hint="wait for it to end; when it was killed, a later run repairs what it left")
         left = f"a helm that was killed had left it {now.status} at revision {now.number}"
-        history = await self.history(release)
-        whole = [each.number for each in history if each.status == "deployed"
-                 or (each.status == "superseded" and " failed: " not in each.description)]
-        to = good if good in {each.number for each in history} else max(whole, default=0)
+        kept = {each.number for each in await self.history(release)}
+        to = good if good in kept else await self.last_whole(release)
         if not to or now.status == "uninstalling":
             await self.uninstall(release)
             return f"{left}; what there was of it was removed"

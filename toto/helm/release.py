@@ -5,12 +5,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, StrictBool, StrictStr
 
+from toto.base.after import in_order
 from toto.base.errors import InputError
 from toto.base.model import Fields, shown
 from toto.base.yaml_file import FileError, Reading, Unreadable, read_text
@@ -124,19 +124,10 @@ def discover(tree: Path) -> list[Release]:
             if other not in readings:
                 reading = readings[release.name]
                 reading.problem(reading.line(("after", number)), "after", f"there is no release {shown(other)}")
-    order: list[str] = []
-    sorter = TopologicalSorter({name: {*found[name].after} & found.keys() for name in found})
-    try:
-        sorter.prepare()
-        while sorter:
-            ready = sorted(sorter.get_ready())
-            sorter.done(*ready)
-            order += ready
-    except CycleError as error:
-        circle: list[str] = error.args[1]
-        reading = readings[circle[-1]]
-        reading.problem(reading.line(("after",)), "after",
-                        f"this goes round in a circle: {' after '.join(reversed(circle))}")
+    order, circles = in_order({name: found[name].after for name in found})
+    for circle in circles:
+        reading = readings[circle.name]
+        reading.problem(reading.line(("after",)), "after", str(circle))
     if problems := [what for reading in readings.values() for _, what in sorted(reading.problems)]:
         raise ReleaseFileError(problems)
     return [found[name] for name in order]

@@ -1,4 +1,4 @@
-"""Reading the infra repo on toto, and exporting a commit to a tree without .git. The ledger is `toto.ledger.ledger`'s.
+"""Reading the infra repo on toto, and exporting a commit to a tree without .git. For writing: `toto.infra_repo.branch`.
 
 Objects are read by GitPython (which keeps a `git cat-file` of its own while a repo is open); everything else
 goes through the process door. Both get an environment that no hook's GIT_DIR or quarantine leaks into.
@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,64 +173,21 @@ async def update_ref(repo: Path, ref: str, new: str, old: str | None = None, *, 
     while True:
         expected = [] if old is None else [old]
         done = await git(repo, "update-ref", "-m", message, ref, new, *expected, check=False)
-        if done.status == 0 or not _lock(repo, ref).exists() or time.monotonic() > deadline:
+        if done.status == 0 or time.monotonic() > deadline or not await until_unlocked(repo, ref):
             return done
-        await _break_stale_lock(repo, ref)
+
+
+async def until_unlocked(repo: Path, ref: str) -> bool:
+    """Wait until no git holds the lock of a ref, at most twice as long as any living one would; whether one held it."""
+    lock, deadline, locked = repo / f"{ref}.lock", time.monotonic() + 2 * STALE, False
+    while lock.exists() and time.monotonic() < deadline:
+        locked = True
+        async with paths.alone(repo / "toto-stale.lock"):  # two that break it at once could break a third's
+            with suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > STALE:
+                    lock.unlink()
         await anyio.sleep(random.uniform(0.01, 0.1))  # noqa: S311
-
-
-def _lock(repo: Path, ref: str) -> Path:
-    return repo / f"{ref}.lock"
-
-
-async def _break_stale_lock(repo: Path, ref: str) -> None:
-    async with paths.alone(repo / "toto-stale.lock"):  # two that break it at once could break a third's
-        with suppress(FileNotFoundError):
-            if time.time() - _lock(repo, ref).stat().st_mtime > STALE:
-                _lock(repo, ref).unlink()
-
-
-async def edit_file(repo: Path, ref: str, path: str, edit: Callable[[str], str], message: str) -> None:
-    """Change one file of the branch `ref`, safe with several writers: `edit` makes the new text of the old.
-
-    The old is "" at first. It is called again when another writer was first; a text that it leaves as it was makes
-    no commit. Raises `GitError` when the branch cannot be written.
-    """
-    await _edit(repo, ref, ["cat-file", "blob", f"{ref}:{path}"], f"M 100644 inline {path}", edit, message)
-
-
-async def edit_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
-    """Change the note of a commit in `ref` (below refs/notes), as `edit_file` changes a file."""
-    await _edit(repo, ref, ["notes", f"--ref={ref}", "show", commit], f"N inline {commit}", edit, "toto's notes")
-
-
-async def _edit(repo: Path, ref: str, read: list[str], write: str, edit: Callable[[str], str], message: str) -> None:
-    for attempt in range(20):
-        if _lock(repo, ref).exists():
-            await _break_stale_lock(repo, ref)
-        # The ref first: what is read after it may be newer, and then it is fast-import that refuses.
-        parent = (await git(repo, "rev-parse", "--verify", "--quiet", ref, check=False)).stdout.strip()
-        old = (await git(repo, *read, check=False)).stdout
-        new = edit(old)
-        if new == old:
-            return
-        # Moves the ref only as a fast-forward from `parent`, which makes it a compare-and-swap.
-        stream = b"".join((
-            f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
-            f"from {parent}\n".encode() if parent else b"", f"{write}\n".encode(), _data(new), b"done\n"))
-        done = await git(repo, "fast-import", "--quiet", "--date-format=now", stdin=stream, check=False)
-        if done.status == 0:
-            return
-        if done.status != 1:  # 1: another writer was first
-            break
-        await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
-    raise GitError(f"{ref} could not be written: {process.tail(done.stderr)}", target=str(repo),
-                   hint="is there room on the disk, and may toto write to it?")
-
-
-def _data(text: str) -> bytes:
-    data = text.encode()
-    return b"data %d\n%b\n" % (len(data), data)
+    return locked
 
 
 def now() -> str:

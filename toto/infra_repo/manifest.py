@@ -8,7 +8,6 @@ Not for reaching machines (`toto.machine.ssh`), nor for what runs on them (`host
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
@@ -20,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from toto.base.after import in_order
 from toto.base.model import Fields, Location, Model, shown
 from toto.base.yaml_file import FileError, Reading, quoted, read_text
 from toto.infra_repo.fields import (
@@ -121,7 +121,7 @@ class Manifest(Model):
         if unknown := sorted(chosen - self.machines.keys()):
             raise ManifestError([f"{FILE}: {name}: there is no such machine" for name in unknown])
         depth: dict[str, int] = {}
-        for name in _sorter(self.machines).static_order():
+        for name in in_order({name: machine.after for name, machine in self.machines.items()})[0]:
             machine = self.machines[name]
             depth[name] = max((depth[other] + (other in chosen) for other in machine.after
                                if self.machines[other].wave == machine.wave), default=0)
@@ -185,21 +185,9 @@ def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
             elif machines[other].wave > machine.wave:
                 yield machine.name, ("after", index), (
                     f"{other} is of wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
-    graph = {name: {other for other in machine.after if other in machines} for name, machine in machines.items()}
-    for _ in range(20):
-        try:
-            TopologicalSorter(graph).prepare()
-            return
-        except CycleError as error:
-            # The cycle is told as its edges run: each machine is before the next one.
-            cycle: list[str] = error.args[1]
-            last = cycle[-1]
-            yield last, ("after",), f"this goes round in a circle: {' after '.join(reversed(cycle))}"
-            graph[last] = graph[last] - {cycle[-2]}
+    for circle in in_order({name: machine.after for name, machine in machines.items()})[1]:
+        yield circle.name, ("after",), str(circle)
 
-
-def _sorter(machines: Mapping[str, Machine]) -> TopologicalSorter[str]:
-    return TopologicalSorter({name: machine.after for name, machine in machines.items()})
 
 class _Reading(Reading):
     """One reading of a manifest."""

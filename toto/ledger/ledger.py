@@ -2,31 +2,29 @@
 
 A branch, `refs/toto/ledger`, of the infra repo on toto: one JSON file a target, one commit a change, so
 that `git log refs/toto/ledger` reads as the deployment history. Every write is a compare-and-swap of the
-ref, and a change is a function of the entry as it stands, so several writers are safe: whoever loses the
-race looks at the new entry and decides again. An open intent belongs to one run; another run that tries
-to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind every lock.
+ref (`toto.infra_repo.branch`), and a change is a function of the entry as it stands, so several writers are
+safe: whoever loses the race looks at the new entry and decides again. An open intent belongs to one run;
+another run that tries to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind
+every lock.
 """
 
 import hashlib
 import json
-import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeAlias, overload
 
-import anyio
 from gitdb.exc import BadName
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
 
 from toto.base import process
 from toto.base.errors import TotoError
-from toto.infra_repo import git
+from toto.infra_repo import branch, git
 from toto.ledger.target import Target
 
 REF: Final = "refs/toto/ledger"
-_EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 
 
 class LedgerError(TotoError):
@@ -189,67 +187,47 @@ class Ledger:
             entries = {}
             for folder in head.tree.trees:
                 for blob in folder.blobs:
-                    try:
-                        entry = Entry.model_validate_json(blob.data_stream.read())
-                    except ValidationError as error:
-                        raise LedgerError(f"{blob.path} in {REF} cannot be read: {error}", target=str(self.repo),
-                                          hint=f"look at `git log -p {REF} -- {blob.path}`, and point the ref "
-                                               "at the last commit that was whole") from error
-                    entries[Target(folder.name, blob.name.removesuffix(".json"))] = entry
+                    target, entry = self._parsed(str(blob.path), blob.data_stream.read())
+                    entries[target] = entry
             return Snapshot(head.hexsha, entries)
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
         """Change the entry of one target: `change` gets it as it stands and returns the new one (None: remove it).
 
         Called again when another writer was first; what it raises goes through, with nothing written.
-        Returns the entry as written. Raises `LedgerError` when the ref cannot be moved after many tries.
+        Returns the entry as written. Raises `LedgerError` when the ledger cannot be written, or read.
         """
-        for attempt in range(50):
-            snapshot = self.read()
-            old = snapshot.entries.get(target)
+        path = f"{target.kind}/{target.name}.json"
+        written: Entry | None = None
+
+        def edit(texts: Mapping[str, str]) -> dict[str, str | None]:
+            nonlocal written
+            old = self._parsed(path, texts[path])[1] if path in texts else None
             try:
                 new = change(old or Entry())
             except LedgerError as error:
                 error.target = error.target or str(target)
                 raise
-            if old == new or (new is not None and new.model_dump() == (old or Entry()).model_dump()):
-                return old
-            if await self._commit(snapshot.commit, target, new, message):
-                return new
-            await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
-        raise LedgerError("could not be written: others kept writing", target=str(target), hint="run it again")
+            if new == old or (new is not None and new.model_dump() == (old or Entry()).model_dump()):
+                written = old
+                return {}
+            written = new
+            if new is None:
+                return {path: None}
+            return {path: json.dumps(new.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"}
 
-    async def _commit(self, parent: str, target: Target, entry: Entry | None, message: str) -> bool:
-        """One commit on top of `parent`; False when the ref had moved meanwhile."""
-        path = f"{target.kind}/{target.name}.json"
-        index = {"GIT_INDEX_FILE": str(self.repo / f"toto-ledger.{process.owner()}.{random.getrandbits(48):x}")}
-        who = {"GIT_AUTHOR_NAME": "toto", "GIT_AUTHOR_EMAIL": "toto@localhost",
-               "GIT_COMMITTER_NAME": "toto", "GIT_COMMITTER_EMAIL": "toto@localhost"}
         try:
-            await git.git(self.repo, "read-tree", parent or _EMPTY_TREE, extra=index)
-            line = f"0 {'0' * 40}\t{path}\n"  # as git says that a file is gone
-            if entry is not None:
-                text = json.dumps(entry.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"
-                blob = await git.git(self.repo, "hash-object", "-w", "--stdin", stdin=text.encode())
-                line = f"100644 {blob.stdout.strip()}\t{path}\n"
-            await git.git(self.repo, "update-index", "--index-info", stdin=line.encode(), extra=index)
-            tree = (await git.git(self.repo, "write-tree", extra=index)).stdout.strip()
-            parents = ["-p", parent] if parent else []
-            commit = (await git.git(self.repo, "commit-tree", tree, *parents, "-m", message, extra=who)).stdout.strip()
-            moved = await git.update_ref(self.repo, REF, commit, parent or "0" * 40, message=message.splitlines()[0])
-        except TotoError as error:
-            raise self._unwritten(target, error.message) from error
-        finally:
-            Path(index["GIT_INDEX_FILE"]).unlink(missing_ok=True)
-        if moved.status == 0:
-            return True
-        if self.read().commit != parent:
-            return False
-        raise self._unwritten(target, process.tail(moved.stderr))
+            await branch.change(self.repo, REF, [path], edit, message)
+        except branch.NotWritten as error:
+            raise LedgerError(f"the ledger could not be written: {error.why}", target=str(target),
+                              hint=error.hint) from error
+        return written
 
-    def _unwritten(self, target: Target, why: str) -> LedgerError:
-        return LedgerError(f"the ledger could not be written: {why}", target=str(target),
-                           hint=f"is there room on the disk (`df -h {self.repo}`), and may toto write there?")
-
-
-
+    def _parsed(self, path: str, text: str | bytes) -> tuple[Target, Entry]:
+        kind, _, name = path.partition("/")
+        try:
+            return Target(kind, name.removesuffix(".json")), Entry.model_validate_json(text)
+        except ValidationError as error:
+            raise LedgerError(f"{path} in {REF} cannot be read: {error}", target=str(self.repo),
+                              hint=f"look at `git log -p {REF} -- {path}`, and point the ref "
+                                   "at the last commit that was whole") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from toto.base import process
+from toto.base import files, process
 from toto.base.errors import InputError, TotoError
 from toto.base.process import Argument, CommandFailed, CommandTimeout, Completed, LineSink, Running
 
@@ -97,8 +97,7 @@ class SshTarget:
         if self.identity is not None:
             options |= {"IdentityFile": _path(self.identity), "IdentitiesOnly": "yes", "IdentityAgent": "none"}
         if self.host_key is not None:
-            pinned = directory / "known_hosts"
-            pinned.write_text(f"{self.name} {self.host_key}\n")
+            pinned = files.write(directory / "known_hosts", f"{self.name} {self.host_key}\n")
             options |= {"StrictHostKeyChecking": "yes", "UserKnownHostsFile": _path(pinned)}
         elif self.known_hosts is not None:
             self.known_hosts.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,10 +108,8 @@ class SshTarget:
                         "GlobalKnownHostsFile": "/dev/null"}
         if control is not None:
             options |= {"ControlMaster": "no", "ControlPath": _path(control)}
-        config = directory / "ssh_config"
-        config.write_text("".join([f"Host {self.name}\n", *(f"  {key} {value}\n" for key, value in options.items())]))
-        config.chmod(0o600)
-        return config
+        lines = [f"Host {self.name}\n", *(f"  {key} {value}\n" for key, value in options.items())]
+        return files.write(directory / "ssh_config", "".join(lines))
 
 
 @dataclass

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from toto.base import process
+from toto.base import files, process
 from toto.base.errors import InputError
 from toto.base.process import CommandTimeout
 
@@ -60,7 +60,7 @@ async def acceleration(state: Path) -> Acceleration:
     log.info("virtual machines run under %s", found)
     with contextlib.suppress(OSError):
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        remembered.write_text(f"{boot} {found}\n")
+        files.write(remembered, f"{boot} {found}\n")
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from toto.base import process
+from toto.base.bounded import bounded
 from toto.base.process import LineSink, Running
 
 log = logging.getLogger(__name__)
@@ -68,13 +69,10 @@ class Console:
 
     def shorten(self) -> None:
         """Leave the middle out, so that the boot and the end are there to read."""
-        text = self.path.read_bytes()
-        half = LONGEST_CONSOLE // 4
+        text = bounded(self.path.read_bytes(), LONGEST_CONSOLE // 2)
         self.file.seek(0)
         self.file.truncate()
-        self.file.write(text[:half].decode(errors="replace"))
-        self.file.write(f"\n[… {len(text) - 2 * half} bytes left out …]\n")
-        self.file.write(text[-half:].decode(errors="replace"))
+        self.file.write(text)
         self.file.flush()
 
     def tail(self, count: int = 30) -> str:

@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from toto.base.bounded import Bounded
 from toto.base.process import CommandNotFound, CommandTimeout, LineSink, run
 from toto.rehearsal import tap
 from toto.rehearsal.results import PhaseResult, ScriptResult
@@ -42,33 +42,6 @@ exec ssh -F "$TOTO_SSH_CONFIG" -o BatchMode=yes -- "$TOTO_HOST" "$line"
 """
 
 
-class _Output:
-    """Lines as they come from both streams, within bounds: the first half and the last half."""
-
-    def __init__(self, keep: int) -> None:
-        self.half, self.used, self.dropped = keep // 2, 0, 0
-        self.head: list[str] = []
-        self.tail: deque[str] = deque()
-
-    def add(self, line: str) -> None:
-        size = len(line) + 1
-        if not self.tail and self.used + size <= self.half:
-            self.head.append(line)
-            self.used += size
-            return
-        if not self.tail:
-            self.used = 0
-        self.tail.append(line)
-        self.used += size
-        while self.used > self.half and len(self.tail) > 1:
-            self.used -= len(self.tail.popleft()) + 1
-            self.dropped += 1
-
-    def text(self) -> str:
-        left_out = [f"[… {self.dropped} lines left out …]"] if self.dropped else []
-        return "".join(f"{line}\n" for line in (*self.head, *left_out, *self.tail))
-
-
 async def run_script(script: Script, env: Mapping[str, str], *, timeout: float | None = None, keep: int = OUTPUT,
                      on_line: LineSink | None = None) -> ScriptResult:
     """Run a script to its end, in its own directory, with `env` as its whole environment.
@@ -77,10 +50,10 @@ async def run_script(script: Script, env: Mapping[str, str], *, timeout: float |
     of stdout and stderr. Whatever the script does is in the result; only a cancel comes out as an exception.
     """
     began = time.monotonic()
-    judge, output = tap.Judge(), _Output(keep)
+    judge, output = tap.Judge(), Bounded(keep)
 
     def hear(line: str) -> None:
-        output.add(line)
+        output.add(f"{line}\n".encode(errors="replace"))
         if on_line is not None:
             on_line(line)
 

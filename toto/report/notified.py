@@ -12,7 +12,7 @@ from typing import Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from toto.infra_repo import git
+from toto.infra_repo import branch, git
 from toto.report.message import Message
 
 REF: Final = "refs/toto/told"
@@ -69,13 +69,16 @@ async def read(repo: Path, check: Check = "reconcile") -> Notified:
 
 
 async def remember(repo: Path, notified: Notified, check: Check = "reconcile") -> None:
-    """Remember what these venues know now; the others' knowledge stays. Raises `GitError`."""
-    def edit(text: str) -> str:
-        merged = {venue: known for venue, known in (_parse(text) | notified).items() if known}
-        if merged == _parse(text):
-            return text
-        return json.dumps(_NOTIFIED.dump_python(merged), indent=1, sort_keys=True) + "\n"
-    await git.edit_file(repo, REF, f"{check}.json", edit, f"notified {', '.join(sorted(notified))}")
+    """Remember what these venues know now; the others' knowledge stays. Raises `NotWritten`."""
+    file = f"{check}.json"
+
+    def edit(texts: Mapping[str, str]) -> dict[str, str]:
+        before = _parse(texts.get(file, ""))
+        merged = {venue: known for venue, known in (before | notified).items() if known}
+        if merged == before:
+            return {}
+        return {file: json.dumps(_NOTIFIED.dump_python(merged), indent=1, sort_keys=True) + "\n"}
+    await branch.change(repo, REF, [file], edit, f"notified {', '.join(sorted(notified))}")
 
 
 def _parse(text: str) -> Notified:
@@ -86,7 +89,7 @@ def _parse(text: str) -> Notified:
 
 
 async def note(repo: Path, commit: str, message: Message) -> None:
-    """Add the result to the notes of its commit, unless it is what they say last. Raises `GitError`."""
+    """Add the result to the notes of its commit, unless it is what they say last. Raises `NotWritten`."""
     said = f"{message.state}: {message.summary}"
 
     def edit(text: str) -> str:
@@ -95,4 +98,4 @@ async def note(repo: Path, commit: str, message: Message) -> None:
             return text
         link = f" <{message.link}>" if message.link else ""
         return "\n".join([*lines, f"{git.now()} {said}{link}"][-_MOST_LINES:]) + "\n"
-    await git.edit_note(repo, NOTES, commit, edit)
+    await branch.change_note(repo, NOTES, commit, edit)

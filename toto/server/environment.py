@@ -9,6 +9,7 @@ from typing import Final
 from toto.server import orphans, prune
 
 PORT: Final = 4200
+POSTGRES: Final = "postgresql+asyncpg"  # how the address of Prefect's database begins when that is PostgreSQL
 
 
 def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1", database_url: str | None = None,
@@ -61,6 +62,10 @@ def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1",
     }
     if database_url is not None:
         env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
+        if database_url.startswith(POSTGRES):
+            # Says nothing new to the server, which has it from the address; but to whoever asks it for its settings,
+            # where the address is masked: `tasks.limits.side_by_side`.
+            env["PREFECT_SERVER_DATABASE_DRIVER"] = POSTGRES
     if auth is not None:
         env |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
     return env

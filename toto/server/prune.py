@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from toto.base import paths
+from toto.infra_repo import branch
 
 DAYS: Final = 90
 LARGEST_LOG: Final = 20_000_000  # bytes
@@ -19,7 +20,7 @@ def prune(home: Path, repos: list[Path], *, days: float = DAYS) -> int:
     for repo in repos:
         gone += _older(paths.repo_state(repo) / "junit", "*.xml", before)
         gone += _older(repo / "toto" / "spool", "*.refused", before)
-        gone += _older(repo, "toto-ledger.*", time.time() - 86_400)  # the index of a writer that was killed
+        gone += _older(repo, branch.CRASH_REPORTS, time.time() - 86_400)  # of a writer that was killed meanwhile
     for log in (home / "logs").glob("*.log"):
         _shorten(log)
     return gone

@@ -1,6 +1,7 @@
 """Just enough of HCL, the language of `.tf` files, to find the modules that a configuration calls.
 
 A module's source is a literal, so nothing is evaluated here. What is no HCL is not told here either, but by terraform.
+(python-hcl2 refuses such a file instead, knows no lines, and takes seconds for 70 kB.)
 """
 
 import json
@@ -10,12 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-_CODE: Final = re.compile(r"""
-    (?P<blank> [^\S\n]+ | (?:\#|//)[^\n]* | /\*.*?(?:\*/|\Z) )
-  | <<-?(?P<tag>[^\W\d][\w-]*)[^\n]*\n.*?(?:^[^\S\n]*(?P=tag)\b|\Z)
-  | [^\W\d][\w-]*
+# Nothing here is tried again at a shorter length (`++`, `*+`): else a file of one long line could take minutes.
+_CHARACTERS: Final = r'(?:[^"\\$%]++|\\.|\$\$\{|%%\{|[$%](?!\{))'
+_CODE: Final = re.compile(rf"""
+    (?P<nothing> \s++ | (?:\#|//)[^\n]*+ | /\*.*?(?:\*/|\Z)
+               | <<-?(?P<tag>[^\W\d][\w-]*+)\r?\n.*?(?:^[^\S\n]*+(?P=tag)\b|\Z) )
+  | (?P<string> "{_CHARACTERS}*+" )
+  | \w[\w-]*+
+  | [^\w\s{{}}="\#/<]++
   | . """, re.VERBOSE | re.DOTALL | re.MULTILINE)
-_STRING: Final = re.compile(r'(?:[^"\\$%]|\\.|\$\$\{|%%\{|[$%](?!\{))+|[$%]\{|.', re.DOTALL)
+_STRING: Final = re.compile(rf'{_CHARACTERS}++|[$%]\{{|.', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,17 @@ class Module:
 def modules(text: str) -> Iterator[Module]:
     """The modules that a `.tf` file calls."""
     depth, name, before = 0, "", ("", "")
-    for word, line in _tokens(text):
-        match before, word:
-            case ("module", label), "{" if depth == 0:
-                name = label.strip('"')
-            case ("source", "="), _ if depth == 1 and name and word.startswith('"'):
-                yield Module(name, word.strip('"'), line)
-        depth += (word == "{") - (word == "}")
+    line, counted = 1, 0
+    for word, place in _tokens(text):
+        if word == "{":
+            if depth == 0 and before[0] == "module":
+                name = before[1].strip('"')
+            depth += 1
+        elif word == "}":
+            depth -= 1
+        elif depth == 1 and name and word[0] == '"' and before == ("source", "="):
+            line, counted = line + text.count("\n", counted, place), place
+            yield Module(name, word.strip('"'), line)
         if depth == 0:
             name = ""
         before = (before[1], word)
@@ -44,12 +53,15 @@ def modules(text: str) -> Iterator[Module]:
 
 def json_modules(text: str) -> Iterator[Module]:
     """The modules that a `.tf.json` file calls."""
+    line, counted = 1, 0
     with suppress(ValueError, AttributeError, RecursionError):
         for calls in _listed(json.loads(text).get("module")):
             for name, bodies in calls.items():
                 for source in (body.get("source") for body in _listed(bodies)):
                     if isinstance(source, str):
-                        yield Module(name, source, text.count("\n", 0, max(0, text.find(json.dumps(source)))) + 1)
+                        place = max(counted, text.find(json.dumps(source), counted + 1))
+                        line, counted = line + text.count("\n", counted, place), place
+                        yield Module(name, source, line)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -57,26 +69,26 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
-    """Words, marks and whole strings (in their quotes), each with the line it begins on; no comments, no heredocs."""
-    position, line, began, string = 0, 1, 1, ""
+    """Words, marks and whole strings (in their quotes), each with where it begins; no comments, no heredocs."""
+    place, began = 0, 0
     inside: list[str] = []  # what is open of a string: its quote, and the templates and strings within
-    while found := (_STRING if inside[-1:] == ['"'] else _CODE).match(text, position):
-        word, position = found[0], found.end()
-        if not inside and word == '"':
-            string, began = "", line
-        if inside:
-            string += word
-        match inside[-1:], word:
-            case ['"'], '"':
+    while found := (_STRING if inside[-1:] == ['"'] else _CODE).match(text, place):
+        start, place, word = place, found.end(), found[0]
+        if inside[-1:] == ['"']:
+            if word == '"':
                 inside.pop()
                 if not inside:
-                    yield f'"{string}', began
-            case (['"'], "${" | "%{") | (["{"], "{"):
+                    yield text[began:place], began
+            elif word in ("${", "%{"):
                 inside.append("{")
-            case ["{"], "}":
-                inside.pop()
-            case ([] | ["{"]), '"':
-                inside.append('"')
-            case [], _ if word != "\n" and found.lastgroup is None:
-                yield word, line
-        line += word.count("\n")
+        elif found.lastgroup == "nothing":
+            continue
+        elif word == '"':  # a string with templates in it, or without an end
+            began = began if inside else start
+            inside.append('"')
+        elif not inside:
+            yield word, start
+        elif word == "{":
+            inside.append("{")
+        elif word == "}":
+            inside.pop()

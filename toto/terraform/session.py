@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -26,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 import python_terraform  # type: ignore[import-untyped]
 
 from toto.base import paths, process
+from toto.base.after import in_order
 from toto.base.errors import InputError, TotoError
 from toto.base.model import Model, shown
 from toto.base.process import CommandTimeout, Completed, LineSink
@@ -126,12 +126,9 @@ def discover(tree: Path, settings: Terraform) -> list[Root]:
                         approve=each.approve or settings.approve) for name, each in named.items()}
     if problems := list(_problems(tree, roots)):
         raise SettingsError(problems)
-    try:
-        order = list(TopologicalSorter({name: root.after for name, root in roots.items()}).static_order())
-    except CycleError as error:
-        circle = " after ".join(reversed(error.args[1]))
-        raise SettingsError([problem(("terraform", "roots", error.args[1][-1], "after"),
-                                     f"this goes round in a circle: {circle}")]) from None
+    order, circles = in_order({name: root.after for name, root in roots.items()})
+    if circles:
+        raise SettingsError([problem(("terraform", "roots", each.name, "after"), str(each)) for each in circles])
     return [roots[name] for name in order]
 
 

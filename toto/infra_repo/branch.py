@@ -1,0 +1,121 @@
+"""Writing to branches of toto's own in the infra repo (the ledger, what venues were told, notes), many writers at once.
+
+A change is a function of the texts as they stand, and a compare-and-swap: the branch moves only when it still is where
+those texts were read. Whoever was second has its function called again. `git fast-import` does it in one process
+without an index: it writes the objects first (git syncs them to the disk), then moves the branch, so a writer that is
+killed leaves the branch as it was, or moved. Not for the branches that people push to.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import anyio
+from gitdb.exc import BadName
+
+from toto.base import process
+from toto.infra_repo import git
+from toto.infra_repo.git import GitError
+
+TRIES: Final = 50  # each is lost to another writer that was first, so this many may write at one instant
+CRASH_REPORTS: Final = "fast_import_crash_*"  # what git leaves in the repository when it could not write
+
+Texts: TypeAlias = Mapping[str, str]
+Edit: TypeAlias = Callable[[Texts], Mapping[str, str | None]]
+_Step: TypeAlias = Callable[[str], Awaitable[bytes]]  # from a commit to the changes on top of it; none: b""
+
+
+class NotWritten(GitError):
+    """A branch could not be written, and stands as it did. `why` is what git said."""
+
+    def __init__(self, repo: Path, ref: str, why: str) -> None:
+        super().__init__(f"{ref} could not be written: {why}", target=str(repo),
+                         hint=f"is there room on the disk (`df -h {repo}`), and may toto write there?")
+        self.why = why
+
+
+async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message: str) -> None:
+    """Change files of the branch `ref` in one commit; `ref` is made by its first.
+
+    `edit` gets the text of each of `paths` that is there, and returns new texts by path (None: remove it). It is called
+    again when another writer was first. What it leaves as it was makes no commit, and what it raises goes through with
+    nothing written. Raises `NotWritten`.
+    """
+    async def step(tip: str) -> bytes:
+        old = _read(repo, tip, paths)
+        new = edit(old)
+        return b"".join(f"D {path}\n".encode() if text is None else f"M 100644 inline {path}\n".encode() + _data(text)
+                        for path, text in new.items() if text != old.get(path))
+    await _swap(repo, ref, step, message)
+
+
+async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
+    """Change the note of a commit in `ref` (below refs/notes), "" where it has none, as `change` changes files."""
+    async def step(_: str) -> bytes:
+        # This may be newer than what `tip` has; then it is fast-import that refuses.
+        old = (await git.git(repo, "notes", f"--ref={ref}", "show", commit, check=False)).stdout
+        new = edit(old)
+        return b"" if new == old else f"N inline {commit}\n".encode() + _data(new)
+    await _swap(repo, ref, step, "toto's notes")
+
+
+async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
+    for attempt in range(TRIES):
+        tip = _tip(repo, ref)
+        changes = await step(tip)
+        if not changes:
+            return
+        # Moves the ref only as a fast-forward from `tip`, which makes it a compare-and-swap.
+        stream = b"".join((
+            f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
+            f"from {tip}\n".encode() if tip else b"", changes, b"done\n"))
+        try:
+            done = await git.git(repo, "fast-import", "--quiet", "--date-format=now", stdin=stream, check=False)
+        except process.CommandTimeout as error:
+            raise NotWritten(repo, ref, error.message) from error
+        if done.status == 0:
+            return
+        locked = await git.until_unlocked(repo, ref)
+        if done.status != 1 or not (locked or _tip(repo, ref) != tip):  # 1: the objects were written, the ref not moved
+            _clear(repo)
+            raise NotWritten(repo, ref, _said(done.stderr))
+        await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
+    raise NotWritten(repo, ref, f"others were first {TRIES} times")
+
+
+def _tip(repo: Path, ref: str) -> str:
+    """The commit that a branch is at; "" where there is no such branch."""
+    with git.open_repo(repo) as opened:
+        try:
+            return str(opened.commit(ref).hexsha)
+        except (BadName, ValueError):
+            return ""
+
+
+def _read(repo: Path, tip: str, paths: Sequence[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    if tip:
+        with git.open_repo(repo) as opened:
+            tree = opened.commit(tip).tree
+            for path in paths:
+                with suppress(KeyError):
+                    texts[path] = tree.join(path).data_stream.read().decode(errors="replace")
+    return texts
+
+
+def _data(text: str) -> bytes:
+    data = text.encode()
+    return b"data %d\n%b\n" % (len(data), data)
+
+
+def _said(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if "dumping crash report" not in line]
+    return process.tail("\n".join(lines)) or "git said nothing"
+
+
+def _clear(repo: Path) -> None:
+    for report in repo.glob(CRASH_REPORTS):
+        with suppress(OSError):
+            report.unlink()
