@@ -6,7 +6,7 @@ from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks import cancelled_by_sigterm, report
+from tasks import cancelled_by_sigterm, names, report
 from tasks.drift import look_at
 from tasks.tell import tell
 from toto.base import runs
@@ -18,11 +18,11 @@ from toto.report.report import Story
 from toto.report.venues import Origin
 
 
-@flow(name="drift", flow_run_name="drift", persist_result=False)
+@flow(name="drift", flow_run_name=names.of_flow, persist_result=False)
 async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = None) -> State[None]:
     """Hold every terraform root and every release against the world, as its last good commit wants it.
 
-    Nothing is applied. To make it what it was: `reconcile` with `again`, and the target in `only`.
+    Nothing is applied. To make it what it was: `reconcile` with `force`, and the target in `only`.
 
     Args:
         repo: the bare infra repo on toto.
@@ -45,7 +45,7 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
             if changed:
                 story.failure(target.label, "drift check", TotoError("\n".join(
                     ["it was changed outside", *changed]), target=target.label,
-                    hint=f'start reconcile with again=true and only=["{target}"], or bring the change into the repo'))
+                    hint=f'start reconcile with force=true and only=["{target}"], or bring the change into the repo'))
         await report.show_story(story)
         await tell(repo, newest, story, origin, named=venues or (), check="drift")
         message = story.headline() if story.failed else "everything is as it was deployed"

@@ -15,7 +15,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows import helm, host, terraform
 from flows.revert import revert, settle, settle_left_open
-from tasks import approve, cancelled_by_sigterm, report
+from tasks import approve, cancelled_by_sigterm, names, report
 from tasks.again import try_again_later
 from tasks.detect import detect, sweep
 from tasks.limits import one_roll_out
@@ -54,16 +54,10 @@ class Request:
     commit: str
     only: tuple[str, ...]
     override: str | None
-    again: bool
+    force: bool
     plan_only: bool
     rehearse_only: bool
     pushed: bool
-
-
-def _name() -> str:
-    parameters = runtime.flow_run.parameters
-    what = (parameters.get("commit") or "newest commit")[:8]
-    return f"{Path(parameters['repo']).name.removesuffix('.git')} {what} ({parameters.get('origin', 'ui')})"
 
 
 async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
@@ -73,18 +67,18 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
     """
     repo, died = flow_run.parameters["repo"], state.is_crashed() and not await was_cancelled(flow_run.id)
     if died or Ledger(Path(repo)).read().open_intents:
-        await arun_deployment("settle/toto", timeout=0, as_subflow=False,
+        await arun_deployment("settle/settle", timeout=0, as_subflow=False,
                               idempotency_key=f"died-{flow_run.id}" if died else None,
                               parameters={"repo": repo, "died": [str(flow_run.id)] if died else []})
     if died:
         await bury(flow_run.id)
 
 
-@flow(name="reconcile", flow_run_name=_name, persist_result=False, on_cancellation=[settle_soon],
+@flow(name="reconcile", flow_run_name=names.of_reconcile, persist_result=False, on_cancellation=[settle_soon],
       on_crashed=[settle_soon])
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
                     plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
-                    again: bool = False, venues: list[str] | None = None) -> State[None]:
+                    force: bool = False, venues: list[str] | None = None) -> State[None]:
     """Make the fleet become what a commit of an infra repo says; put everything back when it goes wrong.
 
     Args:
@@ -95,7 +89,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
-        again: deploy the targets though nothing of them has changed: to mend what was changed outside.
+        force: deploy the targets though nothing of them has changed: to mend what was changed outside.
         venues: who is told the result besides the usual ones, by the names of the venue blocks.
     """
     run = str(runtime.flow_run.id)
@@ -103,7 +97,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         await sweep(repo)
         wanted = git.resolve(repo, commit or "HEAD")
         deploys = not (plan_only or rehearse_only)
-        request = Request(repo, run, wanted, tuple(only or ()), override, again, plan_only, rehearse_only,
+        request = Request(repo, run, wanted, tuple(only or ()), override, force, plan_only, rehearse_only,
                           pushed=origin == "push" and deploys)
         told = partial(tell, repo, wanted, origin=origin, named=venues or (), listening=deploys)
         try:
@@ -129,7 +123,7 @@ async def _reconcile(request: Request) -> tuple[Plan, Story]:
     while True:
         await _look(request)
         plan = await detect(repo, request.commit, run, list(request.only), override=request.override,
-                            again=request.again)
+                            again=request.force)
         story = Story(repo.name.removesuffix(".git"), request.commit, plan.changes)
         await report.show_plan(plan)
         if request.plan_only:

@@ -9,7 +9,7 @@ from prefect.deployments import arun_deployment
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from tasks import cancelled_by_sigterm
+from tasks import cancelled_by_sigterm, names
 from tasks import helm as releases
 from tasks import roll_out as hosts
 from tasks import terraform as roots
@@ -61,11 +61,11 @@ async def revert(repo: Path, run: str, targets: list[Target], manifest: Manifest
 async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
     """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
     if flow_run.deployment_id and AGAIN not in flow_run.tags and not await was_cancelled(flow_run.id):
-        await arun_deployment("settle/toto", timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
-                              idempotency_key=f"again-{flow_run.id}")
+        await arun_deployment("settle/settle", timeout=0, as_subflow=False, tags=[AGAIN],
+                              parameters=flow_run.parameters, idempotency_key=f"again-{flow_run.id}")
 
 
-@flow(flow_run_name="settle what a dead run left open", persist_result=False, on_crashed=[settle_again])
+@flow(flow_run_name=names.of_flow, persist_result=False, on_crashed=[settle_again])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
     """Put back every target whose run died before it was done with it. Waits for a run that is rolling out.
 

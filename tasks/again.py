@@ -18,7 +18,7 @@ async def try_again_later(repo: Path, hosts: list[str]) -> None:
     at = datetime.now(UTC) + timedelta(seconds=LATER)
     try:
         await arun_deployment(
-            "reconcile/toto", scheduled_time=at, timeout=0, as_subflow=False, tags=["retry"],
+            "reconcile/reconcile", scheduled_time=at, timeout=0, as_subflow=False, tags=["retry"],
             idempotency_key=f"{repo}-{','.join(hosts)}-{int(time.time()) // LATER}",
             parameters={"repo": str(repo), "origin": "schedule", "only": hosts})
     except Exception as error:  # the next run tries again as well

@@ -8,7 +8,7 @@ def intend(intent: Intent) -> Change:
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}, or left it half done",
-                             hint="wait for it to end, or run settle/toto")
+                             hint="wait for it to end, or run settle/settle")
         return entry.model_copy(update={"intent": intent})
     return change
 
