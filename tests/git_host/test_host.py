@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import free_port
+from tests.tasks.test_names import called
 from toto.base.errors import InputError
 from toto.git_host import host as git_host
 
@@ -64,7 +65,8 @@ def stand() -> Iterator[Stand]:
                 status = 404
             if status == 201:
                 seen.bodies.append(body)
-            self.answer(status, {"id": f"run-{len(seen.bodies)}", "name": body.get("name", "lucky-otter"), "state": {"name": "Late"}})
+            name = body.get("name", "lucky-otter")
+            self.answer(status, {"id": f"run-{len(seen.bodies)}", "name": name, "state": {"name": "Late"}})
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         seen.port = server.server_address[1]
@@ -120,6 +122,17 @@ def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand
     assert body["tags"] == ["push"]
     assert body["idempotency_key"].startswith(commit)
     assert git_host.waiting(repo) == []
+
+
+@pytest.mark.parametrize("options", [
+    [], ["only=web1"], ["only=web1,web", "only=helm:shop"], ["plan"], ["rehearse"], ["rehearse", "only=web1"],
+    ["plan", f"only={'web1,' * 20}web1"]])
+def test_hook_names_a_run_as_the_flow_would(pusher: Pusher, repo: Path, stand: Stand, options: list[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    told = pusher.git("push", *(word for option in options for word in ("-o", option)), str(repo), "main")
+    [body] = stand.bodies
+    assert called(monkeypatch, body["parameters"], "reconcile") == body["name"]
+    assert f" in run {body['name']}\n" in told
 
 
 async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, repo: Path,

@@ -62,7 +62,7 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
 
     async with toto.running():
         schedules = await toto.schedules()
-        assert schedules.keys() == {"reconcile/toto", "drift/toto", "prune/toto"}
+        assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "prune/prune"}
         for path, _ in schedules.values():
             await toto.api.call("PATCH", path, {"active": True})
         async with asyncio.timeout(60):
@@ -75,11 +75,15 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
                 while not await toto.runs(path, "COMPLETED"):
                     assert not await toto.runs(path, "FAILED", "CRASHED"), name
                     await asyncio.sleep(0.5)
-            if name != "prune/toto":  # that one goes on
+            [*_, run] = await toto.runs(path, "COMPLETED")
+            tip = pusher.git("rev-parse", "HEAD")[:8]
+            assert run["name"] == (f"infra {tip} (schedule)" if name == "reconcile/reconcile"
+                                   else f"{name.split('/')[0]} infra")
+            if name != "prune/prune":  # that one goes on
                 await toto.api.call("PATCH", path, {"active": False})
         assert (toto.home / "tmp" / "runner_storage").is_dir()  # and not in /tmp, where one user would have it for all
         # What an operator does with a schedule: another time, off, gone; and one of their own.
-        (reconcile, _), (drift, _), (prune, _) = (schedules[f"{name}/toto"] for name in ("reconcile", "drift", "prune"))
+        reconcile, drift, prune = (schedules[f"{name}/{name}"][0] for name in ("reconcile", "drift", "prune"))
         await toto.api.call("PATCH", reconcile, {"schedule": {"cron": "5 4 * * *", "timezone": "Europe/Berlin"}})
         await toto.api.call("DELETE", drift)
         await toto.api.call("POST", drift.rpartition("/")[0], [{"schedule": {"cron": "0 5 * * 1"}, "active": True}])

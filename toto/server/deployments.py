@@ -8,10 +8,11 @@ at every start the schedules. An alias has no schedules, so that nothing runs tw
 (or an older toto that was started in between) moves as well.
 """
 
+import asyncio
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ WRITTEN: Final = "toto_deployments"  # the variable
 ALIASES: Final[Mapping[str, str]] = {  # the old name by the new one; both are in prefect.yaml
     "reconcile/reconcile": "reconcile/toto", "reconcile/deploy-host": "reconcile/host", "settle/settle": "settle/toto",
     "drift/drift": "drift/toto", "prune/prune": "prune/toto"}
+IN_FLIGHT: Final = 2.0  # seconds for which Prefect's scheduler may go by schedules that it read before they were gone
 MOVING: Final = "toto-moving"  # the parameter that marks a schedule which is not switched on yet where it moves to
 OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # of versions that left that to Prefect
 
@@ -95,10 +97,13 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         if any(schedule["active"] for schedule in each["schedules"]):
             # Prefect has taken away the runs to come. One that is due this very minute would not be made again.
             await _make_runs(api, each, began)
-    for name, alias in ALIASES.items():
-        if name in after and alias in after and (
-                after[alias]["schedules"] or any(MOVING in each["parameters"] for each in after[name]["schedules"])):
-            await move_schedules(api, after[alias]["id"], after[name]["id"])
+    moves = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
+    if due := [(old["id"], new["id"]) for old, new in moves
+               if old["schedules"] or any(MOVING in each["parameters"] for each in new["schedules"])]:
+        for old, new in due:
+            await move_schedules(api, old, new)
+        await asyncio.sleep(IN_FLIGHT)
+    await _take_runs_away(api, [old["id"] for old, _ in moves])
     await _write_written(api, written | {
         name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in mine.items()})
     return {name: each["id"] for name, each in after.items()}
@@ -136,6 +141,15 @@ async def move_schedules(api: Api, old: str, new: str) -> None:
             await api.call("PATCH", f"{path}/{each['id']}", {
                 "active": moving["active"], "slug": moving["slug"], "parameters": each["parameters"]})
     await _make_runs(api, target, since)
+
+
+async def _take_runs_away(api: Api, ids: Sequence[str]) -> None:
+    """Delete the runs to come that Prefect's scheduler has made for deployments, those of `ids`, without schedules."""
+    wanted = {"flow_runs": {"deployment_id": {"any_": list(ids)}, "state": {"type": {"any_": ["SCHEDULED"]}},
+                            "expected_start_time": {"after_": datetime.now(UTC).isoformat()}}}
+    for run in await api.call("POST", "/flow_runs/filter", wanted) if ids else ():
+        if run["auto_scheduled"]:
+            await api.call("DELETE", f"/flow_runs/{run['id']}")
 
 
 async def _make_runs(api: Api, deployment: Mapping[str, Any], since: str) -> None:

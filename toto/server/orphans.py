@@ -1,7 +1,7 @@
 """Runs that nobody works on any more, and runs that came due while nobody worked.
 
 What a dead worker left is settled when the next one starts; a run whose process was killed together with its worker
-is known by its silence. What such a run had half done is reverted by a run of `settle`, which also notifies of its death.
+is known by its silence. A run of `settle` reverts what such a run had half done, and notifies people of its death.
 """
 
 import asyncio
