@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import free_port
 from tests.tasks.test_names import called
 from toto.base.errors import InputError
+from toto.git_host import access
 from toto.git_host import host as git_host
 
 ID = "11111111-2222-3333-4444-555555555555"
@@ -256,10 +257,10 @@ async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_anot
         repo: Path, stand: Stand, before: str | None, after: str) -> None:
     await git_host.create(repo, api_url=stand.url, branch="deploy", deployment=before or "x/y", deployment_id=ID)
     if before is None:
-        await git_host.git(repo, "config", "--unset", "toto.deployment")
+        await access.git(repo, "config", "--unset", "toto.deployment")
     served = git_host.Served(api_url=stand.url, deployment_id="aaaaaaaa-2222-3333-4444-555555555555")
     await git_host.create(repo, **asdict(await git_host.as_chosen(repo, served)))
-    config = (await git_host.git(repo, "config", "--get-regexp", "^toto")).stdout
+    config = (await access.git(repo, "config", "--get-regexp", "^toto")).stdout
     assert f"toto.deployment {after}\n" in config and "toto.branch deploy\n" in config
     assert (f"toto.deploymentid {served.deployment_id}" in config) == (after == git_host.DEPLOYMENT)
 

@@ -1,5 +1,6 @@
 """Deployments get new names: what operators made of them moves along, however often toto is killed meanwhile."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -284,6 +285,22 @@ def test_every_old_name_is_an_alias_without_schedules_that_does_the_same() -> No
         assert entries[old]["parameters"] == entries[new]["parameters"]
         expected = "flows.aliases.reconcile" if old.startswith("reconcile/") else entries[new]["entrypoint"]
         assert entries[old]["entrypoint"] == expected
+
+
+@pytest.mark.parametrize("old", [{"again": True}, {"force": True}, {"again": False}, {}])
+async def test_again_reaches_reconcile_as_force(monkeypatch: pytest.MonkeyPatch, old: dict[str, bool]) -> None:
+    asked: dict[str, Any] = {}
+
+    async def reconcile(*given: Any, **named: Any) -> str:
+        asked.update(inspect.signature(fn).bind(*given, **named).arguments)
+        return "its end"
+
+    fn = real.reconcile.fn
+    monkeypatch.setattr(real.reconcile, "fn", reconcile)
+    ended: object = await aliases.reconcile.fn(Path("/infra.git"), "v1", "ui", ["web1"], False, True, "why", **old)
+    assert ended == "its end"
+    assert asked == {"repo": Path("/infra.git"), "commit": "v1", "origin": "ui", "only": ["web1"], "plan_only": False,
+                     "rehearse_only": True, "override": "why", "force": any(old.values()), "venues": None}
 
 
 def test_alias_of_reconcile_takes_what_reconcile_takes_and_the_old_name_of_force() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from tests.conftest import free_port
 from tests.git_host.test_host import Pusher
 from tests.server.test_serve import Part
+from toto.base import process
 from toto.base.prefect_api import Api
 from toto.git_host import host as git_host
 from toto.server import deployments
@@ -61,6 +64,13 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
     pusher.git("push", "-o", "skip", str(toto.repo), "main")
 
     async with toto.running():
+        # Scripts still call it by its old name, and its parameter.
+        env = {**os.environ, "PREFECT_API_URL": toto.api.url, "PREFECT_HOME": str(tmp_path / "prefect")}
+        told = await process.run([sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p",
+                                  "again=true", "--watch"], env=env, timeout=120)
+        [run] = await toto.api.call("POST", "/flow_runs/filter", {})
+        assert run["state_type"] == "COMPLETED", told.stdout
+        assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
         schedules = await toto.schedules()
         assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "prune/prune"}
         for path, _ in schedules.values():
