@@ -288,7 +288,7 @@ def test_every_old_name_is_an_alias_without_schedules_that_does_the_same() -> No
 
 
 @pytest.mark.parametrize("old", [{"again": True}, {"force": True}, {"again": False}, {}])
-async def test_again_reaches_reconcile_as_force(monkeypatch: pytest.MonkeyPatch, old: dict[str, bool]) -> None:
+async def test_again_reaches_reconcile_as_force(monkeypatch: pytest.MonkeyPatch, old: dict[str, Any]) -> None:
     asked: dict[str, Any] = {}
 
     async def reconcile(*given: Any, **named: Any) -> str:
