@@ -8,8 +8,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.kinds import steps_of
-from tasks import cancelled_by_sigterm, report
-from tasks.names import repo_run_name
+from tasks import cancelled_by_sigterm, names, report
 from tasks.notify import notify
 from toto.base import runs
 from toto.base.errors import TotoError
@@ -21,7 +20,7 @@ from toto.report.report import Report
 from toto.report.venues import Origin
 
 
-@flow(name="drift", flow_run_name=repo_run_name, persist_result=False)
+@flow(name="drift", flow_run_name=names.of_flow, persist_result=False)
 async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = None) -> State[None]:
     """Compare every terraform root and every release in the world with what its last good commit wants.
 

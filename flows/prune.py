@@ -6,11 +6,12 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
+from tasks import names
 from toto.server.prune import DAYS
 from toto.server.prune import prune as let_go
 
 
-@flow(name="prune", flow_run_name="prune", persist_result=False)
+@flow(name="prune", flow_run_name=names.of_flow, persist_result=False)
 async def prune(repo: Path, days: int = DAYS) -> None:
     """Remove cached results, test reports and refused pushes that are old, and shorten long logs.
 

@@ -7,15 +7,15 @@ from prefect.client.schemas.objects import State
 
 from flows.revert import revert, settle
 from flows.stages import detect, notify, rehearse, roll_out, the_roll_out
+from tasks import names
 from tasks.approve import approve
-from tasks.names import run_name
 from tasks.run import Request, Run, carry_out, conclude
 from tasks.settle import settle_soon
 from toto.infra_repo import git
 from toto.report.venues import Origin
 
 
-@flow(name="reconcile", flow_run_name=run_name, persist_result=False, on_cancellation=[settle_soon],
+@flow(name="reconcile", flow_run_name=names.of_reconcile, persist_result=False, on_cancellation=[settle_soon],
       on_crashed=[settle_soon])
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
                     plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,

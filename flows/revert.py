@@ -11,9 +11,8 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from flows.kinds import steps_of
-from tasks import cancelled_by_sigterm
+from tasks import cancelled_by_sigterm, names
 from tasks.limits import one_roll_out
-from tasks.names import repo_run_name
 from tasks.record import intend_to_revert
 from tasks.reversal import Reversal
 from tasks.run import Run
@@ -70,7 +69,7 @@ async def revert_target(reversal: Reversal) -> str:
     return await steps_of(reversal.target).revert(reversal)
 
 
-@flow(name="settle", flow_run_name=repo_run_name, persist_result=False, on_crashed=[settle_again])
+@flow(name="settle", flow_run_name=names.of_flow, persist_result=False, on_crashed=[settle_again])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
     """Revert every target whose run died before it was done with it. Waits for a run that is rolling out.
 

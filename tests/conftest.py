@@ -161,7 +161,7 @@ async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", se
 TINY_DEPLOYMENT = """
 name: tiny
 deployments:
-  - name: toto
+  - name: reconcile
     entrypoint: flows/reconcile.py:reconcile
     work_pool: {name: toto}
 """

@@ -9,15 +9,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import free_port
+from tests.tasks.test_names import called
 from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
+from toto.git_host import access
 from toto.git_host import host as git_host
 
 ID = "11111111-2222-3333-4444-555555555555"
@@ -65,7 +67,8 @@ def stand() -> Iterator[Stand]:
                 status = 404
             if status == 201:
                 seen.bodies.append(body)
-            self.answer(status, {"id": f"run-{len(seen.bodies)}", "name": "lucky-otter", "state": {"name": "Late"}})
+            name = body.get("name", "lucky-otter")
+            self.answer(status, {"id": f"run-{len(seen.bodies)}", "name": name, "state": {"name": "Late"}})
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         seen.port = server.server_address[1]
@@ -113,13 +116,25 @@ def pusher(tmp_path: Path, repo: Path) -> Pusher:
 def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand) -> None:
     commit = pusher.commit()
     told = pusher.push()
-    assert f"toto: rehearsing {commit[:12]} in run lucky-otter" in told
+    assert f"toto: rehearsing {commit[:12]} in run infra {commit[:8]} (push)" in told
     assert "toto: http://ui/runs/flow-run/run-1" in told
     [body] = stand.bodies
+    assert body["name"] == f"infra {commit[:8]} (push)"
     assert body["parameters"] == {"repo": str(repo), "commit": commit, "origin": "push"}
     assert body["tags"] == ["push"]
     assert body["idempotency_key"].startswith(commit)
     assert git_host.waiting(repo) == []
+
+
+@pytest.mark.parametrize("options", [
+    [], ["only=web1"], ["only=web1,web", "only=helm:shop"], ["plan"], ["rehearse"], ["rehearse", "only=web1"],
+    ["plan", f"only={'web1,' * 20}web1"]])
+def test_hook_names_a_run_as_the_flow_would(pusher: Pusher, repo: Path, stand: Stand, options: list[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    told = pusher.git("push", *(word for option in options for word in ("-o", option)), str(repo), "main")
+    [body] = stand.bodies
+    assert called(monkeypatch, body["parameters"], "reconcile") == body["name"]
+    assert f" in run {body['name']}\n" in told
 
 
 async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, repo: Path,
@@ -246,6 +261,21 @@ async def test_create_is_idempotent_and_updates_an_old_hook(repo: Path, stand: S
     once = (repo / "config").read_text()
     await git_host.create(repo, api_url=stand.url, branch="deploy")
     assert (repo / "config").read_text() == once
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("reconcile/toto", "reconcile/reconcile"), ("reconcile/reconcile", "reconcile/reconcile"),
+    (None, "reconcile/reconcile"), ("reconcile/parked", "reconcile/parked")])
+async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_another(
+        repo: Path, stand: Stand, before: str | None, after: str) -> None:
+    await git_host.create(repo, api_url=stand.url, branch="deploy", deployment=before or "x/y", deployment_id=ID)
+    if before is None:
+        await access.git(repo, "config", "--unset", "toto.deployment")
+    served = git_host.Served(api_url=stand.url, deployment_id="aaaaaaaa-2222-3333-4444-555555555555")
+    await git_host.create(repo, **asdict(await git_host.as_chosen(repo, served)))
+    config = (await access.git(repo, "config", "--get-regexp", "^toto")).stdout
+    assert f"toto.deployment {after}\n" in config and "toto.branch deploy\n" in config
+    assert (f"toto.deploymentid {served.deployment_id}" in config) == (after == git_host.DEPLOYMENT)
 
 
 @pytest.mark.parametrize("path", ["relative/x.git", "/tmp/with space.git", "/tmp/a$(id).git", '/tmp/a"b.git',

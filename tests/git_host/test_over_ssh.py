@@ -41,17 +41,18 @@ import asyncio
 from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed
+from tasks import names
 
 @flow(flow_run_name="{host}: rehearse")
 async def rehearse(host: str) -> None:
     get_run_logger().info("not for the pusher")
 
-@flow
+@flow(flow_run_name=names.of_reconcile)
 async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", only: list[str] | None = None,
                     plan_only: bool = False, rehearse_only: bool = False):
     """Stands in for the real one."""
     log = get_run_logger()
-    log.info("the plan of %s:\\nHOST  ACTION\\nweb1  deploy", commit[:8])
+    log.info("the plan of %s:\\nHOST  ACTION\\nweb1  deploy", (commit or "the tip")[:8])
     if plan_only:
         return Completed(message="plan only: web1 would change")
     await rehearse("web1")
@@ -65,7 +66,7 @@ async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", on
 PROJECT = """
 name: tiny
 deployments:
-  - {name: toto, entrypoint: "flows/reconcile.py:reconcile", work_pool: {name: toto}}
+  - {name: reconcile, entrypoint: "flows/reconcile.py:reconcile", work_pool: {name: toto}}
 """
 
 
@@ -296,7 +297,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
     async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
         found.update(await deployments.deploy(prefect_server.env, root=folder))
         api = prefect_server.api
-        own = await api.call("GET", f"/deployments/{found['reconcile/toto']}")
+        own = await api.call("GET", f"/deployments/{found['reconcile/reconcile']}")
         await api.call("POST", "/deployments/", {
             "name": "parked", "flow_id": own["flow_id"], "enforce_parameter_schema": True,
             "parameter_openapi_schema": own["parameter_openapi_schema"]})
@@ -305,7 +306,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
             await stop.wait()
 
     with background(serve):
-        yield Served(api_url=prefect_server.api_url, ui_url="http://ui", deployment_id=found["reconcile/toto"])
+        yield Served(api_url=prefect_server.api_url, ui_url="http://ui", deployment_id=found["reconcile/reconcile"])
 
 
 @pytest.fixture
@@ -351,6 +352,27 @@ async def test_push_options_become_parameters_of_the_run(
         {"repo": str(repo), "commit": commit, "origin": "push", **parameters}])
     assert all(set(run["tags"]) == {"push", "user:alice"} for run in found)
     assert git_host.waiting(repo) == []
+
+
+@pytest.mark.parametrize("options", [[], ["only=web1"]])
+async def test_name_that_the_hook_prints_is_the_runs_before_and_after(
+        alice: Clone, prefect_server: PrefectServer, options: list[str]) -> None:
+    commit = alice.commit()
+    told = alice.push("main", *options)
+    name = f"infra {commit[:8]}{': only web1' if options else ''} (push)"
+    assert f" in run {name}\n" in told
+    [run] = await runs(prefect_server.api, told)
+    assert run["name"] == name
+    assert (await until(prefect_server.api, run["id"], {"COMPLETED"}, 60))["name"] == name
+
+
+async def test_run_from_the_ui_is_named_after_the_commit_that_it_found(
+        host: Host, alice: Clone, deployed: Served, prefect_server: PrefectServer) -> None:
+    alice.push("main", "skip")
+    run = await prefect_server.api.call("POST", f"/deployments/{deployed.deployment_id}/create_flow_run", {
+        "parameters": {"repo": str(access.path_of(host.repos, "infra"))}})
+    ended = await until(prefect_server.api, run["id"], {"COMPLETED"}, 60)
+    assert ended["name"] == f"infra {alice.git('rev-parse', 'main')[:8]} (ui)"
 
 
 async def test_unknown_option_is_refused_with_those_that_are_known(host: Host, parked: Clone) -> None:

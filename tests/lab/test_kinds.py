@@ -209,10 +209,10 @@ async def test_a_readme_changes_no_root_and_a_comment_is_recorded_without_an_app
 async def test_a_plan_only_run_shows_one_plan_of_all_kinds_and_does_nothing(world: World) -> None:
     world.commit("both", world.root("two") | {"modules/common.nix": world.common("plan only")})
     world.git("push", "toto", "main:refs/heads/other")
-    ended = await world.ended(world.request("reconcile/toto", commit="other", plan_only=True))
+    ended = await world.ended(world.request("reconcile/reconcile", commit="other", plan_only=True))
     assert ended.message.endswith("plan only: gate, web1, terraform/dns would change")
     assert world.value() == "one"
-    limited = world.request("reconcile/toto", commit="other", plan_only=True, only=["terraform"])
+    limited = world.request("reconcile/reconcile", commit="other", plan_only=True, only=["terraform"])
     assert (await world.ended(limited)).message.endswith("plan only: terraform/dns would change")
     world.git("reset", "--quiet", "--hard", "HEAD~1")
 
@@ -230,7 +230,7 @@ async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) 
     ask: dict[str, str | None] = {"toto.toml": SETTINGS + '[terraform]\napprove = "always"\napprove_timeout = 120\n'}
     world.commit("with an approval", world.root("two") | ask)
     for word, state in ((False, "FAILED"), (True, "COMPLETED")):
-        run = world.push() if word is False else world.request("reconcile/toto")
+        run = world.push() if word is False else world.request("reconcile/reconcile")
         await world.until(run, {"PAUSED"})
         assert world.value() == "one", "nothing is touched while it waits"
         world.api("POST", f"/flow_runs/{run}/resume", {"run_input": {"approve": word, "by": "the operator"}})
@@ -326,14 +326,14 @@ async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_
 
 
 async def test_what_was_changed_outside_is_told_and_mended_when_asked_for(world: World) -> None:
-    calm = await world.ended(world.request("drift/toto"))
+    calm = await world.ended(world.request("drift/drift"))
     assert calm.state == "COMPLETED", calm.message
     await world.cluster.patch("/api/v1/namespaces/page/configmaps/page", {"data": {"text": "changed by hand"}})
-    told = await world.ended(world.request("drift/toto"))
+    told = await world.ended(world.request("drift/drift"))
     assert told.state == "FAILED" and "helm/page: drift check failed: it was changed outside" in told.message
     assert "ConfigMap" in world.artifacts(told.id)["report-infra"]
     assert await world.page() == "changed by hand", "it is told, not touched"
-    mended = await world.ended(world.request("reconcile/toto", again=True, only=["helm/page"]))
+    mended = await world.ended(world.request("reconcile/reconcile", force=True, only=["helm/page"]))
     assert mended.state == "COMPLETED", mended.message
     assert await world.page() == "four"
 

@@ -86,7 +86,7 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
             async with asyncio.timeout(30):
                 while not (home / fork_server.NAME).exists():
                     await asyncio.sleep(0.1)
-            made.append(Warm(prefect_server.api, ids["reconcile/toto"], log, forks.pid))
+            made.append(Warm(prefect_server.api, ids["reconcile/reconcile"], log, forks.pid))
             ready()
             await stop.wait()
 

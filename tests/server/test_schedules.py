@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from tests.conftest import free_port
 from tests.git_host.test_host import Pusher
 from tests.server.test_serve import Part
+from toto.base import process
 from toto.base.prefect_api import Api
 from toto.git_host import host as git_host
 from toto.server import deployments
@@ -61,8 +64,15 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
     pusher.git("push", "-o", "skip", str(toto.repo), "main")
 
     async with toto.running():
+        # Scripts still call it by its old name, and its parameter.
+        env = {**os.environ, "PREFECT_API_URL": toto.api.url, "PREFECT_HOME": str(tmp_path / "prefect")}
+        told = await process.run([sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p",
+                                  "again=true", "--watch"], env=env, timeout=120)
+        [run] = await toto.api.call("POST", "/flow_runs/filter", {"deployments": {"name": {"any_": ["toto"]}}})
+        assert run["state_type"] == "COMPLETED", told.stdout
+        assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
         schedules = await toto.schedules()
-        assert schedules.keys() == {"reconcile/toto", "drift/toto", "prune/toto"}
+        assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "prune/prune"}
         for path, _ in schedules.values():
             await toto.api.call("PATCH", path, {"active": True})
         async with asyncio.timeout(60):
@@ -75,11 +85,15 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
                 while not await toto.runs(path, "COMPLETED"):
                     assert not await toto.runs(path, "FAILED", "CRASHED"), name
                     await asyncio.sleep(0.5)
-            if name != "prune/toto":  # that one goes on
+            [*_, run] = await toto.runs(path, "COMPLETED")
+            tip = pusher.git("rev-parse", "HEAD")[:8]
+            assert run["name"] == (f"infra {tip} (schedule)" if name == "reconcile/reconcile"
+                                   else f"{name.split('/')[0]} infra")
+            if name != "prune/prune":  # that one goes on
                 await toto.api.call("PATCH", path, {"active": False})
         assert (toto.home / "tmp" / "runner_storage").is_dir()  # and not in /tmp, where one user would have it for all
         # What an operator does with a schedule: another time, off, gone; and one of their own.
-        (reconcile, _), (drift, _), (prune, _) = (schedules[f"{name}/toto"] for name in ("reconcile", "drift", "prune"))
+        reconcile, drift, prune = (schedules[f"{name}/{name}"][0] for name in ("reconcile", "drift", "prune"))
         await toto.api.call("PATCH", reconcile, {"schedule": {"cron": "5 4 * * *", "timezone": "Europe/Berlin"}})
         await toto.api.call("DELETE", drift)
         await toto.api.call("POST", drift.rpartition("/")[0], [{"schedule": {"cron": "0 5 * * 1"}, "active": True}])

@@ -53,7 +53,7 @@ async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIt
     """The id of the stand-in's deployment, with a worker at work."""
     ids = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
     async with server.running_worker(prefect_server.env, prefect_server.home / "worker.log", name="here"):
-        yield ids["reconcile/toto"]
+        yield ids["reconcile/reconcile"]
 
 
 async def test_push_starts_the_flow_within_seconds(prefect_server: PrefectServer, deployed: str,
@@ -88,7 +88,7 @@ async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny
 async def test_deployment_of_an_older_toto_keeps_its_schedules_and_gets_new_ones(
         prefect_server: PrefectServer, tiny_project: Path) -> None:
     api, file = prefect_server.api, tiny_project / "prefect.yaml"
-    plain = file.read_text().replace("name: toto\n", "name: scheduled\n", 1)
+    plain = file.read_text().replace("name: reconcile\n", "name: scheduled\n", 1)
     nightly, weekly = ('      - {slug: %s, cron: "%s", active: false}\n' % each  # noqa: UP031
                        for each in (("nightly", "1 2 * * *"), ("weekly", "1 2 * * 0")))
     file.write_text(f"{plain}    schedules:\n{nightly}")
@@ -137,7 +137,7 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
     ids = await deployments.deploy(prefect_server.env, root=tiny_project)
 
     async def run(state: str) -> str:
-        made = await api.call("POST", f"/deployments/{ids['reconcile/toto']}/create_flow_run",
+        made = await api.call("POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run",
                               {"parameters": {"repo": "x"}})
         # Prefect itself cancels at once what no worker ever took.
         await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": "1"})
@@ -157,7 +157,7 @@ async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: P
     ids = await deployments.deploy(prefect_server.env, root=tiny_project)
 
     async def run(state: str = "RUNNING", process: str = "elsewhere:1") -> str:
-        made = await api.call("POST", f"/deployments/{ids['reconcile/toto']}/create_flow_run",
+        made = await api.call("POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run",
                               {"parameters": {"repo": "x"}})
         await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": process})
         for each in ("RUNNING", state):

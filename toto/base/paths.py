@@ -45,7 +45,7 @@ def require_room(repo: Path) -> None:
         if place.exists() and (free := shutil.disk_usage(place).free) < LEAST_FREE:
             raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out wants "
                             f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out", target=str(place),
-                            hint="look at `df -h`, make room (nix-collect-garbage, prune/toto), and push again")
+                            hint="look at `df -h`, make room (nix-collect-garbage, prune/prune), and push again")
 
 
 @asynccontextmanager

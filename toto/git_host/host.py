@@ -13,7 +13,7 @@ import shutil
 import sys
 import urllib.parse
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,8 @@ write = ["{user}"]
 [repos."*"]
 write = ["{user}"]
 """
+DEPLOYMENT: Final = "reconcile/reconcile"
+OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks of that time still have
 POLICY: Final[Mapping[str, str]] = {
     "branch": "toto.branch", "signed": "toto.signed", "allow_force": "toto.allowForce",
     "max_file_size": "toto.maxFileSize", "allowed_signers": "toto.allowedSigners", "gpg_home": "toto.gpgHome"}
@@ -61,7 +63,7 @@ class Served:
 
     api_url: str = "http://127.0.0.1:4200/api"
     ui_url: str | None = None
-    deployment: str = "reconcile/toto"
+    deployment: str = DEPLOYMENT
     deployment_id: str | None = None
     branch: str = "main"
     auth: str | None = None
@@ -99,8 +101,7 @@ async def make(repos: Path, name: str, *, creator: str | None = None) -> Path:
     file = repos / "server.json"
     served = Served(**json.loads(file.read_text())) if file.exists() else Served()
     async with _new(path) as fresh:
-        branch = await deployed_branch(path) or served.branch
-        await create(fresh or path, **asdict(served) | {"branch": branch})
+        await create(fresh or path, **asdict(served if fresh else await as_chosen(path, served)))
         if fresh and creator:
             (fresh / "toto" / "creator").write_text(creator)
     return path
@@ -165,7 +166,7 @@ async def policy_of(repo: Path) -> receive.Policy:
     return receive.Policy.of((await git(repo, "config", "--null", "--get-regexp", "^toto[.]", check=False)).stdout)
 
 
-async def create(path: Path, *, api_url: str, deployment: str = "reconcile/toto", deployment_id: str | None = None,
+async def create(path: Path, *, api_url: str, deployment: str = DEPLOYMENT, deployment_id: str | None = None,
                  ui_url: str | None = None, branch: str = "main", auth: str | None = None) -> Path:
     """Make the bare repository `path`, or bring an existing one's hook and settings up to date; return it.
 
@@ -207,6 +208,18 @@ async def _configure(repo: Path, key: str, value: str | None) -> None:
         await git(repo, "config", "--unset-all", key, check=False)
     else:
         await git(repo, "config", "--replace-all", key, value)
+
+
+async def as_chosen(repo: Path, served: Served) -> Served:
+    """`served` for a repository that is there: with its own branch, and with its own deployment where it has another.
+
+    An operator chooses another by `git config toto.deployment FLOW/NAME`; the default under its old name is no choice.
+    """
+    served = replace(served, branch=await deployed_branch(repo) or served.branch)
+    chosen = await _setting(repo, "toto.deployment")
+    if chosen is None or chosen in {OLD_DEPLOYMENT, served.deployment}:
+        return served
+    return replace(served, deployment=chosen, deployment_id=None)
 
 
 async def deployed_branch(repo: Path) -> str | None:

@@ -2,12 +2,17 @@
 
 An operator changes schedules and parameters in the UI; toto's start adds what is new in prefect.yaml and leaves alone
 what they changed. It knows by a Prefect variable, which says what toto itself wrote last.
+
+A deployment that has got a new name takes over what the old one has: once the pause, the limit and the parameters, and
+at every start the schedules. An alias has no schedules, so that nothing runs twice: one that an operator gives to it
+(or an older toto that was started in between) moves as well.
 """
 
+import asyncio
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +26,11 @@ from toto.base.prefect_api import Api, ServerError
 POOL: Final = "toto"
 ROOT: Final = Path(__file__).resolve().parents[2]
 WRITTEN: Final = "toto_deployments"  # the variable
+ALIASES: Final[Mapping[str, str]] = {  # the old name by the new one; both are in prefect.yaml
+    "reconcile/reconcile": "reconcile/toto", "reconcile/deploy-host": "reconcile/host", "settle/settle": "settle/toto",
+    "drift/drift": "drift/toto", "prune/prune": "prune/toto"}
+IN_FLIGHT: Final = 2.0  # seconds for which Prefect's scheduler may go by schedules that it read before they were gone
+MOVING: Final = "toto-moving"  # the parameter that marks a schedule which is not switched on yet where it moves to
 OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # of versions that left that to Prefect
 
 
@@ -37,7 +47,8 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
 
     What an operator has changed of a deployment stays: schedules (also one that is gone), a pause, a limit,
-    parameters.
+    parameters. It also moves to a new name of the deployment (`ALIASES`); wherever this is broken off, the next call
+    goes on with it.
     Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the rest are
     single requests, since each start of Prefect's CLI costs 1.5 s as well.
     """
@@ -52,11 +63,15 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     added: dict[str, list[dict[str, Any]]] = {}
     for each in listed["deployments"]:
         name = _name(each)
-        if (there := before.get(name)) is None:
+        old = before.get(ALIASES.get(name, ""))
+        # (A deployment that toto has written and that is gone was deleted by an operator: it begins anew.)
+        if (there := before.get(name) or (old if name not in written else None)) is None:
             mine[name] = Written(_slugs(each), {})
             continue
-        known = written.get(name) or Written(_slugs(there), there["parameters"])
-        changed = {key: value for key, value in there["parameters"].items() if known.parameters.get(key) != value}
+        known = (written.get(name) or written.get(ALIASES.get(name, ""))
+                 or Written((*_slugs(there), *_slugs(old or {})), there["parameters"]))
+        parameters = _renamed(name, there["parameters"])
+        changed = {key: value for key, value in parameters.items() if known.parameters.get(key) != value}
         each["parameters"] = each.get("parameters", {}) | changed
         each["paused"] = there["paused"]
         if limit := there["global_concurrency_limit"]:
@@ -64,7 +79,8 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
             each["concurrency_limit"] = {"limit": limit["limit"], **options} if options else limit["limit"]
         # Told to Prefect once more, a schedule would be as prefect.yaml has it, whatever an operator made of it.
         schedules = each.pop("schedules", [])
-        added[name] = [new for new in schedules if new["slug"] not in {*known.schedules, *_slugs(there)}]
+        had = {*known.schedules, *_slugs(there), *_slugs(old or {})}
+        added[name] = [new for new in schedules if new["slug"] not in had]
         mine[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
                              {key: known.parameters.get(key) for key in changed})
     began = datetime.now(UTC).isoformat()
@@ -76,13 +92,88 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     for name, new in added.items():
         if new:
             await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
-    for each in after.values():
-        if not each["paused"] and any(schedule["active"] for schedule in each["schedules"]):
+    for name, each in after.items():
+        await _rename_in_schedules(api, name, each)
+        if any(schedule["active"] for schedule in each["schedules"]):
             # Prefect has taken away the runs to come. One that is due this very minute would not be made again.
-            await api.call("POST", f"/deployments/{each['id']}/schedule", {"start_time": began})
+            await _make_runs(api, each, began)
+    moves = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
+    if due := [(old["id"], new["id"]) for old, new in moves
+               if old["schedules"] or any(MOVING in each["parameters"] for each in new["schedules"])]:
+        for old, new in due:
+            await move_schedules(api, old, new)
+        await asyncio.sleep(IN_FLIGHT)
+    await _take_runs_away(api, [old["id"] for old, _ in moves])
     await _write_written(api, written | {
         name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in mine.items()})
     return {name: each["id"] for name, each in after.items()}
+
+
+async def move_schedules(api: Api, old: str, new: str) -> None:
+    """Move the schedules of the deployment `old` (an id) to `new`, each on or off as it is.
+
+    At no moment is one of them on at both. Between two requests one may be on at neither, and is then marked at `new`:
+    wherever this is broken off, the next call finishes it. Of two with the same slug, that of `old` stays. Runs of
+    `old` that are due already are not taken away.
+    """
+    path, since = f"/deployments/{new}/schedules", datetime.now(UTC).isoformat()
+    origin, target = [await api.call("GET", f"/deployments/{each}") for each in (old, new)]
+    if origin["schedules"]:
+        there = {each["id"] for each in origin["schedules"]}
+        for each in target["schedules"]:  # of a call that was broken off; what it copied may have changed since
+            if each["parameters"].get(MOVING, {}).get("id") in there:
+                await api.call("DELETE", f"{path}/{each['id']}")
+        await api.call("POST", path, [
+            {"schedule": each["schedule"], "max_scheduled_runs": each["max_scheduled_runs"], "active": False,
+             "parameters": {**each["parameters"], MOVING: {key: each[key] for key in ("id", "active", "slug")}}}
+            for each in origin["schedules"]])
+        since = datetime.now(UTC).isoformat()
+        # This takes all schedules and the runs to come away at once, and leaves the runs that are due. (To delete a
+        # schedule deletes those as well.) Parameters that it does not name would be reset.
+        await api.call("POST", "/deployments/", {
+            "name": origin["name"], "flow_id": origin["flow_id"], "parameters": origin["parameters"], "schedules": []})
+        target = await api.call("GET", f"/deployments/{new}")
+    for each in target["schedules"]:
+        if moving := each["parameters"].pop(MOVING, None):
+            for other in target["schedules"]:
+                if moving["slug"] and other["slug"] == moving["slug"]:
+                    await api.call("DELETE", f"{path}/{other['id']}")
+            await api.call("PATCH", f"{path}/{each['id']}", {
+                "active": moving["active"], "slug": moving["slug"], "parameters": each["parameters"]})
+    await _make_runs(api, target, since)
+
+
+async def _take_runs_away(api: Api, ids: Sequence[str]) -> None:
+    """Delete the runs to come that Prefect's scheduler has made for deployments, those of `ids`, without schedules."""
+    wanted = {"flow_runs": {"deployment_id": {"any_": list(ids)}, "state": {"type": {"any_": ["SCHEDULED"]}},
+                            "expected_start_time": {"after_": datetime.now(UTC).isoformat()}}}
+    for run in await api.call("POST", "/flow_runs/filter", wanted) if ids else ():
+        if run["auto_scheduled"]:
+            await api.call("DELETE", f"/flow_runs/{run['id']}")
+
+
+async def _make_runs(api: Api, deployment: Mapping[str, Any], since: str) -> None:
+    """Make the runs that the schedules of a deployment have due from a time on. (A paused one is to have none.)"""
+    if not deployment["paused"]:
+        await api.call("POST", f"/deployments/{deployment['id']}/schedule", {"start_time": since})
+
+
+async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any]) -> None:
+    """Rename parameters in the schedules of a deployment, as `_renamed` does."""
+    for each in deployment["schedules"]:
+        if (renamed := _renamed(name, each["parameters"])) != each["parameters"]:
+            # (Prefect takes parameters that are left out for none.)
+            await api.call("PATCH", f"/deployments/{deployment['id']}/schedules/{each['id']}", {
+                "active": each["active"], "parameters": renamed})
+
+
+def _renamed(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that an operator has saved, by the names that they have now: `force` of reconcile was `again`."""
+    renamed = dict(parameters)
+    if name.startswith("reconcile/") and "again" in renamed:
+        again = renamed.pop("again")
+        renamed["force"] = renamed.get("force") or again
+    return renamed
 
 
 async def _found(api: Api, pool: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Runs that nobody works on any more, and runs that came due while nobody worked.
 
 What a dead worker left is settled when the next one starts; a run whose process was killed together with its worker
-is known by its silence. What such a run had half done is reverted by a run of `settle`, which also tells of its death.
+is known by its silence. A run of `settle` reverts what such a run had half done, and notifies people of its death.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from toto.server.deployments import POOL, deployments
 
 log = logging.getLogger(__name__)
 
-SETTLE: Final = "settle/toto"
+SETTLE: Final = "settle/settle"
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
-TOLD_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
+NOTIFIED_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
 PAGE: Final = 200  # runs; the API gives no more at once
 _UNDER_WAY: Final = ("RUNNING", "CANCELLING", "PENDING")
 
@@ -100,7 +100,7 @@ async def crash_silent(api: Api, *, pool: str = POOL, silence: float = SILENCE) 
 
 
 async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None = None) -> None:
-    """Have what dead runs left half done reverted, and told that they died: each once, whoever noticed it.
+    """Have what dead runs left half done reverted, and people notified that they died: once for each run.
 
     `left_behind` are the runs that were found under way; some others were marked Crashed before. With `repos`, where
     no run is under way, whatever is half done in one of them is reverted as well.
@@ -108,14 +108,15 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
     ids = await deployments(api)
     if SETTLE not in ids:
         return
-    since = datetime.now(UTC) - timedelta(seconds=TOLD_WITHIN)
+    since = datetime.now(UTC) - timedelta(seconds=NOTIFIED_WITHIN)
     crashed = await api.call("POST", "/flow_runs/filter", {"flow_runs": {
         "state": {"type": {"any_": ["CRASHED"]}}, "end_time": {"after_": since.isoformat()},
-        "deployment_id": {"any_": [ids[name] for name in ids if name == SETTLE or name.startswith("reconcile/")]}}})
+        "deployment_id": {"any_": [ids[name] for name in ids if name.startswith(("settle/", "reconcile/"))]}}})
+    settles = {ids[name] for name in ids if name.startswith("settle/")}  # under its old name as well
     asked = {}
     for run in crashed:
         parameters = run["parameters"]
-        if run["deployment_id"] != ids[SETTLE]:
+        if run["deployment_id"] not in settles:
             asked[f"died-{run['id']}"] = {"repo": parameters["repo"], "died": [run["id"]]}
         elif run["id"] in left_behind:  # what it was to do is still to be done
             asked[f"again-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}

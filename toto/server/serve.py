@@ -32,7 +32,7 @@ from toto.server.environment import PORT, server_environment
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENT: Final = "reconcile/toto"
+DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
 SETTLED: Final = 60  # seconds after which a fork server that dies is started again
@@ -262,8 +262,7 @@ async def _adopt_all(repos: Path, served: git_host.Served) -> None:
 async def _adopt(repo: Path, served: git_host.Served) -> None:
     """Tell a repository's hook where toto is now, and start what was pushed while it was away."""
     try:
-        branch = await git_host.deployed_branch(repo) or served.branch
-        await git_host.create(repo, **asdict(served) | {"branch": branch})
+        await git_host.create(repo, **asdict(await git_host.as_chosen(repo, served)))
         if drained := await git_host.drain_spool(repo):
             _say(f"{repo.name}: started {len(drained)} pushes that had waited")
     except TotoError as error:

@@ -1,0 +1,34 @@
+"""Reconcile as callers of toto 0.1.0 know it: `again` is what they call `force`. For the old names of deployments."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows import reconcile as new
+from tasks import names
+from tasks.settle import settle_soon
+from toto.report.venues import Origin
+
+
+@flow(name="reconcile", flow_run_name=names.of_reconcile, persist_result=False, on_cancellation=[settle_soon],
+      on_crashed=[settle_soon])
+async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
+                    plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
+                    force: bool = False, venues: list[str] | None = None, again: bool = False) -> State[None]:
+    """Make the fleet become what a commit of an infra repo says; revert everything when it goes wrong.
+
+    Args:
+        repo: the bare infra repo on toto.
+        commit: a commit, tag or branch; the tip of the deployed branch when left out.
+        origin: what started this run.
+        only: names, tags or kinds (host, terraform, helm) of targets; all when left out.
+        plan_only: show what would change, and do nothing.
+        rehearse_only: rehearse what changed, and touch nothing.
+        override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
+        force: deploy the targets though nothing of them has changed: to mend what was changed outside.
+        venues: who is notified of the result besides the usual ones, by the names of the venue blocks.
+        again: the old name of `force`.
+    """
+    return await new.reconcile.fn(repo, commit, origin, only, plan_only, rehearse_only, override,
+                                  force=force or again, venues=venues)
