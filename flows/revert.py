@@ -16,7 +16,7 @@ from tasks.limits import one_roll_out
 from tasks.record import intend_to_revert
 from tasks.reversal import Reversal
 from tasks.run import Run
-from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify_of_death, settle_again, take_over
+from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify_of_death, retry_settle, take_over
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Ledger, LostTarget
@@ -69,7 +69,7 @@ async def revert_target(reversal: Reversal) -> str:
     return await steps_of(reversal.target).revert(reversal)
 
 
-@flow(name="settle", flow_run_name=names.of_flow, persist_result=False, on_crashed=[settle_again])
+@flow(name="settle", flow_run_name=names.of_flow, persist_result=False, on_crashed=[retry_settle])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
     """Revert every target whose run died before it was done with it. Waits for a run that is rolling out.
 

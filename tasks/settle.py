@@ -26,7 +26,7 @@ from toto.ledger.target import Target
 from toto.plan.kinds import place
 from toto.report.report import Reverted, RunDied
 
-AGAIN: Final = "again"  # the tag of a run that was begun once more for one that had died
+RETRIED: Final = "retry"  # the tag of a settle that was begun once more for one that had died
 SETTLE: Final = "settle/settle"  # the deployment
 
 
@@ -44,11 +44,11 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
         await mark_crashed(flow_run.id)
 
 
-async def settle_again(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
+async def retry_settle(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
     """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
-    if flow_run.deployment_id and AGAIN not in flow_run.tags and not await was_cancelled(flow_run.id):
-        await arun_deployment(SETTLE, timeout=0, as_subflow=False, tags=[AGAIN], parameters=flow_run.parameters,
-                              idempotency_key=f"again-{flow_run.id}")
+    if flow_run.deployment_id and RETRIED not in flow_run.tags and not await was_cancelled(flow_run.id):
+        await arun_deployment(SETTLE, timeout=0, as_subflow=False, tags=[RETRIED], parameters=flow_run.parameters,
+                              idempotency_key=f"retry-{flow_run.id}")
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)

@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 from nbclient import NotebookClient
 
+from tests.graph import Edges, chain, edges
 from tests.lab import setup
 from tests.lab.fleet import EXAMPLE, Fleet
 from tests.lab.kube import Cluster
@@ -89,6 +90,34 @@ spec: {restartPolicy: Never, containers: [{name: test, image: test}]}
 }
 
 
+# The edges that the UI draws, by subflow ("": the run itself). Names of stages end with their targets.
+_REHEARSAL = sorted([
+    ("build the system", "what changes"), ("build the VM", "sandbox"), ("build the VM", "no-internet tests"),
+    ("no-internet tests", "with-internet tests"), ("sandbox ⊃", "no-internet tests"),
+    ("sandbox ⊃", "with-internet tests")])
+_ROLL_OUT = chain(
+    "copy the closure", "inspect the machine", "intend", "activate: test", "smoke tests", "activate: switch",
+    "post-switch tests", "add GC roots", "record", "clean up")
+GREEN: dict[str, Edges] = {
+    "": chain("detect", "rehearse / gate, web1, terraform/dns", "hosts / gate, web1", "terraform / terraform/dns",
+              "notify"),
+    "detect": [],
+    "rehearse / gate, web1, terraform/dns": [],
+    "rehearse host / gate": _REHEARSAL, "rehearse host / web1": _REHEARSAL, "rehearse root / dns": [],
+    "hosts / gate, web1": [],
+    "roll out host / gate": _ROLL_OUT, "roll out host / web1": _ROLL_OUT,
+    "terraform / terraform/dns": [],
+    "roll out root / dns": chain("intend", "apply", "record"),
+}
+RED: dict[str, Edges] = {
+    "": chain("detect", "rehearse / gate, web1, terraform/dns, helm/page", "hosts / gate, web1",
+              "terraform / terraform/dns", "helm / helm/page", "revert / gate, web1, terraform/dns, helm/page",
+              "notify"),
+    "roll out release / page": chain("inspect the release", "intend", "upgrade", "the chart's tests"),
+    "revert / gate, web1, terraform/dns, helm/page": [],
+}
+
+
 class World(Fleet):
     """Machines gate and web1, a terraform root `dns` and a release `page`."""
 
@@ -134,6 +163,21 @@ class World(Fleet):
         lines = self.git_log().splitlines()
         last = max(index for index, line in enumerate(lines) if line.endswith("to be reverted"))
         return [line.split(": reverted")[0] for line in lines[last:] if ": reverted to" in line]
+
+    def drawn(self, run: str) -> dict[str, Edges]:
+        """The edges of a run's graph, and of each subflow's."""
+        found = {}
+        rest = [("", run)]
+        while rest:
+            name, id = rest.pop()
+            graph = self.api("GET", f"/flow_runs/{id}/graph-v2")
+            nodes = [node for _, node in graph["nodes"]]
+            for node in nodes:
+                if node["label"].startswith("detect / "):
+                    node["label"] = "detect"  # with the commit after it
+            found[name] = edges(graph)
+            rest += [(node["label"], node["id"]) for node in nodes if node["kind"] == "flow-run"]
+        return found
 
     def request(self, deployment: str, **parameters: object) -> str:
         """Start a run of a deployment, as the UI does; its id."""
@@ -192,6 +236,7 @@ async def test_a_new_root_is_planned_before_anything_is_touched_and_applied_afte
     assert "+ terraform_data.record" in world.artifacts(run.id)["terraform-dns-plan"]
     history = world.git_log()
     assert history.index("terraform/dns: intent to deploy") > history.index("web1: good at")
+    assert world.drawn(run.id) == GREEN
     good = DeployedRoot.of(world.of("terraform", "dns").good)
     assert good is not None and good.serial == json.loads(world.state_files()[0].read_text())["serial"]
 
@@ -281,6 +326,8 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
     assert run.state == "FAILED"
     assert "helm/page: roll-out failed: the chart's tests failed: page-test" in run.message, run.message
     assert world.reverted_in_order() == ["helm/page", "terraform/dns", "web1", "gate"]
+    drawn = world.drawn(run.id)
+    assert {name: drawn[name] for name in RED} == RED
     assert await world.systems() == before
     assert all(world.runs_its_good(name, system) for name, system in before.items())
     assert world.value() == "three"

@@ -119,7 +119,7 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
         if run["deployment_id"] not in settles:
             asked[f"died-{run['id']}"] = {"repo": parameters["repo"], "died": [run["id"]]}
         elif run["id"] in left_behind:  # what it was to do is still to be done
-            asked[f"again-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}
+            asked[f"retry-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}
     for repo in git_host.infra_repos(repos) if repos else ():
         try:
             if Ledger(repo).read().open_intents:
