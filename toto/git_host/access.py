@@ -8,7 +8,6 @@ pydantic, and asyncio only when git has to be asked. The form of the file is git
 import base64
 import binascii
 import contextlib
-import os
 import re
 import shlex
 import tomllib
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from toto.base import files
 from toto.base.errors import InputError
+from toto.base.without_git import without_git
 
 if TYPE_CHECKING:
     from toto.base.process import Completed
@@ -295,6 +295,5 @@ async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None
     """
     from toto.base import process  # noqa: PLC0415  (with asyncio it takes longer than all else of a login)
 
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return await process.run(["git", f"--git-dir={repo}", *arguments], env=env, timeout=30, check=check,
+    return await process.run(["git", f"--git-dir={repo}", *arguments], env=without_git(), timeout=30, check=check,
                              stdin=None if stdin is None else stdin.encode())

@@ -7,7 +7,6 @@ commands there are for reading a repository is in `toto.infra_repo.git`; what a 
 import contextlib
 import fcntl
 import json
-import os
 import re
 import shutil
 import sys
@@ -20,6 +19,7 @@ from typing import Final
 from toto.base import files, paths, process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
+from toto.base.without_git import without_git
 from toto.git_host import access, receive
 from toto.git_host.access import git
 
@@ -241,8 +241,8 @@ async def drain_spool(repo: Path) -> list[str]:
     """
     if not waiting(repo):
         return []
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "TOTO_"))}
-    done = await process.run(["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=env, timeout=600, check=False)
+    done = await process.run(["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=without_git(), timeout=600,
+                             check=False)
     if done.status != 0:
         raise ServerError(process.tail(done.stderr).removeprefix("toto: "), target=str(repo))
     return done.lines

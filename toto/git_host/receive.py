@@ -18,6 +18,7 @@ from typing import Final, NoReturn, Self
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.base.process import Completed, LineSink
+from toto.base.without_git import without_git
 from toto.git_host import access
 
 OPTIONS: Final[Mapping[str, str]] = {
@@ -293,10 +294,9 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
 async def _git(*arguments: str, check: bool = True, extra: Mapping[str, str] | None = None, timeout: float = 60,
                on_line: LineSink | None = None) -> Completed:
     """git in the hook's own repository, which sees the quarantined objects."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _QUARANTINE}
     async with _at_once:
-        return await process.run(["git", *arguments], env=env | dict(extra or {}), timeout=timeout, check=check,
-                                 on_line=on_line)
+        return await process.run(["git", *arguments], env=without_git(kept=_QUARANTINE) | dict(extra or {}),
+                                 timeout=timeout, check=check, on_line=on_line)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from toto.base.errors import InputError, TotoError
+from toto.base.without_git import without_git
 from toto.git_host import access
 from toto.git_host.access import Rules, Verb
 
@@ -118,9 +119,7 @@ def _unknown(name: str, user: str) -> InputError:
 
 
 def _environment(user: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items()
-             if not name.startswith("GIT_") or name == "GIT_PROTOCOL"}
-    return clean | {USER_VARIABLE: user, PARENT_VARIABLE: parent_of_session()}
+    return without_git(kept=("GIT_PROTOCOL",)) | {USER_VARIABLE: user, PARENT_VARIABLE: parent_of_session()}
 
 
 def parent_of_session() -> str:

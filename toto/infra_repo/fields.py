@@ -15,6 +15,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from toto.base.errors import InputError
 from toto.base.model import shown
 from toto.infra_repo.window import Window
 
@@ -31,6 +32,17 @@ def check_name(name: str) -> str:
         raise ValueError(f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
                          f"and not end in a dot, not {shown(name)}")
     return name
+
+
+def require_name(name: str, what: str, where: str, *, hint: str) -> str:
+    """The name itself when it is fit to be `what` ("a host's name"): it becomes paths, argv and ref names.
+
+    Raises `InputError` about the file or folder `where`.
+    """
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise InputError(f"{what} {error}", target=where, hint=hint) from None
 
 
 def check_address(address: str) -> str:

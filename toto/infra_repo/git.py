@@ -20,6 +20,7 @@ from gitdb.exc import BadName, BadObject
 
 from toto.base import paths, process
 from toto.base.errors import InputError, TotoError
+from toto.base.without_git import without_git
 
 STALE: Final = 20  # seconds; git holds a ref's lock for milliseconds
 
@@ -44,8 +45,7 @@ class Commit:
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment without any GIT_*: a hook's GIT_DIR must not choose our repo."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return clean | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
+    return without_git() | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
 
 
 async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, check: bool = True,

@@ -21,11 +21,8 @@ class Host:
 
 
 def check_name(name: str, where: str) -> str:
-    """The name itself when it is fit to be a host's, else `InputError`: it becomes paths, argv and ref names."""
-    try:
-        return fields.check_name(name)
-    except ValueError as error:
-        raise InputError(f"a host's name {error}", target=where, hint="rename it") from None
+    """The name itself when it is fit to be a host's, else `InputError`."""
+    return fields.require_name(name, "a host's name", where, hint="rename it")
 
 
 def in_files(tree: Path) -> list[Host]:

@@ -139,7 +139,9 @@ def _found(tree: Path) -> Iterator[tuple[str, str]]:
         return
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not entry.name.startswith(".") and not entry.is_symlink() and _configuration(entry):
-            yield check_name(entry.name, f"{FOLDER}/{entry.name}"), f"{FOLDER}/{entry.name}"
+            place = f"{FOLDER}/{entry.name}"
+            yield fields.require_name(entry.name, "a root's name", place,
+                                      hint="rename it, or name it in toto.toml"), place
 
 
 def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
@@ -162,14 +164,6 @@ def _configuration(folder: Path) -> list[Path]:
         return []
     return sorted(path for path in folder.iterdir() if path.name.endswith((".tf", ".tf.json"))
                   and not path.name.startswith(".") and path.is_file())
-
-
-def check_name(name: str, where: str) -> str:
-    """The name itself when it is fit to be a root's, else `InputError`: it becomes paths and ref names."""
-    try:
-        return fields.check_name(name)
-    except ValueError as error:
-        raise InputError(f"a root's name {error}", target=where, hint="rename it, or name it in toto.toml") from None
 
 
 async def identity(repo: Path, commit: str, tree: Path, root: Root) -> str:
