@@ -133,7 +133,7 @@ async def hosts(whole: Fleet) -> None:
         "modules/web.nix": page.replace("Hello", "Welcome"), "tests/web1/with-internet/50-payments": None,
         "tests/web2/post-switch/50-customer": BROKEN_AFTER})
     claim("the run is red, and says which test", reverted.state == "FAILED" and "to a customer" in reverted.message)
-    claim("web1 had been switched before web2 failed", "web1: roll out" in whole.subflows(reverted.id))
+    claim("web1 had been switched before web2 failed", "roll out host / web1" in whole.subflows(reverted.id))
     claim("and all machines are back at their last good", await whole.systems() == changed)
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the page it served before", "Good morning" in served)
@@ -169,7 +169,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
         ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
         TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n")})
     claim("the run is red, and says which test", failed.state == "FAILED" and "page-test" in failed.message)
-    claim("terraform had been applied before that", "terraform/dns: apply" in whole.subflows(failed.id))
+    claim("terraform had been applied before that", "roll out root / dns" in whole.subflows(failed.id))
     claim("the record is what it was", record() == "www 300 A 192.0.2.10")
     claim("the page is what it was", await greeting() == "Hello")
     claim("no machine has changed", await whole.systems() == machines)

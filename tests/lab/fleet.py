@@ -280,9 +280,19 @@ class Fleet:
         return "\n".join(f"{each['timestamp'][11:19]} {each['message']}" for each in lines)
 
     def subflows(self, run: str) -> list[str]:
-        """The names of a run's subflows, as they began."""
-        return [each["name"] for each in self.api("POST", "/flow_runs/filter", {
-            "flow_runs": {"id": {"any_": self.family(run)[1:]}}, "sort": "START_TIME_ASC"})]
+        """What a run does with its targets, as they began, as the UI names it: `roll out host / web1`.
+
+        (The stages above them are in `tests.graph`.)
+        """
+        stages = self._children([run])
+        targets = self._children([stage["id"] for stage in stages])
+        flows = {id: self.api("GET", f"/flows/{id}")["name"] for id in {each["flow_id"] for each in targets}}
+        return [f"{flows[each['flow_id']]} / {each['name']}" for each in targets]
+
+    def _children(self, parents: list[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.api("POST", "/flow_runs/filter", {
+            "flow_runs": {"parent_flow_run_id": {"any_": parents}}, "sort": "START_TIME_ASC"}) if parents else []
+        return found
 
     def artifacts(self, run: str) -> dict[str, str]:
         """The newest artifact of each key of a run and its subflows, as text."""

@@ -81,12 +81,12 @@ async def test_a_branch_is_rehearsed_and_planned_and_touches_nothing(pushers: Pu
     before = await pushers.whole.systems()
     told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
     assert "nothing is rolled out" in told
-    assert re.search(r"web1: rehearse: done", told), told
+    assert re.search(r"rehearse host / web1: done", told), told
     assert "\ntoto: done\n" in told, told
     told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/look", "plan")
     assert re.search(r"(?m)^host/web1 +deploy", told), told
     assert "pull step" not in told and "submitt" not in told, "what Prefect says of itself"
-    assert "web1: rehearse" not in told
+    assert "rehearse host / web1" not in told
     assert pushers.ledger() == ""
     assert await pushers.whole.systems() == before
 
@@ -96,7 +96,7 @@ async def test_whoever_waits_sees_what_was_rehearsed_on_a_branch_reach_the_machi
     assert "nothing is started (-o skip)" in pushers.alice.push("main", "skip")
     pushers.alice.commit()
     told = await asyncio.to_thread(pushers.alice.push, "main", "wait", "only=web1")
-    assert "web1: roll out: done" in told, told
+    assert "roll out host / web1: done" in told, told
     assert re.search(r"(?m): web1 deployed\ntoto: done$", told), told
     assert (await pushers.whole.systems()) != before
     assert not pushers.whole.sandboxes()

@@ -207,7 +207,7 @@ async def test_a_machine_that_was_off_catches_up_by_itself_and_is_not_rehearsed_
     run = await whole.deploy("readme", {"README.md": "hello\n"})
     assert run.state == "COMPLETED", whole.logs(run.id)
     assert run.message.endswith("web2 deployed")
-    assert whole.subflows(run.id) == ["web2: rehearse", "web2: roll out"]
+    assert whole.subflows(run.id) == ["rehearse host / web2", "roll out host / web2"]
     assert "console:" not in whole.logs(run.id), "its verdict was cached: no VM was booted"
     assert {name: path for name, path in (await whole.systems()).items() if name != "web2"} == before
     await whole.settled()
@@ -233,7 +233,7 @@ async def test_a_change_of_tests_alone_rehearses_and_verifies_but_activates_noth
     run = await whole.deploy("more tests", {"tests/web1/post-switch/60-more": "#!/bin/sh\necho 1..1\necho ok\n"
                                             .replace("echo ok", "echo ok 1")})
     assert run.state == "COMPLETED", whole.logs(run.id)
-    assert whole.subflows(run.id) == ["web1: rehearse", "web1: roll out"]
+    assert whole.subflows(run.id) == ["rehearse host / web1", "roll out host / web1"]
     assert await whole.systems() == before
     assert len(whole.history()) == len(history) + 1
     assert "verified" in whole.history()[0]
@@ -262,7 +262,7 @@ async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll
     assert run.state == "FAILED"
     assert "gate: evaluation failed" in run.message and "hosts/gate.nix:" in run.message
     assert "nothing was touched" in run.message
-    assert whole.subflows(run.id) == ["web1: rehearse"]
+    assert whole.subflows(run.id) == ["rehearse host / web1"]
     assert await whole.systems() == before
     partly = await whole.deploy("the others all the same", {
         "toto.toml": SETTINGS.replace("[sandbox]", 'policy = "partial"\n[sandbox]')})
@@ -393,7 +393,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     run = await whole.deploy("after the crash", files)
     assert run.state == "COMPLETED", whole.logs(run.id)
     if touched:
-        assert any(line.startswith("web1: reverted") for line in whole.history()[:6])
+        assert any(line.startswith("revert web1") for line in whole.history()[:6])
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"
@@ -423,7 +423,7 @@ async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_g
         case "revert":
             whole.control["post-switch"] = BAD
             run = whole.begin_other("killed while it is reverted")
-            await whole.task(run, "web1: reverted")
+            await whole.task(run, "revert web1")
         case "stop":
             whole.control.waits("smoke")
             whole.begin_other("it restarts toto")

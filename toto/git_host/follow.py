@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -91,7 +92,9 @@ class _Watched:
     def __init__(self, api: Api, run: str, tell: Callable[[str], None]) -> None:
         self.api, self.run, self.tell = api, run, tell
         self.began = time.monotonic()
-        self.lines = 0
+        self.stages: list[str] = []
+        self.flows: dict[str, str] = {}
+        self.lines: Counter[str] = Counter()
         self.told: set[str] = set()
         self.logged: set[str] = set()
         self.ended: float | None = None
@@ -121,24 +124,41 @@ class _Watched:
             self.tell(f"{time.monotonic() - self.began:5.0f} s  {_clean(text)}")
 
     async def _subflows(self) -> None:
-        mine = {"flow_runs": {"parent_flow_run_id": {"any_": [self.run]}}, "sort": "START_TIME_ASC"}
-        for child in await self.api.call("POST", "/flow_runs/filter", mine, timeout=5):
-            if child["state_type"] in {"RUNNING", *ENDS}:
-                self.say_once(child["name"])
-            if child["state_type"] in ENDS:
-                self.say_once(f"{child['name']}: {ENDS[child['state_type']]}")
+        """The stages of the run, and the targets within them, by the names that the UI shows."""
+        self.stages, parents = [], [self.run]
+        for _ in ("stages", "targets"):
+            below = {"flow_runs": {"parent_flow_run_id": {"any_": parents}}, "sort": "START_TIME_ASC"}
+            children = await self.api.call("POST", "/flow_runs/filter", below, timeout=5) if parents else []
+            for child in children:
+                name = f"{await self._flow(child['flow_id'])} / {child['name']}"
+                if child["state_type"] in {"RUNNING", *ENDS}:
+                    self.say_once(name)
+                if child["state_type"] in ENDS:
+                    self.say_once(f"{name}: {ENDS[child['state_type']]}")
+            parents = [child["id"] for child in children]
+            self.stages = self.stages or parents
+
+    async def _flow(self, id: str) -> str:
+        """The name of a flow."""
+        if id not in self.flows:
+            self.flows[id] = (await self.api.call("GET", f"/flows/{id}", timeout=5))["name"]
+        return self.flows[id]
 
     async def _log(self) -> None:
-        """The lines that the run itself logged; those of its tasks and subflows are in the UI."""
+        """The lines that the run and its stages logged; those of tasks and targets are in the UI."""
+        for run in (*self.stages, self.run):
+            await self._log_of(run)
+
+    async def _log_of(self, run: str) -> None:
         while True:
             wanted: dict[str, Any] = {
-                "logs": {"flow_run_id": {"any_": [self.run]}, "task_run_id": {"is_null_": True},
+                "logs": {"flow_run_id": {"any_": [run]}, "task_run_id": {"is_null_": True},
                          "level": {"ge_": INFO}},
-                "sort": "TIMESTAMP_ASC", "offset": self.lines, "limit": 200}
+                "sort": "TIMESTAMP_ASC", "offset": self.lines[run], "limit": 200}
             fresh = await self.api.call("POST", "/logs/filter", wanted, timeout=5)
-            self.lines += len(fresh)
+            self.lines[run] += len(fresh)
             for line in fresh:
-                self.closed |= line["message"].startswith("Finished in state ")
+                self.closed |= run == self.run and line["message"].startswith("Finished in state ")
                 if not _CHATTER.match(line["message"]):
                     self.logged.add(_clean(line["message"]))
                     self.tell(_clean(line["message"]))
