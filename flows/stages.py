@@ -25,13 +25,17 @@ from toto.plan.verdict import Verdict
 from toto.report.message import names
 
 
-@flow(name="detect", flow_run_name="{run.commit}", persist_result=False, validate_parameters=False)
 async def detect(run: Run) -> Run:
-    """Plan: what the commit would change. Nothing outside toto is touched."""
+    """Plan what the commit would change. Nothing outside toto is touched. Raises `Superseded`."""
+    await run.check_superseded()
+    return await _detect(run)
+
+
+@flow(name="detect", flow_run_name="{run.commit}", persist_result=False, validate_parameters=False)
+async def _detect(run: Run) -> Run:
     request = run.request
     if not request.plan_only:
         paths.require_room(run.repo)
-    await run.check_superseded()
     run.planned(await make.make(run.repo, request.commit, run.id, request.only, override=request.override,
                                 force=request.force, identify=identify))
     await report.show_plan(run.plan)
@@ -57,7 +61,8 @@ async def _rehearse(run: Run) -> Run:
 
     await together(one(each) for each in run.plan.orders)
     differences = {label: verdict.difference for label, verdict in run.verdicts.items() if verdict.difference}
-    await report.show_plan(run.plan, await make.previews(run.plan) | differences)
+    others = await make.previews([each for each in run.plan.orders if each.label not in differences])
+    await report.show_plan(run.plan, differences | others)
     return run
 
 

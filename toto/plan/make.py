@@ -119,10 +119,10 @@ async def _last_manifest(repo: Path) -> Manifest | None:
         return None
 
 
-async def previews(plan: Plan, *, build: bool = False) -> dict[str, str]:
+async def previews(orders: Sequence[Order], *, build: bool = False) -> dict[str, str]:
     """What would change in each target, by label, as far as that can be told; with `build`, after building it.
 
     Raises `BuildFailed` when a build fails.
     """
-    told = await asyncio.gather(*(kind_of(each.target).preview(each, build=build) for each in plan.orders))
-    return {order.label: text for order, text in zip(plan.orders, told, strict=True) if text}
+    texts = await asyncio.gather(*(kind_of(each.target).preview(each, build=build) for each in orders))
+    return {order.label: text for order, text in zip(orders, texts, strict=True) if text}
