@@ -5,7 +5,7 @@ from typing import Literal
 from prefect import flow
 
 from tasks.record import intend, record_good, record_verified
-from tasks.terraform import apply, find_drift, plan_root, question, revert
+from tasks.terraform import apply, find_drift, plan_root, revert
 from toto.base.errors import TotoError
 from toto.plan.root import RootBefore, RootOrder
 from toto.plan.verdict import Verdict
@@ -19,7 +19,7 @@ async def rehearse(order: RootOrder) -> Verdict[Planned]:
     """Plan the root, and keep the plan: nothing else is applied later."""
     planned = await plan_root(order)
     return Verdict.passed(order, planned, summary=planned.summary, difference=str(planned),
-                          question=question(order, planned))
+                          question=order.question(planned))
 
 
 @flow(name="roll out root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

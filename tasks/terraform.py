@@ -17,7 +17,6 @@ from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
 from toto.plan.root import DeployedRoot, RootBefore, RootOrder
-from toto.plan.verdict import Question
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
 from toto.terraform.plan import Planned, State
@@ -50,13 +49,6 @@ async def plan_root(order: RootOrder) -> Planned:
     await report.show_terraform_plan(order.label, planned)
     tfplan.refuse(planned, order.root.prevent)
     return planned
-
-
-def question(order: RootOrder, planned: Planned) -> Question | None:
-    """What a person must approve before this plan is applied; None where the settings want nobody's word."""
-    if not tfplan.wants_approval(planned, order.root.approve):
-        return None
-    return Question(str(planned), order.settings.terraform.approve_timeout)
 
 
 @task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)

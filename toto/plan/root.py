@@ -10,7 +10,9 @@ from toto.ledger.target import Target
 from toto.plan.changes import Change, Desired
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.order import Order
+from toto.plan.verdict import Question
 from toto.terraform import session as terraform
+from toto.terraform.plan import Planned, wants_approval
 from toto.terraform.session import Root
 
 _SERIAL = Field(default=0, validation_alias=AliasChoices("serial", "revision"))  # older ledgers say revision
@@ -33,6 +35,12 @@ class RootOrder(Order):
     """One terraform root's part of a plan."""
 
     root: Root
+
+    def question(self, planned: Planned) -> Question | None:
+        """What a person must approve before this plan is applied; None where the settings ask for no approval."""
+        if not wants_approval(planned, self.root.approve):
+            return None
+        return Question(str(planned), self.settings.terraform.approve_timeout)
 
 
 class RootKind(Kind[Root]):
