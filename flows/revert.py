@@ -11,7 +11,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from flows.kinds import steps_of
-from tasks import cancelled_by_sigterm, names
+from flows.stage import stage
+from tasks import cancelled_by_sigterm
+from tasks import names as run_names
 from tasks.limits import one_roll_out
 from tasks.record import intend_to_revert
 from tasks.reversal import Reversal
@@ -20,15 +22,18 @@ from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Ledger, LostTarget
+from toto.ledger.target import Target
+from toto.report.message import names
 from toto.report.report import Reverted, revert_words
 
 HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
 
 
-@flow(name="revert", flow_run_name="{run.touched_names}", persist_result=False, validate_parameters=False)
-async def revert(run: Run) -> Run:
+@stage("revert", lambda run: names([each.label for each in run.to_revert]))
+async def revert(run: Run) -> None:
     """Revert what a run touched. All intents first: whatever happens now, the next run finds each of them."""
     entries = Ledger(run.repo).read()
+    reverting: list[Target] = []
     for target in run.to_revert:
         entry = entries.get(target)
         if not entry.touched_by(run.id):
@@ -42,13 +47,12 @@ async def revert(run: Run) -> Run:
                 run.report.reverted.append(Reverted(target.label, error=str(error)))
                 continue
             get_run_logger().error("%s is reverted, though the ledger could not be told: %s", target.label, error)
-        run.reverting.append(target)
+        reverting.append(target)
     patience = run.plan.settings.roll_out.confirm_timeout + HEALING
-    with run.report.timed(run.touched_names, "revert"):
+    with run.report.timed(names([each.label for each in run.to_revert]), "revert"):
         run.report.reverted += await _revert([
             Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
-            for target in reversed(run.reverting)])
-    return run
+            for target in reversed(reverting)])
 
 
 async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
@@ -69,7 +73,7 @@ async def revert_target(reversal: Reversal) -> str:
     return await steps_of(reversal.target).revert(reversal)
 
 
-@flow(name="settle", flow_run_name=names.of_flow, persist_result=False, on_crashed=[retry_settle])
+@flow(name="settle", flow_run_name=run_names.of_flow, persist_result=False, on_crashed=[retry_settle])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
     """Revert every target whose run died before it was done with it. Waits for a run that is rolling out.
 

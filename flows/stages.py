@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from prefect import flow, runtime
 from prefect.utilities.annotations import quote
 
 from flows.kinds import STEPS, steps_of
 from flows.revert import settle_first
+from flows.stage import stage
 from tasks import report, together
 from tasks.detect import identify
 from tasks.limits import one_roll_out, side_by_side
@@ -31,24 +31,25 @@ async def detect(run: Run) -> Run:
     return await _detect(run)
 
 
-@flow(name="detect", flow_run_name="{run.commit}", persist_result=False, validate_parameters=False)
-async def _detect(run: Run) -> Run:
+@stage("detect", lambda run: run.commit)
+async def _detect(run: Run) -> None:
+    """Plan what the commit would change: find its targets, evaluate them, compare them with the ledger."""
     request = run.request
     if not request.plan_only:
         paths.require_room(run.repo)
     run.planned(await make.make(run.repo, request.commit, run.id, request.only, override=request.override,
                                 force=request.force, identify=identify))
     await report.show_plan(run.plan)
-    return run
 
 
 async def rehearse(run: Run) -> Run:
-    """Rehearse every changed target side by side. Raises `Superseded`."""
+    """Rehearse every changed target. Raises `Superseded`."""
     return await run.unless_superseded(_rehearse(run))
 
 
-@flow(name="rehearse", flow_run_name="{run.all_names}", persist_result=False, validate_parameters=False)
-async def _rehearse(run: Run) -> Run:
+@stage("rehearse", lambda run: names([each.label for each in run.plan.orders]))
+async def _rehearse(run: Run) -> None:
+    """Rehearse every changed target, side by side. Nothing outside toto is touched."""
     room = asyncio.Semaphore(await side_by_side())
 
     async def one(order: Order) -> None:
@@ -63,7 +64,6 @@ async def _rehearse(run: Run) -> Run:
     differences = {label: verdict.difference for label, verdict in run.verdicts.items() if verdict.difference}
     others = await make.previews([each for each in run.plan.orders if each.label not in differences])
     await report.show_plan(run.plan, differences | others)
-    return run
 
 
 async def _verdict(order: Order) -> Verdict[object]:
@@ -89,17 +89,16 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
 
 
 async def roll_out(kind: str, run: Run) -> Run:
-    """Roll out the targets of one kind that have a verdict, group by group, until one fails."""
-    return await _roll_out.with_options(name=STEPS[kind].stage)(run, kind)
+    """Roll out the targets of one kind that have a verdict."""
+    @stage(STEPS[kind].stage, lambda run: names([each.name for each in run.due(kind)]))
+    async def of_kind(run: Run) -> None:
+        """Roll out the targets of one kind, group by group, until one fails."""
+        await _roll_out(kind, run)
+
+    return await of_kind(run)
 
 
-def _due_names() -> str:
-    asked = runtime.flow_run.parameters
-    return names([each.label for each in asked["run"].due(asked["kind"])])
-
-
-@flow(flow_run_name=_due_names, persist_result=False, validate_parameters=False)
-async def _roll_out(run: Run, kind: str) -> Run:
+async def _roll_out(kind: str, run: Run) -> None:
     room = asyncio.Semaphore(await side_by_side())
 
     async def one(order: Order) -> None:
@@ -127,7 +126,6 @@ async def _roll_out(run: Run, kind: str) -> Run:
         await together(one(each) for each in run.not_held(group))
         if run.report.failed_roll_out:
             break
-    return run
 
 
 async def notify(run: Run) -> Run:

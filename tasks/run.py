@@ -25,7 +25,6 @@ from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
 from toto.plan.verdict import Verdict
-from toto.report.message import names
 from toto.report.report import Report
 from toto.report.venues import Origin
 
@@ -67,21 +66,21 @@ class Run:
     (It has slots, so that Prefect shows it as `<Run>` among a stage's parameters and does not write all of it down.)
     """
 
-    __slots__ = ("__weakref__", "id", "plan", "report", "request", "reverting", "touched", "verdicts")
+    __slots__ = ("__weakref__", "id", "plan", "report", "request", "stage", "touched", "verdicts")
 
     def __init__(self, request: Request, run: str) -> None:
         self.request, self.id = request, run
         self.plan: Plan
         self.report: Report
+        self.stage = ""  # the id of the subflow that is at work
         self.verdicts: dict[str, Verdict[Any]] = {}
         self.touched: list[Target] = []
-        self.reverting: list[Target] = []
 
     def planned(self, plan: Plan) -> None:
         """Begin anew with a plan."""
         self.plan = plan
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
-        self.verdicts, self.touched, self.reverting = {}, [], []
+        self.verdicts, self.touched = {}, []
 
     @property
     def repo(self) -> Path:
@@ -91,6 +90,14 @@ class Run:
     def commit(self) -> str:
         """The first eight digits of what it is about."""
         return self.request.commit[:8]
+
+    @property
+    def problems(self) -> list[str]:
+        """What has failed so far, and what could not be reverted, in a few words each."""
+        if not hasattr(self, "report"):
+            return []
+        return [*(f"{each.target}: {each.stage} failed" for each in self.report.failures),
+                *(f"{each.target} could not be reverted" for each in self.report.reverted if each.error)]
 
     @property
     def rehearses(self) -> bool:
@@ -150,16 +157,6 @@ class Run:
         """What was touched, in that order; one that was only recorded, or could not be reached, was not."""
         return [each for each in self.touched
                 if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
-
-    @property
-    def all_names(self) -> str:
-        """The targets of the plan, for people."""
-        return names([each.label for each in self.plan.orders])
-
-    @property
-    def touched_names(self) -> str:
-        """The targets that were touched, for people."""
-        return names([each.label for each in self.to_revert])
 
     async def check_superseded(self) -> None:
         """Raises `Superseded` when a newer push has taken the place of the one that started this run."""

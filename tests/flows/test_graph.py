@@ -17,7 +17,7 @@ async def drawn(server: PrefectServer, state: Any) -> dict[str, Any]:
 async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_server: PrefectServer) -> None:
     commit = files.commit({"a": "one", "b": "two"})[:8]
     graph = await drawn(prefect_server, await files.reconcile())
-    stages = [f"detect / {commit}", "rehearse / file/a, file/b", "files / file/a, file/b", "notify"]
+    stages = [f"detect / {commit}", "rehearse / file/a, file/b", "files / a, b", "notify"]
     assert labels(graph) == stages
     assert edges(graph) == chain(*stages)
     inside = {}
@@ -33,15 +33,18 @@ async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_serv
 async def test_a_run_that_is_reverted_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
     commit = files.commit({"a": "one", "z": "too late"})[:8]
     graph = await drawn(prefect_server, await files.reconcile())
-    stages = [f"detect / {commit}", "rehearse / file/a, file/z", "files / file/a, file/z", "revert / file/a, file/z",
+    stages = [f"detect / {commit}", "rehearse / file/a, file/z", "files / a, z", "revert / file/a, file/z",
               "notify"]
     assert edges(graph) == chain(*stages)
+    assert [node["label"] for node in dict(graph["nodes"]).values() if node["state_type"] == "FAILED"] == [stages[2]]
 
 
 async def test_a_run_that_stops_before_the_roll_out_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
     commit = files.commit({"a": "bad"})[:8]
     graph = await drawn(prefect_server, await files.reconcile())
     assert edges(graph) == chain(f"detect / {commit}", "rehearse / file/a", "notify")
+    assert {node["label"]: node["state_type"] for node in dict(graph["nodes"]).values()} == {
+        f"detect / {commit}": "COMPLETED", "rehearse / file/a": "FAILED", "notify": "COMPLETED"}
 
 
 async def test_a_run_with_nothing_to_do_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:

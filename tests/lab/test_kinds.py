@@ -99,19 +99,19 @@ _ROLL_OUT = chain(
     "copy the closure", "inspect the machine", "intend", "activate: test", "smoke tests", "activate: switch",
     "post-switch tests", "add GC roots", "record", "clean up")
 GREEN: dict[str, Edges] = {
-    "": chain("detect", "rehearse / gate, web1, terraform/dns", "hosts / gate, web1", "terraform / terraform/dns",
+    "": chain("detect", "rehearse / gate, web1, terraform/dns", "hosts / gate, web1", "terraform / dns",
               "notify"),
     "detect": [],
     "rehearse / gate, web1, terraform/dns": [],
     "rehearse host / gate": _REHEARSAL, "rehearse host / web1": _REHEARSAL, "rehearse root / dns": [],
     "hosts / gate, web1": [],
     "roll out host / gate": _ROLL_OUT, "roll out host / web1": _ROLL_OUT,
-    "terraform / terraform/dns": [],
+    "terraform / dns": [],
     "roll out root / dns": chain("intend", "apply", "record"),
 }
 RED: dict[str, Edges] = {
     "": chain("detect", "rehearse / gate, web1, terraform/dns, helm/page", "hosts / gate, web1",
-              "terraform / terraform/dns", "helm / helm/page", "revert / gate, web1, terraform/dns, helm/page",
+              "terraform / dns", "helm / page", "revert / gate, web1, terraform/dns, helm/page",
               "notify"),
     "roll out release / page": chain("inspect the release", "intend", "upgrade", "the chart's tests"),
     "revert / gate, web1, terraform/dns, helm/page": [],
