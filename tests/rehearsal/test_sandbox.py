@@ -166,11 +166,11 @@ async def test_what_a_killed_owner_left_is_swept(tmp_path: Path, state: Path, tc
     before = machines()
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", OWNER, vm, state)
     await until(lambda: bool(machines() - before))
-    assert sandbox.sweep(state) == [], "the owner is alive"
+    assert sandbox.clean_up(state) == [], "the owner is alive"
     assert len(machines() - before) == 1
     owner.send_signal(signal.SIGKILL)
     await owner.wait()
-    assert len(sandbox.sweep(state)) == 1
+    assert len(sandbox.clean_up(state)) == 1
     await until(lambda: not machines() - before)
     assert left(state) == []
 

@@ -144,7 +144,7 @@ def parse(text: str) -> Manifest:
 
 def _read(name: str, text: Callable[[], str]) -> Manifest:
     reading = _Reading(name)
-    with reading.telling(ManifestError):
+    with reading.reporting(ManifestError):
         manifest = reading.manifest(text())
     return manifest
 

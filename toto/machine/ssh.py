@@ -130,7 +130,7 @@ class Connection:
         the machine still lets us in. Raises `Unreachable` and its kinds, `CommandFailed` when `check`,
         `CommandTimeout`.
         """
-        self._forget_dead_master()
+        self._clean_up_dead_master()
         words = [process.mask(word, secrets) for word in argv]
         journal = self.config.with_name(f"log.{next(_numbers)}")
         # What ssh itself has to say goes to a file, so that it is not mistaken for the remote command's words.
@@ -152,7 +152,7 @@ class Connection:
                                 target=self.target.name)
         return done
 
-    def _forget_dead_master(self) -> None:
+    def _clean_up_dead_master(self) -> None:
         """Every ssh complains of a socket that nobody answers."""
         if self.control is not None and (self.master is None or self.master.status is not None):
             self.control.unlink(missing_ok=True)

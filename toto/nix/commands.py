@@ -178,7 +178,7 @@ async def sizes(paths: Sequence[str]) -> dict[str, int]:
     return dict(zip(paths, map(int, done.lines), strict=True))
 
 
-async def keep(path: str, root: Path) -> None:
+async def add_gc_root(path: str, root: Path) -> None:
     """Keep a store path from garbage collection by an indirect root, replacing what the root kept before."""
     root.parent.mkdir(parents=True, exist_ok=True)
     await process.run(["nix-store", "--realise", path, "--add-root", root, "--indirect"], env=environment(),

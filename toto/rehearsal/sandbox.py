@@ -153,9 +153,9 @@ async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequenc
         _remove(directory)
 
 
-def sweep(state: Path) -> list[Path]:
+def clean_up(state: Path) -> list[Path]:
     """End the sandboxes under `state` whose owner is no longer alive; return the directories removed."""
-    process.sweep()
+    process.clean_up()
     owned = [(path, re.match(r"(\d+\.\d+)-", path.name)) for path in state.glob("*-*")]
     dead = [path for path, name in owned if name is not None and not process.lives(name[1])]
     for path in dead:
