@@ -197,12 +197,12 @@ async def test_many_at_once_are_no_trouble() -> None:
     assert [each.stdout for each in done] == [f"{n}\n" for n in range(40)]
 
 
-def test_what_a_dead_toto_left_is_cleaned_up_and_what_a_living_one_runs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_dead_toto_left_is_killed_and_the_living_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     here = process._pid_namespace()
     orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"1.1.{here}.0"},
                               start_new_session=True)
     ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.{here}.0"})
-    monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # no other process of this machine may be ended
+    monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # the only ones that may be ended
     try:
         deadline = time.monotonic() + 5
         killed: list[int] = []

@@ -18,7 +18,7 @@ LEAST_FREE: Final = 200_000_000  # bytes: for the ledger, logs and exports of a 
 
 
 def state_home() -> Path:
-    """The state directory of this toto: $TOTO_STATE, else ~/.local/state/toto; made when missing, with mode 0700.
+    """toto's state directory: $TOTO_STATE, else ~/.local/state/toto. It is made when missing, with mode 0700.
 
     Raises `InputError` when its name has white space.
     """
@@ -31,7 +31,7 @@ def state_home() -> Path:
 
 
 def repo_state(repo: Path) -> Path:
-    """The directory for one infra repo, made when missing. Its name has the repo's name and a hash of the repo's path."""
+    """The directory for one infra repo, made when missing. Its name is the repo's name and a hash of its path."""
     real = repo.resolve()
     name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
     path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"

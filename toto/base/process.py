@@ -124,7 +124,7 @@ class Running:
         return self.process.returncode
 
     async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
-        """End the process and its group: send each of `signals` and wait up to `grace` seconds for it, then send SIGKILL.
+        """End the process and its group: send each of `signals` and wait up to `grace` seconds, then send SIGKILL.
 
         When the program has ended by itself, what it left behind gets at most `LEFT_BEHIND` seconds.
         """
@@ -370,7 +370,7 @@ def _pid_namespace() -> str:
 
 
 def _orphaned(cookie: str) -> bool:
-    """Whether the toto that started a process is dead; False when it ran in a different container: PIDs differ there."""
+    """Whether the toto that started a process is dead; False if it ran in a different container: PIDs differ there."""
     owner, _, namespace = cookie.rpartition(".")[0].rpartition(".")
     return namespace == _pid_namespace() and not lives(owner)
 
