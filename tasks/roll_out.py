@@ -159,6 +159,6 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
             await nix.copy(to.system, machine.name, activator.connection.config, timeout=settings.activation_timeout,
                            target=machine.name)
-        await activator.go_back(to, finish=settings.activation_timeout, boot=intent.step != "test")
+        await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
         await armed.clean_up()
         await activator.clean_up()
