@@ -62,12 +62,12 @@ class Machine:
         path.chmod(0o755)
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        """Start a verb in its own process group, as sshd does, and in the folder by which `processes` finds its children."""
+        """Start a verb in its own process group, as sshd does, and in the folder by which `processes` finds it."""
         return subprocess.Popen([*self.shell, self.script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True, start_new_session=True, cwd=self.root)
 
     def processes(self) -> list[int]:
-        """The processes of this machine that still run: all that its script started has its folder as working directory."""
+        """The processes of this machine that still run: their working directory is its folder."""
         found = []
         for each in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -208,7 +208,7 @@ def test_a_failed_activation_says_so_and_waits_for_toto(machine: Machine) -> Non
 
 def test_an_activation_that_hangs_is_ended(machine: Machine) -> None:
     machine.begin("run.test.1", "test", machine.system("slow", "exec sleep 60"), finish=1)
-    assert machine.result("run.test.1") in ("done 124", "done 143")  # as coreutils and busybox say it
+    assert machine.result("run.test.1") in ("done 124", "done 143")  # coreutils, busybox
     assert machine.runs() == machine.old
 
 

@@ -70,7 +70,7 @@ class Activator:
         facts = dict(line.partition("=")[::2] for line in done.lines)
         if not facts.get("system", "").startswith("/nix/store/"):
             raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.name,
-                                    hint="is it a NixOS machine? toto leaves one alone that has role: other in machines.yaml")
+                                    hint="is it a NixOS machine? if not, set role: other in machines.yaml")
         return MachineState(system=facts["system"], profile=facts.get("profile", ""))
 
     async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
