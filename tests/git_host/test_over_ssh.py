@@ -435,7 +435,7 @@ async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, p
     pushing.stderr.close()
     deadline = time.monotonic() + 30
     while followers(repo):
-        assert time.monotonic() < deadline, "somebody still waits for nobody"
+        assert time.monotonic() < deadline, "a hook still waits after its pusher has gone"
         await asyncio.sleep(0.1)
     [run] = await runs(prefect_server.api, output.replace("remote: ", ""))
     assert run["state_type"] == "RUNNING"

@@ -16,7 +16,7 @@ class Circle:
 
     @property
     def name(self) -> str:
-        """The name whose `after` is to be changed."""
+        """The name whose `after` the error is about."""
         return self.names[0]
 
     def __str__(self) -> str:

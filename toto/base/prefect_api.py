@@ -29,7 +29,7 @@ class ServerError(TotoError):
 
 @dataclass(frozen=True)
 class Api:
-    """The API at `url`; `auth` is "user:password" where it wants one."""
+    """The API at `url`; `auth` is its "user:password", if it has one."""
 
     url: str
     auth: str | None = None

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TotoError as error:
         print("\n".join(f"toto: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(1)
-    # git takes over this process: nothing of toto stays between the pusher and it.
+    # This process becomes git: toto is no longer between the pusher and git.
     os.execvpe(program[0], program, _environment(chosen.user))  # noqa: S606
 
 

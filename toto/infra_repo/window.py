@@ -15,7 +15,7 @@ _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 class Window:
     """A weekly maintenance window, such as `Sat-Sun 22:00-06:00`, `Mon,Thu 01:00-03:30` or `22:00-06:00` (daily).
 
-    A window whose end is not after its start ends on the next day; its days are those on which it starts.
+    A window whose end is not after its start ends on the next day. Its days are the days on which it starts.
     """
 
     text: str

@@ -198,7 +198,7 @@ def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleratio
         "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
         "QEMU_OPTS": " ".join(options),
         # On a busy machine an emulated timer can be late enough for the kernel to give up ("IO-APIC + timer doesn't
-        # work"). Under KVM it does not look; under TCG it has to be told.
+        # work"). The kernel skips this check under KVM; under TCG it needs the parameter.
         "QEMU_KERNEL_PARAMS": "no_timer_check" if accelerated == "tcg" else "",
     }
 
