@@ -1,14 +1,14 @@
 # One host of an exported infra repo: its toplevel, and the VM in which it is rehearsed.
 #
-# The toplevel is evaluated exactly as the operator wrote it. toto's own module goes into the VM variant
-# only, so that the closure which is rehearsed is the closure which reaches the machine.
+# The toplevel is evaluated exactly as the operator wrote it. toto adds its own module to the VM variant only, so the
+# rehearsed closure is the one that is copied to the machine.
 { tree                 # absolute path of the exported commit, as a string
 , name                 # the host
 , file ? ""            # its file relative to the tree; "" when it is nixosConfigurations.NAME of the flake
-, nixpkgs ? ""         # "" for <nixpkgs>; another <name>; or a file of the tree that gives nixpkgs' path, or nixpkgs
+, nixpkgs ? ""         # "" for <nixpkgs>; a different <name>; or a file of the tree that gives nixpkgs' path, or nixpkgs
 , system ? builtins.currentSystem
 , sandboxKey ? ""      # the public key that may log in to the sandbox
-, ports ? "[]"         # JSON: further ports of the sandbox that tests may reach
+, ports ? "[]"         # JSON: more ports of the sandbox that tests may use
 }:
 let
   root = /. + tree;

@@ -1,11 +1,11 @@
-# What toto adds to a host's VM, and nothing to the host: `virtualisation.vmVariant` reaches `system.build.vm` only,
-# so the toplevel keeps its derivation. It must be the same from run to run, or the VM's would change.
+# What toto adds to a host's VM. It adds nothing to the host: `virtualisation.vmVariant` changes only `system.build.vm`,
+# so the toplevel keeps its derivation. It must be the same in every run, or the derivation of the VM would change.
 #
-# The sandbox has two cards: `toto-mgmt`, by which toto logs in, and the host's one way to the internet, which is
-# left to the host's own configuration. What only the real machine has (secrets, disks, static addresses) is the
-# operator's to stub in `virtualisation.vmVariant`.
+# The sandbox has two cards: toto logs in through `toto-mgmt`; the other is the only way to the internet, and the host's
+# own configuration sets it up. The operator has to replace what only the real machine has (secrets, disks, static
+# addresses) in `virtualisation.vmVariant`.
 { sandboxKey    # the public key that logs in as root
-, ports ? [ ]   # further ports of the guest that tests reach through the management card
+, ports ? [ ]   # more ports of the guest that tests may use through the management card
 }:
 {
   virtualisation.vmVariant = { config, lib, ... }:
@@ -15,10 +15,10 @@
     in
     {
       virtualisation.graphics = lib.mkForce false;      # the console is the serial line
-      virtualisation.forwardPorts = lib.mkForce [ ];    # fixed ports would collide, guestfwd would open the sandbox
+      virtualisation.forwardPorts = lib.mkForce [ ];    # fixed ports could clash, guestfwd would open the sandbox
 
-      # Found by the MAC that QEMU gives to a VM's first card. udev renames it whoever configures the network,
-      # and the 00- goes before every rule of the host that would match it too.
+      # The card has the MAC address that QEMU gives to the first card of a VM. udev renames it, whatever configures the
+      # network; the 00- puts this rule before all rules of the host.
       systemd.network.links."00-${card}" = {
         matchConfig.PermanentMACAddress = "52:54:00:12:34:56";
         linkConfig.Name = card;
@@ -37,9 +37,9 @@
         enable = lib.mkForce true;
         startWhenNeeded = lib.mkForce false;
         listenAddresses = lib.mkForce [ ];
-        # A host's keys are secrets that the sandbox has not, and RSA takes an emulated machine a minute.
+        # The sandbox does not have the host's keys, which are secret; an RSA key would take an emulated machine a minute.
         hostKeys = lib.mkForce [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ];
-        # The host's own sshd settings stay as they are, for tests look at them; only root on port 22 is let in.
+        # The host's own sshd settings stay, since tests may check them; this only lets root log in on port 22.
         extraConfig = lib.mkMerge [
           (lib.mkBefore (lib.optionalString (! lib.elem 22 config.services.openssh.ports) "Port 22\n"))
           (lib.mkAfter ''

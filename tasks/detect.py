@@ -28,7 +28,7 @@ async def evaluate(kind: Kind[Any], source: Source, found: Found[Any]) -> Desire
 
 def clean_up(repo: Path) -> None:
     """End processes and remove directories whose toto is no longer alive."""
-    killed, removed = process.sweep(), runs.sweep(repo)
+    killed, removed = process.clean_up(), runs.clean_up(repo)
     if killed or removed:
         get_run_logger().warning("ended %s processes and removed %s directories of runs that had died",
                                  len(killed), len(removed))

@@ -25,11 +25,11 @@ from toto.plan.changes import Action
 from toto.plan.host import HostOrder
 from toto.rehearsal import suite
 from toto.rehearsal.errors import BootTimeout
+from toto.rehearsal.phase_run import Endpoint, PhasePassed
 from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.run import run_phase, write_on_host
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
-from toto.rehearsal.trial import Reached, Trial
 
 
 class TestsFailed(TotoError):
@@ -99,15 +99,15 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
                                on_console=heard) as guest:
                 seconds = {"boot": time.monotonic() - began}
                 logger.info("booted and answers ssh after %.1f s", seconds["boot"])
-                reached = Reached(config=guest.connection.config, address="127.0.0.1",
-                                  ports={port: guest.port(port) for port in ports})
+                endpoint = Endpoint(config=guest.connection.config, address="127.0.0.1",
+                                    ports={port: guest.port(port) for port in ports})
                 before: object = vm  # which draws the edges: build, no-internet, with-internet
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
                         routed = await guest.set_internet(True)
                         logger.info("the internet is on%s", "" if routed else ", but the host has no route to it")
                     before = result = await run_tests.with_options(task_run_name=f"{phase} tests")(
-                        order, phase, reached, wait_for=[before])
+                        order, phase, endpoint, wait_for=[before])
                     tests[phase], seconds[phase] = result.tests, result.seconds
         finally:
             await report.show_console(order.name, "\n".join(console))
@@ -115,7 +115,7 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
 
 
 @task(name="tests", task_run_name="tests", cache_policy=NO_CACHE)
-async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
+async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> PhasePassed:
     """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
     logger, settings = get_run_logger(), order.settings.sandbox
     found = suite.find(order.tree, order.name)
@@ -125,7 +125,7 @@ async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
     try:
         async with asyncio.timeout(settings.phase_timeout):
             result = await run_phase(
-                found, phase, reached.environment(order.name, phase, tools), timeout=settings.test_timeout,
+                found, phase, endpoint.environment(order.name, phase, tools), timeout=settings.test_timeout,
                 keep=settings.test_output, on_line=sink(),
                 on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary))
     except TimeoutError:
@@ -142,4 +142,4 @@ async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
         first, *rest = result.failure_lines(20)
         raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
                           hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
-    return Trial.of(result)
+    return PhasePassed.of(result)

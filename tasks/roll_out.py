@@ -24,7 +24,7 @@ from toto.machine.activation import Activator, MachineState, Verb
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost, HostOrder
-from toto.rehearsal.trial import Reached
+from toto.rehearsal.phase_run import Endpoint
 
 
 @asynccontextmanager
@@ -48,10 +48,10 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
     return await keys.identity(machine.ssh.identity)
 
 
-def reached(machine: Machine, activator: Activator) -> Reached:
+def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
     """How test scripts reach the machine itself: its ports are where they are."""
-    return Reached(config=activator.connection.config, address=machine.address,
-                   ports={port: port for port in machine.ports})
+    return Endpoint(config=activator.connection.config, address=machine.address,
+                    ports={port: port for port in machine.ports})
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
@@ -102,8 +102,8 @@ async def add_gc_root(order: HostOrder) -> Done:
     """A GC root keeps what is to be the last good from garbage collection, and one keeps the one before it."""
     root = runs.last_good_root(order.repo, order.name)
     if root.is_symlink():
-        await nix.keep(str(root.readlink()), runs.previous_root(order.repo, order.name))
-    await nix.keep(order.host.path, root)
+        await nix.add_gc_root(str(root.readlink()), runs.previous_root(order.repo, order.name))
+    await nix.add_gc_root(order.host.path, root)
     return Done()
 
 
@@ -111,7 +111,7 @@ async def add_gc_root(order: HostOrder) -> Done:
 async def clean_up(activator: Activator) -> None:
     """Remove this run's state from the machine; when that fails, nothing is lost."""
     try:
-        await activator.forget()
+        await activator.clean_up()
     except TotoError as error:
         get_run_logger().warning("its /run/toto could not be cleaned up: %s", error)
 
@@ -142,7 +142,7 @@ async def revert(reversal: Reversal) -> str:
             await anyio.sleep(2)
     if good is not None:
         try:
-            await nix.keep(good.path, runs.last_good_root(repo, machine.name))
+            await nix.add_gc_root(good.path, runs.last_good_root(repo, machine.name))
         except process.CommandFailed as error:  # the machine is reverted, and that is what counts
             get_run_logger().warning("its last good is no longer in toto's own store: %s", error)
     await record_reverted(repo, target, good, intent.desired, run, reversal.why)
@@ -159,6 +159,6 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
             await nix.copy(to.system, machine.name, activator.connection.config, timeout=settings.activation_timeout,
                            target=machine.name)
-        await activator.go_back(to, finish=settings.activation_timeout, boot=intent.step != "test")
-        await armed.forget()
-        await activator.forget()
+        await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
+        await armed.clean_up()
+        await activator.clean_up()

@@ -1,4 +1,4 @@
-"""Things in the order of their `after`, and the circles that there is no order for."""
+"""Sorting things by their `after`, and reporting circles."""
 
 import pytest
 
@@ -16,13 +16,13 @@ def test_each_comes_after_what_it_names_else_as_given(after: dict[str, str], ord
     assert in_order({name: others.split() for name, others in after.items()}) == (order, [])
 
 
-@pytest.mark.parametrize(("after", "told"), [
+@pytest.mark.parametrize(("after", "expected"), [
     ({"a": "a"}, ["a after a"]),
     ({"a": "b", "b": "a", "c": "a"}, ["a after b after a"]),
     ({"a": "b", "b": "c", "c": "a"}, ["a after b after c after a"]),
     ({"a": "b", "b": "a", "c": "d", "d": "c"}, ["a after b after a", "c after d after c"]),
 ])
-def test_each_circle_is_told_once(after: dict[str, str], told: list[str]) -> None:
+def test_each_circle_is_reported_once(after: dict[str, str], expected: list[str]) -> None:
     _, circles = in_order({name: others.split() for name, others in after.items()})
 
     def turned(text: str) -> list[str]:
@@ -30,10 +30,10 @@ def test_each_circle_is_told_once(after: dict[str, str], told: list[str]) -> Non
         first = names.index(min(names))
         return names[first:] + names[:first]
 
-    assert sorted(turned(str(each)) for each in circles) == sorted(map(turned, told))
+    assert sorted(turned(str(each)) for each in circles) == sorted(map(turned, expected))
     assert all(each.name == each.names[0] == each.names[-1] for each in circles)
 
 
-def test_circles_beyond_all_bounds_are_told_in_part() -> None:
+def test_only_so_many_circles_are_reported() -> None:
     names = [f"n{number}" for number in range(12)]
     assert len(in_order(dict.fromkeys(names, names))[1]) == MOST

@@ -1,4 +1,4 @@
-"""Endless text costs bounded memory, and what is left of it says how much is missing."""
+"""A text without end takes limited memory, and what is kept of it says how much is missing."""
 
 import re
 
@@ -22,19 +22,19 @@ def test_what_fits_is_kept_as_it_is(chunks: list[bytes]) -> None:
 @given(st.lists(st.text("abc\n", max_size=60)), st.integers(8, 100))
 def test_the_rest_is_a_beginning_and_an_end_and_all_bytes_are_accounted_for(texts: list[str], limit: int) -> None:
     kept, whole = Bounded(limit), "".join(texts).encode()
-    for text in texts:
-        kept.add(text.encode())
+    for each in texts:
+        kept.add(each.encode())
         assert len(kept.head) + len(kept.tail) <= 1.5 * limit
-    told = kept.text().encode()
-    if (seam := SEAM.search(told)) is None:
-        assert told == whole
+    text = kept.text().encode()
+    if (seam := SEAM.search(text)) is None:
+        assert text == whole
         return
-    head, tail = told[:seam.start()], told[seam.end():]
-    for cut in (head, head + b"\n"):  # the text before the seam was a whole line, or is none
+    head, tail = text[:seam.start()], text[seam.end():]
+    for cut in (head, head + b"\n"):  # the text before the seam ended with its line, or without
         if len(cut) + int(seam[1]) + len(tail) == len(whole):
             assert whole.startswith(cut) and whole.endswith(tail)
             return
-    raise AssertionError((whole, told))
+    raise AssertionError((whole, text))
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 100_000])

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and that nobody else reads."""
+"""Files are written whole or not at all, with the permissions that were asked for."""
 
 import os
 import stat
@@ -25,12 +25,12 @@ def test_its_mode_is_what_was_asked_for(tmp_path: Path, mode: int) -> None:
     assert stat.S_IMODE(files.write(file, "again").stat().st_mode) == 0o600
 
 
-def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    other.write_text("mine")
+    other.write_text("old")
     (tmp_path / "file").symlink_to(other)
     files.write(tmp_path / "file", "secret")
-    assert other.read_text() == "mine" and not (tmp_path / "file").is_symlink()
+    assert other.read_text() == "old" and not (tmp_path / "file").is_symlink()
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

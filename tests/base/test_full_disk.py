@@ -1,6 +1,6 @@
-"""A disk that is full: told before anything is touched; and a ledger that met it in the middle is what it was.
+"""A full disk: it is reported before anything is touched, and a ledger that cannot be written stays as it was.
 
-On a real, tiny file system, in a mount namespace of the test's own that goes with it.
+The tests use a real, tiny file system in a mount namespace of their own.
 """
 
 import shutil
@@ -38,14 +38,14 @@ async def main(repo):
     try:
         await book.write(WEB1, steps.good(deployed("/nix/store/new"), "run-1"), "good")
     except TotoError as error:
-        print("told:", error)
+        print("error:", error)
     else:
         raise AssertionError("there was no room, and it was written")
     assert book.read() == before
     try:
         paths.require_room(repo)
     except TotoError as error:
-        print("told:", error)
+        print("error:", error)
     filler.unlink()
     assert book.read() == before
     left = [*repo.glob("fast_import_crash_*"), *repo.rglob("*.lock")]  # (`git gc` removes a tmp_pack)
@@ -60,7 +60,7 @@ asyncio.run(main(Path(sys.argv[1])))
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> tuple[list[str], Path]:
-    """A command to run others in, in which the folder is a file system of 2 MB; and the folder."""
+    """A command that runs other commands with the folder as a file system of 2 MB; and the folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = f"mount -t tmpfs -o size=2m,mode=700 none {folder} && cp -a {tmp_path}/infra.git {folder} && exec \"$@\""
@@ -76,14 +76,14 @@ def test_a_ledger_on_a_full_disk_is_what_it_was(tiny: tuple[list[str], Path]) ->
     done = subprocess.run([*command, sys.executable, "-c", PROGRAM, folder / "infra.git"], capture_output=True,
                           text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("told:")]
-    assert "host/web1: the ledger could not be written" in told[0]
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert "host/web1: the ledger could not be written" in errors[0]
     assert "is there room on the disk (`df -h " in done.stdout
-    assert "0 MB are free where the ledger is" in told[1]
+    assert "0 MB are free where the ledger is" in errors[1]
     assert done.stdout.endswith("whole\n")
 
 
-def test_room_is_wanted_before_a_roll_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_roll_out_needs_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths.require_room(tmp_path)
     monkeypatch.setattr(paths, "LEAST_FREE", 1 << 60)
     with pytest.raises(TotoError, match=r"(?s)only \d+ MB are free where the ledger is.*nothing is rolled out.*df -h"):

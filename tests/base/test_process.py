@@ -1,4 +1,4 @@
-"""The one door for processes: nothing that a program does outlives it, hangs it, floods it or tells a secret."""
+"""Processes: whatever a program does, nothing of it outlives toto's call, hangs it, floods it or shows a secret."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ def sh(body: str) -> list[str]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that was just killed may need a moment until it is dead."""
+    """Whether a process has ended. One that was just killed gets a moment to die."""
     for _ in range(100):
         if process.started(pid) is None:
             return True
@@ -42,7 +42,7 @@ async def test_a_finished_command_leaves_its_output_and_status() -> None:
     assert not done.truncated and 0 <= done.seconds < 10
 
 
-async def test_a_failed_command_is_told_with_its_last_lines() -> None:
+async def test_a_failed_command_is_reported_with_its_last_lines() -> None:
     with pytest.raises(CommandFailed) as caught:
         await run(sh("echo one; echo the disk is full >&2; exit 4"), target="web1")
     assert caught.value.status == 4
@@ -51,12 +51,12 @@ async def test_a_failed_command_is_told_with_its_last_lines() -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-async def test_a_command_ended_by_a_signal_is_told_by_its_name() -> None:
+async def test_a_command_ended_by_a_signal_is_reported_with_its_name() -> None:
     with pytest.raises(CommandFailed, match="was ended by SIGSEGV and said nothing"):
         await run(sh("kill -SEGV $$"))
 
 
-async def test_a_program_that_is_not_here_is_told() -> None:
+async def test_a_program_that_is_not_here_is_reported() -> None:
     with pytest.raises(CommandNotFound, match="no-such-program"):
         await run(["no-such-program"])
     with pytest.raises(CommandNotFound):
@@ -93,7 +93,7 @@ async def test_a_cancel_ends_the_whole_group(tmp_path: Path) -> None:
     assert gone(pid)
 
 
-async def test_a_daemon_that_holds_stdout_hangs_no_one_and_is_ended(tmp_path: Path) -> None:
+async def test_a_daemon_that_holds_stdout_hangs_nothing_and_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
     done = await run(sh(f"sleep 60 & echo $! > {tmp_path}/pid; echo done"))
     assert done.stdout == "done\n"
@@ -197,17 +197,17 @@ async def test_many_at_once_are_no_trouble() -> None:
     assert [each.stdout for each in done] == [f"{n}\n" for n in range(40)]
 
 
-def test_what_a_dead_toto_left_is_swept_and_the_living_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_dead_toto_left_is_killed_and_the_living_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     here = process._pid_namespace()
     orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"1.1.{here}.0"},
                               start_new_session=True)
     ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.{here}.0"})
-    monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # nothing else of this machine is ours to end
+    monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # the only ones that may be ended
     try:
         deadline = time.monotonic() + 5
         killed: list[int] = []
         while orphan.pid not in killed and time.monotonic() < deadline:
-            killed += process.sweep()
+            killed += process.clean_up()
         assert orphan.pid in killed
         assert orphan.wait(5) == -9
         assert ours.poll() is None
@@ -224,7 +224,7 @@ def children(pid: int) -> list[int]:
 def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*container, "true"], check=False, capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody make a container")
+        pytest.skip("this machine allows no container")
     program = ("import asyncio\nfrom toto.base.process import run\n"
                f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n")
     there = subprocess.Popen([*container, sys.executable, "-c", program])
@@ -233,7 +233,7 @@ def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest
         inner = [pid for child in children(there.pid) for pid in children(child)]
         assert process.COOKIE.encode() in Path(f"/proc/{inner[0]}/environ").read_bytes()
         monkeypatch.setattr(process, "_pids", lambda: inner)
-        assert process.sweep() == []
+        assert process.clean_up() == []
         assert there.poll() is None
     finally:
         there.kill()
@@ -254,10 +254,10 @@ def test_the_death_of_toto_ends_its_child(tmp_path: Path, monkeypatch: pytest.Mo
         time.sleep(0.05)
     # Where there is no setpriv, the next start of toto ends it.
     monkeypatch.setattr(process, "_pids", lambda: [pid])
-    assert gone(pid) or pid in process.sweep()
+    assert gone(pid) or pid in process.clean_up()
 
 
-def test_a_process_is_known_by_its_start_as_well() -> None:
+def test_a_process_is_identified_by_its_start_as_well() -> None:
     assert process.lives(process.owner())
     assert not process.lives(f"{os.getpid()}.1")
     assert not process.lives("nonsense")

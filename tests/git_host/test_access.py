@@ -1,4 +1,4 @@
-"""The rules of access: what they allow, and what is said of those that are wrong."""
+"""The rules of access: what they allow, and how mistakes in them are reported."""
 
 import base64
 import re
@@ -16,7 +16,7 @@ from toto.git_host.access import ADMIN, AccessError
 
 
 def key(seed: str, kind: str = "ssh-ed25519") -> str:
-    """A public key as far as its form goes."""
+    """Something with the form of a public key."""
     blob = len(kind).to_bytes(4) + kind.encode() + (32).to_bytes(4) + seed.encode().ljust(32, b"\0")
     return f"{kind} {base64.b64encode(blob).decode()}"
 
@@ -56,7 +56,7 @@ write = ["bob"]
     ("bob", "write", "other", None, True),
     ("alice", "read", "other", None, False),
     ("alice", "write", "other", "alice", True),
-    ("bob", "write", "infra", "bob", False),  # its own table decides, not who made it
+    ("bob", "write", "infra", "bob", False),  # its own table decides, not its creator
     ("alice", "write", ADMIN, None, True),
     ("bob", "read", ADMIN, None, False),  # never by `*`
     ("bob", "write", ADMIN, "bob", False),
@@ -66,7 +66,7 @@ def test_a_repositorys_own_table_decides_then_its_creator_then_the_star(user: st
     assert access.parse(RULES).may(user, verb, repo, creator) is allowed
 
 
-def test_rules_without_a_table_for_themselves_are_nobodys_by_star() -> None:
+def test_the_star_gives_nobody_the_rules_themselves() -> None:
     rules = access.Rules({"bob": ()}, repos={"*": access.Allowed(write=frozenset({"*"}))})
     assert rules.may("bob", "write", "infra") and not rules.may("bob", "read", ADMIN)
 
@@ -100,7 +100,7 @@ ADMIN_TABLE = f"[repos.{ADMIN}]\nwrite = [\"*\"]\n"
     (ADMIN_TABLE + "[users]\nalice = 'x'\n", "access.toml:4: alice: should be a list of public keys"),
     (ADMIN_TABLE + "[users]\n\nalice = ['x']\n", "access.toml:5: alice: 'x' is not a public key like"),
     (ADMIN_TABLE + f"[users]\nalice = ['{key('a')[:-8]}']\n", "access.toml:4: alice: 'ssh-ed25519"),
-    (ADMIN_TABLE + f"[users]\nalice = ['{key('a').replace('ed25519', 'rsa', 1)}']\n", "not a whole key of its kind"),
+    (ADMIN_TABLE + f"[users]\nalice = ['{key('a').replace('ed25519', 'rsa', 1)}']\n", "not a complete ssh-rsa key"),
     (ADMIN_TABLE + f"[users]\nalice = ['{key('a')}']\nbob = ['{key('a')} same']\n", "access.toml:5: bob: has the same"),
     (ADMIN_TABLE + "[users]\n'a b' = []\n", "access.toml:4: 'a b': is not a user's name"),
     (ADMIN_TABLE + "[users]\n\"x\\n\" = []\n", "is not a user's name"),
@@ -113,7 +113,7 @@ ADMIN_TABLE = f"[repos.{ADMIN}]\nwrite = [\"*\"]\n"
     ("x = " + "[" * 5000, "access.toml:1: is not TOML"),
     ("#" * (access.LARGEST + 1), "is larger than 1 MiB"),
 ])
-def test_mistakes_are_told_with_their_line(text: str, complaint: str) -> None:
+def test_mistakes_are_reported_with_their_line(text: str, complaint: str) -> None:
     with pytest.raises(AccessError) as wrong:
         access.parse(text)
     assert complaint in str(wrong.value)
@@ -160,7 +160,7 @@ async def test_newest_rules_that_are_right_are_in_force(tmp_path: Path) -> None:
     for text in (good.replace("[users]", f'[users]\nbob = ["{key("b")}"]'), "no toml", ""):
         (work / "access.toml").write_text(text)
         git("commit", "--quiet", "--all", "-m", "x", cwd=work)
-    git("fetch", "--quiet", work, "+HEAD:main", cwd=admin)  # past the hook, which would refuse it
+    git("fetch", "--quiet", work, "+HEAD:main", cwd=admin)  # not through the hook, which would refuse it
     assert set((await access.in_force(tmp_path)).users) == {"alice", "bob"}
     git("rm", "--quiet", "access.toml", cwd=work)
     git("commit", "--quiet", "-m", "x", cwd=work)
@@ -168,7 +168,7 @@ async def test_newest_rules_that_are_right_are_in_force(tmp_path: Path) -> None:
     assert set((await access.in_force(tmp_path)).users) == {"alice", "bob"}
 
 
-async def test_rules_that_git_was_asked_for_once_are_remembered_until_they_change(tmp_path: Path) -> None:
+async def test_rules_that_git_has_read_are_remembered_until_they_change(tmp_path: Path) -> None:
     admin = await git_host.make_admin(tmp_path, "alice", key("a"))
     assert access.remembered(tmp_path) is None
     rules = await access.in_force(tmp_path)
@@ -193,7 +193,7 @@ async def test_rules_are_made_once_and_with_a_real_key(tmp_path: Path) -> None:
             await git_host.make_admin(tmp_path, user, public)
     assert not list(tmp_path.glob("*.git"))
     await git_host.make_admin(tmp_path, "alice", f"{key('a')} alice@laptop\n")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         await git_host.make_admin(tmp_path, "eve", key("e"))
     assert set((await access.in_force(tmp_path)).users) == {"alice"}
 
@@ -232,12 +232,12 @@ def test_the_operators_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     status, said, _ = toto("set", "infra", "--no-signed", "--gpg-home", "", "--branch", "live")
     assert re.search(r"signed +False\b", said) and re.search(r"gpg-home +None\b", said)
     assert (tmp_path / "repos" / "infra.git" / "HEAD").read_text() == "ref: refs/heads/live\n"
-    for words, complaint in ((("set", "infra", "--max-file-size", "many"), "is no size of a file"),
+    for words, complaint in ((("set", "infra", "--max-file-size", "many"), "is not a file size"),
                              (("set", "infra", "--branch", "a b"), "is not a branch name"),
                              (("set", "other"), "is not a git repository"),
                              (("create", "../x"), "does not name a repository"),
                              (("create", ADMIN), "holds the rules of access"),
                              (("admin", "bob", tmp_path / "none.pub"), "cannot be read"),
-                             (("admin", "bob", tmp_path / "key.pub"), "is there already")):
+                             (("admin", "bob", tmp_path / "key.pub"), "exists already")):
         status, _, said = toto(*words)
         assert status == 2 and complaint in said, (words, said)

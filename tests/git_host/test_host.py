@@ -1,4 +1,4 @@
-"""The bare repository on toto and its hook, with real pushes; Prefect's API is a small stand-in that can misbehave."""
+"""The bare repository on toto and its hook, with real pushes. Prefect's API is a small stand-in that can misbehave."""
 
 import http.server
 import json
@@ -27,7 +27,7 @@ ID = "11111111-2222-3333-4444-555555555555"
 
 @dataclass
 class Stand:
-    """What Prefect was asked; `status` is what it answers to a request for a run, `statuses` what it answers first."""
+    """The requests to Prefect. It answers requests for a run with `statuses` first, then with `status`."""
 
     port: int
     status: int = 201
@@ -80,7 +80,7 @@ def stand() -> Iterator[Stand]:
 
 
 class Pusher:
-    """A clone with one commit after another."""
+    """A clone that makes commits and pushes them."""
 
     def __init__(self, folder: Path, remote: Path) -> None:
         self.folder, self.remote = folder, remote
@@ -115,9 +115,9 @@ def pusher(tmp_path: Path, repo: Path) -> Pusher:
 
 def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand) -> None:
     commit = pusher.commit()
-    told = pusher.push()
-    assert f"toto: rehearsing {commit[:12]} in run infra {commit[:8]} (push)" in told
-    assert "toto: http://ui/runs/flow-run/run-1" in told
+    output = pusher.push()
+    assert f"toto: rehearsing {commit[:12]} in run infra {commit[:8]} (push)" in output
+    assert "toto: http://ui/runs/flow-run/run-1" in output
     [body] = stand.bodies
     assert body["name"] == f"infra {commit[:8]} (push)"
     assert body["parameters"] == {"repo": str(repo), "commit": commit, "origin": "push"}
@@ -131,10 +131,10 @@ def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand
     ["plan", f"only={'web1,' * 20}web1"]])
 def test_hook_names_a_run_as_the_flow_would(pusher: Pusher, repo: Path, stand: Stand, options: list[str],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    told = pusher.git("push", *(word for option in options for word in ("-o", option)), str(repo), "main")
+    output = pusher.git("push", *(word for option in options for word in ("-o", option)), str(repo), "main")
     [body] = stand.bodies
     assert called(monkeypatch, body["parameters"], "reconcile") == body["name"]
-    assert f" in run {body['name']}\n" in told
+    assert f" in run {body['name']}\n" in output
 
 
 async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, repo: Path,
@@ -154,9 +154,9 @@ async def test_push_while_prefect_is_down_is_accepted_and_started_later(pusher: 
     url = stand.url
     pusher.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
     began = time.monotonic()
-    one, told = pusher.commit(), pusher.push()
+    one, output = pusher.commit(), pusher.push()
     assert time.monotonic() - began < 6
-    assert "the push is accepted, but Prefect does not answer" in told
+    assert "the push is accepted, but Prefect does not answer" in output
     assert pusher.git("ls-remote", str(repo), "main").startswith(one)
     pusher.git("config", "--file", str(repo / "config"), "toto.apiUrl", url)
     assert [push.commit for push in git_host.waiting(repo)] == [one]
@@ -165,7 +165,7 @@ async def test_push_while_prefect_is_down_is_accepted_and_started_later(pusher: 
     assert git_host.waiting(repo) == []
 
 
-async def test_what_waits_on_is_told_with_the_reason_and_stays(repo: Path, stand: Stand) -> None:
+async def test_what_still_waits_is_reported_with_the_reason_and_stays(repo: Path, stand: Stand) -> None:
     for number in (1, 2):
         (repo / "toto" / "spool" / f"{number}-{str(number) * 40}.json").write_text("{}")
     stand.status = 401
@@ -179,18 +179,18 @@ async def test_what_waits_on_is_told_with_the_reason_and_stays(repo: Path, stand
 
 def test_next_push_starts_those_that_waited_first(pusher: Pusher, repo: Path, stand: Stand) -> None:
     stand.status = 503
-    one, told = pusher.commit(), pusher.push()
-    assert "Prefect answered 503" in told
+    one, output = pusher.commit(), pusher.push()
+    assert "Prefect answered 503" in output
     two = pusher.commit()
     pusher.push()
     stand.status = 201
-    three, told = pusher.commit(), pusher.push()
+    three, output = pusher.commit(), pusher.push()
     assert [body["parameters"]["commit"] for body in stand.bodies] == [one, two, three]
-    assert f"an earlier push, {one[:12]}, had waited" in told
+    assert f"an earlier push, {one[:12]}, had waited" in output
     assert git_host.waiting(repo) == []
 
 
-def test_short_hiccup_is_ridden_out(pusher: Pusher, stand: Stand) -> None:
+def test_a_short_failure_of_prefect_delays_nothing(pusher: Pusher, stand: Stand) -> None:
     stand.statuses = [503, 503]
     assert "rehearsing" in pusher.push()
     assert len(stand.bodies) == 1
@@ -202,7 +202,7 @@ def test_new_database_has_a_new_id_that_is_looked_up(pusher: Pusher, repo: Path,
     assert pusher.git("config", "--file", str(repo / "config"), "toto.deploymentId") == stand.known
 
 
-def test_refused_request_is_set_aside_and_blocks_no_one(pusher: Pusher, repo: Path, stand: Stand) -> None:
+def test_refused_request_is_set_aside_and_blocks_nothing(pusher: Pusher, repo: Path, stand: Stand) -> None:
     stand.statuses = [422]
     assert "not deployed" in pusher.push()
     pusher.commit()
@@ -266,7 +266,7 @@ async def test_create_is_idempotent_and_updates_an_old_hook(repo: Path, stand: S
 @pytest.mark.parametrize(("before", "after"), [
     ("reconcile/toto", "reconcile/reconcile"), ("reconcile/reconcile", "reconcile/reconcile"),
     (None, "reconcile/reconcile"), ("reconcile/parked", "reconcile/parked")])
-async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_another(
+async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_a_different_one(
         repo: Path, stand: Stand, before: str | None, after: str) -> None:
     await git_host.create(repo, api_url=stand.url, branch="deploy", deployment=before or "x/y", deployment_id=ID)
     if before is None:
@@ -288,7 +288,7 @@ async def test_strange_paths_are_refused(path: str) -> None:
 async def test_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mum.txt").write_text("dear")
-    with pytest.raises(InputError, match="no bare git repository"):
+    with pytest.raises(InputError, match="not a bare git repository"):
         await git_host.create(tmp_path / "letters", api_url="http://127.0.0.1:1/api")
 
 

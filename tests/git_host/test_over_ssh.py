@@ -72,7 +72,7 @@ deployments:
 
 @dataclass
 class Host:
-    """An sshd whose only business is the repositories in `repos`."""
+    """An sshd that serves only the repositories in `repos`."""
 
     folder: Path
     port: int
@@ -90,12 +90,12 @@ class Host:
                            "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"])
 
     def ask(self, user: str, *command: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
-        """What a user gets who asks for something by hand."""
+        """The answer to a command that a user runs by hand."""
         argv = [*shlex.split(self.ssh(user)), *options, "-p", str(self.port), "-l", getpass.getuser(), "127.0.0.1"]
         return subprocess.run([*argv, *command], capture_output=True, text=True, check=False, timeout=60)
 
     def clone(self, user: str, name: str = "infra") -> "Clone":
-        """A work tree of `user`'s, whose remote is a repository on the host."""
+        """A work tree of `user`, whose remote is a repository on the host."""
         there = Clone(self.folder / f"{user}-{name}", Path(name))
         there.git("config", "core.sshCommand", self.ssh(user))
         there.git("remote", "add", "toto", self.url(name))
@@ -131,7 +131,7 @@ class Clone(Pusher):
 
 @pytest.fixture(scope="module")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """alice may do everything, bob may read infra; eve has a key, and no place in the rules."""
+    """alice may do everything, bob may read infra; eve has a key, but is not in the rules."""
     host = Host(tmp_path_factory.mktemp("host"), free_port())
 
     async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
@@ -155,7 +155,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture
 async def host(sshd: Host) -> AsyncIterator[Host]:
-    """The host as it was at first."""
+    """The host, as it was at the start."""
     await git_host.remember(sshd.repos, Served(api_url=f"http://127.0.0.1:{free_port()}/api"))
     admin = access.path_of(sshd.repos, access.ADMIN)
     rules = (await access.git(admin, "rev-parse", "main")).stdout.strip()
@@ -186,8 +186,8 @@ def test_repository_is_made_by_its_first_push(host: Host) -> None:
     assert "there is no repository infra that bob may see" in bob.refused()
     assert not access.path_of(host.repos, "infra").exists()
     assert "there is no repository infra that alice may see" in host.ask("alice", "git-upload-pack 'infra'").stderr
-    told = alice.push()
-    assert "the push is accepted" in told and "nothing is deployed yet" in told
+    output = alice.push()
+    assert "the push is accepted" in output and "nothing is deployed yet" in output
     repo = access.path_of(host.repos, "infra")
     assert (repo / "hooks" / "pre-receive").exists()
     [waiting] = (repo / "toto" / "spool").glob("*.json")
@@ -201,7 +201,7 @@ async def test_reader_reads_and_does_not_write(host: Host) -> None:
     alice.push("main", "skip")
     bob.git("fetch", "--quiet", "toto")
     assert bob.git("rev-parse", "toto/main") == alice.git("rev-parse", "main")
-    assert "bob may read infra, and not write it" in bob.refused()
+    assert "bob may read infra, but not write it" in bob.refused()
     assert "no repository toto-admin that bob may see" in host.ask("bob", "git-upload-pack 'toto-admin'").stderr
 
 
@@ -224,7 +224,7 @@ async def test_a_push_of_the_rules_changes_them_at_once(host: Host) -> None:
 
 
 def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
-    """An authorized_keys line that somebody wrote by hand outlives the rules; its user does not."""
+    """A line in authorized_keys that somebody wrote by hand lets nobody in who is not in the rules."""
     shell = git_shell.invocation(host.repos, "shell")
     done = subprocess.run([*shell, "eve"], capture_output=True, text=True, check=False,
                           env={"SSH_ORIGINAL_COMMAND": "git-upload-pack 'infra'"})
@@ -271,7 +271,7 @@ async def test_two_first_pushes_at_once_make_one_repository(host: Host) -> None:
 
 
 def test_nothing_of_the_pushers_environment_reaches_the_hooks(host: Host) -> None:
-    """Even an sshd that accepts GIT_*: a pusher who could set GIT_CONFIG_PARAMETERS could run what they like."""
+    """Even when sshd accepts GIT_*: a pusher who could set GIT_CONFIG_PARAMETERS could run any command."""
     alice = host.clone("alice")
     alice.push("main", "skip")
     pwned = host.folder / "pwned"
@@ -324,9 +324,9 @@ async def alice(host: Host, deployed: Served) -> Clone:
     return host.clone("alice")
 
 
-async def runs(api: Api, told: str) -> list[dict[str, Any]]:
-    """The runs that a push has named."""
-    return [await api.call("GET", f"/flow_runs/{run}") for run in re.findall(r"http://ui/runs/flow-run/(\S+)", told)]
+async def runs(api: Api, output: str) -> list[dict[str, Any]]:
+    """The runs that the output of a push names."""
+    return [await api.call("GET", f"/flow_runs/{run}") for run in re.findall(r"http://ui/runs/flow-run/(\S+)", output)]
 
 
 @pytest.mark.parametrize(("refspec", "options", "parameters", "words"), [
@@ -337,16 +337,16 @@ async def runs(api: Api, told: str) -> list[dict[str, Any]]:
      ", only web1; nothing is rolled out"),
     ("main:refs/heads/feature", ["only=web1"], None,
      "feature is not deployed (only main is): `git push -o rehearse`"),
-    ("main", ["skip"], None, "main is taken, and nothing is started (-o skip)"),
+    ("main", ["skip"], None, "main is accepted, and nothing is started (-o skip)"),
     ("main:refs/tags/v1", ["rehearse"], None, ""),
 ])
 async def test_push_options_become_parameters_of_the_run(
         host: Host, parked: Clone, prefect_server: PrefectServer, refspec: str, options: list[str],
         parameters: dict[str, object] | None, words: str) -> None:
     commit = parked.commit()
-    told = parked.push(refspec, *options)
-    assert words.format(commit=commit[:12]) in told
-    found = await runs(prefect_server.api, told)
+    output = parked.push(refspec, *options)
+    assert words.format(commit=commit[:12]) in output
+    found = await runs(prefect_server.api, output)
     repo = access.path_of(host.repos, "infra")
     assert [run["parameters"] for run in found] == ([] if parameters is None else [
         {"repo": str(repo), "commit": commit, "origin": "push", **parameters}])
@@ -358,10 +358,10 @@ async def test_push_options_become_parameters_of_the_run(
 async def test_name_that_the_hook_prints_is_the_runs_before_and_after(
         alice: Clone, prefect_server: PrefectServer, options: list[str]) -> None:
     commit = alice.commit()
-    told = alice.push("main", *options)
+    output = alice.push("main", *options)
     name = f"infra {commit[:8]}{': only web1' if options else ''} (push)"
-    assert f" in run {name}\n" in told
-    [run] = await runs(prefect_server.api, told)
+    assert f" in run {name}\n" in output
+    [run] = await runs(prefect_server.api, output)
     assert run["name"] == name
     assert (await until(prefect_server.api, run["id"], {"COMPLETED"}, 60))["name"] == name
 
@@ -376,8 +376,8 @@ async def test_run_from_the_ui_is_named_after_the_commit_that_it_found(
 
 
 async def test_unknown_option_is_refused_with_those_that_are_known(host: Host, parked: Clone) -> None:
-    told = parked.refused("main", "dry-run")
-    assert "toto: the push option 'dry-run' is not known" in told and "-o only=web1,web2" in told
+    output = parked.refused("main", "dry-run")
+    assert "toto: the push option 'dry-run' is not known" in output and "-o only=web1,web2" in output
     assert parked.git("ls-remote", "toto") == ""
 
 
@@ -387,8 +387,8 @@ async def test_push_while_prefect_is_down_keeps_its_options(host: Host, parked: 
     there = prefect_server.api_url
     parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
     commit = parked.commit()
-    told = parked.push("main:refs/heads/feature", "rehearse", "only=web1,web2", "wait")
-    assert "the push is accepted, but Prefect does not answer" in told
+    output = parked.push("main:refs/heads/feature", "rehearse", "only=web1,web2", "wait")
+    assert "the push is accepted, but Prefect does not answer" in output
     parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", there)
     [run] = await git_host.drain_spool(repo)
     found = await prefect_server.api.call("GET", f"/flow_runs/{run}")
@@ -398,36 +398,36 @@ async def test_push_while_prefect_is_down_keeps_its_options(host: Host, parked: 
 
 
 async def test_plan_is_printed_and_nothing_is_deployed(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:
-    told = alice.push("main:refs/heads/feature", "plan")
-    assert "planning" in told and "; nothing is deployed" in told
-    assert f"the plan of {alice.git('rev-parse', 'main')[:8]}:\nHOST  ACTION\nweb1  deploy\n" in told
-    assert told.index("web1  deploy") < told.index("toto: done: plan only: web1 would change")
-    [run] = await runs(prefect_server.api, told)
+    output = alice.push("main:refs/heads/feature", "plan")
+    assert "planning" in output and "; nothing is deployed" in output
+    assert f"the plan of {alice.git('rev-parse', 'main')[:8]}:\nHOST  ACTION\nweb1  deploy\n" in output
+    assert output.index("web1  deploy") < output.index("toto: done: plan only: web1 would change")
+    [run] = await runs(prefect_server.api, output)
     assert run["state_type"] == "COMPLETED" and run["parameters"]["plan_only"] is True
-    assert "rehearse" not in told
+    assert "rehearse" not in output
 
 
-async def test_whoever_waits_is_told_the_progress_and_the_end(host: Host, alice: Clone) -> None:
-    told = alice.push("main", "wait")
-    assert re.search(r"(?m)^ *\d+ s  web1: rehearse\n", told)
-    assert re.search(r"(?m)^ *\d+ s  web1: rehearse: done$", told)
-    assert told.splitlines()[-3:] and "toto: done: web1 deployed" in told
-    assert "not for the pusher" not in told and "Beginning" not in told
+async def test_a_pusher_who_waits_sees_the_progress_and_the_end(host: Host, alice: Clone) -> None:
+    output = alice.push("main", "wait")
+    assert re.search(r"(?m)^ *\d+ s  web1: rehearse\n", output)
+    assert re.search(r"(?m)^ *\d+ s  web1: rehearse: done$", output)
+    assert output.splitlines()[-3:] and "toto: done: web1 deployed" in output
+    assert "not for the pusher" not in output and "Beginning" not in output
     alice.commit()
-    told = alice.push("main", "wait", "only=broken")
-    assert "web1: tests failed: �[31mnot ok 1�" in told
-    assert "toto: failed: web1: rehearsal failed; nothing was touched" in told
+    output = alice.push("main", "wait", "only=broken")
+    assert "web1: tests failed: �[31mnot ok 1�" in output
+    assert "toto: failed: web1: rehearsal failed; nothing was touched" in output
 
 
 async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:
     pushing = subprocess.Popen(["git", "push", "-o", "wait", "-o", "only=slow", "toto", "main"], cwd=alice.folder,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert pushing.stderr is not None
-    told = ""
-    while "web1: rehearse" not in told:
+    output = ""
+    while "web1: rehearse" not in output:
         line = await asyncio.wait_for(asyncio.to_thread(pushing.stderr.readline), 60)
-        assert line, told
-        told += line
+        assert line, output
+        output += line
     repo = str(access.path_of(host.repos, "infra"))
     assert followers(repo)
     os.killpg(pushing.pid, signal.SIGINT)  # as ^C does
@@ -435,9 +435,9 @@ async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, p
     pushing.stderr.close()
     deadline = time.monotonic() + 30
     while followers(repo):
-        assert time.monotonic() < deadline, "somebody still waits for nobody"
+        assert time.monotonic() < deadline, "a hook still waits after its pusher has gone"
         await asyncio.sleep(0.1)
-    [run] = await runs(prefect_server.api, told.replace("remote: ", ""))
+    [run] = await runs(prefect_server.api, output.replace("remote: ", ""))
     assert run["state_type"] == "RUNNING"
     Path(repo, "toto", "go-on").touch()
     await until(prefect_server.api, run["id"], {"COMPLETED"}, 60)

@@ -1,4 +1,4 @@
-"""What a push may bring: real pushes into a bare repository with toto's pre-receive hook."""
+"""What a push may contain: real pushes into a bare repository with toto's pre-receive hook."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ async def repo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pusher(tmp_path: Path, repo: Path) -> Pusher:
-    """Its pushes start nothing: there is no server, and that is another file's matter."""
+    """Its pushes start nothing: there is no server. test_host.py tests that."""
     there = Pusher(tmp_path / "clone", repo)
     there.git("config", "push.pushOption", "skip")
     return there
@@ -46,17 +46,17 @@ def write(pusher: Pusher, files: dict[str, str | None]) -> str:
 
 
 def refused(pusher: Pusher, *refspecs: str) -> str:
-    """What a push is told that is refused; nothing has moved."""
+    """The output of a push that is refused and moves nothing."""
     before = pusher.git("ls-remote", str(pusher.remote))
     done = subprocess.run(["git", "push", str(pusher.remote), *(refspecs or ("main",))], cwd=pusher.folder,
                           capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0, done.stderr
-    assert "toto: nothing was taken" in done.stderr
+    assert "toto: nothing was accepted" in done.stderr
     assert pusher.git("ls-remote", str(pusher.remote)) == before
     return done.stderr
 
 
-def test_mistakes_in_manifest_and_settings_are_told_with_their_lines(pusher: Pusher) -> None:
+def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher: Pusher) -> None:
     write(pusher, {"machines.yaml": "machines:\n  web1:\n    adress: 10.0.0.1\n  we b: {}\n",
                    "toto.toml": "[sandbox]\nmemroy = 3\n"})
     said = refused(pusher)
@@ -70,9 +70,9 @@ def test_mistakes_in_manifest_and_settings_are_told_with_their_lines(pusher: Pus
     pusher.push()
 
 
-def test_manifest_that_the_push_does_not_change_is_not_looked_at(pusher: Pusher) -> None:
+def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -> None:
     write(pusher, {"machines.yaml": "fleet: []\n"})
-    pusher.push("main:refs/heads/elsewhere")  # where nothing is deployed from
+    pusher.push("main:refs/heads/elsewhere")  # which is not deployed
     assert "toto: machines.yaml:1: fleet: is not a known field" in refused(pusher)
     write(pusher, {"machines.yaml": GOOD})
     pusher.push()
@@ -85,7 +85,7 @@ def test_manifest_that_the_push_does_not_change_is_not_looked_at(pusher: Pusher)
     (b"machines:\n  a: \xff\n", "machines.yaml:2: is not UTF-8"),
     (b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB"),
 ])
-def test_strange_manifests_are_told_as_the_run_would(pusher: Pusher, content: bytes, complaint: str) -> None:
+def test_strange_manifests_are_refused_as_by_the_run(pusher: Pusher, content: bytes, complaint: str) -> None:
     (pusher.folder / "machines.yaml").write_bytes(content)
     pusher.git("add", "--all")
     pusher.commit()
@@ -95,7 +95,7 @@ def test_strange_manifests_are_told_as_the_run_would(pusher: Pusher, content: by
 def test_manifest_that_is_a_link_or_a_folder(pusher: Pusher) -> None:
     (pusher.folder / "machines.yaml").symlink_to("fleet.yaml")
     write(pusher, {"fleet.yaml": GOOD})
-    pusher.push()  # the run reads what it leads to
+    pusher.push()  # the run follows it
     (pusher.folder / "machines.yaml").unlink()
     write(pusher, {"machines.yaml/x": "y"})
     assert "machines.yaml: is gone" in refused(pusher)
@@ -135,7 +135,7 @@ async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: P
     pusher.push()
     await git_host.set_policy(repo, max_file_size=4096)
     pusher.commit()
-    pusher.push()  # what is there already is no matter of this push
+    pusher.push()  # the file is not new in this push
 
 
 @pytest.mark.parametrize(("options", "complaint"), [
@@ -146,7 +146,7 @@ async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: P
     (["only=a,,b"], "is not known"),
     (["wait=5"], "is not known"),
     (["pl\x1ban"], "'pl\\x1ban' is not known"),
-    (["skip", "only=web1"], "it goes with no other"),
+    (["skip", "only=web1"], "no other option goes with it"),
     (["plan", "rehearse"], "do not go together"),
     (["plan", "only=web1,tag:x", "only=web2", "wait"], ""),
     (["skip"], ""),
@@ -165,8 +165,8 @@ def test_sizes(text: str, bytes_: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5m", "many", "1t", "9" * 30])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a file size"):
         receive.size(text)
 
 
@@ -196,7 +196,7 @@ def sign(pusher: Pusher, signing: Path, name: str, *more: str) -> None:
 
 async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_wanted(
         pusher: Pusher, repo: Path, signing: Path) -> None:
-    pusher.push()  # the history before that is as it is
+    pusher.push()  # the history before that may be unsigned
     signers = signing / "signers"
     signers.write_text(f'op@example.org namespaces="git" {(signing / "good.pub").read_text()}')
     await git_host.set_policy(repo, signed=True, allowed_signers=str(signers))
@@ -218,7 +218,7 @@ async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_w
                             cwd=pusher.folder, capture_output=True, check=True).stdout.strip()
     assert "was changed after it was signed" in refused(pusher, f"{forged}:main")
     pusher.push()
-    pusher.push(f"{begin}:refs/heads/old")  # what the deployed branch has is not asked again
+    pusher.push(f"{begin}:refs/heads/old")  # the commits of the deployed branch are not checked again
     signers.unlink()
     sign(pusher, signing, "good")
     assert "cannot be read on toto" in refused(pusher)
@@ -249,7 +249,7 @@ async def test_gpg_signatures_count_when_their_key_is_in_totos_keyring_and_trust
 
 
 async def test_writers_keys_are_trusted_where_no_signers_are_named(tmp_path: Path, signing: Path) -> None:
-    """The rules are read from their own repository, out of the hook of another, in the middle of its quarantine."""
+    """The hook reads the rules from their own repository, while it is in the quarantine of a different one."""
     await git_host.make_admin(tmp_path / "repos", "alice", (signing / "good.pub").read_text())
     repo = await git_host.make(tmp_path / "repos", "infra")
     pusher = Pusher(tmp_path / "clone", repo)
@@ -300,7 +300,7 @@ async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tm
 
 async def test_environment_of_a_hook_does_not_leak_into_totos_own_git(tmp_path: Path, repo: Path, pusher: Pusher,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that toto does to repositories, as it would from within another repository's pre-receive."""
+    """Everything that toto does to repositories, inside the pre-receive hook of a different repository."""
     pusher.push()
     commit = pusher.git("rev-parse", "HEAD")
     other = tmp_path / "other.git"

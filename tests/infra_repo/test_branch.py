@@ -1,4 +1,4 @@
-"""Writing to toto's own branches on real git: one commit a change, and nobody's change is lost."""
+"""Writing to toto's own branches on real git: each change is one commit, and no change is lost."""
 
 import asyncio
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ async def test_no_change_makes_no_commit_and_an_error_writes_nothing(repo: Path)
     assert commits(repo) == ["first"]
 
 
-async def test_whoever_is_second_decides_again(repo: Path) -> None:
+async def test_the_second_writer_decides_again(repo: Path) -> None:
     def one_more(old: Mapping[str, str]) -> dict[str, str]:
         return {"count": str(int(old.get("count", "0")) + 1)}
 
@@ -53,7 +53,7 @@ async def test_whoever_is_second_decides_again(repo: Path) -> None:
     assert len(commits(repo)) == 8
 
 
-async def test_what_git_refuses_is_told_at_once_and_leaves_nothing(repo: Path) -> None:
+async def test_what_git_refuses_is_reported_at_once_and_leaves_nothing(repo: Path) -> None:
     with pytest.raises(branch.NotWritten, match=r"(?s)refs/toto/test could not be written: fatal: .*df -h") as caught:
         await branch.change(repo, REF, ["a"], lambda old: {"a\nnonsense": "1"}, "no path")
     assert "crash report" not in caught.value.why

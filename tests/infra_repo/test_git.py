@@ -25,7 +25,7 @@ async def test_an_export_has_the_files_and_no_git(repo: InfraRepo, tmp_path: Pat
         assert not (tree / ".git").exists()
 
 
-async def test_an_export_lies_at_the_same_path_for_every_commit(repo: InfraRepo, tmp_path: Path) -> None:
+async def test_an_export_has_the_same_path_for_every_commit(repo: InfraRepo, tmp_path: Path) -> None:
     first, second = repo.commit({"a": "1"}), repo.commit({"a": None, "b": "2"})
     async with toto_git.exported(repo.bare, first, tmp_path / "state") as tree:
         one = tree
@@ -71,7 +71,7 @@ async def test_a_link_within_the_tree_is_fine(repo: InfraRepo, tmp_path: Path) -
         assert (tree / "b").read_text() == "1"
 
 
-async def test_a_hooks_environment_does_not_choose_our_repo(
+async def test_a_hooks_environment_does_not_change_the_repo(
         repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = repo.commit({"a": "1"})
     other = InfraRepo(tmp_path / "other")
@@ -84,13 +84,13 @@ async def test_a_hooks_environment_does_not_choose_our_repo(
 
 
 @pytest.mark.parametrize("revision", ["nope", "", "--output=/tmp/x", "main\nmain", "f" * 40])
-def test_what_names_no_commit_is_told_plainly(repo: InfraRepo, revision: str) -> None:
+def test_what_names_no_commit_is_refused_in_plain_words(repo: InfraRepo, revision: str) -> None:
     repo.commit({"a": "1"})
     with pytest.raises(toto_git.NoSuchCommit):
         toto_git.resolve(repo.bare, revision)
 
 
-def test_what_is_no_repo_is_told_plainly(tmp_path: Path) -> None:
+def test_what_is_no_repo_is_refused_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a git repository"):
         toto_git.resolve(tmp_path, "main")
 
@@ -99,14 +99,14 @@ async def test_whatever_the_branch_points_to_now_supersedes(repo: InfraRepo) -> 
     first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
     assert await toto_git.superseded_by(repo.bare, first) == second
     assert await toto_git.superseded_by(repo.bare, second) is None
-    git("update-ref", "refs/heads/main", first, cwd=repo.bare)  # a force push took the second away
+    git("update-ref", "refs/heads/main", first, cwd=repo.bare)  # a force push removed the second
     assert await toto_git.superseded_by(repo.bare, second) == first
-    git("update-ref", "refs/toto/wanted", second, cwd=repo.bare)  # by the hook: `first` was only planned
+    git("update-ref", "refs/toto/wanted", second, cwd=repo.bare)  # by the hook: `first` is only planned
     assert await toto_git.superseded_by(repo.bare, second) is None
     assert await toto_git.superseded_by(repo.bare, first) == second
 
 
-async def test_a_dead_git_s_lock_is_broken_and_a_living_one_s_is_waited_for(repo: InfraRepo) -> None:
+async def test_the_lock_of_a_dead_git_is_removed_and_that_of_a_living_one_waited_for(repo: InfraRepo) -> None:
     first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
     await toto_git.mark(repo.bare, "toto/last-good", first)
     lock = repo.bare / "refs/tags/toto/last-good.lock"

@@ -1,4 +1,4 @@
-"""machines.yaml: what is accepted, and how what is wrong is told."""
+"""machines.yaml: what is accepted, and how mistakes are reported."""
 
 import json
 import pickle
@@ -86,13 +86,13 @@ def test_a_field_with_nothing_after_its_colon_has_its_default(tmp_path: Path) ->
     assert read(tmp_path, "machines:\n- name: a\n  address: x\n  tags:\n  ssh:\n    port:\n").machines["a"].tags == ()
 
 
-def test_a_fleet_of_no_machines_is_said_with_an_empty_list(tmp_path: Path) -> None:
+def test_an_empty_list_is_a_fleet_without_machines(tmp_path: Path) -> None:
     assert read(tmp_path, "machines: []\n").machines == {}
     assert problems(tmp_path, "machines:\n") == (
         "machines.yaml:1: machines: should be a list of machines, or a mapping by their names, not nothing",)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     assert problems(tmp_path, """\
 machines:
   - name: web1
@@ -144,8 +144,8 @@ foo: 1
 ])
 def test_a_wrong_field_is_refused_with_its_line(tmp_path: Path, field: str) -> None:
     text = f"machines:\n  m:\n    {field}\n" + ("" if field.startswith("address") else "    address: x\n")
-    told = problems(tmp_path, text)
-    assert told[0].startswith("machines.yaml:3: ")
+    found = problems(tmp_path, text)
+    assert found[0].startswith("machines.yaml:3: ")
 
 
 @pytest.mark.parametrize("name", ["a", "A1", "toto.canon", "web-1_b", "9", "x" * 63])
@@ -173,11 +173,11 @@ def test_a_name_that_is_a_path_or_an_option_is_refused(name: str) -> None:
     ("machines:\n- 5\n", 2, "should be a mapping"), ("machines: [[]]", 1, "should be a mapping"),
     ("%YAML 9\n---\na", 1, "not"), ('machines: "\\UFFFFFFFF"', 1, "not YAML"),
 ])
-def test_a_file_that_is_no_manifest_is_told_with_its_line(tmp_path: Path, text: str | bytes, line: int,
+def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path: Path, text: str | bytes, line: int,
                                                           what: str) -> None:
-    told = problems(tmp_path, text)
-    assert told[0].startswith(f"machines.yaml:{line}: ")
-    assert what in told[0]
+    found = problems(tmp_path, text)
+    assert found[0].startswith(f"machines.yaml:{line}: ")
+    assert what in found[0]
 
 
 def test_an_alias_bomb_costs_little(tmp_path: Path) -> None:
@@ -188,15 +188,15 @@ def test_an_alias_bomb_costs_little(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_file_that_is_missing_or_no_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path, what in ((tmp_path / "machines.yaml", "no such file"), (tmp_path, "not a file"),
                        (Path("/dev/zero"), "not a file")):
         with pytest.raises(ManifestError, match=what):
             load(path)
 
 
-def test_circles_are_told_with_their_members(tmp_path: Path) -> None:
-    told = problems(tmp_path, """\
+def test_circles_are_reported_with_their_members(tmp_path: Path) -> None:
+    lines = problems(tmp_path, """\
 machines:
   a: {address: x, after: [b]}
   b: {address: x, after: [c]}
@@ -207,14 +207,14 @@ machines:
   e: {address: x, after: [d]}
 """)
     circle = re.compile(r"machines\.yaml:\d: (\w): after: this goes round in a circle: (\1 after .* after \1)")
-    found = [circle.fullmatch(each) for each in told]
+    found = [circle.fullmatch(each) for each in lines]
     assert {frozenset(each[2].split(" after ")) for each in found if each} == {frozenset("abc"), frozenset("de")}
 
 
 def test_a_machine_after_one_of_a_later_wave_is_refused(tmp_path: Path) -> None:
     text = "machines:\n  a: {address: x, wave: 2}\n  b:\n    address: x\n    after:\n      - a\n"
     assert problems(tmp_path, text) == (
-        "machines.yaml:6: b: after: a is of wave 2, which comes after this machine's wave 0",)
+        "machines.yaml:6: b: after: a is in wave 2, which comes after this machine's wave 0",)
 
 
 def test_order_is_by_wave_then_by_after_and_stable() -> None:
@@ -234,7 +234,7 @@ def test_order_keeps_what_comes_after_through_unchosen_machines() -> None:
     assert manifest.order(["c", "d"]) == [["c", "d"]]
 
 
-def test_a_long_chain_is_no_trouble() -> None:
+def test_a_long_chain_works() -> None:
     names = [f"m{n}" for n in range(1500)]
     manifest = fleet(**{name: names[n - 1] if n else "" for n, name in enumerate(names)})
     assert len(manifest.order(names)) == 1500
@@ -286,12 +286,12 @@ def judge(tmp_path: Path, data: bytes) -> None:
 
 @quickly
 @given(machines=values | fleets)
-def test_any_structure_is_read_or_told(tmp_path: Path, machines: Any) -> None:
+def test_any_structure_is_read_or_refused(tmp_path: Path, machines: Any) -> None:
     judge(tmp_path, yaml.safe_dump({"machines": machines}).encode("utf-8", "surrogatepass"))
 
 
 @quickly
 @given(text=st.text() | st.text(alphabet="machines: \n-[]{}&*!|>'\"#,?ab0\t%@`\\xu"))
-def test_any_text_is_read_or_told(tmp_path: Path, text: str) -> None:
+def test_any_text_is_read_or_refused(tmp_path: Path, text: str) -> None:
     judge(tmp_path, text.encode("utf-8", "surrogatepass"))
     judge(tmp_path, b"machines:\n  - " + text.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,4 @@
-"""toto.toml: what is accepted, and how what is wrong is told."""
+"""toto.toml: what is accepted, and how mistakes are reported."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
     assert found.sandbox.test_timeout == 300
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("sandboxes = 1", "toto.toml: sandboxes: is not a known field; did you mean 'sandbox'?"),
     ("[sandbox]\nmemroy = 1", "toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?"),
     ("[nix]\nbuild_timeout = true", "toto.toml: nix.build_timeout: should be a number, not true"),
@@ -64,10 +64,10 @@ def test_settings_are_read(tmp_path: Path) -> None:
     ("'a\\nb' = 1\n",
      "toto.toml: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues"),
 ])
-def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, text: str | bytes, told: str) -> None:
+def test_a_mistake_is_reported_with_its_key(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read(tmp_path, text)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("text", ["[nix]\nbuild_timeout = nan",
@@ -80,13 +80,13 @@ def test_a_wrong_value_is_refused(tmp_path: Path, text: str) -> None:
         read(tmp_path, text)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         read(tmp_path, "x = 1\n[nix]\ny = 2\nbuild_timeout = 'z'\n")
     assert len(caught.value.problems) == 3
 
 
-def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "toto.toml").mkdir()
     with pytest.raises(SettingsError, match="not a file"):
         load(tmp_path)
@@ -116,7 +116,7 @@ def test_docs_and_model_agree() -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
        | st.text(alphabet="ab=[].'\"\n 1-{},#\\u").map(str.encode))
-def test_anything_is_read_or_told(tmp_path: Path, data: bytes) -> None:
+def test_anything_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     try:
         read(tmp_path, data)
     except SettingsError as error:

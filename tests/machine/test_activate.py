@@ -1,6 +1,6 @@
-"""The machine's side of an activation, `activate.sh`, under every shell that may run it; no VM: its paths are moved.
+"""The machine's side of an activation, `activate.sh`, under every shell that may run it. No VM: its paths are replaced.
 
-A fake system is a directory whose switch-to-configuration logs its verb and flips the link that says what runs.
+A fake system is a directory whose switch-to-configuration logs its verb and changes the link to the running system.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ SCRIPT = Path(activation.__file__).with_name("activate.sh")
 
 
 class Machine:
-    """Paths of a machine below a folder, and the script that knows them."""
+    """The paths of a machine below a folder, and the script with these paths."""
 
     def __init__(self, root: Path, shell: list[str]) -> None:
         self.root, self.shell = root, shell
@@ -41,7 +41,7 @@ class Machine:
         self.script = self.state / "activate.sh"
         self.script.write_text(text)
         self._program("bin/nix-env", 'ln -sfn "$4" "$2"')
-        self._program("bin/sync", ":")  # the real one waits for every disk of whoever runs the tests
+        self._program("bin/sync", ":")  # the real one waits for every disk of this machine
         self._program("bin/systemctl",
                       f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]')
         self.old = self.system("old")
@@ -62,12 +62,12 @@ class Machine:
         path.chmod(0o755)
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        """The verb, as the leader of a group of its own, as under sshd; in a folder by which its own are known."""
+        """Start a verb in its own process group, as sshd does, and in the folder by which `processes` finds it."""
         return subprocess.Popen([*self.shell, self.script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True, start_new_session=True, cwd=self.root)
 
     def processes(self) -> list[int]:
-        """Whatever of this machine still runs: what its script started works in its folder."""
+        """The processes of this machine that still run: their working directory is its folder."""
         found = []
         for each in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ class Machine:
         return found
 
     def end(self) -> None:
-        """Watchdogs are patient, and the tests that look no further do not wait for them."""
+        """Kill the watchdogs that still wait: most tests need not see their end."""
         deadline = time.monotonic() + 10
         while (left := self.processes()) and time.monotonic() < deadline:
             for pid in left:
@@ -104,7 +104,7 @@ class Machine:
     def result(self, name: str) -> str:
         return self.verb("result", name, "10").splitlines()[0]
 
-    def gone_back(self, name: str) -> bool:
+    def reverted(self, name: str) -> bool:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             if (said := self.result(name)).startswith("back"):
@@ -147,17 +147,17 @@ def test_what_is_confirmed_stays(machine: Machine) -> None:
     machine.begin("run.switch.1", "switch", new)
     assert machine.result("run.switch.1") == "done 0"
     assert machine.verb("confirm", "run.switch.1") == "confirmed"
-    until(lambda: not machine.processes())  # its watchdog is gone, and can do nothing any more
+    until(lambda: not machine.processes())  # its watchdog is gone, and can do nothing more
     assert machine.verb("confirm", "run.switch.1") == "confirmed", "said twice, as after a lost connection"
     assert machine.result("run.switch.1") == "done 0"
     assert (machine.runs(), machine.profile.resolve()) == (new, new)
     assert machine.log == ["new switch 0022"], "with the umask that a configuration expects"
 
 
-def test_what_nobody_confirms_goes_back_with_its_profile(machine: Machine) -> None:
+def test_what_nobody_confirms_is_reverted_with_its_profile(machine: Machine) -> None:
     new = machine.system("new")
     machine.begin("run.switch.1", "switch", new, confirm=1)
-    assert machine.gone_back("run.switch.1")
+    assert machine.reverted("run.switch.1")
     assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
     assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new switch", "old boot", "old test"]
     assert machine.verb("confirm", "run.switch.1") == "back", "a late confirmation is not believed"
@@ -165,27 +165,27 @@ def test_what_nobody_confirms_goes_back_with_its_profile(machine: Machine) -> No
 
 def test_an_activation_that_only_tests_leaves_the_profile_alone(machine: Machine) -> None:
     machine.begin("run.test.1", "test", machine.system("new"), confirm=1)
-    assert machine.gone_back("run.test.1")
+    assert machine.reverted("run.test.1")
     assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new test", "old test"]
 
 
-def test_a_boot_default_that_nobody_confirms_goes_back_and_nothing_else_is_touched(machine: Machine) -> None:
+def test_a_boot_default_that_nobody_confirms_is_reverted_and_nothing_else_is_touched(machine: Machine) -> None:
     machine.begin("run.boot.1", "boot", machine.system("new"), confirm=1)
-    assert machine.gone_back("run.boot.1")
+    assert machine.reverted("run.boot.1")
     assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
     assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new boot", "old boot"]
 
 
-def test_a_way_back_that_fails_in_part_does_not_say_that_it_went_well(machine: Machine) -> None:
+def test_a_revert_that_fails_in_part_is_no_success(machine: Machine) -> None:
     machine.system("old", '[ "$1" != boot ] || exit 3')
     machine.begin("run.switch.1", "switch", machine.system("new"), confirm=1)
     until(lambda: machine.result("run.switch.1") == "back 3")
     assert machine.runs() == machine.old
 
 
-def test_a_failed_activation_that_nobody_confirms_goes_back(machine: Machine) -> None:
+def test_a_failed_activation_that_nobody_confirms_is_reverted(machine: Machine) -> None:
     machine.begin("run.switch.1", "switch", machine.system("bad", "exit 4"), confirm=1)
-    assert machine.gone_back("run.switch.1")
+    assert machine.reverted("run.switch.1")
     assert machine.profile.resolve() == machine.old
 
 
@@ -196,7 +196,7 @@ def test_two_activations_of_a_run_do_not_take_each_others_confirmation(machine: 
     assert machine.verb("confirm", "run.test.1") == "confirmed"
     machine.begin("run.switch.2", "switch", new, confirm=1)
     assert machine.verb("names", "run").split() == ["run.switch.2", "run.test.1"]
-    assert machine.gone_back("run.switch.2")
+    assert machine.reverted("run.switch.2")
     assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
     assert machine.result("run.test.1") == "done 0"
 
@@ -208,11 +208,11 @@ def test_a_failed_activation_says_so_and_waits_for_toto(machine: Machine) -> Non
 
 def test_an_activation_that_hangs_is_ended(machine: Machine) -> None:
     machine.begin("run.test.1", "test", machine.system("slow", "exec sleep 60"), finish=1)
-    assert machine.result("run.test.1") in ("done 124", "done 143")  # as coreutils and busybox say it
+    assert machine.result("run.test.1") in ("done 124", "done 143")  # coreutils, busybox
     assert machine.runs() == machine.old
 
 
-def test_without_a_watchdog_nothing_goes_back(machine: Machine) -> None:
+def test_without_a_watchdog_nothing_is_reverted(machine: Machine) -> None:
     new = machine.system("new")
     machine.begin("run.back.1", "test", new, confirm=0)
     assert machine.result("run.back.1") == "done 0"
@@ -220,12 +220,12 @@ def test_without_a_watchdog_nothing_goes_back(machine: Machine) -> None:
     assert machine.runs() == new
 
 
-def test_forgetting_waits_for_what_is_under_way(machine: Machine) -> None:
+def test_cleaning_up_waits_for_what_is_under_way(machine: Machine) -> None:
     new = machine.system("new", "sleep 0.6")
     machine.begin("run.test.1", "test", new, confirm=0)
     until(lambda: bool(machine.log))
     assert len(list((machine.root / "roots").iterdir())) == 2, "what was and what comes stay in the store meanwhile"
-    machine.verb("forget", "run")
+    machine.verb("clean-up", "run")
     assert machine.runs() == new, "it had come to its end"
     assert {each.name for each in machine.state.iterdir()} == {"activate.sh", "lock"}
     assert list((machine.root / "roots").iterdir()) == []
@@ -250,7 +250,7 @@ def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machin
     new = machine.system("new", "sleep 0.6")
     with machine.start("begin", "run.test.1", "test", new, machine.old, machine.old, "10", "0") as asking:
         until((machine.state / "run.test.1/begun").exists)
-        os.killpg(asking.pid, signal.SIGKILL)  # not reaped yet: the group is still its own
+        os.killpg(asking.pid, signal.SIGKILL)  # it is not reaped yet, so the group is still its own
     assert machine.result("run.test.1") == "done 0"
     assert machine.runs() == new
 
@@ -258,7 +258,7 @@ def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machin
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a b", "$(touch x)"])
 def test_a_name_that_is_a_path_or_worse_is_refused(machine: Machine, name: str) -> None:
     for words in (("begin", name, "test", machine.system("new"), machine.old, machine.old, "1", "0"),
-                  ("result", name, "0"), ("confirm", name), ("names", name), ("forget", name)):
+                  ("result", name, "0"), ("confirm", name), ("names", name), ("clean-up", name)):
         assert machine.run(*words).returncode == 64, words
     assert machine.log == []
     assert [each.name for each in machine.state.iterdir()] == ["activate.sh"]

@@ -18,6 +18,6 @@ BEFORE = MachineState(system="ran", profile="boots")
     ("good", "boot", MachineState(system="ran", profile="good")),
     ("good", "test", MachineState(system="good", profile="boots")),
 ])
-def test_a_machine_is_reverted_to_the_last_good_where_toto_had_touched_it(good: str | None, to: MachineState,
+def test_a_machine_is_reverted_to_its_last_good_where_it_was_touched(good: str | None, to: MachineState,
                                                          activation: Literal["switch", "boot", "test"]) -> None:
     assert where_to(BEFORE, good, activation) == to

@@ -53,7 +53,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     host_key = await keygen(directory / "host")
     port = free_port()
     await keygen(directory / "user %h")
-    plain = tmp_path / "plain"  # sshd_config wants no blanks
+    plain = tmp_path / "plain"  # sshd_config takes no blanks
     plain.symlink_to(directory)
     (directory / "authorized").write_text((directory / "user %h.pub").read_text())
     (directory / "config").write_text(
@@ -125,7 +125,7 @@ async def test_nothing_outlives_the_connection(server: Server, tmp_path: Path) -
 
 
 @needs_sshd
-async def test_a_long_directory_is_no_obstacle(server: Server, tmp_path: Path) -> None:
+async def test_a_long_directory_works(server: Server, tmp_path: Path) -> None:
     async with ssh.connection(server.target, tmp_path / ("d" * 100) / ("e" * 100)) as there:
         assert there.control is not None
         await there.run(["true"])
@@ -150,7 +150,7 @@ async def test_exit_statuses_are_the_commands_own(server: Server, tmp_path: Path
 
 
 @needs_sshd
-async def test_the_first_host_key_is_kept_and_another_is_refused(server: Server, tmp_path: Path) -> None:
+async def test_the_first_host_key_is_kept_and_a_different_one_is_refused(server: Server, tmp_path: Path) -> None:
     known = server.target.known_hosts
     assert known is not None
     await ssh.plain(server.target, tmp_path / "c").run(["true"])
@@ -174,7 +174,7 @@ async def test_a_pinned_host_key_decides(server: Server, tmp_path: Path) -> None
 
 
 @needs_sshd
-async def test_a_refused_key_and_a_closed_port_are_told_apart(server: Server, tmp_path: Path) -> None:
+async def test_a_refused_key_and_a_closed_port_are_different_errors(server: Server, tmp_path: Path) -> None:
     await keygen(tmp_path / "stranger")
     with pytest.raises(AuthenticationFailed, match="Permission denied"):
         await ssh.plain(replace(server.target, identity=tmp_path / "stranger"), tmp_path / "c").run(["true"])
@@ -219,7 +219,7 @@ def test_paths_that_could_change_the_config_are_refused(path: str, tmp_path: Pat
         target.write_config(tmp_path)
 
 
-async def test_ssh_reads_the_config_as_it_is_meant(tmp_path: Path) -> None:
+async def test_ssh_understands_the_config(tmp_path: Path) -> None:
     identity = tmp_path / "a %d \\ 'b" / "key"
     target = SshTarget("web1.lan", "fe80::1%eth0", 2200, "toto", identity, known_hosts=tmp_path / "k h")
     config = target.write_config(tmp_path / "new" / "c")

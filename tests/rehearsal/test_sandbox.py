@@ -54,7 +54,7 @@ def left(state: Path) -> list[str]:
 
 
 def machines() -> set[int]:
-    """Every QEMU of this machine that runs in a sandbox's directory."""
+    """Every QEMU on this machine that runs in the directory of a sandbox."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -90,7 +90,7 @@ async def test_a_vm_that_never_boots_is_a_timeout_with_its_console(tmp_path: Pat
     ("sleep 0.2", "the VM switched itself off", 3),
     ("echo '[1.0] Kernel panic - not syncing: no init'; sleep 60", "the VM crashed: .*no init", 3),
 ])
-async def test_a_vm_that_ends_is_told_at_once(tmp_path: Path, state: Path, tcg: None, script: str, message: str,
+async def test_a_vm_that_ends_is_reported_at_once(tmp_path: Path, state: Path, tcg: None, script: str, message: str,
                                               seconds: float) -> None:
     began = time.monotonic()
     with pytest.raises(SandboxFailed, match=message):
@@ -118,7 +118,7 @@ async def test_a_management_card_that_is_not_restricted_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize("scripts", [[], ["a", "b"]])
-async def test_a_store_path_that_is_no_vm_is_told(tmp_path: Path, state: Path, tcg: None, scripts: list[str]) -> None:
+async def test_a_path_without_a_vm_is_refused(tmp_path: Path, state: Path, tcg: None, scripts: list[str]) -> None:
     (tmp_path / "vm" / "bin").mkdir(parents=True)
     for name in scripts:
         (tmp_path / "vm" / "bin" / f"run-{name}-vm").touch()
@@ -126,13 +126,13 @@ async def test_a_store_path_that_is_no_vm_is_told(tmp_path: Path, state: Path, t
         await boots(tmp_path / "vm", state)
 
 
-async def test_a_state_directory_that_cannot_be_is_told(tmp_path: Path, tcg: None) -> None:
+async def test_a_state_directory_that_cannot_be_made_is_reported(tmp_path: Path, tcg: None) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SandboxFailed, match="no place for the sandbox"):
+    with pytest.raises(SandboxFailed, match="the folder for the sandbox cannot be made"):
         await boots(make_vm(tmp_path, "exit 1"), tmp_path / "file" / "state")
 
 
-async def test_a_state_directory_that_qemu_cannot_name_is_told(tmp_path: Path, tcg: None) -> None:
+async def test_a_state_directory_that_qemu_cannot_use_is_refused(tmp_path: Path, tcg: None) -> None:
     with pytest.raises(InputError, match="without a comma"):
         await boots(make_vm(tmp_path, "exit 1"), tmp_path / "a,b")
 
@@ -161,16 +161,16 @@ asyncio.run(main())
 
 
 @needs_qemu
-async def test_what_a_killed_owner_left_is_swept(tmp_path: Path, state: Path, tcg: None) -> None:
+async def test_what_a_killed_owner_left_is_cleaned_up(tmp_path: Path, state: Path, tcg: None) -> None:
     vm = make_vm(tmp_path, "sleep 300 & " + NOTHING_BOOTS)  # the sleep stands for a swtpm
     before = machines()
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", OWNER, vm, state)
     await until(lambda: bool(machines() - before))
-    assert sandbox.sweep(state) == [], "the owner is alive"
+    assert sandbox.clean_up(state) == [], "the owner is alive"
     assert len(machines() - before) == 1
     owner.send_signal(signal.SIGKILL)
     await owner.wait()
-    assert len(sandbox.sweep(state)) == 1
+    assert len(sandbox.clean_up(state)) == 1
     await until(lambda: not machines() - before)
     assert left(state) == []
 
@@ -185,7 +185,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_our_environment_steers_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_totos_environment_does_not_reach_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEMU_KERNEL_PARAMS", "init=/bin/sh")
     monkeypatch.setenv("SECRET", "x")
     made = sandbox._environment(tmp_path, [80, 22, 443], "kvm", None, None)
@@ -259,7 +259,7 @@ def test_a_crash_is_read_from_the_console(tmp_path: Path, line: bytes, fatal: bo
 
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """The probe, answering what is in the list; an empty list fails the test."""
+    """The answers of the probe, in order; the test fails when none is left."""
     answers: list[bool] = []
 
     async def works() -> bool:
@@ -272,7 +272,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 
 @pytest.mark.parametrize("chosen", ["kvm", "tcg"])
-async def test_the_environment_overrules_the_probe(state: Path, probes: list[bool], chosen: str,
+async def test_the_environment_overrides_the_probe(state: Path, probes: list[bool], chosen: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOTO_ACCELERATION", chosen)
     assert await acceleration.acceleration(state) == chosen
@@ -285,7 +285,7 @@ async def test_an_unknown_acceleration_is_refused(state: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("works", "found"), [(True, "kvm"), (False, "tcg")])
-async def test_the_probe_runs_once_a_boot(state: Path, probes: list[bool], works: bool, found: str) -> None:
+async def test_the_probe_runs_once_per_boot(state: Path, probes: list[bool], works: bool, found: str) -> None:
     probes.append(works)
     assert [await acceleration.acceleration(state) for _ in range(3)] == [found] * 3
     probes.append(not works)
@@ -347,7 +347,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @dataclass
 class Outside:
-    """Servers of this machine's loopback, which a guest reaches through the gateway of its inet card only."""
+    """Servers on this machine's loopback, to which a guest can only connect through the gateway of its inet card."""
 
     tcp: int = 0
     udp: int = 0
@@ -482,7 +482,7 @@ async def test_a_guest_that_dies_under_the_tests_is_not_alive(lab: Lab, state: P
         os.kill(running.pid, signal.SIGKILL)
         await until(lambda: running.status is not None)
         assert not await box.alive()
-        with pytest.raises(SandboxError, match="QEMU is gone"):
+        with pytest.raises(SandboxError, match="QEMU ended before"):
             await box.set_internet(True)
     assert left(state) == []
 

@@ -1,4 +1,4 @@
-"""Test scripts of a host: what is found, and what becomes of scripts that behave badly."""
+"""The test scripts of a host: which are found, and the results of scripts that behave badly."""
 
 import asyncio
 import os
@@ -66,13 +66,13 @@ def test_documents_dotfiles_and_helpers_are_no_scripts(tmp_path: Path) -> None:
     assert names(tmp_path) == ["smoke/a"]
 
 
-def test_a_script_that_is_not_executable_is_told_with_the_command_to_type(tmp_path: Path) -> None:
+def test_a_script_that_is_not_executable_is_refused_with_the_command_to_type(tmp_path: Path) -> None:
     write(tmp_path / "tests/web1/smoke/a", mode=0o644)
     with pytest.raises(InputError, match=r"tests/web1/smoke/a: .*not executable\n.*update-index --chmod=\+x tests/"):
         find(tmp_path, "web1")
 
 
-def test_a_directory_that_is_almost_a_phase_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_is_almost_a_phase_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "tests/web1/no_internet/a")
     with pytest.raises(InputError, match="did you mean `no-internet`"):
         find(tmp_path, "web1")
@@ -90,7 +90,7 @@ def test_a_link_out_of_the_tree_is_refused(tmp_path: Path, link: str) -> None:
         find(tree, "web1")
 
 
-def test_links_within_the_tree_are_followed_and_circles_are_told(tmp_path: Path) -> None:
+def test_links_within_the_tree_are_followed_and_circles_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "tests/web1/smoke/a")
     (tmp_path / "tests/web2").symlink_to("web1")
     assert names(tmp_path, "web2") == ["smoke/a"]
@@ -176,7 +176,7 @@ async def test_a_bad_script_fails_with_its_reason(tmp_path: Path, body: str, rea
     ("#!/bin/sh\r\n", "CR LF"), ("#!\n", "names an interpreter that is not here"),
     ("#!/usr/bin/env no-such-thing\n", "it exited with status 127"),
 ])
-async def test_a_script_that_cannot_be_started_is_told_by_its_first_line(tmp_path: Path, shebang: str,
+async def test_a_script_that_cannot_be_started_is_reported_with_its_first_line(tmp_path: Path, shebang: str,
                                                                             reason: str) -> None:
     result = await run_body(tmp_path, GOOD, shebang=shebang)
     assert not result.passed
@@ -198,7 +198,7 @@ async def test_a_hanging_script_is_ended_and_keeps_what_it_said(tmp_path: Path) 
     assert "early" in result.output
 
 
-async def test_a_daemon_that_keeps_stdout_holds_no_one(tmp_path: Path) -> None:
+async def test_a_daemon_that_keeps_stdout_open_delays_nothing(tmp_path: Path) -> None:
     began = time.monotonic()
     result = await run_body(tmp_path, GOOD + "sleep 60 & setsid sleep 60 &\n")
     assert result.passed
@@ -232,15 +232,15 @@ async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-async def test_a_phase_runs_every_script_and_tells_each_result(tmp_path: Path) -> None:
+async def test_a_phase_runs_every_script_and_reports_each_result(tmp_path: Path) -> None:
     write(tmp_path / "tests/web1/smoke/1 bad ü", "echo 1..2; echo 'not ok 1 - <&> \\033[1m'\n"
           "echo '# got 5'; echo ok 2 '# SKIP x'")
     write(tmp_path / "tests/web1/smoke/2 good")
     write(tmp_path / "tests/web1/smoke/3 skipped", "echo 1..0 '# SKIP no net'")
     write(tmp_path / "tests/web1/smoke/4 silent", "echo out of luck >&2")
-    told: list[ScriptResult] = []
-    phase = await run_phase(find(tmp_path, "web1"), Phase.SMOKE, ENV, timeout=20, on_result=told.append)
-    assert tuple(told) == phase.results
+    results: list[ScriptResult] = []
+    phase = await run_phase(find(tmp_path, "web1"), Phase.SMOKE, ENV, timeout=20, on_result=results.append)
+    assert tuple(results) == phase.results
     assert not phase.passed
     assert [row["result"] for row in phase.rows()] == ["failed", "passed", "skipped", "failed"]
     assert phase.rows()[0]["tests"] == "1/2"

@@ -1,4 +1,4 @@
-"""What counts as a pass: documents as test frameworks print them, and the ways in which they go wrong."""
+"""What counts as a pass: documents as test frameworks print them, and documents with mistakes."""
 
 import shutil
 import subprocess

@@ -1,22 +1,22 @@
-"""The order of things that name in `after` what they come after: machines, terraform roots, helm releases."""
+"""Sorting things by their field `after`, which names what comes before them: machines, terraform roots, releases."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Final
 
-MOST: Final = 20  # circles that are told of
+MOST: Final = 20  # circles that are reported
 
 
 @dataclass(frozen=True)
 class Circle:
-    """Names that come after each other in a circle, as in "a after b after a"; prints as the complaint about it."""
+    """Names that come after each other in a circle, as in "a after b after a"; its text is the error message."""
 
     names: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Whose `after` the complaint is about."""
+        """The name whose `after` the error is about."""
         return self.names[0]
 
     def __str__(self) -> str:
@@ -24,9 +24,9 @@ class Circle:
 
 
 def in_order(after: Mapping[str, Iterable[str]]) -> tuple[list[str], list[Circle]]:
-    """The names, each as late as what it comes after makes it and else as they are given; and the circles.
+    """The names in order, each after those that it names, else as they are given; and the circles, at most `MOST`.
 
-    Where there are circles the order is of no use. A name that is not in `after` itself counts for nothing.
+    When there are circles, the order must not be used. Names that are not keys of `after` are ignored.
     """
     graph = {name: {other for other in others if other in after} for name, others in after.items()}
     place = {name: number for number, name in enumerate(after)}
@@ -36,7 +36,7 @@ def in_order(after: Mapping[str, Iterable[str]]) -> tuple[list[str], list[Circle
         try:
             sorter.prepare()
         except CycleError as error:
-            # graphlib tells it the other way round, "each is before the next". Without one of its steps: the next one.
+            # graphlib names the circle the other way round, "each is before the next". Cut it, to find the next one.
             circle = Circle(tuple(reversed(error.args[1])))
             circles.append(circle)
             graph[circle.name] -= {circle.names[1]}

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Bounded:
-    """What is added to it, within about `limit` bytes: the first half and the last half, with a word in between.
+    """A text cut to about `limit` bytes: its beginning and its end, and between them how much is missing.
 
-    `dropped` is how many bytes are gone for good.
+    `dropped` is how many bytes have been thrown away.
     """
 
     limit: int
@@ -16,7 +16,7 @@ class Bounded:
     dropped: int = 0
 
     def add(self, chunk: bytes) -> None:
-        """Add to the end. (The tail grows beyond its half and is cut now and then, so that this is cheap.)"""
+        """Add to the end. (The tail may grow beyond its half, and is cut only now and then: that keeps this cheap.)"""
         room = self.limit // 2 - len(self.head)
         if room > 0:
             self.head += chunk[:room]
@@ -27,7 +27,7 @@ class Bounded:
             self.dropped += over
 
     def text(self) -> str:
-        """What is kept, as text; where something is missing it begins and ends with whole lines, if they are short."""
+        """The text that is kept; it is cut at the ends of lines, unless they are long."""
         if not self.dropped:
             return (self.head + self.tail).decode(errors="replace")
         head, tail, short = self.head, self.tail[-(self.limit // 2):], self.limit // 8
@@ -40,7 +40,7 @@ class Bounded:
 
 
 def bounded(data: bytes, limit: int) -> str:
-    """A text within about `limit` bytes, its middle left out."""
+    """`data` as text, cut to about `limit` bytes: its middle is left out."""
     kept = Bounded(limit)
     kept.add(data)
     return kept.text()

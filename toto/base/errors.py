@@ -1,14 +1,14 @@
-"""The one root of toto's errors.
+"""The base class of all of toto's errors.
 
-An error says what failed, on which target, and what to do next. Errors of the
-operator's input (manifest, test script, nix evaluation) are told without a traceback.
+An error says what failed, on which target, and what to do next. Errors in the operator's input (manifest, test script,
+nix evaluation) are shown without a traceback.
 """
 
 
 class TotoError(Exception):
-    """Something that the operator must hear of.
+    """An error that the operator has to know about.
 
-    `target` names what it happened to (a host, a file); `hint` is the next step to take.
+    `target` names what it is about (a host, a file); `hint` is the next step to take.
     """
 
     def __init__(self, message: str, *, target: str | None = None, hint: str | None = None) -> None:
@@ -25,7 +25,7 @@ class TotoError(Exception):
         return str(self)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions with keyword arguments do not unpickle by themselves, and Prefect pickles them.
+        # Prefect pickles exceptions, and those with keyword arguments do not unpickle without help.
         return (_rebuild, (type(self), self.args, self.__dict__))
 
 

@@ -1,6 +1,6 @@
-"""Writing a small file whole: secrets above all, and what another process may read at any moment.
+"""Writing a small file in one step: for secrets, and for files that a different process may read at any moment.
 
-It imports next to nothing, for the git host's logins.
+This module imports very little, because every login to the git host loads it.
 """
 
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write(file: Path, text: str, mode: int = 0o600) -> Path:
-    """Put a file that holds `text` in the place of `file` at once, and return its path.
+    """Replace `file` with one that holds `text`, in one step, and return its path.
 
-    From its first byte on nobody reads it whom `mode` (whatever the umask) does not let; that is its owner alone, when
-    not told. Whoever reads meanwhile finds the old text or the new one; a link is replaced, not followed.
+    The file has the permissions `mode` from the start, whatever the umask; by default only its owner can read it. A
+    reader finds either the old text or the new one. A symbolic link is replaced, not followed. Raises OSError.
     """
     fresh = file.with_name(f".{file.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:

@@ -1,6 +1,6 @@
-"""The base of toto's typed input files: frozen models, and their complaints in plain words.
+"""The base of the models for toto's input files: frozen, with validation errors in plain words.
 
-Not for reading files: `toto.base.yaml_file` knows YAML and lines, `toto.infra_repo.settings` knows TOML.
+It reads no files: `toto.base.yaml_file` reads YAML with line numbers, and `toto.infra_repo.settings` reads TOML.
 """
 
 import difflib
@@ -29,13 +29,13 @@ _BOUNDS: Final = {
 
 
 class Model(BaseModel):
-    """A frozen model that refuses fields it does not know."""
+    """A frozen model that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
 
 
 class Fields(Model):
-    """What a person writes into a file: a field with nothing after its colon means what leaving it out means."""
+    """A model of what a person writes into a file: a field with nothing after its colon counts as left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,7 +46,7 @@ class Fields(Model):
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value in a message: one line, quoted when it is text, bounded."""
+    """`value` as it stands in a message: one line of about `limit` characters at most, quoted when it is text."""
     match value:
         case None:
             return "nothing"
@@ -66,7 +66,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[Location, str]]:
-    """Each complaint of a validation: where in `model`, and what should be otherwise, on one line."""
+    """Each error of a validation: its place in `model`, and one line about what is wrong there."""
     for each in error.errors(include_url=False):
         location: Location = each["loc"]
         yield location, " ".join(_words(each["type"], each, location, model).split())

@@ -1,4 +1,4 @@
-"""Where toto keeps what is not in git, the nix store or Prefect: exports, keys, GC roots, sandboxes."""
+"""The folders for what is not in git, the nix store or Prefect: exports, keys, GC roots, sandboxes."""
 
 import fcntl
 import hashlib
@@ -14,11 +14,14 @@ import anyio
 
 from toto.base.errors import InputError, TotoError
 
-LEAST_FREE: Final = 200_000_000  # bytes: the ledger, logs and exports of a run, and some more for what runs beside it
+LEAST_FREE: Final = 200_000_000  # bytes: for the ledger, logs and exports of a run, and what else runs meanwhile
 
 
 def state_home() -> Path:
-    """The state directory of this toto: $TOTO_STATE, else ~/.local/state/toto; made private to its user."""
+    """toto's state directory: $TOTO_STATE, else ~/.local/state/toto. It is made when missing, with mode 0700.
+
+    Raises `InputError` when its name has white space.
+    """
     home = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto").absolute()
     if re.search(r"\s", str(home)):
         # ssh options and NixOS's run-NAME-vm split at white space.
@@ -28,7 +31,7 @@ def state_home() -> Path:
 
 
 def repo_state(repo: Path) -> Path:
-    """The directory that belongs to one infra repo; readable for people, unique by the repo's path."""
+    """The directory for one infra repo, made when missing. Its name is the repo's name and a hash of its path."""
     real = repo.resolve()
     name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
     path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
@@ -37,22 +40,22 @@ def repo_state(repo: Path) -> Path:
 
 
 def require_room(repo: Path) -> None:
-    """Raise `TotoError` when a disk on which a roll-out depends is full: of the ledger, toto's state, or the nix store.
+    """Raise `TotoError` when the disk of the ledger, of toto's state or of the nix store is almost full.
 
-    A roll-out that cannot write down what it does could not be taken back.
+    A roll-out that cannot write down what it does could not be reverted.
     """
     for what, place in (("the ledger", repo), ("toto's state", state_home()), ("the nix store", Path("/nix/store"))):
         if place.exists() and (free := shutil.disk_usage(place).free) < LEAST_FREE:
-            raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out wants "
+            raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out needs "
                             f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out", target=str(place),
                             hint="look at `df -h`, make room (nix-collect-garbage, prune/prune), and push again")
 
 
 @asynccontextmanager
 async def alone(lock: Path) -> AsyncIterator[None]:
-    """Wait until no other block, of this process or another, holds the file `lock`, and hold it for this block.
+    """Hold the file `lock` for this block; wait first while any other block, in any process, holds it.
 
-    The lock goes with the process that held it, however that ends.
+    The lock ends with the process that holds it, however that process ends.
     """
     lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -1,6 +1,6 @@
-"""Prefect's HTTP API, as far as toto needs it outside flows: the server's start, and pushes that waited.
+"""A small client of Prefect's HTTP API, for toto outside flows: for the server's start, and for pushes that waited.
 
-Not for flows and tasks: those have Prefect's own client.
+Flows and tasks use Prefect's own client.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class ServerError(TotoError):
 
 @dataclass(frozen=True)
 class Api:
-    """Prefect's HTTP API, as far as toto needs it outside flows."""
+    """The API at `url`; `auth` is its "user:password", if it has one."""
 
     url: str
     auth: str | None = None
@@ -39,9 +39,10 @@ class Api:
         return cls(env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING"))
 
     async def call(self, method: str, path: str, body: object = None, *, timeout: float = 30) -> Any:
-        """The decoded answer (None when there is none). Raises `ServerError` with the HTTP status, if any.
+        """Send a request and return the decoded answer, None when it is empty.
 
-        An answer of 503 is tried again for up to `timeout` seconds: on SQLite it says no more than "locked just now".
+        An answer of 503 is retried for up to `timeout` seconds: on SQLite it only means "locked just now".
+        Raises `ServerError` with the HTTP status, if there is one.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -65,7 +66,7 @@ class Api:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
-            raise ServerError(f"{method} {path} was answered {error.code}: {process.shorten(said, 500)}",
+            raise ServerError(f"{method} {path} was answered with {error.code}: {process.shorten(said, 500)}",
                               status=error.code, target=self.url) from None
         except OSError as error:
             raise ServerError(f"no answer: {error}", target=self.url, hint="start `toto serve`") from None

@@ -1,10 +1,10 @@
-"""The one door through which toto starts processes.
+"""The one module that starts processes for toto.
 
-Argv lists, never a shell string; a process group of its own; a timeout; SIGTERM, then SIGKILL, of the
-whole group; output streamed line by line and kept within bounds; secrets masked. Children also die with
-toto: the kernel kills the direct child (PR_SET_PDEATHSIG through setpriv, where there is one), and what
-that child had started carries a cookie in its environment by which `sweep` finds it, even when it
-made itself a session of its own. (The cookie is Jenkins' ProcessTreeKiller's idea.)
+A command is a list of words, never a shell string. Each process gets its own group and may have a timeout; it is ended
+with its whole group, by SIGTERM and then SIGKILL. Its output is streamed line by line and kept within bounds, with
+secrets masked. Children die with toto: the kernel kills the direct child (PR_SET_PDEATHSIG through setpriv, where there
+is one). Whatever that child started carries a cookie in its environment, by which `clean_up` finds it even in a
+session of its own. (The cookie is the idea of Jenkins' ProcessTreeKiller.)
 """
 
 import asyncio
@@ -33,13 +33,13 @@ LineSink: TypeAlias = Callable[[str], None]
 COOKIE: Final = "TOTO_COOKIE"
 LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
 KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
-LEFT_BEHIND: Final = 5.0  # seconds that what outlived its program is given to obey a signal
+LEFT_BEHIND: Final = 5.0  # seconds for processes that outlived their program to obey a signal
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Completed:
-    """What a finished process left: exit status (negative: the signal that ended it), output, seconds."""
+    """What a finished process left: its exit status (negative: the signal that ended it), its output, its seconds."""
 
     argv: tuple[str, ...]
     status: int
@@ -85,7 +85,7 @@ class CommandNotFound(TotoError):
 
 
 class _Lines:
-    """Cuts a stream into lines for a sink; a sink sees masked text only."""
+    """Cuts a stream into lines for a sink, with secrets masked."""
 
     def __init__(self, sink: LineSink | None, secrets: Sequence[str]) -> None:
         self.sink, self.secrets, self.rest = sink, secrets, b""
@@ -107,7 +107,7 @@ class _Lines:
 
 @dataclass
 class Running:
-    """A process that is under way: see `start`."""
+    """A process that `start` has started."""
 
     argv: tuple[str, ...]
     process: asyncio.subprocess.Process
@@ -124,11 +124,11 @@ class Running:
         return self.process.returncode
 
     async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
-        """End the group: each of `signals` with `grace` seconds to obey, then SIGKILL to whatever is left.
+        """End the process and its group: send each of `signals` and wait up to `grace` seconds, then send SIGKILL.
 
-        What a program has left behind when it ended by itself is given less time.
+        When the program has ended by itself, what it left behind gets at most `LEFT_BEHIND` seconds.
         """
-        if self.ended:  # its number may be another's by now
+        if self.ended:  # its process id may belong to a different process by now
             return
         if self.status is not None:
             grace = min(grace, LEFT_BEHIND)
@@ -141,7 +141,7 @@ class Running:
             await asyncio.sleep(0.003)
         self.ended = True
         with contextlib.suppress(TimeoutError):
-            # Not bare wait(): it also waits for the pipes, which a daemon outside our reach may hold open.
+            # Not bare wait(): it also waits for the pipes, which a daemon that we cannot kill may hold open.
             await asyncio.wait_for(asyncio.shield(self._reaped()), grace)
 
     async def _reaped(self) -> None:
@@ -168,7 +168,7 @@ def mask(text: str, secrets: Sequence[str]) -> str:
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """`text` within `limit` characters, its middle left out."""
+    """`text` cut to about `limit` characters: its middle is left out."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
@@ -210,11 +210,13 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
               signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Completed:
     """Run a program to its end and return what it left.
 
-    `timeout` and `grace` are seconds. `on_line` and `on_error_line` get each line of stdout and stderr as it
-    comes (without its newline, secrets masked). The exit of the program is the end: a daemon that it left
-    behind holding stdout is ended with the group, it hangs no one. A cancel ends the group as well.
+    `timeout` and `grace` (see `Running.end`) are in seconds; `keep` is how many bytes of each stream are kept.
+    `on_line` and `on_error_line` get each line of stdout and stderr as it comes, without its newline and with secrets
+    masked. The run is over when the program exits: a daemon that it left behind is ended with the group, even if it
+    holds stdout open. A cancel ends the group as well.
 
-    Raises `CommandFailed` for a status other than 0 when `check`, `CommandTimeout`, `CommandNotFound`.
+    Raises `CommandFailed` for a status other than 0 when `check`, `CommandTimeout`, `CommandNotFound`, or OSError
+    when the kernel refuses.
     """
     pipe = asyncio.subprocess.PIPE
     began = time.monotonic()
@@ -236,7 +238,7 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
             timed_out = True
         finally:
             await asyncio.shield(running.end(grace=grace, signals=signals))
-            # All that held the pipes is dead now; what is still buffered arrives at once.
+            # Every process that held the pipes is dead now; what is still buffered arrives at once.
             await asyncio.wait(pumps, timeout=grace)
             for pump in pumps:
                 pump.cancel()
@@ -287,12 +289,12 @@ def _group_lives(group: int) -> bool:
         return False
     except PermissionError:
         return True
-    # A zombie answers too, for as long as a lazy init leaves it unreaped: look closer.
+    # A zombie answers too, until init reaps it: check the states.
     return any(state != "Z" and pgrp == str(group) for state, pgrp in map(_state_and_group, _pids()))
 
 
 def owner() -> str:
-    """Who we are, in a form that a later process can check: PID and start time (no PID is taken for its heir)."""
+    """This process, in a form that `lives` can check later: its PID and start time, since a PID can be used again."""
     return f"{os.getpid()}.{started(os.getpid())}"
 
 
@@ -313,7 +315,7 @@ def _pids() -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; none where the process is gone."""
+    """The fields of /proc/PID/stat from the state on; empty when the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -326,9 +328,9 @@ def _state_and_group(pid: int) -> tuple[str, str]:
 
 
 def _scan() -> tuple[list[tuple[int, str]], bool]:
-    """Every process that has a cookie, with it; and whether some process is just being executed.
+    """Every process that has a cookie, with that cookie; and whether any process is just being executed.
 
-    Such a one shows no environment for a moment: whoever looks for all of its kind looks again.
+    A process that is being executed shows no environment for a moment, so the caller has to scan again.
     """
     found, starting = [], False
     needle = f"{COOKIE}=".encode()
@@ -337,7 +339,7 @@ def _scan() -> tuple[list[tuple[int, str]], bool]:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             if not environment:
                 fields = _stat(pid)
-                # No zombie, no kernel thread (no memory), and the end of its environment is not known yet.
+                # It is no zombie and no kernel thread (those have no memory), and its environment is not set up yet.
                 starting |= bool(fields) and fields[0] != "Z" and fields[20] != "0" and fields[48:49] == ["0"]
             for item in environment.split(b"\0"):
                 if item.startswith(needle) and pid != os.getpid():
@@ -346,20 +348,20 @@ def _scan() -> tuple[list[tuple[int, str]], bool]:
 
 
 def _kill_all(doomed: Callable[[str], bool]) -> Iterator[list[int]]:
-    """SIGKILL every process whose cookie is `doomed`, again and again until none is left; yields who was hit.
+    """SIGKILL every process whose cookie is `doomed`, in rounds until none is left; yields the PIDs of each round.
 
-    (A process that forks while it is looked for, or is just being executed, is seen the next time.) Between two
-    rounds the caller waits a moment.
+    (A process that forks during a round, or is just being executed, is found in the next.) The caller waits a moment
+    between two rounds.
     """
     for _ in range(300):
         found, starting = _scan()
-        mine = [pid for pid, cookie in found if doomed(cookie)]
-        for pid in mine:
+        hit = [pid for pid, cookie in found if doomed(cookie)]
+        for pid in hit:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if not mine and not starting:
+        if not hit and not starting:
             break
-        yield mine
+        yield hit
 
 
 @cache
@@ -368,15 +370,15 @@ def _pid_namespace() -> str:
 
 
 def _orphaned(cookie: str) -> bool:
-    """Whether the toto that started a process is dead. Process ids of a container mean nothing outside of it."""
+    """Whether the toto that started a process is dead; False if it ran in a different container: PIDs differ there."""
     owner, _, namespace = cookie.rpartition(".")[0].rpartition(".")
     return namespace == _pid_namespace() and not lives(owner)
 
 
-def sweep() -> list[int]:
-    """Kill whatever a toto that is no longer alive has left running; return the process ids.
+def clean_up() -> list[int]:
+    """Kill the processes that a dead toto left running; return their process ids.
 
-    A toto in a container is left alone, dead or alive: its own next start knows.
+    Processes of a toto in a different container are left alone: the next start there cleans them up.
     """
     killed: set[int] = set()
     for hit in _kill_all(_orphaned):

@@ -1,4 +1,4 @@
-"""The folder of a run: what it writes, its GC roots, who owns it, and what a dead run left in it."""
+"""The folder of a run: its files, its GC roots, its owner; and cleaning up after runs that died."""
 
 import contextlib
 import shutil
@@ -9,39 +9,39 @@ from toto.base import files, paths, process
 
 
 def run_directory(repo: Path, run: str) -> Path:
-    """What one run writes: its tree, its roots, its sandboxes. Removed when the run is over."""
+    """The folder for what one run writes: its tree, GC roots and sandboxes. It is removed when the run is over."""
     return paths.repo_state(repo) / "runs" / run
 
 
 def last_good_root(repo: Path, host: str) -> Path:
-    """The GC root of what a host runs by its ledger entry, and is gone back to."""
+    """The GC root of a host's last good: what it runs by its ledger entry, and what it is reverted to."""
     return paths.repo_state(repo) / "good" / host
 
 
 def previous_root(repo: Path, host: str) -> Path:
-    """The GC root of what a host ran before that, to which a revert of the same run goes back."""
+    """The GC root of what a host ran before its last good: the run that made the last good reverts to this."""
     return paths.repo_state(repo) / "previous" / host
 
 
 def claim(repo: Path, run: str) -> Path:
-    """Make a run's directory and say whose it is, so that a later toto can tell when its run has died."""
+    """Make a run's directory and write down its owner, by which a later toto sees whether the run has died."""
     directory = run_directory(repo, run)
     if not directory.exists():
-        # Named only once it says whose it is: without an owner it would be taken for a dead run's.
+        # It gets its name only when its owner is in it: without one it would count as a dead run's.
         fresh = directory.parent.with_name("runs.new") / run
         fresh.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
         files.write(fresh / "owner", process.owner())
         fresh.replace(directory)
-    files.write(directory / "owner", process.owner())  # (a sweep that read half of it would take the run for dead)
+    files.write(directory / "owner", process.owner())  # (written whole: `clean_up` may read it now)
     return directory
 
 
-def sweep(repo: Path) -> list[Path]:
-    """Remove the directories of runs whose process is no longer alive; returns them."""
+def clean_up(repo: Path) -> list[Path]:
+    """Remove the directories of runs whose process is no longer alive; return their paths."""
     dead = []
     for directory in paths.repo_state(repo).glob("runs/*"):
-        with contextlib.suppress(FileNotFoundError):  # another sweep was first
+        with contextlib.suppress(FileNotFoundError):  # a different process removed it
             if not process.lives((directory / "owner").read_text()):
                 shutil.rmtree(directory, ignore_errors=True)
                 dead.append(directory)
@@ -50,11 +50,11 @@ def sweep(repo: Path) -> list[Path]:
 
 @contextlib.asynccontextmanager
 async def claimed(repo: Path, run: str) -> AsyncIterator[Path]:
-    """A run's directory for as long as the outermost such block of the run lasts."""
-    mine = not run_directory(repo, run).exists()
+    """A run's directory. It is removed at the end of the run's outermost block."""
+    outermost = not run_directory(repo, run).exists()
     directory = claim(repo, run)
     try:
         yield directory
     finally:
-        if mine:
+        if outermost:
             shutil.rmtree(directory, ignore_errors=True)

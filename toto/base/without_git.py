@@ -1,6 +1,6 @@
-"""The environment without git's variables: in a hook they name its repository and quarantine, which is nobody else's.
+"""The environment without git's variables: in a hook they point at the hook's own repository and quarantine.
 
-It imports next to nothing, for the git host's logins.
+This module imports very little, because every login to the git host loads it.
 """
 
 import os
@@ -8,5 +8,5 @@ from collections.abc import Collection
 
 
 def without_git(kept: Collection[str] = ()) -> dict[str, str]:
-    """This process's environment without any GIT_* but those that are `kept`."""
+    """This process's environment without its GIT_* variables, except those in `kept`."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in kept}

@@ -1,7 +1,7 @@
-"""Reading a YAML file of the operator's: every value with its line, and everything that is wrong told at once.
+"""Reading a YAML file that the operator wrote: it knows the line of every value, and reports all mistakes at once.
 
-Stricter than YAML: no tags, no merge keys, no key twice; and bounded, whatever the file holds. What the values mean
-is the reader's: `toto.infra_repo.manifest`, `toto.helm.cluster`.
+It is stricter than YAML: it takes no tags, no merge keys and no key twice. Size and depth are limited.
+The callers know what the values mean: `toto.infra_repo.manifest`, `toto.helm.cluster`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from toto.base.model import Location, explain, shown
 LARGEST: Final = 1 << 20  # bytes of a file
 MOST_NODES: Final = 200_000  # values, aliases counted each time they are used
 DEEPEST: Final = 12  # levels of nesting
-MOST_PROBLEMS: Final = 100  # that one error tells
+MOST_PROBLEMS: Final = 100  # that one error names
 
 _PLAIN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
@@ -29,16 +29,16 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class FileError(InputError):
-    """A file is wrong. `problems` holds a line for each thing that is, as `file:line: field: what`."""
+    """A file has mistakes. `problems` holds one line for each: `file:line: field: what`."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
-        told, more = self.problems[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
-        super().__init__("\n".join(told) + (f"\n… and {more} more" if more > 0 else ""))
+        named, more = self.problems[:MOST_PROBLEMS], len(self.problems) - MOST_PROBLEMS
+        super().__init__("\n".join(named) + (f"\n… and {more} more" if more > 0 else ""))
 
 
 class Unreadable(Exception):
-    """What ends a reading: nothing after `line` can be told."""
+    """The file cannot be read beyond `line`."""
 
     def __init__(self, line: int, what: str) -> None:
         super().__init__(what)
@@ -46,7 +46,7 @@ class Unreadable(Exception):
 
 
 def read_text(path: Path, *, missing: str) -> str:
-    """The text of a file. Raises `Unreadable`; `missing` says what to do where there is none."""
+    """The text of a file. Raises `Unreadable`; `missing` is the advice for when there is no such file."""
     try:
         if path.exists() and not path.is_file():
             raise Unreadable(1, "this is not a file")
@@ -70,7 +70,7 @@ def read_text(path: Path, *, missing: str) -> str:
 
 
 class Reading:
-    """One reading of a file: its problems, and the line of every value."""
+    """One reading of a file: the problems that were found, and the line of every value."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -79,8 +79,8 @@ class Reading:
         self.nodes = 0
 
     @contextlib.contextmanager
-    def telling(self, error: type[FileError]) -> Iterator[None]:
-        """Raise `error` with all problems when the block is done, or cannot go on."""
+    def reporting(self, error: type[FileError]) -> Iterator[None]:
+        """Raise `error` with all problems at the end of the block, or when the file cannot be read further."""
         try:
             yield
         except Unreadable as problem:
@@ -89,6 +89,7 @@ class Reading:
             raise error(text for _, text in sorted(self.problems, key=lambda each: each[0]))
 
     def problem(self, line: int, *what: str) -> None:
+        """Note a problem in `line`; `what` are the parts of its message."""
         self.problems.append((line, ": ".join((f"{self.file}:{line}", *what))))
 
     def line(self, location: Location) -> int:
@@ -98,14 +99,14 @@ class Reading:
         return self.lines.get(location, 1)
 
     def document(self, text: str, *, empty: str | None = None) -> object:
-        """What a text says. Raises `Unreadable`, also where it says nothing and `empty` says what it should."""
+        """The value of a YAML text. Raises `Unreadable`, also for an empty text if `empty` says what it should hold."""
         node = _compose(text)
         if node is None and empty is not None:
             raise Unreadable(1, f"is empty: {empty}")
         return None if node is None else self._value(node, ())
 
     def validated(self, model: type[M], fields: object, place: Location = (), *label: str) -> M | None:
-        """The model that `fields`, found at `place`, make; None, with the problems noted, where they do not."""
+        """A `model` made of the `fields` at `place`; None when they are not valid, with the problems noted."""
         try:
             return model.model_validate(fields)
         except ValidationError as error:
@@ -116,7 +117,7 @@ class Reading:
             return None
 
     def _value(self, node: yaml.Node, place: Location) -> object:
-        """What a node stands for; lists become tuples. Notes lines and problems on the way."""
+        """The value of a node, lists as tuples. Notes the lines of values, and problems."""
         line = node.start_mark.line + 1
         self.nodes += 1
         if self.nodes > MOST_NODES:
@@ -156,7 +157,7 @@ class Reading:
     def _scalar(self, node: yaml.ScalarNode) -> object:
         line, text = node.start_mark.line + 1, node.value
         if any("\ud800" <= character <= "\udfff" for character in text):
-            self.problem(line, f"{shown(text)} is no text: it holds half a character")
+            self.problem(line, f"{shown(text)} is not text: it holds half a character")
             return ""
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind in ("str", "timestamp", "value"):
@@ -168,7 +169,7 @@ class Reading:
         try:
             return _SCALARS[kind](node)
         except (ValueError, KeyError, OverflowError, IndexError):
-            self.problem(line, f"{shown(text)} looks like a number and is none: put it in quotes")
+            self.problem(line, f"{shown(text)} looks like a number and is not one: put it in quotes")
             return None
 
 
@@ -185,7 +186,7 @@ def _compose(text: str) -> yaml.Node | None:
     except RecursionError:
         raise Unreadable(loader.get_mark().line + 1, "is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        # PyYAML lets the failure of a number or of a character reference through as it is.
+        # PyYAML passes on ValueError and OverflowError, for a bad number or character reference.
         raise Unreadable(loader.get_mark().line + 1, f"is not YAML: {shown(str(error), 200)}") from None
     finally:
         loader.dispose()
@@ -201,5 +202,5 @@ _SCALARS: Final[Mapping[str, Callable[[yaml.ScalarNode], object]]] = {
 
 
 def quoted(name: str) -> str:
-    """A name in a message: itself when it is one, else quoted."""
+    """`name` as it stands in a message: as it is when it is a plain name, else quoted."""
     return name if re.fullmatch(_PLAIN, name) else shown(name)

@@ -1,8 +1,8 @@
-"""Who may do what on the git host: the rules, `access.toml` on the branch main of the repository `toto-admin`.
+"""Who may do what on the git host: the rules, in `access.toml` on the branch main of the repository `toto-admin`.
 
-They are those of that repository's newest commit, so a push to it changes them at once; its pre-receive hook
-(`toto.git_host.receive`) refuses rules that are wrong. This runs at every login, so it imports little: no Prefect, no
-pydantic, and asyncio only when git has to be asked. The form of the file is gitolite's idea, without its language.
+The newest commit of that repository counts, so a push to it changes the rules at once; its pre-receive hook
+(`toto.git_host.receive`) refuses wrong rules. This module runs at every login, so it imports little: no Prefect, no
+pydantic, and asyncio only when git has to run. (The idea is gitolite's, without its language.)
 """
 
 import base64
@@ -36,7 +36,7 @@ Verb: TypeAlias = Literal["read", "write"]
 
 
 class AccessError(InputError):
-    """The rules are wrong, or there are none. `problems` holds a line for each thing that is, as `file:line: what`."""
+    """The rules have mistakes, or there are none. `problems` holds one line for each: `file:line: what`."""
 
     def __init__(self, problems: Iterable[str], hint: str | None = None) -> None:
         self.problems = tuple(problems)
@@ -45,7 +45,7 @@ class AccessError(InputError):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Who may read a repository, and who may write it; a writer reads as well."""
+    """The users who may read a repository, and those who may write it; a writer may also read."""
 
     read: frozenset[str] = frozenset()
     write: frozenset[str] = frozenset()
@@ -53,7 +53,10 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Rules:
-    """`users` are names with their public keys; `create` names who may make a repository by its first push."""
+    """`users` has the public keys of each user; `create` names those who may create a repository by its first push.
+
+    `repos` says by repository who may read and write it.
+    """
 
     users: Mapping[str, tuple[str, ...]]
     create: frozenset[str] = frozenset()
@@ -62,8 +65,8 @@ class Rules:
     def may(self, user: str, verb: Verb, repo: str, creator: str | None = None) -> bool:
         """Whether `user` may read or write `repo`.
 
-        The repository's own table decides; where it has none, its `creator` may do both and the table `*` decides
-        for the others. The rules' own repository is never a matter of `*`.
+        The repository's own table decides. Without one its `creator` may do both, and the table `*` decides for
+        everybody else; but it does not count for the repository of the rules.
         """
         allowed = self.repos.get(repo)
         if allowed is None:
@@ -76,11 +79,11 @@ class Rules:
         return user in self.users and bool(names & {user, EVERYONE})
 
     def may_create(self, user: str) -> bool:
-        """Whether `user` may make a repository by pushing to one that is not there."""
+        """Whether `user` may create a repository by pushing to it."""
         return user in self.users and bool(self.create & {user, EVERYONE})
 
     def authorized_keys(self, command: Iterable[str]) -> str:
-        """The lines of an authorized_keys file: each key may run `command` with its user's name, and nothing else."""
+        """The lines of an authorized_keys file: each key may only run `command` with the name of its user."""
         shell = shlex.join(command).replace("\\", "\\\\").replace('"', '\\"')
         return "".join(f'command="{shell} {user}",restrict {key}\n' for user, keys in self.users.items()
                        for key in keys)
@@ -92,16 +95,16 @@ class Rules:
 
 
 def repo_name(text: str, repos: Path) -> str:
-    """The name of the repository that git asks for: `infra`, `infra.git`, `/infra`, `~/infra`, or its path in `repos`.
+    """The name of the repository that git asks for as `infra`, `infra.git`, `/infra`, `~/infra` or its path in `repos`.
 
-    Raises `InputError` for everything else, above all for what leads out of `repos`.
+    Raises `InputError` for everything else, such as a path that leads out of `repos`.
     """
     name = text.removeprefix(f"{repos}/").removeprefix("~/").removeprefix("/").removesuffix("/").removesuffix(".git")
     return check_name(name, text)
 
 
 def check_name(name: str, shown: str | None = None) -> str:
-    """`name` itself when it can name a repository; `InputError` when not."""
+    """Return `name` if it can name a repository; else raise `InputError`, which shows `shown` if given."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith((".", ".git", ".lock")):
         raise InputError(f"{ascii(shown or name)[:80]} does not name a repository",
                          hint="a name has letters, digits, '.', '_' and '-', begins with a letter or a digit, "
@@ -110,12 +113,12 @@ def check_name(name: str, shown: str | None = None) -> str:
 
 
 def path_of(repos: Path, name: str) -> Path:
-    """Where the repository of that name lies."""
+    """The path of the repository `name`."""
     return repos / f"{name}.git"
 
 
 def check_user(user: str) -> str:
-    """`user` itself when it can name a user; `InputError` when not."""
+    """Return `user` if it can name a user; else raise `InputError`."""
     if not _USER.fullmatch(user):
         raise InputError(f"{ascii(user)[:60]} is not a user's name",
                          hint="use up to 32 letters, digits, '.', '_' and '-'")
@@ -123,7 +126,7 @@ def check_user(user: str) -> str:
 
 
 def check_key(text: str) -> str:
-    """A public key without its comment. ValueError, saying what is wrong with it."""
+    """Return a public key without its comment. Raises ValueError, which says what is wrong with it."""
     form = _KEY.fullmatch(text.strip())
     if form is None:
         raise ValueError("is not a public key like 'ssh-ed25519 AAAA… comment'")
@@ -131,19 +134,19 @@ def check_key(text: str) -> str:
         data = base64.b64decode(form[2], validate=True)
     except binascii.Error:
         data = b""
-    parts: list[bytes] = []  # each with its length before it, in 4 bytes (RFC 4253)
+    parts: list[bytes] = []  # each follows its length in 4 bytes (RFC 4253)
     at = 0
     while at < len(data):
         length = int.from_bytes(data[at : at + 4])
         parts.append(data[at + 4 : at + 4 + length])
         at += 4 + length
     if at != len(data) or parts[:1] != [form[1].encode()]:
-        raise ValueError(f"is not a whole key of its kind, {form[1]}: was it cut when it was copied?")
+        raise ValueError(f"is not a complete {form[1]} key: was it cut off when it was copied?")
     return f"{form[1]} {form[2]}"
 
 
 def parse(text: str) -> Rules:
-    """The rules in the text of an `access.toml`. Raises `AccessError` with everything that is wrong with it."""
+    """The rules in the text of an `access.toml`. Raises `AccessError` with all mistakes."""
     if len(text) > LARGEST:
         raise AccessError([f"{FILE}:1: is larger than {LARGEST >> 20} MiB"])
     try:
@@ -161,14 +164,14 @@ def parse(text: str) -> Rules:
 
 
 class _Reading:
-    """One reading of the file, and what is wrong with it."""
+    """One reading of the file, and the mistakes that were found."""
 
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
         self.problems: list[tuple[int, str]] = []
 
     def problem(self, needle: str, what: str, within: str = "") -> None:
-        """Note a problem with the first line that holds `needle`, from the line that holds `within` on."""
+        """Note a problem in the first line that has `needle`, searched from the first line that has `within`."""
         start = next((at for at, line in enumerate(self.lines) if within in line), 0)
         line = next((at for at, line in enumerate(self.lines) if at >= start and needle in line), start) + 1
         self.problems.append((line, f"{FILE}:{line}: {what}"))
@@ -180,7 +183,7 @@ class _Reading:
         create = self.names(data.get("create", []), "create", users)
         repos = dict(self.repos(data.get("repos", {}), users))
         if not repos.get(ADMIN, Allowed()).write:
-            self.problem("[repos", f"nobody may write {ADMIN}, so nobody could ever change these rules again: "
+            self.problem("[repos", f"nobody may write {ADMIN}, so nobody could change these rules again: "
                                    f"give [repos.{ADMIN}] its `write`")
         return Rules(users, create, repos)
 
@@ -202,7 +205,7 @@ class _Reading:
                 self.problem(text, f"{user}: {text[:40]!r} {error}", "[users")
                 continue
             if (other := owners.setdefault(key, user)) != user:
-                self.problem(key, f"{user}: has the same key as {other}: a key says who somebody is", f"{user} ")
+                self.problem(key, f"{user}: has the same key as {other}: a key identifies one user", f"{user} ")
             yield key
 
     def repos(self, table: object, users: Mapping[str, object]) -> Iterator[tuple[str, Allowed]]:
@@ -235,13 +238,13 @@ class _Reading:
 
 
 def creator(repo: Path) -> str | None:
-    """Who made a repository by a first push, or None."""
+    """The user who created a repository by its first push, or None."""
     file = repo / "toto" / "creator"
     return file.read_text() if file.exists() else None
 
 
 def remembered(repos: Path) -> Rules | None:
-    """The rules of `repos`, when `in_force` has read those of the newest commit before; without asking git."""
+    """The rules of `repos`, without running git: None unless `in_force` has already read those of the newest commit."""
     admin = path_of(repos, ADMIN)
     try:
         commit, _, text = (admin / "toto" / "rules").read_text().partition("\n")
@@ -252,13 +255,13 @@ def remembered(repos: Path) -> Rules | None:
 
 
 async def in_force(repos: Path) -> Rules:
-    """The rules of `repos`: the newest that are right. Raises `AccessError` where there are none."""
+    """The rules of `repos`: the newest without mistakes. Raises `AccessError` when there are none."""
     admin = path_of(repos, ADMIN)
     wrong: AccessError | None = None
     async for commit, text in _versions(admin):
         try:
             rules = parse(text)
-        except AccessError as error:  # not by a push: its hook would have refused it. The last good one stands
+        except AccessError as error:  # not pushed: the hook would have refused it. The last good one counts
             wrong = wrong or error
             continue
         if wrong is None:
@@ -268,11 +271,11 @@ async def in_force(repos: Path) -> Rules:
 
 
 async def _versions(admin: Path) -> AsyncIterator[tuple[str, str]]:
-    """The commits with their texts of the rules, newest first."""
+    """The commits and their texts of the rules, newest first, at most 50."""
     newest = await git(admin, "rev-parse", "--verify", "--quiet", BRANCH, check=False)
     revisions = newest.stdout.split()
     for number in range(50):
-        if number == 1:  # only when the newest will not do
+        if number == 1:  # only when the newest one has mistakes
             revisions += (await git(admin, "rev-list", "--max-count=50", BRANCH, "--", FILE)).lines
         if number == len(revisions):
             return
@@ -283,17 +286,18 @@ async def _versions(admin: Path) -> AsyncIterator[tuple[str, str]]:
 
 def _remember(admin: Path, commit: str, text: str) -> None:
     file = admin / "toto" / "rules"
-    with contextlib.suppress(OSError):  # then git is asked again
+    with contextlib.suppress(OSError):  # then git runs again
         file.parent.mkdir(exist_ok=True)
         files.write(file, f"{commit}\n{text}", 0o644)
 
 
 async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None = None) -> "Completed":
-    """git on a repository of the host: no hook's GIT_DIR or quarantine reaches it.
+    """Run git on a repository of the host, without the GIT_DIR and the quarantine of a hook.
 
-    (`toto.infra_repo.git` has more, and takes longer to import than a login may.)
+    Raises `CommandFailed` when `check`, and `CommandTimeout` after 30 seconds. (`toto.infra_repo.git` can do more, but
+    takes too long to import for a login.)
     """
-    from toto.base import process  # noqa: PLC0415  (with asyncio it takes longer than all else of a login)
+    from toto.base import process  # noqa: PLC0415  (asyncio takes longer than the rest of a login)
 
     return await process.run(["git", f"--git-dir={repo}", *arguments], env=without_git(), timeout=30, check=check,
                              stdin=None if stdin is None else stdin.encode())

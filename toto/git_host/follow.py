@@ -1,7 +1,7 @@
-"""What the pusher sees who waits: the progress and the end of runs, told in a terminal while they happen.
+"""Prints the progress and the end of runs in the terminal of a pusher who waits for them.
 
-`python -m toto.git_host.follow REPO RUN…` is called by the post-receive hook for `git push -o wait` and `-o plan`. It
-only watches: when the pusher goes away, or the time is up, it ends and the run goes on.
+The post-receive hook calls `python -m toto.git_host.follow REPO RUN…` for `git push -o wait` and `-o plan`. It only
+watches: when the pusher goes away, or the time is up, it ends and the run goes on.
 """
 
 import argparse
@@ -22,32 +22,32 @@ from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 
-PAUSE: Final = 0.5  # seconds between two looks
-LAST_WORDS: Final = 5.0  # seconds after its end in which a run's last lines arrive: they come in batches
+PAUSE: Final = 0.5  # seconds between two checks
+LAST_WORDS: Final = 5.0  # seconds to wait for a run's last lines after its end: they come in batches
 INFO: Final = 20
 ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled", "CRASHED": "crashed"}
-# What Prefect says of itself in a run's log.
+# Prefect's own lines in a run's log.
 _CHATTER: Final = re.compile(
     r"(Beginning (sub)?flow run|Created (sub)?flow run|View at |Finished in state |Worker '.*' submitting|"
     r"Flow run '.*' submitted|Completed submission|Running \d+ deployment pull|Executing deployment step|"
     r"Deployment step '|All deployment steps)")
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # nothing steers the pusher's terminal
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # none may reach the pusher's terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Follow runs one after the other; status 0 when all are completed, 1 when one is not, 2 when that is not known."""
-    parser = argparse.ArgumentParser("toto.git_host.follow", description="Tell how runs go on, until they end.")
+    """Follow runs one after the other. Status 0: all completed; 1: one did not; 2: that is not known."""
+    parser = argparse.ArgumentParser("toto.git_host.follow", description="Print the progress of runs until they end.")
     parser.add_argument("repo", type=Path, help="the bare repo whose hook started them")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--at-most", type=float, default=3600, help="seconds (%(default)g)")
     chosen = parser.parse_args(arguments)
-    signal.alarm(int(chosen.at_most) + 60)  # for the last time that nobody reads what is written
+    signal.alarm(int(chosen.at_most) + 60)  # in case that printing blocks, because nobody reads
     try:
         return asyncio.run(_all(chosen.repo, chosen.runs, time.monotonic() + chosen.at_most))
     except TotoError as error:
         print(f"toto: {error}", flush=True)
         return 2
-    except (BrokenPipeError, KeyboardInterrupt):  # nobody listens any more
+    except (BrokenPipeError, KeyboardInterrupt):  # nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
 
@@ -64,17 +64,18 @@ async def _all(repo: Path, runs: Sequence[str], deadline: float) -> int:
     return status
 
 
-async def follow(api: Api, run: str, tell: Callable[[str], None], *, deadline: float,
+async def follow(api: Api, run: str, say: Callable[[str], None], *, deadline: float,
                  pause: Callable[[float], bool]) -> str | None:
-    """Tell what a run and its subflows do; the type of the state in which it ended.
+    """Call `say` with what a run and its subflows do; return the type of the state in which the run ended.
 
-    None when `deadline` (of the monotonic clock) came first, or `pause(seconds)` said that nobody listens any more.
-    An API that does not answer for a while is told once, and asked again.
+    Returns None when `deadline` (of the monotonic clock) came first, or when `pause(seconds)` returned that nobody
+    reads any more. While the API does not answer it says so once, and tries again. Raises `ServerError` when there is
+    no such run.
     """
-    watched = _Watched(api, run, tell)
+    watched = _Watched(api, run, say)
     while time.monotonic() < deadline:
         try:
-            if ended := await watched.look():
+            if ended := await watched.check():
                 return ended
         except ServerError as error:
             if error.status == 404:
@@ -82,46 +83,46 @@ async def follow(api: Api, run: str, tell: Callable[[str], None], *, deadline: f
             watched.say_once("Prefect does not answer; the run goes on, and so does the waiting")
         if await asyncio.to_thread(pause, PAUSE):
             return None
-    tell("toto: the time to wait is up; the run goes on")
+    say("toto: the time to wait is up; the run goes on")
     return None
 
 
 class _Watched:
-    """One run, and what was told of it."""
+    """One run, and the lines that were already said about it."""
 
-    def __init__(self, api: Api, run: str, tell: Callable[[str], None]) -> None:
-        self.api, self.run, self.tell = api, run, tell
+    def __init__(self, api: Api, run: str, say: Callable[[str], None]) -> None:
+        self.api, self.run, self.say = api, run, say
         self.began = time.monotonic()
         self.stages: list[str] = []
         self.flows: dict[str, str] = {}
         self.lines: Counter[str] = Counter()
-        self.told: set[str] = set()
+        self.said: set[str] = set()
         self.logged: set[str] = set()
         self.ended: float | None = None
         self.closed = False
 
-    async def look(self) -> str | None:
-        """Tell what is new; the type of the last state, once all is told."""
+    async def check(self) -> str | None:
+        """Say what is new; return the type of the final state once everything is said, else None."""
         found = await self.api.call("GET", f"/flow_runs/{self.run}", timeout=5)
         await self._subflows()
         await self._log()
         if found["state_name"] == "Late":
-            self.say_once("toto has not begun with it: it is busy, or its worker is not there")
+            self.say_once("toto has not started it: it is busy, or its worker does not run")
         if found["state_type"] not in ENDS:
             return None
         self.ended = self.ended or time.monotonic()
         if not self.closed and time.monotonic() < self.ended + LAST_WORDS:
             return None
         message = found["state"].get("message") or ""
-        said = _clean(message) in self.logged  # (nobody needs it twice)
-        self.tell(f"toto: {ENDS[found['state_type']]}" + (f": {_clean(message)}" if message and not said else ""))
+        said = _clean(message) in self.logged  # (then it is not repeated)
+        self.say(f"toto: {ENDS[found['state_type']]}" + (f": {_clean(message)}" if message and not said else ""))
         return str(found["state_type"])
 
     def say_once(self, text: str) -> None:
-        """A line that is not repeated."""
-        if text not in self.told:
-            self.told.add(text)
-            self.tell(f"{time.monotonic() - self.began:5.0f} s  {_clean(text)}")
+        """Say a line, if it was not said before."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(f"{time.monotonic() - self.began:5.0f} s  {_clean(text)}")
 
     async def _subflows(self) -> None:
         """The stages of the run, and the targets within them, by the names that the UI shows."""
@@ -161,7 +162,7 @@ class _Watched:
                 self.closed |= run == self.run and line["message"].startswith("Finished in state ")
                 if not _CHATTER.match(line["message"]):
                     self.logged.add(_clean(line["message"]))
-                    self.tell(_clean(line["message"]))
+                    self.say(_clean(line["message"]))
             if len(fresh) < 200:
                 return
 
@@ -171,19 +172,19 @@ def _clean(text: str) -> str:
 
 
 class Listener:
-    """Whoever reads standard output: at the other end of a pipe, and perhaps of an ssh connection beyond it.
+    """The reader of standard output, at the other end of a pipe and perhaps of an ssh connection behind it.
 
-    While git runs a hook, it goes on reading from it when its own reader has gone: the pipe alone tells nothing. But
-    then the session that sshd had begun for it (`toto.git_host.shell` knew its parent) is an orphan.
+    git goes on reading from a hook when git's own reader has gone, so the pipe alone is no sign. But then the session
+    that sshd started for git has lost its parent, which `toto.git_host.shell` has noted.
     """
 
     def __init__(self) -> None:
         self.parent = os.environ.get(git_shell.PARENT_VARIABLE) or git_shell.parent_of_session()
         self.poll = select.poll()
-        self.poll.register(sys.stdout.fileno(), 0)  # no event that is waited for: only that there is no reader
+        self.poll.register(sys.stdout.fileno(), 0)  # waits for no event but the loss of the reader
 
     def gone_within(self, seconds: float) -> bool:
-        """Wait so long; whether nobody listens any more."""
+        """Wait up to `seconds`; return whether nobody reads any more."""
         return bool(self.poll.poll(seconds * 1000)) or git_shell.parent_of_session() != self.parent
 
 

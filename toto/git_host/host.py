@@ -1,7 +1,7 @@
-"""The bare repositories on toto: making one, its hooks and its policy, and the pushes that wait in its spool.
+"""The bare repositories on toto: making them, their hooks and policy, and the pushes that wait in their spool.
 
-Who may reach them over ssh is `toto.git_host.access`, what a push may bring is `toto.git_host.receive`. What git
-commands there are for reading a repository is in `toto.infra_repo.git`; what a push starts is in `flows/`.
+`toto.git_host.access` decides who may use them over ssh, and `toto.git_host.receive` what a push may contain. The git
+commands that read a repository are in `toto.infra_repo.git`; `flows/` has what a push starts.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ write = ["{user}"]
 write = ["{user}"]
 """
 DEPLOYMENT: Final = "reconcile/reconcile"
-OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks of that time still have
+OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks from then still use
 POLICY: Final[Mapping[str, str]] = {
     "branch": "toto.branch", "signed": "toto.signed", "allow_force": "toto.allowForce",
     "max_file_size": "toto.maxFileSize", "allowed_signers": "toto.allowedSigners", "gpg_home": "toto.gpgHome"}
-# The hook prints the path into JSON, and ssh and git pass it through shells: no character that means something there.
+# The hook prints the path into JSON, and ssh and git pass it through shells: no character is special to those.
 _PATH: Final = re.compile(r"(/[A-Za-z0-9._+@][A-Za-z0-9._+@-]*)+")
 _BRANCH: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._/+-]*")
 _DEPLOYMENT: Final = re.compile(r"[a-z0-9][a-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -51,7 +51,7 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Waiting:
-    """A push that has no run yet: the file of its request, and the commit."""
+    """A push without a run: the file of its request, and its commit."""
 
     file: Path
     commit: str
@@ -59,7 +59,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Served:
-    """Where the hooks of a repository find toto's server: what `create` takes."""
+    """How the hooks of a repository find toto's server: the arguments of `create`."""
 
     api_url: str = "http://127.0.0.1:4200/api"
     ui_url: str | None = None
@@ -70,19 +70,19 @@ class Served:
 
 
 def default_repos() -> Path:
-    """The folder of the repositories where nothing else is said; the server's own default."""
+    """The default folder of the repositories, which is also the server's default."""
     return paths.state_home() / "server" / "repos"
 
 
 def infra_repos(repos: Path) -> list[Path]:
-    """The infra repositories in the folder `repos`: all but the one that holds the rules of access."""
+    """The infra repositories in the folder `repos`: all but the one with the rules of access."""
     return sorted(set(repos.glob("*.git")) - {access.path_of(repos, access.ADMIN)})
 
 
 async def remember(repos: Path, served: Served) -> None:
-    """Remember where the server is, for repositories that are made from now on; bring the rules' hooks up to date.
+    """Save where the server is, for repositories that are made later; update the hooks of the rules' repository.
 
-    (The hooks of infra repositories are brought up to date by `create`.)
+    (`create` updates the hooks of infra repositories.)
     """
     repos.mkdir(parents=True, exist_ok=True)
     files.write(repos / "server.json", json.dumps(asdict(served)))
@@ -91,13 +91,13 @@ async def remember(repos: Path, served: Served) -> None:
 
 
 async def make(repos: Path, name: str, *, creator: str | None = None) -> Path:
-    """Make the repository `name` in the folder `repos`, or bring it up to date; return its path.
+    """Make the repository `name` in the folder `repos`, or update it; return its path.
 
-    A new one is there at once with its hooks, or not at all. Raises `InputError` for a name that is none.
+    A new one appears complete with its hooks, or not at all. Raises `InputError` for a bad name.
     """
     path = access.path_of(repos, access.check_name(name))
     if name == access.ADMIN:
-        raise InputError("holds the rules of access", target=name, hint="toto repo admin USER KEY.pub")
+        raise InputError("holds the rules of access", target=name, hint="make it by `toto repo admin USER KEY.pub`")
     file = repos / "server.json"
     served = Served(**json.loads(file.read_text())) if file.exists() else Served()
     async with _new(path) as fresh:
@@ -108,9 +108,9 @@ async def make(repos: Path, name: str, *, creator: str | None = None) -> Path:
 
 
 async def make_admin(repos: Path, user: str, key: str) -> Path:
-    """Make the repository of the rules of access, in which `user` with the public key `key` may do everything.
+    """Make the repository of the rules of access: `user`, who has the public key `key`, may do everything.
 
-    Raises `InputError` when it is there already: from then on a push changes the rules.
+    Raises `InputError` when it exists: from then on a push changes the rules.
     """
     try:
         key = access.check_key(key)
@@ -119,7 +119,7 @@ async def make_admin(repos: Path, user: str, key: str) -> Path:
     rules = RULES.format(user=access.check_user(user), key=key, admin=access.ADMIN)
     async with _new(access.path_of(repos, access.ADMIN)) as fresh:
         if fresh is None:
-            raise InputError("is there already", target=access.ADMIN, hint="clone it, change access.toml, push it")
+            raise InputError("exists already", target=access.ADMIN, hint="clone it, change access.toml, push it")
         await _install(fresh, "main", {"toto.rules": "true"})
         blob = (await git(fresh, "hash-object", "-w", "--stdin", stdin=rules)).stdout.strip()
         tree = (await git(fresh, "mktree", stdin=f"100644 blob {blob}\t{access.FILE}\n")).stdout.strip()
@@ -131,7 +131,7 @@ async def make_admin(repos: Path, user: str, key: str) -> Path:
 
 @contextlib.asynccontextmanager
 async def _new(path: Path) -> AsyncIterator[Path | None]:
-    """A path for a repository that becomes `path` at the end of the block; None when that is there. One at a time."""
+    """A path for a new repository, moved to `path` at the end of the block; None when `path` exists. One at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.parent / ".new" / path.name
     with (path.parent / ".lock").open("w") as lock:
@@ -146,33 +146,36 @@ async def _new(path: Path) -> AsyncIterator[Path | None]:
 
 
 async def set_policy(repo: Path, **changes: str | int | bool | None) -> receive.Policy:
-    """Change what a repository takes, by fields of `receive.Policy`; None is the default again. Returns all of it."""
+    """Change fields of a repository's `receive.Policy`; None sets the default. Return the whole policy.
+
+    Raises `InputError` for a bad branch name.
+    """
     branch = changes.get("branch", "main")
     if not isinstance(branch, str) or not _is_branch(branch):
-        raise InputError(f"{branch!r} is not a branch name that toto takes", target=repo.name)
+        raise InputError(f"{branch!r} is not a branch name that toto accepts", target=repo.name)
     for field, value in changes.items():
         text = str(value).lower() if isinstance(value, bool) else None if value is None else str(value)
         await _configure(repo, POLICY[field], text)
     if "branch" in changes:
         await git(repo, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
     policy = await policy_of(repo)
-    # Git itself refuses to delete what HEAD names, whatever the policy says.
+    # git refuses to delete the branch that HEAD names, unless this is set.
     await _configure(repo, "receive.denyDeleteCurrent", "ignore" if policy.allow_force else None)
     return policy
 
 
 async def policy_of(repo: Path) -> receive.Policy:
-    """What a repository takes."""
+    """The policy of a repository."""
     return receive.Policy.of((await git(repo, "config", "--null", "--get-regexp", "^toto[.]", check=False)).stdout)
 
 
 async def create(path: Path, *, api_url: str, deployment: str = DEPLOYMENT, deployment_id: str | None = None,
                  ui_url: str | None = None, branch: str = "main", auth: str | None = None) -> Path:
-    """Make the bare repository `path`, or bring an existing one's hook and settings up to date; return it.
+    """Make the bare repository `path`, or update the hooks and settings of an existing one; return its path.
 
-    A push to `branch` creates a run of `deployment` ("flow/name"; `deployment_id` saves the hook a look-up) at
-    `api_url`. `auth` is "user:password"; it goes to a file that only the owner reads. Refs below refs/toto (the
-    ledger) cannot be pushed to. Raises `InputError` for a path, branch or address that toto does not take.
+    A push to `branch` creates a run of `deployment` ("flow/name"; `deployment_id` saves the hook a request) at
+    `api_url`. `auth` is "user:password"; it is stored in a file that only the owner can read. Nobody can push to refs
+    below refs/toto (the ledger). Raises `InputError` for a path, branch or address that toto does not accept.
     """
     path = _checked(path, api_url, ui_url, deployment, deployment_id, branch, auth)
     await _install(path, branch, {
@@ -188,11 +191,11 @@ async def create(path: Path, *, api_url: str, deployment: str = DEPLOYMENT, depl
 
 
 async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) -> None:
-    """A bare repository with toto's hooks, and what they need to know."""
+    """Make a bare repository if there is none; write toto's hooks and their settings into it."""
     if not (path / "HEAD").exists():
         path.mkdir(parents=True, exist_ok=True)
         await git(path, "init", "--quiet", "--bare", f"--initial-branch={branch}")
-    # HEAD is the commit that a run takes when it is given none.
+    # A run that is given no commit uses HEAD.
     await git(path, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
     for key, value in {
             **settings, "toto.branch": branch, "toto.python": sys.executable, "toto.root": str(HOOKS.parents[2]),
@@ -211,9 +214,9 @@ async def _configure(repo: Path, key: str, value: str | None) -> None:
 
 
 async def as_chosen(repo: Path, served: Served) -> Served:
-    """`served` for a repository that is there: with its own branch, and with its own deployment where it has another.
+    """`served` with the branch of an existing repository, and its deployment if the operator chose one.
 
-    An operator chooses another by `git config toto.deployment FLOW/NAME`; the default under its old name is no choice.
+    An operator does that by `git config toto.deployment FLOW/NAME`. The old name of the default is replaced.
     """
     served = replace(served, branch=await deployed_branch(repo) or served.branch)
     chosen = await _setting(repo, "toto.deployment")
@@ -223,7 +226,7 @@ async def as_chosen(repo: Path, served: Served) -> Served:
 
 
 async def deployed_branch(repo: Path) -> str | None:
-    """The branch whose pushes `repo` deploys, or None when toto did not make it."""
+    """The branch that `repo` deploys, or None when toto did not make the repository."""
     return await _setting(repo, "toto.branch")
 
 
@@ -234,10 +237,10 @@ def waiting(repo: Path) -> list[Waiting]:
 
 
 async def drain_spool(repo: Path) -> list[str]:
-    """Start what was pushed to `repo` while Prefect was down, in the order of the pushes; return the runs' ids.
+    """Start runs for the pushes to `repo` that wait in the spool, oldest first; return the ids of the runs.
 
-    The hook does it, which knows what is sent and what an answer means; a request that Prefect refuses is set aside as
-    `.refused`. Raises `ServerError` when Prefect does not answer; what is not started then stays in the spool.
+    The hook does it, since it knows the requests and answers. It renames a request that Prefect refuses to `.refused`.
+    Raises `ServerError` when Prefect does not answer; the other requests then stay in the spool.
     """
     if not waiting(repo):
         return []
@@ -249,10 +252,10 @@ async def drain_spool(repo: Path) -> list[str]:
 
 
 async def api_of(repo: Path) -> Api:
-    """The API that the hook of `repo` uses."""
+    """The API that the hook of `repo` uses. Raises `InputError` when none is set."""
     url = await _setting(repo, "toto.apiUrl")
     if url is None:
-        raise InputError("this repository has no toto.apiUrl", target=str(repo), hint="toto repo create it")
+        raise InputError("this repository has no toto.apiUrl", target=str(repo), hint="run `toto repo create` for it")
     return Api(url, _read_auth(repo / "toto" / "auth.curl"))
 
 
@@ -260,24 +263,24 @@ def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, depl
              auth: str | None) -> Path:
     place = str(path)
     if not path.is_absolute() or ".." in path.parts or not _PATH.fullmatch(place):
-        raise InputError("not a path that toto takes for a repository", target=place,
+        raise InputError("not a path that toto accepts for a repository", target=place,
                          hint="use an absolute path of letters, digits and . _ + @ -")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError("is there already and is no folder", target=place, hint="choose another path")
+        raise InputError("exists already and is not a folder", target=place, hint="use a different path")
     if path.is_dir() and any(path.iterdir()) and not (path / "HEAD").is_file():
-        raise InputError("is there already and is no bare git repository", target=place, hint="choose another path")
+        raise InputError("exists already and is not a bare git repository", target=place, hint="use a different path")
     for url in filter(None, (api_url, ui_url)):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or re.search(r"[\s\"'\\\x00-\x1f]", url):
             raise InputError(f"{url!r} is not an http address", target=place)
     if not _is_branch(branch):
-        raise InputError(f"{branch!r} is not a branch name that toto takes", target=place)
+        raise InputError(f"{branch!r} is not a branch name that toto accepts", target=place)
     if not _DEPLOYMENT.fullmatch(deployment):
         raise InputError(f"{deployment!r} is not FLOW/NAME of a deployment", target=place)
     if deployment_id is not None and not _UUID.fullmatch(deployment_id):
         raise InputError(f"{deployment_id!r} is not a deployment's id", target=place)
     if auth is not None and (":" not in auth or "\n" in auth):
-        raise InputError("the API's credentials are not user:password", target=place)  # the text itself is secret
+        raise InputError("the API's credentials are not user:password", target=place)  # their text is secret
     return path
 
 

@@ -1,8 +1,8 @@
-"""What a push may bring: the pre-receive hook of toto's repositories, and the policy that it enforces.
+"""The pre-receive hook of toto's repositories, and the policy that it enforces: what a push may contain.
 
-It sees the pushed objects in git's quarantine, before any ref has moved; whatever it prints the pusher reads. Git
-itself verifies signatures. No Prefect, and pydantic only when the manifest or the settings are in the push: the
-pusher waits for this. Who may push at all is `toto.git_host.access`; what a push starts is the post-receive hook.
+It sees the pushed objects in git's quarantine, before any ref has moved, and the pusher reads what it prints. git
+verifies the signatures. The pusher waits for it, so it imports no Prefect, and pydantic only when the push changes the
+manifest or the settings. `toto.git_host.access` decides who may push; the post-receive hook starts the run.
 """
 
 import asyncio
@@ -25,21 +25,21 @@ OPTIONS: Final[Mapping[str, str]] = {
     "plan": "print what would change, and start nothing",
     "wait": "print the progress and the end of the run",
     "only=web1,web2": "limit it to these hosts or tags",
-    "skip": "take the push, and start nothing",
-    "rehearse": "rehearse, and roll nothing out; for every branch",
+    "skip": "accept the push, and start nothing",
+    "rehearse": "rehearse, and roll nothing out; works for every branch",
 }
 MANIFEST: Final = "machines.yaml"
 SETTINGS: Final = "toto.toml"
-LINK: Final = "120000"  # git's mode of one
+LINK: Final = "120000"  # git's mode of a symbolic link
 MAX_FILE_SIZE: Final = 100 << 20  # bytes
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
-# What git sets for a hook so that its git finds the repository and the objects that are not in it yet.
+# git sets these for a hook, so that git in the hook finds the repository and the pushed objects.
 _QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES")
-_at_once: Final = asyncio.Semaphore(8)  # gits; a push may bring a thousand branches
-_TOLD: Final = 5  # commits or files of one kind; the rest is counted
+_at_once: Final = asyncio.Semaphore(8)  # git processes; a push may have a thousand branches
+_MOST_NAMED: Final = 5  # commits or files of one kind; the rest is counted
 _SIGNATURE: Final[Mapping[str, str]] = {  # git's %G?
     "N": "is not signed",
-    "B": "has a signature that does not fit: it was changed after it was signed",
+    "B": "has a bad signature: it was changed after it was signed",
     "U": "is signed with a key that is not trusted here",
     "E": "is signed with a key that is not known here",
     "X": "has a signature that has expired",
@@ -50,11 +50,11 @@ _SIGNATURE: Final[Mapping[str, str]] = {  # git's %G?
 
 @dataclass(frozen=True)
 class Policy:
-    """What a repository takes, from the keys `toto.*` of its git config.
+    """What a repository accepts, by the keys `toto.*` of its git config.
 
-    `branch` is the deployed one. `max_file_size` is in bytes, 0 for no limit. The trusted signers are, for ssh, the
-    file `allowed_signers` (without it the keys of those who may write the repository), and for gpg the keyring in
-    `gpg_home`, of which the keys count that gpg trusts (without it no gpg signature does).
+    `branch` is the deployed branch. `max_file_size` is in bytes; 0 means no limit. ssh signatures are trusted by the
+    file `allowed_signers`, or without it if they are by a user who may write the repository. gpg signatures are
+    trusted by the keyring in `gpg_home`, if gpg trusts the key; without it none is.
     """
 
     branch: str | None = None
@@ -67,7 +67,7 @@ class Policy:
 
     @classmethod
     def of(cls, config: str) -> Self:
-        """From what `git config --null --get-regexp ^toto` prints."""
+        """The policy in the output of `git config --null --get-regexp ^toto`. Raises ValueError for a bad size."""
         found: dict[str, str] = {}
         for entry in config.split("\0"):
             key, _, value = entry.partition("\n")
@@ -79,10 +79,10 @@ class Policy:
 
 
 def size(text: str) -> int:
-    """Bytes, from a number with git's suffixes k, m and g. ValueError for anything else."""
+    """The bytes in `text`, a number that may have git's suffix k, m or g. Raises ValueError for anything else."""
     form = re.fullmatch(r"(\d{1,12})([kmg]?)", text.strip().lower())
     if form is None:
-        raise ValueError(f"{process.shorten(repr(text), 40)} is no size of a file: use a number, or one with k, m or g")
+        raise ValueError(f"{process.shorten(repr(text), 40)} is not a file size: use a number, or one with k, m or g")
     return int(form[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[form[2]]
 
 
@@ -92,7 +92,7 @@ def _is_true(text: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Update:
-    """One ref of a push: where it is, where it shall be. All zeros mean that there is none."""
+    """One ref of a push, with its old and its new commit. All zeros mean that there is none."""
 
     old: str
     new: str
@@ -108,12 +108,12 @@ class Update:
 
     @property
     def branch(self) -> str | None:
-        """The name of the branch, when it is one."""
+        """The name of the branch, or None when the ref is not a branch."""
         return self.ref.removeprefix("refs/heads/") if self.ref.startswith("refs/heads/") else None
 
     @property
     def base(self) -> str:
-        """What the ref is compared with: its old commit, else git's own empty tree."""
+        """What the new commit is compared with: the old commit, or git's empty tree."""
         if not self.creates:
             return self.old
         return ("4b825dc642cb6eb9a060e54bf8d69288fbee4904" if len(self.old) == 40
@@ -121,7 +121,7 @@ class Update:
 
 
 def main() -> NoReturn:
-    """The hook: updates on standard input, one a line; status 1 refuses the push, whole."""
+    """Run the hook: standard input has one update on each line; status 1 refuses the whole push."""
     updates = [Update(*line.split(" ", 2)) for line in sys.stdin.read().splitlines()]
     options = [os.environ.get(f"GIT_PUSH_OPTION_{number}", "")
                for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))]
@@ -132,12 +132,12 @@ def main() -> NoReturn:
     for line in "\n".join(refusals).splitlines():
         print(f"toto: {line}")
     if refusals:
-        print("toto: nothing was taken")
+        print("toto: nothing was accepted")
     sys.exit(bool(refusals))
 
 
 async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -> list[str]:
-    """Why the push must not be taken, in words for the pusher; empty when it may be. `repo` is the hook's own."""
+    """Why the push is refused, in words for the pusher; empty when it is accepted. `repo` is the hook's repository."""
     done = await _git("config", "--null", "--get-regexp", "^toto[.]", check=False)
     policy = Policy.of(done.stdout)
     if wrong := list(wrong_options(options)):
@@ -147,9 +147,9 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -
     checks = [_too_large(updates, policy)] if policy.max_file_size else []
     for update in updates:
         if not update.ref.startswith(("refs/heads/", "refs/tags/")):
-            return [f"{update.ref} is neither a branch nor a tag"]  # refs/replace would be another commit's content
+            return [f"{update.ref} is neither a branch nor a tag"]  # refs/replace would replace the content of commits
         if update.ref.startswith("refs/tags/toto/"):
-            return [f"{update.ref} is toto's own: it says what was deployed"]
+            return [f"{update.ref} belongs to toto: it names what was deployed"]
         if update.branch is not None and update.branch == policy.branch:
             checks += [_taken_away(update, policy, repo)] if not update.creates else []
             if not update.deletes:
@@ -160,13 +160,13 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -
 
 
 def wrong_options(options: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the options of a push, and which there are."""
+    """What is wrong with the options of a push; for an unknown one, also the known ones."""
     wrong = [option for option in options if option not in {"plan", "wait", "skip", "rehearse"}
              and not (option.startswith("only=") and _ONLY.fullmatch(option.removeprefix("only=")))]
     for option in wrong:
         yield f"the push option {process.shorten(ascii(option), 80)} is not known"
     if "skip" in options and len(set(options)) > 1:
-        yield "the push option skip starts nothing: it goes with no other"
+        yield "the push option skip starts nothing: no other option goes with it"
     elif {"plan", "rehearse"} <= set(options):
         yield "the push options plan and rehearse do not go together: a rehearsal begins with a plan"
     if wrong:
@@ -175,7 +175,7 @@ def wrong_options(options: Sequence[str]) -> Iterator[str]:
 
 
 async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
-    """The deployed branch only ever moves forward, unless the policy says otherwise."""
+    """Refuse to move the deployed branch other than forward, unless the policy allows it."""
     if policy.allow_force:
         return []
     hint = f"next: to allow it, on toto: toto repo set {repo.name.removesuffix('.git')} --allow-force"
@@ -184,15 +184,15 @@ async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
     done = await _git("merge-base", "--is-ancestor", update.old, update.new, check=False)
     if done.status == 0:
         return []
-    return [f"{update.branch} is the deployed branch: a forced push to it is refused, {update.old[:8]} would be lost "
-            "from it", "next: `git pull` first, or push a commit that reverts what is wrong", hint]
+    return [f"{update.branch} is the deployed branch: a forced push to it is refused, it would lose "
+            f"{update.old[:8]}", "next: `git pull` first, or push a commit that reverts what is wrong", hint]
 
 
 async def _wrong_files(update: Update) -> list[str]:
     """The mistakes in the manifest and the settings, where the push changes them."""
     changed = await _changed(update, MANIFEST, SETTINGS)
     wrong = [f"{MANIFEST}: is gone; without it nothing can be deployed"] if changed.get(MANIFEST) == "" else []
-    there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # what a link leads to, the run sees
+    there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # the run follows links
     if not there:
         return wrong
     from toto.infra_repo import manifest, settings  # noqa: PLC0415
@@ -212,7 +212,7 @@ async def _wrong_files(update: Update) -> list[str]:
 
 
 async def _wrong_rules(update: Update) -> list[str]:
-    """The mistakes in the rules of access."""
+    """The mistakes in the pushed rules of access."""
     done = await _git("cat-file", "blob", f"{update.new}:{access.FILE}", check=False)
     if done.status != 0:
         return [f"{access.FILE}: is gone; without it nobody could log in"]
@@ -224,7 +224,7 @@ async def _wrong_rules(update: Update) -> list[str]:
 
 
 async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
-    """The commits, of those that a branch gets, whose signature is missing or not trusted."""
+    """Those of a branch's new commits whose signature is missing or not trusted."""
     known = [] if update.creates else [update.old]
     if policy.branch and update.branch != policy.branch and await _is_there(f"refs/heads/{policy.branch}"):
         known.append(f"refs/heads/{policy.branch}")
@@ -248,7 +248,7 @@ async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
 
 
 async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
-    """The files beyond the limit that no ref has brought yet."""
+    """The new files that are larger than the limit."""
     fresh = [update.new for update in updates if not update.deletes]
     if not fresh:
         return []
@@ -270,12 +270,12 @@ async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
             found.append(f"{ascii(path)[1:-1]} is larger than {policy.max_file_size} bytes")
 
     await _git("rev-list", "--objects", *fresh, "--not", "--all", on_line=name, timeout=600)
-    return [*_some(found, "files"), "next: take it out of the commits that are to be pushed; what a machine needs of "
-            "that size is better fetched by nix"]
+    return [*_some(found, "files"), "next: remove it from the commits that you push; if a machine needs a file of that "
+            "size, let nix fetch it"]
 
 
 async def _changed(update: Update, *names: str) -> dict[str, str]:
-    """Which of the files the push changes, with their new modes; an empty one when it is gone."""
+    """Those of the files that the push changes, with their new modes; "" for a file that is gone."""
     done = await _git("diff-tree", "-r", "-z", "--raw", "--no-renames", update.base, update.new, "--", *names)
     fields = done.stdout.split("\0")
     return {path: "" if about.endswith("D") else about.split(" ")[1]
@@ -287,13 +287,13 @@ async def _is_there(ref: str) -> bool:
 
 
 def _some(lines: Sequence[str], what: str) -> list[str]:
-    more = len(lines) - _TOLD
-    return [*lines[:_TOLD], *([f"… and {more} more {what}"] if more > 0 else [])]
+    more = len(lines) - _MOST_NAMED
+    return [*lines[:_MOST_NAMED], *([f"… and {more} more {what}"] if more > 0 else [])]
 
 
 async def _git(*arguments: str, check: bool = True, extra: Mapping[str, str] | None = None, timeout: float = 60,
                on_line: LineSink | None = None) -> Completed:
-    """git in the hook's own repository, which sees the quarantined objects."""
+    """Run git in the hook's repository, where it sees the quarantined objects."""
     async with _at_once:
         return await process.run(["git", *arguments], env=without_git(kept=_QUARANTINE) | dict(extra or {}),
                                  timeout=timeout, check=check, on_line=on_line)

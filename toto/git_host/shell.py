@@ -1,10 +1,10 @@
-"""What a key of the git host's user may run, and nothing else: git's two sides of a push and a fetch.
+"""The only program that the keys of the git host's users may run: it starts git for a push or a fetch.
 
     python -m toto.git_host.shell --repos DIR shell USER     the forced command of USER's keys (`toto-shell`)
     python -m toto.git_host.shell --repos DIR keys           all keys, as sshd's AuthorizedKeysCommand prints them
 
-`toto repo sshd` prints the lines of sshd_config that use both. The rules are `toto.git_host.access`; what a push may
-contain is `toto.git_host.receive`.
+`toto repo sshd` prints the lines of sshd_config that use both. `toto.git_host.access` has the rules, and
+`toto.git_host.receive` decides what a push may contain.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from toto.git_host.access import Rules, Verb
 
 VERBS: Final[Mapping[str, Verb]] = {"upload-pack": "read", "receive-pack": "write"}
 USER_VARIABLE: Final = "TOTO_USER"  # tells the hooks who pushes
-PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # and which process it was that began this session
+PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # and which process started this session
 
 
 def invocation(repos: Path, mode: Literal["shell", "keys"]) -> list[str]:
-    """The command line of this module on this machine, as sshd can run it: its environment has next to nothing."""
+    """The command line with which sshd runs this module: it needs nothing from the environment."""
     root = Path(__file__).resolve().parents[2]
     return ["/usr/bin/env", f"PYTHONPATH={root}", sys.executable, "-P", "-m", "toto.git_host.shell", "--repos",
             str(repos), mode]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Become git, or say in plain words why not (status 1)."""
+    """Become git, or print why not and exit with status 1."""
     parser = argparse.ArgumentParser("toto-shell", description="The forced command of toto's git host.")
     parser.add_argument("--repos", type=Path, required=True, help="the folder of the bare repositories")
     modes = parser.add_subparsers(required=True, dest="mode")
@@ -49,18 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TotoError as error:
         print("\n".join(f"toto: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(1)
-    # git takes over this process: nothing of toto stays between the pusher and it.
+    # This process becomes git: toto is no longer between the pusher and git.
     os.execvpe(program[0], program, _environment(chosen.user))  # noqa: S606
 
 
 def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str]:
-    """The argv that `user` may run instead of `command`. Makes a repository that may be made by its first push.
+    """The argv to run for `user`, who asked for `command`. A first push makes the repository, if the rules allow it.
 
-    Raises `InputError` when there is none, in words for the user; whoever may not read a repository does not
-    learn whether it is there.
+    Raises `InputError` with words for the user when they may not. A user who may not read a repository does not learn
+    whether it exists.
     """
     if user not in rules.users:
-        raise InputError(f"there is no user {user} any more", hint=f"ask who may write {access.ADMIN}")
+        raise InputError(f"there is no user {user} any more", hint=f"ask someone who may write {access.ADMIN}")
     service, argument = _asked(command, user)
     name = access.repo_name(argument, repos)
     repo = access.path_of(repos, name)
@@ -73,13 +73,13 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
     if not rules.may(user, "read", name, creator):
         raise _unknown(name, user)
     if not rules.may(user, VERBS[service], name, creator):
-        raise InputError(f"{user} may read {name}, and not write it", hint=f"ask who may write {access.ADMIN}")
+        raise InputError(f"{user} may read {name}, but not write it", hint=f"ask someone who may write {access.ADMIN}")
     if VERBS[service] == "write" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
-        raise InputError(f"{name} has no hooks of toto's", hint=f"on toto: toto repo create {name}")
+        raise InputError(f"{name} does not have toto's hooks", hint=f"run on toto: toto repo create {name}")
     return ["git", service, str(repo)]
 
 
-# What follows is rare, and what it imports takes longer than the rest of a login.
+# The functions below run rarely, and their imports take longer than the rest of a login.
 
 
 def _asked_of_git(repos: Path) -> Rules:
@@ -99,7 +99,7 @@ def _make(repos: Path, name: str, creator: str) -> None:
 def _asked(command: str | None, user: str) -> tuple[str, str]:
     """The service and the repository that git asks for."""
     if not command:
-        raise InputError(f"hello {user}: this is a git host, and git is all that it does",
+        raise InputError(f"hello {user}: this is a git host, it runs nothing but git",
                          hint="git clone toto:NAME, git push toto:NAME")
     try:
         words = shlex.split(command)
@@ -115,7 +115,7 @@ def _asked(command: str | None, user: str) -> tuple[str, str]:
 
 def _unknown(name: str, user: str) -> InputError:
     return InputError(f"there is no repository {name} that {user} may see",
-                      hint=f"ask who may write {access.ADMIN} to make it, or to let you in")
+                      hint=f"ask someone who may write {access.ADMIN} to make it, or to give you access")
 
 
 def _environment(user: str) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _environment(user: str) -> dict[str, str]:
 
 
 def parent_of_session() -> str:
-    """The process that has begun this session, by its number: sshd's. Another one means that the connection is gone."""
+    """The PID of the process that started this session: sshd. When it changes, the connection is gone."""
     try:
         return Path(f"/proc/{os.getsid(0)}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:

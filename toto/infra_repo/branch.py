@@ -1,9 +1,10 @@
-"""Writing to branches of toto's own in the infra repo (the ledger, what venues were told, notes), many writers at once.
+"""Writing to toto's own branches in the infra repo (ledger, notifications, notes); there may be many writers at once.
 
-A change is a function of the texts as they stand, and a compare-and-swap: the branch moves only when it still is where
-those texts were read. Whoever was second has its function called again. `git fast-import` does it in one process
-without an index: it writes the objects first (git syncs them to the disk), then moves the branch, so a writer that is
-killed leaves the branch as it was, or moved. Not for the branches that people push to.
+A change is a function of the current texts, followed by a compare-and-swap: the branch moves only if it still is at the
+commit where those texts were read. Otherwise a different writer was first, and the function is called again. `git
+fast-import` does this in one process without an index: it writes the objects (git syncs them to the disk), then moves
+the branch, so a writer that is killed leaves the branch either as it was or moved. It is not for branches that people
+push to.
 """
 
 import random
@@ -19,16 +20,16 @@ from toto.base import process
 from toto.infra_repo import git
 from toto.infra_repo.git import GitError
 
-TRIES: Final = 50  # each is lost to another writer that was first, so this many may write at one instant
-CRASH_REPORTS: Final = "fast_import_crash_*"  # what git leaves in the repository when it could not write
+TRIES: Final = 50  # a try fails when a different writer was first, so this many may write at the same time
+CRASH_REPORTS: Final = "fast_import_crash_*"  # git leaves them in the repository when it cannot write
 
 Texts: TypeAlias = Mapping[str, str]
 Edit: TypeAlias = Callable[[Texts], Mapping[str, str | None]]
-_Step: TypeAlias = Callable[[str], Awaitable[bytes]]  # from a commit to the changes on top of it; none: b""
+_Step: TypeAlias = Callable[[str], Awaitable[bytes]]  # takes a commit, gives the changes to it; b"" for none
 
 
 class NotWritten(GitError):
-    """A branch could not be written, and stands as it did. `why` is what git said."""
+    """A branch could not be written; it is as it was. `why` is what git said."""
 
     def __init__(self, repo: Path, ref: str, why: str) -> None:
         super().__init__(f"{ref} could not be written: {why}", target=str(repo),
@@ -37,11 +38,11 @@ class NotWritten(GitError):
 
 
 async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message: str) -> None:
-    """Change files of the branch `ref` in one commit; `ref` is made by its first.
+    """Change files of the branch `ref` in one commit; the branch is made when it is missing.
 
-    `edit` gets the text of each of `paths` that is there, and returns new texts by path (None: remove it). It is called
-    again when another writer was first. What it leaves as it was makes no commit, and what it raises goes through with
-    nothing written. Raises `NotWritten`.
+    `edit` gets the text of each of `paths` that exists, and returns new texts by path (None removes the file). It is
+    called again when a different writer was first. No commit is made when it changes nothing, nor when it raises.
+    Raises `NotWritten`, and what `edit` raises.
     """
     async def step(tip: str) -> bytes:
         old = _read(repo, tip, paths)
@@ -52,9 +53,9 @@ async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message
 
 
 async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
-    """Change the note of a commit in `ref` (below refs/notes), "" where it has none, as `change` changes files."""
+    """As `change`, for the note of a commit in `ref` (below refs/notes); `edit` gets "" when there is none."""
     async def step(_: str) -> bytes:
-        # This may be newer than what `tip` has; then it is fast-import that refuses.
+        # The note may be newer than the tip; then fast-import refuses, and the step runs again.
         old = (await git.git(repo, "notes", f"--ref={ref}", "show", commit, check=False)).stdout
         new = edit(old)
         return b"" if new == old else f"N inline {commit}\n".encode() + _data(new)
@@ -67,7 +68,7 @@ async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
         changes = await step(tip)
         if not changes:
             return
-        # Moves the ref only as a fast-forward from `tip`, which makes it a compare-and-swap.
+        # fast-import only fast-forwards the ref from `tip`: that makes this a compare-and-swap.
         stream = b"".join((
             f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
             f"from {tip}\n".encode() if tip else b"", changes, b"done\n"))
@@ -78,15 +79,15 @@ async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
         if done.status == 0:
             return
         locked = await git.until_unlocked(repo, ref)
-        if done.status != 1 or not (locked or _tip(repo, ref) != tip):  # 1: the objects were written, the ref not moved
+        if done.status != 1 or not (locked or _tip(repo, ref) != tip):  # 1: objects written, ref not moved
             _clear(repo)
             raise NotWritten(repo, ref, _said(done.stderr))
         await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
-    raise NotWritten(repo, ref, f"others were first {TRIES} times")
+    raise NotWritten(repo, ref, f"other writers were first {TRIES} times")
 
 
 def _tip(repo: Path, ref: str) -> str:
-    """The commit that a branch is at; "" where there is no such branch."""
+    """The commit that a branch is at; "" when there is no such branch."""
     with git.open_repo(repo) as opened:
         try:
             return str(opened.commit(ref).hexsha)

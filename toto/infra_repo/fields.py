@@ -1,4 +1,4 @@
-"""The kinds of value that manifest and settings share: names, addresses, keys, words, and how each is checked."""
+"""The types of values that manifest and settings share (names, addresses, keys, words), and their checks."""
 
 import re
 from collections.abc import Hashable
@@ -27,7 +27,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def check_name(name: str) -> str:
-    """`name` itself when it can name a host or a machine; ValueError when not."""
+    """Return `name` if it can name a host or a machine; else raise ValueError."""
     if not re.fullmatch(_NAME, name) or ".." in name or name.endswith("."):
         raise ValueError(f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
                          f"and not end in a dot, not {shown(name)}")
@@ -35,9 +35,9 @@ def check_name(name: str) -> str:
 
 
 def require_name(name: str, what: str, where: str, *, hint: str) -> str:
-    """The name itself when it is fit to be `what` ("a host's name"): it becomes paths, argv and ref names.
+    """Return `name` if it can be `what` ("a host's name"). Such a name goes into paths, command lines and refs.
 
-    Raises `InputError` about the file or folder `where`.
+    Else raise `InputError` about the file or folder `where`.
     """
     try:
         return check_name(name)
@@ -46,16 +46,16 @@ def require_name(name: str, what: str, where: str, *, hint: str) -> str:
 
 
 def check_address(address: str) -> str:
-    """`address` itself when it can be a host name or an IP address; ValueError when not."""
+    """Return `address` if it can be a host name or an IP address; else raise ValueError."""
     if "@" in address:
-        raise ValueError(f"should be a host name or an IP address; the user goes to ssh.user, not {shown(address)}")
+        raise ValueError(f"should be a host name or an IP address; the user goes into ssh.user, not {shown(address)}")
     if not re.fullmatch(_ADDRESS, address):
         raise ValueError(f"should be a host name or an IP address, not {shown(address)}")
     return address
 
 
 def check_user(user: str) -> str:
-    """`user` itself when it can name a user; ValueError when not."""
+    """Return `user` if it can name a user; else raise ValueError."""
     if not re.fullmatch(_USER, user):
         raise ValueError(f"should be a user name of letters, digits, '.', '-' and '_', not {shown(user)}")
     return user
@@ -68,14 +68,14 @@ def _check_word(text: str) -> str:
 
 
 def check_host_key(text: str) -> str:
-    """`text` itself when it is an ssh public key on one line; ValueError when not."""
+    """Return `text` if it is an ssh public key on one line; else raise ValueError."""
     if not re.fullmatch(_HOST_KEY, text):
         raise ValueError(f"should be a public key like 'ssh-ed25519 AAAA…', not {shown(text)}")
     return text
 
 
 def check_system(text: str) -> str:
-    """`text` itself when it has the form of a nix system; ValueError when not."""
+    """Return `text` if it looks like a nix system ("x86_64-linux"); else raise ValueError."""
     if not re.fullmatch(r"[a-z0-9_]+-[a-z0-9]+", text):
         raise ValueError(f"should be a system like 'x86_64-linux', not {shown(text)}")
     return text

@@ -1,7 +1,7 @@
-"""Reading the infra repo on toto, and exporting a commit to a tree without .git. For writing: `toto.infra_repo.branch`.
+"""Reading the infra repo, and exporting a commit to a tree without .git. `toto.infra_repo.branch` writes to it.
 
-Objects are read by GitPython (which keeps a `git cat-file` of its own while a repo is open); everything else
-goes through the process door. Both get an environment that no hook's GIT_DIR or quarantine leaks into.
+GitPython reads objects (it keeps its own `git cat-file` running while a repo is open); `toto.base.process` runs every
+other git command. Both use an environment without the GIT_DIR and the quarantine of a hook.
 """
 
 import os
@@ -22,11 +22,11 @@ from toto.base import paths, process
 from toto.base.errors import InputError, TotoError
 from toto.base.without_git import without_git
 
-STALE: Final = 20  # seconds; git holds a ref's lock for milliseconds
+STALE: Final = 20  # seconds; git needs a ref's lock for milliseconds only
 
 
 class GitError(TotoError):
-    """git, or the infra repo, did not do what was asked."""
+    """git failed on the infra repo."""
 
 
 class NoSuchCommit(InputError):
@@ -35,7 +35,7 @@ class NoSuchCommit(InputError):
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit as people know it. `committer` is a mail address: of who pushed it, as far as a commit can tell."""
+    """A commit, for people to read. `committer` is the committer's mail address: most likely the pusher's."""
 
     hash: str
     subject: str = ""
@@ -44,13 +44,16 @@ class Commit:
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without any GIT_*: a hook's GIT_DIR must not choose our repo."""
+    """This process's environment for git, with `extra`: no GIT_* of a hook is in it, nothing asks for a password."""
     return without_git() | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
 
 
 async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, check: bool = True,
               extra: dict[str, str] | None = None) -> process.Completed:
-    """Run git on a bare repo; raises `CommandFailed` when `check`."""
+    """Run git on a bare repo, with `extra` in its environment.
+
+    Raises `CommandFailed` when `check`, and `CommandTimeout` after 300 seconds.
+    """
     return await process.run(
         ["git", f"--git-dir={repo}", "-c", "core.fsync=loose-object,reference", *arguments],
         env=environment(extra), stdin=stdin, check=check, timeout=300, target=repo.name)
@@ -58,7 +61,7 @@ async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, ch
 
 @contextmanager
 def open_repo(repo: Path) -> Iterator[gitpython.Repo]:
-    """The repo for reading, for as long as the block lasts. Raises `InputError` where there is none."""
+    """Open the repo for reading while the block lasts. Raises `InputError` when there is none."""
     try:
         opened = gitpython.Repo(repo)
     except (gitpython.InvalidGitRepositoryError, gitpython.NoSuchPathError) as error:
@@ -70,7 +73,7 @@ def open_repo(repo: Path) -> Iterator[gitpython.Repo]:
 
 
 def bare(path: Path) -> Path:
-    """The git directory of a repo, bare or with a work tree. Raises `InputError` where there is none."""
+    """The git directory of a repo, bare or with a work tree. Raises `InputError` when there is none."""
     with open_repo(path) as opened:
         return Path(opened.git_dir)
 
@@ -88,7 +91,10 @@ def resolve(repo: Path, revision: str) -> str:
 
 
 async def describe(repo: Path, commit: str) -> Commit:
-    """The subject of a commit, its author's name, and its committer's mail address; each as somebody once typed it."""
+    """The commit's hash and subject, its author's name and its committer's mail address. Raises `CommandFailed`.
+
+    Anyone can write anything into them: none of it is verified.
+    """
     done = await git(repo, "-c", "log.showSignature=false", "log", "-1", "--no-color", "--encoding=UTF-8",
                      "--format=%H%x00%s%x00%an%x00%ce", commit, "--")
     return Commit(*done.stdout.removesuffix("\n").split("\0"))
@@ -96,11 +102,11 @@ async def describe(repo: Path, commit: str) -> Commit:
 
 @asynccontextmanager
 async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
-    """The files of a commit under `directory`/tree, for as long as the block lasts, for this run alone.
+    """The files of a commit, in `directory`/tree, for this run alone and while the block lasts.
 
-    Always the same path: a configuration that mentions where it lies (`toString ./.`) keeps its drv from
-    commit to commit. There is no .git in it, so no revision can leak into a drv. Other runs of the
-    same repo wait; the lock goes with the process that held it, however that ends.
+    The path is always the same, so a configuration that uses its own path (`toString ./.`) keeps its drv from commit
+    to commit. The tree has no .git, so no revision gets into a drv. Other runs of the same repo wait; the lock ends
+    with the process that holds it.
 
     Raises `InputError` for a link that leads out of the tree.
     """
@@ -111,21 +117,24 @@ async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Pa
 
 
 async def checkout(repo: Path, commit: str, destination: Path) -> None:
-    """Write the files of a commit to `destination`, which is emptied first."""
+    """Write the files of a commit to `destination`, and nothing else: it is emptied first.
+
+    Raises `InputError` for a link that leads out of the tree, `CommandFailed`.
+    """
     if destination.exists():
         shutil.rmtree(destination)
     destination.mkdir(parents=True)
     index = destination.with_name(f"{destination.name}.index")
     index.unlink(missing_ok=True)
     try:
-        # Not `git archive`: that expands export-subst, and the revision would be back in the tree.
+        # Not `git archive`: it expands export-subst, which would write the revision into the tree.
         extra = {"GIT_INDEX_FILE": str(index), "GIT_WORK_TREE": str(destination)}
         await git(repo, "read-tree", commit, extra=extra)
         await git(repo, "checkout-index", "--all", "--force", "--quiet", extra=extra)
     finally:
         index.unlink(missing_ok=True)
     _refuse_links_out(destination)
-    # A flake's self.lastModified is the newest time in its tree: the same in every checkout, or the drv would change.
+    # A flake's self.lastModified is the newest time in its tree. It has to be the same in every checkout, for the drv.
     for directory, folders, files in os.walk(destination, topdown=False):
         for name in (*files, *folders):
             os.utime(Path(directory, name), (1, 1), follow_symlinks=False)
@@ -145,10 +154,10 @@ def _refuse_links_out(tree: Path) -> None:
 
 
 async def superseded_by(repo: Path, commit: str) -> str | None:
-    """The commit whose deployment was asked for last, when that is another than `commit`, else None.
+    """The commit whose deployment was requested last, or None if that is `commit` itself.
 
-    The hook notes it in `refs/toto/wanted`; without that it is the newest commit of the deployed branch (the bare
-    repo's HEAD). Another, not a later one: what a force push took away must not be rolled out either.
+    The hook writes it to `refs/toto/wanted`; without that ref it is the newest commit of the deployed branch (the bare
+    repo's HEAD). It need not be newer than `commit`: a commit that a force push removed must not be rolled out either.
     """
     for name in ("refs/toto/wanted", "HEAD"):
         done = await git(repo, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False)
@@ -158,16 +167,16 @@ async def superseded_by(repo: Path, commit: str) -> str | None:
 
 
 async def mark(repo: Path, tag: str, commit: str) -> None:
-    """Point a lightweight tag at a commit, moving it if it exists."""
+    """Point a lightweight tag at a commit; move it if it exists. Raises `GitError`."""
     if (done := await update_ref(repo, f"refs/tags/{tag}", commit, message=f"toto: {tag}")).status != 0:
         raise GitError(f"could not be moved to {commit[:8]}: {process.tail(done.stderr)}", target=tag)
 
 
 async def update_ref(repo: Path, ref: str, new: str, old: str | None = None, *, message: str) -> process.Completed:
-    """Move a ref, if it still is at `old`; status 0 when it was moved.
+    """Move a ref to `new` if it still is at `old` (anywhere, when None). The status is 0 if it was moved.
 
-    A git that was killed, or lost its power, leaves the ref locked for ever. Such a lock is broken once it is older
-    than any living git would hold it.
+    A git that was killed, or a power failure, leaves the ref locked for ever. The lock is removed after `STALE`
+    seconds: no living git holds one for that long.
     """
     deadline = time.monotonic() + 2 * STALE
     while True:
@@ -178,11 +187,11 @@ async def update_ref(repo: Path, ref: str, new: str, old: str | None = None, *, 
 
 
 async def until_unlocked(repo: Path, ref: str) -> bool:
-    """Wait until no git holds the lock of a ref, at most twice as long as any living one would; whether one held it."""
+    """Wait until a ref is not locked, for at most twice `STALE` seconds. Returns whether it was locked."""
     lock, deadline, locked = repo / f"{ref}.lock", time.monotonic() + 2 * STALE, False
     while lock.exists() and time.monotonic() < deadline:
         locked = True
-        async with paths.alone(repo / "toto-stale.lock"):  # two that break it at once could break a third's
+        async with paths.alone(repo / "toto-stale.lock"):  # two at once might remove the new lock of a third
             with suppress(FileNotFoundError):
                 if time.time() - lock.stat().st_mtime > STALE:
                     lock.unlink()
@@ -191,5 +200,5 @@ async def until_unlocked(repo: Path, ref: str) -> bool:
 
 
 def now() -> str:
-    """The time as it is written into records: UTC, to the second."""
+    """The current time as records have it: UTC, to the second, like 2024-05-01T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

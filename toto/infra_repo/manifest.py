@@ -1,7 +1,7 @@
 """The manifest, `machines.yaml`: the physical machines, and what toto may do with each.
 
-`load` reports everything that is wrong with a file at once, a line each: file, line, machine, field.
-Not for reaching machines (`toto.machine.ssh`), nor for what runs on them (`hosts/`).
+`load` reports all mistakes in a file at once, one line each: file, line, machine, field. `toto.machine.ssh` connects to
+the machines; `hosts/` in the infra repo says what runs on them.
 
 `python -m toto.infra_repo.manifest` prints the JSON schema of the file, for editors.
 """
@@ -39,11 +39,11 @@ FILE: Final = "machines.yaml"
 
 
 class ManifestError(FileError):
-    """The manifest is wrong. `problems` holds a line for each thing that is, as `file:line: machine: field: what`."""
+    """The manifest has mistakes. `problems` holds one line for each: `file:line: machine: field: what`."""
 
 
 class SSH(Fields):
-    """How to reach a machine."""
+    """How to connect to a machine."""
 
     user: Annotated[StrictStr, AfterValidator(check_user)] = "toto"
     """the user that toto logs in as"""
@@ -59,37 +59,37 @@ class Machine(Fields):
     """A machine, and what toto may do with it."""
 
     name: Name
-    """the machine's name; the host of the same name in `hosts/` is what runs on it"""
+    """the machine's name; it runs the host of the same name in `hosts/`"""
     address: Annotated[StrictStr, AfterValidator(check_address)]
     """host name or IP address"""
     system: Annotated[StrictStr, AfterValidator(check_system)] = "x86_64-linux"
-    """nix's name of its platform"""
+    """its platform, by nix's name"""
     role: Literal["nixos", "other"] = "nixos"
-    """`other` (a NAS, a switch) is known and never deployed"""
+    """`other` (a NAS, a switch) is never deployed"""
     after: Annotated[tuple[Name, ...], Distinct] = ()
-    """machines that are rolled out before this one: a hypervisor before its guests"""
+    """machines that are rolled out before this one, such as the hypervisor of a guest"""
     wave: Annotated[StrictInt, Field(ge=0, le=1000)] = 0
-    """a later wave begins when every machine of the earlier ones is done"""
+    """a wave begins when every machine of the earlier waves is done"""
     deploy: Literal["push", "pull", "none"] = "push"
     """toto pushes, the machine's flying-monkey pulls, or neither"""
     activation: Literal["switch", "boot", "test"] = "switch"
     """what a roll-out ends with; a netbooted host is only ever `test`ed"""
     ssh: SSH = SSH()
-    """how to reach it"""
+    """how to connect to it"""
     ports: Annotated[tuple[Port, ...], Distinct] = ()
     """ports that tests may reach, forwarded into the sandbox as `TOTO_PORT_<port>`"""
     tags: Annotated[tuple[Word, ...], Distinct] = ()
     """words to select machines by"""
     venues: Annotated[tuple[Word, ...], Distinct] = ()
-    """where results of this machine are told, besides the usual places"""
+    """venues that are notified of this machine's results, besides the usual ones"""
     freeze: Freeze = False
     """`true` or a reason: rehearsed, not rolled out"""
     window: OpenIn | None = None
-    """when it may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+    """when it may be rolled out, like `Sat-Sun 22:00-06:00`; when left out, always"""
     memory: Annotated[StrictInt, Field(ge=64, le=16_777_216)] | None = None
-    """MB of memory of its sandbox; as the host's VM says, when left out"""
+    """MB of memory of its sandbox; when left out, the host's VM decides"""
     cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
-    """processors of its sandbox; as the host's VM says, when left out"""
+    """processors of its sandbox; when left out, the host's VM decides"""
 
     @property
     def deployed(self) -> bool:
@@ -106,16 +106,16 @@ class Manifest(Model):
     def _related(self) -> Self:
         for name, machine in self.machines.items():
             if machine.name != name:
-                raise ValueError(f"machine {shown(machine.name)} is kept as {shown(name)}")
+                raise ValueError(f"machine {shown(machine.name)} stands under the name {shown(name)}")
         if wrong := list(_relations(self.machines)):
             raise ValueError("; ".join(f"{name}: {'.'.join(map(str, where))}: {what}" for name, where, what in wrong))
         return self
 
     def order(self, names: Iterable[str]) -> list[list[str]]:
-        """`names` in groups, to be rolled out one group after the other: by wave, then by `after`.
+        """`names` in groups that are rolled out one after the other: by wave, then by `after`.
 
-        A machine comes after those it depends on, also through machines that are not among `names`.
-        Within a group the order is the file's. Raises `ManifestError` for a name that is no machine.
+        A machine comes after those that it depends on, also through machines that are not among `names`.
+        Within a group the order is that of the file. Raises `ManifestError` for a name that is not a machine's.
         """
         chosen = set(names)
         if unknown := sorted(chosen - self.machines.keys()):
@@ -133,18 +133,18 @@ class Manifest(Model):
 
 
 def load(path: Path) -> Manifest:
-    """The manifest in the file `path`. Raises `ManifestError` with everything that is wrong with it."""
+    """Read the manifest from the file `path`. Raises `ManifestError` with all mistakes."""
     return _read(path.name, lambda: read_text(path, missing="list the machines in it, see docs/manifest.md"))
 
 
 def parse(text: str) -> Manifest:
-    """The manifest that a text is. Raises `ManifestError`."""
+    """Read the manifest from `text`. Raises `ManifestError` with all mistakes."""
     return _read(FILE, lambda: text)
 
 
 def _read(name: str, text: Callable[[], str]) -> Manifest:
     reading = _Reading(name)
-    with reading.telling(ManifestError):
+    with reading.reporting(ManifestError):
         manifest = reading.manifest(text())
     return manifest
 
@@ -177,14 +177,14 @@ Relation: TypeAlias = tuple[str, Location, str]
 
 
 def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
-    """What is wrong between machines: (machine, field, what)."""
+    """The mistakes in how machines refer to each other: (machine, field, what)."""
     for machine in machines.values():
         for index, other in enumerate(machine.after):
             if other not in machines:
                 yield machine.name, ("after", index), f"there is no machine {shown(other)}"
             elif machines[other].wave > machine.wave:
                 yield machine.name, ("after", index), (
-                    f"{other} is of wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
+                    f"{other} is in wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
     for circle in in_order({name: machine.after for name, machine in machines.items()})[1]:
         yield circle.name, ("after",), str(circle)
 
@@ -224,7 +224,7 @@ class _Reading(Reading):
         return Manifest() if self.problems else Manifest(machines=machines)
 
     def entries(self, machines: object) -> Iterator[tuple[Location, str, object]]:
-        """Each machine of either form: where it is, how to call it, its fields."""
+        """Each machine of the list or mapping: its place, its name for messages, its fields."""
         match machines:
             case tuple():
                 for index, fields in enumerate(machines):
@@ -236,7 +236,7 @@ class _Reading(Reading):
                     place = ("machines", name)
                     if isinstance(fields, dict) and fields.get("name", name) != name:
                         self.problem(self.line((*place, "name")), quoted(name), "name",
-                                     f"is {shown(name)} already by its key, not {shown(fields['name'])}")
+                                     f"is {shown(name)} by its key, not {shown(fields['name'])}")
                     named = {**fields, "name": name} if isinstance(fields, dict) else fields
                     yield place, quoted(name), {"name": name} if fields is None else named
             case _:

@@ -1,6 +1,6 @@
-"""The fleet's settings, `toto.toml` of the infra repo: every one has a default, so the file may be missing.
+"""The fleet's settings, `toto.toml` in the infra repo. Every setting has a default, so the file may be missing.
 
-Not for secrets, nor for what belongs to the server: those are Prefect blocks and the environment.
+It holds no secrets and no settings of the server: those are in Prefect blocks and in the environment.
 """
 
 import re
@@ -23,7 +23,7 @@ _MAIL: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1
 
 
 class SettingsError(InputError):
-    """The settings are wrong. `problems` holds a line for each thing that is, as `file: key: what`."""
+    """The settings have mistakes. `problems` holds one line for each: `file: key: what`."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
@@ -90,18 +90,18 @@ class Nix(Model):
     evaluate_timeout: Seconds = 600
     """seconds that the evaluation of one host may take"""
     evaluate_memory: Megabytes = 1700
-    """MB that an evaluation may take: decides how many run side by side"""
+    """MB that an evaluation may take; it decides how many run side by side"""
     build_timeout: Seconds = 7200
     """seconds that a build may take"""
     signing_key: Annotated[StrictStr, AfterValidator(_check_path)] | None = None
-    """file on toto of the secret key that signs closures; nothing is signed, when left out"""
+    """the file on toto with the secret key that signs closures; when left out, nothing is signed"""
 
 
 class Sandbox(Model):
     """Rehearsals."""
 
     memory: Megabytes | None = None
-    """MB of memory of each sandbox; as the host's VM says, when left out"""
+    """MB of memory of each sandbox; when left out, the host's VM decides"""
     boot_timeout: Seconds = 300
     """seconds until the host answers SSH"""
     test_timeout: Seconds = 300
@@ -118,17 +118,17 @@ class RollOut(Model):
     method: Literal["toto", "nixos-rebuild"] = "toto"
     """`toto` activates under a watchdog on the machine, `nixos-rebuild` leaves activation to nixos-rebuild"""
     policy: Literal["all", "partial"] = "all"
-    """`all`: nothing is rolled out when one host fails its rehearsal; `partial`: the others are"""
+    """`all`: nothing is rolled out when one host fails its rehearsal; `partial`: the others are rolled out"""
     confirm_timeout: Seconds = 120
-    """seconds until the machine's watchdog goes back, when toto does not confirm"""
+    """seconds until the machine's watchdog reverts it, if toto does not confirm"""
     activation_timeout: Seconds = 600
     """seconds that an activation may take"""
     connect_timeout: Seconds = 15
     """seconds until a machine that does not answer is unreachable"""
     freeze: Freeze = False
-    """`true` or a reason: nothing of the fleet is rolled out, everything is rehearsed"""
+    """`true` or a reason: nothing is rolled out, everything is rehearsed"""
     window: OpenIn | None = None
-    """when anything may be rolled out, like `Sat-Sun 22:00-06:00`; always, when left out"""
+    """when anything may be rolled out, like `Sat-Sun 22:00-06:00`; when left out, always"""
 
 
 Prevent = Annotated[tuple[Literal["destroy", "replace"], ...], Distinct]
@@ -139,9 +139,9 @@ class TerraformRoot(Model):
     """A root module of terraform."""
 
     path: InRepo | None = None
-    """its folder in the repo; `terraform/NAME`, when left out"""
+    """its folder in the repo; when left out, `terraform/NAME`"""
     workspace: Name = "default"
-    """the workspace that it is deployed to; it is made when it is not there"""
+    """the workspace that it is deployed to; it is created when missing"""
     var_files: Annotated[tuple[InRepo, ...], Distinct] = ()
     """files of variables, as paths in the repo; later ones win"""
     backend_config: Annotated[tuple[Annotated[StrictStr, AfterValidator(_check_backend)], ...], Distinct] = ()
@@ -164,24 +164,24 @@ class Terraform(Model):
     timeout: Seconds = 3600
     """seconds that one terraform command may take"""
     lock_timeout: Seconds = 300
-    """seconds that a state which is locked by another is waited for"""
+    """seconds to wait for a state that someone else has locked"""
     prevent: Prevent = ()
-    """what no plan may do: `destroy` (a replacement destroys as well), or `replace` alone"""
+    """what no plan may do: `destroy` (a replacement destroys too), or only `replace`"""
     approve: Approve = "never"
-    """which plans wait for a person's approval: none, those that `destroy` or replace, or `always`"""
+    """which plans wait for a person's approval: none (`never`), those that `destroy` or replace, or all (`always`)"""
     approve_timeout: Seconds = 3600
-    """seconds that an approval is waited for"""
+    """seconds to wait for an approval"""
     roots: dict[Name, TerraformRoot] = Field(default_factory=dict)
     """the roots by name; when left out, `terraform/`, or else each folder in it that has `.tf` files"""
 
 
 class Venues(Model):
-    """Who hears of a run. What a name stands for (an address, a secret) is a Prefect block of that name."""
+    """Who is notified of a run. The address and the secret of a venue are in the Prefect block of its name."""
 
     fleet: tuple[Annotated[StrictStr, AfterValidator(_check_venue)], ...] = ()
-    """names of the venues that hear of every target: failures, what was deployed, what works again"""
+    """names of the venues that are notified of every target: failures, what was deployed, what works again"""
     mail_pusher: tuple[Annotated[StrictStr, AfterValidator(_check_mail)], ...] = ()
-    """addresses and domains: the committer of a pushed commit gets the result by mail when it is one of these"""
+    """addresses and domains: the committer of a pushed commit gets a mail with the result if they are listed here"""
     notes: StrictBool = True
     """whether a result is also written as a git note of its commit, in `refs/notes/toto`"""
 
@@ -197,9 +197,9 @@ class Settings(Model):
 
 
 def load(tree: Path) -> Settings:
-    """The settings of an infra repo checked out at `tree`; all defaults where it has no `toto.toml`.
+    """The settings of an infra repo checked out at `tree`; the defaults when it has no `toto.toml`.
 
-    Raises `SettingsError` with everything that is wrong, and the line of what is not TOML.
+    Raises `SettingsError` with all mistakes, or with the line that is not TOML.
     """
     data = _toml(tree / FILE)
     try:
@@ -211,7 +211,7 @@ def load(tree: Path) -> Settings:
 
 
 def problem(location: Location, what: str) -> str:
-    """A line of a `SettingsError`: what is wrong with the setting at `location`."""
+    """One line of a `SettingsError`: what is wrong with the setting at `location`."""
     return f"{FILE}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
 
 
@@ -235,7 +235,7 @@ def _toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise SettingsError([f"{FILE}: is nested too deeply"]) from None
     except ValueError as error:
-        # Besides TOMLDecodeError also what Python's int() says of a number without end.
+        # A TOMLDecodeError, or what Python's int() raises for a number that is too long.
         found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
         line = (int(found[2]) if found[2] else data.count(b"\n") + 1) if found else 1
         what = " ".join((found[1] if found else str(error)).split())

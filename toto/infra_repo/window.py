@@ -1,4 +1,4 @@
-"""Windows of time in which machines may be changed: `Mo-Fr 22:00-06:00`."""
+"""Windows of time in which machines may be changed: `Mon-Fri 22:00-06:00`."""
 
 import re
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 class Window:
     """A weekly maintenance window, such as `Sat-Sun 22:00-06:00`, `Mon,Thu 01:00-03:30` or `22:00-06:00` (daily).
 
-    A window whose end is not after its start ends on the next day; its days are those on which it starts.
+    A window whose end is not after its start ends on the next day. Its days are the days on which it starts.
     """
 
     text: str
     days: frozenset[int]  # 0 is Monday
     start: time
-    end: time  # 24:00 is kept as 00:00, which is the next day's
+    end: time  # 24:00 is stored as 00:00 of the next day
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError, saying what form is wanted."""
+        """The window that `text` describes. Raises ValueError with the expected form."""
         wanted = f"should be like 'Sat-Sun 22:00-06:00' or '22:00-06:00', not {shown(text)}"
         form = re.fullmatch(r"(?:([A-Za-z,-]+) +)?(\d\d:\d\d) ?- ?(\d\d:\d\d)", text.strip(), re.ASCII)
         if form is None:
@@ -39,7 +39,7 @@ class Window:
         return cls(text.strip(), days, start, end)
 
     def contains(self, moment: datetime) -> bool:
-        """Whether the window is open at `moment`, by the clock that `moment` shows."""
+        """Whether the window is open at `moment`, in the time zone of `moment`."""
         clock, today = moment.time(), moment.weekday()
         if self.start < self.end:
             return today in self.days and self.start <= clock < self.end

@@ -1,29 +1,30 @@
 #!/bin/sh
-# Runs on the machine, as root: activates a configuration apart from the ssh session that asked for it, and
-# goes back by itself unless toto confirms, over a new connection, that it still reaches the machine.
-# (The idea is deploy-rs's "magic rollback"; what is gone back to is the store path that toto recorded.)
+# Runs on the machine, as root. It activates a configuration outside of the ssh session that asked for it. A watchdog
+# reverts the machine unless toto confirms, over a new connection, that it can still connect.
+# (The idea is deploy-rs's "magic rollback"; this one reverts to the store path that toto recorded.)
 #
-#   facts                                               what the machine runs
-#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation, and its watchdog
-#   result NAME SECONDS                                 wait for its end, and tell it
-#   confirm NAME                                        toto is there: no going back by itself any more
-#   names RUN                                           the activations of a run that left something here
-#   quiet SECONDS                                       wait until nobody activates, by whatever tool: quiet, or busy
-#   forget RUN                                          remove what a run left here, once none is under way
+#   facts                                               print what the machine runs and boots
+#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation and its watchdog
+#   result NAME SECONDS                                 wait for an activation to end; print how it ended, and its log
+#   confirm NAME                                        stop the watchdog: toto can connect
+#   names RUN                                           print the names of the run's activations that left files here
+#   quiet SECONDS                                       wait until no tool activates anything; print quiet or busy
+#   clean-up RUN                                        remove the files of a run, once no activation is under way
 #
-# NAME is RUN.VERB.NUMBER, new for every activation. ACTION is test, switch or boot. SYSTEM and PROFILE are what to go back to. FINISH and CONFIRM are seconds;
-# CONFIRM 0 arms no watchdog. All state is in /run: a reboot boots the boot default and forgets the rest.
+# NAME is RUN.VERB.NUMBER, new for every activation. ACTION is test, switch or boot. SYSTEM and PROFILE are what the
+# watchdog reverts to. FINISH and CONFIRM are in seconds; CONFIRM 0 starts no watchdog. All state is in /run, so it is
+# gone after a reboot, which boots the boot default.
 set -u
 umask 077
 PATH=/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:${PATH:-/usr/bin:/bin}:/usr/bin:/bin
 export PATH
 state=/run/toto
 profile=/nix/var/nix/profiles/system
-# What every switch-to-configuration of NixOS holds while it is under way, and the unit that nixos-rebuild gives it.
+# The lock that NixOS's switch-to-configuration holds while it runs, and the unit in which nixos-rebuild runs it.
 switching=/run/nixos/switch-to-configuration.lock
 rebuilding=nixos-rebuild-switch-to-configuration.service
 roots=/nix/var/nix/gcroots
-# Let nix speak to the store itself: we are root, and the daemon may be among what is being restarted.
+# nix uses the store directly: this is root, and the activation may be restarting the daemon.
 export NIX_REMOTE=
 
 die() { echo "toto: $*" >&2; exit 64; }
@@ -41,7 +42,7 @@ facts() {
 begin() {
 	use_run "$1"
 	mkdir "$dir" || die "cannot make $dir"
-	# A copy of its own: a shell reads its script as it goes.
+	# The guard runs a copy of this file: a shell reads its script while it runs, and a new run replaces this file.
 	cp "$0" "$dir/guard.sh.new" && mv "$dir/guard.sh.new" "$dir/guard.sh" || die "cannot write to $dir"
 	if [ -d /run/systemd/system ]; then
 		systemd-run --collect --no-ask-password --quiet --unit="toto-$1-$$" --setenv=PATH="$PATH" \
@@ -49,7 +50,7 @@ begin() {
 	else
 		setsid /bin/sh "$dir/guard.sh" guard "$@" </dev/null >/dev/null 2>&1 &
 	fi
-	# Until it runs on its own, the end of this connection could still take it along.
+	# Wait until it runs: before that, the end of this connection could still end it.
 	waited=0
 	while [ ! -e "$dir/begun" ]; do
 		[ "$waited" -lt 100 ] || die "the activation did not begin"
@@ -58,16 +59,16 @@ begin() {
 	done
 }
 
-# The process that outlives the connection.
+# The process that outlives the connection: it runs the activation, and is its watchdog.
 guard() {
 	use_run "$1"
 	: >"$dir/begun"
 	action=$2 path=$3 system=$4 profile_before=$5 finish=$6 confirm=$7
-	# What went before stays usable, and in the store, until this is decided.
+	# The system from before stays usable, and in the store, until this is decided.
 	PATH=$system/sw/bin:$PATH
 	if command -v flock >/dev/null; then
 		exec 9>"$state/lock"
-		flock 9 || exit 1 # another activation is being decided: it ends within its own time
+		flock 9 || exit 1 # wait for the decision on a different activation; that one has a time limit
 	fi
 	mkdir -p "$roots"
 	ln -sfn "$system" "$roots/toto-before"
@@ -82,7 +83,7 @@ guard() {
 		waited=$((waited + 1))
 	done
 	mkdir "$dir/decided" 2>/dev/null || exit 0
-	go_back >>"$dir/log" 2>&1 9>&-
+	revert >>"$dir/log" 2>&1 9>&-
 	echo $? >"$dir/back.new" && mv "$dir/back.new" "$dir/back"
 }
 
@@ -96,14 +97,14 @@ activate() {
 	return $code
 }
 
-go_back() {
-	echo "toto: not confirmed within $confirm s, going back to $system"
-	went=0
+revert() {
+	echo "toto: not confirmed within $confirm s, reverting to $system"
+	reverted=0
 	if [ "$action" != test ] && [ -n "$profile_before" ] && [ "$(readlink -f "$profile")" != "$profile_before" ]; then
-		activate boot "$profile_before" || went=$?
+		activate boot "$profile_before" || reverted=$?
 	fi
-	[ "$action" = boot ] || activate test "$system" || went=$?
-	return $went
+	[ "$action" = boot ] || activate test "$system" || reverted=$?
+	return $reverted
 }
 
 result() {
@@ -156,11 +157,11 @@ quiet() {
 	echo "quiet"
 }
 
-forget() {
+clean_up() {
 	use_run "$1"
 	if command -v flock >/dev/null; then
 		exec 9>"$state/lock"
-		flock 9 # whoever is still deciding ends within its own time
+		flock 9 # wait for an activation that is not decided yet; it has a time limit
 	fi
 	rm -rf "$dir".*
 	rm -f "$roots/toto-before" "$roots/toto-after"
@@ -169,6 +170,7 @@ forget() {
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | names | quiet | forget) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | names | quiet) "$verb" "$@" ;;
+clean-up) clean_up "$@" ;;
 *) die "no such verb: $verb" ;;
 esac

@@ -1,4 +1,4 @@
-"""toto's own ssh keys: one for the machines, one for the sandboxes. Made when first asked for, never shown."""
+"""toto's own ssh keys: one for the machines, one for the sandboxes. Made when first needed, never shown."""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +8,7 @@ from toto.base.errors import InputError
 
 
 async def private(name: str) -> Path:
-    """The private key file of one of toto's own keys (`machines`, `sandbox`), made now if it is not there yet."""
+    """The private key file of one of toto's own keys (`machines`, `sandbox`); it is made when missing."""
     folder = paths.state_home() / "keys"
     key = folder / name
     if key.exists():
@@ -18,7 +18,7 @@ async def private(name: str) -> Path:
         fresh = Path(directory, name)
         await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"toto {name}", "-f", fresh],
                           timeout=60)
-        # Whoever links it first has made the key; the others use that one.
+        # The process that links it first has made the key; the others use that one.
         try:
             key.hardlink_to(fresh)
         except FileExistsError:
@@ -28,16 +28,16 @@ async def private(name: str) -> Path:
 
 
 async def public(name: str) -> str:
-    """The public half, as one line."""
+    """The public half of the key, as one line without its comment."""
     key = await private(name)
     done = await process.run(["ssh-keygen", "-y", "-f", key], timeout=60)
     return " ".join(done.stdout.split()[:2])
 
 
 async def identity(name: str | None) -> Path:
-    """The private key that the manifest's `ssh.identity` names: a path, one of toto's own, or toto's for machines.
+    """The private key that the manifest's `ssh.identity` names: a path, or the name of one of toto's own keys.
 
-    Raises `InputError` for one that is not there: a key that the operator named is never made up.
+    For None it is toto's key for the machines. Raises `InputError` when a named key is missing: toto does not make it.
     """
     if name is None:
         return await private("machines")

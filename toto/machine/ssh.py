@@ -1,8 +1,8 @@
-"""How toto reaches a machine or a sandbox: OpenSSH, from an ssh_config that is written for one target.
+"""Connecting to a machine or a sandbox with OpenSSH, by an ssh_config that is written for that one target.
 
-One `connection` opens one master (a handshake costs an emulated guest a second) and runs commands through it.
-Whoever uses the same config file, a test script for one, shares the master; when the master is gone, every
-ssh makes a connection of its own. Nothing here knows what is run, and no password is ever asked for.
+A `connection` opens one master (a handshake takes an emulated guest a second) and runs commands through it. Programs
+that use the same config file, such as test scripts, share the master; when the master is gone, every ssh makes its own
+connection. ssh never asks for a password.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from toto.base import files, process
 from toto.base.errors import InputError, TotoError
 from toto.base.process import Argument, CommandFailed, CommandTimeout, Completed, LineSink, Running
 
-LOST: Final = 255  # ssh's own exit status, which a remote command may have too
-_LONGEST_SOCKET: Final = 80  # of the 108 bytes that a socket's path may have, ssh wants 17 for a temporary name
-_HANDSHAKE: Final = 30.0  # seconds beyond ConnectTimeout that an authentication may take
+LOST: Final = 255  # the exit status of ssh's own errors; a remote command may exit with it too
+_LONGEST_SOCKET: Final = 80  # bytes; a socket's path may have 108, and ssh adds 17 to it for a temporary name
+_HANDSHAKE: Final = 30.0  # seconds that the authentication may take after ConnectTimeout
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9._:%-]*")
@@ -31,28 +31,28 @@ _numbers = itertools.count()
 
 
 class Unreachable(TotoError):
-    """No connection to the machine, or it was lost: worth another try later. `words` are ssh's own."""
+    """There is no connection to the machine, or it was lost; a later try may work. `words` is what ssh said."""
 
     def __init__(self, words: str, *, target: str | None = None, hint: str | None = None) -> None:
-        super().__init__(f"ssh does not reach the machine: {words}", target=target, hint=hint)
+        super().__init__(f"ssh cannot connect to the machine: {words}", target=target, hint=hint)
         self.words = words
 
 
 class AuthenticationFailed(Unreachable):
-    """The machine answers and refuses the key: another try does not help."""
+    """The machine answers and refuses the key; trying again does not help."""
 
 
 class HostKeyChanged(Unreachable):
-    """The machine shows another host key than it did before: another machine, or a new installation."""
+    """The host key is not the one that is known: it is a different machine, or it was installed anew."""
 
 
 @dataclass(frozen=True)
 class SshTarget:
-    """A machine as ssh sees it: `name` stands in configs and known_hosts, `address` is what is dialled.
+    """A machine for ssh: configs and known_hosts have its `name`, and ssh connects to its `address`.
 
-    The host key is `host_key` ("ssh-ed25519 AAAA…") when it is known beforehand; else the one that was seen
-    first, kept in `known_hosts`; a `throwaway` machine (a sandbox) has a new one every time and is not checked.
-    `connect_timeout` is in seconds. Raises `InputError` for values that cannot stand in an ssh_config.
+    The expected host key is `host_key` ("ssh-ed25519 AAAA…") if that is set, else the one that was seen first, which
+    is kept in `known_hosts`. A `throwaway` machine (a sandbox) has a new key every time, so it is not checked.
+    `connect_timeout` is in seconds. Raises `InputError` for values that an ssh_config cannot hold.
     """
 
     name: str
@@ -71,15 +71,15 @@ class SshTarget:
             if value is not None and not form.fullmatch(value):
                 raise InputError(f"the {what} {value!r} cannot be used with ssh", target=self.name)
         if not 0 < self.port < 65536:
-            raise InputError(f"{self.port} is no TCP port", target=self.name)
+            raise InputError(f"{self.port} is not a TCP port", target=self.name)
         if not (self.throwaway or self.host_key or self.known_hosts):
-            raise InputError("nothing says which host key to expect", target=self.name,
+            raise InputError("it is not known which host key to expect", target=self.name,
                              hint="give host_key or known_hosts")
 
     def write_config(self, directory: Path, *, control: Path | None = None) -> Path:
-        """Write the ssh_config of this target to `directory` (made when missing, mode 0700); return its path.
+        """Write the ssh_config of this target to `directory` (made when missing, mode 0700), and return its path.
 
-        `ssh -F PATH NAME` then reaches it. `control` is the socket of a master that may be there.
+        `ssh -F PATH NAME` then connects to it, through the master's socket `control` if there is one.
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         options: dict[str, str] = {
@@ -114,7 +114,7 @@ class SshTarget:
 
 @dataclass
 class Connection:
-    """A way to run commands on `target`; `config` is the ssh_config that other programs may use too."""
+    """Runs commands on `target`. `config` is its ssh_config, which other programs may use too."""
 
     target: SshTarget
     config: Path
@@ -124,16 +124,16 @@ class Connection:
     async def run(self, argv: Sequence[str], *, stdin: bytes | None = None, timeout: float | None = None,
                   check: bool = True, fresh: bool = False, on_line: LineSink | None = None,
                   on_error_line: LineSink | None = None, secrets: Sequence[str] = ()) -> Completed:
-        """Run the words `argv` on the machine and return what they left.
+        """Run the command `argv` on the machine and return what it left.
 
-        `timeout` is in seconds and ends the local side only. `fresh` makes a new connection, which proves that
-        the machine still lets us in. Raises `Unreachable` and its kinds, `CommandFailed` when `check`,
-        `CommandTimeout`.
+        `timeout` is in seconds, and ends only the local side. `fresh` makes a new connection, which proves that the
+        machine still accepts one. Raises `Unreachable` or one of its subclasses, `CommandTimeout`, and `CommandFailed`
+        when `check`.
         """
-        self._forget_dead_master()
+        self._clean_up_dead_master()
         words = [process.mask(word, secrets) for word in argv]
         journal = self.config.with_name(f"log.{next(_numbers)}")
-        # What ssh itself has to say goes to a file, so that it is not mistaken for the remote command's words.
+        # ssh writes its own messages to a file, so that they are not mixed up with the command's output.
         command: list[Argument] = ["ssh", "-F", self.config, "-E", journal, "-T",
                                    *(["-o", "ControlPath=none"] if fresh else []),
                                    self.target.name, "--", shlex.join(argv)]
@@ -152,8 +152,8 @@ class Connection:
                                 target=self.target.name)
         return done
 
-    def _forget_dead_master(self) -> None:
-        """Every ssh complains of a socket that nobody answers."""
+    def _clean_up_dead_master(self) -> None:
+        """Remove the socket of a dead master: every ssh would complain about it."""
         if self.control is not None and (self.master is None or self.master.status is not None):
             self.control.unlink(missing_ok=True)
 
@@ -162,20 +162,20 @@ class Connection:
             return True
         if fresh or self.master is None:
             return False
-        await asyncio.sleep(0.3)  # the master that took the command's connection with it is about to exit
+        await asyncio.sleep(0.3)  # the connection is lost if the master exits too, which may take a moment
         return self.master.status is not None
 
 
 def plain(target: SshTarget, directory: Path) -> Connection:
-    """A `Connection` without a master: every command connects anew. Its config is written to `directory`."""
+    """A `Connection` without a master: every command makes a new one. Its config is written to `directory`."""
     return Connection(target, target.write_config(directory))
 
 
 @contextlib.asynccontextmanager
 async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connection]:
-    """Connect to `target`; the master lives as long as the block. Files are kept in `directory`.
+    """Connect to `target`; the master lives as long as the block. Its files are in `directory`.
 
-    Raises `Unreachable`, `AuthenticationFailed` or `HostKeyChanged` when there is no way in.
+    Raises `Unreachable`, `AuthenticationFailed` or `HostKeyChanged` when it cannot log in.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _socket(directory) as control:
@@ -191,13 +191,13 @@ async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connec
                             raise _explained(target, _read(journal) or f"ssh exited with status {master.status}")
                         await asyncio.sleep(0.02)
             except TimeoutError:
-                raise Unreachable("the login did not come to an end in time", target=target.name) from None
+                raise Unreachable("the login did not finish in time", target=target.name) from None
             yield Connection(target, config, control, master)
 
 
 @contextlib.contextmanager
 def _socket(directory: Path) -> Iterator[Path]:
-    """A path for the master's socket that is short enough for the kernel."""
+    """A path for the master's socket, short enough for the kernel."""
     wanted = directory.absolute() / "master"
     if len(bytes(wanted)) <= _LONGEST_SOCKET:
         yield wanted
@@ -207,10 +207,10 @@ def _socket(directory: Path) -> Iterator[Path]:
 
 
 def _path(path: Path) -> str:
-    """`path` as a value of an ssh_config: quoted, percent signs taken literally."""
+    """`path` as a value in an ssh_config: quoted, with its percent signs doubled."""
     text = str(path.absolute())
     if not text.isprintable() or '"' in text or "${" in text:
-        raise InputError(f"the path {text!r} cannot stand in an ssh_config", hint="choose a plainer path")
+        raise InputError(f"an ssh_config cannot hold the path {text!r}", hint="choose a plainer path")
     return '"' + text.replace("\\", "\\\\").replace("%", "%%") + '"'
 
 
@@ -222,9 +222,9 @@ def _read(journal: Path) -> str:
 def _explained(target: SshTarget, words: str) -> Unreachable:
     if "Host key verification failed" in words or "IDENTIFICATION HAS CHANGED" in words:
         known = target.known_hosts
-        hint = (f"make sure that {target.address} is the machine, then `ssh-keygen -f {known} -R {target.name}`"
+        hint = (f"make sure that {target.address} is the machine, then run `ssh-keygen -f {known} -R {target.name}`"
                 if known else f"compare the host key of {target.address} with the one that is set for {target.name}")
-        return HostKeyChanged("its host key is not the one that is known", target=target.name, hint=hint)
+        return HostKeyChanged("its host key is not the known one", target=target.name, hint=hint)
     if "Permission denied" in words or "Too many authentication failures" in words:
         return AuthenticationFailed(process.tail(words, 3), target=target.name,
                                     hint=f"let the key {target.identity or 'of this user'} log in as {target.user}")

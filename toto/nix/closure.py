@@ -1,6 +1,6 @@
-"""What changes between two closures: packages by name and version, and units. As nvd tells it, from the store.
+"""What changes between two closures: packages by name and version, and units. (The idea is nvd's.)
 
-Nothing is read from a machine here: the last good is kept by a GC root, so both closures are at hand.
+Nothing is read from a machine: a GC root keeps the last good, so both closures are in the local store.
 """
 
 import re
@@ -29,7 +29,7 @@ class Difference:
     bytes: int = 0
 
     def lines(self, most: int = 40) -> list[str]:
-        """One line a change, `most` at the most; the size last."""
+        """One line for each change, at most `most` of them; the last line is the change in size."""
         named = [(sign, what) for sign, group in (
             ("~", self.packages_changed), ("+", self.packages_added), ("-", self.packages_removed),
             ("~ unit", self.units_changed), ("+ unit", self.units_added), ("- unit", self.units_removed))
@@ -44,14 +44,17 @@ class Difference:
 
 
 def name_and_version(path: str) -> tuple[str, str]:
-    """`/nix/store/HASH-openssh-9.2p1` → (`openssh`, `9.2p1`): as nix does, at the first -digit."""
+    """`/nix/store/HASH-openssh-9.2p1` → (`openssh`, `9.2p1`): cut, as nix does, at the first `-` before a digit."""
     name = Path(path).name[33:]
     found = _VERSION.search(name)
     return (name[: found.start()], name[found.end() :]) if found else (name, "")
 
 
 async def difference(old: str | None, new: str) -> Difference:
-    """What changes from one toplevel to another; all is added when `old` is None. Both must be in the store."""
+    """What changes from the toplevel `old` to `new`; everything is new when `old` is None. Both must be in the store.
+
+    Raises `CommandFailed`.
+    """
     before = await nix.closure(old) if old else []
     after = await nix.closure(new)
     gone, come = sorted(set(before) - set(after)), sorted(set(after) - set(before))
@@ -85,7 +88,7 @@ def _shown(versions: set[str]) -> str:
 
 
 def _units(toplevel: str) -> dict[str, str]:
-    """Each unit file of a toplevel with what identifies its content (on NixOS, a link into the store)."""
+    """The unit files of a toplevel, each with its text, or (as on NixOS) with the store path that it links to."""
     folder = Path(toplevel, _UNITS)
     if not folder.is_dir():
         return {}

@@ -1,4 +1,4 @@
-"""Which hosts a commit has. Their evaluation is `toto.nix.commands`'s, what is deployed is the ledger's."""
+"""The hosts of a commit. `toto.nix.commands` evaluates them; the ledger knows what is deployed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +9,26 @@ from toto.infra_repo import fields
 
 @dataclass(frozen=True, order=True)
 class Host:
-    """One NixOS configuration. `file` is relative to the tree; empty when the flake defines the host."""
+    """One NixOS configuration. `file` is its path in the tree, or "" when the flake defines the host."""
 
     name: str
     file: str = ""
 
     @property
     def origin(self) -> str:
-        """Where the operator finds it, for messages."""
+        """Where the host is defined, for messages."""
         return self.file or f"flake.nix#nixosConfigurations.{self.name}"
 
 
 def check_name(name: str, where: str) -> str:
-    """The name itself when it is fit to be a host's, else `InputError`."""
+    """Return `name` if it can name a host; else raise `InputError` about the file `where`."""
     return fields.require_name(name, "a host's name", where, hint="rename it")
 
 
 def in_files(tree: Path) -> list[Host]:
     """The hosts `hosts/NAME.nix` and `hosts/NAME/default.nix`, by name.
 
-    Raises `InputError` for a name that is none, and for a name defined twice.
+    Raises `InputError` for a bad name, and for a name that is defined twice.
     """
     found: dict[str, Host] = {}
     folder = tree / "hosts"

@@ -1,4 +1,4 @@
-"""Whether this machine's KVM really runs a guest, found out once a boot."""
+"""Whether KVM works on this machine, probed once per boot."""
 
 import contextlib
 import logging
@@ -18,9 +18,9 @@ Acceleration: TypeAlias = Literal["kvm", "tcg"]
 OVERRIDE: Final = "TOTO_ACCELERATION"
 
 
-# A whole guest in a few bytes: into protected mode, count 100 million down, tell it to the debug port. A processor
-# does that in 50 ms, TCG in 200. Some hypervisors offer a KVM that emulates every single instruction: it opens,
-# passes a smaller probe, and would boot a guest in an hour. It does not get through this one in time.
+# A whole guest in a few bytes: it enters protected mode, counts down from 100 million, and writes to the debug port. A
+# processor does that in 50 ms, TCG in 200. Some hypervisors offer a KVM that emulates every instruction: it opens and
+# passes a smaller probe, but would take an hour to boot a guest. It does not finish this probe in time.
 _COUNT_DOWN: Final = bytes.fromhex(
     "fa 8cc8 8ed8 660f01164000"      # cli; ds = cs; lgdt [0x40]
     "0f20c0 0c01 0f22c0"             # protected mode
@@ -35,13 +35,13 @@ _ROM: Final = {
     0x0040: bytes.fromhex("0f00 3000ffff"),                      # their size less one, their address
     0xFFF0: bytes.fromhex("e90d00"),                             # where a processor begins: jmp to 0
 }
-_COUNTED: Final = (0x10 << 1) | 1  # the exit status that isa-debug-exit makes of it
+_COUNTED: Final = (0x10 << 1) | 1  # QEMU's exit status for it, by isa-debug-exit
 
 
 async def acceleration(state: Path) -> Acceleration:
-    """Whether VMs on this machine shall run under "kvm" or "tcg": probed once a boot, remembered under `state`.
+    """Whether VMs on this machine run under "kvm" or "tcg": probed once per boot, and saved in the folder `state`.
 
-    The environment variable TOTO_ACCELERATION overrules it; raises `InputError` when that is neither.
+    The environment variable TOTO_ACCELERATION overrides it. Raises `InputError` when that is neither.
     """
     match os.environ.get(OVERRIDE, ""):
         case "kvm" | "tcg" as chosen:
@@ -49,7 +49,7 @@ async def acceleration(state: Path) -> Acceleration:
         case "":
             pass
         case other:
-            raise InputError(f"{OVERRIDE} is {other!r}", hint="set it to kvm or tcg, or not at all")
+            raise InputError(f"{OVERRIDE} is {other!r}", hint="set it to kvm or tcg, or unset it")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     remembered = state / "acceleration"
     with contextlib.suppress(OSError):
@@ -68,7 +68,7 @@ async def _kvm_works(seconds: float = 3.0, device: Path = Path("/dev/kvm")) -> b
     if not os.access(device, os.R_OK | os.W_OK):
         return False
     if platform.machine() != "x86_64":
-        return True  # the little guest is x86 code; other machines have no history of a KVM that only pretends
+        return True  # the guest is x86 code; no such slow KVM is known on other machines
     return await _counts_down("kvm", seconds)
 
 

@@ -1,4 +1,4 @@
-"""What a guest says on its console: kept, made readable, and searched for a crash."""
+"""The console of a guest: it is saved, made readable, and searched for a crash."""
 
 import contextlib
 import logging
@@ -14,10 +14,10 @@ from toto.base.process import LineSink, Running
 
 log = logging.getLogger(__name__)
 
-LONGEST_CONSOLE: Final = 8_000_000  # bytes of console that are kept: its beginning and its end
+LONGEST_CONSOLE: Final = 8_000_000  # bytes of the console that are kept: its beginning and its end
 
 
-# What a console says when nothing more is to be waited for.
+# Lines after which it makes no sense to wait longer.
 _FATAL: Final = ("Kernel panic - not syncing", "An error occurred in stage 1 of the boot process",
                  "You are in emergency mode", "Cannot open access to console, the root account is locked")
 
@@ -26,7 +26,7 @@ _CONTROL: Final = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\a]*\a|[@-Z\\-_c
 
 
 class Console:
-    """The serial output: to a file of bounded size, line by line to a sink, and watched for a crash."""
+    """Writes the serial output to a file of limited size and, line by line, to a sink; notes a crash in `fatal`."""
 
     def __init__(self, path: Path, sink: LineSink | None) -> None:
         self.path, self.sink = path, sink
@@ -51,24 +51,24 @@ class Console:
             self.lines.append(line)
             if self.fatal is None and any(word in line for word in _FATAL):
                 self.fatal = line.strip()
-            with contextlib.suppress(OSError, ValueError):  # a full disk must not end the reading: QEMU would block
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not stop this: QEMU would block
                 self.file.write(line + "\n")
-            self.tell(line)
+            self.pass_on(line)
         with contextlib.suppress(OSError, ValueError):
             self.file.flush()
             if self.file.tell() > LONGEST_CONSOLE:
                 self.shorten()
 
-    def tell(self, line: str) -> None:
+    def pass_on(self, line: str) -> None:
         try:
             if self.sink is not None:
                 self.sink(line)
-        except Exception:  # nor must a sink that fails
-            log.exception("the console goes to its file only from here on")
+        except Exception:  # a sink that fails must not stop it either
+            log.exception("from here on the console is only written to its file")
             self.sink = None
 
     def shorten(self) -> None:
-        """Leave the middle out, so that the boot and the end are there to read."""
+        """Cut out the middle, so that the boot and the end remain."""
         text = bounded(self.path.read_bytes(), LONGEST_CONSOLE // 2)
         self.file.seek(0)
         self.file.truncate()

@@ -1,10 +1,10 @@
-"""What can go wrong with a sandbox."""
+"""The errors of sandboxes."""
 
 from toto.base.errors import TotoError
 
 
 class SandboxError(TotoError):
-    """Something is wrong with a sandbox, and not with what is tested in it. `console` holds its last lines."""
+    """Something is wrong with a sandbox, not with what is tested in it. `console` has the last lines of its console."""
 
     def __init__(self, message: str, *, target: str | None = None, hint: str | None = None, console: str = "") -> None:
         said = f"; the last lines of its console:\n{console}" if console else ""
@@ -13,8 +13,8 @@ class SandboxError(TotoError):
 
 
 class SandboxFailed(SandboxError):
-    """The VM cannot be started, or it ended or crashed by itself."""
+    """The VM did not start, or it ended or crashed."""
 
 
 class BootTimeout(SandboxError):
-    """The VM runs and did not answer SSH in time: on a busy machine worth another try."""
+    """The VM runs, but did not answer SSH in time. On a busy machine a retry may work."""

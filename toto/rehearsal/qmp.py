@@ -1,4 +1,4 @@
-"""QEMU's own protocol, as far as a sandbox needs it."""
+"""A small client of the QEMU Machine Protocol (QMP)."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from toto.rehearsal.errors import SandboxError
 
 
 class Qmp:
-    """As much of the QEMU Machine Protocol as a sandbox needs: one command at a time."""
+    """A connection to QEMU by QMP, for one command at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer, self.lock = reader, writer, asyncio.Lock()
@@ -25,7 +25,7 @@ class Qmp:
         try:
             while True:
                 with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                    # Through /proc, because a socket's path may not be longer than 107 bytes, and ours may be.
+                    # Through /proc, because the path of a socket may have 107 bytes, and this one may be longer.
                     reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{place}/qmp.sock")
                     break
                 await asyncio.sleep(0.05)
@@ -37,7 +37,7 @@ class Qmp:
         return qmp
 
     async def execute(self, command: str, **arguments: object) -> Any:
-        """The command's answer. Raises `SandboxError` when QEMU refuses it or is gone."""
+        """Run a command and return its answer. Raises `SandboxError` when QEMU refuses it or has ended."""
         number = next(self.numbers)
         request = {"execute": command, "arguments": arguments, "id": number}
         with contextlib.suppress(OSError):
@@ -51,9 +51,10 @@ class Qmp:
                     if "error" in answer:
                         raise SandboxError(f"QEMU refuses {command}: {answer['error']['desc']}")
                     return answer["return"]
-        raise SandboxError(f"QEMU is gone before it answered {command}")
+        raise SandboxError(f"QEMU ended before it answered {command}")
 
     async def human(self, command: str) -> str:
+        """Run a command of QEMU's monitor and return its text."""
         return str(await self.execute("human-monitor-command", **{"command-line": command}))
 
     def close(self) -> None:

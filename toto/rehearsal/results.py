@@ -1,4 +1,4 @@
-"""What came out of test scripts: of each script, of a phase, and as JUnit XML."""
+"""The results of test scripts: of each script, of a phase, and as JUnit XML."""
 
 import re
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ _XML_ILLEGAL: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0
 
 
 class Rehearsal(BaseModel):
-    """A host passed its rehearsal: how many tests each phase had, how long each part took (seconds), in which run.
+    """A host passed its rehearsal: how many tests each phase had, how many seconds each part took, and in which run.
 
-    A pydantic model, since it is kept as JSON: what has passed once is not rehearsed again.
+    It is a pydantic model because it is stored as JSON: a VM that has passed is not rehearsed again.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,7 +36,7 @@ class Rehearsal(BaseModel):
 
 @dataclass(frozen=True)
 class ScriptResult:
-    """What came of a script: `output` is what it printed, stderr included, bounded; `problem` why it did not run."""
+    """The result of a script: what it printed (stdout and stderr, cut to a limit), and why it did not finish, if so."""
 
     script: Script
     report: tap.Report
@@ -50,7 +50,7 @@ class ScriptResult:
 
     @property
     def reason(self) -> str:
-        """Why it failed, or what it counted, in one line."""
+        """One line: why the script failed, or how many tests passed."""
         if not self.problem:
             return self.report.summary
         failed = self.report.failed
@@ -62,27 +62,27 @@ class ScriptResult:
         return "failed" if not self.passed else "passed" if self.report.skipped_all is None else "skipped"
 
     def row(self) -> dict[str, str]:
-        """Its row in a table."""
+        """The row of the script in a table."""
         ok = sum(not test.failed for test in self.report.tests)
         return {"script": self.script.name, "result": self.result, "tests": f"{ok}/{len(self.report.tests)}",
                 "seconds": f"{self.seconds:.1f}", "reason": self.reason}
 
     def failure_lines(self) -> list[str]:
-        """The failed tests as they were printed, with their diagnostics, and what else is wrong."""
+        """The failed tests as they were printed, with their diagnostics, and all other problems."""
         if self.passed:
             return []
         lines = [f"{self.script.name}: {self.reason}"]
         for test in self.report.failed:
             lines += [f"  {test}", *(f"    {line}" for line in (*test.diagnostics, *test.yaml.splitlines()))]
         if not self.report.failed:
-            # Nothing failed by name: the last words are the best clue.
+            # No test failed: the last lines of the output are the best clue.
             lines += [f"    {line}" for line in self.output.strip().split("\n")[-5:] if line]
         return [shorten(line, 500) for line in lines]
 
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What came of the scripts of a phase; a phase without scripts passes."""
+    """The results of the scripts of a phase. A phase without scripts passes."""
 
     host: str
     phase: Phase
@@ -101,7 +101,7 @@ class PhaseResult:
         return [result.row() for result in self.results]
 
     def failure_lines(self, limit: int = 40) -> list[str]:
-        """The failing tests' own lines, at most `limit`."""
+        """The lines about failed tests, at most `limit`."""
         lines = [line for result in self.results for line in result.failure_lines()]
         return lines if len(lines) <= limit else [*lines[: limit - 1], f"… and {len(lines) - limit + 1} more lines"]
 

@@ -1,4 +1,4 @@
-"""Running test scripts, one by one, and judging what they print."""
+"""Running test scripts one by one, and judging their output."""
 
 import os
 import time
@@ -12,13 +12,13 @@ from toto.rehearsal import tap
 from toto.rehearsal.results import PhaseResult, ScriptResult
 from toto.rehearsal.suite import Phase, Script, Suite, shown
 
-OUTPUT: Final = 1_000_000  # bytes of a script's output that are kept, unless told
+OUTPUT: Final = 1_000_000  # bytes of a script's output that are kept by default
 
 
 ON_HOST: Final = """\
 #!/bin/sh
-# on-host WORD...: run a command on the machine under test; the words arrive there as they are here.
-# on-host 'LINE': a single argument is a line for the machine's shell.
+# on-host WORD...: runs a command on the machine under test, with the same words as here.
+# on-host 'LINE': a single argument is run as a line by the machine's shell.
 if [ $# -eq 0 ]; then
     echo 'usage: on-host COMMAND [ARGUMENT...]' >&2
     exit 64
@@ -46,8 +46,8 @@ async def run_script(script: Script, env: Mapping[str, str], *, timeout: float |
                      on_line: LineSink | None = None) -> ScriptResult:
     """Run a script to its end, in its own directory, with `env` as its whole environment.
 
-    `timeout` is seconds; of its output `keep` bytes are kept, though all of it is judged; `on_line` gets each line
-    of stdout and stderr. Whatever the script does is in the result; only a cancel comes out as an exception.
+    `timeout` is in seconds. `keep` bytes of the output are kept, and all of it is judged. `on_line` gets each line of
+    stdout and stderr. The result has all errors of the script; only a cancel raises.
     """
     began = time.monotonic()
     judge, output = tap.Judge(), Bounded(keep)
@@ -78,7 +78,7 @@ async def run_script(script: Script, env: Mapping[str, str], *, timeout: float |
 
 
 def _unable(path: Path) -> str:
-    """Why the kernel would not run a file, in words that name its shebang; nothing when it would."""
+    """Why the kernel cannot run a file, with its shebang; "" when it can."""
     try:
         with path.open("rb") as file:
             first = file.readline(256)
@@ -100,7 +100,10 @@ def _unable(path: Path) -> str:
 async def run_phase(suite: Suite, phase: Phase, env: Mapping[str, str], *, timeout: float | None = None,
                     keep: int = OUTPUT, on_line: LineSink | None = None,
                     on_result: Callable[[ScriptResult], None] | None = None) -> PhaseResult:
-    """Run the scripts of a phase, one after the other, each within `timeout` seconds; a failure stops none."""
+    """Run the scripts of a phase one after the other, each for up to `timeout` seconds. A failure stops none.
+
+    `keep` and `on_line` are as in `run_script`; `on_result` gets each result.
+    """
     results = []
     for script in suite.of(phase):
         result = await run_script(script, env, timeout=timeout, keep=keep, on_line=on_line)
@@ -111,7 +114,7 @@ async def run_phase(suite: Suite, phase: Phase, env: Mapping[str, str], *, timeo
 
 
 def write_on_host(directory: Path) -> Path:
-    """Write the helper `on-host` into `directory`, which belongs first on the PATH of the scripts; return its path.
+    """Write the helper `on-host` into `directory`, which should be first on the PATH of the scripts; return its path.
 
     It needs TOTO_SSH_CONFIG (a file for `ssh -F`) and TOTO_HOST in the environment.
     """

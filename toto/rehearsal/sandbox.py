@@ -1,9 +1,9 @@
-"""The sandbox: QEMU with one host's own VM, without and then with internet.
+"""The sandbox: QEMU with the VM of one host, first without and then with internet.
 
-It starts NixOS's `run-NAME-vm` and steers it by its environment variables. The VM has two cards: the management
-card, which reaches nothing and is reached through forwarded ports of the loopback only, and `inet`, whose link
-is down before the guest's first instruction and is switched by QMP in the running VM. QEMU drops packets in both
-directions while the link is down, whatever the guest does. Tests are run elsewhere; this module knows none.
+It starts NixOS's `run-NAME-vm`, and sets it up by environment variables. The VM has two network cards. The management
+card connects to nothing, and accepts connections only through forwarded ports of the loopback. The link of the card
+`inet` is down before the guest's first instruction; QMP switches it in the running VM. While it is down, QEMU drops
+packets in both directions, whatever the guest does. `toto.rehearsal.run` runs the tests.
 """
 
 import asyncio
@@ -37,18 +37,18 @@ T = TypeVar("T")
 SSH: Final = 22
 INET_MAC: Final = "52:54:00:12:34:57"
 
-# TEST-NET-1 (RFC 5737): no host has it, so it meets no address of the host's own. ipv6=off: QEMU's router
-# advertisements know no restriction.
+# TEST-NET-1 (RFC 5737): no host uses it, so it clashes with no address of the host. ipv6=off: QEMU sends router
+# advertisements even on a restricted network.
 _MANAGEMENT: Final = "restrict=on,ipv6=off,net=192.0.2.0/24"
 _INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet0,mac={INET_MAC},romfile="
 _CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
 
-_REFUSALS: Final = 5  # logins, a second apart: a machine that is still coming up may refuse one
+_REFUSALS: Final = 5  # refused logins, a second apart: a machine that still boots may refuse one
 
 
-# Prints whether the inet card has a carrier (1, 0, or "down" when the host left the card alone) and whether
-# there is a default route. The management card never brings one.
-_LOOK: Final = f"""
+# Prints whether the inet card has a carrier (1, 0, or "down" when the host does not use the card), and whether
+# there is a default route. The management card never adds one.
+_INSPECT: Final = f"""
 carrier=none route=no
 for card in /sys/class/net/*; do
   [ -e "$card/device" ] && read -r mac < "$card/address" && [ "$mac" = {INET_MAC} ] || continue
@@ -61,7 +61,7 @@ echo "$carrier $route"
 
 @dataclass
 class Sandbox:
-    """A VM that answers SSH. `console_log` is its serial output, which goes with the sandbox when it ends."""
+    """A VM that answers SSH. `console_log` is the file with its serial output, which is removed with the sandbox."""
 
     host: str
     ssh: SshTarget
@@ -71,27 +71,27 @@ class Sandbox:
     _vm: "_Vm"
 
     def port(self, guest: int) -> int:
-        """The port of the loopback that leads to the guest's port. Raises `SandboxError` for one not forwarded."""
+        """The port of the loopback that is forwarded to the guest's port. Raises `SandboxError` if there is none."""
         try:
             return self.forwards[guest]
         except KeyError:
             raise SandboxError(f"port {guest} is not forwarded", target=self.host,
-                               hint="name it among the ports of the machine") from None
+                               hint="add it to the ports of the machine") from None
 
     async def set_internet(self, up: bool, *, patience: float = 60.0, address_patience: float = 20.0) -> bool:
-        """Set the link of the inet card, wait until the guest has seen it, and return whether it is online.
+        """Set the link of the inet card, wait until the guest sees the change, and return whether the guest is online.
 
-        Online is a default route; the guest gets `address_patience` seconds for it, and a host that configures
-        no such card simply is not online. Raises `SandboxError` when the guest does not see the link change
-        within `patience` seconds, and what `Connection.run` raises.
+        It is online when it has a default route, within `address_patience` seconds. A host that does not configure the
+        card is not online. Raises `SandboxError` when the guest does not see the change within `patience` seconds,
+        and what `Connection.run` raises.
         """
         await self._vm.link(up)
         began = time.monotonic()
         seen: float | None = None
         while True:
             try:
-                look = await self.connection.run(["sh", "-c", _LOOK], timeout=patience)
-                carrier, route = look.stdout.split()
+                done = await self.connection.run(["sh", "-c", _INSPECT], timeout=patience)
+                carrier, route = done.stdout.split()
             except (Unreachable, CommandTimeout) as error:
                 # A host may reconfigure its network when a link changes.
                 carrier, route = f"unknown ({error.message})", "no"
@@ -103,7 +103,7 @@ class Sandbox:
                 if route == "yes":
                     return True
                 if now - seen > address_patience:
-                    log.info("%s: the internet is there, and the host takes no address from it (carrier %s)",
+                    log.info("%s: the internet is on, but the host gets no address from it (carrier %s)",
                              self.host, carrier)
                     return False
             elif now - began > patience:
@@ -112,7 +112,7 @@ class Sandbox:
             await asyncio.sleep(0.3)
 
     async def alive(self) -> bool:
-        """Whether QEMU is there and its guest runs: no exit, no panic, not paused."""
+        """Whether the guest runs: QEMU has not ended, and the guest has neither crashed nor paused."""
         return await self._vm.alive()
 
 
@@ -120,12 +120,12 @@ class Sandbox:
 async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequence[int] = (),
                   memory: int | None = None, cores: int | None = None, boot_timeout: float = 300.0,
                   on_console: LineSink | None = None) -> AsyncIterator[Sandbox]:
-    """Boot the host's VM without internet, and yield it when it answers SSH; it is gone when the block ends.
+    """Boot the host's VM without internet, yield it when it answers SSH, and end it with the block.
 
-    `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, `ports` the
-    guest's ports to forward besides SSH. `memory` (MB) and `cores` overrule the host's own. `boot_timeout` is in
-    seconds. Everything lives in a directory of its own under `state`. Raises `BootTimeout`, `SandboxFailed`, and
-    `InputError` for a `vm` without a script to run.
+    `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, and `ports` the
+    guest's ports to forward besides SSH. `memory` (MB) and `cores` override the host's own. `boot_timeout` is in
+    seconds; `on_console` gets each line of the console. All files are in a new directory under `state`. Raises
+    `BootTimeout`, `SandboxFailed`, and `InputError` for a `vm` without a script to run.
     """
     accelerated = await acceleration(state)
     script = _script(vm, host)
@@ -133,10 +133,10 @@ async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequenc
         raise InputError(f"QEMU cannot keep a disk in {state}", target=host, hint="choose a path without a comma")
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The name says whose it is from the first moment on: see `sweep`.
+        # The name has the owner in it from the start, for `clean_up`.
         directory = Path(tempfile.mkdtemp(prefix=f"{process.owner()}-{host[:40]}-", dir=state)).absolute()
     except OSError as error:
-        raise SandboxFailed(f"there is no place for the sandbox: {error}", target=host) from error
+        raise SandboxFailed(f"the folder for the sandbox cannot be made: {error}", target=host) from error
     try:
         environment = _environment(directory, ports, accelerated, memory, cores)
         pipe = asyncio.subprocess.PIPE
@@ -153,9 +153,9 @@ async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequenc
         _remove(directory)
 
 
-def sweep(state: Path) -> list[Path]:
-    """End the sandboxes under `state` whose owner is no longer alive; return the directories removed."""
-    process.sweep()
+def clean_up(state: Path) -> list[Path]:
+    """End the sandboxes under `state` whose owner is no longer alive; return the removed directories."""
+    process.clean_up()
     owned = [(path, re.match(r"(\d+\.\d+)-", path.name)) for path in state.glob("*-*")]
     dead = [path for path, name in owned if name is not None and not process.lives(name[1])]
     for path in dead:
@@ -177,8 +177,8 @@ def _script(vm: Path, host: str) -> Path:
 
 def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None,
                  cores: int | None) -> dict[str, str]:
-    """What steers NixOS's script. Nothing else of our environment reaches it, a QEMU_KERNEL_PARAMS least of all."""
-    # Port 0: the kernel chooses a free one, and nobody can take it in between.
+    """The environment of NixOS's script. Nothing else of toto's environment is in it, such as QEMU_KERNEL_PARAMS."""
+    # Port 0: the kernel chooses a free one, so no other program can take it first.
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in dict.fromkeys([SSH, *ports]))
     # The script does not quote QEMU_OPTS, so its paths are relative to the directory in which QEMU runs.
     options = ["-S", "-qmp unix:qmp.sock,server=on,wait=off", _INET]
@@ -198,7 +198,7 @@ def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleratio
         "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
         "QEMU_OPTS": " ".join(options),
         # On a busy machine an emulated timer can be late enough for the kernel to give up ("IO-APIC + timer doesn't
-        # work"). Under KVM it does not look; under TCG it has to be told.
+        # work"). The kernel skips this check under KVM; under TCG it needs the parameter.
         "QEMU_KERNEL_PARAMS": "no_timer_check" if accelerated == "tcg" else "",
     }
 
@@ -217,7 +217,7 @@ def _remove(directory: Path) -> None:
 
 @dataclass
 class _Vm:
-    """The running QEMU: its process, its console and its QMP."""
+    """A running QEMU: its process, console and QMP connection."""
 
     host: str
     directory: Path
@@ -254,7 +254,7 @@ class _Vm:
             except AuthenticationFailed as error:
                 if tries >= _REFUSALS:
                     raise SandboxFailed(f"the VM does not let toto's key in: {error.words}", target=self.host,
-                                        hint="see what the host does to root's login: services.openssh, security.pam",
+                                        hint="check the settings of root's login: services.openssh, security.pam",
                                         console=self.console.tail()) from None
                 self.login = error
             except Unreachable as error:
@@ -263,7 +263,7 @@ class _Vm:
         raise AssertionError("unreachable")
 
     async def or_trouble(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, unless QEMU ends or the guest crashes before."""
+        """The result of `work`. Raises `SandboxFailed` when QEMU ends or the guest crashes first."""
         doing, watching = asyncio.create_task(work), asyncio.create_task(self._trouble())
         try:
             await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -276,9 +276,9 @@ class _Vm:
             await asyncio.gather(doing, watching, return_exceptions=True)
 
     async def _trouble(self) -> SandboxFailed:
-        while self.running.status is None and self.console.fatal is None:  # noqa: ASYNC110  (no event tells of an exit: see process)
+        while self.running.status is None and self.console.fatal is None:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-        await asyncio.wait([self.reading], timeout=1)  # its last words
+        await asyncio.wait([self.reading], timeout=1)  # for its last lines
         if self.console.fatal is not None:
             why, hint = f"the VM crashed: {self.console.fatal}", "read its console"
         elif self.running.status == 0:
@@ -289,13 +289,13 @@ class _Vm:
         return SandboxFailed(why, target=self.host, hint=hint, console=self.console.tail())
 
     def _check_cards(self, network: str) -> None:
-        """A card that toto does not know would be a way out: a host can add one through virtualisation.qemu."""
+        """Refuse cards that toto did not add: a host can add one by virtualisation.qemu, and it would be a way out."""
         cards = dict(re.findall(r"^ \\ (\S+): (.*)$", network, re.M))
         right = set(cards) == set(_CARDS) and all(_CARDS[name] in cards[name] for name in cards)
         if not right or network.count("type=nic") != len(_CARDS):
             raise SandboxFailed(f"the VM's network is not the one that toto controls:\n{network.strip()}",
                                 target=self.host,
-                                hint="take the network cards out of virtualisation.qemu in virtualisation.vmVariant")
+                                hint="remove the network cards from virtualisation.qemu in virtualisation.vmVariant")
 
     async def link(self, up: bool) -> None:
         assert self.qmp is not None
@@ -325,7 +325,7 @@ def _forwards(usernet: str) -> dict[int, int]:
 
 
 async def _speaks_ssh(address: str, port: int) -> None:
-    """Wait for a greeting. The forward accepts long before the guest listens, so every try has its own end."""
+    """Wait for SSH's greeting. The forwarded port accepts long before the guest listens, so each try is limited."""
     while True:
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(5):
@@ -336,9 +336,3 @@ async def _speaks_ssh(address: str, port: int) -> None:
                 finally:
                     writer.close()
         await asyncio.sleep(0.2)
-
-
-# --- acceleration ----------------------------------------------------------------------------------------------------
-
-
-

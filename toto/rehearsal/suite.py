@@ -1,9 +1,7 @@
-"""The test scripts of a host: finding them, their digest, running them, and telling what came of it.
+"""The test scripts of a host: finding them, and their digest.
 
-A script is an executable that prints TAP; `toto.rehearsal.tap` judges what it printed. A test that fails is a result,
-never an exception. Not for the machine that is tested: the caller brings it within reach, through the environment.
-
-`tests/lib/` is the place of what the scripts of several hosts share.
+A script is an executable that prints TAP. `toto.rehearsal.run` runs it, and `toto.rehearsal.tap` judges its output. The
+scripts learn from the environment how to connect to the machine. Scripts of all hosts may use files in `tests/lib/`.
 """
 
 import difflib
@@ -30,7 +28,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Script:
-    """A test script. `name` is its path within its host's tests, for people; `path` is where it is."""
+    """A test script. `name` is its path in the host's tests, for people; `path` is its file."""
 
     phase: Phase
     name: str
@@ -50,7 +48,10 @@ class Suite:
         return tuple(script for script in self.scripts if script.phase == phase)
 
     def digest(self, phases: Iterable[Phase] = tuple(Phase)) -> str:
-        """What the scripts of `phases` and their helpers are: the SHA-256 of phase, name, mode and content of each."""
+        """The SHA-256 of the scripts of `phases` and their helpers: of the phase, name, mode and content of each file.
+
+        Raises `InputError` for a file that cannot be read.
+        """
         wanted = {"", *phases}
         total = hashlib.sha256()
         for phase, name, path in self._files:
@@ -69,10 +70,10 @@ class Suite:
 def find(tree: Path, host: str) -> Suite:
     """The tests of `host` in the infra repo checked out at `tree`.
 
-    Executables of `tests/HOST/PHASE/` (or `test/HOST/PHASE/`), and beside the host file `HOST-test.sh` (no-internet)
-    and `HOST-smoke-test.sh` (smoke). README*, *.md, dotfiles and subdirectories are no scripts.
+    These are the executables in `tests/HOST/PHASE/` (or `test/HOST/PHASE/`), and next to the host file `HOST-test.sh`
+    (no-internet) and `HOST-smoke-test.sh` (smoke). README*, *.md, dotfiles and subdirectories are not scripts.
     Raises `InputError` for a script that is not executable, a link that leads out of the tree, or a directory
-    whose name is almost a phase's.
+    whose name is almost that of a phase.
     """
     try:
         check_name(host)
@@ -108,7 +109,7 @@ def _beside(tree: Path, host: str) -> Iterator[tuple[Path, Phase]]:
     hosts = tree / "hosts"
     for folder in (hosts, hosts / host):
         yield folder / f"{host}-test.sh", Phase.NO_INTERNET
-        # With a host `web` and a host `web-smoke`, `web-smoke-test.sh` is the latter's.
+        # With the hosts `web` and `web-smoke`, `web-smoke-test.sh` belongs to `web-smoke`.
         if not (hosts / f"{host}-smoke.nix").exists() and not (hosts / f"{host}-smoke").is_dir():
             yield folder / f"{host}-smoke-test.sh", Phase.SMOKE
 
@@ -120,8 +121,8 @@ def _phase(tree: Path, entry: Path) -> Phase | None:
     if entry.name in names:
         return Phase(entry.name)
     if close := difflib.get_close_matches(entry.name.lower().replace("_", "-")[:60], names, n=1, cutoff=0.8):
-        raise InputError("this is no phase, its scripts would never run", target=_relative(tree, entry),
-                         hint=f"did you mean `{close[0]}`? Otherwise give it a name that is less like it")
+        raise InputError("this is not a phase: its scripts would never run", target=_relative(tree, entry),
+                         hint=f"did you mean `{close[0]}`? if not, give it a less similar name")
     return None
 
 
@@ -146,11 +147,12 @@ def _relative(tree: Path, path: Path) -> str:
 
 
 def shown(name: bytes) -> str:
+    """A file name as text for messages, with a replacement for what cannot be printed."""
     return "".join(character if character.isprintable() else "�" for character in name.decode(errors="replace"))
 
 
 def _entries(tree: Path, folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name; nothing where there is none."""
+    """The entries of a folder, sorted by name; none when there is no folder."""
     if not os.path.lexists(folder):
         return []
     _check_inside(tree, folder)
@@ -170,7 +172,7 @@ def _check_inside(tree: Path, path: Path) -> None:
 
 
 def _walk(tree: Path, path: Path, around: tuple[Path, ...] = ()) -> Iterator[tuple[bytes, Path]]:
-    """Every file at and below `path`, links followed: its name within the tree, and where it is."""
+    """Every file at and below `path`, with links followed: its name in the tree, and its path."""
     if not os.path.lexists(path):
         return
     _check_inside(tree, path)
@@ -185,6 +187,3 @@ def _walk(tree: Path, path: Path, around: tuple[Path, ...] = ()) -> Iterator[tup
         yield os.fsencode(path.relative_to(tree)), path
     else:
         raise InputError("this is neither a file nor a directory", target=_relative(tree, path))
-
-
-

@@ -1,10 +1,9 @@
-"""Judges a TAP document (version 13 or 14) strictly: what a test script printed, and whether that is a pass.
+"""Judges strictly whether a TAP document (version 13 or 14), the output of a test script, is a pass.
 
-A lenient reader lets a script pass that died half way. So here a plan is needed and must hold, numbers
-must come in order and once, a subtest must agree with its parent, and the exit status with the tests.
-Nothing that a script prints makes this raise or hang. The words of single lines (directives) are read by
-tap.py; the document is judged here, since tap.py takes "okay" for a pass, cuts descriptions at '#', and
-knows no subtests. Not for running scripts: that is `toto.rehearsal.suite`.
+A lenient reader would pass a script that died half way. So a plan is required and must hold, numbers must be in order
+and unique, a subtest must agree with its parent, and the exit status must agree with the tests. No output makes this
+raise or hang. The library tap.py reads only the directives of single lines: it takes "okay" for a pass, cuts
+descriptions at '#', and knows no subtests. `toto.rehearsal.run` runs the scripts.
 """
 
 import re
@@ -16,10 +15,10 @@ from tap.directive import Directive as Words
 
 Directive: TypeAlias = Literal["skip", "todo"]
 
-LONGEST_LINE: Final = 16_384  # characters of a line that are looked at
+LONGEST_LINE: Final = 16_384  # characters of a line that are read
 MOST_TESTS: Final = 1_000_000
 MOST_PROBLEMS: Final = 20
-MOST_DIAGNOSTICS: Final = 1_000_000  # characters, of all tests together
+MOST_DIAGNOSTICS: Final = 1_000_000  # characters, for all tests together
 DEEPEST: Final = 8  # levels of subtests
 
 _TEST: Final = re.compile(r"(not )?ok(?:[ \t]+(\d{1,9})(?=[ \t]|$))?(?:[ \t]+(.*))?$", re.ASCII)
@@ -34,7 +33,7 @@ _INDENT: Final = "    "
 
 @dataclass(frozen=True)
 class Test:
-    """One test. `diagnostics` are the comment lines that follow it, `yaml` its YAML block as it was printed."""
+    """One test. `diagnostics` has the comment lines after it, `yaml` its YAML block as it was printed."""
 
     number: int
     ok: bool
@@ -46,7 +45,7 @@ class Test:
 
     @property
     def failed(self) -> bool:
-        """Not ok, and not excused by a todo."""
+        """Whether it is not ok, and not marked as todo."""
         return not self.ok and self.directive != "todo"
 
     def __str__(self) -> str:
@@ -57,13 +56,13 @@ class Test:
 
 @dataclass(frozen=True)
 class Report:
-    """What a document amounts to. `problems` says in plain words what is wrong besides failed tests."""
+    """The result of a document. `problems` says what is wrong besides failed tests."""
 
     tests: tuple[Test, ...] = ()
     plan: int | None = None
     bail_out: str | None = None
     problems: tuple[str, ...] = ()
-    skipped_all: str | None = None  # the reason, where the plan is 1..0
+    skipped_all: str | None = None  # the reason, when the plan is 1..0
 
     @property
     def failed(self) -> tuple[Test, ...]:
@@ -72,7 +71,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong: no failed test, no problem, no bail out."""
+        """Whether there is no failed test, no problem and no bail out."""
         return not self.problems and self.bail_out is None and not any(test.failed for test in self.tests)
 
     @property
@@ -100,7 +99,7 @@ class Report:
 
 
 def parse(text: str, exit_status: int | None = None) -> Report:
-    """The report on a whole document. `exit_status` is that of the script, negative for a signal. Never raises."""
+    """The report on a whole document. `exit_status` is the script's, negative for a signal. Never raises."""
     judge = Judge()
     for line in text.split("\n"):
         judge.line(line)
@@ -108,7 +107,7 @@ def parse(text: str, exit_status: int | None = None) -> Report:
 
 
 class Judge:
-    """Judges a document line by line, so that what is judged need not be kept."""
+    """Judges a document line by line, so that the document need not be kept."""
 
     def __init__(self) -> None:
         self._document = _Document()
@@ -123,7 +122,7 @@ class Judge:
         self._document.line(line)
 
     def report(self, exit_status: int | None = None) -> Report:
-        """The report on what came so far."""
+        """The report on the lines so far. `exit_status` is as in `parse`."""
         document = self._document
         problems = [*document.problems(), *document.open_subtest()]
         if document.bail is None:
@@ -164,7 +163,7 @@ class _Point:
 
 @dataclass
 class _Document:
-    """A document or, `depth` levels down, a subtest."""
+    """A document, or a subtest `depth` levels down."""
 
     depth: int = 0
     points: list[_Point] = field(default_factory=list)
@@ -177,7 +176,7 @@ class _Document:
     skipped_all: str | None = None
     bail: str | None = None
     child: "_Document | None" = None
-    fresh: bool = False  # the line before was a test: a YAML block may begin
+    fresh: bool = False  # the previous line was a test, so a YAML block may begin
     yaml_indent: str | None = None
     room: int = MOST_DIAGNOSTICS
     _problems: list[str] = field(default_factory=list)
@@ -303,12 +302,12 @@ class _Document:
             parent.note(f"# subtest: {fault}")
 
     def open_subtest(self) -> list[str]:
-        """What is wrong with a subtest that no test of its own follows."""
+        """What is wrong with a subtest that is not followed by its test."""
         fault = self.child.fault() if self.child is not None else ""
         return [f"a subtest at the end has no test that it belongs to: {fault}"] if fault else []
 
     def fault(self) -> str:
-        """What is wrong with this as a subtest; nothing for indented text that is no TAP."""
+        """What is wrong with this as a subtest; "" for indented text that is not TAP."""
         if not self.is_tap:
             return ""
         found = [str(point.test()) for point in self.points if not point.ok and point.directive != "todo"][:5]
@@ -319,7 +318,7 @@ class _Document:
 
 
 def _described(rest: str) -> tuple[str, Directive | None, str]:
-    """What follows a test's number: its description, directive and the directive's reason."""
+    """The parts of the text after a test's number: its description, its directive, and the reason of that."""
     directive: Directive | None = None
     reason = ""
     if "#" in rest:
@@ -336,7 +335,7 @@ def _described(rest: str) -> tuple[str, Directive | None, str]:
 
 
 def _exit(status: int | None, document: _Document, tests: tuple[Test, ...], problems: list[str]) -> list[str]:
-    """What is wrong with the exit status: 0 is expected, unless tests failed."""
+    """What is wrong with the exit status: it should be 0 unless tests failed."""
     if status is None or status == 0:
         return []
     if status < 0:

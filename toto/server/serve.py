@@ -145,8 +145,8 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
         for each in ("server", "worker") if part == "all" else (part,):
             stack.enter_context(only_one(home, each))
         _say(f"starting in {home}; logs are in {home / 'logs'}")
-        stack.callback(process.sweep)
-        if killed := process.sweep():
+        stack.callback(process.clean_up)
+        if killed := process.clean_up():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
         if part != "server":  # runs, which may go on while the server is started again, work in there
             _clear_old(Path(settings["TMPDIR"]))

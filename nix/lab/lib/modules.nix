@@ -9,8 +9,8 @@ let
   isOption = x: isAttrs x && x._type or null == "option";
   isProperty = x: isAttrs x && builtins.elem (x._type or null) [ "if" "merge" "override" "order" ];
 
-  # A definition is { file; value; }. What mkIf and mkMerge wrap is brought to the surface; mkOverride and
-  # mkOrder become a `priority` and an `order` beside the value. A condition is looked at only when the value is.
+  # A definition is { file; value; }. What mkIf and mkMerge wrap is unwrapped; mkOverride and
+  # mkOrder become a `priority` and an `order` beside the value. A condition is evaluated only when the value is.
   discharge = { priority ? 100, order ? 1000 }@at: file: value:
     if !isProperty value then [ { inherit file priority order value; } ]
     else if value._type == "merge" then concatMap (discharge at file) value.contents
@@ -100,7 +100,7 @@ rec {
   mkPackageOption = pkgs: name: _: mkOption { type = lib.types.package; default = pkgs.${name}; };
   inherit showOption showFiles;
 
-  # Returns { config, options, extendModules }. `prefix` is where a submodule hangs, for messages.
+  # Returns { config, options, extendModules }. `prefix` is the path of a submodule, for messages.
   evalModules = { modules, specialArgs ? { }, prefix ? [ ] }@args:
     let
       load = parent: module:

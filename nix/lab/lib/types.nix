@@ -6,7 +6,7 @@ let
   values = map (d: d.value);
   loose = value: isString value || builtins.isPath value || lib.isDerivation value;
 
-  # Equal definitions agree; others contradict each other.
+  # Equal definitions agree; different ones are an error.
   one = path: defs:
     let first = (head defs).value; in
     if all (d: d.value == first) defs then first
@@ -14,7 +14,7 @@ let
 
   simple = name: check: { inherit name check; merge = one; };
 
-  # Definitions of one attribute or element are options of their own: mkIf and mkForce work inside.
+  # Each attribute or element is an option of its own, so mkIf and mkForce work inside.
   nested = type: path: defs: (lib.evalModules {
     modules = [ { options.value = lib.mkOption { inherit type; }; } ]
       ++ map (d: { _file = d.file; config.value = d.value; }) defs;
@@ -72,7 +72,7 @@ rec {
           modules = [ { options = nest (path ++ [ name ]) (lib.mkOption { inherit type; }); } ]
             ++ map (d: { _file = d.file; config = nest (path ++ [ name ]) d.value.${name}; }) (below name);
         }).config;
-        # The value is evaluated under its full path, so that an error in it says where it hangs.
+        # The value is evaluated under its full path, so that errors in it have that path.
         nest = at: leaf: lib.foldr (name: inner: { ${name} = inner; }) leaf at;
       in
       builtins.listToAttrs (map (name: { inherit name; value = lib.attrByPath (path ++ [ name ]) null (child name); })
@@ -82,7 +82,7 @@ rec {
   lazyAttrsOf = attrsOf;
   attrs = anything;
 
-  # Whatever it is: sets merge, lists concatenate, anything else has to agree.
+  # Any value: sets merge, lists concatenate, everything else has to agree.
   anything = {
     name = "anything";
     check = _: true;

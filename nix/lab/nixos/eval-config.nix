@@ -1,4 +1,4 @@
-# Evaluates the modules of a host together with the lab's own. Returns what nixpkgs' does:
+# Evaluates the modules of a host together with those of the lab. Returns the same as in nixpkgs:
 # { config, options, pkgs, lib, extendModules }.
 { system ? null, modules, specialArgs ? { }, lib ? import ../lib, ... }:
 let
@@ -6,8 +6,8 @@ let
 
   evaluate = { modules, specialArgs }@given:
     let
-      # A host's VM is the same host with `virtualisation.vmVariant` merged in. It is an evaluation of
-      # its own, so nothing in it can reach the derivation of the host's toplevel.
+      # A host's VM is the same host with `virtualisation.vmVariant` merged in. It is a
+      # separate evaluation, so nothing in it can change the derivation of the host's toplevel.
       inVariant = specialArgs.isVmVariant or false;
       variant = evaluate {
         modules = modules ++ [ eval.config.virtualisation.vmVariant ];

@@ -14,7 +14,7 @@ let
     outputHash = pinned.${name};
   };
 
-  # Every build of the lab: a static busybox as builder, nothing of the machine that builds.
+  # Every build of the lab has a static busybox as its builder, and uses nothing of the building machine.
   build = name: attrs: script: derivation ({
     inherit name system;
     builder = "${tools}/bin/busybox";
@@ -23,7 +23,7 @@ let
     allowSubstitutes = false;
   } // attrs);
 
-  # Programs of `tools` that are not static run through the loader and libraries that lie beside them.
+  # Programs of `tools` that are not static run through the loader and libraries next to them.
   tool = name: "${tools}/lib/ld.so --library-path ${tools}/lib ${tools}/bin/${name}";
 
   base = pin "lab-base" // { version = pinned.version; };

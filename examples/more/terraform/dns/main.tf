@@ -1,4 +1,4 @@
-# Terraform's built-in resource, so that it can be tried without a provider; yours will be records of a DNS zone.
+# A built-in resource of terraform, to try this without a provider; yours will be records of a DNS zone.
 resource "terraform_data" "www" {
   input = "www 300 A 192.0.2.10"
 }

@@ -1,4 +1,4 @@
-# Options of NixOS that mean nothing to the lab. They are accepted, so that a host file of the lab is also a
+# Options of NixOS that do nothing in the lab. They are accepted, so that a host file of the lab is also a
 # valid file for the real NixOS; outside these trees an unknown option is an error, as it is there.
 { lib, ... }:
 let

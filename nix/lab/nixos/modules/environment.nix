@@ -1,4 +1,4 @@
-# /etc, made the way NixOS makes it (a tree in the store, linked from /etc/static), and the programs on PATH.
+# /etc, made as NixOS makes it (a tree in the store, linked from /etc/static), and the programs on PATH.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -66,7 +66,7 @@ in
           else
             cp "$source" "$out/etc/$target"
           fi
-          # What must be a plain file of its own in /etc says so in a file beside it.
+          # A file that must be a copy in /etc has a file with its mode next to it.
           [ "$mode" = symlink ] || echo "$mode $owner" > "$out/etc/$target.mode"
         done < "$indexPath"
         # For the activation: a tree of the links that /etc gets, and lists of links and of copies.

@@ -57,7 +57,7 @@ in
         for card in /sys/class/net/*; do
           card=''${card##*/}
           [ "$card" != lo ] && wanted "$card" || continue
-          # Quick to retry: a card whose link is down now may be plugged in at any moment.
+          # It retries quickly: a card whose link is down may be connected at any moment.
           udhcpc -f -S -i "$card" -t 2 -T 1 -A 1 -s /etc/lab/udhcpc &
         done
         wait

@@ -1,5 +1,5 @@
-# systemd.services, run by runit. Unit files are written as NixOS writes them, so that tools which compare the
-# units of two closures find them; what is executed is the `run` script beside, made of the same options.
+# systemd.services, run by runit. Unit files are written as NixOS writes them, for tools that compare the units of two
+# closures; runit executes the `run` script next to them, which is made from the same options.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -47,7 +47,7 @@ let
       ${if oneshot then "${start}\nexec sleep 2147483647" else "exec ${start}"}
     '';
 
-  # runit restarts whatever ends; a unit that says nothing about restarts stays down, and failed.
+  # runit restarts every service that ends; a unit without a restart setting stays down, as failed.
   finish = s: ''
     #!/bin/sh
     name=''${PWD##*/}

@@ -27,7 +27,7 @@ in
       type = types.listOf types.anything;
       default = [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ];
     };
-    listenAddresses = mkOption { type = types.listOf types.anything; default = [ ]; }; # all, whatever it says
+    listenAddresses = mkOption { type = types.listOf types.anything; default = [ ]; }; # ignored: it listens on all
     startWhenNeeded = mkOption { type = types.bool; default = false; };
     openFirewall = mkOption { type = types.bool; default = true; };
     settings = mkOption { type = types.attrsOf types.anything; default = { }; };
@@ -36,7 +36,7 @@ in
 
   config = lib.mkIf cfg.enable {
     environment.etc."ssh/sshd_config".source = sshdConfig;
-    # A restart ends the listener only: sessions are processes of their own and live on.
+    # A restart ends only the listener: sessions have their own processes, and go on.
     systemd.services.sshd = {
       description = "SSH Daemon";
       wantedBy = [ "multi-user.target" ];

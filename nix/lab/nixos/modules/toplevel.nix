@@ -1,10 +1,10 @@
-# The toplevel: everything a machine needs of one configuration, at the paths where NixOS has it.
+# The toplevel: everything that a machine needs from a configuration, at the paths that NixOS uses.
 { config, lib, pkgs, isVmVariant, ... }:
 let
   inherit (lib) mkOption types;
   scripts = ../scripts;
 
-  # Snippets run one after another; a failing one is told and remembered, and the others still run.
+  # Snippets run one after the other. One that fails is reported and noted, and the others still run.
   activationScripts = lib.concatStrings (lib.mapAttrsToList
     (name: snippet: ''
       #### ${name}

@@ -1,4 +1,4 @@
-# Users, groups, authorized keys and sudo. Passwords do not exist in the lab: who gets in has a key.
+# Users, groups, authorized keys and sudo. The lab has no passwords: users log in by key.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -48,7 +48,7 @@ in
     users.users.nobody = { uid = 65534; isSystemUser = true; };
 
     environment.etc = {
-      # Read by the activation, which gives those without a uid one that they keep.
+      # The activation reads this, and gives each user without a uid a permanent one.
       "lab/users".text = lib.concatMapStrings
         (u: "${u.name} ${if u.uid == null then "-" else toString u.uid} ${u.group} ${u.home} ${u.shell} ${lib.concatStringsSep "," u.extraGroups}\n")
         users;

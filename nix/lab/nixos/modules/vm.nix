@@ -1,4 +1,4 @@
-# system.build.vm: the run-NAME-vm script, steered by the same environment variables as NixOS's qemu-vm.nix.
+# system.build.vm: the run-NAME-vm script, with the same environment variables as that of NixOS's qemu-vm.nix.
 #
 # Disks: vda the machine's own (ext4, made when absent), vdb the squashfs of what all hosts share, vdc that of
 # this host's closure. QEMU is the one on PATH: the lab does not carry one.
@@ -9,7 +9,7 @@ let
   name = config.system.name;
   toplevel = config.system.build.toplevel;
 
-  # What every lab host has in common is packed once.
+  # The part that all lab hosts share is packed once.
   shared = pkgs.build "lab-image-shared" { inherit (config.system.build) initrd; } ''
     ${pkgs.tool "mksquashfs"} ${pkgs.base} ${pkgs.kernel} $initrd image -no-progress -quiet \
       -noI -noD -noF -noX -all-root -no-xattrs -processors 1 -mkfs-time 1 -all-time 1
@@ -17,8 +17,8 @@ let
     mv image $out/image
   '';
 
-  # The rest of the closure, and nix's database of all of it. The attributes
-  # reach the builder as JSON, because only then does nix tell the hash and size of each path.
+  # The rest of the closure, and nix's database of all of it. The builder
+  # gets its attributes as JSON, because only then does nix give it the hash and size of each path.
   own = derivation {
     name = "lab-image-${name}";
     inherit (pkgs) system;
@@ -44,7 +44,7 @@ let
         }' > registration
       mkdir -p "$out" tree
       grep -v -x -F -e ${pkgs.base} -e ${pkgs.kernel} -e ${config.system.build.initrd} paths > own
-      # nix's database is made here, where it costs a tenth of a second and not two of an emulated machine.
+      # nix's database is made here: it takes a tenth of a second, and two on an emulated machine.
       NIX_STATE_DIR=$PWD/state NIX_LOG_DIR=$PWD/log NIX_REMOTE= NIX_CONFIG="build-users-group =" \
         ${pkgs.base}/lib64/ld-linux-x86-64.so.2 --library-path ${pkgs.base}/lib/x86_64-linux-gnu \
         ${pkgs.base}/bin/nix-store --load-db < registration
@@ -76,7 +76,7 @@ let
 
       if test -n "$NIX_DISK_IMAGE" && ! test -e "$NIX_DISK_IMAGE"; then
         echo "Disk image do not exist, creating the virtualisation disk image..." >&2
-        # Made under another name: a disk that is there is whole.
+        # Made under a different name, so that an existing disk is complete.
         raw=$(mktemp "$NIX_DISK_IMAGE.XXXXXX")
         ${pkgs.tools}/bin/truncate -s ${toString cfg.diskSize}M "$raw"
         ${pkgs.tool "mke2fs"} -q -F -t ext4 -L nixos -I 256 -E lazy_itable_init=1,lazy_journal_init=1,nodiscard "$raw"
@@ -92,7 +92,7 @@ let
       mkdir -p "$TMPDIR/xchg"
       cd "$TMPDIR"
 
-      # Disks are cache=writeback: what the guest flushed is on the host's disk, what it did not may be lost.
+      # Disks are cache=writeback: what the guest has flushed is on the host's disk, the rest may be lost.
       exec qemu-system-x86_64 \
         -machine accel=kvm:tcg -cpu max -global virtio-net-pci.romfile= \
         -name ${name} -m ${toString cfg.memorySize} -smp ${toString cfg.cores} \

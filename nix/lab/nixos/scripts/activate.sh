@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes /etc, users and wrappers those of @out@. Starts and stops nothing: switch-to-configuration does that.
+# Sets /etc, users and wrappers to those of @out@. It starts and stops nothing: switch-to-configuration does that.
 systemConfig=@out@
 export PATH=@out@/sw/bin
 _status=0
@@ -7,8 +7,8 @@ umask 022
 
 ln -sfn "$(readlink $systemConfig/usr)" /usr.new && mv -T /usr.new /usr
 
-# /etc: every file is a link into /etc/static; one with a mode is a copy. The lists say what was put there
-# before, so only the difference is touched. (A process costs an emulated machine 20 ms: hence tar and awk.)
+# /etc: every file is a link into /etc/static; one with a mode is a copy. The lists have the files from before, so only
+# the difference is touched. (A process takes an emulated machine 20 ms: hence tar and awk.)
 etc=$(readlink -f $systemConfig/etc)
 etc=${etc%/etc}
 touch /etc/.lab-links /etc/.lab-copies
@@ -74,7 +74,7 @@ chmod 600 /etc/shadow.new
 [ ! -e /var/lib/nixos/uid-map.new ] || mv /var/lib/nixos/uid-map.new /var/lib/nixos/uid-map
 mv /etc/group.new /etc/group; mv /etc/passwd.new /etc/passwd; mv /etc/shadow.new /etc/shadow
 
-# The store cannot hold a setuid program, so sudo gets a copy that can be one.
+# The store cannot hold setuid programs, so sudo gets a setuid copy.
 if ! cmp -s $systemConfig/sw/bin/sudo /run/wrappers/bin/sudo; then
   cp -L $systemConfig/sw/bin/sudo /run/wrappers/bin/sudo.new
   chmod 4755 /run/wrappers/bin/sudo.new

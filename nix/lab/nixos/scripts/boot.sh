@@ -1,5 +1,5 @@
 #!/bin/sh
-# What process 1 runs once at boot: cards, then services.
+# Process 1 runs this once at boot: it sets up the cards, then the services.
 export PATH=/run/wrappers/bin:/run/current-system/sw/bin
 ip link set lo up
 while read -r mac name; do
@@ -10,7 +10,7 @@ while read -r mac name; do
     ip link set "$card" name "$name"
   done
 done < /etc/lab/links
-# Who waits for this machine waits for its ssh, so what ssh needs comes first; nix is heavy to start.
+# toto waits for ssh on this machine, so what ssh needs starts first; nix is slow to start.
 late=
 for file in /etc/sv/*/enabled; do
   name=${file%/enabled}

@@ -4,7 +4,7 @@ export PATH=@out@/sw/bin
 exec </dev/console >/dev/console 2>&1
 echo "<<< NixOS stage 2 (lab) >>>"
 mount -t tmpfs -o mode=755 run /run
-# (/run/systemd/system is how tools see that systemd-run is to be had.)
+# (Tools take /run/systemd/system as the sign that there is systemd-run.)
 mkdir -p /run/wrappers/bin /run/service /run/systemd/system /run/unit-state /run/lock /dev/pts /dev/shm /var/empty
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm

@@ -1,5 +1,5 @@
 #!/bin/sh
-# An orderly end: services first, then everything that was written reaches the disk.
+# An orderly shutdown: stops the services first, then writes everything to the disk.
 export PATH=/run/current-system/sw/bin
 echo "stopping services" >/dev/console
 sv -w 5 force-stop /run/service/* >/dev/null 2>&1

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
-# The lab's boot loader, for sandbox and machine alike: finds the system to boot, puts its store together
-# and hands over to it. A busybox and a few modules are all there is here.
+# The lab's boot loader, for sandboxes and machines: it finds the system to boot, puts its store together and starts it.
+# It has only a busybox and a few modules.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mkdir -p /proc /sys /dev /root /base /own
@@ -32,7 +32,7 @@ mount --move /own nix/.ro-own
 mount -t overlay overlay -o lowerdir=nix/.ro-own:nix/.ro-base,upperdir=nix/.rw/upper,workdir=nix/.rw/work nix/store \
   || fail "cannot put the store together"
 
-# The boot default is what `switch-to-configuration boot|switch` wrote; a fresh disk boots what it came with.
+# The boot default is what `switch-to-configuration boot|switch` wrote; a new disk boots the system of its image.
 for word in $(cat /proc/cmdline); do
   case $word in init=*) given=${word#init=} ;; esac
 done
@@ -40,7 +40,7 @@ system=${given%/init}
 [ -s boot/default ] && system=$(cat boot/default)
 [ -d "/root$system" ] || fail "$system is not in the store"
 
-# A first boot: nix knows what is in the image, and the system becomes generation 1.
+# On the first boot nix learns what is in the image, and the system becomes generation 1.
 if ! [ -e nix/var/nix/db/db.sqlite ]; then
   cp nix/.ro-own/nix-db/schema nix/var/nix/db/schema
   cp nix/.ro-own/nix-db/db.sqlite nix/var/nix/db/new

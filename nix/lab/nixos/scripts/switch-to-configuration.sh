@@ -12,14 +12,14 @@ case $action in
     ;;
 esac
 [ -e /etc/NIXOS ] || { echo "This is not a NixOS installation!" >&2; exit 1; }
-# Not two at once: each would undo half of the other.
+# Only one runs at a time: two would undo parts of each other.
 if [ "$LAB_SWITCH_LOCKED" != 1 ]; then
   mkdir -p /run/nixos
   LAB_SWITCH_LOCKED=1 exec chpst -L /run/nixos/switch-to-configuration.lock "$0" "$@"
 fi
 
 if [ $action = switch ] || [ $action = boot ]; then
-  # The boot default changes in one step or not at all, also when the power goes.
+  # The boot default changes in one step or not at all, even when the power fails.
   printf %s "$out" > /boot/default.new
   sync
   mv /boot/default.new /boot/default
@@ -27,7 +27,7 @@ if [ $action = switch ] || [ $action = boot ]; then
   [ $action = switch ] || exit 0
 fi
 
-# What changes is decided before anything does, against what runs, not against what was configured last.
+# The changes are found before anything is changed, by comparing with what runs, not with the last configuration.
 stop= start= restart=
 for dir in /run/service/*/; do
   [ -d "$dir" ] || continue
@@ -69,7 +69,7 @@ if [ -n "$start" ]; then
   /etc/lab/supervise start $start
 fi
 
-# A unit that ends within a moment of its start has failed to start.
+# A unit that ends right after its start has failed to start.
 failed=
 if [ -n "$start$restart" ]; then
   sleep 1.5

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The few verbs of systemctl that scripts and people use on a machine of the lab.
+# The verbs of systemctl that scripts and people use on a machine of the lab.
 quiet=
 args=
 for word; do
@@ -16,7 +16,7 @@ verb=${1:-list-units}
 say() { [ -n "$quiet" ] || echo "$*"; }
 all() { for dir in /run/service/*/; do basename "$dir"; done; }
 failures() { for name in $(all); do case $(/etc/lab/supervise state "$name") in failed*) echo "$name" ;; esac; done; }
-# A unit of systemd-run: one that has just been made has no process yet, and no status.
+# Whether a unit of systemd-run runs: a new one has no process yet, and no status.
 transient() {
   dir=/run/transient/$1
   [ -d "$dir" ] && [ ! -e "$dir/status" ] && [ -d "/proc/$(cat "$dir/pid" 2>/dev/null)" ]

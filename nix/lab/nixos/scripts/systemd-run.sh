@@ -1,6 +1,6 @@
 #!/bin/sh
-# systemd-run as far as deployment tools need it: the command runs in a session of its own and to its end, also
-# when the caller (an ssh session) goes away. With --pipe or --wait its output and status come back.
+# The part of systemd-run that deployment tools need: the command runs to its end in its own session, even when the
+# caller (an ssh session) goes away. With --pipe or --wait the caller gets its output and status.
 wait=
 unit=
 set_env=
@@ -44,7 +44,7 @@ env -i PATH=/run/wrappers/bin:/run/current-system/sw/bin $set_env setsid sh -c '
 [ -n "$wait" ] || exit 0
 shown=0
 while :; do
-  # The status is looked at first: what is printed after it is all there is.
+  # The status is read first: output that is read after it is complete.
   done=; [ -e "$dir/status" ] && done=1
   size=$(stat -c %s "$dir/output")
   if [ "$size" -gt $shown ]; then tail -c +$((shown + 1)) "$dir/output" | head -c $((size - shown)) >&2; shown=$size; fi

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Called by udhcpc. A lease that is already in place is left alone, so that a restart of the client (a
-# changed configuration) does not cut the connection over which it was asked for.
+# Called by udhcpc. It leaves an existing lease alone, so that a restart of the client (by a changed configuration) does
+# not cut the connection that requested it.
 export PATH=/run/current-system/sw/bin
 case $1 in
   deconfig) ip link set "$interface" up ;;

@@ -1,6 +1,6 @@
-"""A trial: the scripts of one phase against one machine, in a sandbox or for real. What they are told, what came of it.
+"""One run of a phase's test scripts, in a sandbox or on the machine itself: what they are given, and what came of it.
 
-How they are run is `toto.rehearsal.run`'s.
+`toto.rehearsal.run` runs them.
 """
 
 import os
@@ -14,15 +14,15 @@ from toto.rehearsal.suite import Phase
 _PASSED_ON: Final = ("HOME", "LANG", "LC_ALL", "TMPDIR", "TERM")  # of toto's own environment
 
 
-class Reached(Model):
-    """How test scripts reach the machine: ssh_config, address, and where each of its ports is."""
+class Endpoint(Model):
+    """How test scripts reach the machine: its ssh_config, its address, and the port that leads to each of its ports."""
 
     config: Path
     address: str
     ports: dict[int, int]
 
     def environment(self, host: str, phase: Phase, tools: Path) -> dict[str, str]:
-        """The whole environment of a test script, `tools` first on its PATH. No secret of toto's own is in it."""
+        """The whole environment of a test script. `tools` comes first on its PATH; it holds no secret of toto's."""
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         return kept | {
             "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
@@ -31,13 +31,13 @@ class Reached(Model):
             **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()}}
 
 
-class Trial(Model):
-    """How many tests of a phase passed, in how many seconds."""
+class PhasePassed(Model):
+    """A phase passed: how many tests it had, and how many seconds they took."""
 
     tests: int
     seconds: float
 
     @classmethod
     def of(cls, result: PhaseResult) -> Self:
-        """What came of a phase that passed."""
+        """The summary of a phase that passed."""
         return cls(tests=sum(len(each.report.tests) for each in result.results), seconds=result.seconds)
