@@ -200,14 +200,18 @@ class Fleet:
         if found := re.search(r"/runs/flow-run/([0-9a-f-]{36})", told):
             return found[1]
         # On a very busy machine Prefect may not answer the hook in time: then the server starts the run.
+        return self.run_of(self.git("rev-parse", "HEAD").strip())
+
+    def run_of(self, commit: str, timeout: float = 180) -> str:
+        """The id of the run that a push of `commit` started, or will have started within `timeout` seconds."""
         asked = {"flow_runs": {"tags": {"all_": ["push"]}}, "sort": "EXPECTED_START_TIME_DESC"}
-        commit, deadline = self.git("rev-parse", "HEAD").strip(), time.monotonic() + 180
+        deadline = time.monotonic() + timeout
         while True:
             for each in self.api("POST", "/flow_runs/filter", asked):
                 if each["parameters"].get("commit") == commit:
                     return str(each["id"])
             if time.monotonic() > deadline:
-                raise TimeoutError(told)
+                raise TimeoutError(f"no run of {commit} after {timeout:g} s")
             time.sleep(1)
 
     async def deploy(self, message: str, files: dict[str, str | None] | None = None, *, timeout: float = 300) -> Run:

