@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toto.base import process
 
-_PREFIX = "toto-postgres."
+PREFIX = "toto-postgres."
 
 
 class Postgres:
@@ -51,10 +51,10 @@ class Postgres:
 def running() -> Iterator[Postgres]:
     """A server for as long as the block lasts. What a killed test session left of an earlier one is removed."""
     folder = Path(tempfile.gettempdir())  # not pytest's own, which nobody else may enter
-    for left in folder.glob(f"{_PREFIX}*"):
-        if not process.lives(".".join(left.name.removeprefix(_PREFIX).split(".")[:2])):
+    for left in folder.glob(f"{PREFIX}*"):
+        if not process.lives(".".join(left.name.removeprefix(PREFIX).split(".")[:2])):
             shutil.rmtree(left, ignore_errors=True)
-    home = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{process.owner()}.", dir=folder))
+    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{process.owner()}.", dir=folder))
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
         os.chown(home, nobody.pw_uid, nobody.pw_gid)

@@ -34,7 +34,7 @@ from toto.git_host.host import Served
 from toto.server import deployments
 from toto.server import serve as server
 
-pytestmark = needs_sshd
+pytestmark = [needs_sshd, pytest.mark.minutes(1)]
 
 FLOW = '''
 import asyncio

@@ -29,7 +29,7 @@ from tests.repos import git
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import Target
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(4)]
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 POISON = "p0ison-Never-to-be-seen-7Q"
@@ -91,7 +91,7 @@ class World(Fleet):
     """Machines gate and web1, a terraform root `dns` and a release `page`."""
 
     def __init__(self, directory: Path, cluster: Cluster) -> None:
-        super().__init__(directory)
+        super().__init__(directory, net=5)
         self.cluster, self.kubeconfig = cluster, cluster.kubeconfig
         self.control = directory / "control"
         self.control.mkdir()

@@ -22,7 +22,7 @@ from toto.git_host import access
 from toto.git_host import host as git_host
 from toto.ledger.ledger import REF
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(3)]
 
 PUSHES = 20
 

@@ -20,7 +20,7 @@ from tests.lab.fleet import Fleet, Run, command_of, processes
 from tests.repos import git
 from toto.ledger.ledger import REF
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(16)]
 
 GOOD = "echo 1..1\necho ok 1 - as it should be\n"
 BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"

@@ -20,6 +20,8 @@ from toto.rehearsal.console import LONGEST_CONSOLE, Console
 from toto.rehearsal.errors import BootTimeout, SandboxError, SandboxFailed
 from toto.rehearsal.sandbox import Sandbox
 
+pytestmark = pytest.mark.minutes(2)
+
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="there is no QEMU on this machine")
 
 NOTHING_BOOTS = """\

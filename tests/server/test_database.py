@@ -24,6 +24,8 @@ from toto.server import database, database_move, deployments, environment
 from toto.server import serve as server
 from toto.server.database import Cluster, DatabaseError, Programs
 
+pytestmark = pytest.mark.minutes(2)
+
 SCHEDULED = TINY_DEPLOYMENT + """\
     parameters: {repo: mine}
     schedules:

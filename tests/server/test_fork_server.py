@@ -21,6 +21,8 @@ from toto.base.prefect_api import Api
 from toto.server import deployments, environment, fork_server
 from toto.server import serve as server
 
+pytestmark = pytest.mark.minutes(1)
+
 FLOW = '''
 import os, signal, time
 from prefect import flow

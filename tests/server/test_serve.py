@@ -28,6 +28,8 @@ from toto.nix import commands
 from toto.server import deployments, environment, orphans
 from toto.server import serve as server
 
+pytestmark = pytest.mark.minutes(2)
+
 
 async def until(api: Api, run: str, states: set[str], seconds: float = 120) -> dict[str, Any]:
     """The run, once its state is one of `states`."""
