@@ -1,7 +1,7 @@
 # make demo | test | test-fast | lint | bench | torture | kube | clean | help. What they need is installed by
 # setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
-#   make test JOBS=4      in four processes (two are the default; each wants a core and 2 GB)
+#   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
 #   make torture ROUNDS=30 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh
@@ -9,7 +9,7 @@ SHELL := /bin/sh
 .PHONY: help prepare demo test test-fast lint bench torture kube clean
 TESTS ?=
 K ?=
-JOBS ?= 2
+JOBS ?= 3
 ROUNDS ?= 30
 SEED ?=
 KEEP ?=
@@ -20,7 +20,7 @@ beside := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 help:
 	@echo "make demo    a fleet of virtual machines: rehearse, roll out, break, revert (KEEP=1 leaves it running)"
-	@echo "make test    all tests, in JOBS=2 processes (TESTS=path selects files, K=expression selects names: in one)"
+	@echo "make test    all tests, in JOBS=3 processes (TESTS=path selects files, K=expression selects names: in one)"
 	@echo "make test-fast  those that need no virtual machine and no server, in a minute; and the floor of coverage"
 	@echo "make lint    ruff (check and format), the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
