@@ -110,6 +110,7 @@ async def test_a_long_grace_is_for_the_program_and_not_for_what_it_left_behind(
                   signals=(signal.SIGINT, signal.SIGTERM), grace=1000)
 
 
+@pytest.mark.slow
 async def test_output_is_kept_within_bounds_and_all_of_it_is_heard() -> None:
     heard = 0
 

@@ -200,6 +200,7 @@ async def test_a_daemon_that_keeps_stdout_holds_no_one(tmp_path: Path) -> None:
     assert result.passed, "it was ended after its 60 s: somebody waited for the daemons"
 
 
+@pytest.mark.slow
 async def test_endless_output_is_judged_whole_and_kept_in_part(tmp_path: Path) -> None:
     body = ("echo 1..2; echo ok 1 - first; yes '# some diagnostic line of output' | head -c 100000000\n"
             "echo; echo ok 2 - last\n")

@@ -135,11 +135,13 @@ def test_problems_are_bounded() -> None:
     assert len(report.summary) <= 300
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_lines_are_read() -> None:
     lines = "".join(f"ok {n} - number {n} # SKIP x\n  ---\n  a: b\n  ...\n" for n in range(1, 25_001))
     assert tap.parse("1..25000\n" + lines, 0).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [" " * 10_000_000, "# " * 5_000_000, "ok 1 " + "# " * 5_000_000,
                                   "1.." + "9" * 1_000_000,
                                   "ok " + "1" * 1_000_000, "    " * 1000 + "ok 1", "\\" * 1_000_000,
