@@ -14,6 +14,7 @@ import pytest_asyncio
 from tests.conftest import free_port
 from tests.git_host.test_over_ssh import Clone, Host, set_rules
 from tests.lab import setup
+from tests.lab.fleet import PATIENCE
 from tests.lab.test_whole import BAD, GOOD, Whole
 from tests.machine.test_ssh import keygen
 from tests.repos import git
@@ -128,7 +129,7 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
         commits.append(pushers.change(clone, {0: "first", PUSHES - 1: "C"}.get(number, "AB"[number // 2 % 2])))
         await asyncio.to_thread(clone.push)
         if number == 0:
-            async with asyncio.timeout(300):
+            async with asyncio.timeout(PATIENCE):
                 while not (place / "alone").exists():
                     await asyncio.sleep(0.2)
         other.git("fetch", "--quiet", "toto", "main")
