@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,14 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
                  "slow: needs a machine, a server or minutes; `make test-fast` leaves it out",
                  "xdist_group(name): is run in the same process as all others of that name"):
         config.addinivalue_line("markers", mark)
-    # By way of SIGINT, which asyncio turns into a cancel of the test that runs.
+    # By way of SIGINT, which asyncio turns into a cancel of the test that runs. (A shell's `make test &` ignores it.)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if hasattr(config, "workerinput"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist looks at the groups, and before what `-m` names is chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Group what shares something, the longest group first, and mark what is slow."""
     files: dict[Path, list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -53,6 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _minutes(item) or item.get_closest_marker("lab") or set(DEAR) & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: -minutes[groups[item.path]])
+    yield
 
 
 def _minutes(item: pytest.Item) -> float:

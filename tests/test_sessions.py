@@ -1,4 +1,4 @@
-"""However a session of pytest is ended, its fixtures end, and so do the processes that it began."""
+"""Tests are divided between processes by what they share; and whatever ends a session ends its fixtures."""
 
 import os
 import signal
@@ -27,7 +27,20 @@ def dear():
 def test_that_lasts(dear):
     time.sleep(1000)
 """
-AT_ONCE = ("-n", "2", "--dist", "loadgroup")
+AT_ONCE = ("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
+
+
+def test_what_shares_something_shares_a_process_and_the_longest_begin_first(tmp_path: Path) -> None:
+    for name, marks in {"a": "minutes(1)", "b": "minutes(3), pytest.mark.xdist_group('x')", "c": "xdist_group('x')",
+                        "d": "minutes(2)"}.items():
+        (tmp_path / f"test_{name}.py").write_text(
+            f"import os, pytest, time\nfrom pathlib import Path\npytestmark = [pytest.mark.{marks}]\n"
+            "@pytest.mark.parametrize('number', range(3))\ndef test(number):\n"
+            "    with Path(__file__).with_name(f'{os.getpid()}.ran').open('a') as ran:\n"
+            f"        ran.write('{name}')\n    time.sleep(0.2)\n")
+    subprocess.run([sys.executable, "-m", "pytest", "-p", "tests.sessions", *AT_ONCE], cwd=tmp_path, check=True,
+                   env=os.environ | {"PYTEST_ADDOPTS": ""})
+    assert sorted(each.read_text() for each in tmp_path.glob("*.ran")) == ["bbbccc", "dddaaa"]
 
 
 def until(folder: Path, suffix: str, files: int) -> list[Path]:

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from tests import clean_logs
+from tests.base.test_process import children
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
 from tests.server.test_serve import until
+from toto.base import process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api
 from toto.server import database, database_move, deployments, environment
@@ -81,8 +83,11 @@ async def test_cluster_comes_back_after_a_power_cut(home: Path) -> None:
             await connection.execute("INSERT INTO kept VALUES (1)")
             assert await connection.fetchval("SELECT count(*) FROM kept") == number + 1
             await connection.close()
+            family = [running.pid, *children(running.pid)]
             os.killpg(running.pid, signal.SIGKILL)
             await running.process.wait()
+            while any(process.started(each) is not None for each in family):  # they notice, and end by themselves
+                await asyncio.sleep(0.02)
     async with cluster.running(home / "logs" / "database.log"):
         connection = await cluster.connect()
         assert await connection.fetchval("SHOW dynamic_shared_memory_type") == "mmap"  # it left nothing in /dev/shm
