@@ -1,22 +1,28 @@
-# make demo | test | lint | bench | torture | kube | clean | help. What they need is installed by setup/prepare first.
+# make demo | test | test-fast | lint | bench | torture | kube | clean | help. What they need is installed by
+# setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
+#   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
 #   make torture ROUNDS=30 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help prepare demo test lint bench torture kube clean
+.PHONY: help prepare demo test test-fast lint bench torture kube clean
 TESTS ?=
 K ?=
+JOBS ?= 3
 ROUNDS ?= 30
 SEED ?=
 KEEP ?=
 export KEEP
 run := . setup/env && exec
+# Side by side; tests/sessions.py says which share a process. The longest begin first.
+beside := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 help:
 	@echo "make demo    a fleet of virtual machines: rehearse, roll out, break, revert (KEEP=1 leaves it running)"
-	@echo "make test    all tests (TESTS=path selects files, K=expression selects names)"
-	@echo "make lint    ruff, the import contracts, mypy --strict"
+	@echo "make test    all tests, in JOBS=3 processes (TESTS=path selects files, K=expression selects names: in one)"
+	@echo "make test-fast  those that need no virtual machine and no server, in a minute; and the floor of coverage"
+	@echo "make lint    ruff (check and format), the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
 	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done"
 	@echo "make kube    builds a Kubernetes API server, for the tests of helm (8 minutes, 3.5 GB while it does; once)"
@@ -29,10 +35,13 @@ demo: prepare
 	@$(run) python -m tests.lab.demo
 
 test: prepare
-	@$(run) python -m $(if $(TESTS)$(K),pytest $(or $(TESTS),tests) $(if $(K),-k '$(K)'),tests)
+	@$(run) python -m pytest $(if $(TESTS)$(K),$(TESTS) $(if $(K),-k '$(K)'),$(beside))
+
+test-fast: prepare
+	@$(run) python -m pytest -q -m 'not slow' $(beside) --cov --cov-report=term:skip-covered
 
 lint: prepare
-	@. setup/env && ruff check . && lint-imports --no-cache && exec mypy --strict
+	@. setup/env && ruff check . && ruff format --check . && lint-imports --no-cache && exec mypy --strict
 
 torture: prepare
 	@$(run) python -m tests.lab.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))

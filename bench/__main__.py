@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, detect, hcl, latency, noop
+from bench import boot, detect, latency, noop, parsing
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -35,8 +35,8 @@ async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
 
 
 MEASURES: Final[dict[str, Measure]] = {
-    "hcl": hcl.measure, "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line,
-    "boot": boot.measure}
+    "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line, "boot": boot.measure,
+    "parsing": parsing.measure}
 
 
 async def main(names: list[str]) -> None:

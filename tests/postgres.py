@@ -14,7 +14,7 @@ from pathlib import Path
 from toto.base import process
 from toto.server.database import NAME, USER, Cluster, Programs
 
-_PREFIX = "toto-postgres."
+PREFIX = "toto-postgres."
 
 
 class Postgres:
@@ -45,10 +45,10 @@ class Postgres:
 async def running() -> AsyncIterator[Postgres]:
     """A server for as long as the block lasts. What a killed test session left of an earlier one is removed."""
     folder = Path(tempfile.gettempdir())  # not pytest's own: the path of a socket must be short
-    for left in folder.glob(f"{_PREFIX}*"):
-        if not process.lives(".".join(left.name.removeprefix(_PREFIX).split(".")[:2])):
+    for left in folder.glob(f"{PREFIX}*"):
+        if not process.lives(".".join(left.name.removeprefix(PREFIX).split(".")[:2])):
             shutil.rmtree(left, ignore_errors=True)
-    home = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{process.owner()}.", dir=folder))
+    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{process.owner()}.", dir=folder))
     made = Postgres(Cluster(home, max(await Programs.installed(), key=lambda each: each.major)))
     try:
         await made.start()

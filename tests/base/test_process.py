@@ -39,7 +39,7 @@ async def pid_in(path: Path) -> int:
 async def test_a_finished_command_leaves_its_output_and_status() -> None:
     done = await run(sh("echo out; echo err >&2; exit 3"), check=False)
     assert (done.status, done.stdout, done.stderr, done.lines) == (3, "out\n", "err\n", ["out"])
-    assert not done.truncated and 0 <= done.seconds < 10
+    assert not done.truncated and done.seconds >= 0
 
 
 async def test_a_failed_command_is_reported_with_its_last_lines() -> None:
@@ -64,18 +64,14 @@ async def test_a_program_that_is_not_here_is_reported() -> None:
 
 
 async def test_a_timeout_ends_the_whole_group(tmp_path: Path) -> None:
-    began = time.monotonic()
     with pytest.raises(CommandTimeout, match="did not end within 1 s; its last lines:\nbusy"):
-        await run(sh(f"echo busy; sleep 60 & echo $! > {tmp_path}/pid; wait"), timeout=1)
-    assert time.monotonic() - began < 8
+        await run(sh(f"echo busy; sleep 1000 & echo $! > {tmp_path}/pid; wait"), timeout=1)
     assert gone(await pid_in(tmp_path / "pid"))
 
 
 async def test_a_program_that_ignores_sigterm_is_killed() -> None:
-    began = time.monotonic()
     with pytest.raises(CommandTimeout):
         await run(sh("trap '' TERM; while :; do sleep 0.1; done"), timeout=0.3, grace=0.5)
-    assert time.monotonic() - began < 6
 
 
 async def test_a_program_may_end_itself_in_its_grace(tmp_path: Path) -> None:
@@ -94,10 +90,8 @@ async def test_a_cancel_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 async def test_a_daemon_that_holds_stdout_hangs_nothing_and_is_ended(tmp_path: Path) -> None:
-    began = time.monotonic()
-    done = await run(sh(f"sleep 60 & echo $! > {tmp_path}/pid; echo done"))
+    done = await run(sh(f"sleep 1000 & echo $! > {tmp_path}/pid; echo done"), timeout=60)
     assert done.stdout == "done\n"
-    assert time.monotonic() - began < 8
     assert gone(await pid_in(tmp_path / "pid"))
 
 
@@ -110,13 +104,13 @@ async def test_a_daemon_with_a_session_of_its_own_is_ended_too(tmp_path: Path) -
 async def test_a_long_grace_is_for_the_program_and_not_for_what_it_left_behind(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "LEFT_BEHIND", 0.1)
-    began = time.monotonic()
-    await run(sh(f"(trap '' INT; echo > {tmp_path}/began; sleep 1000) &\n"
-                 f"while [ ! -e {tmp_path}/began ]; do sleep 0.02; done"),
-              signals=(signal.SIGINT, signal.SIGTERM), grace=1000)
-    assert time.monotonic() - began < 100
+    async with asyncio.timeout(100):
+        await run(sh(f"(trap '' INT; echo > {tmp_path}/began; sleep 1000) &\n"
+                     f"while [ ! -e {tmp_path}/began ]; do sleep 0.02; done"),
+                  signals=(signal.SIGINT, signal.SIGTERM), grace=1000)
 
 
+@pytest.mark.slow
 async def test_output_is_kept_within_bounds_and_all_of_it_is_heard() -> None:
     heard = 0
 
@@ -131,14 +125,16 @@ async def test_output_is_kept_within_bounds_and_all_of_it_is_heard() -> None:
     assert done.stdout.startswith("first\n") and done.stdout.endswith("last\n") and "bytes left out" in done.stdout
 
 
-async def test_lines_come_while_the_program_runs_without_their_ends() -> None:
-    came: list[tuple[str, float]] = []
-    began = time.monotonic()
-    await run(sh("printf 'a\\r\\nb\\n'; sleep 1; printf 'no end'; printf 'e\\n' >&2"),
-              on_line=lambda line: came.append((line, time.monotonic() - began)),
-              on_error_line=lambda line: came.append((line, -1)))
-    assert sorted(line for line, _ in came) == ["a", "b", "e", "no end"]
-    assert came[0][1] < 0.9
+async def test_lines_come_while_the_program_runs_without_their_ends(tmp_path: Path) -> None:
+    came: list[str] = []
+
+    def hear(line: str) -> None:
+        came.append(line)
+        (tmp_path / line).touch()
+
+    await run(sh(f"printf 'a\\r\\nb\\n'; until [ -e {tmp_path}/b ]; do sleep 0.02; done; printf 'no end'; "
+                 "printf 'e\\n' >&2"), on_line=hear, on_error_line=came.append, timeout=60)
+    assert sorted(came) == ["a", "b", "e", "no end"]
 
 
 async def test_a_line_without_end_comes_in_pieces() -> None:
@@ -204,12 +200,12 @@ def test_what_a_dead_toto_left_is_killed_and_the_living_are_spared(monkeypatch: 
     ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.{here}.0"})
     monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # the only ones that may be ended
     try:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         killed: list[int] = []
         while orphan.pid not in killed and time.monotonic() < deadline:
             killed += process.clean_up()
         assert orphan.pid in killed
-        assert orphan.wait(5) == -9
+        assert orphan.wait(60) == -9
         assert ours.poll() is None
     finally:
         for each in (orphan, ours):
@@ -249,7 +245,7 @@ def test_the_death_of_toto_ends_its_child(tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not gone(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     # Where there is no setpriv, the next start of toto ends it.

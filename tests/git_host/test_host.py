@@ -153,9 +153,7 @@ async def test_push_while_prefect_is_down_is_accepted_and_started_later(pusher: 
                                                                         stand: Stand) -> None:
     url = stand.url
     pusher.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
-    began = time.monotonic()
     one, output = pusher.commit(), pusher.push()
-    assert time.monotonic() - began < 6
     assert "the push is accepted, but Prefect does not answer" in output
     assert pusher.git("ls-remote", str(repo), "main").startswith(one)
     pusher.git("config", "--file", str(repo / "config"), "toto.apiUrl", url)

@@ -34,7 +34,7 @@ from toto.git_host.host import Served
 from toto.server import deployments
 from toto.server import serve as server
 
-pytestmark = needs_sshd
+pytestmark = [needs_sshd, pytest.mark.minutes(1)]
 
 FLOW = '''
 import asyncio
@@ -431,9 +431,9 @@ async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, p
     repo = str(access.path_of(host.repos, "infra"))
     assert followers(repo)
     os.killpg(pushing.pid, signal.SIGINT)  # as ^C does
-    await asyncio.to_thread(pushing.wait, 30)
+    await asyncio.to_thread(pushing.wait, 60)
     pushing.stderr.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while followers(repo):
         assert time.monotonic() < deadline, "a hook still waits after its pusher has gone"
         await asyncio.sleep(0.1)

@@ -36,6 +36,8 @@ from toto.helm.command import (
 from toto.helm.release import Release, discover
 from toto.helm.revert import RevertedRelease, revert
 
+pytestmark = pytest.mark.minutes(2)
+
 POISON = "poison-4d1c"
 CHART = "apiVersion: v2\nname: page\nversion: 0.1.0\n"
 FILES = {

@@ -33,6 +33,7 @@ from toto.plan.host import DeployedHost
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+PATIENCE: Final = 600.0  # seconds after which something hangs, however busy this machine is
 NET: Final = "127.0.1."  # what the example says; a fleet that stands beside another has a net of its own
 ADDRESSES: Final = {"gate": "127.0.1.11", "web1": "127.0.1.12", "web2": "127.0.1.13"}
 PORTS: Final = {"gate": (8081,), "web1": (8080,), "web2": (8080,)}
@@ -201,17 +202,22 @@ class Fleet:
         if found := re.search(r"/runs/flow-run/([0-9a-f-]{36})", told):
             return found[1]
         # On a very busy machine Prefect may not answer the hook in time: then the server starts the run.
+        return self.run_of(self.git("rev-parse", "HEAD").strip())
+
+    def run_of(self, commit: str, timeout: float = PATIENCE) -> str:
+        """The id of the run that a push of `commit` started, or will have started within `timeout` seconds."""
         asked = {"flow_runs": {"tags": {"all_": ["push"]}}, "sort": "EXPECTED_START_TIME_DESC"}
-        commit, deadline = self.git("rev-parse", "HEAD").strip(), time.monotonic() + 180
+        deadline = time.monotonic() + timeout
         while True:
             for each in self.api("POST", "/flow_runs/filter", asked):
                 if each["parameters"].get("commit") == commit:
                     return str(each["id"])
             if time.monotonic() > deadline:
-                raise TimeoutError(told)
+                raise TimeoutError(f"no run of {commit} after {timeout:g} s")
             time.sleep(1)
 
-    async def deploy(self, message: str, files: dict[str, str | None] | None = None, *, timeout: float = 300) -> Run:
+    async def deploy(self, message: str, files: dict[str, str | None] | None = None, *,
+                     timeout: float = PATIENCE) -> Run:
         """Commit, push, and wait for the end of the run."""
         self.commit(message, files)
         return await self.ended(self.push(), timeout)
@@ -234,11 +240,11 @@ class Fleet:
             time.sleep(0.5)
         raise AssertionError
 
-    async def ended(self, run: str, timeout: float = 300) -> Run:
+    async def ended(self, run: str, timeout: float = PATIENCE) -> Run:
         """Wait until a run has ended."""
         return await self.until(run, ENDED, timeout)
 
-    async def until(self, run: str, states: set[str], timeout: float = 300) -> Run:
+    async def until(self, run: str, states: set[str], timeout: float = PATIENCE) -> Run:
         """Wait until a run is in one of the states (types, in capitals)."""
         deadline = time.monotonic() + timeout
         while True:
@@ -250,7 +256,7 @@ class Fleet:
                 raise TimeoutError(f"run {run} is {found['state_type']} after {timeout} s\n{self.logs(run)}")
             await asyncio.sleep(0.2)
 
-    async def log_line(self, run: str, text: str, timeout: float = 120) -> None:
+    async def log_line(self, run: str, text: str, timeout: float = PATIENCE) -> None:
         """Wait until a run, or one of its subflows, has logged `text`."""
         deadline = time.monotonic() + timeout
         while text not in await asyncio.to_thread(self.logs, run):

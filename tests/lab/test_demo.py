@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.minutes(7), pytest.mark.xdist_group("127.0.1")]
 
 
 def test_the_pushes_end_as_told_and_nothing_is_left(tmp_path: Path) -> None:

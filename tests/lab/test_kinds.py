@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 
 from tests.graph import Edges, chain, edges
 from tests.lab import setup
-from tests.lab.fleet import EXAMPLE, Fleet
+from tests.lab.fleet import EXAMPLE, PATIENCE, Fleet
 from tests.lab.kube import Cluster
 from tests.lab.test_whole import SETTINGS
 from tests.repos import git
@@ -32,7 +32,7 @@ from toto.ledger.target import Target
 from toto.plan.release import DeployedRelease
 from toto.plan.root import DeployedRoot, RootBefore
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(4)]
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 POISON = "p0ison-Never-to-be-seen-7Q"
@@ -122,7 +122,7 @@ class World(Fleet):
     """Machines gate and web1, a terraform root `dns` and a release `page`."""
 
     def __init__(self, directory: Path, cluster: Cluster) -> None:
-        super().__init__(directory)
+        super().__init__(directory, net=5)
         self.cluster, self.kubeconfig = cluster, cluster.kubeconfig
         self.control = directory / "control"
         self.control.mkdir()
@@ -140,7 +140,7 @@ class World(Fleet):
             f"touch {self.control}/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n")
 
     async def begun(self) -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(PATIENCE):
             while not (self.control / "begun").exists():
                 await asyncio.sleep(0.1)
 
@@ -282,7 +282,7 @@ async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) 
         ended = await world.ended(run)
         assert ended.state == state, ended.message
     assert world.value() == "two"
-    await world.log_line(run, "approved by the operator", 15)
+    await world.log_line(run, "approved by the operator")
     await world.deploy("without", {"toto.toml": SETTINGS})
 
 
@@ -297,7 +297,7 @@ async def test_a_toto_killed_in_the_middle_of_an_apply_is_settled_by_the_next_st
     intent = world.of("terraform", "dns").intent
     assert intent is not None and "terraform_data.record" in RootBefore.of(intent.before).resources
     await world.start_server()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         while world.of("terraform", "dns").intent is not None:
             await asyncio.sleep(0.5)
     assert world.value() == "two"
@@ -311,7 +311,7 @@ async def test_a_new_release_is_installed_last_and_its_own_tests_are_run(world: 
     assert run.state == "COMPLETED", world.logs(run.id)
     assert "helm/page deployed" in run.message
     assert await world.page() == "one"
-    await world.log_line(run.id, "ok page-test", 15)
+    await world.log_line(run.id, "ok page-test")
     assert POISON not in world.logs(run.id)
     good = DeployedRelease.of(world.of("helm", "page").good)
     assert good is not None and good.revision == 1
@@ -356,14 +356,14 @@ async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_
     world.cluster.fates["page/page-"] = "stuck"
     world.commit("killed while helm waits", world.release("four"))
     world.push()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         while await world.page() != "four":
             await asyncio.sleep(0.5)
     world.kill()
     world.cluster.fates.clear()
     assert world.of("helm", "page").intent is not None
     await world.start_server()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         while world.of("helm", "page").intent is not None:
             await asyncio.sleep(0.5)
     assert await world.page() == "three"

@@ -20,6 +20,8 @@ from tests.conftest import background
 from tests.lab.kube import SETUP, Cluster, ClusterError, cluster_or_stand_in, stand_in
 from toto.base import process
 
+pytestmark = pytest.mark.minutes(1)
+
 CHART = {
     "Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",
     "values.yaml": "text: hello\nsidecar: false\nfate: \"\"\ncheck: \"\"\n",

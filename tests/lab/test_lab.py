@@ -11,7 +11,7 @@ from tests.lab import nix
 from tests.lab.machine import Machine
 from tests.lab.setup import nixpkgs, setup
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.minutes(2)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,12 +16,12 @@ import pytest
 import pytest_asyncio
 
 from tests.lab import setup
-from tests.lab.fleet import Fleet, Run, command_of, processes
+from tests.lab.fleet import PATIENCE, Fleet, Run, command_of, processes
 from tests.repos import git
 from toto.ledger.ledger import REF
 from toto.machine.activation import MachineState
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(16)]
 
 GOOD = "echo 1..1\necho ok 1 - as it should be\n"
 BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
@@ -61,7 +61,7 @@ class Control:
         """What a builder, which has no PATH, runs for a phase."""
         return f"PATH=/usr/bin:/bin; . {self.directory}/{phase} > /dev/null; echo made > $out"
 
-    async def begun(self, timeout: float = 120) -> None:
+    async def begun(self, timeout: float = PATIENCE) -> None:
         async with asyncio.timeout(timeout):
             while not (self.directory / "begun").exists():
                 await asyncio.sleep(0.1)
@@ -115,7 +115,7 @@ class Whole(Fleet):
         return ('environment.etc."made".source = builtins.derivation { name = "made"; system = "x86_64-linux"; '
                 f"builder = \"/bin/sh\"; args = [ \"-c\" ''{script}'' ]; }};")
 
-    async def until_ledger(self, says: Callable[[], bool], timeout: float = 150) -> None:
+    async def until_ledger(self, says: Callable[[], bool], timeout: float = PATIENCE) -> None:
         async with asyncio.timeout(timeout):
             while not says():
                 await asyncio.sleep(0.02)
@@ -123,7 +123,7 @@ class Whole(Fleet):
     async def task(self, run: str, name: str) -> None:
         """Wait until a run, or one of its subflows, is at the task of this name."""
         wanted = {"flow_runs": {"id": {"any_": []}}, "task_runs": {"name": {"any_": [name]}}}
-        async with asyncio.timeout(150):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 wanted["flow_runs"]["id"]["any_"] = self.family(run)  # type: ignore[index]
                 if any(each["state_type"] == "RUNNING" for each in self.api("POST", "/task_runs/filter", wanted)):
@@ -315,7 +315,7 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
                      "sh -c 'until [ -e /run/let-go ]; do sleep 0.2; done'")
     whole.control["post-switch"] = BAD
     begun = whole.begin_other("unhappy")
-    async with asyncio.timeout(400):
+    async with asyncio.timeout(PATIENCE):
         while (await web1.ssh("ps | grep -q '[a]ctivate.sh quiet'")).status != 0:
             await asyncio.sleep(0.2)
     assert await whole.systems() != before
@@ -339,7 +339,7 @@ async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole
               '  virtualisation.vmVariant.services.openssh.extraConfig = lib.mkForce "";')
     files = {name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
              for name, text in whole.web1("B", broken).items()}
-    run = await whole.deploy("lock ourselves out", dict(files), timeout=400)
+    run = await whole.deploy("lock ourselves out", dict(files))
     assert run.state == "FAILED"
     assert "web1 reverted" in run.message, run.message
     await whole.machines["web1"].wait_ssh()
@@ -385,7 +385,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     await whole.start_server()
     assert not whole.sandboxes(), "the start has removed what was left"
     if phase == "post-switch":  # the start settles it; in the other cases the next run does
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(PATIENCE):
             while whole.entry("web1").intent is not None:
                 await asyncio.sleep(0.5)
         assert await whole.systems() == before
@@ -454,13 +454,13 @@ async def test_a_toto_killed_in_the_middle_of_an_activation_waits_for_its_end_an
              for name, text in whole.web1("S", slow).items()}
     whole.commit("a slow activation", dict(files))
     whole.push()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE):
         while (await whole.machines["web1"].ssh("sudo", "sh", "-c", "ls -d /run/toto/*.test.*")).status != 0:
             await asyncio.sleep(0.3)
     whole.kill()
     assert await whole.systems() == before, "the activation is under way"
     await whole.start_server()
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(PATIENCE):
         while whole.entry("web1").intent is not None:
             await asyncio.sleep(0.5)
     assert await whole.systems() == before
@@ -511,9 +511,9 @@ async def test_a_cancel_in_the_ui_stops_the_sandbox_and_the_next_run_goes_on(who
     await whole.control.begun()
     assert whole.sandboxes()
     whole.api("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    ended = await whole.ended(run, 60)
+    ended = await whole.ended(run)
     assert ended.state == "CANCELLED"
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE):
         while whole.sandboxes():
             await asyncio.sleep(0.2)
     assert await whole.systems() == before
@@ -531,8 +531,8 @@ async def test_a_cancel_in_the_middle_of_a_roll_out_puts_the_host_back(whole: Wh
     await whole.control.begun()
     assert await whole.systems() != before
     whole.api("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    assert (await whole.ended(run, 60)).state == "CANCELLED"
-    async with asyncio.timeout(90):
+    assert (await whole.ended(run)).state == "CANCELLED"
+    async with asyncio.timeout(PATIENCE):
         while whole.entry("web1").intent is not None:
             await asyncio.sleep(0.5)
     assert await whole.systems() == before

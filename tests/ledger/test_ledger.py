@@ -116,6 +116,7 @@ async def test_a_retired_target_leaves_the_ledger_but_not_its_history(book: Ledg
     assert git("log", "--format=%s", ledger.REF, cwd=book.repo).splitlines() == ["web1: retired", "one"]
 
 
+@pytest.mark.slow
 async def test_many_writers_lose_no_entry(book: Ledger) -> None:
     names = [f"h{number}" for number in range(12)]
     await asyncio.gather(*(book.write(Target("host", name), steps.rehearsed_only(deployed(f"/nix/store/{name}")), name)
@@ -124,6 +125,7 @@ async def test_many_writers_lose_no_entry(book: Ledger) -> None:
     assert len(git("log", "--format=%s", ledger.REF, cwd=book.repo).splitlines()) == len(names)
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_a_whole_ledger(book: Ledger) -> None:
     """SIGKILL at instants all over a stream of writes: what is there parses, and the next write goes through."""
     program = (

@@ -77,7 +77,7 @@ class Machine:
 
     def end(self) -> None:
         """Kill the watchdogs that still wait: most tests need not see their end."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -88,7 +88,7 @@ class Machine:
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         with self.start(*words) as running:
             try:
-                out, err = running.communicate(timeout=30)
+                out, err = running.communicate(timeout=60)
             finally:
                 running.kill()
         return subprocess.CompletedProcess(running.args, running.returncode, out, err)
@@ -105,7 +105,7 @@ class Machine:
         return self.verb("result", name, "10").splitlines()[0]
 
     def reverted(self, name: str) -> bool:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if (said := self.result(name)).startswith("back"):
                 return said == "back 0"
@@ -131,7 +131,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -239,7 +239,7 @@ def test_it_is_quiet_when_no_tool_activates(machine: Machine) -> None:
     assert machine.verb("quiet", "0") == "busy", "nixos-rebuild's unit runs, and holds no lock yet"
     with machine.start("quiet", "20") as waiting:
         (machine.root / "unit").unlink()
-        assert waiting.communicate(timeout=30) == ("quiet\n", "")
+        assert waiting.communicate(timeout=60) == ("quiet\n", "")
     with (machine.root / "switching").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert machine.verb("quiet", "0") == "busy"

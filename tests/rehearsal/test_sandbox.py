@@ -20,6 +20,8 @@ from toto.rehearsal.console import LONGEST_CONSOLE, Console
 from toto.rehearsal.errors import BootTimeout, SandboxError, SandboxFailed
 from toto.rehearsal.sandbox import Sandbox
 
+pytestmark = pytest.mark.minutes(2)
+
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="there is no QEMU on this machine")
 
 NOTHING_BOOTS = """\
@@ -53,12 +55,13 @@ def left(state: Path) -> list[str]:
     return [path.name for path in state.iterdir() if path.name != "acceleration"] if state.exists() else []
 
 
-def machines() -> set[int]:
-    """Every QEMU on this machine that runs in the directory of a sandbox."""
+def machines(tmp_path: Path) -> set[int]:
+    """Every QEMU of this machine that runs in a sandbox's directory of this test."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and b"qmp.sock" in (entry / "cmdline").read_bytes():
+            if (entry.name.isdigit() and b"qmp.sock" in (entry / "cmdline").read_bytes()
+                    and (entry / "cwd").readlink().is_relative_to(tmp_path)):
                 found.add(int(entry.name))
     return found
 
@@ -83,19 +86,17 @@ async def test_a_vm_that_never_boots_is_a_timeout_with_its_console(tmp_path: Pat
     assert left(state) == []
 
 
-@pytest.mark.parametrize(("script", "message", "seconds"), [
-    ("echo no space left >&2; exit 3", r"QEMU ended with status 3; the last lines of its console:\nno space left", 3),
-    ("exec qemu-system-x86_64 --no-such-option", "QEMU ended with status 1", 3),
-    ("exec /nowhere/qemu-system-x86_64", "QEMU ended with status 127", 3),
-    ("sleep 0.2", "the VM switched itself off", 3),
-    ("echo '[1.0] Kernel panic - not syncing: no init'; sleep 60", "the VM crashed: .*no init", 3),
+@pytest.mark.parametrize(("script", "message"), [
+    ("echo no space left >&2; exit 3", r"QEMU ended with status 3; the last lines of its console:\nno space left"),
+    ("exec qemu-system-x86_64 --no-such-option", "QEMU ended with status 1"),
+    ("exec /nowhere/qemu-system-x86_64", "QEMU ended with status 127"),
+    ("sleep 0.2", "the VM switched itself off"),
+    ("echo '[1.0] Kernel panic - not syncing: no init'; sleep 60", "the VM crashed: .*no init"),
 ])
-async def test_a_vm_that_ends_is_reported_at_once(tmp_path: Path, state: Path, tcg: None, script: str, message: str,
-                                              seconds: float) -> None:
-    began = time.monotonic()
+async def test_a_vm_that_ends_is_reported_and_not_waited_for(tmp_path: Path, state: Path, tcg: None, script: str,
+                                                         message: str) -> None:
     with pytest.raises(SandboxFailed, match=message):
-        await boots(make_vm(tmp_path, script), state, boot_timeout=60.0)
-    assert time.monotonic() - began < seconds
+        await boots(make_vm(tmp_path, script), state, boot_timeout=60.0)  # its end would be another message
     assert left(state) == []
 
 
@@ -139,14 +140,13 @@ async def test_a_state_directory_that_qemu_cannot_use_is_refused(tmp_path: Path,
 
 @needs_qemu
 async def test_a_cancel_leaves_no_machine_and_no_directory(tmp_path: Path, state: Path, tcg: None) -> None:
-    before = machines()
     booting = asyncio.create_task(boots(make_vm(tmp_path, NOTHING_BOOTS), state, boot_timeout=60.0))
-    await until(lambda: bool(machines() - before))
+    await until(lambda: bool(machines(tmp_path)))
     assert len(left(state)) == 1
     booting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await booting
-    assert (machines() - before, left(state)) == (set(), [])
+    assert (machines(tmp_path), left(state)) == (set(), [])
 
 
 OWNER = """
@@ -163,19 +163,18 @@ asyncio.run(main())
 @needs_qemu
 async def test_what_a_killed_owner_left_is_cleaned_up(tmp_path: Path, state: Path, tcg: None) -> None:
     vm = make_vm(tmp_path, "sleep 300 & " + NOTHING_BOOTS)  # the sleep stands for a swtpm
-    before = machines()
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", OWNER, vm, state)
-    await until(lambda: bool(machines() - before))
+    await until(lambda: bool(machines(tmp_path)))
     assert sandbox.clean_up(state) == [], "the owner is alive"
-    assert len(machines() - before) == 1
+    assert len(machines(tmp_path)) == 1
     owner.send_signal(signal.SIGKILL)
     await owner.wait()
     assert len(sandbox.clean_up(state)) == 1
-    await until(lambda: not machines() - before)
+    await until(lambda: not machines(tmp_path))
     assert left(state) == []
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -191,24 +190,21 @@ async def test_a_script_that_is_gone_is_a_result(tmp_path: Path) -> None:
 
 
 async def test_a_hanging_script_is_ended_and_keeps_what_it_said(tmp_path: Path) -> None:
-    began = time.monotonic()
-    result = await run_body(tmp_path, "echo 1..2; echo not ok 1 - early; sleep 60; echo ok 2", timeout=1)
-    assert time.monotonic() - began < 10
+    result = await run_body(tmp_path, "echo 1..2; echo not ok 1 - early; sleep 1000; echo ok 2", timeout=1)
     assert result.reason == "it did not end within 1 s and was ended; failed so far: not ok 1 - early"
     assert "early" in result.output
 
 
 async def test_a_daemon_that_keeps_stdout_open_delays_nothing(tmp_path: Path) -> None:
-    began = time.monotonic()
-    result = await run_body(tmp_path, GOOD + "sleep 60 & setsid sleep 60 &\n")
-    assert result.passed
-    assert time.monotonic() - began < 15
+    result = await run_body(tmp_path, GOOD + "sleep 1000 & setsid sleep 1000 &\n", timeout=60)
+    assert result.passed, "it was ended after its 60 s: somebody waited for the daemons"
 
 
+@pytest.mark.slow
 async def test_endless_output_is_judged_whole_and_kept_in_part(tmp_path: Path) -> None:
     body = ("echo 1..2; echo ok 1 - first; yes '# some diagnostic line of output' | head -c 100000000\n"
             "echo; echo ok 2 - last\n")
-    result = await run_body(tmp_path, body, timeout=60, keep=10_000)
+    result = await run_body(tmp_path, body, timeout=600, keep=10_000)
     assert result.passed, result.reason
     assert len(result.output) < 11_000
     assert "ok 1 - first" in result.output and "ok 2 - last" in result.output and "bytes left out" in result.output

@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 
 from tests import clean_logs
+from tests.base.test_process import children
 from tests.conftest import TINY_DEPLOYMENT, TINY_FLOW, free_port
 from tests.server.test_serve import until
+from toto.base import process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api
 from toto.server import database, database_move, deployments, environment
 from toto.server import serve as server
 from toto.server.database import Cluster, DatabaseError, Programs
+
+pytestmark = pytest.mark.minutes(2)
 
 SCHEDULED = TINY_DEPLOYMENT + """\
     parameters: {repo: mine}
@@ -79,8 +83,11 @@ async def test_cluster_comes_back_after_a_power_cut(home: Path) -> None:
             await connection.execute("INSERT INTO kept VALUES (1)")
             assert await connection.fetchval("SELECT count(*) FROM kept") == number + 1
             await connection.close()
+            family = [running.pid, *children(running.pid)]
             os.killpg(running.pid, signal.SIGKILL)
             await running.process.wait()
+            while any(process.started(each) is not None for each in family):  # they notice, and end by themselves
+                await asyncio.sleep(0.02)
     async with cluster.running(home / "logs" / "database.log"):
         connection = await cluster.connect()
         assert await connection.fetchval("SHOW dynamic_shared_memory_type") == "mmap"  # it left nothing in /dev/shm
@@ -183,7 +190,7 @@ async def _fill(api: Api, home: Path) -> None:
     async with server.running_worker(env, home / "logs" / "worker.log", name="here"):
         run = await api.call("POST", f"{path}/create_flow_run", {"parameters": {"repo": "mine"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}}):
                 await asyncio.sleep(0.2)
     await api.call("PATCH", path, {"paused": True})

@@ -21,6 +21,8 @@ from toto.base.prefect_api import Api
 from toto.server import deployments, environment, fork_server
 from toto.server import serve as server
 
+pytestmark = pytest.mark.minutes(1)
+
 FLOW = '''
 import os, signal, time
 from prefect import flow
@@ -54,7 +56,7 @@ class Warm:
 
     async def who(self, run: str) -> tuple[int, int]:
         """The run's process and its parent."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 logs = await self.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
                 for line in logs:
@@ -83,7 +85,7 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
         log = home / "runs.log"
         async with (server.running_fork_server(env, log, root=project) as forks,
                     server.running_worker(env, home / "worker.log", name="warm")):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while not (home / fork_server.NAME).exists():
                     await asyncio.sleep(0.1)
             made.append(Warm(prefect_server.api, ids["reconcile/reconcile"], log, forks.pid))
@@ -123,7 +125,7 @@ async def test_the_fork_goes_with_the_process_that_the_worker_sees(warm: Warm) -
         if run.encode() in Path(f"/proc/{caller}/environ").read_bytes():
             os.kill(int(caller), signal.SIGKILL)
     assert "status code: -9" in (await until(warm.api, run, {"CRASHED"}))["state"]["message"]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while process.started(pid) is not None:
             await asyncio.sleep(0.05)
 
@@ -134,7 +136,7 @@ async def test_without_a_fork_server_runs_begin_slowly(warm: Warm) -> None:
     pid, _ = await warm.who(run)
     os.kill(warm.pid, signal.SIGKILL)
     assert (await until(warm.api, run, {"CRASHED"}))["state"]["message"]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while process.started(pid) is not None:
             await asyncio.sleep(0.05)
     cold = await warm.begin("end")

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import free_port
 from tests.git_host.test_host import Pusher
 from tests.server.test_serve import Part
@@ -16,6 +18,8 @@ from toto.base import process
 from toto.base.prefect_api import Api
 from toto.git_host import host as git_host
 from toto.server import deployments
+
+pytestmark = pytest.mark.minutes(2)
 
 SOON = {"interval": 4}
 

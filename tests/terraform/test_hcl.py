@@ -36,6 +36,7 @@ def test_modules_are_found_in_json(text: str, found: list[tuple[str, str, int]])
     assert list(json_modules(text)) == [Module(*each) for each in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["<<A\n", "<<A ", "/*", '"${', "{", "a", '"\\', '${"', '"', "#"])
 def test_a_huge_file_is_no_trouble(text: str) -> None:
-    assert list(modules(text * (1_000_000 // len(text)))) == []  # (how long it takes: `python -m bench hcl`)
+    assert list(modules(text * (1_000_000 // len(text)))) == []  # (how long it takes: `python -m bench parsing`)

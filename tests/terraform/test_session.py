@@ -25,6 +25,8 @@ from toto.terraform import session as terraform
 from toto.terraform.plan import Action, Planned, PlanRefused, State, refuse
 from toto.terraform.session import ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
+pytestmark = pytest.mark.minutes(1)
+
 needs_terraform = pytest.mark.skipif(shutil.which("terraform") is None, reason="THERE IS NO TERRAFORM on this machine")
 needs_postgres = pytest.mark.skipif(shutil.which("postgres") is None, reason="there is no PostgreSQL on this machine")
 POISON = "hunter2 \"quoted\"\nsecond line of it"
