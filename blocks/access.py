@@ -107,6 +107,6 @@ class KubeAccess(AccessBlock):
             if self.context not in known:
                 raise InputError(f"there is no context {self.context!r} in the kubeconfig",
                                  target=f"block {self.get_block_type_slug()}",
-                                 hint=f"it has {', '.join(known) or 'none'}; mend the block in the UI, under Blocks")
+                                 hint=f"it has {', '.join(known) or 'none'}; fix the block in the UI, under Blocks")
             text = yaml.safe_dump(config | {"current-context": self.context})
         return files.write(directory / "kubeconfig", text) if text else path

@@ -28,4 +28,4 @@ class TotoBlock(Block, ABC):
                               for each in error.__cause__.errors(include_input=False, include_context=False,
                                                                  include_url=False))
             raise InputError(wrong, target=f"block {cls.get_block_type_slug()}/{name}",
-                             hint="mend it in the UI, under Blocks") from None
+                             hint="fix it in the UI, under Blocks") from None

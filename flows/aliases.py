@@ -26,7 +26,7 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
-        force: deploy the targets though nothing of them has changed: to mend what was changed outside.
+        force: deploy the targets though nothing of them has changed: to fix what was changed outside.
         venues: who is notified of the result besides the usual ones, by the names of the venue blocks.
         again: the old name of `force`.
     """

@@ -94,7 +94,7 @@ async def test(order: ReleaseOrder, helm: Helm) -> Done:
     if failed := [each for each in results if not each.passed]:
         raise TestsFailed("\n".join([f"the chart's tests failed: {', '.join(each.name for each in failed)}",
                                      failed[0].said]), target=order.label,
-                          hint="mend the chart or its tests, and push again")
+                          hint="fix the chart or its tests, and push again")
     return Done()
 
 

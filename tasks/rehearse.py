@@ -141,5 +141,5 @@ async def run_tests(order: HostOrder, phase: Phase, reached: Reached) -> Trial:
     if not result.passed:
         first, *rest = result.failure_lines(20)
         raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
-                          hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
+                          hint=f"fix the configuration or the tests in tests/{order.name}/{phase}/, and push again")
     return Trial.of(result)

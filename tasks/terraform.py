@@ -105,7 +105,7 @@ async def revert(reversal: Reversal) -> str:
         state = await session.apply(planned)
     await record_reverted(repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired,
                           run, why)
-    return way.told(planned)
+    return way.words(planned)
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:

@@ -144,7 +144,7 @@ async def test_a_block_that_is_not_right_is_told_by_its_field(prefect: PrefectSe
     saved = await prefect.api.call("GET", "/block_types/slug/toto-venue-slack/block_documents/name/wrong")
     for data in ({"url": f"{POISON}"}, {"url": None}):
         await prefect.api.call("PATCH", f"/block_documents/{saved['id']}", {"data": data, "merge_existing_data": False})
-        with pytest.raises(InputError, match=r"^block toto-venue-slack/wrong: url: .*\nnext: mend it in") as caught:
+        with pytest.raises(InputError, match=r"^block toto-venue-slack/wrong: url: .*\nnext: fix it in") as caught:
             await venues.named("wrong")
         assert POISON not in f"{caught.value}{caught.value.__cause__}"
 

@@ -427,7 +427,7 @@ async def test_what_does_not_render_is_told_by_the_repos_names(lab: Lab, files: 
     with pytest.raises(RenderFailed) as caught:
         await lab.helm.upgrade(lab.release(), lab.tree)
     assert told in str(caught.value) and str(caught.value).startswith("helm/page: ")
-    assert str(caught.value).endswith("\nnext: mend helm/page/chart or its values, and push again")
+    assert str(caught.value).endswith("\nnext: fix helm/page/chart or its values, and push again")
     assert POISON not in str(caught.value) and str(lab.tree) not in str(caught.value)
     assert await lab.helm.current(lab.release()) is None
 

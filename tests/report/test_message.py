@@ -13,7 +13,7 @@ from toto.report.report import Report, Reverted, RunDied
 COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
 LINK = "http://toto:4200/runs/flow-run/1"
 TESTS = TotoError("smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 - it says welcome\n    got: 502",
-                  target="b", hint="mend it, and push again")
+                  target="b", hint="fix it, and push again")
 
 
 def message(of: Report) -> Message:
@@ -37,7 +37,7 @@ def test_a_failed_roll_out_reads_like_this() -> None:
 b: roll-out failed: smoke tests failed: 10-page: 1 of 2 tests failed
     not ok 2 - it says welcome
       got: 502
-next: mend it, and push again
+next: fix it, and push again
 
 b, a reverted
 
@@ -52,7 +52,7 @@ def test_slack_reads_like_this() -> None:
 not ok 2 - it says welcome
   got: 502
 ```
-next: mend it, and push again
+next: fix it, and push again
 
 *nothing was touched*
 

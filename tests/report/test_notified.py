@@ -66,7 +66,7 @@ NOTHING = message(story())
       run(ends={"b": "deployed"}, plan=("b",))], ["partial", None, "recovered"]),
     # policy `partial`: the others go on, and the failure is no news
     ([partly("b"), partly("b")], ["failed", None]),
-    # a rehearsal alone mends nothing
+    # a rehearsal alone repairs nothing
     ([run(fails="b"), run()], ["failed", None]),
 ])
 def test_a_venue_hears_what_is_news(runs: list[Message], expected: list[str | None]) -> None:

@@ -177,7 +177,7 @@ class Helm:
         done = await command.attempt(["lint", chart, "--quiet", *_values(release, tree)])
         said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
         if done.status != 0:
-            raise RenderFailed(said, target=release.label, hint=f"mend {release.chart} or its values, and push again")
+            raise RenderFailed(said, target=release.label, hint=f"fix {release.chart} or its values, and push again")
         return tuple(line for line in said.splitlines() if line.startswith("[WARNING]"))
 
     async def render(self, release: Release, tree: Path) -> str:
@@ -367,7 +367,7 @@ class Helm:
             return (await command.run(["template", *words, *checks])).decode()
         except RenderFailed as error:
             raise RenderFailed(_by_names_of_the_repo(error.message, release, tree), target=error.target,
-                               hint=f"mend {release.chart} or its values, and push again") from None
+                               hint=f"fix {release.chart} or its values, and push again") from None
 
     async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
         """What lives in the cluster of each of `wanted`, in their order; {} for what is not there."""

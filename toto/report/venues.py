@@ -42,7 +42,7 @@ class VenueFailed(TotoError):
 
 
 class _Passing(Exception):
-    """What another try may mend."""
+    """What another try may fix."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Venue(ABC):
 
     @abstractmethod
     async def attempt(self, message: Message) -> None:
-        """Send it once. Raises `VenueFailed`, or `_Passing` for what another try may mend."""
+        """Send it once. Raises `VenueFailed`, or `_Passing` for what another try may fix."""
 
     @property
     @abstractmethod
@@ -162,7 +162,7 @@ class HttpVenue(Venue):
     def _place(self) -> str:
         parts = http_address(self.url)
         if parts is None:
-            raise self.failed("its address is no http(s) address, or has a password in it", "mend its block")
+            raise self.failed("its address is no http(s) address, or has a password in it", "fix its block")
         return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -228,7 +228,7 @@ class Ntfy(HttpVenue):
             headers["Click"] = message.link
         if self.token:
             if not (self.token.isascii() and self.token.isprintable()):
-                raise self.failed("its token has characters that no token has", "mend its block")
+                raise self.failed("its token has characters that no token has", "fix its block")
             headers["Authorization"] = f"Bearer {self.token}"
         await self._post(_within(message.text(), 4000, message.footer()), headers)
 
@@ -263,7 +263,7 @@ class Mail(Venue):
 
     async def attempt(self, message: Message) -> None:
         if wrong := [each for each in (self.sender, *self.to) if not is_mail_address(each)] or not self.to:
-            raise self.failed(f"no mail address: {wrong}" if self.to else "nobody to send to", "mend its block")
+            raise self.failed(f"no mail address: {wrong}" if self.to else "nobody to send to", "fix its block")
         if self.security == "none" and self.host not in _LOOPBACK:
             raise self.failed("without TLS mail goes to this machine only", "choose starttls or tls in its block")
         try:

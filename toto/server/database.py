@@ -121,7 +121,7 @@ class Cluster:
                 env=_environment(), cwd="/", timeout=300)
         except process.CommandFailed as error:
             raise DatabaseError(f"its PostgreSQL could not be made: {error.tail}", target=str(self.folder),
-                                hint="mend that, or go without: `toto serve --sqlite`") from None
+                                hint="fix that, or go without: `toto serve --sqlite`") from None
         fresh.rename(self.folder)
 
     @contextlib.asynccontextmanager
