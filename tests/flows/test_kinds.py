@@ -117,5 +117,5 @@ async def test_a_ledger_of_a_kind_that_is_not_known_is_told(files: Files, monkey
     await files.reconcile()
     monkeypatch.delitem(kinds.KINDS, "file")
     state = await files.reconcile()
-    assert state.is_failed() and "this toto knows no kind of target 'file'" in str(state.message)
+    assert state.is_failed() and "this version of toto has no kind of target 'file'" in str(state.message)
     assert files.entry("a").good is not None

@@ -131,8 +131,8 @@ def test_circle_and_unknown_name_are_reported_with_their_lines(tmp_path: Path) -
     ("chart: /docs", "1: chart: there is no Chart.yaml in docs"),
     ("chart: values.yaml", "1: chart: there is no Chart.yaml in helm/web/values.yaml"),
     ("repo: https://x.org\nversion: 1.0.0", "1: repo: a repo needs a chart: its name there"),
-    ("chart: x\nrepo: https://x.org", "1: version: is missing: a remote chart needs one exact version, to be the same "
-                                     "tomorrow"),
+    ("chart: x\nrepo: https://x.org", "1: version: is missing: a remote chart needs one exact version, to stay "
+                                     "the same"),
     ("chart: oci://x.org/x", "1: version: is missing: a remote chart needs one exact version, to stay the same"),
     ("chart: x\nrepo: https://x.org\nversion: ^1.0", "3: version: should be one exact version like '1.2.3', "
                                                      "not '^1.0'"),
