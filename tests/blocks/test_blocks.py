@@ -194,7 +194,7 @@ def test_a_context_is_chosen_in_a_copy_of_the_kubeconfig(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["nobody", "../../admin", "a b", "A", "", "x" * 100])
 async def test_a_name_that_is_no_venue_is_an_error(prefect: PrefectServer, name: str) -> None:
-    with pytest.raises(VenueFailed, match=r"there is no venue of this name|is no venue's name"):
+    with pytest.raises(VenueFailed, match=r"there is no venue of this name|is not a venue's name"):
         await venues.named(name)
 
 
