@@ -100,7 +100,7 @@ async def test_home_keeps_what_it_has(home: Path, monkeypatch: pytest.MonkeyPatc
     assert await database.choose(home) is None  # no PostgreSQL on this machine
 
 
-async def test_path_that_is_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
+async def test_path_that_is_too_long_for_a_socket_is_reported(tmp_path: Path) -> None:
     home = tmp_path / ("x" * 100)
     home.mkdir()
     with pytest.raises(DatabaseError, match="choose a shorter --home"):

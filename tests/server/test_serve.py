@@ -65,10 +65,10 @@ async def test_push_starts_the_flow_within_seconds(prefect_server: PrefectServer
     for _ in range(3):
         pusher.commit()
         began = time.time()
-        told = pusher.push()
+        output = pusher.push()
         assert time.time() - began < 2, "the hook keeps the pusher waiting"
-        found = re.search(r"http://ui/runs/flow-run/(\S+)", told)
-        assert found, told
+        found = re.search(r"http://ui/runs/flow-run/(\S+)", output)
+        assert found, output
         run = await until(prefect_server.api, found[1], {"COMPLETED"})
         assert run["tags"] == ["push"]
         await asyncio.sleep(2)  # Prefect sends logs in batches
@@ -189,8 +189,8 @@ async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: P
         await api.call("POST", f"/flow_runs/{each}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
-async def test_taken_port_is_told_before_anything_starts(prefect_server: PrefectServer) -> None:
-    with pytest.raises(ServerError, match="cannot be listened on"):
+async def test_taken_port_is_reported_before_anything_starts(prefect_server: PrefectServer) -> None:
+    with pytest.raises(ServerError, match="cannot listen on"):
         async with server.running_server(prefect_server.env, prefect_server.log):
             pass
 
