@@ -1,4 +1,4 @@
-"""The stages of a reconcile: each takes the run, adds what it found, and returns it."""
+"""The stages of a reconcile. Each takes the run, adds its results, and returns it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ from toto.report.message import names
 
 @flow(name="detect", flow_run_name="{run.commit}", persist_result=False, validate_parameters=False)
 async def detect(run: Run) -> Run:
-    """Plan: what the commit would change. Nothing outside toto is touched."""
+    """Make the plan of the commit. Nothing outside toto is touched. Raises `Superseded`, `InputError`."""
     request = run.request
     if not request.plan_only:
         paths.require_room(run.repo)
@@ -39,7 +39,7 @@ async def detect(run: Run) -> Run:
 
 
 async def rehearse(run: Run) -> Run:
-    """Rehearse every changed target side by side. Raises `Superseded`."""
+    """Rehearse all changed targets, side by side. Raises `Superseded`."""
     return await run.unless_superseded(_rehearse(run))
 
 
@@ -63,13 +63,13 @@ async def _rehearse(run: Run) -> Run:
 
 async def _verdict(order: Order) -> Verdict[object]:
     if order.change.action is Action.RECORD:
-        return Verdict.waived(order, by="toto", why="the very same closure is deployed already")
+        return Verdict.waived(order, by="toto", why="exactly the same closure is already deployed")
     return await steps_of(order.target).rehearse(quote(order))
 
 
 @asynccontextmanager
 async def the_roll_out(run: Run) -> AsyncIterator[None]:
-    """Hold the one roll-out slot of the repo, with all settled that dead runs left.
+    """Hold the only roll-out slot of the repo, and settle what dead runs left before the block begins.
 
     Raises `Superseded`, or `Outdated` when what is deployed has changed since the plan was made.
     """
@@ -77,14 +77,14 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
         await run.check_superseded()
         paths.require_room(run.repo)
         for left in await settle_first(run.repo, run.id):
-            if left.error:  # a target that could not be reverted is not deployed over
+            if left.error:  # toto does not deploy over a target that could not be reverted
                 run.report.failure(left.target, "settling", TotoError(left.error))
         run.check_plan()
         yield
 
 
 async def roll_out(kind: str, run: Run) -> Run:
-    """Roll out the targets of one kind that have a verdict, group by group, until one fails."""
+    """Roll out the targets of a kind that have a verdict, group by group, until one fails."""
     return await _roll_out.with_options(name=STEPS[kind].stage)(run, kind)
 
 
@@ -126,7 +126,7 @@ async def _roll_out(run: Run, kind: str) -> Run:
 
 
 async def notify(run: Run) -> Run:
-    """Show the report, and notify whoever the result is news to."""
+    """Show the report, and notify everybody for whom the result is news."""
     await report.show_report(run.report)
     if not run.request.plan_only:
         await send(run.repo, run.request.commit, run.report, run.request.origin, run.request.venues,

@@ -493,7 +493,7 @@ async def test_a_push_that_waits_is_superseded_by_a_newer_one(whole: Whole) -> N
     first = whole.begin_other("first")
     await whole.control.begun()
     second = whole.begin_other("second, which waits")
-    await whole.log_line(second, "another run is rolling out")
+    await whole.log_line(second, "a different run is rolling out")
     third = whole.begin_other("third")
     whole.control["smoke"] = GOOD
     whole.control.go()
