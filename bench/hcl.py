@@ -1,4 +1,4 @@
-"""Finding the modules that `.tf` files call: a large file beside eight of an eighth each. Linear is a ratio of 1."""
+"""Measures finding modules in `.tf` files: one large file, compared with eight of an eighth. Linear is a ratio of 1."""
 
 import time
 from collections.abc import AsyncIterator
@@ -23,14 +23,14 @@ module "network" {
   zones  = [1, 2, 3, "x"]
 }
 '''
-# What is open and never closed, one after the other: a search that begins anew at each would look at all that follows.
+# Openings that are never closed, one after the other: a search that starts at each would read everything that follows.
 OPEN: Final = ("<<A\n", "<<A ", "<<a", "/*", '"${', "{", '"\\', '${"', '"', "#", "module a {source=", "<")
 
 
 async def measure(_: Path) -> AsyncIterator[Row]:
-    """Ordinary text, and text that is all open ends."""
+    """Ordinary text, and text that only has openings."""
     for what, size, pieces in (("800 kB of .tf, its modules", 800_000, (ORDINARY,)),
-                               (f"{len(OPEN)} × 200 kB of open ends in .tf", 200_000, OPEN)):
+                               (f"{len(OPEN)} × 200 kB of openings in .tf", 200_000, OPEN)):
         large, small = [], []
         for _round in range(ROUNDS):
             large.append(sum(_seconds(piece, size) for piece in pieces))

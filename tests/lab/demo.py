@@ -61,14 +61,14 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     run = whole.push()
     say(f"   $ git push toto main        # {message}")
     say(f"   {whole.url}/runs/flow-run/{run}")
-    told: set[str] = set()
+    printed: set[str] = set()
     ending = asyncio.create_task(whole.ended(run, 400))
     try:
         while not ending.done():
             await asyncio.wait([ending], timeout=1)
             for name in await asyncio.to_thread(whole.subflows, run):
-                if name not in told:
-                    told.add(name)
+                if name not in printed:
+                    printed.add(name)
                     say(f"   {time.monotonic() - began:5.0f} s  {name}")
         ended = await ending
     finally:
@@ -84,7 +84,7 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     return ended
 
 
-async def story(whole: Fleet, cluster: Cluster) -> None:
+async def seven_pushes(whole: Fleet, cluster: Cluster) -> None:
     """The pushes."""
     await hosts(whole)
     await other_kinds(whole, cluster)
@@ -176,7 +176,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 
 
 async def main(start_only: bool = False) -> int:
-    """Exit status: 0 when all went as told, 1 otherwise. `start_only`: no push, just all that the demo starts."""
+    """Exit status: 0 when all went as announced, 1 otherwise. `start_only`: no push, just all that the demo starts."""
     keep = bool(os.environ.get("KEEP"))
     failure: str | None = None
     began = time.monotonic()
@@ -192,7 +192,7 @@ async def main(start_only: bool = False) -> int:
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
             if not start_only:
                 await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
-                                                           story(whole, cluster)))
+                                                           seven_pushes(whole, cluster)))
             if not stop.is_set():
                 clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")

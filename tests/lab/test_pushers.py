@@ -79,14 +79,14 @@ async def pushers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pus
 
 async def test_a_branch_is_rehearsed_and_planned_and_touches_nothing(pushers: Pushers) -> None:
     before = await pushers.whole.systems()
-    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
-    assert "nothing is rolled out" in told
-    assert re.search(r"web1: rehearse: done", told), told
-    assert "\ntoto: done\n" in told, told
-    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/look", "plan")
-    assert re.search(r"(?m)^host/web1 +deploy", told), told
-    assert "pull step" not in told and "submitt" not in told, "what Prefect says of itself"
-    assert "web1: rehearse" not in told
+    output = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
+    assert "nothing is rolled out" in output
+    assert re.search(r"web1: rehearse: done", output), output
+    assert "\ntoto: done\n" in output, output
+    output = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/plan", "plan")
+    assert re.search(r"(?m)^host/web1 +deploy", output), output
+    assert "pull step" not in output and "submitt" not in output, "what Prefect says of itself"
+    assert "web1: rehearse" not in output
     assert pushers.ledger() == ""
     assert await pushers.whole.systems() == before
 
@@ -95,9 +95,9 @@ async def test_whoever_waits_sees_what_was_rehearsed_on_a_branch_reach_the_machi
     before = await pushers.whole.systems()
     assert "nothing is started (-o skip)" in pushers.alice.push("main", "skip")
     pushers.alice.commit()
-    told = await asyncio.to_thread(pushers.alice.push, "main", "wait", "only=web1")
-    assert "web1: roll out: done" in told, told
-    assert re.search(r"(?m): web1 deployed\ntoto: done$", told), told
+    output = await asyncio.to_thread(pushers.alice.push, "main", "wait", "only=web1")
+    assert "web1: roll out: done" in output, output
+    assert re.search(r"(?m): web1 deployed\ntoto: done$", output), output
     assert (await pushers.whole.systems()) != before
     assert not pushers.whole.sandboxes()
     await pushers.whole.settled()
@@ -107,10 +107,10 @@ async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers)
     before = await pushers.whole.systems()
     pushers.whole.control["smoke"] = BAD
     pushers.change(pushers.alice, "B")
-    told = await asyncio.to_thread(pushers.alice.push, "main", "wait")
+    text = await asyncio.to_thread(pushers.alice.push, "main", "wait")
     pushers.whole.control.all_good()
-    assert re.search(r"(?m)^  not ok 1 - the customer is happy$", told), "the failing test's own line"
-    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", told), told
+    assert re.search(r"(?m)^  not ok 1 - the customer is happy$", text), "the failing test's own line"
+    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", text), text
     assert await pushers.whole.systems() == before
     await pushers.whole.settled()
 
@@ -122,11 +122,11 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
                               f"until [ -e {place}/pushed ]; do sleep 0.2; done; rmdir {place}/alone\n{GOOD}")
     pushers.bob.git("fetch", "--quiet", "toto", "main")
     pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
-    began, told, before = time.monotonic(), [], len(whole.history())
+    began, output, before = time.monotonic(), [], len(whole.history())
     for number in range(PUSHES):
         clone, other = (pushers.alice, pushers.bob)[:: 1 if number % 2 else -1]
         pushers.change(clone, {0: "first", PUSHES - 1: "C"}.get(number, "AB"[number // 2 % 2]))
-        told.append(await asyncio.to_thread(clone.push))
+        output.append(await asyncio.to_thread(clone.push))
         if number == 0:
             async with asyncio.timeout(300):
                 while not (place / "alone").exists():
@@ -136,7 +136,7 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
         other.git("reset", "--quiet", "--hard", "FETCH_HEAD")
         await asyncio.sleep(max(0, began + (number + 1) * SECONDS / PUSHES - time.monotonic()))
     (place / "pushed").touch()
-    runs = [run for each in told for run in re.findall(r"/runs/flow-run/(\S+)", each)]
+    runs = [run for each in output for run in re.findall(r"/runs/flow-run/(\S+)", each)]
     ends = [await whole.ended(run) for run in runs]
     assert {end.state for end in ends} <= {"COMPLETED", "CANCELLED"}, [end.message for end in ends]
     assert ends[-1].state == "COMPLETED", ends[-1].message

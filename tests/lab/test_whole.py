@@ -36,7 +36,7 @@ test_timeout = 120
 
 
 class Control:
-    """What web1's test script of each phase does: a script that passes, unless told otherwise."""
+    """What web1's test script of each phase does: a script that passes, unless a test sets a different one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -269,8 +269,8 @@ async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll
     assert partly.state == "FAILED" and "the others were rolled out" in partly.message, partly.message
     after = await whole.systems()
     assert {name for name in before if before[name] != after[name]} == {"web1"}
-    mended: dict[str, str | None] = {"hosts/gate.nix": gate, "toto.toml": SETTINGS}
-    assert (await whole.deploy("mended", whole.web1("A") | mended)).state == "COMPLETED"
+    fixed: dict[str, str | None] = {"hosts/gate.nix": gate, "toto.toml": SETTINGS}
+    assert (await whole.deploy("fixed", whole.web1("A") | fixed)).state == "COMPLETED"
 
 
 async def test_what_the_manifest_says_of_activation_is_respected(whole: Whole) -> None:
