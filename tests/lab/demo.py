@@ -102,7 +102,7 @@ async def hosts(whole: Fleet) -> None:
     after = await whole.systems()
     claim("the run is green", first.state == "COMPLETED")
     claim("every machine runs what was rehearsed", all(whole.runs_its_good(name, after[name]) for name in ADDRESSES))
-    claim("which is another system than it was installed with", all(before[name] != after[name] for name in ADDRESSES))
+    claim("which is a different system than it was installed with", all(before[name] != after[name] for name in ADDRESSES))
 
     title("2. A push that changes only the README: nothing is done")
     nothing = await push(whole, "say hello in the README", {"README.md": "# Hello\n"})
@@ -116,7 +116,7 @@ async def hosts(whole: Fleet) -> None:
     shared = await push(whole, "another greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
     changed = await whole.systems()
     claim("the run is green", shared.state == "COMPLETED")
-    claim("web1 and web2 run another system, gate is as it was",
+    claim("web1 and web2 run a different system, gate is as it was",
           {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"})
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the new page", "Good morning" in served)
@@ -128,7 +128,7 @@ async def hosts(whole: Fleet) -> None:
     claim("the run is red, and says which test", refused.state == "FAILED" and "payment provider" in refused.message)
     claim("no machine was touched", await whole.systems() == changed)
 
-    title("5. A change that passes in the VM and fails on the real machine: everything goes back")
+    title("5. A change that passes in the VM and fails on the real machine: everything is reverted")
     reverted = await push(whole, "serve customers", {
         "modules/web.nix": page.replace("Hello", "Welcome"), "tests/web1/with-internet/50-payments": None,
         "tests/web2/post-switch/50-customer": BROKEN_AFTER})
@@ -163,7 +163,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
     claim("the page is in the cluster", await greeting() == "Hello")
 
-    title("7. Both change, and the release's own test fails: both go back, helm before terraform")
+    title("7. Both change, and the release's own test fails: both are reverted, helm before terraform")
     root, values, test = (more[name] for name in (ROOT, VALUES, TEST))
     failed = await push(whole, "another address, another page", {
         ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
