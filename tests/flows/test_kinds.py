@@ -112,7 +112,7 @@ async def test_nothing_is_rolled_out_without_the_verdict_on_that_very_target(fil
     assert files.there() == {}
 
 
-async def test_a_ledger_of_a_kind_that_is_not_known_is_told(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_ledger_of_a_kind_that_is_not_known_is_an_error(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     files.commit({"a": "one"})
     await files.reconcile()
     monkeypatch.delitem(kinds.KINDS, "file")

@@ -384,7 +384,7 @@ async def test_failing_test_of_a_chart_is_a_result(lab: Lab) -> None:
 
 
 async def test_value_that_is_left_out_again_has_its_default(lab: Lab) -> None:
-    await lab.upgrade(text="mine")
+    await lab.upgrade(text="by hand")
     (lab.tree / "helm/page/values.yaml").unlink()
     release = lab.release()
     assert release.values == ()

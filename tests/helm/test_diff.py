@@ -104,7 +104,7 @@ def test_difference_is_bounded() -> None:
     ("{x: null}", "{x: 5}"),
     ("{started: 2020-01-01, sign: =}", "{started: '2020-01-01', sign: '='}"),
 ])
-def test_what_is_only_written_another_way_or_not_stated_is_no_drift(stated: str, live: str) -> None:
+def test_what_is_only_written_differently_or_not_stated_is_no_drift(stated: str, live: str) -> None:
     assert drifted(deployment(stated), deployment(live) + "status: {x: 1}\n") == []
 
 

@@ -102,7 +102,7 @@ async def hosts(whole: Fleet) -> None:
     after = await whole.systems()
     claim("the run is green", first.state == "COMPLETED")
     claim("every machine runs what was rehearsed", all(whole.runs_its_good(name, after[name]) for name in ADDRESSES))
-    claim("which is a different system than it was installed with", all(before[name] != after[name] for name in ADDRESSES))
+    claim("which is not what it was installed with", all(before[name] != after[name] for name in ADDRESSES))
 
     title("2. A push that changes only the README: nothing is done")
     nothing = await push(whole, "say hello in the README", {"README.md": "# Hello\n"})
@@ -113,7 +113,7 @@ async def hosts(whole: Fleet) -> None:
 
     title("3. A change of the module that web1 and web2 share: only these two")
     page = (whole.work / "modules/web.nix").read_text()
-    shared = await push(whole, "another greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
+    shared = await push(whole, "a different greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
     changed = await whole.systems()
     claim("the run is green", shared.state == "COMPLETED")
     claim("web1 and web2 run a different system, gate is as it was",
@@ -165,7 +165,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 
     title("7. Both change, and the release's own test fails: both are reverted, helm before terraform")
     root, values, test = (more[name] for name in (ROOT, VALUES, TEST))
-    failed = await push(whole, "another address, another page", {
+    failed = await push(whole, "a different address and page", {
         ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
         TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n")})
     claim("the run is red, and says which test", failed.state == "FAILED" and "page-test" in failed.message)

@@ -400,7 +400,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
 
 
 @pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert", "stop"])
-async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
+async def test_a_toto_killed_at_any_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
     """In a build, while the closure is copied, right after the intent was written, while the host is reverted.
 
     And stopped in an orderly way during the smoke tests: as by the activation of the machine that toto runs on.

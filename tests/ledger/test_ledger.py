@@ -68,7 +68,7 @@ async def test_a_host_name_with_dots_is_its_own_entry(book: Ledger) -> None:
     assert list(book.read().entries) == [target]
 
 
-async def test_another_run_cannot_touch_a_target_with_an_open_intent(book: Ledger) -> None:
+async def test_a_different_run_cannot_touch_a_target_with_an_open_intent(book: Ledger) -> None:
     await book.write(WEB1, steps.intend(intent("run-1")), "one")
     before = book.read()
     with pytest.raises(TargetBusy, match="run-1"):

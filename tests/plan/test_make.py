@@ -181,7 +181,7 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
     other = await make(made.commit)
     assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
-    assert vm(other) != vm(made), "another sandbox key"
+    assert vm(other) != vm(made), "a different sandbox key"
 
 
 async def test_the_difference_of_two_closures_names_packages_and_units(

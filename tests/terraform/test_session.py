@@ -334,7 +334,7 @@ async def test_a_stale_plan_is_not_applied_and_a_new_one_may_be_the_same(fleet: 
 
 
 @needs_terraform
-async def test_a_plan_of_another_state_is_stale_as_well(fleet: Fleet) -> None:
+async def test_a_plan_of_a_different_state_is_stale_as_well(fleet: Fleet) -> None:
     await fleet.applied(data("a", "1"))
     session = await fleet.session(data("a", "2"))
     planned = await session.plan()

@@ -223,7 +223,7 @@ def _other_user(folder: Path) -> pwd.struct_passwd | None:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     raise DatabaseError(f"PostgreSQL does not run as root, and there is no user {' or '.join(SYSTEM_USERS)}",
-                        hint="useradd --system toto; or run toto as another user, or with --sqlite")
+                        hint="useradd --system toto; or run toto as a different user, or with --sqlite")
 
 
 def _seen(folder: Path) -> Path:
