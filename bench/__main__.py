@@ -1,4 +1,4 @@
-"""`make bench`: what toto costs, as one table of ratios. A row is a measure beside the thing that it is compared with.
+"""`make bench`: measures what toto costs, as one table of ratios. Each row compares a measure with a baseline.
 
 Add a row: an async function that yields `Row`s, listed in MEASURES. `python -m bench NAME…` runs some of them.
 """
@@ -20,7 +20,7 @@ Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Target]]
 
 
 async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
-    """A push until the flow's first line, and the hook alone, beside starting the same flow with Prefect's CLI."""
+    """A push until the flow's first line, and the hook alone, compared with starting the flow by Prefect's CLI."""
     async with postgres.running() as cluster:
         found = await latency.measure(folder / "postgresql", cluster.url)
     yield Row("push, until git returns", found.pushes, "the same push without a hook", found.bare_pushes)
@@ -28,10 +28,10 @@ async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
     yield Spread("push to first line", found.first_lines, 1.5)
     yield Row("  the same, 4 pushes at once, the last", found.crowds, "`prefect deployment run` alone", found.cli)
     yield Row("a flow run that does nothing, in all", found.whole_runs, "`python -c 'import prefect'`", found.imports)
-    trial = await latency.measure(folder / "sqlite")
-    yield Row("push, until the flow's first line, on SQLite", trial.first_lines, "the same, on PostgreSQL",
+    on_sqlite = await latency.measure(folder / "sqlite")
+    yield Row("push, until the flow's first line, on SQLite", on_sqlite.first_lines, "the same, on PostgreSQL",
               found.first_lines)
-    yield Spread("push to first line, on SQLite", trial.first_lines, 1.5)
+    yield Spread("push to first line, on SQLite", on_sqlite.first_lines, 1.5)
 
 
 MEASURES: Final[dict[str, Measure]] = {

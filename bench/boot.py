@@ -1,4 +1,4 @@
-"""From nothing to ssh: a sandbox by `toto.rehearsal.sandbox`, beside a lab machine that a test starts itself."""
+"""Measures a boot until ssh answers: a sandbox of toto, compared with a lab machine that a test starts itself."""
 
 import time
 from collections.abc import AsyncIterator
@@ -16,11 +16,11 @@ from toto.plan.host import HostOrder, build_vm
 from toto.rehearsal import acceleration, sandbox
 
 ROUNDS: Final = 2
-ADDRESS: Final = "127.0.1.99"  # not one of the demo's, which may run beside
+ADDRESS: Final = "127.0.1.99"  # not one of the demo's, which may run at the same time
 
 
 async def measure(folder: Path) -> AsyncIterator[Row]:
-    """One of each after the other; nothing else of ours runs meanwhile."""
+    """Start one of each, one after the other. Nothing else of toto runs meanwhile."""
     boxes: list[float] = []
     machines: list[float] = []
     async with known(folder / "fleet", 1) as it:

@@ -1,4 +1,4 @@
-"""Detect (`toto.plan.make.make`, no Prefect) beside bare `nix-instantiate` runs of the very same hosts."""
+"""Measures detect (`toto.plan.make.make`, without Prefect), compared with bare `nix-instantiate` of the same hosts."""
 
 import asyncio
 import contextlib
@@ -21,14 +21,14 @@ _MB: Final = 1 << 20
 
 @dataclass
 class Memory:
-    """Resident memory (MB) of the nix processes that this process has started: the peak of their sum, the largest."""
+    """Resident memory (MB) of this process's nix processes: the peak of their sum, and of the largest one."""
 
     sums: list[float] = field(default_factory=list)
     largest: list[float] = field(default_factory=list)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Look every 2 ms, for as long as the block lasts; one value more in each list."""
+        """Measure every 2 ms until the end of the block; add one value to each list."""
         stop = threading.Event()
         self.sums.append(0)
         self.largest.append(0)
@@ -63,7 +63,7 @@ async def _timed(times: list[float], work: Callable[[], Awaitable[object]]) -> N
 
 
 async def measure(folder: Path) -> AsyncIterator[Row]:
-    """For each number of hosts. A round has one of everything, so that the load of the machine hits all alike."""
+    """For each number of hosts. A round has one of everything, so that the machine's load affects all equally."""
     for count in COUNTS:
         async with known(folder / str(count), count) as fleet:
             everything = [await _new(fleet)] if count == COUNTS[-1] else []
@@ -76,7 +76,7 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
 
 
 async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:
-    mine: list[float] = []
+    toto: list[float] = []
     parallel: list[float] = []
     one_by_one: list[float] = []
     memory, bare_memory = Memory(), Memory()
@@ -84,16 +84,16 @@ async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:
     width = side_by_side()
     for number in range(ROUNDS):
         await _timed(parallel, partial(bare, fleet.files, width))
-        await _timed(mine, partial(fleet.plan, f"bench-{number}"))
+        await _timed(toto, partial(fleet.plan, f"bench-{number}"))
         await _timed(one_by_one, partial(bare, fleet.files, 1))
-    for number in range(3):  # rounds of their own: looking takes time
+    for number in range(3):  # separate rounds, because measuring memory takes time
         with bare_memory.watched():
             await bare(fleet.files, width)
         with memory.watched():
             await fleet.plan(f"bench-memory-{number}")
     name = f"detect, {count} host{'s' if count > 1 else ''}, nothing due"
-    yield Row(name, mine, f"nix-instantiate, {width} side by side", parallel)
-    yield Row(name, mine, "nix-instantiate, one by one", one_by_one)
+    yield Row(name, toto, f"nix-instantiate, {width} side by side", parallel)
+    yield Row(name, toto, "nix-instantiate, one by one", one_by_one)
     yield Row("  RSS of its nix processes, summed, peak", memory.sums, "the same of the bare runs",
               bare_memory.sums, "MB")
     yield Row("  RSS of its largest nix process", memory.largest, "the same of the bare runs", bare_memory.largest,
@@ -101,24 +101,24 @@ async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:
 
 
 async def _new(fleet: Known) -> Row:
-    """Everything is due: toplevels and VMs are evaluated."""
-    mine: list[float] = []
+    """All hosts are due: toplevels and VMs are evaluated."""
+    toto: list[float] = []
     twice: list[float] = []
     for number in range(3):
         await _timed(twice, partial(bare, fleet.files * 2, side_by_side()))
-        await _timed(mine, partial(fleet.plan, f"bench-new-{number}"))
-    return Row(f"detect, {len(fleet.files)} hosts, all new (systems and VMs)", mine,
+        await _timed(toto, partial(fleet.plan, f"bench-new-{number}"))
+    return Row(f"detect, {len(fleet.files)} hosts, all new (systems and VMs)", toto,
                "nix-instantiate, each host twice", twice)
 
 
 async def _process() -> Row:
-    """What toto's door to processes adds to one that does nothing."""
-    mine: list[float] = []
+    """What `toto.base.process` adds to the time of a process that does nothing."""
+    toto: list[float] = []
     bare_runs: list[float] = []
 
     async def plain() -> None:
         await (await asyncio.create_subprocess_exec("true")).wait()
     for _ in range(20):
-        await _timed(mine, partial(process.run, ["true"]))
+        await _timed(toto, partial(process.run, ["true"]))
         await _timed(bare_runs, plain)
-    return Row("a process that does nothing, by toto", mine, "by asyncio alone", bare_runs)
+    return Row("a process that does nothing, by toto", toto, "by asyncio alone", bare_runs)

@@ -1,4 +1,4 @@
-"""Infra repos of any number of lab hosts, and the bare evaluation of them that toto is held against."""
+"""Infra repos with any number of lab hosts, and their bare evaluation, which toto is compared with."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.kinds import kind_of
 
-BRANCH: Final = "bench"  # not the deployed one: its push starts nothing
+BRANCH: Final = "bench"  # not the deployed branch, so its push starts nothing
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Known:
         return [self.tree / host.file for host in hosts.in_files(self.tree)]
 
     async def plan(self, run: str) -> order.Plan:
-        """What `detect` does, without Prefect; what it wrote goes."""
+        """Do what `detect` does, without Prefect, and remove what it wrote."""
         async with runs.claimed(self.fleet.repo, run):
             return await plan.make(self.fleet.repo, self.commit, run)
 
@@ -65,7 +65,7 @@ def example(folder: Path, count: int) -> Path:
 
 @contextlib.asynccontextmanager
 async def known(folder: Path, count: int) -> AsyncIterator[Known]:
-    """A fleet of `count` hosts (no machine runs), with this process's environment set for it."""
+    """A fleet of `count` hosts without running machines. This process's environment is set for it."""
     await asyncio.to_thread(setup.setup)
     fleet = Fleet(folder)
     await fleet.prepare(example(folder / "example", count))
@@ -81,7 +81,7 @@ async def known(folder: Path, count: int) -> AsyncIterator[Known]:
 
 
 async def bare(files: Sequence[Path], at_once: int) -> None:
-    """`nix-instantiate` of every host as one types it by hand, `at_once` side by side."""
+    """Run `nix-instantiate` for every host, as one types it by hand, `at_once` side by side."""
     room = asyncio.Semaphore(at_once)
 
     async def one(file: Path) -> None:
@@ -96,5 +96,5 @@ async def bare(files: Sequence[Path], at_once: int) -> None:
 
 
 def side_by_side() -> int:
-    """As many as toto evaluates side by side on this machine."""
+    """How many hosts toto evaluates side by side on this machine."""
     return resources.at_once(Settings().nix.evaluate_memory)

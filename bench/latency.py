@@ -1,4 +1,4 @@
-"""How long a push waits, with a real Prefect, worker, hook and repository, and a flow of one line."""
+"""Measures how long a push waits, with a real Prefect, worker, hook and repository, and a flow of one line."""
 
 import asyncio
 import os
@@ -22,8 +22,11 @@ CROWD = 4
 
 @dataclass
 class Latency:
-    """Seconds, one entry a round. `cold` as `first_lines`, without a fork server; `crowds`: of several pushes at once,
-    until the last one's first line."""
+    """Seconds, one entry for each round.
+
+    `cold` is like `first_lines`, without a fork server. `crowds` is from the last of several quick pushes to its first
+    line.
+    """
 
     pushes: list[float] = field(default_factory=list)
     bare_pushes: list[float] = field(default_factory=list)
@@ -36,7 +39,7 @@ class Latency:
 
 
 async def measure(folder: Path, database_url: str | None = None) -> Latency:
-    """Push, look, and push again; one run at a time, and then several. Prefect's database is SQLite by default."""
+    """Push, wait for the run, and push again; then push several times at once. Prefect's default database is SQLite."""
     folder.mkdir()
     (folder / "flows").mkdir()
     (folder / "flows" / "reconcile.py").write_text(TINY_FLOW)
@@ -88,7 +91,7 @@ async def _round(clone: Path, bare: Path, hooked: Path, api: Api, found: Latency
 
 
 async def _crowd(clone: Path, hooked: Path, api: Api) -> float:
-    """Several pushes as fast as git takes them: seconds from the last to its first line."""
+    """Push several times as fast as git allows; the seconds from the last push to its first line."""
     for _ in range(CROWD):
         await _commit(clone)
         began = time.time()
@@ -101,14 +104,14 @@ async def _commit(clone: Path) -> None:
     await process.run(["git", "commit", "--quiet", "--allow-empty", "-m", "x"], cwd=clone, env=os.environ | who)
 
 
-def _run_of(told: str) -> str:
-    run = re.search(r"/runs/flow-run/(\S+)", told)
-    assert run, told
+def _run_of(output: str) -> str:
+    run = re.search(r"/runs/flow-run/(\S+)", output)
+    assert run, output
     return run[1]
 
 
 async def _first_line(api: Api, run: str) -> float:
-    """When the flow printed its first line, by its own clock. (Logs arrive in batches.)"""
+    """The time at which the flow printed its first line, by its own clock. (Logs arrive in batches.)"""
     wanted = {"logs": {"flow_run_id": {"any_": [run]}}}
     async with asyncio.timeout(60):
         while True:

@@ -1,4 +1,4 @@
-"""A whole run of `reconcile` that has nothing to do: real server, worker, hook and push, beside bare evaluation."""
+"""Measures a run of `reconcile` that has nothing to do, with real server, worker, hook and push."""
 
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +14,10 @@ ROUNDS: Final = 5
 
 
 async def measure(folder: Path) -> AsyncIterator[Row | Target]:
-    """Push a change of the README, again and again, to a fleet whose every host is as it should be. On PostgreSQL."""
+    """Push changes of the README to a fleet whose hosts are all as they should be, compared with bare evaluation.
+
+    Prefect's database is PostgreSQL.
+    """
     runs: list[float] = []
     pushes: list[float] = []
     bare_runs: list[float] = []

@@ -1,4 +1,4 @@
-"""A row of the table: a measure beside the thing that it is compared with."""
+"""The rows of the table: a measure and the baseline that it is compared with."""
 
 import statistics
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ HEAD = f"{'measure (medians)':<46}{'toto':>11}   {'beside':<42}{'':>11}   {'rati
 
 @dataclass(frozen=True)
 class Row:
-    """A measure (one value a round) and what it is held against, in the same unit."""
+    """A measure (one value for each round) and the baseline that it is compared with, in the same unit."""
 
     what: str
     values: list[float]
@@ -17,9 +17,9 @@ class Row:
     unit: str = "s"
 
     def __str__(self) -> str:
-        mine, theirs = statistics.median(self.values), statistics.median(self.others)
-        return (f"{self.what:<46}{self._shown(mine):>11}   {self.against:<42}{self._shown(theirs):>11}   "
-                f"{mine / theirs:6.2f}")
+        ours, theirs = statistics.median(self.values), statistics.median(self.others)
+        return (f"{self.what:<46}{self._shown(ours):>11}   {self.against:<42}{self._shown(theirs):>11}   "
+                f"{ours / theirs:6.2f}")
 
     def _shown(self, value: float) -> str:
         return f"{value:.3f} s" if self.unit == "s" else f"{value:.1f} {self.unit}"
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median and the 95th percentile of a measure (seconds), beside what was promised of the latter."""
+    """The median and the 95th percentile of a measure (seconds), and the target for the latter."""
 
     what: str
     values: list[float]
@@ -41,7 +41,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Target:
-    """Whether a row keeps within what was promised: at most `times` × the other + `plus`."""
+    """Whether a row meets its target: at most `times` × the baseline + `plus`, in the row's unit."""
 
     what: str
     row: Row
@@ -49,7 +49,7 @@ class Target:
     plus: float
 
     def __str__(self) -> str:
-        mine, theirs = statistics.median(self.row.values), statistics.median(self.row.others)
+        ours, theirs = statistics.median(self.row.values), statistics.median(self.row.others)
         limit = self.times * theirs + self.plus
         return (f"    target: {self.what} ≤ {self.times:g} × {theirs:.3f} s + {self.plus:g} s = {limit:.3f} s: "
-                f"{'held' if mine <= limit else 'NOT HELD'} ({mine:.3f} s)")
+                f"{'held' if ours <= limit else 'NOT HELD'} ({ours:.3f} s)")

@@ -1,7 +1,7 @@
-"""Prefect blocks: what belongs to the server, secrets above all, as saved, typed settings that also work unsaved.
+"""Prefect blocks: typed settings and secrets of the server. They are saved in Prefect, and also work unsaved.
 
-`prefect block register -m blocks` makes their forms known to the UI (toto's start does it). A secret is kept
-encrypted in Prefect's database, and shows in no log, repr or artifact.
+`prefect block register -m blocks` registers their forms in the UI; toto does so at each start. Secrets are encrypted in
+Prefect's database and appear in no log, repr or artifact.
 """
 
 from blocks.access import KubeAccess, SshIdentity, TerraformCredentials

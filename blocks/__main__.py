@@ -10,7 +10,7 @@ from toto.report.message import Message
 
 
 async def main() -> int:
-    """Exit status 1 when one was not reached."""
+    """Send the message to each venue; the exit status, 1 when one of them failed."""
     parser = argparse.ArgumentParser("python -m blocks", description="Send a test message to venues.")
     parser.add_argument("names", nargs="+", metavar="NAME", help="as in toto.toml and machines.yaml")
     message = Message(repo="test", state="done", summary="this is only a test: toto's messages arrive here")

@@ -1,4 +1,4 @@
-"""Blocks for what lets toto in: ssh, terraform, Kubernetes."""
+"""Blocks with the credentials that toto logs in with: ssh, terraform, Kubernetes."""
 
 import re
 from abc import ABC
@@ -15,11 +15,11 @@ from toto.base.errors import InputError
 
 
 class AccessBlock(TotoBlock, ABC):
-    """A block that works unsaved as well, by its defaults."""
+    """A block that also works unsaved, with its defaults."""
 
     @classmethod
     async def load_or_default(cls, name: str = "toto") -> Self:
-        """The saved block of this name, or its defaults where there is none. Raises `InputError`."""
+        """The saved block of this name, or the defaults when there is none. Raises `InputError`."""
         return await cls.saved(name) or cls()
 
 
@@ -43,14 +43,14 @@ class SshIdentity(AccessBlock):
         return SecretStr(f"{text}\n" if text else "")
 
     def file(self, directory: Path) -> Path | None:
-        """The key as a file: where it is kept, else written into `directory`; None for toto's own key."""
+        """The file of the key: the block's path, or a new file in `directory`; None for toto's own key."""
         if text := self.private_key.get_secret_value():
             return files.write(directory / "identity", text)
         return Path(self.path).expanduser() if self.path else None
 
 
 class TerraformCredentials(AccessBlock):
-    """Environment variables for terraform: what its providers and its backend log in with."""
+    """Environment variables for terraform, with which its providers and its backend log in."""
 
     _block_type_name: ClassVar[str] = "Toto terraform credentials"
 
@@ -67,12 +67,12 @@ class TerraformCredentials(AccessBlock):
         return variables
 
     def environment(self) -> dict[str, str]:
-        """The variables. Every value is a secret."""
+        """The variables by name. Every value is a secret."""
         return dict(self.variables.get_secret_value())
 
 
 class KubeAccess(AccessBlock):
-    """A Kubernetes cluster to which helm deploys. Without it, the kubeconfig of toto's user."""
+    """A Kubernetes cluster that helm deploys to. Without this block, helm uses the kubeconfig of toto's user."""
 
     _block_type_name: ClassVar[str] = "Toto kube access"
 
@@ -80,7 +80,7 @@ class KubeAccess(AccessBlock):
         default=SecretStr(""), title="Kubeconfig",
         description="Its text: `kubectl config view --raw --flatten --minify`. Leave it empty to name a file instead.")
     path: str = Field(default="", title="Path", description="The file of the kubeconfig on toto, when it is there.")
-    context: str = Field(default="", title="Context", description="The context in it; its current one, when empty.")
+    context: str = Field(default="", title="Context", description="The context to use; empty: the current one.")
 
     @field_validator("kubeconfig")
     @classmethod
@@ -95,9 +95,9 @@ class KubeAccess(AccessBlock):
         return SecretStr(f"{text}\n" if text else "")
 
     def file(self, directory: Path) -> Path | None:
-        """The kubeconfig as a file: where it is kept, else written into `directory`; None for kubectl's own.
+        """The file of the kubeconfig: the block's path, or a new file in `directory`; None for kubectl's own.
 
-        Raises `InputError` for a context that is not in it.
+        Raises `InputError` when the kubeconfig does not have the context.
         """
         path = Path(self.path).expanduser() if self.path else None
         text = self.kubeconfig.get_secret_value()
@@ -107,6 +107,6 @@ class KubeAccess(AccessBlock):
             if self.context not in known:
                 raise InputError(f"there is no context {self.context!r} in the kubeconfig",
                                  target=f"block {self.get_block_type_slug()}",
-                                 hint=f"it has {', '.join(known) or 'none'}; mend the block in the UI, under Blocks")
+                                 hint=f"it has {', '.join(known) or 'none'}; fix the block in the UI, under Blocks")
             text = yaml.safe_dump(config | {"current-context": self.context})
         return files.write(directory / "kubeconfig", text) if text else path

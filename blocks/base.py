@@ -1,4 +1,4 @@
-"""What toto's blocks have in common: loading, and errors that show no secret."""
+"""The base of toto's blocks: loads them, and reports errors without secrets."""
 
 from abc import ABC
 from typing import ClassVar, Self
@@ -10,22 +10,22 @@ from toto.base.errors import InputError
 
 
 class TotoBlock(Block, ABC):
-    """A block of toto's."""
+    """The base class of toto's blocks."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(hide_input_in_errors=True)
 
     @classmethod
     async def saved(cls, name: str) -> Self | None:
-        """The saved block of this name, None where there is none. Raises `InputError` for one that is not right."""
+        """The saved block of this name; None when there is none. Raises `InputError` when its values are wrong."""
         try:
             return await cls.aload(name)
-        except ValueError:  # what Prefect says of a block that is not there
+        except ValueError:  # Prefect raises it for a block that does not exist
             return None
-        except RuntimeError as error:  # what it says of one that does not validate
+        except RuntimeError as error:  # Prefect raises it for a block that does not validate
             if not isinstance(error.__cause__, ValidationError):
                 raise
             wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
                               for each in error.__cause__.errors(include_input=False, include_context=False,
                                                                  include_url=False))
             raise InputError(wrong, target=f"block {cls.get_block_type_slug()}/{name}",
-                             hint="mend it in the UI, under Blocks") from None
+                             hint="fix it in the UI, under Blocks") from None

@@ -1,4 +1,4 @@
-"""Blocks for venues: what a name in `venues` of toto.toml or machines.yaml stands for."""
+"""Blocks for venues: each gives a name in `venues` of toto.toml or machines.yaml its address and secret."""
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -11,7 +11,7 @@ from toto.infra_repo.settings import is_mail_address, is_venue_name
 from toto.report import venues
 from toto.report.venues import Security, VenueFailed
 
-PUSHER: Final = "pusher"  # the mail venue by which pushers get the result of their push
+PUSHER: Final = "pusher"  # the mail venue that sends pushers the result of their push
 
 
 def _checked(url: SecretStr) -> SecretStr:
@@ -22,20 +22,20 @@ def _checked(url: SecretStr) -> SecretStr:
 
 
 class VenueBlock(TotoBlock, ABC):
-    """A venue, saved under the name that toto.toml and machines.yaml call it by."""
+    """A venue, saved under the name that toto.toml and machines.yaml use."""
 
     @abstractmethod
     def venue(self, name: str) -> venues.Venue:
-        """What sends to it."""
+        """The sender for this venue; `name` is the block's, for messages."""
 
 
 class SlackVenue(VenueBlock):
-    """A Slack channel, or one of Mattermost, Rocket.Chat or Discord, through an incoming webhook."""
+    """A channel of Slack, Mattermost, Rocket.Chat or Discord, through an incoming webhook."""
 
     _block_type_name: ClassVar[str] = "Toto venue: Slack"
 
     url: SecretStr = Field(title="Webhook address", description="Such as https://hooks.slack.com/services/T…/B…/…; "
-                                                                "whoever knows it can post to the channel.")
+                                                                "everybody who knows it can post to the channel.")
     _url = field_validator("url")(_checked)
 
     def venue(self, name: str) -> venues.Slack:
@@ -43,7 +43,7 @@ class SlackVenue(VenueBlock):
 
 
 class MailVenue(VenueBlock):
-    """Mail. The one saved under the name `pusher` sends the result of a push to who pushed it."""
+    """Mail. The block named `pusher` sends the result of a push to the person who pushed."""
 
     _block_type_name: ClassVar[str] = "Toto venue: mail"
 
@@ -51,10 +51,10 @@ class MailVenue(VenueBlock):
     security: Security = Field(
         default="starttls", title="Security",
         description="starttls (port 587), tls from the start (port 465), or none: only for a server on toto itself.")
-    port: int = Field(default=0, ge=0, le=65535, title="Port", description="0: the usual one.")
+    port: int = Field(default=0, ge=0, le=65535, title="Port", description="0: the usual port for this security.")
     sender: str = Field(title="From", description="The address that mail comes from.")
     to: list[str] = Field(default_factory=list, title="To", description=(
-        'The addresses that mail goes to, as JSON: ["ops@example.org"]. Not needed for `pusher`.'))
+        'The addresses that mail goes to, as JSON: ["ops@example.org"]. `pusher` does not need any.'))
     user: str = Field(default="", title="User", description="To log in with; empty: no login.")
     password: SecretStr = Field(default=SecretStr(""), title="Password", description="To log in with.")
 
@@ -75,10 +75,10 @@ class WebhookVenue(VenueBlock):
 
     _block_type_name: ClassVar[str] = "Toto venue: webhook"
 
-    url: SecretStr = Field(title="Address", description="Where the JSON is posted to.")
+    url: SecretStr = Field(title="Address", description="The address that toto posts the JSON to.")
     secret: SecretStr = Field(
         default=SecretStr(""), title="Secret",
-        description="Signs the body: X-Hub-Signature-256 is its HMAC, as of GitHub's webhooks. Empty: no signature.")
+        description="Signs the body: X-Hub-Signature-256 is its HMAC, as in GitHub's webhooks. Empty: no signature.")
     _url = field_validator("url")(_checked)
 
     def venue(self, name: str) -> venues.Webhook:
@@ -86,12 +86,12 @@ class WebhookVenue(VenueBlock):
 
 
 class NtfyVenue(VenueBlock):
-    """A topic of ntfy: push messages on phones."""
+    """A topic of ntfy, for push messages on phones."""
 
     _block_type_name: ClassVar[str] = "Toto venue: ntfy"
 
     url: SecretStr = Field(title="Address of the topic", description="Such as https://ntfy.sh/TOPIC; "
-                                                                     "whoever knows it can read and post.")
+                                                                     "everybody who knows it can read and post.")
     token: SecretStr = Field(default=SecretStr(""), title="Access token", description="Empty: none.")
     _url = field_validator("url")(_checked)
 
@@ -103,21 +103,22 @@ KINDS: Final[tuple[type[VenueBlock], ...]] = (SlackVenue, MailVenue, WebhookVenu
 
 
 async def pusher(address: str) -> venues.Mail:
-    """What sends mail to a pusher: the mail venue `pusher`. Raises `VenueFailed`, `InputError`."""
+    """The sender for mail to a pusher: the mail venue `pusher`. Raises `VenueFailed`, `InputError`."""
     block = await MailVenue.saved(PUSHER)
     if block is None:
         raise VenueFailed("there is no mail venue of this name", target=PUSHER,
-                          hint="save a block `Toto venue: mail` under it in the UI, or leave out venues.mail_pusher")
+                          hint="save a block `Toto venue: mail` under this name in the UI, or leave out "
+                               "venues.mail_pusher")
     return replace(block.venue(PUSHER), to=(address,))
 
 
 async def named(name: str) -> list[venues.Venue]:
-    """What sends to the venue of this name: every venue block that is saved under it.
+    """The senders for a venue name: one for each venue block that is saved under it.
 
-    Raises `VenueFailed` where there is none, `InputError` for a block that is not right.
+    Raises `VenueFailed` when there is none, `InputError` when a block's values are wrong.
     """
     if not is_venue_name(name):
-        raise VenueFailed("is no venue's name: lower-case letters, digits and '-'", target=name)
+        raise VenueFailed("is not a venue's name: use lower-case letters, digits and '-'", target=name)
     found = [block.venue(name) for kind in KINDS if (block := await kind.saved(name)) is not None]
     if not found:
         raise VenueFailed("there is no venue of this name", target=name,

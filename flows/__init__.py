@@ -1,1 +1,1 @@
-"""The DAG. A flow reads like the paragraph that describes it; no subprocess and no parsing here."""
+"""The flows: the DAG of each kind of run. A flow reads like the text that describes it; it only calls tasks."""

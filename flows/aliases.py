@@ -1,4 +1,4 @@
-"""Reconcile as callers of toto 0.1.0 know it: `again` is what they call `force`. For the old names of deployments."""
+"""The flow reconcile with the parameter names of toto 0.1.0 (`again` for `force`), for the old deployment names."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from toto.report.venues import Origin
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
                     plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
                     force: bool = False, venues: list[str] | None = None, again: bool = False) -> State[None]:
-    """Make the fleet become what a commit of an infra repo says; revert everything when it goes wrong.
+    """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
     Args:
         repo: the bare infra repo on toto.
@@ -26,8 +26,8 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
-        force: deploy the targets though nothing of them has changed: to mend what was changed outside.
-        venues: who is notified of the result besides the usual ones, by the names of the venue blocks.
+        force: also deploy targets that have not changed, to undo what was changed outside.
+        venues: names of venue blocks that are notified of the result besides the usual ones.
         again: the old name of `force`.
     """
     return await new.reconcile.fn(repo, commit, origin, only, plan_only, rehearse_only, override,

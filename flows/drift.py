@@ -1,4 +1,4 @@
-"""Drift: what was changed in the world without toto, reported and not touched."""
+"""Drift: find what was changed without toto, and report it. Nothing is touched."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from toto.report.venues import Origin
 
 @flow(name="drift", flow_run_name=names.of_flow, persist_result=False)
 async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = None) -> State[None]:
-    """Compare every terraform root and every release in the world with what its last good commit wants.
+    """Compare every terraform root and every release with what its last good commit wants.
 
-    Nothing is applied. To make it what it was: `reconcile` with `force`, and the target in `only`.
+    Nothing is applied. To undo a change, start `reconcile` with `force` and the target in `only`.
 
     Args:
         repo: the bare infra repo on toto.
         origin: what started this run.
-        venues: who is notified of the result besides the usual ones, by the names of the venue blocks.
+        venues: names of venue blocks that are notified of the result besides the usual ones.
     """
     run = str(runtime.flow_run.id)
     async with cancelled_by_sigterm(), runs.claimed(repo, run):
@@ -56,6 +56,6 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
 
 @task(name="drift", task_run_name="drift", cache_policy=NO_CACHE)
 async def drift_of(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
-    """What was changed outside in one target, a line a change. Raises `TotoError`."""
+    """What was changed outside toto in one target, one line for each change. Raises `TotoError`."""
     find = steps_of(target).drift
     return await find(repo, run, target, good) if find else []

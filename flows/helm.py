@@ -1,4 +1,4 @@
-"""One helm release: its difference in the rehearsal, its roll-out, its way back."""
+"""The steps of one helm release: rehearse, roll out, revert, find drift."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
 
 @flow(name="roll out release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: ReleaseOrder, verdict: Verdict[Difference]) -> Literal["deployed", "recorded"]:
-    """Upgrade the release, run its own tests, and record its revision. No difference: it is recorded only."""
+    """Upgrade the release, run its own tests, and record its revision. Without a difference it is only recorded."""
     verdict.check(order)
     helm = await connect(order.repo, order.run)
     now = await inspect(order, helm)

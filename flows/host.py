@@ -1,4 +1,4 @@
-"""One host: its rehearsal, its roll-out, its way back."""
+"""The steps of one host: rehearse, roll out, revert."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ __all__ = ["rehearse", "revert", "roll_out"]
 
 @flow(name="rehearse host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
-    """Build the host and its VM, and test it in there: first without internet, then with it."""
+    """Build the host and its VM, and test it in the VM: first without internet, then with it."""
     system = await build_system(order)
     vm = await build_vm(order)
     difference = await show_difference(order, wait_for=[system])
@@ -32,7 +32,7 @@ async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
 @flow(name="roll out host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified",
                                                                                     "unreachable"]:
-    """Bring the rehearsed closure to the machine: activate, test, make it permanent, test again, record."""
+    """Copy the rehearsed closure to the machine, activate it, test, make it permanent, test again, and record it."""
     verdict.check(order)
     machine, settings = order.machine, order.settings.roll_out
     assert machine is not None

@@ -1,4 +1,4 @@
-"""The table of kinds: what toto does with a target of each. What a kind is, `toto.plan.kinds` says."""
+"""The table of kinds and their steps: how toto rehearses, rolls out and reverts a target (see `toto.plan.kinds`)."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ Outcome: TypeAlias = Literal["deployed", "verified", "recorded", "unreachable"]
 
 @dataclass(frozen=True)
 class Steps:
-    """What is done with a target of one kind. `stage` is the name of the stage in which they are rolled out.
+    """The steps for targets of one kind. `stage` is the name of the stage that rolls them out.
 
-    `rehearse` and `roll_out` are subflows, given an order in `quote`: without it Prefect draws edges to whatever the
-    order holds. `roll_out` takes the verdict of the rehearsal, and nothing is rolled out without one. `revert` closes
-    the intent that is open on the target, and says what the target is now. `drift` is what was changed outside since
-    the last good, a line a change; None for a kind whose drift toto does not look for. Each raises `TotoError`.
+    `rehearse` and `roll_out` are subflows that get an order in `quote`; without it Prefect would draw edges from
+    everything that the order contains. `roll_out` also gets the verdict of the rehearsal: nothing is rolled out without
+    one. `revert` closes the open intent on the target and returns what the target is now, in words. `drift` returns
+    what was changed outside toto since the last good, one line for each change; it is None when toto does not check the
+    kind for drift. Each raises `TotoError`.
     """
 
     stage: str

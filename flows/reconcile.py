@@ -1,4 +1,4 @@
-"""Reconcile: make the fleet agree with a commit: detect, rehearse, roll out, record; revert when it goes wrong."""
+"""Reconcile makes the fleet agree with a commit: detect, rehearse, roll out, record; revert when something fails."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from toto.report.venues import Origin
 async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
                     plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
                     force: bool = False, venues: list[str] | None = None) -> State[None]:
-    """Make the fleet become what a commit of an infra repo says; revert everything when it goes wrong.
+    """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
     Args:
         repo: the bare infra repo on toto.
@@ -30,8 +30,8 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
-        force: deploy the targets though nothing of them has changed: to mend what was changed outside.
-        venues: who is notified of the result besides the usual ones, by the names of the venue blocks.
+        force: also deploy targets that have not changed, to undo what was changed outside.
+        venues: names of venue blocks that are notified of the result besides the usual ones.
     """
     return await carry_out(Request(
         repo=repo, commit=git.resolve(repo, commit or "HEAD"), origin=origin, only=tuple(only or ()),
@@ -40,12 +40,12 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
 
 
 async def _stages(run: Run) -> Run:
-    """What a run does, from top to bottom. Each stage takes what the one before returned; one without work is left out.
+    """The stages of a run, in order. Each takes what the one before returned; a stage without work is left out.
 
-    Raises `Superseded` or `Outdated`, with nothing touched.
+    Raises `Superseded` or `Outdated`; then nothing was touched.
     """
     if run.finds_open_intents:
-        await settle(run.repo, return_state=True)  # what could not be reverted is met again below
+        await settle(run.repo, return_state=True)  # the roll-out below handles what could not be reverted
     run = await detect(run)
     if run.rehearses:
         run = await rehearse(run)

@@ -1,4 +1,4 @@
-"""Revert what a run touched, in reverse order, each target on its own. And settle what a dead run left open."""
+"""Revert what a run touched, in reverse order, each target on its own; settle what dead runs left open."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +26,12 @@ from toto.ledger.target import Target
 from toto.report.message import names
 from toto.report.report import Reverted, revert_words
 
-HEALING = 60  # seconds that a machine may take to go back by itself, once its watchdog has decided to
+HEALING = 60  # seconds that a machine may take to revert itself after its watchdog has decided to
 
 
 @stage("revert", lambda run: names([each.label for each in run.to_revert]))
 async def revert(run: Run) -> None:
-    """Revert what a run touched. All intents first: whatever happens now, the next run finds each of them."""
+    """Revert what a run touched. All intents are opened first, so that the next run finds each of them in any case."""
     entries = Ledger(run.repo).read()
     reverting: list[Target] = []
     for target in run.to_revert:
@@ -43,10 +43,11 @@ async def revert(run: Run) -> None:
         except (TotoError, OSError) as error:
             half_done = entry.intent is not None and entry.intent.run == run.id
             if isinstance(error, LostTarget) or not half_done:
-                # It passed its tests, or is another run's: what it runs and what the ledger says stay the same.
+                # It passed its tests, or a different run has it: what it runs and what the ledger says stay the same.
                 run.report.reverted.append(Reverted(target.label, error=str(error)))
                 continue
-            get_run_logger().error("%s is reverted, though the ledger could not be told: %s", target.label, error)
+            get_run_logger().error("%s: toto reverts it, although it could not write the ledger: %s", target.label,
+                                   error)
         reverting.append(target)
     patience = run.plan.settings.roll_out.confirm_timeout + HEALING
     with run.report.timed(names([each.label for each in run.to_revert]), "revert"):
@@ -56,7 +57,7 @@ async def revert(run: Run) -> None:
 
 
 async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
-    """Revert one target after the other; one failure stops no other."""
+    """Revert one target after the other. A failure does not stop the others."""
     results = []
     for each in reversals:
         label = each.target.label
@@ -69,17 +70,17 @@ async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
 
 @task(name="revert", task_run_name="revert", cache_policy=NO_CACHE)
 async def revert_target(reversal: Reversal) -> str:
-    """Revert one target by the steps of its kind; what it is now, in words. Raises `TotoError`."""
+    """Revert a target by its kind's step; return what it is now, in words. Raises `TotoError`."""
     return await steps_of(reversal.target).revert(reversal)
 
 
 @flow(name="settle", flow_run_name=run_names.of_flow, persist_result=False, on_crashed=[retry_settle])
 async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
-    """Revert every target whose run died before it was done with it. Waits for a run that is rolling out.
+    """Revert every target that a dead run left half done. Waits for a run that is rolling out.
 
     Args:
         repo: the bare infra repo on toto.
-        died: runs that have died: whoever would have been notified of their ends is notified of that.
+        died: runs that have died; people are notified of that, the same as of the ends of the runs.
     """
     run = str(runtime.flow_run.root_flow_run_id or runtime.flow_run.id)
     async with cancelled_by_sigterm(), runs.claimed(repo, run), one_roll_out(repo, run):
@@ -91,7 +92,7 @@ async def settle(repo: Path, died: list[UUID] | None = None) -> State[None]:
 
 
 async def settle_first(repo: Path, run: str) -> list[Reverted]:
-    """Settle what dead runs left open, for a run that has the roll-out slot already."""
+    """Settle what dead runs left open, for a run that already has the roll-out slot."""
     return await _settle_first(repo, run) if Ledger(repo).read().open_intents else []
 
 

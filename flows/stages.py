@@ -1,4 +1,4 @@
-"""The stages of a reconcile: each takes the run, adds what it found, and returns it."""
+"""The stages of a reconcile. Each takes the run, adds its results, and returns it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -43,7 +43,7 @@ async def _detect(run: Run) -> None:
 
 
 async def rehearse(run: Run) -> Run:
-    """Rehearse every changed target. Raises `Superseded`."""
+    """Rehearse all changed targets, side by side. Raises `Superseded`."""
     return await run.unless_superseded(_rehearse(run))
 
 
@@ -68,13 +68,13 @@ async def _rehearse(run: Run) -> None:
 
 async def _verdict(order: Order) -> Verdict[object]:
     if order.change.action is Action.RECORD:
-        return Verdict.waived(order, by="toto", why="the very same closure is deployed already")
+        return Verdict.waived(order, by="toto", why="exactly the same closure is already deployed")
     return await steps_of(order.target).rehearse(quote(order))
 
 
 @asynccontextmanager
 async def the_roll_out(run: Run) -> AsyncIterator[None]:
-    """Hold the one roll-out slot of the repo, with all settled that dead runs left.
+    """Hold the only roll-out slot of the repo, and settle what dead runs left before the block begins.
 
     Raises `Superseded`, or `Outdated` when what is deployed has changed since the plan was made.
     """
@@ -82,7 +82,7 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
         await run.check_superseded()
         paths.require_room(run.repo)
         for left in await settle_first(run.repo, run.id):
-            if left.error:  # a target that could not be reverted is not deployed over
+            if left.error:  # toto does not deploy over a target that could not be reverted
                 run.report.failure(left.target, "settling", TotoError(left.error))
         run.check_plan()
         yield
@@ -129,7 +129,7 @@ async def _roll_out(kind: str, run: Run) -> None:
 
 
 async def notify(run: Run) -> Run:
-    """Show the report, and notify whoever the result is news to."""
+    """Show the report, and notify everybody for whom the result is news."""
     await report.show_report(run.report)
     if not run.request.plan_only:
         await send(run.repo, run.request.commit, run.report, run.request.origin, run.request.venues,

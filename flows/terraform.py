@@ -1,4 +1,4 @@
-"""One terraform root: its plan in the rehearsal, the roll-out of that very plan, its way back."""
+"""The steps of one terraform root: rehearse (make a plan), roll out (apply exactly that plan), revert, find drift."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ __all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 
 @flow(name="rehearse root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def rehearse(order: RootOrder) -> Verdict[Planned]:
-    """Plan the root, and keep the plan: nothing else is applied later."""
+    """Plan the root and keep the plan: the roll-out applies exactly this plan."""
     planned = await plan_root(order)
     return Verdict.passed(order, planned, summary=planned.summary, difference=str(planned),
                           question=order.question(planned))
@@ -24,11 +24,11 @@ async def rehearse(order: RootOrder) -> Verdict[Planned]:
 
 @flow(name="roll out root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: RootOrder, verdict: Verdict[Planned]) -> Literal["deployed", "recorded"]:
-    """Apply the plan that was rehearsed, and record it. An empty plan is recorded, and nothing is applied."""
+    """Apply the plan of the rehearsal and record it. An empty plan is only recorded."""
     verdict.check(order)
     planned = verdict.found
     if planned is None:
-        raise TotoError("it has no plan, and nothing else is applied", target=order.label)
+        raise TotoError("its rehearsal left no plan, and toto applies nothing else", target=order.label)
     before = planned.before
     if planned.empty:
         await record_verified(order, serial=before.serial)

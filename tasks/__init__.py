@@ -1,4 +1,4 @@
-"""Prefect tasks: names, cache keys, retries, timeouts and concurrency around one verb of `toto` each."""
+"""Prefect tasks: each adds a name, and cache key, retries, timeout or concurrency, to one operation of `toto`."""
 
 import asyncio
 import logging
@@ -16,11 +16,11 @@ from prefect.utilities import engine as prefect_engine
 
 from toto.base.errors import TotoError
 
-LINES: Final = 400  # of one step's output that reach the run's log; each is a row in Prefect's database
+LINES: Final = 400  # of one step's output in the run's log; each is a row in Prefect's database
 
 
 def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
-    """A sink that writes a step's output to the run's log: its first `most` lines, then a word about the rest."""
+    """A function that writes lines to the run's log: the first `most`, then a note that the others are left out."""
     logger = get_run_logger()
     count = 0
 
@@ -36,16 +36,16 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
 
 
 class Done:
-    """What a step returns that has nothing to say: the next step names it in `wait_for`, which draws the edge."""
+    """The result of a step without a result: the next step has it in `wait_for`, which draws the edge in the graph."""
 
 
 T = TypeVar("T")
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What each coroutine returns, all run side by side. Raises the first error, when all have come to their end.
+    """Run coroutines side by side and return their results. Raises the first error, after all of them have ended.
 
-    (Bare `asyncio.gather` leaves the others at work when one is cancelled.)
+    (Plain `asyncio.gather` leaves the others running when one is cancelled.)
     """
     results = await asyncio.gather(*work, return_exceptions=True)
     for each in results:
@@ -55,11 +55,11 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 _listening: ContextVar[bool] = ContextVar("listening", default=False)
-_blocks = 0  # how many blocks of `cancelled_by_sigterm` this process is in
+_blocks = 0  # the number of blocks of `cancelled_by_sigterm` that this process is in
 
 
 def _on_sigterm(number: int, *_: object) -> None:
-    """In place of Prefect's handler, which each subflow installs anew: in a block, asyncio's own is told as well."""
+    """Replaces Prefect's handler, which each subflow installs again. Inside a block, asyncio's own handler acts."""
     if not _blocks:
         raise TerminationSignal(signal=number)
 
@@ -69,12 +69,12 @@ prefect_engine._prefect_sigterm_handler = _on_sigterm  # type: ignore[assignment
 
 @asynccontextmanager
 async def cancelled_by_sigterm() -> AsyncIterator[None]:
-    """Turn SIGTERM, by which Prefect's worker cancels a run, into a cancel of the calling asyncio task.
+    """Turn SIGTERM, with which Prefect's worker cancels a run, into a cancel of the calling asyncio task.
 
-    Prefect's own handler raises in whatever code runs at that moment. When that is a callback of the event loop the
-    signal is lost and a cancelled roll-out goes on; when it is the loop itself, the loop ends, and what the run would
-    clean up meets a closed client. Does nothing within another such block (the outermost flow is what is cancelled),
-    nor outside the main thread.
+    Prefect's own handler raises in whatever code runs at that moment. In a callback of the event loop the signal is
+    lost, and a cancelled roll-out goes on; in the loop itself the loop ends, and the run cannot clean up, because its
+    client is closed. Nested blocks do nothing (the outermost flow is cancelled); neither do blocks outside the main
+    thread.
     """
     task = asyncio.current_task()
     if task is None or _listening.get() or threading.current_thread() is not threading.main_thread():
@@ -92,7 +92,7 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     token = _listening.set(True)
     _blocks += 1
-    # Prefect's own handler (as we have it) from the start: by that its worker knows that a cancel is understood.
+    # Install Prefect's handler (our version) from the start: its worker checks that to see whether a cancel works.
     signal.signal(signal.SIGTERM, prefect_engine._prefect_sigterm_handler)
     signal.siginterrupt(signal.SIGTERM, False)
     try:
@@ -100,7 +100,7 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not terminated:
             raise
-        # All below has been cleaned up; from here on the engine goes by the signal, which is a cancel or a stop to it.
+        # Everything below has cleaned up. The engine takes the signal for a cancel or a stop.
         task.uncancel()
         raise TerminationSignal(signal=signal.SIGTERM) from None
     finally:
@@ -111,10 +111,10 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
 
 
 class _Readable(logging.Filter):
-    """Leaves in a run's log what a person reads there.
+    """Keeps a run's log readable for people.
 
-    No traceback of an error that the operator can read and act on, and no word of each step that just went well:
-    the graph above the log shows those.
+    It removes tracebacks of errors that an operator can understand without them, and the line for each step that
+    succeeded, because the graph above the log shows those.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

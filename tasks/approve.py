@@ -1,4 +1,4 @@
-"""A person's word before something that cannot be taken back: the run pauses in the UI until it is given."""
+"""Approve: a person must agree before something that cannot be undone. The run pauses in the UI until they answer."""
 
 import uuid
 
@@ -15,25 +15,26 @@ from tasks.run import Run
 from toto.base.errors import TotoError
 from toto.plan.verdict import Question
 
-POLL = 2  # seconds between two looks for the answer
+POLL = 2  # seconds between two checks for the answer
 
 
 class NotApproved(TotoError):
-    """Nobody approved it in time, or somebody said no."""
+    """Nobody approved a plan in time, or somebody refused it."""
 
 
 class Approval(RunInput):
-    """What a person answers in the UI's Resume form."""
+    """The Resume form in the UI."""
 
     approve: bool = Field(default=False, title="Apply this plan", description="off: nothing is touched at all")
-    by: str = Field(default="", title="Your name", description="goes to the run's log")
+    by: str = Field(default="", title="Your name", description="appears in the run's log")
 
 
 async def approve(run: Run) -> Run:
-    """Ask a person about each target whose verdict has a question. No: that is a failure like any other.
+    """Ask a person about each target whose verdict has a question. A refusal is a failure like any other.
 
-    It is the run itself that pauses, and no subflow, so that the list of runs shows it and Resume is on its page;
-    a task then stands for the stage in the graph. Nothing has been touched yet, and no other run is kept waiting.
+    The run itself pauses, not a subflow, so that the list of runs shows it and Resume is on the run's page. A task
+    represents the stage in the graph. Nothing has been touched yet, and no other run has to wait.
+    Raises `Superseded`.
     """
     async def ask_all() -> None:
         for label, verdict in run.verdicts.items():
@@ -49,7 +50,7 @@ async def approve(run: Run) -> Run:
 
 
 async def _ask(label: str, question: Question) -> str:
-    """Who approved it. Raises `NotApproved`."""
+    """Ask a person and return the name of who approved. Raises `NotApproved`."""
     form = Approval.with_initial_data(description=f"# {label}\n{fenced(question.text)}")
     get_run_logger().warning("%s: waiting up to %.0f s for an approval: press Resume on this run's page", label,
                              question.seconds)
@@ -66,7 +67,7 @@ async def _ask(label: str, question: Question) -> str:
 
 @task(name="approve", task_run_name="approve", cache_policy=NO_CACHE)
 async def _approved(run: Run, answers: dict[str, str]) -> Run:
-    """Write down who approved what."""
+    """Log who approved what."""
     for label, who in answers.items():
         get_run_logger().info("%s: approved by %s", label, who)
     return run

@@ -1,4 +1,4 @@
-"""Detect: from a commit to a plan. Nothing outside toto is touched, no machine is connected to."""
+"""Detect: make the plan of a commit. Nothing outside toto is touched, and toto connects to no machine."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from toto.plan.kind import Found, Kind, Source
 
 
 async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """What a commit wants of one target, in a task of its own where that takes an evaluation."""
+    """What a commit wants a target to be; in a task of its own when that needs an evaluation. Raises `TotoError`."""
     if not kind.evaluated:
         return await kind.identify(source, found)
     return await evaluate.with_options(task_run_name=f"evaluate {found.target.label}")(kind, source, found)
@@ -22,12 +22,12 @@ async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desire
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
 async def evaluate(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """One target's desired identity, evaluated in a process of its own."""
+    """What a commit wants a target to be, evaluated in a process of its own. Raises `TotoError`."""
     return await make.identify(kind, source, found)
 
 
 def clean_up(repo: Path) -> None:
-    """End processes and remove directories whose toto is no longer alive."""
+    """End the processes and remove the directories of runs that have died."""
     killed, removed = process.clean_up(), runs.clean_up(repo)
     if killed or removed:
         get_run_logger().warning("ended %s processes and removed %s directories of runs that had died",

@@ -27,14 +27,14 @@ from toto.plan.release import DeployedRelease, ReleaseBefore, ReleaseOrder
 
 
 class TestsFailed(TotoError):
-    """The chart's own tests did not pass; the message has what they said."""
+    """The chart's own tests failed. The message has their output."""
 
 
 async def connect(repo: Path, run: str) -> Helm:
-    """helm, and the cluster of the block `toto` (else of the environment's kubeconfig)."""
+    """helm with the cluster of the block `toto`, or else of the environment's kubeconfig. Raises `InputError`."""
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # A folder of its own for each: releases are rehearsed side by side.
+    # Each gets its own folder, since releases are rehearsed side by side.
     return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
 
 
@@ -56,7 +56,7 @@ async def compare(order: ReleaseOrder) -> Difference:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a release is now: what it is reverted to, and whether it is `whole` as it is."""
+    """The state of a release now: `before` is what a revert would go back to, `whole` whether it is deployed."""
 
     before: ReleaseBefore
     whole: bool
@@ -64,7 +64,10 @@ class Inspected:
 
 @task(name="inspect the release", task_run_name="inspect the release", cache_policy=NO_CACHE)
 async def inspect(order: ReleaseOrder, helm: Helm) -> Inspected:
-    """The revision to which the release goes back (the last good one, else what is there), and whether it is whole."""
+    """Find the revision that a revert goes back to (the last good, else the newest whole one), and whether it is whole.
+
+    Raises `ClusterUnreachable`.
+    """
     last, now = order.last, await helm.current(order.release)
     if last is not None or now is None:
         before = ReleaseBefore(revision=last.revision if last else 0)
@@ -74,9 +77,9 @@ async def inspect(order: ReleaseOrder, helm: Helm) -> Inspected:
 
 @task(name="upgrade", task_run_name="upgrade", cache_policy=NO_CACHE)
 async def upgrade(order: ReleaseOrder, helm: Helm, before: ReleaseBefore) -> Revision:
-    """Install or upgrade, and wait until it is ready; the new revision.
+    """Install or upgrade the release, wait until it is ready, and return the new revision.
 
-    What a killed helm has left pending is repaired first. Raises `ReleaseFailed`, `ReleaseBusy`.
+    A release that a killed helm left pending is repaired first. Raises `ReleaseFailed`, `ReleaseBusy`.
     """
     if done := await helm.repair(order.release, before.revision):
         get_run_logger().warning("%s: %s", order.label, done)
@@ -87,21 +90,21 @@ async def upgrade(order: ReleaseOrder, helm: Helm, before: ReleaseBefore) -> Rev
 
 @task(name="the chart's tests", task_run_name="the chart's tests", cache_policy=NO_CACHE)
 async def test(order: ReleaseOrder, helm: Helm) -> Done:
-    """Run the chart's own tests, when it has any. Raises `TestsFailed`."""
+    """Run the chart's own tests, if it has any. Raises `TestsFailed`, `ClusterUnreachable`."""
     results = await helm.test(order.release)
     for each in results:
         get_run_logger().info("%s %s", "ok" if each.passed else "not ok", each.name)
     if failed := [each for each in results if not each.passed]:
         raise TestsFailed("\n".join([f"the chart's tests failed: {', '.join(each.name for each in failed)}",
                                      failed[0].said]), target=order.label,
-                          hint="mend the chart or its tests, and push again")
+                          hint="fix the chart or its tests, and push again")
     return Done()
 
 
 async def revert(reversal: Reversal) -> str:
-    """Roll back to the recorded revision; a release that was new is uninstalled. What it is now, in words.
+    """Roll back to the recorded revision, or uninstall a release that was new. Returns what it is now, in words.
 
-    Raises `ReleaseFailed`, `ClusterUnreachable`; the intent is then still open.
+    Raises `ReleaseFailed`, `ClusterUnreachable`, `LostTarget`; the intent is then still open.
     """
     repo, run, target = reversal.repo, reversal.run, reversal.target
     entry = Ledger(repo).read().get(target)
@@ -116,7 +119,7 @@ async def revert(reversal: Reversal) -> str:
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
-    """What was changed outside since the last good, a line a change. Raises `ClusterUnreachable`."""
+    """What was changed outside toto since the last good, one line for each change. Raises `ClusterUnreachable`."""
     helm, release = await connect(repo, run), await release_at(repo, run, target, good.commit)
     outside = await helm.outside_change(release, DeployedRelease.of(good).revision)
     difference = await helm.drift(release)
@@ -124,7 +127,7 @@ async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> li
 
 
 async def release_at(repo: Path, run: str, target: Target, commit: str) -> Release:
-    """A release as a commit describes it."""
+    """A release as it is at a commit. Raises `TotoError` when it is not in the commit."""
     tree = runs.run_directory(repo, run) / "back" / f"helm-{target.name}"
     await git.checkout(repo, commit, tree)
     for release in helm_release.discover(tree):

@@ -1,4 +1,4 @@
-"""What may run at the same time: sandboxes by memory and cores, one roll-out a repo. Prefect keeps the count."""
+"""Limits what runs at the same time: sandboxes by memory and cores, and one roll-out for each repo. Prefect counts."""
 
 import asyncio
 import json
@@ -21,17 +21,17 @@ from toto.base import files, paths, resources
 from toto.ledger.ledger import owner, owner_lives
 
 SANDBOXES: Final = "toto-sandboxes"
-SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox is counted as when the limit is first made
-LEASE: Final = 60  # seconds, the shortest that Prefect grants: how long a dead holder can keep a slot
+SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox counts as when the limit is created
+LEASE: Final = 60  # seconds, the shortest that Prefect grants: a dead holder keeps its slot at most that long
 ON_SQLITE: Final = 4  # subflows at once: with more, Prefect's server answers 503
-ON_POSTGRES: Final = 16  # as many as its server has connections to the database (5, and 10 in need); more would wait
+ON_POSTGRES: Final = 16  # about as many as its server's database connections (5, and 10 in need); more would wait
 
 
 async def _ensure(client: PrefectClient, name: str, limit: int) -> None:
-    """Make a limit that is not there yet; one that the operator has set is left as it is."""
+    """Create a limit unless it exists, so that what an operator has set stays."""
     if await _is_there(client, name):
         return
-    # One at a time: of two that make it at once, one is an error in the server's log.
+    # One process at a time: if two created it at once, one would be an error in the server's log.
     async with paths.alone(paths.state_home() / "limits.lock"):
         if not await _is_there(client, name):
             await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
@@ -46,31 +46,31 @@ async def _is_there(client: PrefectClient, name: str) -> bool:
 
 
 async def side_by_side() -> int:
-    """How many subflows of a run may be under way at once: by the database of Prefect's server, which is asked."""
+    """How many subflows of a run may run at once. It depends on the database of Prefect's server."""
     with suppress(httpx.HTTPError, KeyError, TypeError, ValueError):
         async with get_client() as client:
-            told = (await client.request("GET", "/admin/settings")).json()
-        if str(told["server"]["database"]["driver"]).startswith("postgresql"):  # as toto.server.environment sets it
+            settings = (await client.request("GET", "/admin/settings")).json()
+        if str(settings["server"]["database"]["driver"]).startswith("postgresql"):  # as toto.server.environment sets it
             return ON_POSTGRES
     return ON_SQLITE
 
 
 @asynccontextmanager
 async def room_for_sandbox() -> AsyncIterator[None]:
-    """Wait until another sandbox may run: the limit `toto-sandboxes`, made from memory and cores at first."""
+    """Hold one slot of the limit `toto-sandboxes`, which is created with a size that fits memory and cores."""
     async with get_client() as client:
         await _ensure(client, SANDBOXES, resources.at_once(SANDBOX_MEMORY))
-    # A lease that could not be renewed is no reason to give a rehearsal up: at worst there is one VM too many.
+    # Do not give up a rehearsal when its lease cannot be renewed: at worst there is one VM too many.
     async with concurrency(SANDBOXES, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False):
         yield
 
 
 @asynccontextmanager
 async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
-    """Hold the one roll-out slot of a repo, from the first machine touched to the end of a revert.
+    """Hold the only roll-out slot of a repo, from the first touched machine to the end of a revert.
 
-    The slot is Prefect's, on a lease that is renewed; so it comes back when the holder dies. A holder that
-    provably died on this machine is not waited for: its lease, noted beside the repo's state, is given back.
+    The slot is Prefect's, on a lease that is renewed, so it becomes free when its holder dies. When the holder
+    certainly died on this machine, toto does not wait: it releases the lease, which is noted beside the repo's state.
     """
     directory = paths.repo_state(repo)
     name = f"toto-roll-out-{directory.name}"
@@ -81,7 +81,7 @@ async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
         waiting = False
         while (lease := await _acquire(client, name, run)) is None:
             if not waiting:
-                logger.info("waiting: another run is rolling out")
+                logger.info("waiting: a different run is rolling out")
                 waiting = True
             await _release_dead(client, note)
             await asyncio.sleep(1)
@@ -110,8 +110,8 @@ async def _acquire(client: PrefectClient, name: str, run: str) -> UUID | None:
 async def _renew(client: PrefectClient, lease: UUID) -> None:
     while True:
         await asyncio.sleep(LEASE / 4)
-        # A lease that cannot be renewed now may be at the next turn; one that is lost for good is fenced
-        # off by the ledger, which takes no write for a target that another run has taken over.
+        # A lease that cannot be renewed now may be renewed later. When it is lost for good, the ledger protects the
+        # targets: it accepts no write for a target that a different run has taken over.
         with suppress(httpx.HTTPError):
             await client.renew_concurrency_lease(lease_id=lease, lease_duration=LEASE)
 

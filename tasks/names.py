@@ -1,7 +1,7 @@
-"""Names of flow runs: the repo, the commit, what is done with it, and where the run came from.
+"""Names flow runs by the repo, the commit, what the run does, and where it came from.
 
-For `flow_run_name=` of flows. The git host's hook names the runs that it starts in the same way, so that the name it
-prints is the one in the UI (`toto/git_host/hooks/post-receive`).
+The functions are for `flow_run_name=` of flows. The git host's hook (`toto/git_host/hooks/post-receive`) names the runs
+that it starts in the same way, so the name that it prints is the one in the UI.
 """
 
 import re
@@ -19,7 +19,7 @@ SHORT: Final = 8  # hex digits of a commit
 LONG: Final = 60  # characters of a repo's name, or of what was asked for as a commit
 TARGETS: Final = 40  # characters of the targets together
 LONGEST: Final = 200  # characters of a whole name
-PLAIN: Final = frozenset({"reconcile", "toto"})  # deployments that do all that a commit says, under any of their names
+PLAIN: Final = frozenset({"reconcile", "toto"})  # the old and new name of the deployment that deploys a whole commit
 RENAMED: Final = {"host": "deploy-host"}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+")
 _HASH: Final = re.compile(r"[0-9a-f]{8,64}")
@@ -28,7 +28,7 @@ _HASH: Final = re.compile(r"[0-9a-f]{8,64}")
 def of_reconcile() -> str:
     """The name of a run of reconcile, such as `infra 3f1c9b2a (push)` or `infra 3f1c9b2a: deploy-host web1 (ui)`.
 
-    A run that was given such a name when it was made keeps it.
+    A run that already has such a name keeps it.
     """
     asked = runtime.flow_run.parameters
     repo = Path(asked["repo"])
@@ -41,7 +41,7 @@ def of_reconcile() -> str:
 
 
 def of_flow() -> str:
-    """The name of a run of another flow: the flow's own, and the repo. `settle infra`."""
+    """The name of a run of any other flow: the flow's name and the repo, such as `settle infra`."""
     return f"{runtime.flow_run.flow_name} {_repo(Path(runtime.flow_run.parameters['repo']))}"
 
 
@@ -50,17 +50,17 @@ def _repo(repo: Path) -> str:
 
 
 def _commit(repo: Path, asked: str | None) -> str:
-    """The first digits of the commit; what was asked for, where the repo does not have it."""
+    """The first digits of the commit; the requested text when the repo does not have the commit."""
     try:
         return git.resolve(repo, asked or "HEAD")[:SHORT]
-    except (TotoError, OSError, ValueError):  # the run itself will say what is wrong
+    except (TotoError, OSError, ValueError):  # the run itself reports what is wrong
         if asked is None:
             return "newest commit"
         return asked[:SHORT] if _HASH.fullmatch(asked) else _clean(asked, LONG)
 
 
 def _what() -> str:
-    """What the run does besides deploying the whole commit; empty when it does that."""
+    """What the run does; empty when it deploys the whole commit."""
     asked = runtime.flow_run.parameters
     targets = _clean(" ".join(asked.get("only") or ()), TARGETS)
     if asked.get("plan_only"):
@@ -73,17 +73,17 @@ def _what() -> str:
 
 
 def _deployment() -> str:
-    """The name of the run's deployment; empty for the plain one, and for a run of none, such as a notebook's."""
+    """The name of the run's deployment; empty for the plain one, and for a run without one (from a notebook)."""
     try:
         name = runtime.deployment.name or ""
-    except Exception as error:  # for the sake of a name no run fails
-        get_logger(__name__).warning("the deployment of this run could not be read: %s", error)
+    except Exception as error:  # a run must not fail because of its name
+        get_logger(__name__).warning("could not read the deployment of this run: %s", error)
         return ""
     return "" if name in PLAIN else RENAMED.get(name, _clean(name, TARGETS))
 
 
 def _origin() -> str:
-    """Where the run came from. (A schedule that was changed in the UI has lost the parameter that says so.)"""
+    """Where the run came from. (A schedule that was changed in the UI loses the parameter that says so.)"""
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None and context.flow_run.auto_scheduled:
         return "schedule"

@@ -1,7 +1,6 @@
-"""Notify: the result of a run goes to where the run came from, and to whoever it is news to.
+"""Notify: send the result of a run to who started it, and to every venue that it is news to.
 
-Nothing that goes wrong here fails a run, or hides that it failed: a venue that cannot be notified is a warning in the
-log.
+An error here never fails a run and never hides a failure: a venue that cannot be notified is a warning in the log.
 """
 
 import asyncio
@@ -31,13 +30,13 @@ from toto.report.venues import Audience, Origin, venues_for
 async def notify(repo: Path, commit: str, end: Report | Exception, origin: Origin, named: Sequence[str] = (),
                  of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile",
                  run: str | None = None) -> None:
-    """Notify of the end of a run: its report, or the error by which it broke off before it had one.
+    """Notify people of the end of a run. Raises nothing.
 
-    `named` are venues that the run's starter asked for. `of` are the settings and the manifest; left out where the
-    run did not get as far as reading them: then the commit's own are tried, and those of the last good. With
-    `listening` false only those are notified who asked: for the rehearsal of a branch that is not deployed. `check` is
-    what kind of run it was: what one kind finds good says nothing of what another found wrong. `run` is whose end it
-    is, where that is not the run that notifies.
+    `end` is the run's report, or the error that broke it off before it had one. `named` are venues that the run's
+    starter asked for. `of` are settings and manifest; when the run broke off before it read them, leave them out: then
+    those of the commit, or else of the last good commit, are used. With `listening` False only the venues that asked
+    are notified; that is for runs that deploy nothing. `check` is the kind of run: what one kind finds good says
+    nothing about what the other found wrong. `run` is the id of the run that ended, when that is not this run.
     """
     try:
         settings, manifest = of or await _readable(repo, commit)
@@ -59,16 +58,16 @@ async def notify(repo: Path, commit: str, end: Report | Exception, origin: Origi
 
 
 async def _send_all(message: Message, audience: Audience, known: Notified) -> Notified:
-    """Send to everyone at once; what those venues know now that got it."""
-    letters = {name: notified.news(message, known.get(name, {})) or message for name in audience.asked}
+    """Send to all venues at once. Returns what the venues that got their message know now."""
+    messages = {name: notified.news(message, known.get(name, {})) or message for name in audience.asked}
     for name, targets in audience.listening.items():
         concern = message if targets is None else message.about(targets)
-        if letter := notified.news(concern, known.get(name, {})):
-            letters[name] = letter
+        if news := notified.news(concern, known.get(name, {})):
+            messages[name] = news
     mail = [_attempt(audience.mail, _mail(audience.mail, message))] if audience.mail else []
-    done = await asyncio.gather(*(_attempt(name, _send(name, letter)) for name, letter in letters.items()), *mail)
-    return {name: notified.after(letter, known.get(name, {}))
-            for (name, letter), heard in zip(letters.items(), done, strict=False) if heard}
+    done = await asyncio.gather(*(_attempt(name, _send(name, each)) for name, each in messages.items()), *mail)
+    return {name: notified.after(each, known.get(name, {}))
+            for (name, each), heard in zip(messages.items(), done, strict=False) if heard}
 
 
 async def _send(name: str, message: Message) -> None:
@@ -80,7 +79,7 @@ async def _mail(address: str, message: Message) -> None:
 
 
 async def _attempt(who: str, sending: Awaitable[None]) -> bool:
-    """Whether `who` got it."""
+    """Send, log the result, and return whether `who` got it."""
     try:
         await sending
     except Exception as error:
@@ -91,12 +90,12 @@ async def _attempt(who: str, sending: Awaitable[None]) -> bool:
 
 
 def _words(error: Exception) -> str:
-    """What an error may say in a log: whatever is not toto's own may have a secret in its words."""
-    return str(error) if isinstance(error, TotoError) else f"unexpectedly, {type(error).__name__}"
+    """An error as text for the log. An error that is not toto's own may contain a secret, so only its type is shown."""
+    return str(error) if isinstance(error, TotoError) else f"unexpected {type(error).__name__}"
 
 
 async def _readable(repo: Path, commit: str) -> tuple[Settings, Manifest]:
-    """Settings and manifest of the commit, or of the last good where those cannot be read; none where neither can."""
+    """Settings and manifest of the commit, else of the last good commit; defaults when neither can be read."""
     for each in (commit, "refs/tags/toto/last-good"):
         try:
             with tempfile.TemporaryDirectory() as directory:

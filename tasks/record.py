@@ -1,4 +1,4 @@
-"""Record in the ledger what is about to be done to a target, what was done, and what was reverted."""
+"""Record in the ledger what a run will do to a target, what it did, and what it reverted."""
 
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,22 @@ from toto.plan.order import Order
 
 
 def deployed(order: Order, **facts: Any) -> Deployed:
-    """What this run makes of a target, as the ledger records it; `facts` are what the kind records besides."""
+    """The ledger's record of what this run makes of a target. `facts` are the kind's own fields."""
     return kind_of(order.target).deployed(order.desired, commit=order.commit, run=order.run, at=git.now(), **facts)
 
 
 def note(what: Deployed, run: str, why: str) -> Note:
-    """Why a target is not what it should be, for a later run: the first line of it."""
+    """A note for a later run on why a target is not what it should be. It keeps the first line of `why`."""
     lines = why.strip().splitlines() or [""]
     return Note(identity=what.identity, commit=what.commit, run=run, at=git.now(), why=lines[0][:500])
 
 
 @task(name="intend", task_run_name="intend", cache_policy=NO_CACHE)
 async def intend(order: Order, before: Before) -> Done:
-    """Say in the ledger what is about to be done, and what was before, before anything is touched."""
+    """Open an intent: record what will be done, and what the target was `before`. Do it before touching anything.
+
+    Raises `TargetBusy`.
+    """
     intent = Intent(desired=deployed(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
     in_spite = f"; held back, but: {order.override}" if order.override else ""
     await Ledger(order.repo).write(order.target, steps.intend(intent),
@@ -37,14 +40,14 @@ async def intend(order: Order, before: Before) -> Done:
 
 
 async def set_step(order: Order, step: str, message: str) -> None:
-    """Say in the ledger how far the roll-out of a target is. Raises `LostTarget`."""
+    """Record how far the roll-out of a target is. Raises `LostTarget`."""
     await Ledger(order.repo).write(order.target, lambda entry: steps.set_step(entry, order.run, step),
                                    f"{order.label}: {message}")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order, **facts: Any) -> Done:
-    """The target passed everything: it is the new last good. `facts` are what its kind records besides."""
+    """Record the new last good: the target passed all tests. `facts` are its kind's fields. Raises `LostTarget`."""
     await Ledger(order.repo).write(order.target, steps.good(deployed(order, **facts), order.run),
                                    f"{order.label}: good at {order.commit[:8]}")
     return Done()
@@ -52,7 +55,10 @@ async def record_good(order: Order, **facts: Any) -> Done:
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_verified(order: Order, **facts: Any) -> Done:
-    """Nothing was touched: the target is what the commit wants already, by a different identity or other tests."""
+    """Record that the target was already what the commit wants, with a new identity or new tests. Nothing was touched.
+
+    Raises `TargetBusy`.
+    """
     await Ledger(order.repo).write(order.target, steps.verified(deployed(order, **facts)),
                                    f"{order.label}: verified at {order.commit[:8]}, nothing touched")
     return Done()
@@ -60,30 +66,30 @@ async def record_verified(order: Order, **facts: Any) -> Done:
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_rehearsed(order: Order) -> None:
-    """A target that is not deployed from here passed its rehearsal."""
+    """Record that a target that toto does not deploy passed its rehearsal."""
     await Ledger(order.repo).write(order.target, steps.rehearsed_only(deployed(order)),
                                    f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
-    """The target cannot be reached, and nothing was done to it; a later run tries again."""
+    """Record that toto could not connect to the target. Nothing was done to it, and a later run tries again."""
     await Ledger(order.repo).write(order.target, steps.not_reached(note(deployed(order), order.run, why)),
                                    f"{order.label}: unreachable, {order.commit[:8]} not deployed")
 
 
 @task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
 async def retire(repo: Path, target: Target) -> None:
-    """A target left the commit: its ledger entry and GC roots go, nothing of it is touched."""
+    """Remove the ledger entry and the GC roots of a target that left the commit. The target itself is not touched."""
     await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
     for root in kind_of(target).roots(repo, target.name):
         root.unlink(missing_ok=True)
 
 
 async def intend_to_revert(repo: Path, target: Target, run: str) -> None:
-    """Open the intent under which a target is reverted, also one that this run had made good already.
+    """Open an intent to revert a target, also one that this run had already made good. Raises `LostTarget`.
 
-    No task: it needs nothing but the repo, and a Prefect that is down must not keep it from being written.
+    It is not a task: it only needs the repo, and must be written even when Prefect is down.
     """
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
@@ -98,7 +104,10 @@ async def intend_to_revert(repo: Path, target: Target, run: str) -> None:
 
 async def record_reverted(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str,
                           why: str) -> None:
-    """The target is back at its last good, or at what was there before toto (None): close the intent."""
+    """Close the intent: the target was reverted to its last good, or (None) to what was there before toto.
+
+    Raises `LostTarget`.
+    """
     where = to.commit[:8] if to else "what was there before toto"
     await Ledger(repo).write(target, steps.revert(to, note(failed, run, why), run),
                              f"{target.label}: reverted to {where}")

@@ -1,4 +1,4 @@
-"""Rehearse: build a host and its VM, boot it without internet, test, give it internet, test again."""
+"""Rehearse: build a host and its VM, boot the VM without internet, test it, give it internet, test it again."""
 
 import asyncio
 import hashlib
@@ -33,11 +33,11 @@ from toto.rehearsal.suite import Phase
 
 
 class TestsFailed(TotoError):
-    """A phase's tests did not all pass; the message has the failing tests' own lines."""
+    """Not all tests of a phase passed. The message has the failing tests' own lines."""
 
 
 async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Retries are for what may be transient: a substituter that was away, a VM that did not boot in time."""
+    """Whether a failure may be transient: a substituter was down, or a VM did not boot in time."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, BootTimeout) or (isinstance(error, nix.BuildFailed) and error.transient)
 
@@ -45,27 +45,27 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
 @task(name="build the system", task_run_name="build the system", cache_policy=NO_CACHE, retries=2,
       retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
 async def build_system(order: HostOrder) -> Path:
-    """Build the toplevel; kept from garbage collection for as long as the run lasts."""
+    """Build the toplevel; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await host.build_toplevel(order, on_line=sink())
 
 
 @task(name="build the VM", task_run_name="build the VM", cache_policy=NO_CACHE, retries=2,
       retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
 async def build_vm(order: HostOrder) -> Path:
-    """Build the VM; kept from garbage collection for as long as the run lasts."""
+    """Build the VM; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await host.build_vm(order, on_line=sink())
 
 
 @task(name="what changes", task_run_name="what changes", cache_policy=NO_CACHE)
 async def show_difference(order: HostOrder) -> str:
-    """What changes between the last good and what is rehearsed, as an artifact."""
+    """What changes from the last good to the rehearsed system, as text; also shown as an artifact."""
     text = "nothing in the closure" if order.change.action is Action.VERIFY else str(await host.difference(order))
     await report.show_difference(order.name, text)
     return text
 
 
 def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """A verdict belongs to this VM, these test scripts and these sandbox settings, whoever ran it and when."""
+    """The cache key of a verdict. It depends on the VM, the test scripts and the sandbox settings, and nothing else."""
     order: HostOrder = parameters["order"]
     machine = order.machine
     settings = order.settings.sandbox.model_dump_json() + (
@@ -78,14 +78,17 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
       persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90),
       retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass_next_time)
 async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
-    """Boot the VM and run both phases in it. A failure, a cancel or a timeout is an exception, and never cached."""
+    """Boot the VM and run both phases in it. Only a pass is cached; a failure, cancel or timeout is an exception.
+
+    Raises `TestsFailed`, `BootTimeout` and the sandbox's other errors.
+    """
     logger, machine, settings = get_run_logger(), order.machine, order.settings.sandbox
     ports = machine.ports if machine else ()
     tests: dict[str, int] = {}
     console: deque[str] = deque(maxlen=300)
     log_console = sink("console: ", 200)
 
-    def heard(line: str) -> None:
+    def on_console(line: str) -> None:
         console.append(line)
         log_console(line)
 
@@ -96,12 +99,12 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
                                key=await keys.private("sandbox"), ports=ports,
                                memory=(machine and machine.memory) or settings.memory,
                                cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
-                               on_console=heard) as guest:
+                               on_console=on_console) as guest:
                 seconds = {"boot": time.monotonic() - began}
                 logger.info("booted and answers ssh after %.1f s", seconds["boot"])
                 endpoint = Endpoint(config=guest.connection.config, address="127.0.0.1",
                                     ports={port: guest.port(port) for port in ports})
-                before: object = vm  # which draws the edges: build, no-internet, with-internet
+                before: object = vm  # draws the edges: build, no-internet, with-internet
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
                         routed = await guest.set_internet(True)
@@ -141,5 +144,5 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
     if not result.passed:
         first, *rest = result.failure_lines(20)
         raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
-                          hint=f"mend the configuration or the tests in tests/{order.name}/{phase}/, and push again")
+                          hint=f"fix the configuration or the tests in tests/{order.name}/{phase}/, and push again")
     return PhasePassed.of(result)

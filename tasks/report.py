@@ -1,4 +1,4 @@
-"""What a person sees of a run in the UI: the plan, the tests of each phase, what failed and what was reverted."""
+"""Shows a run in the UI, as artifacts: the plan, the tests of each phase, what failed and what was reverted."""
 
 import functools
 import logging
@@ -20,24 +20,24 @@ P = ParamSpec("P")
 
 
 def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
-    """What cannot be shown must not fail a roll-out: a word in the log, and on."""
+    """Turn any error into a warning in the log: an artifact that cannot be written must not fail a roll-out."""
     @functools.wraps(show)
     async def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             await show(*args, **kwargs)
         except Exception as error:
-            get_run_logger().warning("an artifact could not be written: %s", error)
+            get_run_logger().warning("could not write an artifact: %s", error)
     return attempt
 
 
 def key(*words: str) -> str:
-    """An artifact's key: Prefect takes lower case letters, digits and dashes."""
+    """An artifact's key from words. (Prefect accepts lower-case letters, digits and dashes.)"""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
 @_best_effort
 async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> None:
-    """The change set as a table, in the log too; again when it is known what changes in each closure."""
+    """Show the change set as a table, also in the log. Call it again with the `differences` once they are known."""
     if differences is None:
         get_run_logger().info("the plan of %s:\n%s", plan.commit[:8], plan.changes)
     rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS}
@@ -48,39 +48,39 @@ async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> No
 
 @_best_effort
 async def show_tests(host: str, result: PhaseResult) -> None:
-    """The tests of one phase as a table."""
+    """Show the tests of one phase as a table."""
     await acreate_table_artifact(key=key(host, result.phase), table=[dict(row) for row in result.rows()],
                                  description=f"{host}: {result.phase} tests")
 
 
 @_best_effort
 async def show_console(host: str, text: str) -> None:
-    """The end of a sandbox's console."""
+    """Show the end of a sandbox's console."""
     await acreate_markdown_artifact(key=key(host, "console"), markdown=fenced(process.tail(text, 300)),
                                     description=f"{host}: console of its sandbox")
 
 
 @_best_effort
 async def show_difference(host: str, text: str) -> None:
-    """What changes in a host's closure."""
+    """Show what changes in a target: a host's closure or a release's manifests."""
     await acreate_markdown_artifact(key=key(host, "difference"), markdown=fenced(text),
                                     description=f"{host}: what changes")
 
 
 @_best_effort
 async def show_terraform_plan(label: str, planned: Planned, *, back: bool = False) -> None:
-    """What a terraform plan would do, or `back`: what the plan of a revert does."""
+    """Show what a terraform plan would do; with `back` it is the plan of a revert."""
     text = str(planned)
     drift = [line for change in planned.drift for line in change.lines]
     if drift:
-        text += "\n\nchanged outside, since it was applied:\n" + "\n".join(drift)
+        text += "\n\nchanged outside since the last apply:\n" + "\n".join(drift)
     await acreate_markdown_artifact(key=key(label, "back" if back else "plan"), markdown=fenced(text),
                                     description=f"{label}: {'back: ' if back else ''}{planned.summary}")
 
 
 @_best_effort
 async def show_report(report: Report) -> None:
-    """The whole report of a run, as one page, what failed first; and in short as the last words of the log."""
+    """Show the report of a run as one page, failures first, and a short form in the last lines of the log."""
     logger = get_run_logger()
     for each in report.failures:
         logger.error("%s: %s failed: %s", each.target, each.stage, each.text.removeprefix(f"{each.target}: "))
@@ -95,7 +95,7 @@ async def show_report(report: Report) -> None:
 
 
 def as_markdown(report: Report) -> str:
-    """The report as the operator reads it at three in the morning: result, failures in full, what was reverted."""
+    """The report as Markdown: the result, the failures in full, what was reverted, then targets and timing."""
     parts = ["# Failed" if report.failed else "# Done", report.headline()]
     for each in report.failures:
         parts += [f"## {each.target}: {each.stage} failed", fenced(each.text)]
@@ -112,7 +112,7 @@ def as_markdown(report: Report) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as a Markdown code block, whatever fences it has itself."""
+    """Text as a Markdown code block, even if it contains fences itself."""
     fence = "```"
     while fence in text:
         fence += "`"
@@ -120,7 +120,7 @@ def fenced(text: str) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells are made safe for it."""
+    """A Markdown table. Characters that would break it are escaped."""
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
     return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])

@@ -1,4 +1,4 @@
-"""A machine that did not answer is retried without waiting for the next push."""
+"""Retries machines that did not answer, without waiting for the next push."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ LATER: Final = 15 * 60  # seconds
 
 
 async def retry_later(repo: Path, hosts: list[str]) -> None:
-    """Schedule a run for these hosts in a quarter of an hour; runs that ask for it meanwhile share it."""
+    """Schedule a run for these hosts in a quarter of an hour. Runs that ask for the same hosts meanwhile share it."""
     if not hosts:
         return
     at = datetime.now(UTC) + timedelta(seconds=LATER)
@@ -22,6 +22,6 @@ async def retry_later(repo: Path, hosts: list[str]) -> None:
             idempotency_key=f"{repo}-{','.join(hosts)}-{int(time.time()) // LATER}",
             parameters={"repo": str(repo), "origin": "schedule", "only": hosts})
     except Exception as error:  # the next run retries as well
-        get_run_logger().warning("no run could be scheduled for %s: %s", ", ".join(hosts), error)
+        get_run_logger().warning("could not schedule a run for %s: %s", ", ".join(hosts), error)
     else:
         get_run_logger().info("%s will be retried at %s", ", ".join(hosts), at.strftime("%H:%M UTC"))

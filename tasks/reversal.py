@@ -1,4 +1,4 @@
-"""What a kind's revert is given: the target, under which intent it is reverted, and what is known of it."""
+"""The argument of a kind's revert: the target, the run that reverts it, and what that run knows about it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from toto.ledger.target import Target
 
 @dataclass(frozen=True)
 class Reversal:
-    """One target to be reverted by `run`, which has an open intent on it, because of `why`.
+    """One target that `run`, which has an open intent on it, reverts because of `why`.
 
-    `manifest` and `settings` are those of the commit that was being deployed. A machine that does not answer is given
-    `patience` seconds: time for its watchdog to bring it back.
+    `manifest` and `settings` are those of the commit that was being deployed. When a machine does not answer, the
+    revert waits for it up to `patience` seconds, so that its watchdog can revert it.
     """
 
     repo: Path

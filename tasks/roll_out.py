@@ -1,4 +1,4 @@
-"""Roll out one host, and revert one: copy, intent, activate, test, record. Each verb a task of its own."""
+"""Roll out or revert a host: copy, activate, test, clean up. Each step is a task of its own."""
 
 import time
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ from toto.rehearsal.phase_run import Endpoint
 
 @asynccontextmanager
 async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
-    """A connection to a machine, with the activation verbs on it. Raises `Unreachable`."""
+    """Connect to a machine; the result has the activation verbs. Raises `Unreachable` after `connect_timeout` s."""
     target = ssh.SshTarget(
         name=machine.name, address=machine.address, port=machine.ssh.port, user=machine.ssh.user,
         identity=await _identity(machine, repo, run), host_key=machine.ssh.host_key,
@@ -39,7 +39,7 @@ async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float
 
 
 async def _identity(machine: Machine, repo: Path, run: str) -> Path:
-    """The key for a machine: what the manifest names, else the one of the block `toto`, else toto's own."""
+    """The key for a machine: the manifest's, else the one of the block `toto`, else toto's own."""
     if machine.ssh.identity is None:
         directory = runs.run_directory(repo, run) / "identity" / machine.name
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,16 +49,16 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
 
 
 def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
-    """How test scripts reach the machine itself: its ports are where they are."""
+    """How test scripts connect to the machine itself: its ports are not mapped."""
     return Endpoint(config=activator.connection.config, address=machine.address,
                     ports={port: port for port in machine.ports})
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
 async def inspect(activator: Activator, expected: str | None = None) -> MachineState:
-    """What the machine runs and boots now: this is what it is reverted to if toto never deployed it.
+    """What the machine runs and boots now. A revert goes back to this if toto has never deployed the machine.
 
-    Raises `NotWhatItShouldBe` when it does not run `expected`.
+    Raises `NotWhatItShouldBe` when it does not run `expected`, and `Unreachable`.
     """
     await activator.install()
     facts = await activator.facts()
@@ -71,7 +71,7 @@ async def inspect(activator: Activator, expected: str | None = None) -> MachineS
 @task(name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1,
       retry_delay_seconds=3)
 async def copy(order: HostOrder, activator: Activator) -> Done:
-    """Bring the very closure that was rehearsed to the machine."""
+    """Copy exactly the rehearsed closure to the machine. Raises `CopyFailed`, `Unreachable`."""
     path, settings = order.host.path, order.settings.nix
     if settings.signing_key is not None:
         await nix.sign(path, Path(settings.signing_key))
@@ -86,7 +86,10 @@ async def copy(order: HostOrder, activator: Activator) -> Done:
 
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)
 async def activate(order: HostOrder, activator: Activator, verb: Verb, before: MachineState) -> Done:
-    """Activate on the machine under its watchdog, and confirm over a new connection."""
+    """Activate on the machine under its watchdog, and confirm over a new connection.
+
+    Raises `ActivationFailed`, `Unreachable`, `LostTarget`.
+    """
     await set_step(order, verb, f"activation {verb}")
     settings = order.settings.roll_out
     if settings.method == "nixos-rebuild":
@@ -99,7 +102,7 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
 
 @task(name="add GC roots", task_run_name="add GC roots", cache_policy=NO_CACHE)
 async def add_gc_root(order: HostOrder) -> Done:
-    """A GC root keeps what is to be the last good from garbage collection, and one keeps the one before it."""
+    """Add a GC root for the closure that becomes the last good, and one for the last good before it."""
     root = runs.last_good_root(order.repo, order.name)
     if root.is_symlink():
         await nix.add_gc_root(str(root.readlink()), runs.previous_root(order.repo, order.name))
@@ -109,24 +112,24 @@ async def add_gc_root(order: HostOrder) -> Done:
 
 @task(name="clean up", task_run_name="clean up", cache_policy=NO_CACHE)
 async def clean_up(activator: Activator) -> None:
-    """Remove this run's state from the machine; when that fails, nothing is lost."""
+    """Remove this run's files from the machine. Nothing is lost if that fails."""
     try:
         await activator.clean_up()
     except TotoError as error:
-        get_run_logger().warning("its /run/toto could not be cleaned up: %s", error)
+        get_run_logger().warning("could not clean up its /run/toto: %s", error)
 
 
 async def revert(reversal: Reversal) -> str:
-    """Make a host what it was: its last good, or what it ran before toto first touched it; the path that it runs now.
+    """Revert a host to its last good, or to what it ran before toto first touched it; return the path that it runs now.
 
-    A machine that may be healing itself, cut off from us, is waited for.
-    Raises `Unreachable`, `ActivationFailed`; the intent is then still open.
+    A machine that does not answer may be reverting itself, so this waits for it (see `Reversal.patience`).
+    Raises `Unreachable`, `ActivationFailed`, `LostTarget`; the intent is then still open.
     """
     repo, run, target = reversal.repo, reversal.run, reversal.target
     machine = reversal.manifest.machines.get(target.name)
     if machine is None:
-        raise TotoError("is not in the manifest any more: toto does not know how to reach it", target=target.name,
-                        hint="add it to machines.yaml again, or go back by hand")
+        raise TotoError("is not in the manifest any more: toto does not know how to connect to it", target=target.name,
+                        hint="add it to machines.yaml again, or revert it by hand")
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
     to = where_to(MachineState.of(intent.before), good.path if good else None, machine.activation)
@@ -138,7 +141,7 @@ async def revert(reversal: Reversal) -> str:
         except ssh.Unreachable:
             if time.monotonic() > deadline:
                 raise
-            get_run_logger().warning("does not answer yet; it goes back by itself when toto does not confirm")
+            get_run_logger().warning("does not answer yet; it reverts itself when toto does not confirm")
             await anyio.sleep(2)
     if good is not None:
         try:

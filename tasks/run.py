@@ -1,4 +1,4 @@
-"""One run of reconcile: what was asked for, how far it is, when a newer push takes its place, when it plans again."""
+"""One run of reconcile: what was requested, how far it is, whether a newer push replaces it, when to plan again."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -29,20 +29,20 @@ from toto.report.report import Report
 from toto.report.venues import Origin
 
 T = TypeVar("T")
-LOOK: Final = 2  # seconds between two looks whether a newer push has come
+CHECK_EVERY: Final = 2  # seconds between two checks for a newer push
 
 
 class Superseded(TotoError):
-    """A newer push has taken the place of this run's."""
+    """A newer push has replaced this run's."""
 
 
 class Outdated(Exception):
-    """What is deployed has changed since the plan was made: plan again. What was rehearsed is not rehearsed again."""
+    """What is deployed has changed since the plan was made, so plan again. Rehearsals that passed are not repeated."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run; the words are the parameters of `flows.reconcile`, `commit` is resolved."""
+    """What was requested of a run: the parameters of `flows.reconcile`, with `commit` resolved to a hash."""
 
     repo: Path
     commit: str
@@ -56,14 +56,14 @@ class Request:
 
     @property
     def deploys(self) -> bool:
-        """Whether it is to change anything outside toto."""
+        """Whether the run may change anything outside toto."""
         return not (self.plan_only or self.rehearse_only)
 
 
 class Run:
-    """How far a run is. Each stage takes it, adds what it found, and returns it: that draws the graph's edges.
+    """How far a run is. Each stage takes it, adds its results and returns it, which draws the edges of the graph.
 
-    (It has slots, so that Prefect shows it as `<Run>` among a stage's parameters and does not write all of it down.)
+    (It has slots, so that Prefect shows it as `<Run>` among a stage's parameters and does not store all of it.)
     """
 
     __slots__ = ("__weakref__", "id", "plan", "report", "request", "stage", "touched", "verdicts")
@@ -77,7 +77,7 @@ class Run:
         self.touched: list[Target] = []
 
     def planned(self, plan: Plan) -> None:
-        """Begin anew with a plan."""
+        """Start again with a new plan: clear the report, the verdicts and the touched targets."""
         self.plan = plan
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
         self.verdicts, self.touched = {}, []
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def commit(self) -> str:
-        """The first eight digits of what it is about."""
+        """The first eight digits of the commit."""
         return self.request.commit[:8]
 
     @property
@@ -101,75 +101,75 @@ class Run:
 
     @property
     def rehearses(self) -> bool:
-        """Whether there is something to rehearse."""
+        """Whether the run has something to rehearse."""
         return bool(self.plan.orders) and not self.request.plan_only
 
     @property
     def stops(self) -> bool:
-        """Whether nothing is rolled out, because something failed before."""
+        """Whether the run must not roll anything out because something failed before."""
         return self.report.failed and (self.plan.settings.roll_out.policy == "all" or not self.verdicts)
 
     @property
     def asks(self) -> bool:
-        """Whether a person is to approve something before anything is rolled out."""
+        """Whether a person must approve something before the roll-out."""
         return self.rolls_out and any(each.question for each in self.verdicts.values())
 
     @property
     def rolls_out(self) -> bool:
-        """Whether it goes on to the roll-out, if only to record that there is nothing to do."""
+        """Whether the run goes on to the roll-out, even if only to record that there is nothing to do."""
         return self.request.deploys and not self.stops
 
     def due(self, kind: str) -> list[Order]:
-        """The orders of a kind that have a verdict, and no failure since."""
+        """The orders of a kind that have a verdict and have not failed since."""
         return [each for each in self.plan.of_kind(kind)
                 if each.label in self.verdicts and each.label not in self.report.failed_targets]
 
     @property
     def kinds_due(self) -> Iterator[str]:
-        """The kinds of which something is to be rolled out, one after the other, until a roll-out fails."""
+        """The kinds with something to roll out, in order, until a roll-out fails."""
         for kind in KINDS:
             if self.due(kind) and not self.report.failed_roll_out:
                 yield kind
 
     @property
     def finds_open_intents(self) -> bool:
-        """Whether something is half done before the run has begun, and the run may put it right."""
+        """Whether something is half done before the run begins, and the run may settle it."""
         return not self.request.plan_only and bool(Ledger(self.repo).read().open_intents)
 
     def passed(self, order: Order, verdict: Verdict[Any]) -> None:
-        """A target may be rolled out."""
+        """Record a verdict: the order's target may be rolled out."""
         self.verdicts[order.label] = verdict
         self.report.rehearsals[order.label] = str(verdict)
 
     def verdict_before_touching(self, order: Order) -> Verdict[Any]:
-        """The verdict by which a target is rolled out; from now on it counts as touched."""
+        """The verdict that permits a target's roll-out. From now on the target counts as touched."""
         if order.change.action is Action.DEPLOY:
             self.touched.append(order.target)
         return self.verdicts[order.label]
 
     def not_held(self, group: Sequence[Order]) -> list[Order]:
-        """Of a group, those that may go on; one that comes `after` a target that did not get there is held back."""
+        """The orders of a group that may go on. One that comes after a target that was not rolled out is held back."""
         free = self.report.hold_behind([each.label for each in group], self.plan.held_behind)
         return [each for each in group if each.label in free]
 
     @property
     def to_revert(self) -> list[Target]:
-        """What was touched, in that order; one that was only recorded, or could not be reached, was not."""
+        """The targets that were touched, in order, without those that were only recorded or did not answer."""
         return [each for each in self.touched
                 if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
 
     async def check_superseded(self) -> None:
-        """Raises `Superseded` when a newer push has taken the place of the one that started this run."""
+        """Raises `Superseded` when a newer push has replaced the one that started this run."""
         of_a_push = self.request.origin == "push" and self.request.deploys
         if of_a_push and (newer := await git.superseded_by(self.repo, self.request.commit)):
             raise Superseded(f"superseded by {newer[:8]}: nothing was touched")
 
     async def unless_superseded(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns. Ends it, and raises `Superseded`, as soon as a newer push takes this one's place."""
+        """Do `work` and return its result. When a newer push replaces this run's, end it and raise `Superseded`."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                await asyncio.wait((task,), timeout=LOOK)
+                await asyncio.wait((task,), timeout=CHECK_EVERY)
                 if not task.done():
                     await self.check_superseded()
             return task.result()
@@ -177,7 +177,7 @@ class Run:
             task.cancel()
             await asyncio.wait((task,))
             if not task.cancelled():
-                task.exception()  # what a cancel of the run made of it; asyncio complains where nobody asks
+                task.exception()  # after a cancel of the run; asyncio complains when nobody retrieves it
 
     def check_plan(self) -> None:
         """Raises `Outdated` when what is deployed has changed since the plan was made."""
@@ -185,24 +185,24 @@ class Run:
             raise Outdated
 
     def ended(self) -> State[None]:
-        """The state in which the run ends."""
+        """The state that the run ends in."""
         return (Failed if self.report.failed else Completed)(message=self.report.headline())
 
 
 async def conclude(run: Run) -> None:
-    """All that could be rolled out was: retry what did not answer, retire what left, mark the commit."""
+    """After the roll-out: retry machines that did not answer, retire targets that left the commit, tag the commit."""
     await retry_later(run.repo, run.report.unreachable)
     for target in run.plan.changes.retired:
-        if target.label not in run.report.failed_targets:  # one that is half done is not forgotten
+        if target.label not in run.report.failed_targets:  # one that is half done keeps its entry
             await retire(run.repo, target)
     if run.report.complete and run.plan.changes.whole:
         await git.mark(run.repo, LAST_GOOD, run.request.commit)
 
 
 async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -> State[None]:
-    """Take a run through its stages, again from the first when its plan is outdated; the state in which it ends.
+    """Take a run through its stages and return its final state. When its plan is outdated, start again with the first.
 
-    Whatever breaks it off is notified, and raised.
+    When an error breaks the run off, people are notified of it, and it is raised again.
     """
     run = Run(request, str(runtime.flow_run.id))
     async with cancelled_by_sigterm(), runs.claimed(request.repo, run.id):

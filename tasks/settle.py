@@ -1,4 +1,4 @@
-"""Runs that died or were cancelled: having what they left open settled, and taking it over."""
+"""Settle: take over and revert what dead or cancelled runs left open, and notify people of their deaths."""
 
 import calendar
 import tempfile
@@ -26,14 +26,14 @@ from toto.ledger.target import Target
 from toto.plan.kinds import place
 from toto.report.report import Reverted, RunDied
 
-RETRIED: Final = "retry"  # the tag of a settle that was begun once more for one that had died
+RETRIED: Final = "retry"  # the tag of a settle that replaces one that died
 SETTLE: Final = "settle/settle"  # the deployment
 
 
 async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
-    """A run that was cancelled or crashed in its roll-out leaves open intents: have them settled at once.
+    """Start a settle at once when a run was cancelled or crashed, because it may have left open intents.
 
-    If it crashed, nobody else would notify anyone of that. (One that was cancelled is Crashed for a moment, too.)
+    If it crashed, the settle also notifies people of that. (A cancelled run is also Crashed for a moment.)
     """
     repo, died = flow_run.parameters["repo"], state.is_crashed() and not await was_cancelled(flow_run.id)
     if died or Ledger(Path(repo)).read().open_intents:
@@ -45,7 +45,7 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
 
 
 async def retry_settle(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
-    """A settle that has died itself is begun once more. (What it had begun is an open intent for any later run.)"""
+    """Start a settle again, once, when it died itself. (What it left half done is an open intent for later runs.)"""
     if flow_run.deployment_id and RETRIED not in flow_run.tags and not await was_cancelled(flow_run.id):
         await arun_deployment(SETTLE, timeout=0, as_subflow=False, tags=[RETRIED], parameters=flow_run.parameters,
                               idempotency_key=f"retry-{flow_run.id}")
@@ -53,15 +53,15 @@ async def retry_settle(flow: Flow[..., object], flow_run: FlowRun, state: State[
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
 async def dead_intents(repo: Path, run: str) -> dict[Target, Intent]:
-    """The open intents whose run is over or dead, in the order of a revert: releases, terraform roots, hosts."""
+    """The open intents whose run has ended or died, in the order of a revert: releases, terraform roots, hosts."""
     found = sorted(Ledger(repo).read().open_intents.items(), key=lambda each: place(each[0])[0], reverse=True)
     return {target: intent for target, intent in found if await _dead(intent, run)}
 
 
 async def _dead(intent: Intent, run: str) -> bool:
-    """Whether nobody is at work on an intent: its process is gone, or (a notebook's lives on) its run is over."""
+    """Whether nobody works on an intent: its process is dead, or its run is over (a notebook's process lives on)."""
     if intent.run == run or ledger.owner_lives(intent.owner) is False:
-        return True  # its own: taken over before, and not reverted yet; nothing is rolled out before all is settled
+        return True  # this run's own intent was taken over before and not reverted: this run rolls out only after that
     async with get_client() as client:
         try:
             state = (await client.read_flow_run(UUID(intent.run))).state
@@ -71,34 +71,34 @@ async def _dead(intent: Intent, run: str) -> bool:
 
 
 def healing_for(intent: Intent, settings: RollOut) -> float:
-    """Seconds for which the machine of a dead run may still be healing itself; 0 when that is long over."""
+    """Seconds for which the machine of a dead run may still be reverting itself; 0 when that time is over."""
     opened = calendar.timegm(time.strptime(intent.at, "%Y-%m-%dT%H:%M:%SZ"))
     return max(0.0, opened + settings.activation_timeout + settings.confirm_timeout - time.time())
 
 
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
 async def take_over(repo: Path, target: Target, intent: Intent, run: str) -> None:
-    """Make a dead run's intent this run's own; whoever loses the race raises `LostTarget`."""
+    """Make a dead run's intent this run's own. Raises `LostTarget` when a different run was faster."""
     await Ledger(repo).write(target, steps.take_over(intent, run),
                              f"{target.label}: settling what run {intent.run} left open at `{intent.step}`")
 
 
 @task(name="manifest of the dead run", task_run_name="manifest of the dead run", cache_policy=NO_CACHE)
 async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
-    """Settings and manifest of the commit that was being deployed: how its machines are reached."""
+    """Settings and manifest of the commit that was being deployed: they say how to connect to its machines."""
     with tempfile.TemporaryDirectory() as directory:
         await git.checkout(repo, commit, Path(directory, "tree"))
         return tree.read_tree(Path(directory, "tree"))
 
 
 async def was_cancelled(run: UUID) -> bool:
-    """Whether a person has asked for the end of a run."""
+    """Whether a person has cancelled a run."""
     async with get_client() as client:
         return any(state.is_cancelling() or state.is_cancelled() for state in await client.read_flow_run_states(run))
 
 
 async def mark_crashed(run: UUID) -> None:
-    """Mark the subflows of a run that has died: left alone they stay Running until a heartbeat is missed."""
+    """Mark the subflows of a dead run as crashed. Otherwise they stay Running until a heartbeat is missed."""
     async with get_client() as client:
         parents = [run]
         while parents:
@@ -111,12 +111,12 @@ async def mark_crashed(run: UUID) -> None:
 
 
 def died_at(run: str, step: str) -> str:
-    """Why a target was reverted, as the ledger says it, and as it is found there."""
+    """Why a target was reverted, as text for the ledger; `notify_of_death` finds the entries by it."""
     return f"its run {run} died at {step}"
 
 
 async def notify_of_death(died: UUID, repo: Path, reverted: list[Reverted]) -> None:
-    """Notify those who would have heard of its end that a run has died. What it left may have been settled before."""
+    """Notify people that a run has died: the same as of its end. What it left may have been settled before."""
     try:
         async with get_client() as client:
             run = await client.read_flow_run(died)
@@ -131,5 +131,5 @@ async def notify_of_death(died: UUID, repo: Path, reverted: list[Reverted]) -> N
         await notify(repo, git.resolve(repo, commit), RunDied(run.name, back), origin=asked.get("origin", "ui"),
                    named=asked.get("venues") or (), run=str(died),
                    listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
-    except Exception as error:  # what was reverted stays so
-        get_run_logger().warning("nobody could be notified that run %s died: %s", died, error)
+    except Exception as error:  # what was reverted stays reverted
+        get_run_logger().warning("could not notify anybody that run %s died: %s", died, error)

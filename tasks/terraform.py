@@ -1,4 +1,4 @@
-"""Terraform: plan in the rehearsal, apply that very plan in the roll-out, revert to the last good commit's root."""
+"""Terraform: plan in the rehearsal, apply exactly that plan in the roll-out, revert to the last good commit's root."""
 
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from toto.terraform.session import PlanStale, Session
 
 
 class PlanMoved(TotoError):
-    """The state has moved since the rehearsal, and the plan would be different now."""
+    """The state has changed since the rehearsal, and the plan would be different now."""
 
 
 async def credentials(root: str) -> dict[str, str]:
-    """The secret variables for a root: the block named after the root where there is one, else the block `toto`."""
+    """The secret variables for a root, from the block named after it, or else the block `toto`. Raises `InputError`."""
     own = await TerraformCredentials.saved(report.key(root))
     return (own or await TerraformCredentials.load_or_default()).environment()
 
@@ -41,9 +41,9 @@ async def _session(order: RootOrder) -> Session:
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 async def plan_root(order: RootOrder) -> Planned:
-    """Plan the root into a file, show what it would do, and refuse what the settings prevent.
+    """Plan the root into a file and show what the plan would do.
 
-    Raises `TerraformFailed`, `PlanRefused`.
+    Raises `TerraformFailed`, and `PlanRefused` when the settings prevent what the plan does.
     """
     planned = await (await _session(order)).plan()
     await report.show_terraform_plan(order.label, planned)
@@ -53,29 +53,29 @@ async def plan_root(order: RootOrder) -> Planned:
 
 @task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)
 async def apply(order: RootOrder, planned: Planned) -> State:
-    """Apply the very plan of the rehearsal; the state that it left.
+    """Apply exactly the plan of the rehearsal; return the state that it leaves.
 
-    Where the state has moved since, it is planned again, and that plan is applied if it does the same.
+    When the state has changed since, the root is planned again, and the new plan is applied if it does the same.
     Raises `PlanMoved` (nothing was applied), `ApplyFailed`, `StateLocked`.
     """
     session = await _session(order)
     try:
         return await session.apply(planned)
     except PlanStale:
-        get_run_logger().warning("the state has moved since the rehearsal: planning again")
+        get_run_logger().warning("the state has changed since the rehearsal: planning again")
     replanned = await session.plan()
     if not replanned.same(planned):
-        raise PlanMoved("the state has moved since the rehearsal, and the plan would be different now:\n"
-                        + "\n".join(replanned.lines), target=order.label, hint="start the run again: it plans anew")
+        raise PlanMoved("the state has changed since the rehearsal, and the plan would be different now:\n"
+                        + "\n".join(replanned.lines), target=order.label, hint="start the run again: it plans again")
     return await session.apply(replanned)
 
 
 async def revert(reversal: Reversal) -> str:
-    """Apply the last good commit's root, or destroy what the first roll-out made; what it is now, in words.
+    """Apply the last good commit's root, or destroy what the first roll-out created. Returns what it is now, in words.
 
-    What was destroyed is created anew, and is not what it was: that is said. Where the settings prevent destruction,
-    only what came since is destroyed.
-    Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`; the intent is then still open.
+    A resource that was destroyed is created anew, without its old data; the words say so. When the settings prevent
+    destruction, only resources that the roll-out created are destroyed.
+    Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`, `LostTarget`; the intent is then still open.
     """
     repo, run, target, why = reversal.repo, reversal.run, reversal.target, reversal.why
     entry = Ledger(repo).read().get(target)
@@ -89,7 +89,7 @@ async def revert(reversal: Reversal) -> str:
                    target=target.label)
     if way is None:
         await record_reverted(repo, target, good, intent.desired, run, why)
-        return "as it was: nothing had been applied, as far as its state tells"
+        return "as it was: nothing had been applied, according to its state"
     planned = await session.plan(destroy=way.destroy)
     await report.show_terraform_plan(target.label, planned, back=True)
     tfplan.refuse(planned, session.root.prevent, allowed=way.since)
@@ -97,17 +97,20 @@ async def revert(reversal: Reversal) -> str:
         state = await session.apply(planned)
     await record_reverted(repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired,
                           run, why)
-    return way.told(planned)
+    return way.words(planned)
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
-    """What was changed outside since the last good, a line a change. Raises `TerraformFailed`, `CannotGoBack`."""
+    """What was changed outside toto since the last good, a summary and a line for each change.
+
+    Raises `TerraformFailed`, `CannotGoBack`.
+    """
     planned = await (await session_at(repo, run, target, good.commit)).plan()
     return [] if planned.empty else [planned.summary, *planned.lines]
 
 
 async def session_at(repo: Path, run: str, target: Target, commit: str) -> Session:
-    """Terraform at work on a root as it is at a commit. Raises `CannotGoBack` where it is not there."""
+    """Terraform for a root as it is at a commit. Raises `CannotGoBack` when the commit does not have it."""
     tree = runs.run_directory(repo, run) / "back" / f"terraform-{target.name}"
     await git.checkout(repo, commit, tree)
     wanted = settings.load(tree).terraform

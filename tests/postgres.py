@@ -18,7 +18,7 @@ PREFIX = "toto-postgres."
 
 
 class Postgres:
-    """A cluster; `dsn` is how libpq and its like reach it, `url` is what Prefect takes."""
+    """A cluster; `dsn` is for libpq and its clients, `url` for Prefect."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.url = cluster, cluster.url

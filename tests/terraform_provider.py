@@ -111,5 +111,5 @@ def install(folder: Path) -> Path:
 
 def main() -> None:
     """Serve terraform, as it starts its providers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as providers do: terraform tells them when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as providers do: terraform itself stops them
     runner.run_provider(Demo(), [sys.argv[0]])

@@ -1,4 +1,4 @@
-"""Servers that venues send to: HTTP that records, hangs, fails or redirects as told; SMTP with TLS and logins."""
+"""Servers that venues send to: HTTP that records, hangs, fails or redirects as set; SMTP with TLS and logins."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
-"""`toto`, for people at a terminal: what would change, what is deployed, the history of it; and the git host.
+"""The command `toto`: shows what would change, what is deployed and its history; manages the git host.
 
-Runs are started by a push, from Prefect's UI, or by `prefect deployment run`; nothing here deploys.
+A push, Prefect's UI or `prefect deployment run` starts a run; no command here deploys anything.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from toto.server import serve as server
 def main() -> None:
     """The console script. Exit status 0, 1 when a host does not evaluate, 2 for an error of input or tools."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:
-        del os.environ[name]  # a hook's repository and quarantine are none of toto's; GitPython would look at them
+        del os.environ[name]  # they may name a hook's repository and quarantine, and GitPython would use them
     if sys.argv[1:2] == ["serve"]:
         sys.exit(server.main(sys.argv[2:]))
     arguments = _parser().parse_args()
@@ -47,24 +47,24 @@ def _parser() -> argparse.ArgumentParser:
     repo = argparse.ArgumentParser(add_help=False)
     repo.add_argument("--repo", type=Path, default=Path(), help="the infra repo on toto (default: this directory)")
 
-    planning = verbs.add_parser("plan", parents=[repo], help="what a commit would change, and why; touches nothing")
+    planning = verbs.add_parser("plan", parents=[repo], help="show what a commit would change, and why; touch nothing")
     planning.add_argument("--commit", default="HEAD", help="commit, tag or branch (default: the deployed branch)")
     planning.add_argument("--no-build", action="store_true",
-                          help="do not build what changed; then it is not told what changes in it")
+                          help="do not build what changed; then the plan does not show what changes in it")
     planning.add_argument("only", nargs="*", metavar="TARGET|TAG|KIND", help="limit it to these (default: all)")
     planning.set_defaults(run=_plan)
 
-    status = verbs.add_parser("status", parents=[repo], help="what the ledger says of every target")
+    status = verbs.add_parser("status", parents=[repo], help="show what the ledger says about every target")
     status.set_defaults(run=_status)
 
     verbs.add_parser("serve", help="run toto: Prefect's server, a worker, the deployments (--help says more)")
 
-    history = verbs.add_parser("log", parents=[repo], help="the deployment history, newest first")
+    history = verbs.add_parser("log", parents=[repo], help="show the deployment history, newest first")
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")
     history.set_defaults(run=_log)
 
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
-    _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they take, who may reach them"))
+    _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
 
 
@@ -74,12 +74,12 @@ def _database_verbs(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--home", type=Path, default=paths.state_home() / "server",
                        help="the home of the server, which must not run (default: %(default)s)")
     moving = verbs.add_parser("move", parents=[where],
-                              help="copy the SQLite database into a PostgreSQL of toto's own, used from then on")
+                              help="copy the SQLite database into a PostgreSQL of toto's own, and use that from now on")
     moving.set_defaults(run=_database_move)
     upgrading = verbs.add_parser("upgrade", parents=[where],
-                                 help="take toto's PostgreSQL to the newest version that is installed")
-    upgrading.add_argument("--from", type=Path, dest="old_bin", metavar="DIR", help="the bin folder of its present "
-                           "version, where that is not installed as Debian does it")
+                                 help="upgrade toto's PostgreSQL to the newest version that is installed")
+    upgrading.add_argument("--from", type=Path, dest="old_bin", metavar="DIR", help="the bin folder of its current "
+                           "version, when that is not installed in the way of Debian")
     upgrading.set_defaults(run=_database_upgrade)
 
 
@@ -92,23 +92,23 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("name", metavar="NAME")
     policy.add_argument("--branch", help="the deployed branch")
     policy.add_argument("--signed", action=argparse.BooleanOptionalAction,
-                        help="refuse commits without a signature that is trusted")
+                        help="refuse commits without a trusted signature")
     policy.add_argument("--allow-force", action=argparse.BooleanOptionalAction,
-                        help="take forced pushes to the deployed branch, and its deletion")
+                        help="accept forced pushes to the deployed branch, and its deletion")
     policy.add_argument("--max-file-size", metavar="SIZE", help="such as 20m; 0 for no limit (default: 100m)")
     policy.add_argument("--allowed-signers", metavar="FILE", help="ssh keys that are trusted for signatures; '' for "
-                        "the keys of those who may write the repository, which is the default")
-    policy.add_argument("--gpg-home", metavar="DIR", help="gpg's folder whose keys are trusted; '' for none")
+                        "the keys of the users who may write to the repository, which is the default")
+    policy.add_argument("--gpg-home", metavar="DIR", help="the gpg folder whose keys are trusted; '' for none")
 
     create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
     create.set_defaults(run=_repo_create)
-    change = verbs.add_parser("set", parents=[policy], help="change what a repository takes, and show all of it")
+    change = verbs.add_parser("set", parents=[policy], help="change what a repository accepts, and show all of it")
     change.set_defaults(run=_repo_set)
-    admin = verbs.add_parser("admin", parents=[where], help=f"make {access.ADMIN}, the rules of who may do what")
+    admin = verbs.add_parser("admin", parents=[where], help=f"make {access.ADMIN}, the repository of the access rules")
     admin.add_argument("user", help="its first user, who may do everything")
     admin.add_argument("key", type=Path, metavar="KEY.pub", help="their public ssh key")
     admin.set_defaults(run=_repo_admin)
-    sshd = verbs.add_parser("sshd", parents=[where], help="the lines of sshd_config that let these users in")
+    sshd = verbs.add_parser("sshd", parents=[where], help="print the lines of sshd_config that let these users in")
     sshd.set_defaults(run=_repo_sshd)
 
 
@@ -152,7 +152,7 @@ async def _database_move(arguments: argparse.Namespace) -> int:
     print(table([{"table": each.table, "rows": str(each.copied)} for each in moved if each.copied], ("table", "rows")))
     for line in database_move.left_behind(moved):
         _say(line)
-    _say(f"moved; `toto serve` uses PostgreSQL from now on, and the file is {home / database_move.MOVED} now")
+    _say(f"moved; `toto serve` uses PostgreSQL from now on, and the old file is {home / database_move.MOVED}")
     return 0
 
 
@@ -160,15 +160,15 @@ async def _database_upgrade(arguments: argparse.Namespace) -> int:
     home = _home(arguments)
     with server.only_one(home, "server"):
         old, new = await database_move.upgrade(home, _say, arguments.old_bin)
-    _say(f"PostgreSQL {new} from now on; the cluster of {old} is still in {home / 'postgres' / str(old)}, "
-         "to be removed when all is well")
+    _say(f"`toto serve` uses PostgreSQL {new} from now on; the cluster of {old} is still in "
+         f"{home / 'postgres' / str(old)}: remove it when all is well")
     return 0
 
 
 def _home(arguments: argparse.Namespace) -> Path:
     home: Path = arguments.home.absolute()
     if not home.is_dir():
-        raise InputError("no server has run there", target=str(home), hint="name its folder: --home")
+        raise InputError("no server has run in this folder", target=str(home), hint="name the right one with --home")
     return home
 
 
@@ -211,7 +211,7 @@ async def _repo_admin(arguments: argparse.Namespace) -> int:
 async def _repo_sshd(arguments: argparse.Namespace) -> int:
     keys = shlex.join(git_shell.invocation(arguments.repos.absolute(), "keys"))
     print(f"""\
-# /etc/ssh/sshd_config.d/toto.conf: {getpass.getuser()} owns the repositories, and keys get to them through toto only.
+# /etc/ssh/sshd_config.d/toto.conf: {getpass.getuser()} owns the repositories; keys open them only through toto.
 Match User {getpass.getuser()}
     AuthorizedKeysFile none
     AuthorizedKeysCommand {keys}

@@ -28,7 +28,7 @@ from blocks.access import AccessBlock
 from blocks.base import TotoBlock
 from tasks.notify import notify
 from tests.conftest import PrefectServer
-from tests.report.test_report import story
+from tests.report.test_report import report
 from tests.repos import InfraRepo as Repo
 from tests.repos import git
 from tests.venue_servers import HttpServer, http_server, smtp_server
@@ -138,13 +138,13 @@ async def test_what_is_not_saved_works_by_its_defaults(prefect: PrefectServer, t
     assert (await SshIdentity.load_or_default("saved")).file(tmp_path) == Path("/elsewhere")
 
 
-async def test_a_block_that_is_not_right_is_told_by_its_field(prefect: PrefectServer) -> None:
+async def test_a_wrong_block_is_reported_with_its_field(prefect: PrefectServer) -> None:
     """The UI saves what it is given: it is toto that looks."""
     await SlackVenue(url="https://example.org/").asave("wrong", overwrite=True)
     saved = await prefect.api.call("GET", "/block_types/slug/toto-venue-slack/block_documents/name/wrong")
     for data in ({"url": f"{POISON}"}, {"url": None}):
         await prefect.api.call("PATCH", f"/block_documents/{saved['id']}", {"data": data, "merge_existing_data": False})
-        with pytest.raises(InputError, match=r"^block toto-venue-slack/wrong: url: .*\nnext: mend it in") as caught:
+        with pytest.raises(InputError, match=r"^block toto-venue-slack/wrong: url: .*\nnext: fix it in") as caught:
             await venues.named("wrong")
         assert POISON not in f"{caught.value}{caught.value.__cause__}"
 
@@ -193,8 +193,8 @@ def test_a_context_is_chosen_in_a_copy_of_the_kubeconfig(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["nobody", "../../admin", "a b", "A", "", "x" * 100])
-async def test_a_name_that_is_no_venue_is_told(prefect: PrefectServer, name: str) -> None:
-    with pytest.raises(VenueFailed, match=r"there is no venue of this name|is no venue's name"):
+async def test_a_name_that_is_no_venue_is_an_error(prefect: PrefectServer, name: str) -> None:
+    with pytest.raises(VenueFailed, match=r"there is no venue of this name|is not a venue's name"):
         await venues.named(name)
 
 
@@ -240,14 +240,14 @@ class Fleet:
 
 
 def failing(why: str = "not ok 1 - welcome") -> Report:
-    of = story("a", "b")
+    of = report("a", "b")
     of.failure("b", "roll-out", TotoError(f"smoke tests failed: s\n  {why}", target="b"))
     of.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
     return of
 
 
 def working() -> Report:
-    of = story("a", "b")
+    of = report("a", "b")
     of.outcome |= {"a": "deployed", "b": "deployed"}
     return of
 
@@ -258,8 +258,8 @@ async def fleet(prefect: PrefectServer, tmp_path: Path, web: HttpServer) -> Flee
     return Fleet(tmp_path / "fleet", web)
 
 
-async def test_a_failure_is_told_once_again_when_it_changes_and_when_it_is_over(fleet: Fleet) -> None:
-    for end in (failing(), failing(), failing("not ok 2 - other"), working(), story()):
+async def test_a_failure_is_notified_once_and_again_when_it_changes_and_when_it_is_over(fleet: Fleet) -> None:
+    for end in (failing(), failing(), failing("not ok 2 - other"), working(), report()):
         await fleet.run(end)
     assert [text.splitlines()[0] for text in fleet.heard] == [
         "🔴 *[infra] b: roll-out failed*", "🔴 *[infra] b: roll-out failed*",
@@ -268,7 +268,7 @@ async def test_a_failure_is_told_once_again_when_it_changes_and_when_it_is_over(
     assert len(git("notes", "--ref=toto", "show", fleet.commit, cwd=fleet.repo.bare).splitlines()) == 3
 
 
-async def test_a_venue_that_cannot_be_told_is_a_warning_and_hears_of_it_the_next_time(
+async def test_a_venue_that_cannot_be_notified_is_a_warning_and_gets_it_the_next_time(
         fleet: Fleet, prefect: PrefectServer, tmp_path: Path) -> None:
     fleet.web.answers = [(404, f"no_service {POISON}"), (200, "ok")]
     lines = await logs(prefect, await fleet.run(failing()))
@@ -287,7 +287,7 @@ async def test_the_pusher_always_hears_and_the_link_leads_to_the_run(fleet: Flee
         await MailVenue(host="127.0.0.1", port=post.port, security="none", sender="toto@example.org").asave(
             "pusher", overwrite=True)
         runs = [await fleet.run(failing(), "push") for _ in range(2)]
-        await fleet.run(story(), "push")
+        await fleet.run(report(), "push")
     assert [mail["To"] for mail in post.mails] == ["op@example.org"] * 3
     assert [f"http://ui/runs/flow-run/{run}" in mail.get_content() for run, mail in zip(runs, post.mails, strict=False)]
     assert len(fleet.heard) == 2  # the failure, and that it is over
@@ -301,21 +301,21 @@ async def test_who_is_named_hears_and_a_branchs_rehearsal_is_nobody_elses(fleet:
 
 
 async def test_what_a_check_for_drift_finds_good_is_not_what_a_run_found_wrong(fleet: Fleet) -> None:
-    drifted = story()
+    drifted = report()
     drifted.failure("terraform/dns", "drift check", TotoError("it was changed outside"))
     await fleet.run(failing())
-    await fleet.run(story(), check="drift")
+    await fleet.run(report(), check="drift")
     await fleet.run(drifted, check="drift")
     await fleet.run(failing())
     await fleet.run(drifted, check="drift")
-    await fleet.run(story(), check="drift")
+    await fleet.run(report(), check="drift")
     assert [text.splitlines()[0] for text in fleet.heard] == [
         "🔴 *[infra] b: roll-out failed*", "🔴 *[infra] terraform/dns: drift check failed*",
         "🟢 *[infra] terraform/dns fine again*"]
     assert git("notes", "--ref=toto", "show", fleet.commit, cwd=fleet.repo.bare).count("\n") == 0
 
 
-async def test_a_run_that_broke_off_is_told_by_what_can_be_read(fleet: Fleet) -> None:
+async def test_a_run_that_broke_off_is_notified_by_what_can_be_read(fleet: Fleet) -> None:
     good = fleet.commit
     fleet.commit = fleet.repo.commit({"machines.yaml": "machines: [}"})
     assert fleet.commit != good
@@ -335,5 +335,5 @@ async def test_nothing_that_goes_wrong_fails_the_run(fleet: Fleet, prefect: Pref
     fleet.commit = git("rev-parse", "HEAD", cwd=fleet.repo.bare)
     monkeypatch.setattr("toto.report.venues.http_address", broken)
     lines = await logs(prefect, await fleet.run(failing()))
-    assert "ops was not notified: unexpectedly, RuntimeError" in lines or "ops was not notified: block" in str(lines)
+    assert "ops was not notified: unexpected RuntimeError" in lines or "ops was not notified: block" in str(lines)
     assert POISON not in str(lines)

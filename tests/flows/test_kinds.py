@@ -112,10 +112,10 @@ async def test_nothing_is_rolled_out_without_the_verdict_on_that_very_target(fil
     assert files.there() == {}
 
 
-async def test_a_ledger_of_a_kind_that_is_not_known_is_told(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_ledger_of_a_kind_that_is_not_known_is_an_error(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     files.commit({"a": "one"})
     await files.reconcile()
     monkeypatch.delitem(kinds.KINDS, "file")
     state = await files.reconcile()
-    assert state.is_failed() and "this toto knows no kind of target 'file'" in str(state.message)
+    assert state.is_failed() and "this version of toto has no kind of target 'file'" in str(state.message)
     assert files.entry("a").good is not None

@@ -1,4 +1,4 @@
-"""Releases on a real cluster, with helm 4 and helm 3: what is done is done, what fails is told, nothing secret is."""
+"""Releases on a real cluster, with helm 4 and helm 3: failures are reported, and no secret is shown."""
 
 import asyncio
 import functools
@@ -193,13 +193,13 @@ async def test_release_is_installed_changed_rolled_back_and_removed(lab: Lab) ->
     assert (await helm.drift(release)).lines() == ["- the release page"]
 
 
-async def test_failing_upgrade_is_told_with_its_pods_and_a_rollback_brings_the_release_back(lab: Lab) -> None:
+async def test_failing_upgrade_is_reported_with_its_pods_and_a_rollback_brings_the_release_back(lab: Lab) -> None:
     good = await lab.upgrade()
     with pytest.raises(ReleaseFailed) as caught:
         await lab.upgrade(lab.release(timeout=2), text="bad", fate="stuck")
     assert str(caught.value).startswith("helm/page: UPGRADE FAILED: ")
     assert "deadline exceeded" in str(caught.value)
-    assert "\npod page-" in str(caught.value) and ": page runs and is not ready\nnext: " in str(caught.value)
+    assert "\npod page-" in str(caught.value) and ": page runs but is not ready\nnext: " in str(caught.value)
     assert await lab.text() == "bad"
     now = await lab.helm.current(lab.release())
     assert now is not None and (now.number, now.status, now.pending) == (2, "failed", False)
@@ -232,9 +232,9 @@ async def test_upgrade_that_was_killed_is_repaired_and_the_next_one_works(lab: L
     lab.set(text="next")
     difference = str(await lab.helm.difference(release, lab.tree))
     assert "data.text: bad → next" in difference and "kube" not in difference
-    with pytest.raises(ReleaseBusy, match="another helm is at work on it, or was killed"):
+    with pytest.raises(ReleaseBusy, match="a different helm is working on it, or was killed"):
         await lab.helm.upgrade(release, lab.tree)
-    with pytest.raises(ReleaseBusy, match=r"it is pending-upgrade since \d+ s: that helm may be alive"):
+    with pytest.raises(ReleaseBusy, match=r"it has been pending-upgrade for \d+ s: that helm may be alive"):
         await lab.helm.repair(release)
     done = await lab.helm.repair(release, good.number, patience=0)
     assert done == ("a helm that was killed had left it pending-upgrade at revision 2; it was rolled back to "
@@ -285,7 +285,7 @@ async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
     with pytest.raises(ReleaseFailed):
         await upgrade
     assert await lab.helm.repair(lab.release(), patience=0) == (
-        "a helm that was killed had left it pending-install at revision 1; what there was of it was removed")
+        "a helm that was killed had left it pending-install at revision 1; its remains were removed")
     assert await lab.helm.current(lab.release()) is None
     assert (await lab.upgrade()).number == 1
 
@@ -302,21 +302,21 @@ async def test_cancelled_upgrade_leaves_no_helm_and_nothing_pending(lab: Lab) ->
     assert now is not None and (now.number, now.status) == (2, "failed")
 
 
-async def test_what_is_done_outside_toto_is_told_in_plain_words(lab: Lab) -> None:
+async def test_what_is_done_outside_toto_is_reported_in_plain_words(lab: Lab) -> None:
     chart = str(lab.tree / "helm/page/chart")
     first = await lab.upgrade()
     release = lab.release()
     assert await lab.helm.outside_change(release, 0) == (
         "it is there already, at revision 1 (page-0.1.0), and not by toto")
     await lab.by_hand("upgrade", "page", chart, "--set", f"text=hand,password={POISON}")
-    told = await lab.helm.outside_change(release, 1)
-    assert told is not None
-    assert told.startswith("outside toto it was upgraded to page-0.1.0 (revision 2, deployed, 20")
+    words = await lab.helm.outside_change(release, 1)
+    assert words is not None
+    assert words.startswith("outside toto it was upgraded to page-0.1.0 (revision 2, deployed, 20")
     await lab.by_hand("rollback", "page", "1")
-    told = await lab.helm.outside_change(release, 1)
-    assert told is not None
-    assert ", then rolled back to revision 1 (revision 3, deployed, 20" in told
-    assert told.endswith(" UTC); toto had left revision 1")
+    words = await lab.helm.outside_change(release, 1)
+    assert words is not None
+    assert ", then rolled back to revision 1 (revision 3, deployed, 20" in words
+    assert words.endswith(" UTC); toto had left revision 1")
     await lab.by_hand("uninstall", "page", "--keep-history")
     assert await lab.helm.outside_change(release, 1) == "it was deleted outside toto, which had left revision 1"
     await lab.by_hand("uninstall", "page")
@@ -328,7 +328,7 @@ async def test_what_is_done_outside_toto_is_told_in_plain_words(lab: Lab) -> Non
     assert "data.text: anew → hello" in str(await lab.helm.difference(release, lab.tree))
 
 
-async def test_rollback_that_cannot_be_done_is_told(lab: Lab) -> None:
+async def test_rollback_that_cannot_be_done_is_reported(lab: Lab) -> None:
     release = lab.release()
     with pytest.raises(ReleaseMissing, match="helm/page: cannot be rolled back to revision 1: it is not installed"):
         await lab.helm.rollback(release, 1)
@@ -386,7 +386,7 @@ async def test_failing_test_of_a_chart_is_a_result(lab: Lab) -> None:
 
 
 async def test_value_that_is_left_out_again_has_its_default(lab: Lab) -> None:
-    await lab.upgrade(text="mine")
+    await lab.upgrade(text="by hand")
     (lab.tree / "helm/page/values.yaml").unlink()
     release = lab.release()
     assert release.values == ()
@@ -408,7 +408,7 @@ async def test_namespace_is_made_only_where_it_may_be(lab: Lab) -> None:
     assert (await lab.upgrade(lab.release(create_namespace=False))).number == 2
 
 
-@pytest.mark.parametrize(("files", "told"), [
+@pytest.mark.parametrize(("files", "words"), [
     ({"chart/templates/x.yaml": "a: {{ .Values.x.y.z }}\n"}, "helm/page/chart/templates/x.yaml:1:1"),
     ({"chart/templates/x.yaml": "a: {{ if }}\n"}, "helm/page/chart/templates/x.yaml:1"),
     ({"chart/templates/x.yaml": "a: [\n"}, "YAML parse error on helm/page/chart/templates/x.yaml"),
@@ -423,13 +423,13 @@ async def test_namespace_is_made_only_where_it_may_be(lab: Lab) -> None:
     ({"values.yaml": f"password: [{POISON}\n"}, "failed to parse helm/page/values.yaml: "),
     ({"chart/values.schema.json": '{"properties": {"password": {"type": "integer"}}}'}, "got string, want integer"),
 ])
-async def test_what_does_not_render_is_told_by_the_repos_names(lab: Lab, files: dict[str, str], told: str) -> None:
+async def test_what_does_not_render_is_reported_by_the_repos_names(lab: Lab, files: dict[str, str], words: str) -> None:
     lab.set(password=POISON)
     lab.write(files)
     with pytest.raises(RenderFailed) as caught:
         await lab.helm.upgrade(lab.release(), lab.tree)
-    assert told in str(caught.value) and str(caught.value).startswith("helm/page: ")
-    assert str(caught.value).endswith("\nnext: mend helm/page/chart or its values, and push again")
+    assert words in str(caught.value) and str(caught.value).startswith("helm/page: ")
+    assert str(caught.value).endswith("\nnext: fix helm/page/chart or its values, and push again")
     assert POISON not in str(caught.value) and str(lab.tree) not in str(caught.value)
     assert await lab.helm.current(lab.release()) is None
 
@@ -443,7 +443,7 @@ async def test_lint_warns_and_refuses(lab: Lab) -> None:
         await lab.helm.lint(lab.release(), lab.tree)
 
 
-async def test_no_secret_is_told_anywhere(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_secret_is_shown_anywhere(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     said: list[object] = []
 
@@ -464,14 +464,14 @@ data: {url: "postgres://me:{{ .Values.password }}@db"}
         release = lab.release(timeout=2 if "fate" in more else 120)
         for verb in (lab.helm.difference, lab.helm.lint, lab.helm.upgrade):
             await hear(verb(release, lab.tree))
-        for look in (lab.helm.current, lab.helm.history, lab.helm.drift, lab.helm.test):
-            await hear(look(release))
+        for read in (lab.helm.current, lab.helm.history, lab.helm.drift, lab.helm.test):
+            await hear(read(release))
     # The API server's own words on a Secret that is none quote it, and not from its beginning.
     lab.write({"chart/templates/bad.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: bad}\n"
                                            "data: {p: '{{ .Values.password }}!!'}\n"})
     await hear(lab.helm.upgrade(release, lab.tree))
-    for look in (lab.helm.current, lab.helm.history, lab.helm.drift):
-        await hear(look(release))
+    for read in (lab.helm.current, lab.helm.history, lab.helm.drift):
+        await hear(read(release))
     await hear(lab.helm.rollback(release, 99))
     everything = f"{said}\n{caplog.text}"
     assert "data.password: ****** → ******" in everything and "base64" in everything
@@ -497,7 +497,7 @@ async def test_helm_gets_nothing_of_totos_own_environment(lab: Lab, tmp_path: Pa
     assert f"KUBECACHEDIR={tmp_path}/state/cache/kube" in env  # and not below the home folder
 
 
-async def test_cluster_that_cannot_be_reached_is_told_quickly(lab: Lab, tmp_path: Path) -> None:
+async def test_cluster_that_cannot_be_reached_is_reported_quickly(lab: Lab, tmp_path: Path) -> None:
     def helm(name: str, change: Callable[[str], str]) -> Helm:
         path = tmp_path / name
         path.write_text(change(lab.cluster.kubeconfig.read_text()))
@@ -511,9 +511,9 @@ async def test_cluster_that_cannot_be_reached_is_told_quickly(lab: Lab, tmp_path
         closed.bind(("127.0.0.1", 0))
         nobody, hanging = (f"https://127.0.0.1:{each.getsockname()[1]}" for each in (closed, silent))
         refused = helm("refused", lambda text: text.replace(lab.cluster.url, nobody))
-        for look in (refused.current, refused.history, refused.drift, refused.test, refused.uninstall, refused.repair):
+        for read in (refused.current, refused.history, refused.drift, refused.test, refused.uninstall, refused.repair):
             with pytest.raises(ClusterUnreachable, match="connection refused\nnext: is the cluster up"):
-                await look(release)
+                await read(release)
         for verb in (refused.difference, refused.upgrade):
             with pytest.raises(ClusterUnreachable):
                 await verb(release, lab.tree)
@@ -526,7 +526,7 @@ async def test_cluster_that_cannot_be_reached_is_told_quickly(lab: Lab, tmp_path
     stranger = helm("stranger", lambda text: text.replace(str(lab.cluster.ca), str(other_ca(tmp_path)[0])))
     garbage = helm("garbage", lambda text: f"token: {POISON}: [")
     for each in (wrong, stranger, garbage):
-        with pytest.raises(AccessRefused, match="look at the kubeconfig") as caught:
+        with pytest.raises(AccessRefused, match="check the kubeconfig") as caught:
             await each.current(release)
         assert POISON not in str(caught.value)
     with pytest.raises(ClusterUnreachable, match="there is no kubeconfig"):
@@ -577,7 +577,7 @@ async def test_remote_chart_is_fetched_once(lab: Lab, repository: str, tmp_path:
         await lab.helm.render(lab.release(chart="page", repo=repository, version="0.2.0"), lab.tree)
 
 
-async def test_helm_that_is_too_old_or_absent_is_told(tmp_path: Path) -> None:
+async def test_helm_that_is_too_old_or_absent_is_reported(tmp_path: Path) -> None:
     old = tmp_path / "helm"
     old.write_text("#!/bin/sh\necho v3.9.0\n")
     old.chmod(0o755)

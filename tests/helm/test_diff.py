@@ -1,4 +1,4 @@
-"""What differs between manifests, told by resource and field, and never with what a Secret holds."""
+"""What differs between manifests, by resource and field, and never with what a Secret holds."""
 
 import base64
 
@@ -24,7 +24,7 @@ def deployment(spec: str, replicas: str = "1") -> str:
             f"  template: {{spec: {spec}}}\n")
 
 
-def told(before: str, after: str) -> list[str]:
+def fields(before: str, after: str) -> list[str]:
     return compare(parse(before), parse(after)).lines()
 
 
@@ -32,13 +32,13 @@ def drifted(stated: str, live: str) -> list[str]:
     return drift(parse(stated), parse(live)).lines()
 
 
-def test_resources_added_removed_and_changed_are_told_by_field() -> None:
+def test_resources_added_removed_and_changed_are_shown_by_field() -> None:
     before = config("data: {a: x, b: y}") + config("", "old") + deployment(
         "{containers: [{name: web, image: 'web:1', args: [a, b]}]}")
     after = config("data: {a: z, c: y}") + config("metadata: {name: new, namespace: other}", "x").replace(
         "metadata: {name: x}\n", "") + deployment(
         "{containers: [{name: side, image: s}, {name: web, image: 'web:2', args: [a, c]}]}", "2")
-    assert told(before, after) == [
+    assert fields(before, after) == [
         "+ ConfigMap other/new", "- ConfigMap old",
         "~ ConfigMap c", "    data.a: x → z", "    - data.b: y", "    + data.c: y",
         "~ Deployment d", "    spec.replicas: 1 → 2",
@@ -53,12 +53,12 @@ def test_form_order_and_comments_are_no_difference() -> None:
     assert same.empty and str(same) == "nothing in the manifests"
 
 
-def test_several_lines_of_text_are_told_as_a_diff() -> None:
-    assert told(config('data: {f: "a\\nb\\nc\\n"}'), config('data: {f: "a\\nb\\nX\\n"}')) == [
+def test_several_lines_of_text_are_shown_as_a_diff() -> None:
+    assert fields(config('data: {f: "a\\nb\\nc\\n"}'), config('data: {f: "a\\nb\\nX\\n"}')) == [
         "~ ConfigMap c", "    data.f:", "      @@ -2,2 +2,2 @@", "       b", "      -c", "      +X"]
 
 
-def test_what_a_secret_holds_is_never_told() -> None:
+def test_what_a_secret_holds_is_never_shown() -> None:
     before = secret(password="old-" + POISON, gone=POISON * 2)
     after = secret(password=POISON, more="more\n" + POISON + "-line\n") + config(
         f"data: {{url: 'postgres://me:{POISON}@db', b64: {base64.b64encode(POISON.encode()).decode()}, "
@@ -73,7 +73,7 @@ def test_what_a_secret_holds_is_never_told() -> None:
 
 
 def test_secret_written_the_other_way_is_the_same() -> None:
-    assert told(secret(a=POISON), secret().replace("data:\n", f"stringData: {{a: {POISON}}}\n")) == []
+    assert fields(secret(a=POISON), secret().replace("data:\n", f"stringData: {{a: {POISON}}}\n")) == []
 
 
 def test_texts_of_secrets_are_known_in_every_form() -> None:
@@ -104,11 +104,11 @@ def test_difference_is_bounded() -> None:
     ("{x: null}", "{x: 5}"),
     ("{started: 2020-01-01, sign: =}", "{started: '2020-01-01', sign: '='}"),
 ])
-def test_what_is_only_written_another_way_or_not_stated_is_no_drift(stated: str, live: str) -> None:
+def test_what_is_only_written_differently_or_not_stated_is_no_drift(stated: str, live: str) -> None:
     assert drifted(deployment(stated), deployment(live) + "status: {x: 1}\n") == []
 
 
-def test_drift_is_told_from_what_is_stated_to_what_is_live() -> None:
+def test_drift_is_shown_from_what_is_stated_to_what_is_live() -> None:
     stated = (deployment("{containers: [{name: a, image: 'x:1', args: [b], env: [{name: E, value: '1'}]}]}")
               + config("", "gone") + secret(password=POISON))
     live = (deployment("{containers: [{name: a, image: 'x:2', args: [b, c]}]}", "3") + secret(password="by hand")
@@ -129,7 +129,7 @@ def test_resources_of_two_groups_are_two() -> None:
 @pytest.mark.parametrize("text", [
     "a: [", "[" * 200_000, "- " * 200_000, "[" * 201 + "]" * 201, "\0", "? {a: 1}: b: c",
     "!!python/object:os.system x"])
-def test_text_that_is_no_manifest_is_told_without_it(text: str) -> None:
+def test_an_error_about_text_that_is_no_manifest_does_not_quote_it(text: str) -> None:
     with pytest.raises(InputError, match="is not YAML") as caught:
         parse(f"password: {POISON}\n{text}")
     assert POISON not in str(caught.value)

@@ -1,4 +1,4 @@
-"""helm/NAME/release.yaml: what is accepted, how what is wrong is told, and what changes a release's identity."""
+"""helm/NAME/release.yaml: what is accepted, how mistakes are reported, and what changes a release's identity."""
 
 import pickle
 import re
@@ -95,7 +95,7 @@ def test_releases_come_after_those_they_name(tmp_path: Path) -> None:
     assert [release.name for release in discover(tmp_path)] == ["b", "d", "c", "a"]
 
 
-def test_circle_and_unknown_name_are_told_with_their_lines(tmp_path: Path) -> None:
+def test_circle_and_unknown_name_are_reported_with_their_lines(tmp_path: Path) -> None:
     for name, after in {"a": "b", "b": "a", "c": "nobody", "d": "d"}.items():
         write(tmp_path, {f"helm/{name}/release.yaml": f"wait: false\nafter: [{after}]\n",
                          f"helm/{name}/Chart.yaml": CHART})
@@ -107,7 +107,7 @@ def test_circle_and_unknown_name_are_told_with_their_lines(tmp_path: Path) -> No
     assert unknown == "helm/c/release.yaml:2: after: there is no release 'nobody'"
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "problem"), [
     ("- a", "1: should be a mapping of fields, not a list"),
     ("chrt: x", "1: chrt: is not a known field; did you mean 'chart'?"),
     ("name: x", "1: name: is not a known field; did you mean 'namespace'?"),
@@ -131,9 +131,9 @@ def test_circle_and_unknown_name_are_told_with_their_lines(tmp_path: Path) -> No
     ("chart: /docs", "1: chart: there is no Chart.yaml in docs"),
     ("chart: values.yaml", "1: chart: there is no Chart.yaml in helm/web/values.yaml"),
     ("repo: https://x.org\nversion: 1.0.0", "1: repo: a repo needs a chart: its name there"),
-    ("chart: x\nrepo: https://x.org", "1: version: is missing: a remote chart needs one exact version, to be the same "
-                                     "tomorrow"),
-    ("chart: oci://x.org/x", "1: version: is missing: a remote chart needs one exact version, to be the same tomorrow"),
+    ("chart: x\nrepo: https://x.org", "1: version: is missing: a remote chart needs one exact version, to stay "
+                                     "the same"),
+    ("chart: oci://x.org/x", "1: version: is missing: a remote chart needs one exact version, to stay the same"),
     ("chart: x\nrepo: https://x.org\nversion: ^1.0", "3: version: should be one exact version like '1.2.3', "
                                                      "not '^1.0'"),
     ("chart: x\nrepo: https://x.org\nversion: 1.2", "3: version: should be text, not 1.2: put it in quotes"),
@@ -143,32 +143,32 @@ def test_circle_and_unknown_name_are_told_with_their_lines(tmp_path: Path) -> No
     ("chart: x\nrepo: https://me:pw@x.org\nversion: 1.0.0",
      "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
      "name, not 'https://me:pw@x.org'"),
-    ("version: 1.0.0", "1: version: is only for a remote chart; that of one in the repo stands in its Chart.yaml"),
+    ("version: 1.0.0", "1: version: is only for a remote chart; a chart in the repo has its version in Chart.yaml"),
     ("chart: [", "1: is not YAML: while parsing a flow node: expected the node content, but found '<stream end>'"),
     ("wait: true\nwait: true", "2: wait: is given twice, first on line 1"),
 ])
-def test_what_is_wrong_is_told_with_file_line_and_field(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_is_reported_with_file_line_and_field(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "helm/web").mkdir(parents=True)
     (tmp_path / "helm/web/out").symlink_to("/etc")
     (tmp_path / "helm/web/round").symlink_to("round")
     write(tmp_path, {"helm/web/linked/Chart.yaml": CHART, "docs/README.md": ""})
     (tmp_path / "helm/web/linked/file").symlink_to("/etc/hostname")
     files = {"helm/web/values.yaml": "", "helm/web/chart/Chart.yaml": CHART}
-    assert problems(tmp_path, text, files) == (f"helm/web/release.yaml:{told}",)
+    assert problems(tmp_path, text, files) == (f"helm/web/release.yaml:{problem}",)
 
 
-def test_release_without_any_chart_is_told(tmp_path: Path) -> None:
+def test_release_without_any_chart_is_reported(tmp_path: Path) -> None:
     assert problems(tmp_path, "wait: true\n") == ("helm/web/release.yaml:1: chart: there is no 'helm/web/chart'",)
 
 
 @pytest.mark.parametrize("name", ["Web", "a_b", "ä", "-a", "a" * 54, "a..b", "a b"])
-def test_folder_that_cannot_name_a_release_is_told(tmp_path: Path, name: str) -> None:
+def test_folder_that_cannot_name_a_release_is_reported(tmp_path: Path, name: str) -> None:
     write(tmp_path, {f"helm/{name}/release.yaml": "", f"helm/{name}/Chart.yaml": CHART})
     with pytest.raises(ReleaseFileError, match=r"release.yaml:1: a release's name should be 1 to 53 lower case"):
         discover(tmp_path)
 
 
-def test_problems_of_all_releases_are_told_at_once(tmp_path: Path) -> None:
+def test_problems_of_all_releases_are_reported_at_once(tmp_path: Path) -> None:
     write(tmp_path, {"helm/a/release.yaml": "wait: 1\ntest: 2\n", "helm/b/release.yaml": "\0"})
     with pytest.raises(ReleaseFileError) as caught:
         discover(tmp_path)
@@ -241,7 +241,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*ReleaseFile.model_fields, "x"]), scalars | st.lists(scalars, max_size=3)))
-def test_whatever_the_file_says_it_is_a_release_or_told(tmp_path: Path, fields: dict[str, object]) -> None:
+def test_whatever_the_file_says_it_is_a_release_or_an_error(tmp_path: Path, fields: dict[str, object]) -> None:
     files = {"helm/web/values.yaml": "", "helm/web/chart/Chart.yaml": CHART}
     try:
         release = one(tmp_path, yaml.safe_dump(fields), files)

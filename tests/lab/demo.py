@@ -61,14 +61,14 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     run = whole.push()
     say(f"   $ git push toto main        # {message}")
     say(f"   {whole.url}/runs/flow-run/{run}")
-    told: set[str] = set()
+    printed: set[str] = set()
     ending = asyncio.create_task(whole.ended(run, 400))
     try:
         while not ending.done():
             await asyncio.wait([ending], timeout=1)
             for name in await asyncio.to_thread(whole.subflows, run):
-                if name not in told:
-                    told.add(name)
+                if name not in printed:
+                    printed.add(name)
                     say(f"   {time.monotonic() - began:5.0f} s  {name}")
         ended = await ending
     finally:
@@ -84,7 +84,7 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     return ended
 
 
-async def story(whole: Fleet, cluster: Cluster) -> None:
+async def seven_pushes(whole: Fleet, cluster: Cluster) -> None:
     """The pushes."""
     await hosts(whole)
     await other_kinds(whole, cluster)
@@ -102,7 +102,7 @@ async def hosts(whole: Fleet) -> None:
     after = await whole.systems()
     claim("the run is green", first.state == "COMPLETED")
     claim("every machine runs what was rehearsed", all(whole.runs_its_good(name, after[name]) for name in ADDRESSES))
-    claim("which is another system than it was installed with", all(before[name] != after[name] for name in ADDRESSES))
+    claim("which is not what it was installed with", all(before[name] != after[name] for name in ADDRESSES))
 
     title("2. A push that changes only the README: nothing is done")
     nothing = await push(whole, "say hello in the README", {"README.md": "# Hello\n"})
@@ -113,10 +113,10 @@ async def hosts(whole: Fleet) -> None:
 
     title("3. A change of the module that web1 and web2 share: only these two")
     page = (whole.work / "modules/web.nix").read_text()
-    shared = await push(whole, "another greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
+    shared = await push(whole, "a different greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
     changed = await whole.systems()
     claim("the run is green", shared.state == "COMPLETED")
-    claim("web1 and web2 run another system, gate is as it was",
+    claim("web1 and web2 run a different system, gate is as it was",
           {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"})
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the new page", "Good morning" in served)
@@ -128,7 +128,7 @@ async def hosts(whole: Fleet) -> None:
     claim("the run is red, and says which test", refused.state == "FAILED" and "payment provider" in refused.message)
     claim("no machine was touched", await whole.systems() == changed)
 
-    title("5. A change that passes in the VM and fails on the real machine: everything goes back")
+    title("5. A change that passes in the VM and fails on the real machine: everything is reverted")
     reverted = await push(whole, "serve customers", {
         "modules/web.nix": page.replace("Hello", "Welcome"), "tests/web1/with-internet/50-payments": None,
         "tests/web2/post-switch/50-customer": BROKEN_AFTER})
@@ -163,9 +163,9 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
     claim("the page is in the cluster", await greeting() == "Hello")
 
-    title("7. Both change, and the release's own test fails: both go back, helm before terraform")
+    title("7. Both change, and the release's own test fails: both are reverted, helm before terraform")
     root, values, test = (more[name] for name in (ROOT, VALUES, TEST))
-    failed = await push(whole, "another address, another page", {
+    failed = await push(whole, "a different address and page", {
         ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
         TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n")})
     claim("the run is red, and says which test", failed.state == "FAILED" and "page-test" in failed.message)
@@ -176,7 +176,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 
 
 async def main(start_only: bool = False) -> int:
-    """Exit status: 0 when all went as told, 1 otherwise. `start_only`: no push, just all that the demo starts."""
+    """Exit status: 0 when all went as announced, 1 otherwise. `start_only`: no push, just all that the demo starts."""
     keep = bool(os.environ.get("KEEP"))
     failure: str | None = None
     began = time.monotonic()
@@ -192,7 +192,7 @@ async def main(start_only: bool = False) -> int:
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
             if not start_only:
                 await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
-                                                           story(whole, cluster)))
+                                                           seven_pushes(whole, cluster)))
             if not stop.is_set():
                 clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")

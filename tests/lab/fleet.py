@@ -74,14 +74,14 @@ class Fleet:
 
     @property
     def log_places(self) -> tuple[Path, ...]:
-        """What toto logs: `toto serve` itself, its parts (a folder), and what the hook told the pusher."""
+        """What toto logs: `toto serve` itself, its parts (a folder), and what the hook printed to the pusher."""
         return self.directory / "toto.log", self.home / "logs", self.directory / "hook.log"
 
     @property
     def parts(self) -> list[Part]:
         """The programs that are to run: toto, and the machines."""
-        mine = [] if self.server is None else [Part("toto serve", self.server.poll(), self.directory / "toto.log")]
-        return mine + [part for machine in self.machines.values() for part in machine.parts]
+        server = [] if self.server is None else [Part("toto serve", self.server.poll(), self.directory / "toto.log")]
+        return server + [part for machine in self.machines.values() for part in machine.parts]
 
     # The parts
 
@@ -137,10 +137,10 @@ class Fleet:
         for pid in [self.server.pid, *victims]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.buried()
+        self.wait_for_server_end()
 
-    def buried(self) -> None:
-        """The server has died, or is about to: wait for it, and forget it."""
+    def wait_for_server_end(self) -> None:
+        """Wait for a server that has died, or is about to; then there is none."""
         assert self.server is not None
         self.server.wait(60)
         assert self.server.stdout is not None
@@ -196,10 +196,10 @@ class Fleet:
 
     def push(self) -> str:
         """`git push`; the id of the run that its hook started."""
-        told = self.git("push", "toto", "main")
+        output = self.git("push", "toto", "main")
         with (self.directory / "hook.log").open("a") as log:
-            log.write(told)
-        if found := re.search(r"/runs/flow-run/([0-9a-f-]{36})", told):
+            log.write(output)
+        if found := re.search(r"/runs/flow-run/([0-9a-f-]{36})", output):
             return found[1]
         # On a very busy machine Prefect may not answer the hook in time: then the server starts the run.
         return self.run_of(self.git("rev-parse", "HEAD").strip())

@@ -173,7 +173,7 @@ async def stand_in(directory: Path) -> AsyncIterator[Cluster]:
 
 @contextlib.asynccontextmanager
 async def cluster_or_stand_in(directory: Path, say: Callable[[str], None]) -> AsyncIterator[Cluster]:
-    """For the demo: a cluster where one is to be had, else the stand-in; `say` tells which."""
+    """For the demo: a cluster where one is to be had, else the stand-in; `say` prints which."""
     try:
         await assets()
     except ClusterError:

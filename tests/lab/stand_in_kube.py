@@ -116,7 +116,7 @@ class Store:
         if "status" in value:
             value["status"]["observedGeneration"] = meta["generation"]
         if not dry:
-            self._tell("MODIFIED" if old else "ADDED", key, value)
+            self._send_event("MODIFIED" if old else "ADDED", key, value)
             self.objects[key] = value
         return value
 
@@ -126,10 +126,10 @@ class Store:
             for each in [each for each in self.objects if each.namespace == key.name]:
                 self.delete(each)
         del self.objects[key]
-        self._tell("DELETED", key, gone)
+        self._send_event("DELETED", key, gone)
         return gone
 
-    def _tell(self, event: str, key: Key, value: Json) -> None:
+    def _send_event(self, event: str, key: Key, value: Json) -> None:
         with self.lock:
             self.events.append((key, {"type": event, "object": value}))
             value["metadata"]["resourceVersion"] = str(len(self.events))
@@ -346,7 +346,7 @@ def main(directory: Path, address: str) -> None:
     server = ThreadingHTTPServer((address, 6443), Handler)
     # (The handshake is the business of the connection's own thread.)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    print("this is a STAND-IN for a Kubernetes API server: what it is told to run does not run", flush=True)
+    print("this is a STAND-IN for a Kubernetes API server: it runs nothing of what it is given", flush=True)
     server.serve_forever()
 
 

@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.lab, pytest.mark.minutes(7), pytest.mark.xdist_group("127.0.1")]
 
 
-def test_the_pushes_end_as_told_and_nothing_is_left(tmp_path: Path) -> None:
+def test_the_pushes_end_as_announced_and_nothing_is_left(tmp_path: Path) -> None:
     environment = os.environ | {"TOTO_STATE": str(tmp_path / "state"), "KEEP": ""}
     done = subprocess.run([sys.executable, "-m", "tests.lab.demo"], cwd=Path(__file__).parents[2], env=environment,
                           timeout=1500, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -29,11 +29,11 @@ def test_start_that_fails_shows_why_and_keeps_the_logs(tmp_path: Path) -> None:
                           env=environment, timeout=300, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 1, done.stdout
-    told = done.stdout.partition("The demo cannot go on: ")[2]
-    assert told.startswith("toto serve ended with status 1; its last lines:"), done.stdout
-    assert "unable to open database file" in told
+    words = done.stdout.partition("The demo cannot go on: ")[2]
+    assert words.startswith("toto serve ended with status 1; its last lines:"), done.stdout
+    assert "unable to open database file" in words
     assert "Traceback" not in done.stdout.partition("The demo cannot go on")[0], done.stdout
-    kept = Path(told.partition("The logs are in ")[2].split()[0])
-    assert f"next: see {kept}/server/logs/server.log" in told  # where it is now
+    kept = Path(words.partition("The logs are in ")[2].split()[0])
+    assert f"next: see {kept}/server/logs/server.log" in words  # where it is now
     assert "unable to open database file" in (kept / "server" / "logs" / "server.log").read_text()
     assert [each.name for each in (tmp_path / "state").iterdir()] == [kept.name]

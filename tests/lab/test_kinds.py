@@ -129,7 +129,7 @@ class World(Fleet):
         self.quick()
 
     def quick(self) -> None:
-        """What terraform's provisioner does: nothing, until it is told otherwise."""
+        """What terraform's provisioner does: nothing, until a test sets something else."""
         (self.control / "apply.sh").write_text("true\n")
 
     def waits(self) -> None:
@@ -336,7 +336,7 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
     assert good is not None and good.revision == 3, "rolled back, as a new revision"
 
 
-async def test_a_rollback_that_fails_is_told_and_stops_no_other(world: World) -> None:
+async def test_a_rollback_that_fails_is_reported_and_stops_no_other(world: World) -> None:
     world.cluster.fates["page/page-"] = "stuck"
     run = await world.deploy("the release never gets ready, and not on the way back either", {
         "modules/common.nix": (EXAMPLE / "modules/common.nix").read_text(), **world.root("five"),
@@ -372,16 +372,16 @@ async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_
     assert await world.page() == "four"
 
 
-async def test_what_was_changed_outside_is_told_and_mended_when_asked_for(world: World) -> None:
+async def test_what_was_changed_outside_is_reported_and_undone_when_asked_for(world: World) -> None:
     calm = await world.ended(world.request("drift/drift"))
     assert calm.state == "COMPLETED", calm.message
     await world.cluster.patch("/api/v1/namespaces/page/configmaps/page", {"data": {"text": "changed by hand"}})
-    told = await world.ended(world.request("drift/drift"))
-    assert told.state == "FAILED" and "helm/page: drift check failed: it was changed outside" in told.message
-    assert "ConfigMap" in world.artifacts(told.id)["report-infra"]
-    assert await world.page() == "changed by hand", "it is told, not touched"
-    mended = await world.ended(world.request("reconcile/reconcile", force=True, only=["helm/page"]))
-    assert mended.state == "COMPLETED", mended.message
+    drift = await world.ended(world.request("drift/drift"))
+    assert drift.state == "FAILED" and "helm/page: drift check failed: it was changed outside" in drift.message
+    assert "ConfigMap" in world.artifacts(drift.id)["report-infra"]
+    assert await world.page() == "changed by hand", "drift is reported and not touched"
+    forced = await world.ended(world.request("reconcile/reconcile", force=True, only=["helm/page"]))
+    assert forced.state == "COMPLETED", forced.message
     assert await world.page() == "four"
 
 

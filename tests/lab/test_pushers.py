@@ -80,14 +80,14 @@ async def pushers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pus
 
 async def test_a_branch_is_rehearsed_and_planned_and_touches_nothing(pushers: Pushers) -> None:
     before = await pushers.whole.systems()
-    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
-    assert "nothing is rolled out" in told
-    assert re.search(r"rehearse host / web1: done", told), told
-    assert "\ntoto: done\n" in told, told
-    told = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/look", "plan")
-    assert re.search(r"(?m)^host/web1 +deploy", told), told
-    assert "pull step" not in told and "submitt" not in told, "what Prefect says of itself"
-    assert "rehearse host / web1" not in told
+    output = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/try", "rehearse", "wait")
+    assert "nothing is rolled out" in output
+    assert re.search(r"rehearse host / web1: done", output), output
+    assert "\ntoto: done\n" in output, output
+    output = await asyncio.to_thread(pushers.alice.push, "main:refs/heads/plan", "plan")
+    assert re.search(r"(?m)^host/web1 +deploy", output), output
+    assert "pull step" not in output and "submitt" not in output, "what Prefect says of itself"
+    assert "rehearse host / web1" not in output
     assert pushers.ledger() == ""
     assert await pushers.whole.systems() == before
 
@@ -96,9 +96,9 @@ async def test_whoever_waits_sees_what_was_rehearsed_on_a_branch_reach_the_machi
     before = await pushers.whole.systems()
     assert "nothing is started (-o skip)" in pushers.alice.push("main", "skip")
     pushers.alice.commit()
-    told = await asyncio.to_thread(pushers.alice.push, "main", "wait", "only=web1")
-    assert "roll out host / web1: done" in told, told
-    assert re.search(r"(?m): web1 deployed\ntoto: done$", told), told
+    output = await asyncio.to_thread(pushers.alice.push, "main", "wait", "only=web1")
+    assert "roll out host / web1: done" in output, output
+    assert re.search(r"(?m): web1 deployed\ntoto: done$", output), output
     assert (await pushers.whole.systems()) != before
     assert not pushers.whole.sandboxes()
     await pushers.whole.settled()
@@ -108,10 +108,10 @@ async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers)
     before = await pushers.whole.systems()
     pushers.whole.control["smoke"] = BAD
     pushers.change(pushers.alice, "B")
-    told = await asyncio.to_thread(pushers.alice.push, "main", "wait")
+    text = await asyncio.to_thread(pushers.alice.push, "main", "wait")
     pushers.whole.control.all_good()
-    assert re.search(r"(?m)^  not ok 1 - the customer is happy$", told), "the failing test's own line"
-    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", told), told
+    assert re.search(r"(?m)^  not ok 1 - the customer is happy$", text), "the failing test's own line"
+    assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", text), text
     assert await pushers.whole.systems() == before
     await pushers.whole.settled()
 

@@ -1,4 +1,4 @@
-"""The demo's start as another user of a machine on which root has run it before: nothing is in its way."""
+"""The demo's start as a different user of a machine on which root has run it before: nothing is in its way."""
 
 import os
 import pwd

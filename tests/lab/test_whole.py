@@ -36,7 +36,7 @@ test_timeout = 120
 
 
 class Control:
-    """What web1's test script of each phase does: a script that passes, unless told otherwise."""
+    """What web1's test script of each phase does: a script that passes, unless a test sets a different one."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -269,8 +269,8 @@ async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll
     assert partly.state == "FAILED" and "the others were rolled out" in partly.message, partly.message
     after = await whole.systems()
     assert {name for name in before if before[name] != after[name]} == {"web1"}
-    mended: dict[str, str | None] = {"hosts/gate.nix": gate, "toto.toml": SETTINGS}
-    assert (await whole.deploy("mended", whole.web1("A") | mended)).state == "COMPLETED"
+    fixed: dict[str, str | None] = {"hosts/gate.nix": gate, "toto.toml": SETTINGS}
+    assert (await whole.deploy("fixed", whole.web1("A") | fixed)).state == "COMPLETED"
 
 
 async def test_what_the_manifest_says_of_activation_is_respected(whole: Whole) -> None:
@@ -400,7 +400,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
 
 
 @pytest.mark.parametrize("instant", ["build", "copy", "intent", "revert", "stop"])
-async def test_a_toto_killed_at_another_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
+async def test_a_toto_killed_at_any_instant_leaves_the_machine_at_its_last_good(whole: Whole, instant: str) -> None:
     """In a build, while the closure is copied, right after the intent was written, while the host is reverted.
 
     And stopped in an orderly way during the smoke tests: as by the activation of the machine that toto runs on.
@@ -493,7 +493,7 @@ async def test_a_push_that_waits_is_superseded_by_a_newer_one(whole: Whole) -> N
     first = whole.begin_other("first")
     await whole.control.begun()
     second = whole.begin_other("second, which waits")
-    await whole.log_line(second, "another run is rolling out")
+    await whole.log_line(second, "a different run is rolling out")
     third = whole.begin_other("third")
     whole.control["smoke"] = GOOD
     whole.control.go()

@@ -70,7 +70,7 @@ async def _round(whole: Whole, part: str, after: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if part in MORTAL:
-            await asyncio.to_thread(whole.buried)
+            await asyncio.to_thread(whole.wait_for_server_end)
     if whole.server is None:
         await whole.start_server()
     began = time.monotonic()

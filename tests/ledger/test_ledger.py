@@ -68,7 +68,7 @@ async def test_a_host_name_with_dots_is_its_own_entry(book: Ledger) -> None:
     assert list(book.read().entries) == [target]
 
 
-async def test_another_run_cannot_touch_a_target_with_an_open_intent(book: Ledger) -> None:
+async def test_a_different_run_cannot_touch_a_target_with_an_open_intent(book: Ledger) -> None:
     await book.write(WEB1, steps.intend(intent("run-1")), "one")
     before = book.read()
     with pytest.raises(TargetBusy, match="run-1"):
@@ -156,7 +156,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_ledger(book: Ledger) -> None:
     assert Target("host", "web2") in book.read().entries
 
 
-async def test_a_ledger_that_does_not_parse_is_told_by_file_name(book: Ledger) -> None:
+async def test_a_ledger_that_does_not_parse_is_reported_with_its_file_name(book: Ledger) -> None:
     await book.write(WEB1, steps.rehearsed_only(deployed("/nix/store/x")), "one")
     blob = subprocess.run(["git", "hash-object", "-w", "--stdin"], cwd=book.repo, input=b"{", capture_output=True,
                           check=True).stdout.decode().strip()
@@ -190,10 +190,10 @@ async def test_its_history_reads_back_as_what_happened(book: Ledger) -> None:
     await book.write(nas, steps.intend(intent("run-4")), "begun")
     await book.write(nas, steps.revert(None, note("run-4"), "run-4"), "reverted")
     await book.write(WEB1, lambda _: None, "retired")
-    told = history.events(book.repo)
-    assert [(str(each.target), each.what, each.run) for each in told] == [
+    found = history.events(book.repo)
+    assert [(str(each.target), each.what, each.run) for each in found] == [
         ("host/web1", What.BEGUN, "run-1"), ("host/web1", What.GOOD, "run-1"), ("host/web1", What.VERIFIED, "run-2"),
         ("host/web1", What.UNREACHABLE, "run-3"), ("helm/nas", What.BEGUN, "run-4"),
         ("helm/nas", What.REVERTED, "run-4"), ("host/web1", What.RETIRED, "")]
-    assert told[1].seconds is not None and told[1].seconds >= 0
-    assert told[5].why == "a test failed"
+    assert found[1].seconds is not None and found[1].seconds >= 0
+    assert found[5].why == "a test failed"

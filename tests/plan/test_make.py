@@ -123,10 +123,10 @@ async def test_one_host_that_does_not_evaluate_stops_no_other(
     (failure,) = made.changes.failed
     assert failure.target == Target("host", "bad")
     assert re.search(says, failure.message), failure.message
-    assert "/state/" not in failure.message, "positions are told as the operator knows them"
+    assert "/state/" not in failure.message, "positions are shown as the operator knows them"
 
 
-async def test_an_endless_evaluation_is_ended_and_told(repo: InfraRepo, make: Make) -> None:
+async def test_an_endless_evaluation_is_ended_and_reported(repo: InfraRepo, make: Make) -> None:
     endless = ("{ networking.hostName = toString (builtins.foldl' (sum: x: sum + builtins.length "
                "(builtins.genList (y: y) 100000)) 0 (builtins.genList (x: x) 1000000)); }\n")
     made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": endless,
@@ -179,7 +179,7 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
     other = await make(made.commit)
     assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
-    assert vm(other) != vm(made), "another sandbox key"
+    assert vm(other) != vm(made), "a different sandbox key"
 
 
 async def test_the_difference_of_two_closures_names_packages_and_units(
@@ -205,11 +205,11 @@ async def test_the_difference_of_two_closures_names_packages_and_units(
     ("/nix/store/00000000000000000000000000000000-nixos-system-web-1-24.11", "nixos-system-web", "1-24.11"),
     ("/nix/store/00000000000000000000000000000000-unit-sshd.service", "unit-sshd.service", ""),
 ])
-def test_names_and_versions_are_told_apart_as_nix_does(path: str, name: str, version: str) -> None:
+def test_names_and_versions_are_separated_as_nix_does(path: str, name: str, version: str) -> None:
     assert closure.name_and_version(path) == (name, version)
 
 
-async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_path: Path,
+async def test_a_build_that_fails_shows_the_builders_last_words(lab: Path, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIX_CONFIG", setup.NIX_CONFIG)
     expression = ('derivation { name = "bad"; system = builtins.currentSystem; builder = "/bin/sh"; '
@@ -220,7 +220,7 @@ async def test_a_build_that_fails_tells_the_builders_last_words(lab: Path, tmp_p
     assert not caught.value.transient
 
 
-async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_another_name_of_the_search_path(
+async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_a_different_name_of_the_search_path(
         repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
     plainly = (await make(repo.commit(files))).changes.changes[0].desired.identity
@@ -234,7 +234,7 @@ async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_another_name_of_the_sear
     assert "nix.nixpkgs in toto.toml" in failure.message
 
 
-async def test_what_is_another_way_in_the_manifest_shows_in_the_plan_and_deploys_nothing(
+async def test_what_differs_in_the_manifest_shows_in_the_plan_and_deploys_nothing(
         repo: InfraRepo, make: Make) -> None:
     first = await make(repo.commit({"machines.yaml": machines("a", "nas"), "hosts/a.nix": host("a")}))
     assert {each.name for each in first.changes.machines} == {"a", "nas"}
@@ -243,9 +243,9 @@ async def test_what_is_another_way_in_the_manifest_shows_in_the_plan_and_deploys
     moved = machines("a", "new").replace("192.0.2.1", "192.0.2.9")
     made = await make(repo.commit({"machines.yaml": moved}))
     assert made.changes.empty
-    told = {each.name: each.what for each in made.changes.machines}
-    assert told["a"] == "address '192.0.2.1' → '192.0.2.9'"
-    assert told["new"].startswith("added") and told["nas"].startswith("removed")
+    changed = {each.name: each.what for each in made.changes.machines}
+    assert changed["a"] == "address '192.0.2.1' → '192.0.2.9'"
+    assert changed["new"].startswith("added") and changed["nas"].startswith("removed")
     assert "machine/a" in str(made.changes)
 
 

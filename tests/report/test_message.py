@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.report.test_report import after, story
+from tests.report.test_report import after, report
 from toto.base.errors import TotoError
 from toto.infra_repo.git import Commit
 from toto.report.message import MARKDOWN, SLACK, Message, Problem, clean
@@ -13,7 +13,7 @@ from toto.report.report import Report, Reverted, RunDied
 COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
 LINK = "http://toto:4200/runs/flow-run/1"
 TESTS = TotoError("smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 - it says welcome\n    got: 502",
-                  target="b", hint="mend it, and push again")
+                  target="b", hint="fix it, and push again")
 
 
 def message(of: Report) -> Message:
@@ -21,23 +21,23 @@ def message(of: Report) -> Message:
 
 
 def failed(text: str = str(TESTS)) -> Message:
-    told = story("a", "b")
-    told.failure("b", "rehearsal", TotoError(text))
-    return message(told)
+    made = report("a", "b")
+    made.failure("b", "rehearsal", TotoError(text))
+    return message(made)
 
 
 def test_a_failed_roll_out_reads_like_this() -> None:
-    told = story("a", "b")
-    told.outcome["a"] = "deployed"
-    told.failure("b", "roll-out", TESTS)
-    told.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
-    assert f"{message(told).title}\n\n{message(told).text()}" == """\
+    made = report("a", "b")
+    made.outcome["a"] = "deployed"
+    made.failure("b", "roll-out", TESTS)
+    made.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
+    assert f"{message(made).title}\n\n{message(made).text()}" == """\
 [infra] b: roll-out failed
 
 b: roll-out failed: smoke tests failed: 10-page: 1 of 2 tests failed
     not ok 2 - it says welcome
       got: 502
-next: mend it, and push again
+next: fix it, and push again
 
 b, a reverted
 
@@ -52,7 +52,7 @@ def test_slack_reads_like_this() -> None:
 not ok 2 - it says welcome
   got: 502
 ```
-next: mend it, and push again
+next: fix it, and push again
 
 *nothing was touched*
 
@@ -61,11 +61,11 @@ next: mend it, and push again
 
 
 def test_what_could_not_be_reverted_comes_first() -> None:
-    told = story("a", "b")
-    told.failure("b", "roll-out", TESTS)
-    told.reverted = [Reverted("b", error="ssh does not reach it"), Reverted("a", "/nix/store/y")]
-    assert message(told).title == "[infra] b COULD NOT BE REVERTED"
-    assert message(told).text().startswith("b COULD NOT BE REVERTED: ssh does not reach it\n")
+    made = report("a", "b")
+    made.failure("b", "roll-out", TESTS)
+    made.reverted = [Reverted("b", error="ssh does not reach it"), Reverted("a", "/nix/store/y")]
+    assert message(made).title == "[infra] b COULD NOT BE REVERTED"
+    assert message(made).text().startswith("b COULD NOT BE REVERTED: ssh does not reach it\n")
 
 
 @pytest.mark.parametrize(("outcome", "state", "title"), [
@@ -74,44 +74,44 @@ def test_what_could_not_be_reverted_comes_first() -> None:
     ({"a": "verified", "b": "verified"}, "done", "[infra] a, b verified"),
 ])
 def test_what_became_of_a_run_is_in_the_title(outcome: dict[str, str], state: str, title: str) -> None:
-    told = story("a", "b")
-    told.outcome |= outcome
-    assert (message(told).state, message(told).title) == (state, title)
+    made = report("a", "b")
+    made.outcome |= outcome
+    assert (message(made).state, message(made).title) == (state, title)
 
 
-def test_who_is_held_back_and_why_is_told() -> None:
-    told = story("a", "b")
-    told.outcome["a"] = "unreachable"
-    told.hold_behind(["b"], after)
-    assert message(told).title == "[infra] a, b: not deployed"
-    assert "b: held back: it comes after a, which was not rolled out" in message(told).text()
+def test_who_is_held_back_and_why_is_said() -> None:
+    made = report("a", "b")
+    made.outcome["a"] = "unreachable"
+    made.hold_behind(["b"], after)
+    assert message(made).title == "[infra] a, b: not deployed"
+    assert "b: held back: it comes after a, which was not rolled out" in message(made).text()
 
 
-def test_of_many_failures_the_first_are_told_and_the_others_named() -> None:
-    told = story("a")
+def test_of_many_failures_the_first_are_shown_and_the_others_named() -> None:
+    made = report("a")
     for number in range(40):
-        told.failure(f"host{number}", "rehearsal", TotoError("\n".join(f"line {line} " * 100 for line in range(1000))))
-    text = message(told).text()
+        made.failure(f"host{number}", "rehearsal", TotoError("\n".join(f"line {line} " * 100 for line in range(1000))))
+    text = message(made).text()
     assert "and 37 more: host3, host4, host5, host6 and 33 more" in text
-    assert message(told).title == "[infra] host0, host1, host2, host3 and 36 more: rehearsal failed"
+    assert message(made).title == "[infra] host0, host1, host2, host3 and 36 more: rehearsal failed"
     assert len(text) < 5000
     assert text.endswith(LINK)
 
 
-def test_a_run_that_broke_off_tells_its_error() -> None:
-    told = Message.broken_off("infra", TotoError("machines.yaml:7: web1: is wrong\nmachines.yaml:9: too"), COMMIT, LINK)
-    assert told.title == "[infra] the run failed"
-    assert told.text().startswith("the run failed: machines.yaml:7: web1: is wrong\n    machines.yaml:9: too\n")
+def test_a_run_that_broke_off_says_its_error() -> None:
+    sent = Message.broken_off("infra", TotoError("machines.yaml:7: web1: is wrong\nmachines.yaml:9: too"), COMMIT, LINK)
+    assert sent.title == "[infra] the run failed"
+    assert sent.text().startswith("the run failed: machines.yaml:7: web1: is wrong\n    machines.yaml:9: too\n")
 
 
 NASTY = "x\r\nBcc: all@example.org\n\x1b[31m\u202e<!channel> `a` *b* ``` [c](http://d)\0\x07"
 
 
 def test_nothing_that_is_in_a_commit_or_an_output_bends_a_message() -> None:
-    told = Report(NASTY, "1234567890", story("a").changes)
-    told.failure(NASTY, "roll-out", TotoError(f"{NASTY}\n{NASTY}"))
-    told.reverted = [Reverted(NASTY, error=NASTY)]
-    nasty = Message.of(told, Commit("12345678", NASTY, NASTY), LINK)
+    made = Report(NASTY, "1234567890", report("a").changes)
+    made.failure(NASTY, "roll-out", TotoError(f"{NASTY}\n{NASTY}"))
+    made.reverted = [Reverted(NASTY, error=NASTY)]
+    nasty = Message.of(made, Commit("12345678", NASTY, NASTY), LINK)
     assert "\n" not in nasty.title and nasty.title.isprintable()
     assert nasty.text().replace("\n", "").isprintable()
     for text in (nasty.text(SLACK), nasty.text(MARKDOWN)):
@@ -139,7 +139,7 @@ def test_the_same_failure_has_the_same_key(one: str, other: str, same: bool) -> 
     assert (Problem.of("a", "x failed", one).key == Problem.of("a", "x failed", other).key) is same
 
 
-def test_another_target_or_stage_is_another_failure() -> None:
+def test_a_different_target_or_stage_is_a_different_failure() -> None:
     keys = {Problem.of(target, what, "no").key for target in ("a", "b") for what in ("rehearsal failed", "x failed")}
     assert len(keys) == 4
 
@@ -150,8 +150,8 @@ def test_the_same_message_has_the_same_id() -> None:
 
 def test_a_run_that_died_says_what_was_reverted() -> None:
     died = RunDied("infra 12345678 (push)", [Reverted("b", "/nix/store/x"), Reverted("a", error="no route to it")])
-    told = Message.broken_off("infra", died, COMMIT, LINK)
-    assert told.title == "[infra] a COULD NOT BE REVERTED"
-    assert "the run failed: infra 12345678 (push) died in the middle" in told.text()
-    assert "b reverted; a COULD NOT BE REVERTED" in told.text()
+    sent = Message.broken_off("infra", died, COMMIT, LINK)
+    assert sent.title == "[infra] a COULD NOT BE REVERTED"
+    assert "the run failed: infra 12345678 (push) died in the middle" in sent.text()
+    assert "b reverted; a COULD NOT BE REVERTED" in sent.text()
     assert "reverted" not in Message.broken_off("infra", RunDied("infra", []), COMMIT, LINK).text()

@@ -27,52 +27,52 @@ def after(name: str, stuck: Collection[str]) -> str | None:
                 after={name: machine.after for name, machine in FLEET.machines.items()}).held_behind(name, stuck)
 
 
-def story(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Report:
+def report(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Report:
     wanted = [host(name) for name in names]
     change_set: ChangeSet = compare("1234567890", wanted, list(failed), of, Snapshot(""))
     return Report("infra", "1234567890", change_set.model_copy(update={"waiting": ()}))
 
 
 def test_nothing_to_do_says_so() -> None:
-    assert story().headline() == "12345678: nothing to do"
+    assert report().headline() == "12345678: nothing to do"
 
 
 def test_a_plan_names_what_would_change() -> None:
-    assert story("a", "b").headline() == "12345678: plan only: a, b would change"
+    assert report("a", "b").headline() == "12345678: plan only: a, b would change"
 
 
 def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
-    told = story("a", "b", "c")
-    told.outcome |= {"a": "unreachable", "c": "deployed"}
-    assert told.hold_behind(["b"], after) == []
-    assert told.headline() == ("12345678: c deployed; a unreachable; "
+    made = report("a", "b", "c")
+    made.outcome |= {"a": "unreachable", "c": "deployed"}
+    assert made.hold_behind(["b"], after) == []
+    assert made.headline() == ("12345678: c deployed; a unreachable; "
                                "b held back: it comes after a, which was not rolled out")
 
 
 def test_who_comes_after_what_is_held_is_held_too() -> None:
-    told = story("a", "b", "c")
-    told.outcome["a"] = "unreachable"
-    assert told.hold_behind(["b"], after) == []
-    assert told.hold_behind(["c"], after) == []
+    made = report("a", "b", "c")
+    made.outcome["a"] = "unreachable"
+    assert made.hold_behind(["b"], after) == []
+    assert made.hold_behind(["c"], after) == []
 
 
 def test_who_comes_after_a_host_that_failed_its_rehearsal_is_held() -> None:
-    told = story("a", "b")
-    told.failure("a", "rehearsal", TotoError("no"))
-    assert told.hold_behind(["b"], after) == []
+    made = report("a", "b")
+    made.failure("a", "rehearsal", TotoError("no"))
+    assert made.hold_behind(["b"], after) == []
 
 
 def test_a_failed_rehearsal_says_that_nothing_was_touched() -> None:
-    told = story("a", "b")
-    told.failure("a", "rehearsal", TotoError("smoke tests failed: 10-page: 1 of 2\nmore", target="a"))
-    assert told.failed and not told.failed_roll_out
-    assert told.headline() == "12345678: a: rehearsal failed: smoke tests failed: 10-page: 1 of 2; nothing was touched"
+    made = report("a", "b")
+    made.failure("a", "rehearsal", TotoError("smoke tests failed: 10-page: 1 of 2\nmore", target="a"))
+    assert made.failed and not made.failed_roll_out
+    assert made.headline() == "12345678: a: rehearsal failed: smoke tests failed: 10-page: 1 of 2; nothing was touched"
 
 
-def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
+def test_a_failed_evaluation_is_reported_in_its_own_words() -> None:
     failure = Failure(target=Target("host", "b"), message="b: does not evaluate (hosts/b.nix:3):\nerror")
-    told = story("a", failed=(failure,))
-    assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in told.headline()
+    made = report("a", failed=(failure,))
+    assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in made.headline()
 
 
 @pytest.mark.parametrize(("back", "says"), [
@@ -80,13 +80,13 @@ def test_a_failed_evaluation_is_told_by_its_own_words() -> None:
     ([Reverted("b", error="ssh does not reach it"), Reverted("a", to="/nix/store/y")],
      "a reverted; b COULD NOT BE REVERTED"),
 ])
-def test_a_revert_tells_both_stories(back: list[Reverted], says: str) -> None:
-    told = story("a", "b")
-    told.outcome["a"] = "deployed"
-    told.failure("b", "roll-out", TotoError("`switch` exited with status 4:\nweb.service failed", target="b"))
-    told.reverted = back
-    assert told.headline().endswith(says)
-    page = as_markdown(told)
+def test_a_revert_says_what_failed_and_what_was_reverted(back: list[Reverted], says: str) -> None:
+    made = report("a", "b")
+    made.outcome["a"] = "deployed"
+    made.failure("b", "roll-out", TotoError("`switch` exited with status 4:\nweb.service failed", target="b"))
+    made.reverted = back
+    assert made.headline().endswith(says)
+    page = as_markdown(made)
     assert "web.service failed" in page
     assert page.index("web.service failed") < page.index("## Reverted")
     for each in back:
@@ -94,22 +94,22 @@ def test_a_revert_tells_both_stories(back: list[Reverted], says: str) -> None:
 
 
 def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
-    told = story("a", "b")
-    told.failure("a", "rehearsal", TotoError("no"))
-    told.failure("b", "roll-out", TotoError("the page is empty"))
-    assert told.cause.endswith(": b: roll-out failed: the page is empty (and 1 more)")
+    made = report("a", "b")
+    made.failure("a", "rehearsal", TotoError("no"))
+    made.failure("b", "roll-out", TotoError("the page is empty"))
+    assert made.cause.endswith(": b: roll-out failed: the page is empty (and 1 more)")
 
 
 def test_the_timing_is_a_picture() -> None:
-    told = story("a", "b")
-    told.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
+    made = report("a", "b")
+    made.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
                   Span("a", "reverted", 50.04, 50.05)]
-    assert told.timing(8) == """\
+    assert made.timing(8) == """\
 bb: rehearse  ██          10.0 s
 a: rehearse   ██████      30.0 s
 a: roll out         ██    10.0 s
 a: reverted           █    0.0 s"""
-    assert story("a").timing() == ""
-    with told.timed("a", "verify"):
+    assert report("a").timing() == ""
+    with made.timed("a", "verify"):
         pass
-    assert told.spans[-1].step == "verify"
+    assert made.spans[-1].step == "verify"

@@ -1,4 +1,4 @@
-"""Sending to real servers of HTTP and SMTP, and who is told."""
+"""Sending to real servers of HTTP and SMTP, and who is notified."""
 
 import asyncio
 import hashlib
@@ -56,7 +56,7 @@ def mail(port: int, **options: object) -> Mail:
 
 
 async def refused(venue: Venue, message: Message = DONE) -> str:
-    """What a venue that cannot be told says of it."""
+    """The error of a venue that cannot be notified."""
     with pytest.raises(VenueFailed) as caught:
         await venue.send(message)
     assert caught.value.target == venue.name
@@ -139,14 +139,14 @@ async def test_what_passes_is_tried_again_under_the_same_id(server: HttpServer) 
 
 async def test_tries_are_bounded(server: HttpServer) -> None:
     server.answers = [(500, f"no {SECRET} \x1b[31m<html>")]
-    told = await refused(slack(server))
-    assert told == f"ops: {server.address} answered 500: no {SECRET} <html> (3 tries)".replace(SECRET, "******")
+    error = await refused(slack(server))
+    assert error == f"ops: {server.address} answered 500: no {SECRET} <html> (3 tries)".replace(SECRET, "******")
     assert len(server.requests) == 3
 
 
 async def test_what_is_refused_for_good_is_not_tried_again(server: HttpServer) -> None:
     server.answers = [(404, "no_service")]
-    assert "answered 404: no_service\nnext: look at the address" in await refused(slack(server))
+    assert "answered 404: no_service\nnext: check the address" in await refused(slack(server))
     assert len(server.requests) == 1
 
 
@@ -183,16 +183,16 @@ async def test_a_server_that_never_ends_its_answer_is_given_up() -> None:
 @pytest.mark.parametrize("url", [
     "ftp://x/", "file:///etc/passwd", "x", "", "http://", f"http://toto:{SECRET}@127.0.0.1/", "http://127.0.0.1:x/",
     "http://127.0.0.1:99999/", "http://127.0.0.1/a b", "http://127.0.0.1/\r\nX: y", "http://[::1/", "http://ü/"])
-async def test_what_is_no_address_is_told_without_it(url: str) -> None:
+async def test_an_error_about_a_wrong_address_does_not_quote_it(url: str) -> None:
     assert "its address is no http(s) address" in await refused(Webhook(name="hook", url=url, pauses=()))
 
 
-async def test_a_server_that_is_away_is_told_without_its_path() -> None:
-    told = await refused(Webhook(name="hook", url=f"http://127.0.0.1:{free_port()}/{SECRET}?k={SECRET}", pauses=(0,)))
-    assert "cannot be reached" in told and "(2 tries)" in told
+async def test_an_error_about_a_server_that_is_away_does_not_quote_its_path() -> None:
+    error = await refused(Webhook(name="hook", url=f"http://127.0.0.1:{free_port()}/{SECRET}?k={SECRET}", pauses=(0,)))
+    assert "cannot be reached" in error and "(2 tries)" in error
 
 
-async def test_a_token_that_is_none_is_told_without_it(server: HttpServer) -> None:
+async def test_an_error_about_a_wrong_token_does_not_quote_it(server: HttpServer) -> None:
     assert "its token" in await refused(Ntfy(name="phone", url=server.address, token=f"{SECRET}\nX: y"))
 
 
@@ -225,25 +225,25 @@ async def test_mail_goes_by_tls_with_a_login(trusted: tuple[Path, Path], tls: bo
     assert len(post.mails) == len(post.logins) == 1
 
 
-async def test_a_wrong_password_is_told_at_once_and_not_shown(trusted: tuple[Path, Path]) -> None:
+async def test_a_wrong_password_is_reported_at_once_and_not_shown(trusted: tuple[Path, Path]) -> None:
     async with smtp_server(trusted, password="another") as post:
-        told = await refused(mail(post.port, host="localhost", security="starttls", user="toto", password=SECRET))
-    assert "localhost refused: 5.7.8" in told and "look at the addresses, user and password" in told
+        error = await refused(mail(post.port, host="localhost", security="starttls", user="toto", password=SECRET))
+    assert "localhost refused: 5.7.8" in error and "check the addresses, user and password" in error
     assert post.logins == ["PLAIN", "LOGIN"] and post.mails == []
 
 
 async def test_no_password_goes_to_a_server_without_tls() -> None:
     async with smtp_server(password=SECRET) as post:
-        told = await refused(mail(post.port, security="starttls", user="toto", password=SECRET))
-    assert "STARTTLS extension not supported" in told
+        error = await refused(mail(post.port, security="starttls", user="toto", password=SECRET))
+    assert "STARTTLS extension not supported" in error
     assert post.logins == [] and post.mails == []
 
 
 async def test_no_mail_goes_to_a_server_that_nobody_trusts(pair: tuple[Path, Path]) -> None:
     for tls in (False, True):
         async with smtp_server(pair, tls=tls, password=SECRET) as post:
-            told = await refused(mail(post.port, security="tls" if tls else "starttls", user="toto", password=SECRET))
-        assert "CERTIFICATE_VERIFY_FAILED" in told
+            error = await refused(mail(post.port, security="tls" if tls else "starttls", user="toto", password=SECRET))
+        assert "CERTIFICATE_VERIFY_FAILED" in error
         assert post.logins == [] and post.mails == []
 
 
@@ -303,7 +303,7 @@ async def test_a_mail_server_that_never_ends_does_not_keep_a_process() -> None:
     assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr
 
 
-# Who is told
+# Who is notified
 
 
 MACHINES = {"a": ["team-a"], "b": ["team-a", "team-b"], "c": []}

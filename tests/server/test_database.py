@@ -29,7 +29,7 @@ from toto.server.database import Cluster, DatabaseError, Programs
 pytestmark = pytest.mark.minutes(2)
 
 SCHEDULED = TINY_DEPLOYMENT + """\
-    parameters: {repo: mine}
+    parameters: {repo: ours}
     schedules:
       - {slug: nightly, cron: "1 2 * * *", timezone: UTC, active: false}
 """
@@ -107,7 +107,7 @@ async def test_home_keeps_what_it_has(home: Path, monkeypatch: pytest.MonkeyPatc
     assert await database.choose(home) is None  # no PostgreSQL on this machine
 
 
-async def test_path_that_is_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
+async def test_path_that_is_too_long_for_a_socket_is_reported(tmp_path: Path) -> None:
     home = tmp_path / ("x" * 100)
     home.mkdir()
     with pytest.raises(DatabaseError, match="choose a shorter --home"):
@@ -188,7 +188,7 @@ async def _fill(api: Api, home: Path) -> None:
     await api.call("PATCH", f"{path}/schedules/{schedule['id']}", {"active": True, "schedule": {"cron": "5 4 * * *"}})
     env = environment.server_environment(home, int(api.url.split(":")[2].split("/")[0]))
     async with server.running_worker(env, home / "logs" / "worker.log", name="here"):
-        run = await api.call("POST", f"{path}/create_flow_run", {"parameters": {"repo": "mine"}})
+        run = await api.call("POST", f"{path}/create_flow_run", {"parameters": {"repo": "ours"}})
         await until(api, run["id"], {"COMPLETED"}, 60)
         async with asyncio.timeout(60):
             while not await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}}):
@@ -199,8 +199,8 @@ async def _fill(api: Api, home: Path) -> None:
                                            "flow_run_id": run["id"]})
     await api.call("POST", "/task_runs/", {"flow_run_id": run["id"], "task_key": "t", "dynamic_key": "0", "name": "t"})
     await api.call("POST", "/automations/", {
-        "name": "tell", "trigger": {"type": "event", "posture": "Reactive", "expect": ["prefect.flow-run.Failed"],
-                                    "threshold": 1, "within": 10}, "actions": [{"type": "do-nothing"}]})
+        "name": "notify", "trigger": {"type": "event", "posture": "Reactive", "expect": ["prefect.flow-run.Failed"],
+                                      "threshold": 1, "within": 10}, "actions": [{"type": "do-nothing"}]})
     kind = await api.call("GET", "/block_types/slug/secret")
     schemas = await api.call("POST", "/block_schemas/filter", {
         "block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})

@@ -85,7 +85,7 @@ class Stand:
             "deployment_id": {"any_": [(await self.read(name))["id"]]}, "state": {"type": {"any_": ["SCHEDULED"]}}}})
         return sorted((each["created_by"]["id"], each["expected_start_time"]) for each in found)
 
-    async def forget(self) -> None:
+    async def delete(self) -> None:
         for each in await self.api.call("POST", "/deployments/filter", {
                 "work_pools": {"name": {"any_": [self.pool]}}}):
             await self.api.call("DELETE", f"/deployments/{each['id']}")
@@ -98,7 +98,7 @@ async def stand(prefect_server: PrefectServer, tmp_path: Path, request: pytest.F
                                                  "reconcile/quiet"})
     made = Stand(prefect_server, tmp_path, request.node.name)
     yield made
-    await made.forget()
+    await made.delete()
     variable = await made.api.call("GET", f"/variables/name/{WRITTEN}")
     left = {name: each for name, each in variable["value"].items() if name.split("/")[1] not in {
         "new", "old", "quiet", "quiet-new"}}
@@ -201,7 +201,7 @@ async def test_killed_between_any_two_requests_no_schedule_vanishes_or_is_on_twi
     kills = 0
     while True:
         most = 10**6
-        await stand.forget()
+        await stand.delete()
         await forget_written(stand.api)
         project(stand.root, stand.pool, old="before")
         await stand.deploy()

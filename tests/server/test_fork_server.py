@@ -29,7 +29,7 @@ from prefect import flow
 
 @flow(log_prints=True, persist_result=False)
 def reconcile(then: str = "end") -> None:
-    """Says who it is, then ends as it is told."""
+    """Says who it is, then ends as its argument says."""
     print(f"pid {os.getpid()} of {os.getppid()}")
     match then:
         case "exit": os._exit(7)

@@ -70,10 +70,10 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
     async with toto.running():
         # Scripts still call it by its old name, and its parameter.
         env = {**os.environ, "PREFECT_API_URL": toto.api.url, "PREFECT_HOME": str(tmp_path / "prefect")}
-        told = await process.run([sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p",
+        done = await process.run([sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p",
                                   "again=true", "--watch"], env=env, timeout=120)
         [run] = await toto.api.call("POST", "/flow_runs/filter", {"deployments": {"name": {"any_": ["toto"]}}})
-        assert run["state_type"] == "COMPLETED", told.stdout
+        assert run["state_type"] == "COMPLETED", done.stdout
         assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
         schedules = await toto.schedules()
         assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "prune/prune"}

@@ -62,9 +62,9 @@ async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIt
 async def test_push_starts_the_flow(prefect_server: PrefectServer, deployed: str, tmp_path: Path) -> None:
     repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, ui_url="http://ui",
                                  deployment_id=deployed)
-    told = Pusher(tmp_path / "clone", repo).push()
-    found = re.search(r"http://ui/runs/flow-run/(\S+)", told)
-    assert found, told
+    output = Pusher(tmp_path / "clone", repo).push()
+    found = re.search(r"http://ui/runs/flow-run/(\S+)", output)
+    assert found, output
     run = await until(prefect_server.api, found[1], {"COMPLETED"})
     assert run["tags"] == ["push"]
     await has_spoken(prefect_server.api, found[1])
@@ -182,8 +182,8 @@ async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: P
         await api.call("POST", f"/flow_runs/{each}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
-async def test_taken_port_is_told_before_anything_starts(prefect_server: PrefectServer) -> None:
-    with pytest.raises(ServerError, match="cannot be listened on"):
+async def test_taken_port_is_reported_before_anything_starts(prefect_server: PrefectServer) -> None:
+    with pytest.raises(ServerError, match="cannot listen on"):
         async with server.running_server(prefect_server.env, prefect_server.log):
             pass
 

@@ -46,15 +46,15 @@ async def applied(of: RootOrder, what: Planned) -> int:
     return (await apply(of, what)).serial
 
 
-async def test_a_plan_that_would_be_another_one_by_now_is_not_applied(repo: InfraRepo) -> None:
+async def test_a_plan_that_would_be_different_by_now_is_not_applied(repo: InfraRepo) -> None:
     first = await order(repo, "first", "1", "1")
     await applied(first, await planned(first))
-    mine = await order(repo, "mine", "2", "1")
-    rehearsed = await planned(mine)
+    ours = await order(repo, "ours", "2", "1")
+    rehearsed = await planned(ours)
     other = await order(repo, "other", "1", "2")
     serial = await applied(other, await planned(other))
-    with pytest.raises(PlanMoved, match="the state has moved since the rehearsal") as moved:
-        await applied(mine, rehearsed)
+    with pytest.raises(PlanMoved, match="the state has changed since the rehearsal") as moved:
+        await applied(ours, rehearsed)
     assert "terraform_data.b" in str(moved.value), "it would revert what the other has done"
     state = await planned(other)
     assert state.empty and state.before.serial == serial, "nothing was applied"
@@ -63,10 +63,10 @@ async def test_a_plan_that_would_be_another_one_by_now_is_not_applied(repo: Infr
 async def test_a_plan_that_would_be_the_same_is_made_again_and_applied(repo: InfraRepo) -> None:
     first = await order(repo, "first", "1", "1")
     await applied(first, await planned(first))
-    mine, other = await order(repo, "mine", "2", "1"), await order(repo, "other", "1", "2")
-    rehearsed = await planned(mine)
+    ours, other = await order(repo, "ours", "2", "1"), await order(repo, "other", "1", "2")
+    rehearsed = await planned(ours)
     serial = await applied(other, await planned(other))
     back = await order(repo, "back", "1", "1")  # the state is as it was, by two serials later
     assert await applied(back, await planned(back)) > serial
-    assert await applied(mine, rehearsed) > serial + 1
-    assert (await planned(mine)).empty
+    assert await applied(ours, rehearsed) > serial + 1
+    assert (await planned(ours)).empty

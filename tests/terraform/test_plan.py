@@ -1,4 +1,4 @@
-"""What is told of a plan: every kind of change, and no secret. (What real terraform prints is in test_terraform.)"""
+"""What is shown of a plan: every kind of change, and no secret. (What real terraform prints is in test_session.)"""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ POISON = "hunter2\nsecond \"line\""
 SECRETS = (POISON, "hunter2", "4242")
 
 
-def told(change: dict[str, Any], **entry: Any) -> Change | None:
+def change_of(change: dict[str, Any], **entry: Any) -> Change | None:
     found = changes_of([{"address": "a.b", **entry, "change": {"before": None, "after": None, **change}}], SECRETS)
     return found[0] if found else None
 
@@ -44,13 +44,13 @@ def told(change: dict[str, Any], **entry: Any) -> Change | None:
 ])
 def test_every_action_has_its_word(actions: list[str], entry: dict[str, Any], change: dict[str, Any], action: Action,
                                    line: str) -> None:
-    found = told({"actions": actions, **change}, **entry)
+    found = change_of({"actions": actions, **change}, **entry)
     assert found is not None and (found.action, found.lines) == (action, [line])
 
 
 @pytest.mark.parametrize("actions", [["no-op"], ["read"]])
-def test_what_changes_nothing_is_not_told(actions: list[str]) -> None:
-    assert told({"actions": actions}) is None
+def test_what_changes_nothing_is_not_shown(actions: list[str]) -> None:
+    assert change_of({"actions": actions}) is None
 
 
 @pytest.mark.parametrize(("change", "details"), [
@@ -74,24 +74,24 @@ def test_what_changes_nothing_is_not_told(actions: list[str]) -> None:
      ['a: "******"', 'b: "<******>"', "******: 1", "n: 1******"]),
     ({"before": {}, "after": {"a": "x" * 1000}}, ['a: "' + "x" * 99 + " … " + "x" * 99 + '"']),
 ])
-def test_what_changes_is_told_and_secrets_are_not(change: dict[str, Any], details: list[str]) -> None:
-    found = told({"actions": ["update"], **change})
+def test_what_changes_is_shown_and_secrets_are_not(change: dict[str, Any], details: list[str]) -> None:
+    found = change_of({"actions": ["update"], **change})
     assert found is not None and sorted(found.details) == sorted(details)
 
 
-def test_a_secret_that_is_cut_is_not_told_by_its_half() -> None:
+def test_no_half_of_a_secret_is_shown_when_it_is_cut() -> None:
     secret = "s3cr3t" * 60
     (found,) = changes_of([{"address": "a.b", "change": {"actions": ["create"], "before": None,
                                                          "after": {"a": f"begin {secret} end"}}}], [secret])
     assert found.details == ('a: "begin ****** end"',)
 
 
-def test_of_many_attributes_the_first_are_told() -> None:
-    found = told({"actions": ["create"], "after": {f"a{number:04}": number for number in range(5000)}})
+def test_of_many_attributes_the_first_are_shown() -> None:
+    found = change_of({"actions": ["create"], "after": {f"a{number:04}": number for number in range(5000)}})
     assert found is not None and len(found.details) == 41 and found.details[-1] == "… and 4960 more"
 
 
-def test_outputs_are_told() -> None:
+def test_outputs_are_shown() -> None:
     found = outputs_of({"b": {"actions": ["update"], "before": "x", "after": "y", "after_unknown": False,
                               "before_sensitive": False, "after_sensitive": False},
                         "a": {"actions": ["create"], "before": None, "after": "y", "after_unknown": False,
@@ -101,7 +101,7 @@ def test_outputs_are_told() -> None:
                                                   ["~ output.b", '    value: "x" → "y"']]
 
 
-def test_a_state_tells_what_it_manages() -> None:
+def test_a_state_lists_what_it_manages() -> None:
     document = {"serial": 7, "lineage": "l", "resources": [
         {"mode": "managed", "type": "a", "name": "b", "instances": [{}]},
         {"mode": "managed", "type": "a", "name": "n",
@@ -137,7 +137,7 @@ def test_a_plan_is_refused_for_what_it_destroys(prevent: tuple[str, ...], allowe
         refuse(MIXED, prevent, allowed)
     assert refused.value.addresses == doomed
     assert str(refused.value).startswith(
-        f"terraform/web: the plan destroys what it must not: {', '.join(doomed)}\nnext: ")
+        f"terraform/web: the plan would destroy what the settings protect: {', '.join(doomed)}\nnext: ")
 
 
 def test_who_must_approve() -> None:
@@ -147,7 +147,7 @@ def test_who_must_approve() -> None:
     assert not wants_approval(planned(), "always")
 
 
-def test_a_plan_is_told_in_a_line() -> None:
+def test_a_plan_is_summed_up_in_a_line() -> None:
     assert MIXED.summary == "1 to create, 1 to update, 1 to replace, 1 to destroy, 1 to forget, 1 to move"
     assert MIXED.destroyed == ("a.again", "a.gone") and MIXED.created == ("a.new", "a.again")
     assert planned().summary == "nothing to change"

@@ -30,13 +30,13 @@ def test_a_root_that_toto_had_not_deployed_is_left_to_people() -> None:
         way_back(None, ONE, BOTH, target="terraform/main")
 
 
-@pytest.mark.parametrize(("commit", "actions", "told"), [
+@pytest.mark.parametrize(("commit", "actions", "words"), [
     ("", {"a": Action.DESTROY}, "empty again"),
     (GOOD, {"b": Action.DESTROY}, "as at 01234567 (1 to destroy)"),
     (GOOD, {"a": Action.REPLACE, "c": Action.CREATE},
-     "as at 01234567 (1 to create, 1 to replace); new, and not what they were: a"),
+     "as at 01234567 (1 to create, 1 to replace); created anew, without their old data: a"),
 ])
-def test_what_it_is_then_is_told(commit: str, actions: dict[str, Action], told: str) -> None:
+def test_the_words_say_what_the_root_is_then(commit: str, actions: dict[str, Action], words: str) -> None:
     planned = Planned(root="main", file=Path("x"), before=BOTH, empty=False, terraform="1",
                       changes=tuple(Change(address=address, action=action) for address, action in actions.items()))
-    assert WayBack(commit, frozenset("a"), frozenset("b")).told(planned) == told
+    assert WayBack(commit, frozenset("a"), frozenset("b")).words(planned) == words

@@ -177,7 +177,7 @@ async def test_without_terraform_there_are_no_roots(fleet: Fleet) -> None:
     assert await roots(fleet, {"terraform/README": ""}) == []
 
 
-async def test_a_folder_whose_name_is_none_is_told(fleet: Fleet) -> None:
+async def test_a_folder_whose_name_is_not_allowed_is_reported(fleet: Fleet) -> None:
     with pytest.raises(InputError, match=r"terraform/a b: a root's name should be"):
         await roots(fleet, {"terraform/a b/main.tf": ""})
 
@@ -208,7 +208,7 @@ async def test_named_roots_come_in_their_order_with_their_settings(fleet: Fleet)
     assert (found[0].prevent, found[0].approve, found[2].approve) == (("destroy",), "never", "always")
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "words"), [
     ("[terraform.roots.a]\nafter = ['b']", ["toto.toml: terraform.roots.a.after: there is no root 'b'"]),
     ("[terraform.roots.a]\nafter = ['a']",
      ["toto.toml: terraform.roots.a.after: this goes round in a circle: a after a"]),
@@ -222,10 +222,10 @@ async def test_named_roots_come_in_their_order_with_their_settings(fleet: Fleet)
       "toto.toml: terraform.roots.a.backend_config: there is no 'b' in the repo",
       "toto.toml: terraform.roots.a.watch: there is no 'w' in the repo"]),
 ])
-async def test_what_is_wrong_with_roots_is_told_with_its_key(fleet: Fleet, text: str, told: list[str]) -> None:
+async def test_what_is_wrong_with_roots_is_reported_with_its_key(fleet: Fleet, text: str, words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         await roots(fleet, {"toto.toml": text, "terraform/a/main.tf": "", "README": ""})
-    assert list(caught.value.problems) == told
+    assert list(caught.value.problems) == words
 
 
 # Identities
@@ -273,15 +273,15 @@ async def test_an_identity_changes_with_what_the_root_is_made_of_and_with_nothin
     assert await identity(fleet, REPO) == await identity(fleet, {"README": "y"})
 
 
-@pytest.mark.parametrize(("source", "told"), [
+@pytest.mark.parametrize(("source", "words"), [
     ("../../../../outside", "the source of module 'x' is not in the repo: '../../../../outside'"),
     ("/etc", "the source of module 'x' is not in the repo: '/etc'"),
-    ("../nowhere", "the source of module 'x' is no folder: '../nowhere'"),
+    ("../nowhere", "the source of module 'x' is not a folder: '../nowhere'"),
 ])
-async def test_a_module_that_is_not_in_the_repo_is_told_with_its_line(fleet: Fleet, source: str, told: str) -> None:
+async def test_a_module_outside_the_repo_is_reported_with_its_line(fleet: Fleet, source: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         await identity(fleet, {"terraform/app/main.tf": f'# the\n# app\nmodule "x" {{\n  source = "{source}"\n}}\n'})
-    assert str(caught.value).startswith(f"terraform/app/main.tf:4: {told}\n")
+    assert str(caught.value).startswith(f"terraform/app/main.tf:4: {words}\n")
 
 
 async def test_any_name_has_an_identity(fleet: Fleet) -> None:
@@ -327,7 +327,7 @@ async def test_a_stale_plan_is_not_applied_and_a_new_one_may_be_the_same(fleet: 
     assert planned.file != again.file and planned.same(again)
     other = await fleet.session(data("a", "1") + data("b", "2"), run="2")
     moved = await other.apply(await other.plan())
-    with pytest.raises(PlanStale, match="terraform/main: the state has moved since it was planned\nnext: plan it"):
+    with pytest.raises(PlanStale, match="terraform/main: the state has changed since the plan was made\nnext: plan it"):
         await session.apply(planned)
     assert await session.state() == moved
     replanned = await session.plan()
@@ -336,7 +336,7 @@ async def test_a_stale_plan_is_not_applied_and_a_new_one_may_be_the_same(fleet: 
 
 
 @needs_terraform
-async def test_a_plan_of_another_state_is_stale_as_well(fleet: Fleet) -> None:
+async def test_a_plan_of_a_different_state_is_stale_as_well(fleet: Fleet) -> None:
     await fleet.applied(data("a", "1"))
     session = await fleet.session(data("a", "2"))
     planned = await session.plan()
@@ -380,7 +380,7 @@ async def test_a_moved_resource_destroys_nothing(fleet: Fleet) -> None:
 
 
 @needs_terraform
-async def test_what_does_not_parse_is_told_with_its_file_and_line(fleet: Fleet) -> None:
+async def test_what_does_not_parse_is_reported_with_its_file_and_line(fleet: Fleet) -> None:
     session = await fleet.session({"terraform/app/main.tf": 'module "m" {\n  source = "../../modules/m"\n}\n',
                                    "modules/m/main.tf": '\noutput "o" {\n  value = local.nothing\n}\n'}, "app")
     with pytest.raises(TerraformFailed) as caught:
@@ -425,12 +425,12 @@ async def test_two_runs_may_plan_a_root_at_once(fleet: Fleet) -> None:
 
 
 @needs_terraform
-@pytest.mark.parametrize(("backend", "told"), [
+@pytest.mark.parametrize(("backend", "words"), [
     ('terraform {\n  backend "local" {}\n}\n', "keeps the state beside the configuration"),
     ('terraform {\n  backend "local" {\n    path = "x.tfstate"\n  }\n}\n', "keeps the state beside the configuration"),
 ])
-async def test_a_state_that_would_be_lost_with_the_tree_is_refused(fleet: Fleet, backend: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+async def test_a_state_that_would_be_lost_with_the_tree_is_refused(fleet: Fleet, backend: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         await (await fleet.session(backend + data("a", "1"))).plan()
 
 
@@ -482,7 +482,7 @@ async def test_a_locked_state_is_waited_for_and_then_its_holder_is_named(fleet: 
 
 
 @needs_terraform
-async def test_a_killed_terraform_is_told_as_a_partial_apply(fleet: Fleet, tmp_path: Path) -> None:
+async def test_a_killed_terraform_is_reported_as_a_partial_apply(fleet: Fleet, tmp_path: Path) -> None:
     session = await fleet.session(data("a", "1") + slow_after_a(tmp_path))
     async with applying(session, tmp_path / "began") as task:
         os.kill(int((tmp_path / "began").read_text()), signal.SIGKILL)
@@ -562,7 +562,7 @@ async def test_what_was_changed_behind_terraforms_back_is_drift(fleet: Fleet, tm
 
 
 @needs_terraform
-async def test_a_revert_tells_what_cannot_come_back_as_it_was(fleet: Fleet) -> None:
+async def test_a_revert_says_what_cannot_come_back_as_it_was(fleet: Fleet) -> None:
     good = data("a", "1") + data("again", "1", "  triggers_replace = 1\n") + data("gone", "1")
     last = await fleet.applied(good)
     session = await fleet.session(data("a", "2") + data("again", "1", "  triggers_replace = 2\n") + data("new", "1"))
@@ -582,7 +582,7 @@ async def test_a_revert_tells_what_cannot_come_back_as_it_was(fleet: Fleet) -> N
 
 
 @needs_terraform
-async def test_no_secret_is_told_anywhere(fleet: Fleet, tmp_path: Path) -> None:
+async def test_no_secret_is_shown_anywhere(fleet: Fleet, tmp_path: Path) -> None:
     said: list[str] = []
     text = (DEMO + 'variable "secret" {\n  sensitive = true\n}\nvariable "open" {}\n'
             'variable "list" {\n  type = any\n}\n'
@@ -601,11 +601,11 @@ async def test_no_secret_is_told_anywhere(fleet: Fleet, tmp_path: Path) -> None:
                                                    '  content = "fail ${nonsensitive(var.secret)} ${var.open}"\n}\n')
     with pytest.raises(ApplyFailed) as failed:
         await session.apply(await session.plan())
-    told = "\n".join([*said, planned.model_dump_json(), repr(planned), *planned.lines, repr(state), repr(more),
-                      str(failed.value), repr(failed.value.__dict__)])
-    assert "cannot write the file" in told and "(sensitive value)" in told and '"<******>"' in told
+    everything = "\n".join([*said, planned.model_dump_json(), repr(planned), *planned.lines, repr(state), repr(more),
+                            str(failed.value), repr(failed.value.__dict__)])
+    assert "cannot write the file" in everything and "(sensitive value)" in everything and '"<******>"' in everything
     for poison in ("hunter2", "second line", "0pen-p0ison", "l1st-poison", "424242", "pem-poison"):
-        assert poison not in told
+        assert poison not in everything
     assert POISON.splitlines()[1] in (fleet.home() / "terraform.tfstate").read_text()  # it was given all the same
     for place in (fleet.home(), planned.file.parent):
         assert place.stat().st_mode & 0o077 == 0
@@ -627,7 +627,7 @@ async def test_nothing_of_totos_own_environment_reaches_terraform(fleet: Fleet, 
 
 @needs_terraform
 @needs_postgres
-async def test_a_lock_whose_backend_names_nobody_is_told_as_such(fleet: Fleet, tmp_path: Path,
+async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(fleet: Fleet, tmp_path: Path,
                                                                  database: postgres.Postgres) -> None:
     files = {"toto.toml": '[terraform.roots.main]\npath = "terraform"\nbackend_config = ["pg.hcl"]\n',
              "pg.hcl": 'schema_name = "locks"\n', "terraform/main.tf": pg() + data("a", "1", shell(
@@ -635,7 +635,7 @@ async def test_a_lock_whose_backend_names_nobody_is_told_as_such(fleet: Fleet, t
     env = {"PG_CONN_STR": database.dsn}
     said: list[str] = []
     async with applying(await fleet.session(files, env=env), tmp_path / "began") as task:
-        with pytest.raises(StateLocked, match="the backend does not say whom") as caught:
+        with pytest.raises(StateLocked, match="the backend does not say who") as caught:
             await (await fleet.session(files, env=env, run="2", lock_timeout=1)).plan()
         assert caught.value.holder == {}
         patient = asyncio.create_task((await fleet.session(files, env=env, run="3", on_line=said.append)).plan())
@@ -690,7 +690,7 @@ async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run
     (kept,) = fleet.home().glob("errored-*.tfstate")
     if not cancelled:
         assert caught.value.partial
-        assert f"the state could not be saved: it is kept in {kept}" in str(caught.value)
+        assert f"terraform could not save the state: toto keeps it in {kept}" in str(caught.value)
     assert kept.stat().st_mode & 0o777 == 0o600 and not (session.tree / "terraform/errored.tfstate").exists()
     shutil.rmtree(session.tree)
     planned = await (await fleet.session(text, env={"PG_CONN_STR": own_database.dsn}, run="2")).plan()
@@ -703,14 +703,14 @@ async def test_a_state_that_was_not_saved_is_not_passed_over(fleet: Fleet) -> No
     session = await fleet.session(data("a", "1"))
     kept = fleet.home() / "errored-2026-01-01T00:00:00Z.tfstate"
     kept.write_text('{"version": 4, "serial": 1, "lineage": "another", "resources": []}')
-    with pytest.raises(TerraformFailed, match="what an earlier apply did is not in the state") as caught:
+    with pytest.raises(TerraformFailed, match="the state lacks what an earlier apply did") as caught:
         await session.plan()
     assert f"compare {kept}, which" in str(caught.value) and kept.exists()
 
 
 @needs_terraform
 @needs_postgres
-async def test_a_kill_with_a_remote_state_may_lose_what_was_done_and_is_told_as_partial(
+async def test_a_kill_with_a_remote_state_may_lose_what_was_done_and_is_reported_as_partial(
         fleet: Fleet, tmp_path: Path, database: postgres.Postgres) -> None:
     text = pg("killed") + data("a", "1") + slow_after_a(tmp_path)
     session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})

@@ -1,7 +1,7 @@
-"""What can be done with a release on a cluster: look, render, upgrade, test, roll back, repair.
+"""What toto does with a release on a cluster: inspect, render, upgrade, test, roll back, repair.
 
-`toto.helm.release` knows what a commit wants, `toto.helm.diff` how two manifests differ. What a method returns or
-raises holds nothing of a Secret, and no value of a key that sounds like one; `render` alone returns all.
+`toto.helm.release` reads what a commit wants, `toto.helm.diff` compares manifests. What a method returns or raises
+contains nothing of a Secret, and no value whose key sounds like one; only `render` returns everything.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ from toto.helm.command import (
 from toto.helm.diff import Difference, Key, Resource
 from toto.helm.release import Release, sensitive
 
-PATIENCE: Final = 30.0  # seconds that a look at the cluster may take
+PATIENCE: Final = 30.0  # seconds that reading from the cluster may take
 
-_INSTALL: Final = ("--install", "--reset-values")  # else helm may take the values of the revision before
+_INSTALL: Final = ("--install", "--reset-values")  # without it helm may reuse the values of the revision before
 _ROLLED_BACK: Final = "Rollback to "
 _PENDING: Final = ("pending-install", "pending-upgrade", "pending-rollback", "uninstalling")
 _WORKLOADS: Final = ("Deployment", "StatefulSet", "DaemonSet", "Job", "ReplicaSet")
 
-# A field a line, and what may hold anything in hexadecimal digits. APPLIES is known to helm 4 only.
+# One field a line; text that may contain anything is in hexadecimal. Only helm 4 knows APPLIES.
 _STORED: Final = (
     '{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n'
     '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n{{printf "%x" .Manifest}}'
     '{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t'
     '{{printf "%x" .Manifest}}{{end}}{{end}}')
 
-# A chart that reads what lives in the cluster, with helm's own client: it understands whatever a kubeconfig may say.
+# A chart that reads live resources with helm's own client, which understands everything in a kubeconfig.
 _LIVE: Final = {
     "Chart.yaml": "apiVersion: v2\nname: live\nversion: 0.0.0\n",
     "templates/live.yaml": """\
@@ -62,7 +62,7 @@ data: {live: {{ toJson $found | quote }}}
 
 @dataclass(frozen=True)
 class Revision:
-    """One revision of a release. `status` and `description` are helm's words, `chart` is like `web-1.2.3`."""
+    """One revision of a release. `status` and `description` are helm's own; `chart` looks like `web-1.2.3`."""
 
     number: int
     status: str
@@ -73,20 +73,20 @@ class Revision:
 
 @dataclass(frozen=True)
 class Deployed(Revision):
-    """The newest revision of a release, with the digest of its manifests and the names of its chart's tests."""
+    """The newest revision of a release. `digest` is the SHA-256 of its manifests, `tests` are its chart's, by name."""
 
     digest: str
     tests: tuple[str, ...] = ()
 
     @property
     def pending(self) -> bool:
-        """Whether a helm is at work on it, or was killed while it was."""
+        """Whether a helm is working on it, or was killed while it did."""
         return self.status in _PENDING
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What came of one test of a chart; `said` is what it, or helm, said of a failure."""
+    """The result of one test of a chart. `said` is the test's log and helm's output, when it failed."""
 
     name: str
     passed: bool
@@ -108,7 +108,7 @@ class _Hook:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What helm keeps of the newest revision: it holds secrets, and goes no further than this module."""
+    """What helm stores of the newest revision. It contains secrets and must not leave this module."""
 
     deployed: Deployed
     applies: str
@@ -126,10 +126,10 @@ class _Stored:
 
 @dataclass
 class Helm:
-    """helm and one cluster. `kubeconfig` None: the one that the environment names.
+    """helm and one cluster. With `kubeconfig` None it is the cluster that the environment names.
 
-    `state` is where charts and helm's caches are kept (in toto's state directory, when None); `patience` is how many
-    seconds a look at the cluster may take. Every method that reaches for the cluster raises `ClusterUnreachable`.
+    `state` is the folder for charts and helm's caches (None: in toto's state directory). `patience` is how many seconds
+    reading from the cluster may take. Every method that connects to the cluster raises `ClusterUnreachable`.
     """
 
     binary: str = "helm"
@@ -139,7 +139,7 @@ class Helm:
     _major: int = field(default=0, init=False)
 
     async def major(self) -> int:
-        """3 or 4. Raises `HelmError` for a helm that is too old, `CommandNotFound`."""
+        """helm's major version, 3 or 4. Raises `HelmError` when helm is older than 3.13, `CommandNotFound`."""
         if not self._major:
             version = str(await self._command(None).version()).strip()
             found = re.match(r"v(\d+)\.(\d+)\.", version)
@@ -149,7 +149,7 @@ class Helm:
         return self._major
 
     async def current(self, release: Release) -> Deployed | None:
-        """The newest revision; None where the release is not installed."""
+        """The newest revision; None when the release is not installed."""
         stored = await self._stored(release)
         return None if stored is None else stored.deployed
 
@@ -165,26 +165,26 @@ class Helm:
     async def last_whole(self, release: Release) -> int:
         """The newest revision that was deployed without a failure, of those that helm still keeps; 0 for none.
 
-        Helm calls a failed one superseded later, and only its description still tells.
+        Helm later marks a failed revision as superseded; only its description still says that it failed.
         """
         return max((each.number for each in await self.history(release) if each.status == "deployed"
                     or (each.status == "superseded" and " failed: " not in each.description)), default=0)
 
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
-        """What `helm lint` warns of. Raises `RenderFailed`, `ChartUnavailable`."""
+        """The warnings of `helm lint`. Raises `RenderFailed`, `ChartUnavailable`."""
         chart = await self._chart(release, tree)
         command = self._command(release, failure=RenderFailed, secrets=sensitive(release, tree))
         done = await command.attempt(["lint", chart, "--quiet", *_values(release, tree)])
         said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
         if done.status != 0:
-            raise RenderFailed(said, target=release.label, hint=f"mend {release.chart} or its values, and push again")
+            raise RenderFailed(said, target=release.label, hint=f"fix {release.chart} or its values, and push again")
         return tuple(line for line in said.splitlines() if line.startswith("[WARNING]"))
 
     async def render(self, release: Release, tree: Path) -> str:
-        """All that the chart renders to, hooks and tests and Secrets too: not to be shown, not to be kept.
+        """Everything that the chart renders to, with hooks, tests and Secrets. Do not show or store it.
 
-        As an upgrade would, by what the cluster can do, and checked by it; where it is not reached, by what helm
-        thinks that a cluster can do. Raises `RenderFailed`, `ChartUnavailable`.
+        It is rendered as an upgrade would do it, with the cluster's capabilities, and the cluster checks it. When the
+        cluster does not answer, helm's default capabilities are used. Raises `RenderFailed`, `ChartUnavailable`.
         """
         stored = None
         with contextlib.suppress(ClusterUnreachable):
@@ -192,13 +192,13 @@ class Helm:
         return await self._rendered(release, tree, stored)
 
     async def difference(self, release: Release, tree: Path) -> Difference:
-        """What an upgrade would change in the release's manifests. Raises as `render` does."""
+        """What an upgrade would change in the release's manifests. Raises what `render` raises."""
         stored = await self._stored(release)
         rendered = manifests.parse(await self._rendered(release, tree, stored))
         return manifests.compare(stored.everything if stored else {}, rendered)
 
     async def drift(self, release: Release) -> Difference:
-        """Where what lives in the cluster is not as the release's manifests state; removed are those not there."""
+        """Where the live resources differ from the release's manifests; `removed` are those that do not exist."""
         stored = await self._stored(release)
         if stored is None:
             return Difference(removed=(f"the release {release.name}",))
@@ -206,9 +206,9 @@ class Helm:
         return manifests.drift(stored.resources, {key: found for key, found in live if found})
 
     async def outside_change(self, release: Release, recorded: int, digest: str = "") -> str | None:
-        """What was done to the release behind toto's back since toto left its revision `recorded` (0: none).
+        """What somebody did to the release without toto since toto left it at revision `recorded` (0: none), in words.
 
-        `digest` is that revision's; by it a release that was installed anew is not taken for the one that was left.
+        None means nothing. `digest` is the digest of that revision; it tells apart a release that was installed anew.
         """
         now = await self.current(release)
         if now is None:
@@ -218,7 +218,7 @@ class Helm:
         if now.number < recorded or (now.number == recorded and digest not in ("", now.digest)):
             return (f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
                     f"toto had left revision {recorded}")
-        since = [_told(each) for each in await self.history(release) if each.number > recorded]
+        since = [_described(each) for each in await self.history(release) if each.number > recorded]
         if since:
             return f"outside toto it was {', then '.join(since)}; toto had left revision {recorded}"
         return None if now.status == "deployed" else f"it is {now.status} at revision {recorded}, and not by toto"
@@ -226,8 +226,8 @@ class Helm:
     async def upgrade(self, release: Release, tree: Path, *, description: str = "toto") -> Deployed:
         """Install or upgrade, wait, and return the new revision; `description` shows in `helm history`.
 
-        It is not reverted on a failure: that is `rollback`'s, or `uninstall`'s where there was nothing before.
-        Raises `ReleaseFailed`; with nothing touched yet `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
+        It does not revert on a failure: call `rollback`, or `uninstall` when nothing was installed before.
+        Raises `ReleaseFailed`; before anything is touched `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
         """
         stored = await self._stored(release)
         rendered = manifests.parse(await self._rendered(release, tree, stored))
@@ -241,12 +241,12 @@ class Helm:
             pods: list[str] = []
             with contextlib.suppress(TotoError):
                 pods = await self._not_ready(release)
-            raise ReleaseFailed("\n".join([error.message, *pods]), target=release.label, hint="look at the pods, or at "
+            raise ReleaseFailed("\n".join([error.message, *pods]), target=release.label, hint="check the pods, or "
                                 f"`helm --namespace {release.namespace} history {release.name}`") from None
         return await self._now(release)
 
     async def rollback(self, release: Release, revision: int) -> Deployed:
-        """Go back to a revision, as a new one, and return that: record its number. Raises `ReleaseFailed`."""
+        """Roll back to a revision and return the new revision that this makes. Raises `ReleaseFailed`."""
         stored = await self._stored(release)
         if stored is None:
             raise ReleaseMissing(f"cannot be rolled back to revision {revision}: it is not installed any more",
@@ -257,7 +257,7 @@ class Helm:
         return await self._now(release)
 
     async def uninstall(self, release: Release) -> bool:
-        """Remove the release and its history, not the namespace; False where it was not there.
+        """Remove the release and its history, but not the namespace; False when it was not installed.
 
         Raises `ReleaseFailed`.
         """
@@ -268,9 +268,9 @@ class Helm:
         return stored is not None
 
     async def test(self, release: Release) -> tuple[Tested, ...]:
-        """Run the chart's own tests: what came of each; none where it has none, or release.yaml says `test: false`.
+        """Run the chart's own tests and return their results; none when it has none or release.yaml says `test: false`.
 
-        A test that fails is a result.
+        A test that fails is a result and raises nothing.
         """
         before = await self._stored(release)
         if before is None or not before.deployed.tests or not release.test:
@@ -279,7 +279,7 @@ class Helm:
         done = await command.attempt(["test", release.name, "--namespace", release.namespace, "--logs", "--timeout",
                                       f"{release.timeout:g}s"])
         after = await self._stored(release)
-        # Its exit status is no verdict: helm also fails where a test's log is not to be had.
+        # Its exit status is no verdict: helm also fails when it cannot read a test's log.
         said = command.clean(f"{done.stdout.partition('POD LOGS: ')[2]}\n{done.stderr}")
         began = {hook.name: hook.started for hook in before.hooks}
         passed = {hook.name for hook in (after.hooks if after else ())
@@ -287,25 +287,25 @@ class Helm:
         return tuple(Tested(name, name in passed, "" if name in passed else said) for name in before.deployed.tests)
 
     async def repair(self, release: Release, good: int = 0, *, patience: float | None = None) -> str | None:
-        """Make a release that a killed helm left pending fit for an upgrade; returns what was done, None for nothing.
+        """Repair a release that a killed helm left pending; return what was done, in words, or None for nothing.
 
-        It goes back to revision `good`, else to the newest that was whole, and is removed where none ever was.
-        Raises `ReleaseBusy` for one that is pending for less than `patience` seconds (its own timeout, when None): that
-        helm may be alive. Else raises as `rollback` does.
+        It is rolled back to revision `good`, else to the newest whole revision, and removed when there is none.
+        Raises `ReleaseBusy` when it has been pending for less than `patience` seconds (None: the release's timeout),
+        because that helm may be alive; otherwise what `rollback` raises.
         """
         now = await self.current(release)
         if now is None or not now.pending:
             return None
         age = (datetime.now(UTC) - now.at).total_seconds()
         if age < (release.timeout if patience is None else patience):
-            raise ReleaseBusy(f"it is {now.status} since {age:.0f} s: that helm may be alive", target=release.label,
-                              hint="wait for it to end; when it was killed, a later run repairs what it left")
+            raise ReleaseBusy(f"it has been {now.status} for {age:.0f} s: that helm may be alive", target=release.label,
+                              hint="wait for it to end; if it was killed, a later run repairs what it left")
         left = f"a helm that was killed had left it {now.status} at revision {now.number}"
         kept = {each.number for each in await self.history(release)}
         to = good if good in kept else await self.last_whole(release)
         if not to or now.status == "uninstalling":
             await self.uninstall(release)
-            return f"{left}; what there was of it was removed"
+            return f"{left}; its remains were removed"
         back = await self.rollback(release, to)
         return f"{left}; it was rolled back to revision {to}, as revision {back.number}"
 
@@ -322,23 +322,23 @@ class Helm:
                        failure=failure, target=label, secrets=secrets)
 
     def _changing(self, release: Release, secrets: Sequence[str]) -> Command:
-        # The release's timeout is for each of helm's waits; this one is for a helm that hangs all the same.
+        # The release's timeout limits each of helm's waits; this one limits a helm that hangs nevertheless.
         return self._command(release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed,
                              secrets=secrets)
 
     async def _now(self, release: Release) -> Deployed:
         if (now := await self.current(release)) is None:
-            raise ReleaseMissing("was deleted by another, just when it was deployed", target=release.label)
+            raise ReleaseMissing("somebody deleted it right after it was deployed", target=release.label)
         return now
 
     async def _stored(self, release: Release) -> _Stored | None:
         template = _STORED.replace("APPLIES", "{{.ApplyMethod}}" if await self.major() > 3 else "")
         try:
-            told = await self._command(release).run(["get", "all", release.name, "--namespace", release.namespace,
-                                                     "--template", template])
+            output = await self._command(release).run(["get", "all", release.name, "--namespace", release.namespace,
+                                                       "--template", template])
         except ReleaseMissing:
             return None
-        number, status, chart, description, at, applies, manifest, *rest = told.decode().split("\n")
+        number, status, chart, description, at, applies, manifest, *rest = output.decode().split("\n")
         if status == "uninstalled":  # and its history was kept
             return None
         hooks = tuple(_Hook(name, events, started, phase, _unhex(text))
@@ -357,20 +357,20 @@ class Helm:
                                 secrets=[*(stored.secrets if stored else ()), *sensitive(release, tree)])
         try:
             try:
-                told = await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
-                done = json.loads(told)
+                output = await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
+                done = json.loads(output)
                 return "\n---\n".join([done["manifest"], *(hook["manifest"] for hook in done.get("hooks") or ())])
-            except ReleaseBusy:  # then helm does not even try how an upgrade would be
+            except ReleaseBusy:  # then helm does not even simulate an upgrade
                 checks = ["--dry-run=server", "--is-upgrade", *(["--validate"] if await self.major() == 3 else [])]
             except ClusterUnreachable:
                 checks = []
             return (await command.run(["template", *words, *checks])).decode()
         except RenderFailed as error:
             raise RenderFailed(_by_names_of_the_repo(error.message, release, tree), target=error.target,
-                               hint=f"mend {release.chart} or its values, and push again") from None
+                               hint=f"fix {release.chart} or its values, and push again") from None
 
     async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
-        """What lives in the cluster of each of `wanted`, in their order; {} for what is not there."""
+        """The live resource for each of `wanted`, in the same order; {} for one that does not exist."""
         asked = [{"apiVersion": each["apiVersion"], "kind": each["kind"], "name": each["metadata"].get("name", ""),
                   "namespace": each["metadata"].get("namespace") or release.namespace} for each in wanted]
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -378,10 +378,10 @@ class Helm:
             for name, text in _LIVE.items():
                 Path(chart, name).parent.mkdir(exist_ok=True)
                 Path(chart, name).write_text(text)
-            told = await self._command(release, timeout=2 * self.patience).run(
+            output = await self._command(release, timeout=2 * self.patience).run(
                 ["template", "live", chart, "--namespace", release.namespace, "--dry-run=server", "--values", "-"],
                 json.dumps({"wanted": asked}).encode())
-        (answer,) = manifests.parse(told.decode()).values()
+        (answer,) = manifests.parse(output.decode()).values()
         live: list[Resource] = json.loads(answer["data"]["live"])
         return live
 
@@ -394,7 +394,7 @@ class Helm:
                 if pod["metadata"]["name"].startswith(workloads) and (why := _why_not_ready(pod["status"]))]
 
     async def _chart(self, release: Release, tree: Path) -> Path:
-        """The chart's folder or archive. A remote one is fetched once: what was rehearsed is what is deployed."""
+        """The chart's folder or archive. A remote chart is fetched once, so the rehearsed chart is the deployed one."""
         if not release.remote:
             return tree / release.chart
         words = [release.chart, "--version", str(release.version), *(["--repo", release.repo] if release.repo else [])]
@@ -412,7 +412,7 @@ class Helm:
 
 
 def _forced(stored: _Stored | None) -> list[str]:
-    """Helm 4 applies on the server, where a field belongs to whoever changed it last: the repo's word prevails."""
+    """Helm 4 applies on the server, where a field belongs to who changed it last. Force it: the repo wins."""
     return ["--force-conflicts"] if stored is not None and stored.applies == "ssa" else []
 
 
@@ -421,7 +421,7 @@ def _waiting(release: Release) -> list[str]:
 
 
 def _values(release: Release, tree: Path) -> list[str]:
-    # Helm takes apart at commas what is not in quotes, as a line of CSV.
+    # Helm splits the argument at commas outside of quotes, like a line of CSV.
     files = [str(tree / each).replace('"', '""') for each in release.values]
     return [word for each in files for word in ("--values", f'"{each}"')]
 
@@ -430,7 +430,7 @@ def _unhex(digits: str) -> str:
     return bytes.fromhex(digits).decode(errors="replace")
 
 
-def _told(revision: Revision) -> str:
+def _described(revision: Revision) -> str:
     back = revision.description.startswith(_ROLLED_BACK)
     what = (f"rolled back to revision {revision.description.removeprefix(_ROLLED_BACK)}" if back
             else f"upgraded to {revision.chart}")
@@ -439,7 +439,7 @@ def _told(revision: Revision) -> str:
 
 
 def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
-    """Helm's words with the paths that the operator knows."""
+    """Helm's text with paths as they are in the repo."""
     def ours(match: re.Match[str]) -> str:
         path = f"{release.chart}/{match[1]}"
         return path if (tree / path).exists() else match[0]
@@ -448,7 +448,7 @@ def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
 
 
 def _why_not_ready(status: dict[str, Any]) -> str:
-    """Why a pod is not ready, by its status; "" when it is, or has done its work."""
+    """Why a pod is not ready, by its status; "" when it is ready or has finished."""
     conditions = {each["type"]: each for each in status.get("conditions") or ()}
     if status.get("phase") == "Succeeded" or conditions.get("Ready", {}).get("status") == "True":
         return ""
@@ -459,5 +459,5 @@ def _why_not_ready(status: dict[str, Any]) -> str:
             case {"state": {"terminated": {"exitCode": int(code)}}} if code != 0:
                 return f"{each['name']} ended with status {code}"
             case {"state": {"running": _}, "ready": False}:
-                return f"{each['name']} runs and is not ready"
+                return f"{each['name']} runs but is not ready"
     return str(conditions.get("PodScheduled", {}).get("message") or f"it is {status.get('phase', 'not there')}")

@@ -1,8 +1,8 @@
-"""The process side of helm: pyhelm3's commands through toto's own door, and what helm's words mean.
+"""Runs helm as a process: pyhelm3's commands through `toto.base.process`, and errors from helm's own messages.
 
-pyhelm3 itself would start a shell, and a cancel would end that and leave helm at work. Its Client is not used: it
-refuses names with dots, asks for helm's version by a shell too, and repairs a release by going back to whatever was
-there before, good or bad.
+pyhelm3 (https://github.com/azimuth-cloud/pyhelm3) itself starts a shell; a cancel would end the shell and leave helm
+running. Toto does not use its Client, which refuses names with dots, also gets helm's version through a shell, and
+repairs a release by rolling it back to the revision before, good or bad.
 """
 
 import logging
@@ -32,35 +32,35 @@ class HelmError(TotoError):
 
 
 class ClusterUnreachable(HelmError):
-    """The cluster does not answer: nothing was touched, and it is worth another try later."""
+    """The cluster does not answer. Nothing was touched, and a later try may succeed."""
 
 
 class AccessRefused(ClusterUnreachable):
-    """The cluster answers and does not take the kubeconfig's word, or the kubeconfig is none: no use trying again."""
+    """The cluster answers and refuses the kubeconfig, or the kubeconfig is not valid. Trying again does not help."""
 
 
 class ChartUnavailable(HelmError):
-    """A remote chart cannot be had."""
+    """A remote chart cannot be fetched."""
 
 
 class RenderFailed(InputError):
-    """The chart does not render, or the cluster would not take what it renders to: nothing was touched."""
+    """The chart does not render, or the cluster would refuse the result. Nothing was touched."""
 
 
 class ReleaseBusy(HelmError):
-    """Another helm is at work on the release, or was killed while it was."""
+    """A different helm is working on the release, or was killed while it did."""
 
 
 class ReleaseFailed(HelmError):
-    """An upgrade, a rollback or an uninstallation failed: the release may be half done."""
+    """An upgrade, a rollback or an uninstallation failed. The release may be half done."""
 
 
 class ReleaseMissing(ReleaseFailed):
-    """The release is not installed, where it should have been."""
+    """The release is not installed, although it should be."""
 
 
 def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
-    """This process's environment as helm gets it: none of toto's or Prefect's own, and its files under `state`."""
+    """The environment for helm: this process's, without the variables of toto and Prefect; its files go to `state`."""
     ours = {name: value for name, value in os.environ.items()
             if not name.startswith(_NOT_FOR_HELM) or name.startswith("HELM_DRIVER")}
     ours |= {f"HELM_{what.upper()}_HOME": str(state / what) for what in ("cache", "config", "data")}
@@ -69,9 +69,10 @@ def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
 
 
 class Command(pyhelm3.Command):  # type: ignore[misc]
-    """pyhelm3's commands, with helm itself as the process: in a group of its own, within a time, ended by a cancel.
+    """pyhelm3's commands, with helm itself as the process: in its own process group, with a timeout, ended by a cancel.
 
-    `failure` is what a failure is raised as when it is none of those that are known by helm's words.
+    `timeout` is in seconds. A failure that helm's message does not explain is raised as `failure`. `secrets` are masked
+    in every message.
     """
 
     def __init__(self, binary: str, environment: dict[str, str], *, timeout: float, failure: type[TotoError],
@@ -81,7 +82,7 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         self.failure, self.target, self.secrets = failure, target, secrets
 
     async def run(self, command: list[Any], input: bytes | None = None) -> bytes:
-        """What helm printed. Raises `ReleaseMissing`, `ClusterUnreachable`, `ReleaseBusy`, else `failure`."""
+        """Run helm; return its output. Raises `ReleaseMissing`, `ClusterUnreachable`, `ReleaseBusy`, or `failure`."""
         done = await self.attempt(command, input)
         if done.status != 0:
             raise self.explained(done)
@@ -90,7 +91,11 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         return done.stdout.encode()
 
     async def attempt(self, command: list[Any], input: bytes | None = None) -> process.Completed:
-        """What a helm that ran to its end left; its output is not masked. A cancel lets it mark the release first."""
+        """Run helm and return its result, whatever its exit status. Secrets in the output are not masked.
+
+        On a cancel, helm first marks the release as failed. Raises `failure` (for one that changes a release) or
+        `ClusterUnreachable` when it takes longer than `timeout`, `HelmError` when it prints too much.
+        """
         try:
             done = await process.run([self.binary, *map(str, command)], env=self.environment, stdin=input, check=False,
                                      timeout=self.timeout, keep=KEPT, target=self.target,
@@ -104,24 +109,24 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         return done
 
     def clean(self, text: str) -> str:
-        """Helm's words without what is secret in them. (The API server quotes what it could not decode.)"""
+        """Helm's text without secrets. (The API server quotes what it could not decode.)"""
         text = re.sub(r", error found in #\d+ byte of .*", "", text)
         return process.tail(process.mask(text, self.secrets))
 
     def explained(self, done: process.Completed) -> TotoError:
-        """The error that helm's words mean."""
+        """The error that helm's message stands for."""
         words = self.clean(done.stderr.rpartition("\nError: ")[2].removeprefix("Error: "))
         if "release: not found" in words:
             return ReleaseMissing("it is not installed", target=self.target)
         if "another operation (install/upgrade/rollback) is in progress" in words:
-            return ReleaseBusy("another helm is at work on it, or was killed while it was", target=self.target,
-                               hint="wait for it to end; when it was killed, a later run repairs what it left")
+            return ReleaseBusy("a different helm is working on it, or was killed while it did", target=self.target,
+                               hint="wait for it to end; if it was killed, a later run repairs what it left")
         if self.failure is not ChartUnavailable and "webhook" not in words:
             if _REFUSED.search(words):
-                return AccessRefused(words, target=self.target, hint="look at the kubeconfig that toto is given")
-            # Once helm is at work, a lost connection is a failure: something may have been touched.
+                return AccessRefused(words, target=self.target, hint="check the kubeconfig that toto uses")
+            # When helm is changing a release, a lost connection is a failure: something may have been touched.
             if (_UNREACHABLE if self.failure is ReleaseFailed else _LOST).search(words):
                 return ClusterUnreachable(words, target=self.target,
                                           hint="is the cluster up, and is it the one that the kubeconfig names?")
-        ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "failed and said nothing"
+        ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "failed without a message"
         return self.failure(words or f"helm {ended}", target=self.target)

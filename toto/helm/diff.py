@@ -1,7 +1,7 @@
-"""Rendered Kubernetes manifests: what differs between two, or between one and what lives in the cluster.
+"""Compares two rendered Kubernetes manifests, or one with the live resources of the cluster.
 
-By resource and field, as a person would say it. What a Secret holds is never shown, wherever else it turns up.
-Not for rendering or reading them: that is `toto.helm.cluster`'s.
+It describes differences by resource and field. The contents of a Secret are never shown, wherever else they turn up.
+`toto.helm.cluster` renders manifests and reads live resources.
 """
 
 import base64
@@ -22,9 +22,9 @@ from toto.base.errors import InputError
 
 Resource: TypeAlias = dict[str, Any]
 
-SHORTEST_SECRET: Final = 6  # characters: what is shorter turns up everywhere by chance
+SHORTEST_SECRET: Final = 6  # characters: a shorter text turns up everywhere by chance
 LONGEST_LINE: Final = 300  # characters
-MOST_FIELDS: Final = 200  # that are told of one resource
+MOST_FIELDS: Final = 200  # that are shown of one resource
 DEEPEST: Final = 200  # levels of nesting
 _EMPTY: Final[tuple[object, ...]] = (None, "", 0, False, [], {})
 _THE_SERVERS: Final = ("apiVersion", "status")
@@ -35,7 +35,7 @@ _POWERS: Final = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(1000), "Ki
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as Kubernetes means it: a time and a lone `=` are text."""
+    """YAML as Kubernetes reads it: a time and a lone `=` are text."""
 
 
 for _tag in ("timestamp", "value"):
@@ -44,7 +44,7 @@ for _tag in ("timestamp", "value"):
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a resource is known by. `namespace` is "" where its manifest names none: the release's then."""
+    """What identifies a resource. `namespace` is "" when its manifest names none; then it is the release's."""
 
     group: str
     kind: str
@@ -57,7 +57,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Change:
-    """One resource that differs, and how: a line a field."""
+    """One resource that differs. `fields` has a line for each field that does."""
 
     resource: str
     fields: tuple[str, ...]
@@ -65,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """Resources added, removed and changed. It prints as lines, without anything that a Secret holds."""
+    """Resources added, removed and changed. It prints as lines, without the contents of any Secret."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Difference:
         return not (self.added or self.removed or self.changed)
 
     def lines(self, most: int = 60) -> list[str]:
-        """One line a resource and one a field, `most` at the most."""
+        """One line for each resource and each field, at most `most` lines and one that counts the rest."""
         lines = [*(f"+ {each}" for each in self.added), *(f"- {each}" for each in self.removed)]
         for change in self.changed:
             lines += [f"~ {change.resource}", *(f"    {each}" for each in change.fields)]
@@ -84,7 +84,7 @@ class Difference:
 
     @property
     def summary(self) -> str:
-        """The changes in a line: `1 to add, 2 to change`."""
+        """The changes in one line: `1 to add, 2 to change`."""
         counts = ((len(self.added), "add"), (len(self.changed), "change"), (len(self.removed), "remove"))
         return ", ".join(f"{count} to {what}" for count, what in counts if count) or "nothing to change"
 
@@ -93,7 +93,7 @@ class Difference:
 
 
 def load(text: str) -> list[Any]:
-    """The documents of a YAML text. Raises `InputError`, without YAML's own words: they quote the text."""
+    """The documents of a YAML text. Raises `InputError`, without YAML's own message, which quotes the text."""
     try:
         depth = 0
         for event in yaml.parse(text, Loader=_Loader):
@@ -106,7 +106,7 @@ def load(text: str) -> list[Any]:
 
 
 def parse(text: str) -> dict[Key, Resource]:
-    """The resources of a manifest, lists taken apart. Raises `InputError`."""
+    """The resources of a manifest by key, with each item of a List as its own resource. Raises `InputError`."""
     return {key_of(each): each for each in _apart(load(text))}
 
 
@@ -126,7 +126,7 @@ def key_of(resource: Resource) -> Key:
 
 
 def secrets(resources: Iterable[Resource]) -> list[str]:
-    """All texts that the Secrets among `resources` hold: plain and as base64, whole and line by line."""
+    """All texts in the Secrets among `resources`: plain and as base64, whole and line by line. The longest first."""
     found: set[str] = set()
     for each in resources:
         for value in _data(each).values() if each["kind"] == "Secret" else ():
@@ -139,30 +139,30 @@ def secrets(resources: Iterable[Resource]) -> list[str]:
 
 
 def worth_masking(texts: Iterable[str]) -> list[str]:
-    """Those texts that do not turn up everywhere by chance; the longest first, as one may be a part of another."""
+    """The texts that are long enough to mask. The longest come first, because one may be part of a longer one."""
     return sorted((each for each in texts if len(each) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 class _Hidden(str):
-    """What a Secret holds: it compares as it is and shows as nothing."""
+    """A value of a Secret: it compares like any text and shows as `******`."""
 
     __slots__ = ()
 
 
 def _data(secret: Resource) -> dict[str, str]:
-    """All that a Secret holds, as base64: `stringData` is another way to write `data`."""
+    """Everything in a Secret, as base64 (`stringData` is a second way to write `data`)."""
     data, texts = (each if isinstance(each := secret.get(part), dict) else {} for part in ("data", "stringData"))
     return {key: _Hidden("".join(str(value).split())) for key, value in data.items()} | {
         key: _Hidden(base64.b64encode(str(value).encode()).decode()) for key, value in texts.items()}
 
 
 def compare(before: Mapping[Key, Resource], after: Mapping[Key, Resource]) -> Difference:
-    """What one manifest has and another has not, or has another way."""
+    """How the manifest `after` differs from the manifest `before`."""
     return _difference(before, after, partial=False)
 
 
 def drift(stated: Mapping[Key, Resource], live: Mapping[Key, Resource]) -> Difference:
-    """Where the cluster is not what a manifest states; what it does not state is nobody's drift."""
+    """Where the `live` resources differ from a manifest. Fields that the manifest does not state are not compared."""
     return _difference(stated, {key: live[key] for key in stated if key in live}, partial=True)
 
 
@@ -172,7 +172,7 @@ def _difference(before: Mapping[Key, Resource], after: Mapping[Key, Resource], *
     for key in sorted(before.keys() & after.keys()):
         old, new = ({**each, "data": _data(each), "stringData": {}} if key.kind == "Secret" else each
                     for each in (before[key], after[key]))
-        # Masked before it is shortened: the half of a secret is one too.
+        # Mask before shortening: half of a secret is a secret too.
         lines = [process.shorten(process.mask(line, hidden), LONGEST_LINE) for line in
                  itertools.islice(_fields(old, new, "", partial), MOST_FIELDS)]
         if lines:
@@ -182,7 +182,7 @@ def _difference(before: Mapping[Key, Resource], after: Mapping[Key, Resource], *
 
 
 def _fields(old: Any, new: Any, path: str, partial: bool) -> Iterator[str]:
-    """A line for each field that differs; when `partial`, only of those that `old` states."""
+    """A line for each field that differs; with `partial`, only for fields that `old` states."""
     match old, new:
         case dict(), dict():
             for key in sorted(old.keys() | (() if partial else new.keys()), key=str):
@@ -208,7 +208,7 @@ def _fields(old: Any, new: Any, path: str, partial: bool) -> Iterator[str]:
 
 
 def _by_name(items: Sequence[Any]) -> dict[str, Any]:
-    """The items of a list by their names, as `[name]`; nothing where they have none."""
+    """The items of a list by name, as `[name]`; empty when an item has no name or two share one."""
     named = {f"[{each['name']}]": each for each in items if isinstance(each, dict) and "name" in each}
     return named if len(named) == len(items) else {}
 
@@ -220,7 +220,7 @@ def _shown(value: object) -> str:
 
 
 def _same_quantity(one: object, other: object) -> bool:
-    """Whether two values are the same amount: the API writes 1000m as 1, and 1024Mi as 1Gi."""
+    """Whether two values are the same quantity: the API writes 1000m as 1, and 1024Mi as 1Gi."""
     first, second = (_QUANTITY.fullmatch(str(each)) for each in (one, other))
     return first is not None and second is not None and _amount(first) == _amount(second)
 

@@ -1,4 +1,7 @@
-"""The helm releases of a commit: `helm/NAME/release.yaml`, and what changes one. `toto.helm.cluster` deploys them."""
+"""Reads the helm releases of a commit, `helm/NAME/release.yaml`, and computes the identity of each.
+
+`toto.helm.cluster` deploys them.
+"""
 
 import contextlib
 import hashlib
@@ -26,7 +29,7 @@ _LABEL: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 
 
 class ReleaseFileError(FileError):
-    """A release.yaml is wrong. `problems` holds a line for each thing that is, as `file:line: field: what`."""
+    """A release.yaml is wrong. `problems` has a line for each mistake, as `file:line: field: what`."""
 
 
 def _check_name(name: str) -> str:
@@ -56,26 +59,26 @@ def _check_version(version: str) -> str:
 
 
 class ReleaseFile(Fields):
-    """What stands in a release.yaml."""
+    """The fields of a release.yaml."""
 
     chart: Word | None = None
-    """where the chart is: a path from the release's folder, or, with a '/' before it, from the root of the repo; the
-    name of the chart in `repo`; or an `oci://` address. Left out: the release's folder itself, or its folder `chart`"""
+    """where the chart is: a path from the release's folder, or, with a leading '/', from the root of the repo; the name
+    of the chart in `repo`; or an `oci://` address. Left out: the release's folder itself, or its folder `chart`"""
     repo: Annotated[StrictStr, AfterValidator(_check_repo)] | None = None
-    """the address of the repository that a remote chart is in, `https://…` or `oci://…`"""
+    """the address of a remote chart's repository, `https://…` or `oci://…`"""
     version: Annotated[StrictStr, AfterValidator(_check_version)] | None = None
     """the exact version of a remote chart"""
     namespace: Annotated[StrictStr, AfterValidator(_check_namespace)] = "default"
     """the namespace that it is installed in"""
     create_namespace: StrictBool = True
-    """make the namespace where there is none"""
+    """create the namespace when it does not exist"""
     values: Annotated[tuple[Word, ...], Distinct] | None = None
-    """files of values, a later one over an earlier; paths as for `chart`. Left out: the `values.yaml` in the release's
-    folder, unless that is the chart's own"""
+    """files of values; a later one overrides an earlier one. Paths are as for `chart`. Left out: the `values.yaml` in
+    the release's folder, unless that is the chart's own"""
     timeout: Seconds = 300
     """seconds that each of helm's waits may take: for a hook, for the resources, for a test"""
     wait: StrictBool = True
-    """wait until the resources are ready and the jobs done"""
+    """wait until the resources are ready and the jobs are done"""
     after: Annotated[tuple[Word, ...], Distinct] = ()
     """releases that are rolled out before this one"""
     tags: Annotated[tuple[Word, ...], Distinct] = ()
@@ -98,14 +101,14 @@ class Release(ReleaseFile):
 
     @property
     def label(self) -> str:
-        """What people call it: `helm/web`."""
+        """Its name in messages: `helm/web`."""
         return f"helm/{self.name}"
 
 
 def discover(tree: Path) -> list[Release]:
-    """The releases of a tree, `helm/NAME/release.yaml`, each after those that it names in `after`, else by name.
+    """The releases of a tree, `helm/NAME/release.yaml`: each after those in its `after`, otherwise sorted by name.
 
-    Raises `ReleaseFileError` with everything that is wrong with any of them.
+    Raises `ReleaseFileError` with all mistakes in all of them.
     """
     tree = tree.resolve()
     readings: dict[str, Reading] = {}
@@ -148,7 +151,7 @@ def _read(reading: Reading, tree: Path, path: Path) -> Release | None:
         reading.problem(reading.line(place), str(place[0]), what)
 
     def inside(text: str, *place: str | int) -> str:
-        """The path in the tree that a text names; "" where it is wrong."""
+        """The path in the tree that a text names; "" when it is wrong."""
         named = _real(tree / text.lstrip("/") if text.startswith("/") else folder / text)
         if not named.is_relative_to(tree) or named == tree:
             wrong(f"{shown(text)} leads out of the repo", *place)
@@ -163,11 +166,11 @@ def _read(reading: Reading, tree: Path, path: Path) -> Release | None:
         if not chart:
             wrong("a repo needs a chart: its name there", "repo")
         if said.version is None:
-            wrong("is missing: a remote chart needs one exact version, to be the same tomorrow", "version")
+            wrong("is missing: a remote chart needs one exact version, to stay the same", "version")
         chart = f"{said.repo.rstrip('/')}/{chart}" if said.repo and said.repo.startswith("oci://") else chart
     else:
         if said.version is not None:
-            wrong("is only for a remote chart; that of one in the repo stands in its Chart.yaml", "version")
+            wrong("is only for a remote chart; a chart in the repo has its version in Chart.yaml", "version")
         chart = inside(chart or ("." if (folder / "Chart.yaml").exists() else "chart"), "chart")
         if chart and not chart.endswith(".tgz") and not (tree / chart / "Chart.yaml").is_file():
             wrong(f"there is no Chart.yaml in {chart}", "chart")
@@ -184,7 +187,7 @@ def _read(reading: Reading, tree: Path, path: Path) -> Release | None:
 
 
 def _sources(tree: Path, release: Release) -> set[Path]:
-    """All files and folders that make a release, with what links in them lead to."""
+    """All files and folders of a release, with the targets of links in them."""
     found: set[Path] = set()
     rest = [tree / each for each in (release.file, *release.values, *([] if release.remote else [release.chart]))]
     while rest:
@@ -197,14 +200,14 @@ def _sources(tree: Path, release: Release) -> set[Path]:
 
 
 def _real(path: Path) -> Path:
-    """Where a path leads. (Not `resolve`, which raises for links that go round in a circle.)"""
+    """The real path. (Not by `resolve`, which raises for links that form a circle.)"""
     return Path(os.path.realpath(path))
 
 
 async def identity(repo: Path, commit: str, tree: Path, release: Release) -> str:
-    """The hash of all that makes a release: its chart, its values, its release.yaml. Starts no helm.
+    """The hash (SHA-256, hex) of a release's files: its chart, its values, its release.yaml. It does not start helm.
 
-    Raises `InputError` where the tree is not the commit's.
+    Raises `InputError` when `tree` is not the tree of `commit`.
     """
     tree = tree.resolve()
     sources = _sources(tree, release)
@@ -217,7 +220,7 @@ async def identity(repo: Path, commit: str, tree: Path, release: Release) -> str
 
 
 def sensitive(release: Release, tree: Path) -> list[str]:
-    """The values of keys that sound like a secret's: helm's words on what does not render may hold values."""
+    """The values whose keys sound like a secret's. (Helm's message about a failed rendering may quote values.)"""
     own = [] if release.remote else [f"{release.chart}/values.yaml"]
     found: set[str] = set()
     for each in (*own, *release.values):
@@ -227,7 +230,7 @@ def sensitive(release: Release, tree: Path) -> list[str]:
 
 
 def _sensitive(value: object, under: bool, seen: set[tuple[int, bool]]) -> Iterator[str]:
-    if (id(value), under) in seen:  # an alias: a few of them can stand for a billion values
+    if (id(value), under) in seen:  # an alias: a few aliases can stand for a billion values
         return
     match value:
         case str() if under:

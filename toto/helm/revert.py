@@ -1,4 +1,4 @@
-"""Reverting a release: making it what it was."""
+"""Reverts a release: rolls it back to the revision before, or uninstalls it."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from toto.helm.release import Release
 
 @dataclass(frozen=True)
 class RevertedRelease:
-    """What a release is once it is reverted: its revision (0 where it is not installed), and that in words."""
+    """What a release is after its revert: its revision (0 when it is not installed), and that in words."""
 
     revision: int
     words: str
 
 
 async def revert(helm: Helm, failed: Release, to: int, good: Release | None = None) -> RevertedRelease:
-    """Make a release what it was at revision `to`; 0: it was not installed, and is removed.
+    """Roll a release back to revision `to`; 0 means that it was not installed, so it is removed.
 
-    `failed` is the release as its roll-out was to make it, `good` as the last good commit has it. Where these are in
-    two namespaces they are two releases: the one that failed is removed, and the good one was never touched.
+    `failed` is the release of the commit that was rolled out, `good` the one of the last good commit. When they are in
+    different namespaces they are two releases: the failed one is removed, and the good one was never touched.
     Raises `ReleaseFailed`, `ReleaseMissing`, `ClusterUnreachable`.
     """
     if to == 0 or (good is not None and good.namespace != failed.namespace):

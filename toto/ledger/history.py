@@ -1,4 +1,4 @@
-"""What happened to every target, read back from the ledger's commits: for looking back, for charts."""
+"""Reads the history of every target from the ledger's commits, for notebooks and charts."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,11 +14,11 @@ from toto.ledger.target import Target
 
 
 class What(StrEnum):
-    """What one commit of the ledger says."""
+    """What happened to a target in one commit of the ledger."""
 
     BEGUN = "begun"  # an intent was opened
-    GOOD = "good"  # it passed everything
-    VERIFIED = "verified"  # it was what it should be, and nothing was touched
+    GOOD = "good"  # the roll-out passed all its tests
+    VERIFIED = "verified"  # the target was what it should be, and nothing was touched
     REVERTED = "reverted"
     UNREACHABLE = "unreachable"
     RETIRED = "retired"
@@ -26,7 +26,7 @@ class What(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened to one target. `seconds` is how long it took since it was begun, where that is known."""
+    """One thing that happened to a target. `seconds` is the time since its intent was opened, None when unknown."""
 
     at: datetime
     target: Target
@@ -38,7 +38,7 @@ class Event:
 
 
 def events(repo: Path, most: int = 10_000) -> list[Event]:
-    """What happened to the targets of an infra repo, the oldest first; `most` commits of the ledger are read."""
+    """What happened to the targets of an infra repo, oldest first, from the newest `most` commits of the ledger."""
     found: list[Event] = []
     with git.open_repo(repo) as opened:
         try:

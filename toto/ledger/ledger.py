@@ -1,11 +1,11 @@
 """The ledger: what is deployed where, and what is being deployed.
 
-A branch, `refs/toto/ledger`, of the infra repo on toto: one JSON file a target, one commit a change, so
-that `git log refs/toto/ledger` reads as the deployment history. Every write is a compare-and-swap of the
-ref (`toto.infra_repo.branch`), and a change is a function of the entry as it stands, so several writers are
-safe: whoever loses the race looks at the new entry and decides again. An open intent belongs to one run;
-another run that tries to write over it is refused (`TargetBusy`, `LostTarget`): that is the fence behind
-every lock.
+It is the branch `refs/toto/ledger` of the infra repo on toto: one JSON file for each target, one commit for
+each change, so that `git log refs/toto/ledger` is the deployment history. Every write is a compare-and-swap
+of the ref (`toto.infra_repo.branch`), and a change is a function of the current entry, so several writers
+are safe: the one that loses the race gets the new entry and decides again. An open intent belongs to one
+run; a different run that tries to overwrite it is refused (`TargetBusy`, `LostTarget`). So the ledger stays
+right even when a lock fails.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ class LedgerError(TotoError):
 
 
 class TargetBusy(LedgerError):
-    """Another run has an open intent on this target."""
+    """A different run has an open intent on this target."""
 
 
 class LostTarget(LedgerError):
-    """This run's intent is gone: another run settled it. Nothing more may be done to the target."""
+    """This run's intent is gone, because a different run settled it. This run must not touch the target any more."""
 
 
 class _Record(BaseModel):
@@ -44,10 +44,10 @@ class _Record(BaseModel):
 
 
 class KindRecord(BaseModel):
-    """A record that each kind extends by fields of its own.
+    """A record that each kind extends with fields of its own.
 
-    The ledger keeps those fields and does not know them; the kind reads them by `of`, which leaves out what it does
-    not know: older versions wrote every kind's fields for every kind.
+    The ledger stores those fields without knowing them. The kind reads them with `of`, which ignores fields that the
+    kind does not know, because older versions wrote every kind's fields for every kind.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -60,7 +60,7 @@ class KindRecord(BaseModel):
     def of(cls, record: None) -> None: ...
     @classmethod
     def of(cls, record: "KindRecord | None") -> Self | None:
-        """The same record as the kind knows it; None for None. Raises `LedgerError` where it is not of this kind."""
+        """The record with the kind's own fields; None for None. Raises `LedgerError` when it is not of this kind."""
         if record is None or type(record) is cls:
             return record
         try:
@@ -70,9 +70,9 @@ class KindRecord(BaseModel):
 
 
 class Deployed(KindRecord):
-    """What a target is, or was, by toto's own roll-out: its identity and where that came from.
+    """What toto's roll-out made of a target. `commit` and `run` say where it came from, `at` when (UTC, ISO 8601).
 
-    `identity` is the hash that changes when the target does (a host's toplevel drv).
+    `identity` is a hash that changes when the target does (for a host, the drv of its toplevel).
     """
 
     identity: str
@@ -82,11 +82,11 @@ class Deployed(KindRecord):
 
 
 class Before(KindRecord):
-    """What was there before a target was touched, as read from it. Each kind says what that is."""
+    """What a target was before it was touched, as read from the target itself. Each kind has its own fields."""
 
 
 class Intent(_Record):
-    """A target is being touched. `owner` tells whether the process that does it is still alive."""
+    """A target is being changed. `owner` identifies the process that changes it: see `owner_lives`."""
 
     desired: SerializeAsAny[Deployed]
     before: SerializeAsAny[Before]
@@ -95,11 +95,11 @@ class Intent(_Record):
     at: str
     step: str = "roll out"
     left_by: str = ""
-    """the run that died over it, once another has taken it over"""
+    """the run that died and left the intent, once a different run has taken it over"""
 
 
 class Note(_Record):
-    """Something about a target that a later run needs: why it was reverted, since when it cannot be reached."""
+    """A note on a target for a later run: why it was reverted, or since when toto cannot connect to it."""
 
     identity: str
     commit: str
@@ -109,11 +109,11 @@ class Note(_Record):
 
 
 class Entry(_Record):
-    """All that the ledger says of one target.
+    """Everything that the ledger says about one target.
 
-    `good` is the last good. `previous` and `before` are what it was before that, as the ledger knew it and
-    as the machine told it: to them goes a revert of the very run that made it good.
-    `rehearsed` is the identity of a host that is rehearsed only.
+    `good` is the last good. `previous` (from the ledger) and `before` (read from the target itself) are what the
+    target was before that: when the run that made it good fails later, it reverts the target to them.
+    `rehearsed` is what last passed its rehearsal, for a host that is only rehearsed.
     """
 
     good: SerializeAsAny[Deployed] | None = None
@@ -125,13 +125,13 @@ class Entry(_Record):
     rehearsed: SerializeAsAny[Deployed] | None = None
 
     def touched_by(self, run: str) -> bool:
-        """Whether the target is what a run is making, or has made, of it."""
+        """Whether a run is changing the target, or has made it what it is."""
         return (self.intent is not None and self.intent.run == run) or (self.good is not None and self.good.run == run)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ledger as it stood at one of its commits ("" before the first)."""
+    """The ledger at one of its commits ("" before the first)."""
 
     commit: str
     entries: dict[Target, Entry] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class Snapshot:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when what is deployed, or known to be rehearsed, does; not with intents and notes."""
+        """A hash (SHA-256, hex) of what is deployed and rehearsed. It does not change with intents and notes."""
         origin = {"commit", "run", "at"}
         what = sorted((str(target), *(each and each.model_dump_json(exclude=origin)
                                       for each in (entry.good, entry.rehearsed)))
@@ -154,13 +154,13 @@ class Snapshot:
 
 
 def owner() -> str:
-    """This process, as an intent names it: machine, boot, PID and start time."""
+    """This process, as an intent names it: machine, boot id, PID and start time."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}/{boot}/{process.owner()}"
 
 
 def owner_lives(who: str) -> bool | None:
-    """Whether the owner of an intent is still there; None where it ran on another machine."""
+    """Whether the owner of an intent is still alive; None when it ran on a different machine."""
     host, _, rest = who.partition("/")
     boot, _, pid = rest.partition("/")
     if host != socket.gethostname():
@@ -178,7 +178,7 @@ class Ledger:
     repo: Path
 
     def read(self) -> Snapshot:
-        """The ledger as it stands. Raises `LedgerError` for a file that does not parse, naming it."""
+        """The ledger as it is now. Raises `LedgerError`, with the file's name, for a file that does not parse."""
         with git.open_repo(self.repo) as repo:
             try:
                 head = repo.commit(REF)
@@ -192,10 +192,11 @@ class Ledger:
             return Snapshot(head.hexsha, entries)
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
-        """Change the entry of one target: `change` gets it as it stands and returns the new one (None: remove it).
+        """Change the entry of one target and return it. `change` gets the current entry and returns the new one.
 
-        Called again when another writer was first; what it raises goes through, with nothing written.
-        Returns the entry as written. Raises `LedgerError` when the ledger cannot be written, or read.
+        `change` returns None to remove the entry. It is called again when a different writer was faster. What it raises
+        passes through, and nothing is written. `message` is that of the commit.
+        Raises `LedgerError` when the ledger cannot be written or read.
         """
         path = f"{target.kind}/{target.name}.json"
         written: Entry | None = None
@@ -229,5 +230,5 @@ class Ledger:
             return Target(kind, name.removesuffix(".json")), Entry.model_validate_json(text)
         except ValidationError as error:
             raise LedgerError(f"{path} in {REF} cannot be read: {error}", target=str(self.repo),
-                              hint=f"look at `git log -p {REF} -- {path}`, and point the ref "
-                                   "at the last commit that was whole") from error
+                              hint=f"see `git log -p {REF} -- {path}`, and set the ref to the last commit "
+                                   "that is valid") from error

@@ -1,58 +1,58 @@
-"""What happens to a target's entry at each step of a run: intent, good, revert and so on. Each is a pure change."""
+"""The changes to a target's ledger entry at each step of a run: intent, good, revert and so on. Each is pure."""
 
 from toto.ledger.ledger import REF, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
 
 
 def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when there is one: what was before must be known until it is settled."""
+    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            raise TargetBusy(f"run {entry.intent.run} is at work on it since {entry.intent.at}, or left it half done",
+            raise TargetBusy(f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
                              hint="wait for it to end, or run settle/settle")
         return entry.model_copy(update={"intent": intent})
     return change
 
 
 def take_over(old: Intent, run: str) -> Change:
-    """Make an intent that a dead run left this run's own. Raises `LostTarget` when it is no longer there."""
+    """Take over an intent that a dead run left. Raises `LostTarget` when the intent is no longer there."""
     def change(entry: Entry) -> Entry:
         if entry.intent != old:
-            raise LostTarget("its open intent was settled by another run")
+            raise LostTarget("a different run settled its open intent")
         return entry.model_copy(update={"intent": old.model_copy(
             update={"run": run, "owner": owner(), "left_by": old.left_by or old.run})})
     return change
 
 
 def require_intent(entry: Entry, run: str) -> Intent:
-    """The open intent of this run. Raises `LostTarget` when it has none."""
+    """The open intent of this run. Raises `LostTarget` when the run has none on the target."""
     if entry.intent is None or entry.intent.run != run:
-        raise LostTarget("this run's intent is gone: another run settled the target", hint="see git log " + REF)
+        raise LostTarget("this run's intent is gone: a different run settled the target", hint="see git log " + REF)
     return entry.intent
 
 
 def set_step(entry: Entry, run: str, step: str) -> Entry:
-    """Say how far the roll-out of a target is. Raises `LostTarget`."""
+    """Record how far the roll-out of a target is. Raises `LostTarget`."""
     return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"step": step})})
 
 
 def good(deployed: Deployed, run: str) -> Change:
-    """Close the intent: the target passed all its tests and is the new last good. Raises `LostTarget`."""
+    """Close the intent: the target passed all its tests, so this is its new last good. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
         return Entry(good=deployed, previous=entry.good, before=require_intent(entry, run).before)
     return change
 
 
 def verified(deployed: Deployed) -> Change:
-    """The target is what it was, but its identity or tests have another hash. Raises `TargetBusy`."""
+    """Record that the target is unchanged, but its identity or its tests have a new hash. Raises `TargetBusy`."""
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            raise TargetBusy(f"run {entry.intent.run} is at work on it")
+            raise TargetBusy(f"run {entry.intent.run} is working on it")
         return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None})
     return change
 
 
 def revert(to: Deployed | None, note: Note, run: str) -> Change:
-    """Close the intent: the target was reverted, to what the ledger knows as `to`. Raises `LostTarget`."""
+    """Close the intent: the target was reverted to `to`; None: to what it was before toto. Raises `LostTarget`."""
     def change(entry: Entry) -> Entry:
         require_intent(entry, run)
         return Entry(good=to, reverted=note)
@@ -60,10 +60,10 @@ def revert(to: Deployed | None, note: Note, run: str) -> Change:
 
 
 def not_reached(note: Note) -> Change:
-    """The target could not be reached, and nothing was done to it. An intent that is still open stays open."""
+    """Record that toto could not connect to the target and did nothing to it. An open intent stays open."""
     return lambda entry: entry.model_copy(update={"unreachable": note})
 
 
 def rehearsed_only(deployed: Deployed) -> Change:
-    """A host that has no machine passed its rehearsal."""
+    """Record that a target that toto does not deploy passed its rehearsal."""
     return lambda entry: entry.model_copy(update={"rehearsed": deployed})

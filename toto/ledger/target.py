@@ -1,9 +1,9 @@
-"""A target: one thing that is deployed, by kind and name. What a kind is, `toto.plan.kinds` knows."""
+"""A target: one thing that is deployed, by kind and name. `toto.plan.kinds` lists the kinds."""
 
 from dataclasses import dataclass
 from typing import Final
 
-HOST: Final = "host"  # the kind whose targets people call by their bare names
+HOST: Final = "host"  # the kind whose targets have labels without the kind
 
 
 @dataclass(frozen=True, order=True)
@@ -18,5 +18,5 @@ class Target:
 
     @property
     def label(self) -> str:
-        """What people call it: a host by its bare name, the others as they print."""
+        """Its name in messages: `web1` for a host, `terraform/dns` for the other kinds."""
         return self.name if self.kind == HOST else str(self)

@@ -1,6 +1,6 @@
-"""The change set: what differs between what a commit wants and what the ledger says is deployed.
+"""The change set: the differences between what a commit wants and what the ledger says is deployed.
 
-This module is only the value, and its table. `toto.plan.compare` works it out.
+This module defines the value and prints it as a table. `toto.plan.compare` computes it.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from toto.ledger.target import Target
 
 
 class Why(StrEnum):
-    """Why a target is in the change set."""
+    """The reason why a target is in the change set."""
 
     NEW = "new"
     CHANGED = "drv changed"
-    FILES = "files changed"  # of a terraform root or a release: whatever its identity is made of
+    FILES = "files changed"  # the files that a terraform root's or a release's identity is computed from
     TESTS = "tests changed"
     INTENT = "intent left open"
     UNREACHABLE = "unreachable last time"
@@ -29,12 +29,12 @@ class Why(StrEnum):
 
 
 class Action(StrEnum):
-    """What a run would do with a target that passes its rehearsal."""
+    """What a run does with a target that passes its rehearsal."""
 
-    DEPLOY = "deploy"  # roll out
-    VERIFY = "verify"  # run its post-switch tests against the machine; activate nothing
-    RECORD = "record"  # a different drv, the same closure: only the ledger changes
-    REHEARSE = "rehearse only"  # there is no machine for it, or its machine is not toto's to push to
+    DEPLOY = "deploy"  # roll it out
+    VERIFY = "verify"  # run its post-switch tests against the machine, without an activation
+    RECORD = "record"  # the drv differs and the closure is the same: only the ledger changes
+    REHEARSE = "rehearse only"  # it has no machine, or toto does not push to its machine
 
 
 class _Value(BaseModel):
@@ -42,12 +42,12 @@ class _Value(BaseModel):
 
 
 class Desired(_Value):
-    """What a commit wants of one target, and the file that says so. A kind may add to it.
+    """What a commit wants a target to be. Kinds add fields of their own.
 
-    `identity` is the hash that changes when the target does.
+    `file` is the file in the repo that defines the target. `identity` is a hash that changes when the target does.
     """
 
-    model_config = ConfigDict(extra="allow")  # what a kind adds is kept where the kind is not known
+    model_config = ConfigDict(extra="allow")  # keeps a kind's own fields where the kind is not known
 
     target: Target
     file: str
@@ -55,16 +55,17 @@ class Desired(_Value):
 
 
 class Failure(_Value):
-    """A target that has no desired identity, because it does not evaluate."""
+    """A target that does not evaluate, so that its desired identity is not known."""
 
     target: Target
     message: str
 
 
 class Change(_Value):
-    """One target of the change set. `last` is its last good, None when toto never deployed it.
+    """One target of the change set.
 
-    `held` is why it would not be rolled out now, though it is rehearsed: it is frozen, or its window is closed.
+    `last` is its last good, None when toto has never deployed it. `note` adds details to `why`. `held` is why the
+    target would be rehearsed but not rolled out now: it is frozen, or its window is closed; "" otherwise.
     """
 
     desired: SerializeAsAny[Desired]
@@ -84,17 +85,17 @@ class Change(_Value):
 
 
 class MachineChange(_Value):
-    """A machine whose entry in the manifest differs from that of the last good commit. It deploys nothing."""
+    """A machine whose entry in the manifest differs from the last good commit's. This alone deploys nothing."""
 
     name: str
     what: str
 
 
 class ChangeSet(_Value):
-    """All that one commit would change, and what it would leave alone and why. It prints as a table.
+    """Everything that a commit would change, and what it would not change and why. It prints as a table.
 
-    `ledger` is the fingerprint of the ledger that it was compared with; `whole` is false where it was limited to some
-    targets.
+    `ledger` is the fingerprint of the ledger that the commit was compared with. `whole` is False when the run was
+    limited to some targets. `waiting` are machines whose host file does not exist yet.
     """
 
     commit: str
@@ -112,7 +113,7 @@ class ChangeSet(_Value):
         return not (self.changes or self.failed or self.retired)
 
     def rows(self, differences: Mapping[str, str] | None = None) -> list[dict[str, str]]:
-        """One row a target: target, action, why, what changes (where `differences` knows it, by label)."""
+        """One row for each target: target, action, why, what changes. `differences` has the last column by label."""
         shown = differences or {}
         rows = [_row(f"machine/{each.name}", "none", "manifest", each.what) for each in self.machines]
         rows += [_row(change.target, f"{change.action}{', held back' if change.held else ''}", _why(change),
@@ -138,7 +139,7 @@ def _why(change: Change) -> str:
 
 
 def deploy(desired: Desired, entry: Entry, changed: Why) -> Change:
-    """The change of a target that is to be rolled out. `changed` is why, where the ledger has no better reason."""
+    """The change of a target that must be rolled out. `changed` is the reason when the ledger has no better one."""
     if entry.intent is not None:
         why, note = Why.INTENT, f"run {entry.intent.run}, {entry.intent.step}"
     elif entry.unreachable is not None:
@@ -151,7 +152,7 @@ def deploy(desired: Desired, entry: Entry, changed: Why) -> Change:
 
 
 def of_machines(before: Manifest | None, now: Manifest) -> tuple[MachineChange, ...]:
-    """What differs in the manifest from before: machines added, removed, and each field that changed."""
+    """What changed in the manifest: machines that were added or removed, and each field that differs."""
     was = before.machines if before else {}
     found = []
     for name in sorted(was.keys() | now.machines.keys()):
@@ -171,7 +172,7 @@ COLUMNS: Final = ("target", "action", "why", "what changes")
 
 
 def table(rows: list[dict[str, str]], columns: tuple[str, ...] = COLUMNS) -> str:
-    """Rows as text in aligned columns; further lines of a cell are indented below it."""
+    """Rows as text in aligned columns. Further lines of a cell go below its row, indented."""
     if not rows:
         return "nothing to do"
     cells = [[row.get(column, "").split("\n") for column in columns] for row in rows]

@@ -1,4 +1,4 @@
-"""Compare what a commit wants with what the ledger says is deployed, target by target."""
+"""Compares what a commit wants with what the ledger says is deployed, target by target."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ from toto.plan.kinds import kind_of, place
 
 def compare(commit: str, desired: Iterable[Desired], failed: Iterable[Failure], manifest: Manifest,
             ledger: Snapshot, *, force: bool = False) -> ChangeSet:
-    """The change set of a commit: what is desired, compared with the ledger (never with the previous push).
+    """The change set of a commit: what it wants, compared with the ledger (never with the previous push).
 
-    The order is that of a roll-out: by kind. With `force`, what toto deploys is in it though nothing of it has changed.
-    Raises `TotoError` for a target in the ledger whose kind is not known.
+    It is sorted in the order of a roll-out: by kind, then by name. With `force` it also has every deployed target that
+    has not changed. Raises `TotoError` for a target in the ledger whose kind is not known.
     """
     wanted = sorted(desired, key=lambda each: place(each.target))
     broken = sorted(failed, key=lambda each: place(each.target))

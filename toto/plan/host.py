@@ -1,4 +1,4 @@
-"""Hosts as a kind of target: evaluated by nix, identified by the drv of their toplevel."""
+"""Hosts as a kind of target: nix evaluates them, and the drv of its toplevel identifies a host."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,28 +20,34 @@ from toto.rehearsal import suite
 
 
 class DesiredHost(Desired):
-    """`path` is what is activated, the output path of the toplevel; `tests` is the digest of the test scripts."""
+    """What a commit wants a host to be.
+
+    `path` is the output path of the toplevel, which is activated. `tests` is the digest of the test scripts.
+    """
 
     path: str
     tests: str
 
 
 class DeployedHost(Deployed):
-    """`path` is what was activated, the output path of the toplevel; `tests` is the digest of what it passed."""
+    """What a host is, by toto's own roll-out.
+
+    `path` is the output path of the toplevel that was activated. `tests` is the digest of the tests that it passed.
+    """
 
     path: str
     tests: str = ""
 
 
 class HostOrder(Order):
-    """One host's part of a plan. `vm` is the drv of the VM that it is rehearsed in; "" where it is not rehearsed."""
+    """One host's part of a plan. `vm` is the drv of the VM for its rehearsal; "" when it is not rehearsed."""
 
     machine: Machine | None
     vm: str = ""
 
     @property
     def host(self) -> DesiredHost:
-        """What is desired of it."""
+        """What the commit wants it to be."""
         assert isinstance(self.desired, DesiredHost)
         return self.desired
 
@@ -56,7 +62,7 @@ class HostOrder(Order):
 
     @property
     def roots(self) -> Path:
-        """Where this run keeps what it evaluated and built of the host from garbage collection."""
+        """The folder of the GC roots for what this run evaluates and builds of the host."""
         return self.scratch / "roots" / self.name
 
 
@@ -67,14 +73,14 @@ class HostKind(Kind[Host]):
     evaluated = True
 
     async def discover(self, source: Source) -> list[Found[Host]]:
-        """The hosts of a commit: those of its flake where it has any, else the files under hosts/."""
+        """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
         from_flake = await nix.flake_hosts(source.tree, timeout=source.settings.nix.evaluate_timeout)
         machines = source.manifest.machines
         return [Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
                 for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)]
 
     async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
-        """Evaluate its toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
+        """Evaluate the host's toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
         host, machine = found.subject, source.manifest.machines.get(found.target.name)
         tests = suite.find(source.tree, host.name)
         drv = await nix.instantiate(
@@ -86,9 +92,9 @@ class HostKind(Kind[Host]):
                            tests=tests.digest(list(suite.Phase)))
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
-        """Evaluate its VM, where it is to be rehearsed. Raises as `identify` does."""
+        """Evaluate the host's VM, when it will be rehearsed. Raises what `identify` raises."""
         machine, vm = source.manifest.machines.get(found.target.name), ""
-        if change.action is not Action.RECORD:  # an evaluation is what a push costs
+        if change.action is not Action.RECORD:  # evaluations are most of what a push costs
             vm = await nix.instantiate(
                 source.tree, found.subject, "vm", source.roots / found.target.name / "vm.drv",
                 nixpkgs=source.settings.nix.nixpkgs, system=machine.system if machine else None,
@@ -98,7 +104,11 @@ class HostKind(Kind[Host]):
                          settings=source.settings, machine=machine, vm=vm)
 
     def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
-        """Equal paths activate nothing, whatever the drv; tests that differ are run against the machine."""
+        """What a run does with the host; None when the host is what the commit wants.
+
+        When the paths are equal nothing is activated, even if the drvs differ; when only the tests differ, they are run
+        against the machine.
+        """
         assert isinstance(desired, DesiredHost)
         machine = manifest.machines.get(desired.target.name)
         if machine is None or machine.role != "nixos" or machine.deploy != "push":
@@ -123,16 +133,19 @@ class HostKind(Kind[Host]):
         return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Host]]) -> Mapping[str, tuple[str, ...]]:
-        """As the manifest orders its machines, also those that have no host yet."""
+        """The order of the machines in the manifest, also of those that have no host file yet."""
         return {name: machine.after for name, machine in source.manifest.machines.items()}
 
     def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
-        """Machines by wave and `after`; those of one group are rolled out side by side."""
+        """Hosts by their machines' wave and `after`. The hosts of a group are rolled out side by side."""
         named = {each.name: each for each in orders}
         return [[named[name] for name in group] for group in manifest.order(named.keys() & manifest.machines.keys())]
 
     async def preview(self, order: Order, *, build: bool = False) -> str:
-        """What changes between the last good closure and the desired one, where both are in the store."""
+        """What changes between the last good closure and the desired one. With `build`, the host is built first.
+
+        Raises `BuildFailed`.
+        """
         assert isinstance(order, HostOrder)
         if order.change.action in (Action.VERIFY, Action.RECORD):
             return "nothing in the closure"
@@ -155,12 +168,12 @@ def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None
 
 
 async def build_toplevel(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
-    """Build a host's system, kept by a GC root for as long as the run lasts. Raises `BuildFailed`."""
+    """Build a host's system; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await _build(order, order.desired.identity, "toplevel", on_line)
 
 
 async def build_vm(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
-    """Build the VM that a host is rehearsed in, kept as `build_toplevel` does. Raises `BuildFailed`."""
+    """Build the VM for a host's rehearsal; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await _build(order, order.vm, "vm", on_line)
 
 
@@ -170,6 +183,6 @@ async def _build(order: HostOrder, drv: str, link: str, on_line: process.LineSin
 
 
 async def difference(order: HostOrder) -> closure.Difference:
-    """What changes from a host's last good to what is desired, which must be in the store."""
+    """What changes from a host's last good to the desired system, which must be in the store."""
     last = order.last.path if order.last and await nix.valid(order.last.path) else None
     return await closure.difference(last, order.host.path)

@@ -1,7 +1,7 @@
-"""What a kind of target is: how its targets are found in a commit, what identifies one, and when one has changed.
+"""A kind of target: it finds its targets in a commit, identifies each, and decides whether one has changed.
 
-Each kind implements `Kind` in a module of its own, and has one row in `toto.plan.kinds`. What toto does with a target,
-its rehearsal and its roll-out, are the kind's steps: `flows.kinds`.
+Each kind implements `Kind` in a module of its own and has a row in `toto.plan.kinds`. How its targets are rehearsed,
+rolled out and reverted are the kind's steps, in `flows.kinds`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Source:
-    """A commit that a plan is made of, exported into `tree`, with what it says of the fleet. `run` is who plans."""
+    """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans."""
 
     repo: Path
     commit: str
@@ -34,13 +34,13 @@ class Source:
 
     @property
     def roots(self) -> Path:
-        """Where this run keeps what it evaluates and builds from garbage collection, by host."""
+        """The folder of the GC roots for what this run evaluates and builds, with a folder for each host."""
         return run_directory(self.repo, self.run) / "roots"
 
 
 @dataclass(frozen=True)
 class Found(Generic[S]):
-    """A target that a commit has. `subject` is what its kind read of it, `tags` are the words that select it."""
+    """A target in a commit. `subject` is what its kind read from the commit; `tags` are words that select it."""
 
     target: Target
     subject: S
@@ -48,59 +48,60 @@ class Found(Generic[S]):
 
 
 class Kind(ABC, Generic[S]):
-    """One kind of target; `S` is what it reads of a target in a commit."""
+    """One kind of target. `S` is what the kind reads of a target in a commit."""
 
     name: ClassVar[str]
     one: ClassVar[str]
-    """what people call one of them"""
+    """the word for one target, in messages"""
     many: ClassVar[str]
+    """the word for several"""
     evaluated: ClassVar[bool] = False
-    """whether it takes long to identify one: then that is shown as a step of its own"""
+    """whether identifying a target takes long: then each is a task of its own in the graph"""
 
     @abstractmethod
     async def discover(self, source: Source) -> list[Found[S]]:
-        """The targets of a commit, each after those that it depends on. Raises `InputError`."""
+        """The targets of a commit; each comes after those that it depends on. Raises `InputError`."""
 
     @abstractmethod
     async def identify(self, source: Source, found: Found[S]) -> Desired:
-        """What the commit wants of one target. Raises `TotoError`."""
+        """What the commit wants a target to be. Raises `TotoError`."""
 
     @abstractmethod
     async def order(self, source: Source, found: Found[S], change: Change) -> Order:
-        """All that the steps need to act on a changed target. Raises `TotoError`."""
+        """Everything that the steps need to know about a changed target. Raises `TotoError`."""
 
     def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
-        """What becomes of a target whose ledger entry is `entry`; None where it is what the commit wants."""
+        """What a run does with a target whose ledger entry is `entry`; None when it is what the commit wants."""
         if entry.intent is None and entry.good is not None and entry.good.identity == desired.identity:
             return None
         return deploy(desired, entry, Why.FILES)
 
     def retired(self, target: Target, entry: Entry, known: Collection[Target], manifest: Manifest) -> bool:
-        """Whether a target of the ledger has left the commit; `known` are those that the commit has."""
+        """Whether a target in the ledger has left the commit. `known` are the targets of the commit."""
         return target not in known
 
     @abstractmethod
     def deployed(self, desired: Desired, **facts: Any) -> Deployed:
-        """The ledger's record of a target that was made what is desired.
+        """The ledger's record of a target that was made what `desired` says.
 
-        `facts` are the other fields of `Deployed`, and those that the kind itself records.
+        `facts` are the other fields of `Deployed` and the kind's own fields.
         """
 
     def after(self, source: Source, found: Sequence[Found[S]]) -> Mapping[str, tuple[str, ...]]:
-        """By label, the labels of the targets that are rolled out before each."""
+        """For each label, the labels of the targets that are rolled out before it."""
         return {}
 
     def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
-        """The orders in groups to be rolled out one after the other. By default each alone, as discovered."""
+        """The orders in groups, which are rolled out one after the other. By default each target is a group."""
         return [[each] for each in sorted(orders, key=lambda order: order.position)]
 
     async def preview(self, order: Order, *, build: bool = False) -> str:
-        """What would change in a target, in words; "" where only its rehearsal can tell.
+        """What would change in a target, in words; "" when only its rehearsal finds that out.
 
-        With `build`, whatever must be built to tell it is built.
+        With `build`, everything that this needs is built first.
         """
         return ""
 
     def roots(self, repo: Path, name: str) -> tuple[Path, ...]:
-        """The GC roots that go when a target is retired."""
+        """The GC roots that are removed when a target is retired."""
         return ()

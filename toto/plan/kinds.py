@@ -1,4 +1,4 @@
-"""The table of kinds: what toto deploys, in the order in which it is rolled out. `flows.kinds` has their steps."""
+"""The table of kinds: what toto can deploy, in the order of a roll-out. `flows.kinds` has their steps."""
 
 from typing import Any, Final
 
@@ -13,10 +13,10 @@ KINDS: Final[dict[str, Kind[Any]]] = {kind.name: kind for kind in (HostKind(), R
 
 
 def kind_of(target: Target) -> Kind[Any]:
-    """The kind of a target. Raises `TotoError` for one that this version of toto does not have."""
+    """The kind of a target. Raises `TotoError` for a kind that this version of toto does not have."""
     if (kind := KINDS.get(target.kind)) is None:
-        raise TotoError(f"this toto knows no kind of target {target.kind!r}", target=str(target),
-                        hint=f"run the version of toto that deployed it (it knows: {', '.join(KINDS)})")
+        raise TotoError(f"this version of toto has no kind of target {target.kind!r}", target=str(target),
+                        hint=f"run the version of toto that deployed it (this one has: {', '.join(KINDS)})")
     return kind
 
 

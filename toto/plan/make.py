@@ -1,4 +1,4 @@
-"""Make the plan of a commit: what it would change, worked out without touching anything."""
+"""Makes the plan of a commit: finds out what the commit would change, without touching anything."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,23 +24,25 @@ from toto.plan.order import Order, Plan
 from toto.plan.selector import Selector
 from toto.plan.window import held_now
 
-LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed whole
+LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed to the whole fleet
 
 T = TypeVar("T")
 Identify: TypeAlias = Callable[[Kind[Any], Source, Found[Any]], Awaitable[Desired]]
 
 
 async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """What a commit wants of one target. Raises `TotoError`."""
+    """What a commit wants a target to be. Raises `TotoError`."""
     return await kind.identify(source, found)
 
 
 async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, override: str | None = None,
                force: bool = False, identify: Identify = identify) -> Plan:
-    """The plan of a commit, against the ledger as it is now.
+    """The plan of a commit, compared with the ledger as it is now.
 
-    A target that does not evaluate is a failure of its own and stops no other. `identify` may wrap this module's.
-    Raises `InputError` for a manifest, settings or names that are wrong, `NoSuchCommit`.
+    `run` is the id of the run that plans, `only` the names, tags and kinds that it is limited to, `override` the reason
+    to ignore freezes and windows. With `force` it also has targets that have not changed. `identify` may wrap this
+    module's own. A target that does not evaluate is a failure in the plan and does not stop the others.
+    Raises `InputError` for mistakes in the manifest, the settings or `only`, and `NoSuchCommit`.
     """
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
@@ -59,7 +61,7 @@ async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, o
         "changes": tuple(order.change for order in orders),
         "failed": (*compared.failed, *ordered.failures),
         "machines": changes.of_machines(await _last_manifest(repo), fleet),
-        # A run that was limited to some targets says nothing of the others.
+        # A run that is limited to some targets says nothing about the others.
         **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {})})
     if orders:
         await git.checkout(repo, commit, run_directory(repo, run) / "tree")
@@ -68,7 +70,7 @@ async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, o
 
 
 async def _discover(source: Source, only: Sequence[str]) -> tuple[list[Found[Any]], Mapping[str, tuple[str, ...]]]:
-    """The targets of a commit that `only` selects, and what comes before what."""
+    """The targets of a commit that `only` selects, and, for each label, the labels that come before it."""
     selector = Selector(only, source.manifest)
     taken: list[Found[Any]] = []
     after: dict[str, tuple[str, ...]] = {}
@@ -88,7 +90,7 @@ class _Results(Generic[T]):
 
 async def _each(found: Sequence[Found[Any]], room: asyncio.Semaphore,
                 work: Callable[[Found[Any]], Awaitable[T]]) -> _Results[T]:
-    """What `work` makes of each target, side by side within `room`; a `TotoError` is the failure of that target."""
+    """The result of `work` for each target, side by side within `room`. A `TotoError` becomes that target's failure."""
     async def one(each: Found[Any]) -> T | Failure:
         async with room:
             try:
@@ -102,7 +104,7 @@ async def _each(found: Sequence[Found[Any]], room: asyncio.Semaphore,
 
 
 def _placed(order: Order, positions: Mapping[Target, int], override: str | None) -> Order:
-    """The order with what only the whole plan knows: its place, the override, and whether it is held back."""
+    """The order with what the plan adds: its position, the override, and why it is held back."""
     held = ""
     if override is None and order.change.action in (Action.DEPLOY, Action.VERIFY):
         held = held_now(order.label, order.rules, order.settings.roll_out)
@@ -111,7 +113,7 @@ def _placed(order: Order, positions: Mapping[Target, int], override: str | None)
 
 
 async def _last_manifest(repo: Path) -> Manifest | None:
-    """The manifest of the last commit that was deployed whole; None where there is none, or it cannot be read now."""
+    """The manifest of the last commit that was deployed to the whole fleet; None when there is no valid one."""
     done = await git.git(repo, "show", f"refs/tags/{LAST_GOOD}:{manifest.FILE}", check=False)
     try:
         return manifest.parse(done.stdout) if done.status == 0 else None
@@ -120,9 +122,9 @@ async def _last_manifest(repo: Path) -> Manifest | None:
 
 
 async def previews(orders: Sequence[Order], *, build: bool = False) -> dict[str, str]:
-    """What would change in each target, by label, as far as that can be told; with `build`, after building it.
+    """What would change in each target, in words by label, where it is known without a rehearsal.
 
-    Raises `BuildFailed` when a build fails.
+    With `build`, targets are built first. Raises `BuildFailed` when a build fails.
     """
     texts = await asyncio.gather(*(kind_of(each.target).preview(each, build=build) for each in orders))
     return {order.label: text for order, text in zip(orders, texts, strict=True) if text}

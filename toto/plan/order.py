@@ -1,4 +1,4 @@
-"""A plan and its orders: all that is needed to act on one commit, and on one target of it."""
+"""A plan and its orders: everything that a run needs to know about a commit, and about each target of it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from toto.plan.window import Rules, held_now
 
 
 class Order(BaseModel):
-    """All that the rehearsal and the roll-out of one target need to know. Each kind adds its own.
+    """Everything that the rehearsal and the roll-out of a target need to know. Each kind adds fields of its own.
 
-    `run` is the flow run's id, `position` the target's place among those of its kind. `override` is the reason for
-    which it is rolled out in spite of a freeze or a closed window.
+    `run` is the flow run's id, `position` the target's place in the roll-out order. `override` is the reason to roll it
+    out in spite of a freeze or a closed window.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,23 +48,23 @@ class Order(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """What this run writes, and what goes when it is over."""
+        """The run's own folder, which is deleted when the run is over."""
         return run_directory(self.repo, self.run)
 
     @property
     def tree(self) -> Path:
-        """The files of the commit, for as long as the run lasts."""
+        """The files of the commit, until the run is over."""
         return self.scratch / "tree"
 
     @property
     def rules(self) -> Rules | None:
-        """The freeze and the window of this target alone; None where it has none."""
+        """The freeze and the window of this target; None when it has none of its own."""
         return None
 
 class Plan(BaseModel):
-    """The change set of one commit with what is needed to act on it.
+    """The change set of a commit, with everything that a run needs to carry it out.
 
-    `after` says, by label, which targets come before each: also of those that have not changed.
+    `after` has, for each label, the labels of the targets that are rolled out before it, also of unchanged targets.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,11 +80,11 @@ class Plan(BaseModel):
     override: str | None = None
 
     def held_behind(self, label: str, stuck: Collection[str]) -> str | None:
-        """The first of `stuck` (labels of targets that were not rolled out) that this target comes `after`."""
+        """The first of `stuck` (labels of targets that were not rolled out) that this target comes after, else None."""
         return next((other for other in stuck if label in dependents(other, self.after)), None)
 
     def held_now(self, order: Order) -> str:
-        """Why one of its targets must not be rolled out at this moment; "" where it may be, or is overridden."""
+        """Why one of its targets must not be rolled out now; "" when it may be, or when the run overrides that."""
         return "" if self.override else held_now(order.label, order.rules, self.settings.roll_out)
 
     def of_kind(self, kind: str) -> Sequence[Order]:
@@ -92,7 +92,7 @@ class Plan(BaseModel):
         return [each for each in self.orders if each.target.kind == kind]
 
 def dependents(name: str, after: Mapping[str, Collection[str]]) -> set[str]:
-    """What comes after `name`, and after that, and so on; without itself. `after` tells what each comes after."""
+    """Everything that comes after `name`, directly or not, without itself. `after` has what each comes after."""
     found: set[str] = set()
     fresh = {name}
     while fresh:

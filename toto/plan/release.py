@@ -1,4 +1,4 @@
-"""Helm releases as a kind of target: identified by their chart, their values and their release.yaml."""
+"""Helm releases as a kind of target: the hash of its chart, values and release.yaml identifies a release."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from toto.plan.order import Order
 
 
 class DeployedRelease(Deployed):
-    """`revision` is the helm revision that the roll-out left."""
+    """What a release is, by toto's own roll-out. `revision` is the helm revision that the roll-out made."""
 
     revision: int = 0
 
 
 class ReleaseBefore(Before):
-    """The helm revision that the release goes back to; 0 where it was not installed."""
+    """What a release was before a roll-out: the helm `revision` to revert to, 0 when it was not installed."""
 
     revision: int = 0
 
@@ -36,7 +36,7 @@ class ReleaseOrder(Order):
 
 
 class ReleaseKind(Kind[Release]):
-    """Releases of helm."""
+    """Helm releases."""
 
     name, one, many = "helm", "release", "releases"
 

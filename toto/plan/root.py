@@ -1,4 +1,4 @@
-"""Terraform roots as a kind of target: identified by their files and their settings."""
+"""Terraform roots as a kind of target: the hash of its files and settings identifies a root."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,13 +19,13 @@ _SERIAL = Field(default=0, validation_alias=AliasChoices("serial", "revision")) 
 
 
 class DeployedRoot(Deployed):
-    """`serial` is that of the terraform state that the roll-out left."""
+    """What a root is, by toto's own roll-out. `serial` is that of the terraform state that the roll-out left."""
 
     serial: int = _SERIAL
 
 
 class RootBefore(Before):
-    """The serial of the terraform state before, and the addresses of the resources in it."""
+    """What a root was before a roll-out: the serial of its terraform state, and the addresses in it."""
 
     serial: int = _SERIAL
     resources: tuple[str, ...] = ()

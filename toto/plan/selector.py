@@ -1,4 +1,4 @@
-"""Choosing targets by name, tag or kind."""
+"""Selects targets by name, tag or kind."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,22 +9,22 @@ from toto.plan.kinds import KINDS
 
 
 class Selector:
-    """What a run is limited to: targets by name, tag or kind; everything when no word is given."""
+    """The targets that a run is limited to, by name, tag or kind; all targets when `only` is empty."""
 
     def __init__(self, only: Sequence[str], manifest: Manifest) -> None:
         self.only = set(only)
         self.known: set[str] = set(KINDS)
-        for machine in manifest.machines.values():  # one that waits for its host file is known as well
+        for machine in manifest.machines.values():  # also those whose host file does not exist yet
             self.known |= {machine.name, *machine.tags}
 
     def takes(self, target: Target, tags: Iterable[str] = ()) -> bool:
-        """Whether a run takes a target."""
+        """Whether the run includes a target."""
         words = {target.name, str(target), target.kind, *tags}
         self.known |= words
         return not self.only or bool(words & self.only)
 
     def check(self) -> None:
-        """Raises `InputError` for words that no target has, once all have been asked for."""
+        """Raises `InputError` for words that match no target. Call it after `takes` was called for all of them."""
         if unknown := sorted(self.only - self.known):
             raise InputError(f"there is no target, tag or kind {', '.join(unknown)}", target="only",
                              hint="known are " + ", ".join(sorted(self.known)))

@@ -1,4 +1,4 @@
-"""A rehearsal's verdict on one target. Nothing is rolled out without one."""
+"""The verdict of a rehearsal on one target. Nothing is rolled out without a verdict."""
 
 from dataclasses import dataclass
 from typing import Generic, Literal, Self, TypeAlias, TypeVar
@@ -12,7 +12,7 @@ How: TypeAlias = Literal["passed", "cached", "waived"]
 
 @dataclass(frozen=True)
 class Question:
-    """What a person is asked before a roll-out: to approve `text`, within `seconds`."""
+    """A question to a person before a roll-out: to approve `text` within `seconds`."""
 
     text: str
     seconds: float
@@ -20,11 +20,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict(Generic[F]):
-    """A target, with this very identity, may be rolled out: it passed, it had passed before, or that was waived.
+    """Permission to roll out a target with exactly this identity: its rehearsal passed, now or earlier, or was waived.
 
-    `found` is what the rehearsal leaves to the roll-out, such as a saved plan; None when it was waived. `by` and `why`
-    say who waived it and for what reason. `summary` goes into the report, `difference` into the plan's table.
-    `question` is what a person must approve first.
+    `found` is what the rehearsal hands to the roll-out, such as a saved plan; None when it was waived. `by` and `why`
+    say who waived it and why. `summary` goes into the report, `difference` into the plan's table. `question` is what a
+    person must approve first.
     """
 
     target: Target
@@ -40,17 +40,17 @@ class Verdict(Generic[F]):
     @classmethod
     def passed(cls, order: Order, found: F, *, summary: str, difference: str = "", cached: bool = False,
                question: Question | None = None) -> Self:
-        """The rehearsal of an order's target came through, now or (`cached`) in an earlier run."""
+        """The verdict on a target that passed its rehearsal, now or (`cached`) in an earlier run."""
         return cls(order.target, order.desired.identity, "cached" if cached else "passed", found, summary, difference,
                    question)
 
     @classmethod
     def waived(cls, order: Order, *, by: str, why: str) -> Self:
-        """The target may be rolled out without a rehearsal, because `by` says so."""
+        """The verdict on a target that may be rolled out without a rehearsal, because `by` says so."""
         return cls(order.target, order.desired.identity, "waived", by=by, why=why)
 
     def check(self, order: Order) -> None:
-        """Raises `ValueError` when this is the verdict on a different target, or on a different state of it."""
+        """Raises `ValueError` when this is the verdict on a different target or a different identity."""
         if (self.target, self.identity) != (order.target, order.desired.identity):
             raise ValueError(f"the verdict is on {self.target} at {self.identity}, "
                              f"not on {order.target} at {order.desired.identity}")

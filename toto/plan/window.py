@@ -1,4 +1,4 @@
-"""Whether a target is held just now: by a freeze, or because a window is closed."""
+"""Decides whether a target is held back now: by a freeze or a closed window."""
 
 from datetime import datetime
 from typing import Protocol
@@ -8,7 +8,7 @@ from toto.infra_repo.window import Window
 
 
 class Rules(Protocol):
-    """When something may be rolled out, as the manifest and the settings say it."""
+    """When something may be rolled out, as the manifest or the settings say."""
 
     @property
     def freeze(self) -> bool | str: ...
@@ -17,9 +17,9 @@ class Rules(Protocol):
 
 
 def held_now(label: str, rules: Rules | None, settings: RollOut) -> str:
-    """Why a target must not be rolled out now: it or the fleet is frozen, or a window is closed; "" where it may be.
+    """Why a target must not be rolled out now: it or the fleet is frozen, or a window is closed; "" when it may be.
 
-    `rules` are the target's own, where it has any.
+    `rules` are the target's own, `settings` those of the fleet. Windows are in toto's local time.
     """
     now = datetime.now().astimezone()
     for whose, each in (("the fleet", settings), (label, rules)):

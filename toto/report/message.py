@@ -1,6 +1,6 @@
-"""The result of a run as one short message, to be understood on a phone at three in the morning. Text only.
+"""The result of a run as one short text message that makes sense on a phone at three in the morning.
 
-Who hears of it, and how it is sent: `toto.report.venues`. Whether it is news to them: `toto.report.notified`.
+`toto.report.venues` decides who gets it and sends it; `toto.report.notified` decides whether it is news to a venue.
 """
 
 import hashlib
@@ -19,31 +19,31 @@ from toto.report.report import Report, Reverted, RunDied, revert_words
 State: TypeAlias = Literal["failed", "partial", "done", "recovered"]
 
 STUCK: Final = "COULD NOT BE REVERTED"
-IN_FULL: Final = 3  # problems that are told with their lines; of more, the names
-LINES: Final = 7  # of one problem
-LINE: Final = 160  # characters
-NAMES: Final = 4
+IN_FULL: Final = 3  # problems that are shown with their lines; the others are only named
+LINES: Final = 7  # shown of one problem
+LINE: Final = 160  # characters shown of a line
+NAMES: Final = 4  # shown of a list
 
 _ESCAPES: Final = re.compile(r"\x1b(\[[0-9;:?]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)")
 _STORE: Final = re.compile(r"/nix/store/[0-9a-z]{32}-")
-_VARYING: Final = re.compile(r"\b[0-9a-f-]{7,}\b|\d+")  # commits, runs, seconds, ports
+_VARYING: Final = re.compile(r"\b[0-9a-f-]{7,}\b|\d+")  # commits, runs, seconds, ports: they differ each time
 
 
 def clean(text: str) -> str:
-    """Text without terminal escapes, control characters, and what turns the direction of reading round."""
+    """Text without terminal escapes, control characters, and characters that reverse the reading direction."""
     text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\t", "    "))
     return "".join(" " if each.isspace() and each != "\n" else each for each in text
                    if each.isprintable() or each.isspace())
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Clean text as one line, bounded."""
+    """Clean text as one line of at most `limit` characters."""
     return shorten(" ".join(clean(shorten(text, 10_000)).split()), limit)
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a medium writes text."""
+    """How a medium formats text."""
 
     escape: Callable[[str], str]
     bold: Callable[[str], str]
@@ -70,9 +70,9 @@ SLACK: Final = Style(escape=lambda text: _slack_escape(text.replace("`", "'")), 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one target: in one line, with the lines that say more, and the next step.
+    """What is wrong with one target: `what` and `why` in one line, `lines` with details, and `hint` as the next step.
 
-    `key` is the same for the same failure: target, stage and failing tests; not for its times and paths.
+    `key` is the same for the same failure. It depends on target, stage and failing tests, not on times and paths.
     """
 
     target: str
@@ -84,7 +84,7 @@ class Problem:
 
     @classmethod
     def of(cls, target: str, what: str, text: str) -> Self:
-        """From an error's own text: its message, further lines, and `next:` with its hint."""
+        """The problem in an error's text: its message, further lines, and a last line `next: …` with the hint."""
         short = _STORE.sub("…-", clean(shorten(text, 20_000)))
         first, *rest = short.removeprefix(f"{target}: ").split("\n")
         hint = rest.pop().removeprefix("next: ") if rest and rest[-1].startswith("next: ") else ""
@@ -105,10 +105,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Message:
-    """What became of a run.
+    """The result of a run.
 
-    `stuck` could not be reverted. `changed` was deployed and stayed. `good` is known to be as the commit says;
-    `all_good`: everything is. `recovered` had failed as far as the reader knows, and since when.
+    `stuck` are the targets that could not be reverted, `changed` those that were deployed and stayed so. `good` are the
+    targets that are known to be as the commit says; with `all_good` all of them are. `aftermath` says what a failure
+    did to the fleet. `recovered` has the targets that had failed as far as the reader knows, and since when.
     """
 
     repo: str
@@ -126,7 +127,7 @@ class Message:
 
     @classmethod
     def of(cls, report: Report, commit: Commit, link: str) -> Self:
-        """The message of a run that came to its end."""
+        """The message of a run that reached its end."""
         problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in report.failures]
         problems += [Problem.of(name, "unreachable", "it does not answer") for name in report.unreachable]
         problems += [Problem.of(name, "held back", reason) for name, reason in report.held.items()]
@@ -145,7 +146,7 @@ class Message:
 
     @classmethod
     def broken_off(cls, repo: str, error: BaseException, commit: Commit | None, link: str) -> Self:
-        """The message of a run that has no end of its own: of a manifest that is wrong, toto's own errors, a kill."""
+        """The message of a run that broke off: by a wrong manifest, an error of toto's own, or a kill."""
         problem = Problem.of("the run", "failed", str(error) or repr(error))
         reverted = error.reverted if isinstance(error, RunDied) else []
         aftermath = one_line(revert_words(reverted)) if reverted else ""
@@ -153,7 +154,7 @@ class Message:
                    commit=commit, link=link, problems=(problem,), stuck=_stuck(reverted), aftermath=aftermath)
 
     def about(self, targets: Collection[str]) -> Self:
-        """The same, for someone who cares about these targets only."""
+        """The same message for a reader who only wants to know about these targets."""
         problems = tuple(each for each in self.problems if each.target in targets)
         stuck = tuple(each for each in self.stuck if each.target in targets)
         bad = bool(problems or stuck)
@@ -162,17 +163,17 @@ class Message:
                        changed=tuple(name for name in self.changed if name in targets))
 
     def is_good(self, target: str) -> bool:
-        """Whether this run found a target to be as the commit says."""
+        """Whether a target is as the commit says, as far as this run found out."""
         return self.all_good or target in self.good
 
     @property
     def id(self) -> str:
-        """The same for the same message of the same run."""
+        """An id (32 hex digits) that is the same for the same message of the same run."""
         return hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def title(self) -> str:
-        """One line: which repo, which targets, what."""
+        """One line that says which repo, which targets, and what happened."""
         return f"[{self.repo}] {self._what()}"
 
     def _what(self) -> str:
@@ -187,7 +188,7 @@ class Message:
         return f"{names(self.changed)} deployed" if self.changed else self.summary
 
     def text(self, style: Style = PLAIN) -> str:
-        """What goes below the title: what failed, the lines that show it, what was reverted, the commit, the link."""
+        """The text below the title: what failed and the lines that show it, what was reverted, the commit, the link."""
         urgent = (*self.stuck, *self.problems)
         parts = [_problem(each, style) for each in urgent[:IN_FULL]]
         if more := urgent[IN_FULL:]:
@@ -213,16 +214,16 @@ class Message:
         return "\n".join(lines + ([style.link(self.link)] if self.link else []))
 
     def as_json(self) -> dict[str, Any]:
-        """For a program: what the message says, and the message itself as text and as Markdown."""
+        """The message for a program: its fields, and the whole as text and as Markdown."""
         return {"id": self.id, **self._facts(), "title": self.title, "text": self.text(),
                 "markdown": self.text(MARKDOWN)}
 
     def _facts(self) -> dict[str, Any]:
-        def told(problem: Problem) -> dict[str, Any]:
+        def fields(problem: Problem) -> dict[str, Any]:
             return {"target": problem.target, "what": problem.what, "why": problem.why, "lines": list(problem.lines)}
         return {"repo": self.repo, "state": self.state, "summary": self.summary, "link": self.link,
                 "commit": asdict(self.commit) if self.commit else None,
-                "problems": list(map(told, self.problems)), "stuck": list(map(told, self.stuck)),
+                "problems": list(map(fields, self.problems)), "stuck": list(map(fields, self.stuck)),
                 "aftermath": self.aftermath, "changed": list(self.changed), "recovered": dict(self.recovered)}
 
 
@@ -240,7 +241,7 @@ def _problem(problem: Problem, style: Style) -> str:
 
 
 def names(of: Sequence[str | Problem]) -> str:
-    """Names in a line; of many, the first few and how many more."""
+    """Names in a line. Of many, it has the first few and the number of the others."""
     every = list(dict.fromkeys(each if isinstance(each, str) else each.target for each in of))
     more = len(every) - NAMES
     return one_line(", ".join(every) if more < 2 else f"{', '.join(every[:NAMES])} and {more} more")

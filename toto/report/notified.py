@@ -1,7 +1,8 @@
-"""What each venue was last notified of, so that it hears of a failure once, and again when it changes or is over.
+"""Remembers what each venue was notified of, so that it gets a failure once, and again when it changes or is over.
 
-Kept beside the ledger: a JSON file for each kind of check on the branch `refs/toto/told` of the infra repo. Also a
-run's result as a git note on its commit (`git log --notes=toto`). Losing either loses nothing but a repetition.
+It is stored beside the ledger: a JSON file for each kind of check on the branch `refs/toto/told` of the infra repo.
+This module also writes a run's result as a git note on its commit (`git log --notes=toto`). If either is lost, venues
+are notified once more, and nothing else happens.
 """
 
 import json
@@ -15,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from toto.infra_repo import branch, git
 from toto.report.message import Message
 
-REF: Final = "refs/toto/told"
+REF: Final = "refs/toto/told"  # an old name that stays: installed repos have their data under it
 NOTES: Final = "refs/notes/toto"
-_MOST_LINES: Final = 50  # of a note
+_MOST_LINES: Final = 50  # kept of a note
 
 
 class Known(BaseModel):
-    """A failure that a venue knows of: which (`Problem.key`), and since when."""
+    """A failure that a venue knows of: its `Problem.key`, and since when it knows (UTC, ISO 8601)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,15 +31,15 @@ class Known(BaseModel):
 
 
 Notified = dict[str, dict[str, Known]]  # by venue, by target
-Check: TypeAlias = Literal["reconcile", "drift"]  # that one finds a target good says nothing of what the other found
+Check: TypeAlias = Literal["reconcile", "drift"]  # they are kept apart: one may find good what the other finds wrong
 _NOTIFIED: Final = TypeAdapter(Notified)
 
 
 def news(message: Message, known: Mapping[str, Known]) -> Message | None:
-    """The message for a venue that knows of these failures: with what has recovered since; None when it has no news.
+    """The message for a venue that knows of these failures, with what has recovered since; None when it is no news.
 
-    News is a failure that it does not know, one that is over, one that left a target half done, and, in a run that
-    did not fail, whatever was deployed.
+    News is a failure that the venue does not know, a failure that is over, a target that could not be reverted, and, in
+    a run that did not fail, everything that was deployed.
     """
     fresh = any(target not in known or known[target].key != key for target, key in _keys(message).items())
     recovered = {target: failure.since for target, failure in known.items() if message.is_good(target)}
@@ -49,7 +50,7 @@ def news(message: Message, known: Mapping[str, Known]) -> Message | None:
 
 
 def after(message: Message, known: Mapping[str, Known]) -> dict[str, Known]:
-    """What a venue knows once it was notified."""
+    """What a venue knows after it was notified of this message."""
     still = {target: each for target, each in known.items() if not message.is_good(target)}
     return still | {target: Known(key=key, since=known[target].since if target in known else git.now())
                     for target, key in _keys(message).items()}
@@ -63,13 +64,13 @@ def _keys(message: Message) -> dict[str, str]:
 
 
 async def read(repo: Path, check: Check = "reconcile") -> Notified:
-    """What the venues of a repo were last notified of; nothing where that cannot be read."""
+    """What the venues of a repo were last notified of; empty when that cannot be read."""
     done = await git.git(repo, "cat-file", "blob", f"{REF}:{check}.json", check=False)
     return _parse(done.stdout)
 
 
 async def remember(repo: Path, notified: Notified, check: Check = "reconcile") -> None:
-    """Remember what these venues know now; the others' knowledge stays. Raises `NotWritten`."""
+    """Store what these venues know now, and keep what the others know. Raises `NotWritten`."""
     file = f"{check}.json"
 
     def edit(texts: Mapping[str, str]) -> dict[str, str]:
@@ -89,7 +90,7 @@ def _parse(text: str) -> Notified:
 
 
 async def note(repo: Path, commit: str, message: Message) -> None:
-    """Add the result to the notes of its commit, unless it is what they say last. Raises `NotWritten`."""
+    """Add the result to the note of its commit, unless the note's last line has it already. Raises `NotWritten`."""
     said = f"{message.state}: {message.summary}"
 
     def edit(text: str) -> str:

@@ -1,6 +1,6 @@
-"""The report of one run: what was rehearsed and rolled out, what failed and where, what was reverted. Text only.
+"""The report of one run, as text: what was rehearsed and rolled out, what failed and where, what was reverted.
 
-Targets are called by their labels here, as people call them: `web1`, `terraform/dns`, `helm/grafana`.
+Targets are named by their labels here, such as `web1`, `terraform/dns`, `helm/grafana`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "r
 
 @dataclass(frozen=True)
 class Failed:
-    """One failure, in the words of the error."""
+    """One failure. `text` is the error's own."""
 
     target: str
     stage: Stage
@@ -27,7 +27,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reverted:
-    """One target of a revert: what it is now (and what of it could not be restored), or why it was not reverted."""
+    """One target of a revert: `to` says what it is now, and what could not be restored; `error` why it failed."""
 
     target: str
     to: str = ""
@@ -36,7 +36,7 @@ class Reverted:
 
 @dataclass(frozen=True)
 class Span:
-    """What was at work on a target, from when to when (seconds of the monotonic clock)."""
+    """One step on a target. `began` and `ended` are seconds of the monotonic clock."""
 
     target: str
     step: str
@@ -45,17 +45,21 @@ class Span:
 
 
 class RunDied(TotoError):
-    """A run whose process was gone before its end; what it had left half done was reverted, or not."""
+    """A run's process died before its end. `reverted` has the targets that it had left half done."""
 
     def __init__(self, name: str, reverted: Sequence[Reverted]) -> None:
         super().__init__(f"{name} died in the middle: its process was killed, or toto was stopped",
-                         hint="push again, or start it again, once it is known why")
+                         hint="find out why, then push again or start it again")
         self.reverted = list(reverted)
 
 
 @dataclass
 class Report:
-    """Written as it happens, read at the end: a headline for the state's message, Markdown for the artifact."""
+    """The report of a run, filled in while the run goes on. At the end it gives the state's message and the artifact.
+
+    By label: `rehearsals` are the summaries of verdicts, `outcome` is what was done ("deployed", "unreachable" …),
+    `held` is why a target was held back.
+    """
 
     repo: str
     commit: str
@@ -96,7 +100,7 @@ class Report:
         self.failures.append(Failed(target, stage, str(error) or repr(error)))
 
     def hold_behind(self, group: Sequence[str], held_behind: Callable[[str, Collection[str]], str | None]) -> list[str]:
-        """Of a group, the targets that may go on; those that come `after` one that did not get there are held."""
+        """The targets of a group that may go on. Those that come after one that was not rolled out are held back."""
         stuck = [*self.unreachable, *self.held, *self.failed_targets]
         for name in group:
             if behind := held_behind(name, stuck):
@@ -105,21 +109,21 @@ class Report:
 
     @property
     def cause(self) -> str:
-        """One line: what failed first; where something was touched, what failed there."""
+        """One line: what failed first; the first failed roll-out, when there is one."""
         first = next((each for each in self.failures if each.stage == "roll-out"), self.failures[0])
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
         what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
         return f"{self.commit[:8]}: {first.target}: {what}{more}"
 
     def headline(self) -> str:
-        """One line: what became of this run."""
+        """The result of the run in one line."""
         commit = self.commit[:8]
         if self.failures:
             return f"{self.cause}; {self.aftermath()}"
         if not self.outcome and not self.rehearsals and not self.held:
             plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
-        # In the plan's order, not in that in which they happened to end.
+        # In the plan's order, not in the order in which the targets happened to finish.
         ended = {word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
                  for word in ("deployed", "verified", "recorded", "unreachable")}
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
@@ -140,14 +144,14 @@ class Report:
         return f"nothing to do ({', '.join(said)} as wanted)" if said else "nothing to do"
 
     def aftermath(self) -> str:
-        """What a failure did to the fleet: who was reverted, who could not be, or that nothing was touched."""
+        """What a failure did to the fleet: what was reverted, what could not be, or that nothing was touched."""
         if not self.failed_roll_out:
             return "nothing was touched" if not self.outcome else "the others were rolled out"
         return revert_words(self.reverted)
 
     @contextlib.contextmanager
     def timed(self, target: str, step: str) -> Iterator[None]:
-        """Remember how long the block takes, however it ends."""
+        """Record how long the block takes, however it ends."""
         began = time.monotonic()
         try:
             yield
@@ -155,7 +159,7 @@ class Report:
             self.spans.append(Span(target, step, began, time.monotonic()))
 
     def timing(self, width: int = 50) -> str:
-        """What took how long, as bars over the time of the run; "" where nothing was timed."""
+        """How long each step took, as bars of at most `width` characters over the time of the run; "" without steps."""
         if not self.spans:
             return ""
         spans = sorted(self.spans, key=lambda each: each.began)
@@ -170,7 +174,7 @@ class Report:
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """One row a target: its label, what became of it, why or how."""
+        """One row for each target: its label, its result, and why or how."""
         rows = []
         failures = {each.target: each for each in self.failures}
         reverted = {each.target: each for each in self.reverted}

@@ -1,8 +1,8 @@
-"""Venues: who hears of a run, and how a message gets there: Slack, mail, a webhook, ntfy.
+"""Venues: decides who is notified of a run, and sends messages by Slack, mail, a webhook or ntfy.
 
-What is in a message is `toto.report.message`'s, whether it is news to a venue `toto.report.notified`'s; where
-addresses and secrets are kept is `blocks/`'s. An address is sent to as it was configured and nowhere else: no redirect
-is followed, no proxy, .netrc or cookie is used.
+`toto.report.message` writes the message, `toto.report.notified` decides whether it is news to a venue, and `blocks/`
+stores addresses and secrets. A message goes only to the configured address: toto follows no redirect and uses no
+proxy, .netrc or cookie.
 """
 
 import asyncio
@@ -38,19 +38,19 @@ _LAMP: Final[dict[State, str]] = {"failed": "🔴", "partial": "🟡", "done": "
 
 
 class VenueFailed(TotoError):
-    """A venue could not be told; `target` is its name. Its address and secrets are not in the message."""
+    """A venue could not be notified. `target` is its name. Its address and secrets are not in the message."""
 
 
 class _Passing(Exception):
-    """What another try may mend."""
+    """A failure that may be gone at the next try."""
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Who hears of a run.
+    """Who is notified of a run.
 
-    `asked` are venues that asked for it, and hear its end in any case; so does the pusher, by `mail` ("" for no one).
-    `listening` are venues that hear what is news to them: of these targets, or of all (None).
+    `asked` are the venues that are notified in any case, because the run's starter named them. So is the pusher, at the
+    address `mail` ("" for nobody). `listening` are venues that only get news: about these targets, or about all (None).
     """
 
     asked: tuple[str, ...] = ()
@@ -60,11 +60,13 @@ class Audience:
 
 def venues_for(origin: Origin, committer: str, machines: Mapping[str, Sequence[str]], fleet: Sequence[str],
                named: Sequence[str], mail_pusher: Sequence[str]) -> Audience:
-    """Who hears of a run: a push is told to its pusher and the fleet's venues, a scheduled run to the fleet's venues,
-    a run from the UI or a notebook to whoever was `named`; and each machine's venues hear of that machine.
+    """Who is notified of a run.
 
-    `machines` is the venues of each. `committer` is a commit's mail address: it is only written to when it is one of
-    `mail_pusher` (addresses and domains), since anyone can write anyone's into a commit.
+    A push notifies its pusher and the fleet's venues, a scheduled run the fleet's venues, a run from the UI or a
+    notebook the `named` venues. Each machine's venues are notified of that machine.
+
+    `machines` has each machine's venues. `committer` is the mail address in the commit. Toto only writes to it when
+    `mail_pusher` has it or its domain, since anyone can put anyone's address into a commit.
     """
     listening: dict[str, set[str] | None] = {}
     for machine, names in machines.items():
@@ -83,14 +85,17 @@ def venues_for(origin: Origin, committer: str, machines: Mapping[str, Sequence[s
 
 @dataclass(frozen=True, kw_only=True)
 class Venue(ABC):
-    """Where messages go. `timeout` is the seconds of one try; what may pass is tried again after each of `pauses`."""
+    """A place that messages go to.
+
+    One try takes at most `timeout` seconds. A failure that may pass is retried after each of `pauses` (seconds).
+    """
 
     name: str
     timeout: float = 15
     pauses: tuple[float, ...] = (1, 5)
 
     async def send(self, message: Message) -> None:
-        """Send a message. Raises `VenueFailed`, after (tries × timeout + pauses) seconds at the latest."""
+        """Send a message. Raises `VenueFailed`, at the latest after (tries × timeout + pauses) seconds."""
         why = ""
         for pause in (0, *self.pauses):
             await asyncio.sleep(pause)
@@ -105,12 +110,12 @@ class Venue(ABC):
 
     @abstractmethod
     async def attempt(self, message: Message) -> None:
-        """Send it once. Raises `VenueFailed`, or `_Passing` for what another try may mend."""
+        """Send a message once. Raises `VenueFailed`, or `_Passing` for a failure that may be gone at the next try."""
 
     @property
     @abstractmethod
     def secrets(self) -> tuple[str, ...]:
-        """What no message of an error may show."""
+        """The texts that no error message may show."""
 
     def failed(self, why: str, hint: str | None = None) -> VenueFailed:
         return VenueFailed(self._masked(why), target=self.name, hint=hint)
@@ -125,7 +130,7 @@ class Venue(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class HttpVenue(Venue):
-    """A venue that is told by a POST. The address is a secret in itself: whoever knows it may post there."""
+    """A venue that is notified by a POST. Its address is a secret, since everybody who knows it can post there."""
 
     url: str = field(repr=False)
 
@@ -157,17 +162,17 @@ class HttpVenue(Venue):
             raise self.failed(why, "give it the address that it leads to: redirects are not followed")
         if answer.is_server_error or answer.status_code in (408, 425, 429):
             raise self.passing(why)
-        raise self.failed(why, f"look at the address and the secret in its block, {self.name}")
+        raise self.failed(why, f"check the address and the secret in its block, {self.name}")
 
     def _place(self) -> str:
         parts = http_address(self.url)
         if parts is None:
-            raise self.failed("its address is no http(s) address, or has a password in it", "mend its block")
+            raise self.failed("its address is no http(s) address, or has a password in it", "fix its block")
         return f"{parts.scheme}://{parts.netloc}"
 
 
 def http_address(url: str) -> SplitResult | None:
-    """The parts of an http(s) address; None for what is none, and for one with a user or password in it."""
+    """The parts of an http(s) address; None for any other text, and for an address with a user or password in it."""
     try:
         parts = urlsplit(url)
         fine = (parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
@@ -179,7 +184,7 @@ def http_address(url: str) -> SplitResult | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Slack(HttpVenue):
-    """An incoming webhook of Slack, or of what speaks like it (Mattermost, Rocket.Chat, Discord's /slack)."""
+    """An incoming webhook of Slack, or of a program like it (Mattermost, Rocket.Chat, Discord's /slack)."""
 
     async def attempt(self, message: Message) -> None:
         title = SLACK.bold(SLACK.escape(message.title))
@@ -190,7 +195,7 @@ class Slack(HttpVenue):
 
 @dataclass(frozen=True, kw_only=True)
 class Webhook(HttpVenue):
-    """Any program: JSON, whose `Idempotency-Key` is the same for each try of one message.
+    """Any program that takes JSON. `Idempotency-Key` is the same for each try of one message.
 
     With a `secret`, the body is signed as GitHub signs its webhooks: `X-Hub-Signature-256: sha256=` and its HMAC.
     """
@@ -212,7 +217,7 @@ class Webhook(HttpVenue):
 
 @dataclass(frozen=True, kw_only=True)
 class Ntfy(HttpVenue):
-    """A topic of ntfy: a push message on a phone. What could not be reverted comes through at night."""
+    """A topic of ntfy: a push message on a phone. A target that could not be reverted comes through at night."""
 
     token: str = field(default="", repr=False)
 
@@ -228,7 +233,7 @@ class Ntfy(HttpVenue):
             headers["Click"] = message.link
         if self.token:
             if not (self.token.isascii() and self.token.isprintable()):
-                raise self.failed("its token has characters that no token has", "mend its block")
+                raise self.failed("its token has characters that no token has", "fix its block")
             headers["Authorization"] = f"Bearer {self.token}"
         await self._post(_within(message.text(), 4000, message.footer()), headers)
 
@@ -239,7 +244,7 @@ def _header(text: str) -> str:
 
 
 def _within(text: str, size: int, footer: str) -> bytes:
-    """Text as at most `size` bytes, its footer whole: ntfy makes a file of anything longer."""
+    """Text as at most `size` bytes, with its whole footer: ntfy turns anything longer into a file."""
     data, end = text.encode(), f" …\n\n{footer}".encode()
     return data if len(data) <= size else data[: size - len(end)].decode(errors="ignore").encode() + end
 
@@ -258,12 +263,12 @@ class Mail(Venue):
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        return (self.password, *(base64.b64encode(each.encode()).decode()  # as it goes over the wire
+        return (self.password, *(base64.b64encode(each.encode()).decode()  # as it is sent
                                  for each in (self.password, f"\0{self.user}\0{self.password}")))
 
     async def attempt(self, message: Message) -> None:
         if wrong := [each for each in (self.sender, *self.to) if not is_mail_address(each)] or not self.to:
-            raise self.failed(f"no mail address: {wrong}" if self.to else "nobody to send to", "mend its block")
+            raise self.failed(f"no mail address: {wrong}" if self.to else "nobody to send to", "fix its block")
         if self.security == "none" and self.host not in _LOOPBACK:
             raise self.failed("without TLS mail goes to this machine only", "choose starttls or tls in its block")
         try:
@@ -273,7 +278,7 @@ class Mail(Venue):
         except smtplib.SMTPResponseException as error:
             raise self._refused([error.smtp_code], error.smtp_error) from None
         except (smtplib.SMTPNotSupportedError, ssl.SSLCertVerificationError) as error:
-            raise self.failed(f"{self.host}: {error}", "look at the server, the port and `security` in its block") \
+            raise self.failed(f"{self.host}: {error}", "check the server, the port and `security` in its block") \
                 from None
         except (smtplib.SMTPException, OSError) as error:
             raise self.passing(f"{self.host} cannot be reached: {error or type(error).__name__}") from None
@@ -284,14 +289,14 @@ class Mail(Venue):
         why = f"{self.host} refused: {said.decode(errors='replace') if isinstance(said, bytes) else said}"
         if all(400 <= code < 500 for code in codes):
             return self.passing(why)
-        return self.failed(why, "look at the addresses, user and password in its block")
+        return self.failed(why, "check the addresses, user and password in its block")
 
     def mail(self, message: Message) -> EmailMessage:
-        """The mail that is sent."""
+        """The message as a mail."""
         mail = EmailMessage(policy=SMTP)
         mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), message.title
         mail["Date"], mail["Message-ID"] = formatdate(), f"<{message.id}@{self.sender.partition('@')[2]}>"
-        mail["Auto-Submitted"] = "auto-generated"  # no one's holiday answers it
+        mail["Auto-Submitted"] = "auto-generated"  # so that no out-of-office reply comes back
         mail.set_content(message.text(), cte="quoted-printable")
         return mail
 
@@ -306,18 +311,18 @@ class Mail(Venue):
             if self.user:
                 client.login(self.user, self.password)
             refused = list(client.send_message(mail, self.sender, self.to))
-            client.putcmd("QUIT")  # its answer is not waited for: the mail is sent
+            client.putcmd("QUIT")  # do not wait for its answer: the mail is sent
             return refused
         finally:
             client.close()
 
 
 async def _abandonable(work: Callable[[], Sequence[str]]) -> Sequence[str]:
-    """Run `work` in a thread that nothing waits for, not even the end of the process: smtplib knows no cancel."""
+    """Run `work` in a thread that nothing waits for, not even the end of the process: smtplib cannot be cancelled."""
     loop = asyncio.get_running_loop()
     end: asyncio.Future[Sequence[str]] = loop.create_future()
 
-    def tell(result: Sequence[str] | None, error: BaseException | None) -> None:
+    def finish(result: Sequence[str] | None, error: BaseException | None) -> None:
         if end.done():
             return
         if error is not None:
@@ -331,8 +336,8 @@ async def _abandonable(work: Callable[[], Sequence[str]]) -> Sequence[str]:
             result = work()
         except Exception as caught:
             error = caught
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(tell, result, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(finish, result, error)
 
     threading.Thread(target=run, name="mail", daemon=True).start()
     return await end

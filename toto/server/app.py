@@ -1,17 +1,17 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-It differs from Prefect's own in two things.
+It differs from Prefect's own in two ways.
 
-The graph of a run has each edge once. Prefect's query has an edge as often as the step that it comes from has
-parameters, and its UI draws every one.
+The graph of a run has each edge once. Prefect's query repeats an edge once for each parameter of the step that it comes
+from, and its UI draws every one of them.
 
-On SQLite, transactions begin differently. Prefect begins most of them DEFERRED: such a
-transaction reads first, and when another one has written before it writes itself, SQLite answers "database is locked"
-at once, however long its timeout (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). With that go events,
-and with them automations and the UI's feed. Here every transaction takes the write lock as it begins, and waits for
-it in this process, in order: SQLite's own waiting is a poll, in which the unlucky one sleeps up to 0.1 s a turn.
+On SQLite, transactions begin differently. Prefect begins most of them DEFERRED: such a transaction reads first. If a
+different one has written before it writes itself, SQLite fails at once with "database is locked", however long its
+timeout is (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). Events are lost by that, and with them
+automations and the UI's feed. Here every transaction takes the write lock when it begins, and waits for it in this
+process, in order. (SQLite itself waits by polling, in which an unlucky transaction sleeps up to 0.1 s each time.)
 
-This module and `toto.server.fork_server` are the only ones in `toto/` that import Prefect: they are its processes.
+Only this module and `toto.server.fork_server` import Prefect in `toto/`: they run as its processes.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
 
 
 class OneWriter(AioSqliteConfiguration):
-    """SQLite with one transaction at a time. Reads outside of a transaction go on beside it (the write-ahead log)."""
+    """SQLite with one transaction at a time. Reads outside of a transaction go on meanwhile (write-ahead log)."""
 
     def __init__(self, connection_url: str) -> None:
         super().__init__(connection_url)
@@ -43,9 +43,9 @@ class OneWriter(AioSqliteConfiguration):
     @asynccontextmanager
     async def begin_transaction(self, session: AsyncSession,
                                 with_for_update: bool = False) -> AsyncGenerator[AsyncSessionTransaction, None]:
-        """As Prefect's, but with the write lock from the start."""
+        """Begin a transaction as Prefect does, but with the write lock from the start."""
         if self._writer is not None and _ours.get() is self._writer:
-            # A transaction within one, on a second connection: to wait for the first would be to wait for ever.
+            # A transaction inside one, on a second connection: waiting for the first would never end.
             async with super().begin_transaction(session, with_for_update) as transaction:
                 yield transaction
             return
@@ -54,7 +54,7 @@ class OneWriter(AioSqliteConfiguration):
             writer, mode = _ours.set(self._writer), SQLITE_BEGIN_MODE.set("IMMEDIATE")
             try:
                 async with session.begin() as transaction:
-                    await session.connection()  # it begins now; what only reads within it begins as ever
+                    await session.connection()  # it begins now; nested reads begin as usual
                     SQLITE_BEGIN_MODE.set("DEFERRED")
                     yield transaction
             finally:

@@ -1,9 +1,9 @@
-"""Toto's own PostgreSQL: a cluster in toto's state that nobody else reaches.
+"""Toto's own PostgreSQL: a cluster in toto's state that nobody else can connect to.
 
-It listens on a unix socket in a folder of its own, lets in the user that toto runs as and no one else (`peer`), and
-keeps checksums of its pages. PostgreSQL refuses to run as root; where toto does, its cluster runs as another user.
+It listens on a unix socket in a folder of its own, accepts only the user that toto runs as (`peer`), and keeps
+checksums of its pages. PostgreSQL refuses to run as root; when toto runs as root, its cluster runs as a different user.
 
-Not for what is in the database: that is Prefect's. `toto.server.database_move` brings an older one here.
+The contents of the database are Prefect's. `toto.server.database_move` moves an older database here.
 """
 
 import asyncio
@@ -25,33 +25,36 @@ import asyncpg
 from toto.base import process
 from toto.base.errors import TotoError
 
-USER: Final = "toto"  # the role in the database, whatever toto's user on the machine is called
+USER: Final = "toto"  # the role in the database, whatever the name of toto's user on the machine
 NAME: Final = "prefect"
-START: Final = 120  # seconds: after a crash a cluster replays what it had written ahead
-STOP: Final = 60
+START: Final = 120  # seconds: after a crash a cluster replays its write-ahead log
+STOP: Final = 60  # seconds
 LONGEST_SOCKET: Final = 107  # bytes of a socket's path: the kernel's limit
-SYSTEM_USERS: Final = ("toto", "postgres")  # as whom a root toto runs its cluster, the first that there is
-# Root's home, and with it toto's state, is closed to that user. It sees the cluster's folder at /tmp, in a mount
-# namespace of its own; nothing else has to be opened to it.
+SYSTEM_USERS: Final = ("toto", "postgres")  # the first that exists runs the cluster when toto is root
+# That user cannot enter root's home, which has toto's state. It sees the cluster's folder at /tmp, in a mount namespace
+# of its own, so nothing else has to be opened for it.
 _AT: Final = Path("/tmp")  # noqa: S108
 _DEBIAN: Final = Path("/usr/lib/postgresql")
 _MOUNTED: Final = 'mount --bind -- "$1" /tmp && cd / && shift && exec "$@"'
 
 
 class DatabaseError(TotoError):
-    """Toto's own database could not be made, started or moved."""
+    """Toto's own database could not be created, started or moved."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """PostgreSQL's programs of one major version: `folder` holds `postgres` and `initdb`."""
+    """PostgreSQL's programs of one major version. `folder` contains `postgres` and `initdb`."""
 
     folder: Path
     major: int
 
     @classmethod
     async def installed(cls) -> list["Programs"]:
-        """Those on PATH, first, and those that Debian keeps beside them for each major version."""
+        """The installed ones: those on PATH first, then those in Debian's folder for each major version.
+
+        Raises what `of` raises.
+        """
         # The real folder as well: /usr/local/bin may hold a link to `postgres` alone.
         on_path = [each for found in [shutil.which("postgres")] if found
                    for each in (Path(found).parent, Path(found).resolve().parent)]
@@ -60,7 +63,7 @@ class Programs:
 
     @classmethod
     async def of(cls, folder: Path) -> "Programs":
-        """Those in `folder`. Raises `DatabaseError` when they do not say their version."""
+        """The programs in `folder`. Raises `DatabaseError` when they do not print their version."""
         said = (await process.run([folder / "postgres", "--version"], timeout=30, check=False)).stdout
         version = re.search(r"\(PostgreSQL\) (\d+)", said)
         if version is None:
@@ -70,36 +73,36 @@ class Programs:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster below `home`, which is toto's server's home; `programs` run it. See `running`."""
+    """A cluster in `home`, the home of toto's server. `programs` run it; see `running`."""
 
     home: Path
     programs: Programs
 
     @property
     def folder(self) -> Path:
-        """What belongs to the cluster; a major version has a folder of its own.
+        """The cluster's folder; each major version has its own.
 
-        Where toto is root the folder and the rules in it are root's: the cluster's user cannot change who is let in,
-        nor have root write anywhere else.
+        When toto is root, root owns the folder and the access rules in it: the cluster's user cannot change who may
+        connect, and cannot make root write anywhere else.
         """
         return self.home / "postgres" / str(self.programs.major)
 
     @property
     def socket(self) -> Path:
-        """The folder of its socket: the host, to whoever connects."""
+        """The folder of its socket, which clients use as the host."""
         return self.folder / "socket"
 
     @property
     def url(self) -> str:
-        """The address that Prefect takes."""
+        """The address for Prefect's settings."""
         return f"postgresql+asyncpg://{USER}@/{NAME}?host={urllib.parse.quote(str(self.socket))}"
 
     async def connect(self, database: str = NAME) -> asyncpg.Connection:
-        """A connection, to be closed."""
+        """A new connection; the caller closes it."""
         return await asyncpg.connect(host=str(self.socket), user=USER, database=database, timeout=10)
 
     async def make(self) -> None:
-        """Make the cluster, unless it is there: whole, or not at all."""
+        """Create the cluster unless it exists. It is created completely or not at all. Raises `DatabaseError`."""
         if self.folder.exists():
             return
         fresh = self.folder.with_suffix(".new")
@@ -112,7 +115,7 @@ class Cluster:
             os.chown(fresh, 0, owner.pw_gid)
             for each in (fresh / "data", fresh / "socket"):
                 os.chown(each, owner.pw_uid, owner.pw_gid)
-        # No locale: an index that is sorted by libc's rules breaks when those change with the next libc.
+        # No locale: an index that is sorted by libc's rules breaks when a new libc changes them.
         try:
             await process.run(
                 _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
@@ -120,13 +123,13 @@ class Cluster:
                                   _seen(fresh) / "data"]),
                 env=_environment(), cwd="/", timeout=300)
         except process.CommandFailed as error:
-            raise DatabaseError(f"its PostgreSQL could not be made: {error.tail}", target=str(self.folder),
-                                hint="mend that, or go without: `toto serve --sqlite`") from None
+            raise DatabaseError(f"its PostgreSQL could not be created: {error.tail}", target=str(self.folder),
+                                hint="fix that, or run without it: `toto serve --sqlite`") from None
         fresh.rename(self.folder)
 
     @contextlib.asynccontextmanager
     async def running(self, log_file: Path) -> AsyncIterator[process.Running]:
-        """The cluster's server, from the moment it answers to the end of the block. Its database is made.
+        """Run the cluster's server from the moment it answers to the end of the block; create its database if needed.
 
         Raises `DatabaseError` when it does not start.
         """
@@ -135,12 +138,12 @@ class Cluster:
                                 hint="choose a shorter --home, or --sqlite")
         await self.make()
         self._let_in()
-        # What PostgreSQL is told here, and not in its files, is the same for clusters of every age.
+        # Settings on the command line, and not in its files, are the same for clusters of any age.
         settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder) / "socket",
                     "hba_file": _seen(self.folder) / "pg_hba.conf", "ident_file": _seen(self.folder) / "pg_ident.conf",
                     "unix_socket_permissions": "0700", "timezone": "UTC", "log_timezone": "UTC",
-                    "dynamic_shared_memory_type": "mmap",  # in its own folder: no kill leaves any elsewhere
-                    "jit": "off"}  # small queries: compiling them costs more than it saves
+                    "dynamic_shared_memory_type": "mmap",  # in its own folder, so a kill leaves none elsewhere
+                    "jit": "off"}  # queries are small: compiling them costs more than it saves
         argv = _as_owner(self.folder, [
             self.programs.folder / "postgres", "-D", _seen(self.folder) / "data",
             *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))])
@@ -152,7 +155,7 @@ class Cluster:
                 yield server
 
     def _let_in(self) -> None:
-        """Only toto's user on this machine, and only as the one role."""
+        """Write the access rules: only toto's user on this machine, and only as one role."""
         user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user(self.folder)
         for name, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
                            ("pg_ident.conf", f'toto "{user}" {USER}')):
@@ -177,7 +180,7 @@ class Cluster:
             await connection.close()
 
     def _is_ready(self, pid: int) -> bool:
-        """As pg_ctl looks at it: a connection that comes too early would be an error in the log."""
+        """Whether the server accepts connections; checked as pg_ctl does, since connecting too early logs an error."""
         try:
             lines = (self.folder / "data" / "postmaster.pid").read_text().split("\n")
         except FileNotFoundError:
@@ -186,15 +189,15 @@ class Cluster:
 
 
 def versions(home: Path) -> list[int]:
-    """The major versions of the clusters below `home`, the oldest first; the newest is the one that counts."""
+    """The major versions of the clusters in `home`, oldest first. Toto uses the newest."""
     return sorted(int(each.name) for each in (home / "postgres").glob("*") if each.name.isdigit())
 
 
 async def choose(home: Path) -> Cluster | None:
-    """The cluster that toto's server in `home` keeps; None for SQLite.
+    """The cluster that toto's server in `home` uses; None for SQLite.
 
-    A home keeps what it has: a cluster, with the version that made it, or else the SQLite file. A new home gets a
-    cluster where PostgreSQL is installed. Raises `DatabaseError` when the version that made the cluster is gone.
+    A home keeps what it has: a cluster, with the PostgreSQL version that created it, or the SQLite file. A new home
+    gets a cluster when PostgreSQL is installed. Raises `DatabaseError` when the cluster's version is not installed.
     """
     installed, made = await Programs.installed(), versions(home)
     if not made:
@@ -205,12 +208,12 @@ async def choose(home: Path) -> Cluster | None:
             return Cluster(home, programs)
     there = ", ".join(str(each.major) for each in installed) or "none"
     raise DatabaseError(f"its database is a cluster of PostgreSQL {made[-1]}, which is not installed ({there} is)",
-                        target=str(home), hint=f"put PostgreSQL {made[-1]} on PATH; or, with its bin folder at hand, "
+                        target=str(home), hint=f"put PostgreSQL {made[-1]} on PATH, or name its bin folder: "
                         f"`toto database upgrade --home {home} --from DIR`")
 
 
 def _other_user(folder: Path) -> pwd.struct_passwd | None:
-    """As whom the cluster in `folder` runs, where toto is root: the owner of its files. None where it is not."""
+    """The user that runs the cluster in `folder` when toto is root: the owner of its files. None when toto is not."""
     if os.geteuid() != 0:
         return None
     with contextlib.suppress(FileNotFoundError):
@@ -220,16 +223,16 @@ def _other_user(folder: Path) -> pwd.struct_passwd | None:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     raise DatabaseError(f"PostgreSQL does not run as root, and there is no user {' or '.join(SYSTEM_USERS)}",
-                        hint="useradd --system toto; or run toto as another user, or with --sqlite")
+                        hint="useradd --system toto; or run toto as a different user, or with --sqlite")
 
 
 def _seen(folder: Path) -> Path:
-    """Where the cluster's processes see its folder."""
+    """The path of the cluster's folder for the cluster's own processes."""
     return _AT if os.geteuid() == 0 else folder
 
 
 def _as_owner(folder: Path, argv: list[process.Argument]) -> list[process.Argument]:
-    """`argv`, run by the owner of the cluster's folder. (The signal is set after the user: a change forgets it.)"""
+    """`argv` as a command of the cluster's owner. (Changing the user resets the death signal, so that is set after.)"""
     owner = _other_user(folder)
     if owner is None:
         return argv
@@ -239,5 +242,5 @@ def _as_owner(folder: Path, argv: list[process.Argument]) -> list[process.Argume
 
 
 def _environment() -> Mapping[str, str]:
-    """No PG* of someone's own, and none of toto's secrets."""
+    """An environment without PG* variables and without toto's secrets."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}

@@ -1,7 +1,7 @@
 """Moves Prefect's database into toto's own PostgreSQL: from the SQLite file of a home, or from an older major version.
 
-The new cluster is made beside, filled, and put in its place at the end: a move that breaks off has changed nothing.
-What it came from stays where it is, as it was.
+The new cluster is created in a different folder, filled, and moved to its place at the end, so a move that breaks off
+changes nothing. The old database stays as it was.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from toto.server.database import NAME, USER, Cluster, DatabaseError, Programs, v
 Say: TypeAlias = Callable[[str], None]
 Row: TypeAlias = tuple[Any, ...]
 
-BATCH: Final = 2000  # rows; of a batch that is refused the halves are tried, down to the row that is at fault
-MOVED: Final = "prefect.db.moved"  # what the SQLite file is called from then on
-LONGEST: Final = 3600  # seconds for a dump, its restoring, or a migration of a large database
+BATCH: Final = 2000  # rows; a batch that is refused is halved until the row at fault is found
+MOVED: Final = "prefect.db.moved"  # the name of the SQLite file after the move
+LONGEST: Final = 3600  # seconds for a dump, its restore, or a migration of a large database
 _EPOCH: Final = datetime(1970, 1, 1)
 
 
 @dataclass
 class Moved:
-    """What became of one table: rows that were copied, and rows that stay behind, with the first one's reason."""
+    """The result for one table: how many rows were copied and how many stay behind; `why` is the first one's reason."""
 
     table: str
     copied: int = 0
@@ -43,16 +43,16 @@ class Moved:
     why: str = ""
 
     def leave(self, rows: int, why: str) -> None:
-        """Note that rows stay behind."""
+        """Record that rows stay behind."""
         self.left += rows
         self.why = self.why or why
 
 
 async def move(home: Path, say: Say) -> list[Moved]:
-    """Copy the SQLite database of `home` into a new cluster, which `toto serve` uses from then on. The file is renamed.
+    """Copy the SQLite database of `home` into a new cluster, which `toto serve` uses from now on, and rename the file.
 
-    No server may run in `home` meanwhile. Raises `InputError` where there is nothing to move, `DatabaseError` when it
-    cannot be moved.
+    No server may run in `home` meanwhile. `say` gets a line for each step. Raises `InputError` when there is nothing to
+    move, `DatabaseError` when it cannot be moved.
     """
     file = home / "prefect.db"
     if versions(home):
@@ -76,7 +76,7 @@ async def move(home: Path, say: Say) -> list[Moved]:
             await connection.execute("ANALYZE")
         finally:
             await connection.close()
-    # Under its own name it would be the database again, were the cluster ever gone.
+    # Under its old name the file would become the database again if the cluster were ever removed.
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             file.with_name(file.name + suffix).rename(home / f"{MOVED}{suffix}")
@@ -84,11 +84,11 @@ async def move(home: Path, say: Say) -> list[Moved]:
 
 
 async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[int, int]:
-    """Take the cluster of `home` to the newest PostgreSQL that is installed; return both major versions.
+    """Upgrade the cluster of `home` to the newest installed PostgreSQL; return the old and the new major version.
 
-    `old_bin` is the folder of the programs of the cluster's version, where they are not installed as usual. No server
-    may run in `home` meanwhile. Raises `InputError` where there is nothing to do, `DatabaseError` when a program
-    is missing, `CommandFailed` when the dump is refused.
+    `old_bin` is the folder with the programs of the cluster's version, when they are not in a usual place. No server
+    may run in `home` meanwhile. Raises `InputError` when there is nothing to do, `DatabaseError` when a program
+    is missing, `CommandFailed` when the dump or the restore fails.
     """
     if not (made := versions(home)):
         raise InputError("has no PostgreSQL cluster", target=str(home), hint="toto database move")
@@ -101,7 +101,7 @@ async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[in
     if old is None:
         raise DatabaseError(f"the programs of PostgreSQL {made[-1]}, which made it, are not "
                             f"{f'in {old_bin}' if old_bin else 'installed'}", target=str(home),
-                            hint="install them once more, or name their bin folder: --from DIR")
+                            hint="install them again, or name their bin folder: --from DIR")
     current = Cluster(home, old)
     async with _new_cluster(home, newest) as cluster, current.running(home / "logs" / "database.log"):
         dump = cluster.home / "dump"
@@ -120,7 +120,7 @@ async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) ->
 
 @contextlib.asynccontextmanager
 async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]:
-    """A cluster to be filled in the block, which becomes that of `home` at its end, when all went well."""
+    """A new cluster. The block fills it; it becomes the cluster of `home` when the block ends without an error."""
     beside = home / "new"  # short: the path of a socket has a limit
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(mode=0o700)
@@ -136,24 +136,24 @@ async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]
 
 
 def _back_up(file: Path, copy: Path) -> None:
-    """A copy of a database at one instant, its write-ahead log and all; the file is only read."""
+    """Copy a database as it is at one instant, including its write-ahead log. The source is only read."""
     with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as source, \
             contextlib.closing(sqlite3.connect(copy)) as target:
         source.backup(target)
 
 
 async def _migrate(home: Path, url: str) -> None:
-    """Bring the tables to what the installed Prefect wants."""
+    """Migrate the tables to the schema of the installed Prefect."""
     await process.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
                       env=environment.server_environment(home, database_url=url), timeout=LONGEST, target=url)
 
 
 async def _copy_all(source: sqlite3.Connection, connection: asyncpg.Connection, say: Say) -> list[Moved]:
-    """Copy each table that both have. References are looked at at the end: tables refer to each other in rings."""
+    """Copy each table that both databases have. References are checked at the end, because they form circles."""
     tables = [row["table_name"] for row in await connection.fetch(
         "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema() "
         "AND table_type = 'BASE TABLE' AND table_name <> 'alembic_version' ORDER BY table_name")]
-    await connection.execute(f"TRUNCATE {', '.join(map(_quoted, tables))}")  # what the migrations themselves put there
+    await connection.execute(f"TRUNCATE {', '.join(map(_quoted, tables))}")  # rows from the migrations
     await connection.execute("SET session_replication_role = replica")
     moved = {}
     for table in tables:
@@ -170,7 +170,7 @@ async def _copy_all(source: sqlite3.Connection, connection: asyncpg.Connection, 
 
 
 async def _copy(source: sqlite3.Connection, connection: asyncpg.Connection, table: str) -> Moved:
-    """Copy the columns that both have, by the text form that PostgreSQL reads."""
+    """Copy the columns that both databases have, in the text format of PostgreSQL's COPY."""
     types = {row["column_name"]: row["data_type"] for row in await connection.fetch(
         "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema() "
         "AND table_name = $1", table)}
@@ -218,7 +218,7 @@ def _field(value: Any, interval: bool) -> bytes:
 
 
 async def _drop_dangling(connection: asyncpg.Connection, moved: dict[str, Moved]) -> None:
-    """Take out the rows that refer to one that stayed behind, and those that refer to these."""
+    """Delete rows that refer to a row that stayed behind, and then rows that refer to these."""
     references = await connection.fetch(
         "SELECT conrelid::regclass::text AS table, confrelid::regclass::text AS other, "
         "(SELECT attname FROM pg_attribute WHERE attrelid = conrelid AND attnum = conkey[1])::text AS column, "
@@ -228,7 +228,7 @@ async def _drop_dangling(connection: asyncpg.Connection, moved: dict[str, Moved]
     while found:
         found = False
         for table, other, column, key in references:
-            # (Names come from PostgreSQL's own catalogue, quoted where they need it.)
+            # (Names come from PostgreSQL's own catalogue, which quotes them where needed.)
             gone = await connection.execute(
                 f"DELETE FROM {table} a WHERE a.{_quoted(column)} IS NOT NULL AND NOT EXISTS "  # noqa: S608
                 f"(SELECT 1 FROM {other} b WHERE b.{_quoted(key)} = a.{_quoted(column)})")
@@ -239,7 +239,7 @@ async def _drop_dangling(connection: asyncpg.Connection, moved: dict[str, Moved]
 
 
 def left_behind(moved: Sequence[Moved]) -> Iterator[str]:
-    """A line for each table of which rows stay behind."""
+    """A line for each table with rows that stay behind."""
     for each in moved:
         if each.left:
             yield f"{each.table}: {each.left} of {each.left + each.copied} rows stay behind; the first: {each.why}"

@@ -1,11 +1,11 @@
-"""What toto keeps registered in Prefect: the work pool, the deployments of prefect.yaml and their schedules, limits.
+"""Registers in Prefect what toto needs: the work pool, the deployments of prefect.yaml with their schedules, limits.
 
-An operator changes schedules and parameters in the UI; toto's start adds what is new in prefect.yaml and leaves alone
-what they changed. It knows by a Prefect variable, which says what toto itself wrote last.
+Operators change schedules and parameters in the UI. Toto's start adds what is new in prefect.yaml and does not touch
+what they changed. A Prefect variable records what toto itself wrote last, so toto can tell the two apart.
 
-A deployment that has got a new name takes over what the old one has: once the pause, the limit and the parameters, and
-at every start the schedules. An alias has no schedules, so that nothing runs twice: one that an operator gives to it
-(or an older toto that was started in between) moves as well.
+A deployment with a new name takes over from the old one: the pause, the limit and the parameters once, the schedules at
+every start. An alias has no schedules, so that nothing runs twice. If an operator (or an older toto that was started in
+between) gives it one, that moves to the new name as well.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from toto.base.prefect_api import Api, ServerError
 POOL: Final = "toto"
 ROOT: Final = Path(__file__).resolve().parents[2]
 WRITTEN: Final = "toto_deployments"  # the variable
-ALIASES: Final[Mapping[str, str]] = {  # the old name by the new one; both are in prefect.yaml
+ALIASES: Final[Mapping[str, str]] = {  # old names by new name; both are in prefect.yaml
     "reconcile/reconcile": "reconcile/toto", "reconcile/deploy-host": "reconcile/host", "settle/settle": "settle/toto",
     "drift/drift": "drift/toto", "prune/prune": "prune/toto"}
-IN_FLIGHT: Final = 2.0  # seconds for which Prefect's scheduler may go by schedules that it read before they were gone
-MOVING: Final = "toto-moving"  # the parameter that marks a schedule which is not switched on yet where it moves to
-OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # of versions that left that to Prefect
+IN_FLIGHT: Final = 2.0  # seconds for which Prefect's scheduler may still use schedules that have been deleted
+MOVING: Final = "toto-moving"  # the parameter that marks a schedule at its new deployment until it is switched on there
+OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # made by versions that left that to Prefect
 
 
 @dataclass(frozen=True)
 class Written:
-    """What toto wrote of one deployment: the slugs of the schedules that it ever made, and the parameters."""
+    """What toto wrote for one deployment: the slugs of all schedules that it ever made, and the parameters."""
 
     schedules: tuple[str, ...]
     parameters: Mapping[str, Any]
@@ -44,29 +44,28 @@ class Written:
 
 async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
                  limits: Mapping[str, int] | None = None) -> dict[str, str]:
-    """Create or update the work pool, the global concurrency `limits` and what `root`/prefect.yaml lists.
+    """Create or update the work pool, the global concurrency `limits` and the deployments in `root`/prefect.yaml.
 
-    What an operator has changed of a deployment stays: schedules (also one that is gone), a pause, a limit,
-    parameters. It also moves to a new name of the deployment (`ALIASES`); wherever this is broken off, the next call
-    goes on with it.
-    Returns {"flow/deployment": id} of the pool. Idempotent. About 1.5 s, all of it `prefect deploy`: the rest are
-    single requests, since each start of Prefect's CLI costs 1.5 s as well.
+    What an operator has changed in a deployment stays: schedules (also a deleted one), a pause, a limit, parameters.
+    When the deployment has a new name (`ALIASES`), these move to it; if that breaks off anywhere, the next call
+    continues. Returns {"flow/deployment": id} of the pool. Idempotent. Takes about 1.5 s for `prefect deploy`; the rest
+    are single requests, because each start of Prefect's CLI costs 1.5 s. Raises `ServerError`, `CommandFailed`.
     """
     api = Api.of(env)
     await ensure_pool(api, pool)
     for limit, slots in (limits or {}).items():
         await ensure_limit(api, limit, slots)
-    await _forget_old_automation(api)
+    await _delete_old_automation(api)
     before, written = await _found(api, pool), await _read_written(api)
     listed = yaml.safe_load((root / "prefect.yaml").read_text())
-    mine: dict[str, Written] = {}
+    ours: dict[str, Written] = {}
     added: dict[str, list[dict[str, Any]]] = {}
     for each in listed["deployments"]:
         name = _name(each)
         old = before.get(ALIASES.get(name, ""))
-        # (A deployment that toto has written and that is gone was deleted by an operator: it begins anew.)
+        # (When a deployment that toto wrote is gone, an operator has deleted it: it is created anew.)
         if (there := before.get(name) or (old if name not in written else None)) is None:
-            mine[name] = Written(_slugs(each), {})
+            ours[name] = Written(_slugs(each), {})
             continue
         known = (written.get(name) or written.get(ALIASES.get(name, ""))
                  or Written((*_slugs(there), *_slugs(old or {})), there["parameters"]))
@@ -77,11 +76,11 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         if limit := there["global_concurrency_limit"]:
             options = {key: value for key, value in (there["concurrency_options"] or {}).items() if value is not None}
             each["concurrency_limit"] = {"limit": limit["limit"], **options} if options else limit["limit"]
-        # Told to Prefect once more, a schedule would be as prefect.yaml has it, whatever an operator made of it.
+        # Deploying a schedule again would reset it to what prefect.yaml says, whatever an operator has changed.
         schedules = each.pop("schedules", [])
         had = {*known.schedules, *_slugs(there), *_slugs(old or {})}
         added[name] = [new for new in schedules if new["slug"] not in had]
-        mine[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
+        ours[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
                              {key: known.parameters.get(key) for key in changed})
     began = datetime.now(UTC).isoformat()
     file = Path(env["PREFECT_HOME"]) / "prefect.yaml"
@@ -95,7 +94,7 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
     for name, each in after.items():
         await _rename_in_schedules(api, name, each)
         if any(schedule["active"] for schedule in each["schedules"]):
-            # Prefect has taken away the runs to come. One that is due this very minute would not be made again.
+            # Prefect has deleted the future runs, and would not create one again that is due right now.
             await _make_runs(api, each, began)
     moves = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
     if due := [(old["id"], new["id"]) for old, new in moves
@@ -105,22 +104,22 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         await asyncio.sleep(IN_FLIGHT)
     await _take_runs_away(api, [old["id"] for old, _ in moves])
     await _write_written(api, written | {
-        name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in mine.items()})
+        name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in ours.items()})
     return {name: each["id"] for name, each in after.items()}
 
 
 async def move_schedules(api: Api, old: str, new: str) -> None:
     """Move the schedules of the deployment `old` (an id) to `new`, each on or off as it is.
 
-    At no moment is one of them on at both. Between two requests one may be on at neither, and is then marked at `new`:
-    wherever this is broken off, the next call finishes it. Of two with the same slug, that of `old` stays. Runs of
-    `old` that are due already are not taken away.
+    A schedule is never on at both. Between two requests it may be on at neither; it is then marked at `new`, and if the
+    move breaks off, the next call finishes it. When two have the same slug, the one of `old` stays. Runs of `old` that
+    are due already are kept.
     """
     path, since = f"/deployments/{new}/schedules", datetime.now(UTC).isoformat()
     origin, target = [await api.call("GET", f"/deployments/{each}") for each in (old, new)]
     if origin["schedules"]:
         there = {each["id"] for each in origin["schedules"]}
-        for each in target["schedules"]:  # of a call that was broken off; what it copied may have changed since
+        for each in target["schedules"]:  # left by a call that broke off; the originals may have changed since
             if each["parameters"].get(MOVING, {}).get("id") in there:
                 await api.call("DELETE", f"{path}/{each['id']}")
         await api.call("POST", path, [
@@ -128,8 +127,8 @@ async def move_schedules(api: Api, old: str, new: str) -> None:
              "parameters": {**each["parameters"], MOVING: {key: each[key] for key in ("id", "active", "slug")}}}
             for each in origin["schedules"]])
         since = datetime.now(UTC).isoformat()
-        # This takes all schedules and the runs to come away at once, and leaves the runs that are due. (To delete a
-        # schedule deletes those as well.) Parameters that it does not name would be reset.
+        # This deletes all schedules and future runs at once, and keeps the runs that are due. (Deleting a schedule
+        # would delete those as well.) Parameters that are left out would be reset.
         await api.call("POST", "/deployments/", {
             "name": origin["name"], "flow_id": origin["flow_id"], "parameters": origin["parameters"], "schedules": []})
         target = await api.call("GET", f"/deployments/{new}")
@@ -144,7 +143,7 @@ async def move_schedules(api: Api, old: str, new: str) -> None:
 
 
 async def _take_runs_away(api: Api, ids: Sequence[str]) -> None:
-    """Delete the runs to come that Prefect's scheduler has made for deployments, those of `ids`, without schedules."""
+    """Delete the future runs that Prefect's scheduler made for the deployments `ids`, which have no schedules."""
     wanted = {"flow_runs": {"deployment_id": {"any_": list(ids)}, "state": {"type": {"any_": ["SCHEDULED"]}},
                             "expected_start_time": {"after_": datetime.now(UTC).isoformat()}}}
     for run in await api.call("POST", "/flow_runs/filter", wanted) if ids else ():
@@ -153,7 +152,7 @@ async def _take_runs_away(api: Api, ids: Sequence[str]) -> None:
 
 
 async def _make_runs(api: Api, deployment: Mapping[str, Any], since: str) -> None:
-    """Make the runs that the schedules of a deployment have due from a time on. (A paused one is to have none.)"""
+    """Create the runs that a deployment's schedules have from the time `since` on. (A paused deployment gets none.)"""
     if not deployment["paused"]:
         await api.call("POST", f"/deployments/{deployment['id']}/schedule", {"start_time": since})
 
@@ -162,13 +161,13 @@ async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any
     """Rename parameters in the schedules of a deployment, as `_renamed` does."""
     for each in deployment["schedules"]:
         if (renamed := _renamed(name, each["parameters"])) != each["parameters"]:
-            # (Prefect takes parameters that are left out for none.)
+            # (Prefect deletes parameters that are left out.)
             await api.call("PATCH", f"/deployments/{deployment['id']}/schedules/{each['id']}", {
                 "active": each["active"], "parameters": renamed})
 
 
 def _renamed(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that an operator has saved, by the names that they have now: `force` of reconcile was `again`."""
+    """Parameters that an operator has saved, under their new names: `force` of reconcile was called `again`."""
     renamed = dict(parameters)
     if name.startswith("reconcile/") and "again" in renamed:
         again = renamed.pop("again")
@@ -177,7 +176,7 @@ def _renamed(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _found(api: Api, pool: str) -> dict[str, dict[str, Any]]:
-    """The deployments of a work pool as the API gives them, by "flow/deployment"."""
+    """The deployments of a work pool as the API returns them, by "flow/deployment"."""
     found = await api.call("POST", "/deployments/filter", {"work_pools": {"name": {"any_": [pool]}}})
     flows = await api.call("POST", "/flows/filter", {"flows": {"id": {"any_": [each["flow_id"] for each in found]}}})
     names = {flow["id"]: flow["name"] for flow in flows}
@@ -185,7 +184,7 @@ async def _found(api: Api, pool: str) -> dict[str, dict[str, Any]]:
 
 
 def _name(listed: Mapping[str, Any]) -> str:
-    """The "flow/deployment" of an entry of prefect.yaml; a flow is named after its function."""
+    """The "flow/deployment" of an entry in prefect.yaml. (A flow is named after its function.)"""
     return f"{re.split('[.:]', listed['entrypoint'])[-1].replace('_', '-')}/{listed['name']}"
 
 
@@ -194,7 +193,7 @@ def _slugs(deployment: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _schedule(listed: Mapping[str, Any]) -> dict[str, Any]:
-    """A schedule of prefect.yaml in the API's form."""
+    """A schedule of prefect.yaml in the format of the API."""
     about = {key: listed[key] for key in ("slug", "active", "parameters") if key in listed}
     return {**about, "schedule": {key: value for key, value in listed.items() if key not in about}}
 
@@ -215,9 +214,9 @@ async def _write_written(api: Api, written: Mapping[str, Written]) -> None:
 
 
 async def _update(api: Api, path: str, changes: Mapping[str, Any], collection: str, rest: Mapping[str, Any]) -> None:
-    """Change what is at `path`; where nothing is there yet, make it in `collection`, with the `rest` of its fields.
+    """Change the object at `path`; if it does not exist, create it in `collection` with the `rest` of its fields.
 
-    In this order: a name that is taken already would be a traceback in the server's log.
+    In this order, because creating a name that exists would be a traceback in the server's log.
     """
     try:
         await api.call("PATCH", path, changes)
@@ -227,14 +226,14 @@ async def _update(api: Api, path: str, changes: Mapping[str, Any], collection: s
         await api.call("POST", collection, {**rest, **changes})
 
 
-async def _forget_old_automation(api: Api) -> None:
-    """It also acted on runs that had ended, when a heartbeat came in late; `toto.server.orphans` looks at the run."""
+async def _delete_old_automation(api: Api) -> None:
+    """It also marked runs that had ended, when a heartbeat came late. `toto.server.orphans` checks the run itself."""
     for old in await api.call("POST", "/automations/filter", {"automations": {"name": {"any_": [OLD_AUTOMATION]}}}):
         await api.call("DELETE", f"/automations/{old['id']}")
 
 
 async def register_blocks(env: Mapping[str, str]) -> None:
-    """Make the forms of toto's blocks known to the UI, or bring them up to date. Idempotent; about 1.5 s."""
+    """Register the forms of toto's blocks in the UI, or update them. Idempotent; takes about 1.5 s."""
     await process.run([sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
                       env=env, cwd=ROOT, timeout=120)
 
@@ -245,12 +244,13 @@ async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
 
 
 async def ensure_limit(api: Api, name: str, slots: int) -> None:
-    """Create the global concurrency limit `name`, or give it `slots` slots (0: no one gets in)."""
+    """Create the global concurrency limit `name`, or set it to `slots` slots (0: nothing may run)."""
     await _update(api, f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True}, "/v2/concurrency_limits/",
                   {"name": name})
 
 
 async def ensure_pool(api: Api, pool: str) -> None:
+    """Create or update the work pool, whose runs are started by `toto.server.fork_server`. Raises `ServerError`."""
     text = {"type": "string"}
     words = {"type": "object", "additionalProperties": text}
     variables = {

@@ -1,14 +1,15 @@
-"""Flow runs that begin at once: a process that has imported what they need, and is forked for each of them.
+"""Makes flow runs begin at once: a server process imports everything that they need, and is forked for each run.
 
-A new Python spends most of the wait for a flow run's first line on imports (1.5 to 2 s on a small machine). So
-`serve` imports Prefect and toto's flows once, and `run`, the command that Prefect's worker starts for a run, has
-it forked: the fork gets the caller's environment, folder and standard streams, and becomes `prefect.engine`. The
-caller stays, passes signals on and ends with the fork's exit status, so that for the worker it is the run. Neither
-outlives the other, nor the server. Without one the caller becomes the engine itself, in the slow way.
+A new Python needs 1.5 to 2 s on a small machine to import what a flow run needs. So `serve` imports Prefect and
+toto's flows once. Prefect's worker starts `run` for each flow run, which asks the server for a fork. The fork gets
+the caller's environment, folder and standard streams, and becomes `prefect.engine`. The caller stays, passes signals
+on and ends with the fork's exit status, so the worker takes it for the run. Caller and fork end together, and both end
+with the server. Without a server the caller becomes the engine itself, which is slow.
 
-(The idea: Android's zygote, and multiprocessing's forkserver, whose forks only their own program can ask for.)
+(The idea is that of Android's zygote, and of multiprocessing's forkserver, which only forks for its own program.)
 
-`python -I -S toto/server/fork_server.py run` must start fast: here, on top, only what every Python has loaded anyway.
+`python -I -S toto/server/fork_server.py run` must start fast, so the top of this module only imports what every Python
+loads anyway.
 """
 
 import contextlib
@@ -26,12 +27,15 @@ from collections.abc import Iterator
 from typing import Final, NoReturn
 
 NAME: Final = "fork.sock"  # in Prefect's home, which only its owner may enter
-PATIENCE: Final = 15.0  # seconds in which a fork has to come
+PATIENCE: Final = 15.0  # seconds that a caller waits for its fork
 PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _address() -> tuple[str, int]:
-    """The socket's path by way of a folder's descriptor, and that, to be closed: a path may have 107 bytes only."""
+    """The socket's path through a folder's descriptor (a path may have 107 bytes only), and that descriptor.
+
+    The caller closes the descriptor.
+    """
     folder = os.open(os.environ["PREFECT_HOME"], os.O_RDONLY | os.O_DIRECTORY)
     return f"/proc/self/fd/{folder}/{NAME}", folder
 
@@ -40,7 +44,7 @@ def _address() -> tuple[str, int]:
 
 
 def run() -> NoReturn:
-    """Be a flow run: have it forked, and end as it ends."""
+    """Run a flow run in a fork of the server, and end as the fork ends."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path, folder = _address()
@@ -48,8 +52,8 @@ def run() -> NoReturn:
             server.connect(path)
         finally:
             os.close(folder)
-        server.settimeout(PATIENCE)  # a server that hangs is none; a fork that comes too late goes with this connection
-        # From here on a signal waits until there is someone to pass it on to.
+        server.settimeout(PATIENCE)  # for a server that hangs; a fork that comes too late ends with this connection
+        # From here on signals wait until there is a fork to pass them on to.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         request = b"\0".join([os.getcwdb(), *(key + b"=" + value for key, value in os.environb.items())])  # noqa: PTH109
         socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
@@ -65,7 +69,7 @@ def run() -> NoReturn:
         signal.signal(number, lambda number, _: _pass_on(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     status = answer.readline()
-    if not status:  # the server has died: the run must not go on without anyone to tell its end to
+    if not status:  # the server has died: nobody would see the end of the run, so it must not go on
         _pass_on(pid, signal.SIGKILL)
         os._exit(128 + signal.SIGKILL)
     code = int(status)
@@ -85,17 +89,17 @@ def _pass_on(pid: int, number: int) -> None:
 
 
 class _Forked(Exception):
-    """Raised in a fork, with request and streams: to leave what is the server's and take the caller's place."""
+    """Raised in a fork, with request and streams, to leave the server's code and take the caller's place."""
 
 
 def serve(modules: list[str]) -> None:
-    """Import `modules`, then fork for whoever asks, until SIGTERM. Returns in the forks, each in its caller's place."""
+    """Import `modules`, then fork for each caller, until SIGTERM. Returns only in the forks, in the caller's place."""
     for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", *modules):
         importlib.import_module(module)
-    if threading.active_count() > 1:  # a fork has one thread only, and whatever locks the others held stay locked
+    if threading.active_count() > 1:  # a fork has only one thread, and locks that others held would stay locked
         sys.exit(f"toto: flow runs will begin slowly: an import has started {threading.enumerate()}")
     gc.collect()
-    gc.freeze()  # no collection in a fork touches, and by that copies, what all of them share
+    gc.freeze()  # so that no collection in a fork touches, and thereby copies, memory that all of them share
     callers: dict[int, socket.socket] = {}
     try:
         with _listening() as listener, _children() as ended, selectors.PollSelector() as selector:
@@ -109,9 +113,9 @@ def serve(modules: list[str]) -> None:
                         if caller and (pid := _fork_for(caller)):
                             callers[pid] = caller
                             selector.register(caller, selectors.EVENT_READ, pid)
-                    elif key.fileobj is not ended:  # a caller that has gone: its run goes with it
+                    elif key.fileobj is not ended:  # a caller has gone: end its run too
                         selector.unregister(key.fileobj)
-                        os.kill(key.data, signal.SIGKILL)  # (it is ours, so its number is, until we have waited for it)
+                        os.kill(key.data, signal.SIGKILL)  # (our child keeps its number until we wait for it)
                 for pid, status in _ends(ended):
                     if caller := callers.pop(pid, None):
                         with contextlib.suppress(KeyError):
@@ -140,7 +144,7 @@ def _listening() -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _children() -> Iterator[socket.socket]:
-    """A socket that can be read from when a child has ended."""
+    """A socket that becomes readable when a child has ended."""
     here, there = socket.socketpair()
     with here, there:
         here.setblocking(False)
@@ -162,13 +166,13 @@ def _ends(ended: socket.socket) -> Iterator[tuple[int, int]]:
 def _accepted(listener: socket.socket) -> socket.socket | None:
     try:
         return listener.accept()[0]
-    except OSError:  # it has gone, or there are too many open files just now
+    except OSError:  # the caller has gone, or too many files are open just now
         time.sleep(0.1)
         return None
 
 
 def _fork_for(caller: socket.socket) -> int | None:
-    """The process id of the fork, or None where there is none. Raises `_Forked` in it."""
+    """The process id of the fork; None when it could not be made. Raises `_Forked` in the fork."""
     caller.settimeout(5)
     streams: list[int] = []
     try:
@@ -178,15 +182,15 @@ def _fork_for(caller: socket.socket) -> int | None:
             if not (more := caller.recv(65_536)):
                 raise ConnectionError
             request += more
-        # A signal to the fork waits until it is no longer the server's handler that would take it.
+        # Signals to the fork wait until the server's handlers are gone.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         if (pid := os.fork()) == 0:
-            # It says so itself: a caller that was told nothing knows that there is no fork.
+            # The fork itself reports its id, so a caller that gets none knows that there is no fork.
             if not _say(caller, os.getpid()):
                 os._exit(1)
             caller.close()
             raise _Forked(bytes(request), streams)
-    except OSError:  # the caller has gone, or there is no room for another process
+    except OSError:  # the caller has gone, or there is no memory for one more process
         caller.close()
         pid = None
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
@@ -196,7 +200,7 @@ def _fork_for(caller: socket.socket) -> int | None:
 
 
 def _say(caller: socket.socket, number: int) -> bool:
-    """Whether the caller was still there to be told."""
+    """Send a number to the caller; whether the caller was still there."""
     try:
         caller.sendall(b"%d\n" % number)
     except OSError:
@@ -205,7 +209,7 @@ def _say(caller: socket.socket, number: int) -> bool:
 
 
 def _take_the_place(request: bytes, streams: list[int]) -> None:
-    """In the fork: environment, folder and standard streams of its caller."""
+    """In the fork: take over environment, folder and standard streams of the caller."""
     from prefect.context import refresh_global_settings_context  # noqa: PLC0415
 
     signal.set_wakeup_fd(-1)

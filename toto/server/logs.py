@@ -1,7 +1,7 @@
-"""What the logs of toto's own processes may not say, and the few errors that mean nothing.
+"""Finds faults in the logs of toto's own processes, and knows the few errors that are harmless.
 
-The logs: server, worker, runs (the fork server), database, `toto serve` itself, and what a hook tells a pusher. Not for
-what a run logs about a target that fails: that is its result.
+The logs are those of server, worker, runs (the fork server), database and `toto serve` itself, and what a hook prints
+to a pusher. What a run logs about a target that fails is not a fault: it is the run's result.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Known:
-    """An entry that is found by `pattern` is no fault, for the `reason`."""
+    """Log entries that match `pattern` are harmless, for the `reason`."""
 
     pattern: str
     reason: str
@@ -22,9 +22,9 @@ KNOWN: Final = (
     Known(r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - ",
           "a target that fails says so in its run: that is the run's result"),
     Known(r"prefect\.engine - Crash detected! Execution was (cancelled by|aborted by a termination signal)",
-          "a run was cancelled, or toto was stopped while it was under way: its state says so"),
+          "a run was cancelled, or toto was stopped during the run: the run's state says so"),
 )
-# An entry begins with a time, a level or a program's name; what follows until the next one belongs to it.
+# An entry begins with a time, a level or a program's name, and goes on until the next one.
 _HEAD: Final = re.compile(r"(?m)^(?=\d\d:\d\d:\d\d\.\d{3} \| |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* |toto: |"
                           r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL): |Traceback \(most recent call last\))")
 _FAULT: Final = re.compile(
@@ -35,8 +35,8 @@ _FAULT: Final = re.compile(
 
 
 def faults(text: str) -> Iterator[str]:
-    """The entries of a log that somebody should look at: errors, tracebacks, lost events; none that is `KNOWN`."""
-    text = re.sub(r"(?m)^remote: ", "", text)  # as git marks what a hook says
+    """The entries of a log that somebody should check: errors, tracebacks, lost events; without those in `KNOWN`."""
+    text = re.sub(r"(?m)^remote: ", "", text)  # git puts it before each line that a hook prints
     for entry in _HEAD.split(text):
         if _FAULT.search(entry) and not any(re.search(known.pattern, entry, re.S) for known in KNOWN):
             yield entry.rstrip("\n")

@@ -1,7 +1,8 @@
-"""Runs that nobody works on any more, and runs that came due while nobody worked.
+"""Finds runs whose process has died, and runs that came due while toto was down.
 
-What a dead worker left is settled when the next one starts; a run whose process was killed together with its worker
-is known by its silence. A run of `settle` reverts what such a run had half done, and notifies people of its death.
+Runs that a dead worker left are settled when the next worker starts. A run whose process was killed together with its
+worker is found because its heartbeat stops. A run of `settle` then reverts what the dead run had half done, and
+notifies people of its death.
 """
 
 import asyncio
@@ -26,26 +27,27 @@ log = logging.getLogger(__name__)
 SETTLE: Final = "settle/settle"
 HEARTBEAT: Final = 30  # seconds; Prefect accepts no less
 SILENCE: Final = 3 * HEARTBEAT  # seconds without a heartbeat after which a run has crashed
-NOTIFIED_WITHIN: Final = 86_400  # seconds: of an older death nobody needs to hear any more
-PAGE: Final = 200  # runs; the API gives no more at once
+NOTIFIED_WITHIN: Final = 86_400  # seconds: nobody is notified of a death that is older
+PAGE: Final = 200  # runs; the API returns no more at once
 _UNDER_WAY: Final = ("RUNNING", "CANCELLING", "PENDING")
 
 
 async def settle_orphans(api: Api, *, pool: str = POOL) -> list[str]:
     """Settle the runs that a dead worker of `pool` left behind; return their ids.
 
-    For the start of a server whose only worker is this machine's, before that worker starts: what the database calls
-    running has no process any more. Running becomes Crashed and Cancelling becomes Cancelled, subflows with their
-    parents; Pending (taken by the worker, not begun) goes back to Scheduled, so that no push is lost.
+    Call it before the worker starts, when the pool has no other worker: then no run that the database calls running
+    has a process any more. Running becomes Crashed and Cancelling becomes Cancelled, subflows with their parents;
+    Pending (the worker took it and did not begin it) becomes Scheduled again, so that no push is lost.
+    Raises `ServerError`.
     """
     return await _settle(api, await _under_way(api, pool, _UNDER_WAY), "the worker died and left this run behind")
 
 
 async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
-    """Of each schedule's runs that came due while no worker was there, keep the newest; return the ids of the others.
+    """Skip runs that came due while no worker ran, except each schedule's newest; return the ids of the skipped ones.
 
-    The newest is started late: a machine that was off catches up. To start one for every night of a holiday would
-    only do the same thing again, so the others are Cancelled, by the name Skipped.
+    The newest is started late, so that a machine that was off catches up. A run for every night of a holiday would only
+    do the same thing many times, so the others become Cancelled with the name Skipped. Raises `ServerError`.
     """
     due = await _runs(api, {
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
@@ -59,17 +61,17 @@ async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
         kept = newest.setdefault((run["created_by"] or {}).get("id") or run["deployment_id"], run)
         if kept is not run:
             state = {"type": "CANCELLED", "name": "Skipped", "message":
-                     f"toto was away when it was due; the run of {kept['expected_start_time'][:16]} stands for it"}
+                     f"toto was down when it was due; the run of {kept['expected_start_time'][:16]} replaces it"}
             await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             skipped.append(run["id"])
     return skipped
 
 
 async def watch(api: Api, *, pool: str = POOL) -> NoReturn:
-    """Mark each run of `pool` as crashed whose heartbeat has stopped, and have it settled; for as long as it is let.
+    """Until it is cancelled, mark each run of `pool` whose heartbeat has stopped as crashed, and have it settled.
 
-    (Prefect's way is an automation on the heartbeat's event. It also fires for a run that ended before its heartbeat
-    came through, as short ones do: https://github.com/PrefectHQ/prefect/issues/18653.)
+    (Prefect's way is an automation on the heartbeat's event. It also fires for runs that ended before their heartbeat
+    arrived, as short ones do: https://github.com/PrefectHQ/prefect/issues/18653.)
     """
     began = time.monotonic()
     while True:
@@ -81,11 +83,11 @@ async def watch(api: Api, *, pool: str = POOL) -> NoReturn:
                 log.warning("%d runs had no heartbeat for %d s: their processes are gone", len(silent), SILENCE)
                 await have_settled(api, silent)
         except TotoError as error:
-            log.warning("could not look for runs that have died: %s", error)
+            log.warning("could not check for runs that have died: %s", error)
 
 
 async def crash_silent(api: Api, *, pool: str = POOL, silence: float = SILENCE) -> list[str]:
-    """Settle the runs of `pool` that have been under way, and silent, for `silence` seconds; return their ids."""
+    """Settle the runs of `pool` that have run without a heartbeat for `silence` seconds; return their ids."""
     since = datetime.now(UTC) - timedelta(seconds=silence)
     silent = []
     for run in await _under_way(api, pool, ("RUNNING", "CANCELLING")):
@@ -100,10 +102,10 @@ async def crash_silent(api: Api, *, pool: str = POOL, silence: float = SILENCE) 
 
 
 async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None = None) -> None:
-    """Have what dead runs left half done reverted, and people notified that they died: once for each run.
+    """Start runs of `settle` that revert what dead runs left half done and notify people: one for each dead run.
 
-    `left_behind` are the runs that were found under way; some others were marked Crashed before. With `repos`, where
-    no run is under way, whatever is half done in one of them is reverted as well.
+    `left_behind` are the ids of runs that were found running; others were marked Crashed before. With `repos` (when no
+    run is running) everything that is half done in one of them is reverted as well. Raises `ServerError`.
     """
     ids = await deployments(api)
     if SETTLE not in ids:
@@ -118,7 +120,7 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
         parameters = run["parameters"]
         if run["deployment_id"] not in settles:
             asked[f"died-{run['id']}"] = {"repo": parameters["repo"], "died": [run["id"]]}
-        elif run["id"] in left_behind:  # what it was to do is still to be done
+        elif run["id"] in left_behind:  # its work still has to be done
             asked[f"retry-{run['id']}"] = {"repo": parameters["repo"], "died": parameters.get("died") or []}
     for repo in git_host.infra_repos(repos) if repos else ():
         try:
@@ -135,13 +137,13 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
 
 
 async def _under_way(api: Api, pool: str, states: Sequence[str]) -> list[dict[str, Any]]:
-    """The runs of a pool that are in one of the states (subflows have no pool)."""
+    """The runs of a pool in one of the states, without subflows (they have no pool)."""
     return await _runs(api, {"flow_runs": {"state": {"type": {"any_": list(states)}}},
                              "work_pools": {"name": {"any_": [pool]}}})
 
 
 async def _runs(api: Api, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """All runs that a filter finds: the API gives them in pages."""
+    """All runs that match a filter. (The API returns them in pages.)"""
     found: list[dict[str, Any]] = []
     while page := await api.call("POST", "/flow_runs/filter", {**wanted, "limit": PAGE, "offset": len(found)}):
         found += page
@@ -151,7 +153,7 @@ async def _runs(api: Api, wanted: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[str]:
-    """Give runs that nobody works on the state in which they are, and their subflows."""
+    """Set dead runs, and their subflows, to the state that they are really in; return their ids."""
     crashed = {"type": "CRASHED", "name": "Crashed", "message": why}
     outcome = {"RUNNING": crashed, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
                "PENDING": {"type": "SCHEDULED", "name": "Scheduled"}}
@@ -159,7 +161,7 @@ async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[st
     parents = list(runs)
     while parents:
         for run in parents:
-            # A subflow that had not begun has no worker to begin it: it goes with its parent.
+            # No worker would start a subflow that has not begun: it ends with its parent.
             state = outcome[run["state_type"]] if run["deployment_id"] else crashed
             await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             settled.append(run["id"])
@@ -171,7 +173,7 @@ async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[st
 
 
 def _lives_here(run: dict[str, Any]) -> bool:
-    """Whether the run's process is one of this machine's that lives: then its heartbeats were lost, and it was not."""
+    """Whether the run's process is alive on this machine: then only its heartbeats were lost."""
     host, _, pid = (run["infrastructure_pid"] or "").rpartition(":")
     if host != socket.gethostname() or not pid.isdigit():
         return False

@@ -1,4 +1,4 @@
-"""What gathers on toto over the months, and is let go by age or size. No machine's way back is touched."""
+"""Removes old files that pile up on toto over the months, by age or size. Nothing that a revert needs is removed."""
 
 import os
 import time
@@ -13,14 +13,16 @@ LARGEST_LOG: Final = 20_000_000  # bytes
 
 
 def prune(home: Path, repos: list[Path], *, days: float = DAYS) -> int:
-    """Remove what is older than `days` and nobody needs: cached results below `home` (Prefect's), reports of tests,
-    refused pushes; shorten long logs. Returns how many files went."""
+    """Remove files older than `days` that nobody needs, and shorten long logs; return how many files were removed.
+
+    These are cached results in `home` (Prefect's), test reports and refused pushes.
+    """
     before = time.time() - days * 86_400
     gone = _older(home / "results", "**/*", before)
     for repo in repos:
         gone += _older(paths.repo_state(repo) / "junit", "*.xml", before)
         gone += _older(repo / "toto" / "spool", "*.refused", before)
-        gone += _older(repo, branch.CRASH_REPORTS, time.time() - 86_400)  # of a writer that was killed meanwhile
+        gone += _older(repo, branch.CRASH_REPORTS, time.time() - 86_400)  # from writers that were killed
     for log in (home / "logs").glob("*.log"):
         _shorten(log)
     return gone
@@ -34,7 +36,7 @@ def _older(folder: Path, pattern: str, before: float) -> int:
 
 
 def _shorten(log: Path) -> None:
-    """Keep the last quarter of a log that is too large. Its writers append, so they go on where it ends now."""
+    """Keep the last quarter of a log that is too large. Its writers append, so they continue at the new end."""
     if log.stat().st_size <= LARGEST_LOG:
         return
     with log.open("r+b") as file:

@@ -1,9 +1,9 @@
-"""What keeps toto running: Prefect's API server, a worker, and the deployments that they serve.
+"""`toto serve`: runs Prefect's API server, a worker, and everything that they need, in the foreground.
 
-Library functions over `toto.base.process`, and `toto serve`, which runs all of it in the foreground. Nothing
-here imports Prefect: its server and worker are processes, its API is HTTP. What a run does is in `flows/`.
+The functions here are also a library, over `toto.base.process`. Nothing here imports Prefect: its server and worker
+are processes, and its API is HTTP. What a run does is in `flows/`.
 
-Where the settings come from: each was measured; the comment beside it says what it is for.
+Each number was measured; the comment beside it says what it is for.
 """
 
 import argparse
@@ -34,22 +34,22 @@ log = logging.getLogger(__name__)
 
 DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
-PATIENCE: Final = 120  # seconds in which a worker that is started alone wants to see its server
-SETTLED: Final = 60  # seconds after which a fork server that dies is started again
-LEFT_BEHIND: Final = 20  # seconds after which a request is none that its hook is just sending
+PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
+SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
+LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
 
 
 @contextlib.asynccontextmanager
 async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: float = 120
                          ) -> AsyncIterator[process.Running]:
-    """Prefect's API server, from the moment it answers to the end of the block.
+    """Run Prefect's API server, from the moment it answers to the end of the block.
 
     Raises `ServerError` with the log's last lines when it dies before it answers, or takes longer than `timeout`
-    seconds (a new database takes 10 to 20 on a slow machine).
+    seconds (with a new database it takes 10 to 20 s on a slow machine).
     """
     host, port = env["PREFECT_SERVER_API_HOST"], int(env["PREFECT_SERVER_API_PORT"])
     _refuse_taken_port(host, port)
-    # uvicorn itself, not `prefect server start`, which is a second process around much the same call.
+    # uvicorn itself: `prefect server start` is a second process around almost the same call.
     argv = [sys.executable, "-m", "uvicorn", "--app-dir", str(ROOT), "--factory", "toto.server.app:create_app",
             "--host", host, "--port", str(port), "--timeout-keep-alive", "5", "--timeout-graceful-shutdown", "3",
             "--no-access-log", "--log-level", "warning"]
@@ -73,7 +73,7 @@ async def _until_answers(running: process.Running, api: Api, log_file: Path, tim
 @contextlib.asynccontextmanager
 async def running_worker(env: Mapping[str, str], log_file: Path, *, pool: str = POOL,
                          name: str | None = None) -> AsyncIterator[process.Running]:
-    """A process worker of `pool`, to the end of the block; its flow runs end with it."""
+    """Run a process worker of `pool` to the end of the block; its flow runs end with it."""
     argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name",
             name or f"toto@{socket.gethostname()}", "--install-policy", "never"]
     async with _logged(argv, env, log_file, grace=15) as running:
@@ -83,9 +83,10 @@ async def running_worker(env: Mapping[str, str], log_file: Path, *, pool: str = 
 @contextlib.asynccontextmanager
 async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
                               ) -> AsyncIterator[process.Running]:
-    """What makes flow runs begin at once (`toto.server.fork_server`), for the flows in `root`, to the end of the block.
+    """Run a fork server (`toto.server.fork_server`) for the flows in `root`, to the end of the block.
 
-    It is not waited for: without it runs begin slowly. The runs that it has forked end with it.
+    It does not wait until the fork server is ready; before that, runs begin slowly. The runs that the fork server has
+    forked end with it.
     """
     flows = [f"flows.{each.stem}" for each in sorted((root / "flows").glob("[a-z]*.py"))]
     argv = [sys.executable, "-m", "toto.server.fork_server", "serve", *flows]
@@ -113,18 +114,19 @@ def _refuse_taken_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServerError(f"{host}:{port} cannot be listened on: {error.strerror}",
-                              hint="stop what listens there, or choose another --port") from None
+            raise ServerError(f"toto cannot listen on {host}:{port}: {error.strerror}",
+                              hint="stop the program that uses it, or choose a different --port") from None
 
 
 @contextlib.contextmanager
 def only_one(home: Path, part: str) -> Iterator[None]:
+    """Hold the lock of a part ("server" or "worker") in `home`. Raises `ServerError` when it already runs there."""
     with (home / f"{part}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServerError(f"a toto {part} already runs in {home}",
-                              hint="stop it, or choose another --home") from None
+                              hint="stop it, or choose a different --home") from None
         yield
 
 
@@ -132,10 +134,11 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
                 branch: str = "main", host: str = "127.0.0.1", database_url: str | None = None, sqlite: bool = False,
                 auth: str | None = None, ui_url: str | None = None, root: Path = ROOT,
                 ready: asyncio.Event | None = None) -> None:
-    """Server, deployments and worker until `stop` is set; or the server with the deployments, or the worker alone.
+    """Run server, deployments and worker until `stop` is set, or only one `part` ("server" includes the deployments).
 
-    The server starts what pushes leave in the spools of `repos`/*.git. The worker settles what an earlier one left.
-    Prefect's database is at `database_url`, else a PostgreSQL of toto's own, else (or with `sqlite`) a file.
+    The server starts runs for pushes that wait in the spools of `repos`/*.git. The worker settles what an earlier
+    worker left. Prefect's database is at `database_url`, else in a PostgreSQL of toto's own, else (or with `sqlite`) in
+    a file. Sets `ready` when everything runs. Raises `ServerError`, `DatabaseError`.
     """
     settings = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
     home = Path(settings["PREFECT_HOME"])
@@ -148,7 +151,7 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
         stack.callback(process.clean_up)
         if killed := process.clean_up():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
-        if part != "server":  # runs, which may go on while the server is started again, work in there
+        if part != "server":  # runs use the folder, and may go on while the server is restarted
             _clear_old(Path(settings["TMPDIR"]))
         if part != "worker":
             if not (database_url or sqlite) and (cluster := await database.choose(home)):
@@ -158,7 +161,7 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
                 settings = server_environment(home, port, host=host, database_url=cluster.url, auth=auth, ui_url=ui_url)
             elif not database_url:
                 _say(f"the database is {home / 'prefect.db'} (SQLite, for trying out"
-                     f"{'' if sqlite else '; `toto database move` takes it to PostgreSQL'})")
+                     f"{'' if sqlite else '; `toto database move` moves it to PostgreSQL'})")
             serving = _serving(settings, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
         if part != "server":
@@ -178,7 +181,7 @@ def _say(text: str) -> None:
 
 
 def _clear_old(folder: Path) -> None:
-    """Remove from toto's temporary folder what processes that were killed have left, a day ago or longer."""
+    """Remove files older than a day from toto's temporary folder: killed processes have left them."""
     for each in folder.iterdir():
         with contextlib.suppress(OSError):
             if each.lstat().st_mtime < time.time() - 86_400:
@@ -188,8 +191,8 @@ def _clear_old(folder: Path) -> None:
 @contextlib.asynccontextmanager
 async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: str,
                    root: Path) -> AsyncIterator[dict[Path, process.Running]]:
-    """Server, deployments, hooks, and whoever starts what hooks could not."""
-    _say("starting Prefect's server (the first start makes its tables: up to 20 s)")
+    """Run the server, register deployments and hooks, and start runs for pushes whose hooks could not."""
+    _say("starting Prefect's server (the first start creates its tables: up to 20 s)")
     async with running_server(env, log_file) as server:
         _say("registering the deployments")
         ids = await deploy(env, root=root)
@@ -205,7 +208,7 @@ async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: 
 @contextlib.asynccontextmanager
 async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
                    root: Path) -> AsyncIterator[dict[Path, process.Running]]:
-    """The worker, and what makes its runs begin at once."""
+    """Run the worker and its fork server."""
     _say("starting the worker")
     api = Api.of(env)
     if not await api.wait(PATIENCE):
@@ -214,7 +217,7 @@ async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
     if settled := await orphans.settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
     if skipped := await orphans.skip_missed(api):
-        log.warning("skipped %d runs of schedules that came due while toto was away; the newest are started",
+        log.warning("skipped %d runs of schedules that came due while toto was down; the newest are started",
                     len(skipped))
     await orphans.have_settled(api, settled, repos)
     async with _beside(_keep_warm(env, log_file.with_name("runs.log"), root)), running_worker(env, log_file) as worker:
@@ -223,7 +226,7 @@ async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
 
 @contextlib.asynccontextmanager
 async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Let `work` go on beside the block, and no longer."""
+    """Run `work` until the end of the block."""
     task = asyncio.create_task(work)
     try:
         yield
@@ -231,22 +234,22 @@ async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
         task.cancel()
         await asyncio.wait((task,))
         if not task.cancelled() and (error := task.exception()):
-            log.error("unexpectedly: %r", error)
+            log.error("unexpected error: %r", error)
 
 
 async def _keep_warm(env: Mapping[str, str], log_file: Path, root: Path) -> None:
-    """A fork server; another one when it has died (not at once: it would die again)."""
+    """Run a fork server, and start it again when it has died (unless it died soon: it would die again)."""
     while True:
         began = time.monotonic()
         try:
             async with running_fork_server(env, log_file, root=root) as forks:
                 while forks.status is None:  # noqa: ASYNC110
                     await asyncio.sleep(1)
-        except OSError as error:  # no memory for another process just now
+        except OSError as error:  # no memory for one more process just now
             log.error("the fork server: %s", error)
             await asyncio.sleep(SETTLED)
         if time.monotonic() - began < SETTLED:
-            log.warning("runs begin slowly, for their fork server does not stay: see %s", log_file)
+            log.warning("runs begin slowly because their fork server does not stay up: see %s", log_file)
             return
 
 
@@ -260,7 +263,7 @@ async def _adopt_all(repos: Path, served: git_host.Served) -> None:
 
 
 async def _adopt(repo: Path, served: git_host.Served) -> None:
-    """Tell a repository's hook where toto is now, and start what was pushed while it was away."""
+    """Update toto's address in a repository's hook, and start runs for pushes that came while toto was down."""
     try:
         await git_host.create(repo, **asdict(await git_host.as_chosen(repo, served)))
         if drained := await git_host.drain_spool(repo):
@@ -270,7 +273,7 @@ async def _adopt(repo: Path, served: git_host.Served) -> None:
 
 
 async def _drain(repos: Path) -> None:
-    """Start what hooks could not, again and again: Prefect was too busy to answer them in time."""
+    """Every 5 s, start runs for pushes whose hooks could not, since Prefect was too busy to answer in time."""
     while True:
         await asyncio.sleep(5)
         for repo in git_host.infra_repos(repos):
@@ -279,38 +282,38 @@ async def _drain(repos: Path) -> None:
                 if late and (drained := await git_host.drain_spool(repo)):
                     _say(f"{repo.name}: started {len(drained)} pushes that had waited")
             except FileNotFoundError:
-                continue  # a hook was quicker
+                continue  # a hook was faster
             except (TotoError, OSError) as error:
                 log.error("%s: %s", repo.name, error)
 
 
 async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> None:
-    """Wait for `stop`. When server or worker (by their logs) dies, all of toto ends: half of it helps nobody."""
+    """Wait for `stop`. Raises `ServerError` when a part (by its log file) dies: then all of toto ends."""
     while not stop.is_set():
         for log_file, part in parts.items():
             if part.status is not None:
                 raise ServerError(f"the {log_file.stem} exited with status {part.status}:\n{_tail(log_file)}",
-                                  hint=f"see {log_file}; start toto again, it settles what was left")
+                                  hint=f"see {log_file}; start toto again: it settles what was left")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`toto serve`: run toto in the foreground until SIGTERM or SIGINT."""
+    """`toto serve`: run toto in the foreground until SIGTERM or SIGINT; the exit status."""
     state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
     parser = argparse.ArgumentParser("toto serve", description="Run toto: Prefect's server, a worker, deployments.")
     parser.add_argument("--home", type=Path, default=state / "server", help="database, results, logs (%(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="(%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    parser.add_argument("--ui-url", help="where a browser finds the UI, when that is not host and port")
+    parser.add_argument("--ui-url", help="the UI's address in a browser, when that is not host and port")
     parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
     parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help="where prefect.yaml is (%(default)s)")
     parser.add_argument("--sqlite", action="store_true",
-                        help="keep Prefect's database in a file, for trying out, though PostgreSQL is on PATH")
+                        help="keep Prefect's database in a file, for trying out, even if PostgreSQL is on PATH")
     parser.add_argument("--part", choices=get_args(Part), default="all",
-                        help="server (with the deployments) and worker as units of their own (%(default)s)")
-    # Secrets come by the environment: arguments are visible to every user of the machine.
+                        help="run only the server (with the deployments) or only the worker (%(default)s)")
+    # Secrets come from the environment: every user of the machine can see arguments.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
     logging.addLevelName(logging.ERROR, "error: ")
@@ -329,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        # Asked to stop before it was ready: give up the start. After that `serve` ends by itself, and a cancel
+        # If it was asked to stop before it was ready, give up the start. Later `serve` ends by itself, and a cancel
         # would only disturb it while it ends its processes.
         if not ready.is_set():
             work.cancel()

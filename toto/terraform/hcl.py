@@ -1,7 +1,7 @@
 """Just enough of HCL, the language of `.tf` files, to find the modules that a configuration calls.
 
-A module's source is a literal, so nothing is evaluated here. What is no HCL is not told here either, but by terraform.
-(python-hcl2 refuses such a file instead, knows no lines, and takes seconds for 70 kB.)
+A module's source is a literal, so nothing is evaluated here. Mistakes in a file are not reported here: terraform
+reports them. (python-hcl2 refuses such a file instead, has no line numbers, and takes seconds for 70 kB.)
 """
 
 import json
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Nothing here is tried again at a shorter length (`++`, `*+`): else a file of one long line could take minutes.
+# Possessive quantifiers (`++`, `*+`) do not backtrack: with backtracking, a file of one long line could take minutes.
 _CHARACTERS: Final = r'(?:[^"\\$%]++|\\.|\$\$\{|%%\{|[$%](?!\{))'
 _CODE: Final = re.compile(rf"""
     (?P<nothing> \s++ | (?:\#|//)[^\n]*+ | /\*.*?(?:\*/|\Z)
@@ -25,7 +25,7 @@ _STRING: Final = re.compile(rf'{_CHARACTERS}++|[$%]\{{|.', re.DOTALL)
 
 @dataclass(frozen=True)
 class Module:
-    """A call of a module: `module "name" { source = "…" }`, and the line of its source."""
+    """A call of a module: `module "name" { source = "…" }`. `line` is the line of its source, counted from 1."""
 
     name: str
     source: str
@@ -33,7 +33,7 @@ class Module:
 
 
 def modules(text: str) -> Iterator[Module]:
-    """The modules that a `.tf` file calls."""
+    """The modules that the text of a `.tf` file calls. Raises nothing: what it cannot read, it skips."""
     depth, name, before = 0, "", ("", "")
     line, counted = 1, 0
     for word, place in _tokens(text):
@@ -52,7 +52,7 @@ def modules(text: str) -> Iterator[Module]:
 
 
 def json_modules(text: str) -> Iterator[Module]:
-    """The modules that a `.tf.json` file calls."""
+    """The modules that the text of a `.tf.json` file calls. Raises nothing: a file that is no JSON calls none."""
     line, counted = 1, 0
     with suppress(ValueError, AttributeError, RecursionError):
         for calls in _listed(json.loads(text).get("module")):
@@ -69,9 +69,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
-    """Words, marks and whole strings (in their quotes), each with where it begins; no comments, no heredocs."""
+    """Words, marks and whole strings (in their quotes), each with its offset; comments and heredocs are skipped."""
     place, began = 0, 0
-    inside: list[str] = []  # what is open of a string: its quote, and the templates and strings within
+    inside: list[str] = []  # the open parts of a string: its quote, and the templates and strings within it
     while found := (_STRING if inside[-1:] == ['"'] else _CODE).match(text, place):
         start, place, word = place, found.end(), found[0]
         if inside[-1:] == ['"']:
@@ -83,7 +83,7 @@ def _tokens(text: str) -> Iterator[tuple[str, int]]:
                 inside.append("{")
         elif found.lastgroup == "nothing":
             continue
-        elif word == '"':  # a string with templates in it, or without an end
+        elif word == '"':  # a string that has templates in it, or no end
             began = began if inside else start
             inside.append('"')
         elif not inside:

@@ -1,7 +1,8 @@
-"""What a saved terraform plan would do, and what a state holds, as values that can be shown: no secret is in them.
+"""What a saved terraform plan would do, and what a state holds, as values without secrets that are safe to show.
 
-They are read from terraform's own JSON (`show -json`, `state pull`). What terraform or a provider marks as
-sensitive is told as such, and what is in `secrets` is masked wherever it turns up.
+They are read from terraform's own JSON (`show -json`, `state pull`;
+https://developer.hashicorp.com/terraform/internals/json-format). A value that terraform or a provider marks as
+sensitive is shown as `(sensitive value)`, and everything in `secrets` is masked wherever it turns up.
 """
 
 import json
@@ -16,12 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from toto.base.errors import TotoError
 from toto.base.process import mask, shorten
 
-LONGEST: Final = 200  # characters of a value
-MOST: Final = 40  # attributes of a resource
+LONGEST: Final = 200  # characters shown of a value
+MOST: Final = 40  # attributes shown of a resource
 
 
 class PlanRefused(TotoError):
-    """The plan does what the settings prevent. `addresses` are the resources that it would destroy."""
+    """The plan does something that the settings prevent. `addresses` are the resources that it would destroy."""
 
     def __init__(self, message: str, addresses: Sequence[str], *, target: str, hint: str) -> None:
         super().__init__(message, target=target, hint=hint)
@@ -35,9 +36,9 @@ class Action(StrEnum):
     UPDATE = "update"
     REPLACE = "replace"
     DESTROY = "destroy"
-    FORGET = "forget"  # it goes from the state, and stays in the world
-    MOVE = "move"  # another address, and nothing else
-    IMPORT = "import"  # it is in the world already, and comes into the state
+    FORGET = "forget"  # terraform's own word: the resource leaves the state, and stays in the world
+    MOVE = "move"  # only the address changes
+    IMPORT = "import"  # the resource is in the world already, and is added to the state
 
 
 _SIGNS: Final = {Action.CREATE: "+", Action.UPDATE: "~", Action.REPLACE: "-/+", Action.DESTROY: "-", Action.FORGET: ".",
@@ -50,9 +51,9 @@ class _Value(BaseModel):
 
 
 class State(_Value):
-    """What a state is known by: its serial rises with every write, its lineage is that of its first one.
+    """What identifies a state: its serial rises with every write, its lineage never changes.
 
-    `resources` are the addresses of what it manages. A state that was never written has serial 0 and no lineage.
+    `resources` are the addresses of what it manages. A state that was never written has serial 0 and lineage "".
     """
 
     serial: int = 0
@@ -65,7 +66,7 @@ class State(_Value):
 
 
 class Change(_Value):
-    """One resource, or output, that a plan changes: `details` has a line for each attribute that is another."""
+    """One resource or output that a plan changes. `details` has a line for each attribute that changes."""
 
     address: str
     action: Action
@@ -74,7 +75,7 @@ class Change(_Value):
 
     @property
     def lines(self) -> list[str]:
-        """For people: what is done to it, then its attributes."""
+        """For people: what the plan does to the resource, then its attributes."""
         note = f" ({self.note})" if self.note else ""
         return [f"{_SIGNS[self.action]} {self.address}{note}", *(f"    {line}" for line in self.details)]
 
@@ -82,8 +83,8 @@ class Change(_Value):
 class Planned(_Value):
     """A saved plan: the `file` (which holds secrets), and what applying it would do to the state `before`.
 
-    `empty`: there is nothing to apply. `drift` is what was changed in the world behind terraform's back. Two plans do
-    the same when their `changes` and `outputs` are equal.
+    `empty` means that there is nothing to apply. `terraform` is terraform's version. `drift` is what somebody changed
+    in the world without terraform. Two plans do the same when their `changes` and `outputs` are equal.
     """
 
     root: str
@@ -100,22 +101,25 @@ class Planned(_Value):
 
     @property
     def counts(self) -> Counter[Action]:
-        """How many resources each action is done to."""
+        """The number of resources by action."""
         return Counter(change.action for change in self.changes)
 
     def addresses(self, *actions: Action) -> tuple[str, ...]:
-        """The resources to which one of these actions is done."""
+        """The addresses of the resources with one of these actions."""
         return tuple(change.address for change in self.changes if change.action in actions)
 
     @property
     def destroyed(self) -> tuple[str, ...]:
-        """What is destroyed, for good or to be replaced."""
+        """The addresses that are destroyed, for good or to be replaced."""
         return self.addresses(Action.DESTROY, Action.REPLACE)
 
     @property
     def created(self) -> tuple[str, ...]:
-        """What is created, whether something was there before or not. A revert may destroy it again; and where this is
-        the plan of a revert, these are new ones: what they were, with the data in them, does not come back."""
+        """The addresses that are created, whether or not something was there before.
+
+        A revert may destroy them again. In the plan of a revert these are new resources: the old ones, and the data in
+        them, do not come back.
+        """
         return self.addresses(Action.CREATE, Action.REPLACE)
 
     @property
@@ -132,31 +136,33 @@ class Planned(_Value):
         return ", ".join(said) or "nothing to change"
 
     def same(self, other: "Planned") -> bool:
-        """Whether it would do the same as another plan, whatever states they were made against."""
+        """Whether this plan would do the same as a different one, whatever states the two were made from."""
         return (self.empty, self.changes, self.outputs) == (other.empty, other.changes, other.outputs)
 
 
 def refuse(planned: Planned, prevent: Collection[str], allowed: Collection[str] = ()) -> None:
-    """Raises `PlanRefused` when the plan does what `prevent` forbids to resources that are not `allowed`.
+    """Raises `PlanRefused` when the plan does something that `prevent` forbids to a resource that is not `allowed`.
 
-    For the plan of a revert, what the reverted run has created is allowed.
+    `prevent` holds the words of the setting: "destroy" (which includes a replacement) and "replace". For the plan of a
+    revert, `allowed` are the resources that the reverted run created.
     """
     forbidden = {action for word in prevent for action in _PREVENTED[word]}
     doomed = [change.address for change in planned.changes
               if change.action in forbidden and change.address not in allowed]
     if doomed:
         raise PlanRefused(
-            f"the plan destroys what it must not: {', '.join(doomed)}", doomed, target=f"terraform/{planned.root}",
-            hint=f"keep it in the configuration; or take {' and '.join(prevent)} out of what toto.toml prevents")
+            f"the plan would destroy what the settings protect: {', '.join(doomed)}", doomed,
+            target=f"terraform/{planned.root}",
+            hint=f"keep it in the configuration, or remove {' and '.join(prevent)} from `prevent` in toto.toml")
 
 
 def wants_approval(planned: Planned, approve: str) -> bool:
-    """Whether a plan waits for a person, by the setting `approve`: `never`, `destroy` or `always`."""
+    """Whether a person must approve the plan, by the setting `approve`: `never`, `destroy` or `always`."""
     return not planned.empty and (approve == "always" or (approve == "destroy" and bool(planned.destroyed)))
 
 
 def state_of(document: Any, secrets: Sequence[str]) -> State:
-    """The state that `terraform state pull` printed; None for no state at all."""
+    """The state that `terraform state pull` printed, parsed; a `document` of None means that there is no state."""
     if document is None:
         return State()
     addresses = (mask(address, secrets) for address in _addresses(document.get("resources") or ()))
@@ -179,13 +185,13 @@ def _addresses(resources: Sequence[Any]) -> Iterator[str]:
 
 
 def changes_of(entries: Sequence[Any], secrets: Sequence[str]) -> tuple[Change, ...]:
-    """The changes that `resource_changes` or `resource_drift` of a plan tell of, without reads and no-ops."""
+    """The changes in `resource_changes` or `resource_drift` of a plan's JSON, without reads and no-ops."""
     found = (_change(mask(entry["address"], secrets), entry, entry["change"], secrets) for entry in entries)
     return tuple(change for change in found if change is not None)
 
 
 def outputs_of(entries: dict[str, Any], secrets: Sequence[str]) -> tuple[Change, ...]:
-    """The changes that `output_changes` of a plan tell of."""
+    """The changes in `output_changes` of a plan's JSON."""
     found = (_change(f"output.{mask(name, secrets)}", {}, change, secrets) for name, change in sorted(entries.items()))
     return tuple(change for change in found if change is not None)
 
@@ -219,14 +225,14 @@ def _change(address: str, entry: Any, change: Any, secrets: Sequence[str]) -> Ch
 
 
 def _details(change: Any, secrets: Sequence[str]) -> Iterator[str]:
-    """A line for each attribute that is another after than before."""
+    """A line for each attribute that changes."""
     def marked(name: str) -> set[str]:
         return {path for path, flag in leaves(change.get(name)) if flag is True}
 
     before, after = (dict(leaves(change.get(when))) for when in ("before", "after"))
     hidden, unknown = marked("before_sensitive") | marked("after_sensitive"), marked("after_unknown")
 
-    def told(path: str, values: dict[str, Any]) -> str:
+    def text(path: str, values: dict[str, Any]) -> str:
         if values is after and _within(path, unknown) is not None:
             return "(known after apply)"
         if _within(path, hidden) is not None:
@@ -240,24 +246,24 @@ def _details(change: Any, secrets: Sequence[str]) -> Iterator[str]:
             continue
         if ({} in (old, new) or [] in (old, new)) and any(other != path and _within(other, (path,)) is not None
                                                           for other in paths):
-            continue  # its parts are told
-        secret = _within(path, hidden)  # of a mapping that is sensitive as a whole the keys are as well
+            continue  # its parts have lines of their own
+        secret = _within(path, hidden)  # when a whole mapping is sensitive, its keys are too
         name = mask(path if secret is None else secret, secrets) or "value"
-        yield f"{name}: {'' if old is None else f'{told(path, before)} → '}{told(path, after)}"
+        yield f"{name}: {'' if old is None else f'{text(path, before)} → '}{text(path, after)}"
 
 
 def _text(value: Any, secrets: Sequence[str]) -> str:
-    """A value as it is written in JSON; what is secret in a text is masked before it is escaped."""
+    """A value as JSON. Secrets in a text are masked before the text is escaped."""
     return json.dumps(mask(value, secrets) if isinstance(value, str) else value, ensure_ascii=False)
 
 
 def _within(path: str, marked: Collection[str]) -> str | None:
-    """The mark that lies on a path, or on what it is a part of."""
+    """The mark on a path, or on a value that contains it; None without a mark."""
     return next((each for each in marked if each in ("", path) or path.startswith((f"{each}.", f"{each}["))), None)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a JSON document that has no parts, with its path: `tags.Name`, `ports[0]`."""
+    """Every value of a JSON document that has no parts, as (path, value); paths look like `tags.Name`, `ports[0]`."""
     match value:
         case dict() if value:
             for key, each in value.items():

@@ -1,8 +1,8 @@
-"""Terraform: the root modules of the infra repo, their identities, and plan and apply of one of them.
+"""Terraform: finds the root modules of the infra repo, computes their identities, and plans and applies one of them.
 
-A root is planned into a file, and that file is applied, never a second plan. python-terraform builds the command
-lines; they run through the process door, and are ended by SIGINT first: terraform then saves its state and unlocks it.
-What a plan says is read by `toto.terraform.plan`. State locks are waited for and told, never broken.
+A root is planned into a file, and toto applies exactly that file. python-terraform builds the command lines and
+`toto.base.process` runs them; it sends SIGINT first, on which terraform saves its state and unlocks it.
+`toto.terraform.plan` reads what a plan says. Toto waits for state locks and reports them; it never breaks one.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ from toto.terraform import plan as tfplan
 from toto.terraform.plan import Planned, State
 
 FOLDER: Final = "terraform"
-OVERRIDE: Final = "toto_override.tf.json"  # terraform lays files of such a name over the others
-GRACE: Final = 60.0  # seconds to save the state and unlock it, once interrupted
+OVERRIDE: Final = "toto_override.tf.json"  # terraform merges files with such a name over the others
+GRACE: Final = 60.0  # seconds that an interrupted terraform has to save the state and unlock it
 LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
-SHORTEST: Final = 4  # characters of a secret; to mask shorter ones would leave nothing readable
+SHORTEST: Final = 4  # characters of a secret that is masked; masking shorter ones would leave nothing readable
 
-# What of toto's own environment reaches terraform, its providers and provisioners.
+# The variables of toto's own environment that terraform, its providers and its provisioners get.
 _PASSED_ON: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "NIX_SSL_CERT_FILE", "PATH", "SSH_AUTH_SOCK", "SSL_CERT_DIR",
                      "SSL_CERT_FILE", "TF_CLI_CONFIG_FILE", "TMPDIR", "TZ", "USER", "HTTP_PROXY", "HTTPS_PROXY",
                      "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-# Its constructor reads the state that lies in the working directory: in this one there is none.
+# Its constructor reads the state in the working directory; this one has none.
 _COMMANDS: Final = python_terraform.Terraform(working_dir=os.devnull)
 _FLAG: Final = python_terraform.IsFlagged
 _LOCK: Final = re.compile(r"^ +(ID|Operation|Who|Created): +(.*?) *$", re.MULTILINE)
@@ -53,9 +53,9 @@ _POSITION: Final = re.compile(r"\bon (\S.*) line (\d+)")
 
 
 class TerraformFailed(TotoError):
-    """A terraform command failed; the message is terraform's own errors, their positions made the repo's.
+    """A terraform command failed. The message is terraform's own errors, with positions as paths in the repo.
 
-    `killed`: it was ended by a signal, so that nobody knows how far it came.
+    `killed` means that a signal ended it, so nobody knows how far it got.
     """
 
     def __init__(self, message: str, *, target: str, hint: str | None = None, killed: bool = False) -> None:
@@ -64,14 +64,14 @@ class TerraformFailed(TotoError):
 
 
 class StateLocked(TerraformFailed):
-    """Another terraform held the lock of the state for all the time that was waited.
+    """A different terraform held the lock of the state for as long as toto waited (`waited`, in seconds).
 
-    `holder` is what the lock says of it (ID, Operation, Who, Created); empty where the backend does not tell.
+    `holder` is what the lock says about it (ID, Operation, Who, Created); empty when the backend does not say.
     """
 
     def __init__(self, holder: Mapping[str, str], *, target: str, waited: float) -> None:
         who, since, what, lock = (holder.get(key, "unknown") for key in ("Who", "Created", "Operation", "ID"))
-        by = f"{who} since {since} ({what}, lock {lock})" if holder else "someone: the backend does not say whom"
+        by = f"{who} since {since} ({what}, lock {lock})" if holder else "someone: the backend does not say who"
         unlock = f"; if it is dead, `terraform force-unlock {lock}`" if holder else ""
         super().__init__(f"its state is locked by {by}; waited {waited:g} s", target=target,
                          hint=f"wait until that terraform is done{unlock}")
@@ -79,11 +79,11 @@ class StateLocked(TerraformFailed):
 
 
 class PlanStale(TerraformFailed):
-    """The state has moved since the plan was made; nothing was applied."""
+    """The state has changed since the plan was made; nothing was applied."""
 
 
 class ApplyFailed(TerraformFailed):
-    """A plan was not applied, or only in part. `partial` is False only where it is certain that nothing was changed."""
+    """A plan was not applied, or only in part. `partial` is False only when it is certain that nothing was changed."""
 
     def __init__(self, message: str, *, partial: bool, target: str, hint: str | None = None) -> None:
         super().__init__(message, target=target, hint=hint)
@@ -91,7 +91,7 @@ class ApplyFailed(TerraformFailed):
 
 
 class Root(Model):
-    """A root module: `path` is its folder in the repo. The rest is as in `toto.toml`, defaults filled in."""
+    """A root module. `path` is its folder in the repo; the other fields are those of `toto.toml`, with defaults."""
 
     name: str
     path: str
@@ -110,14 +110,14 @@ class Root(Model):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What it reads besides its own folder and the modules that it calls, as paths in the repo."""
+        """The files that it reads besides its own folder and the modules that it calls, as paths in the repo."""
         return *self.var_files, *(each for each in self.backend_config if "=" not in each), *self.watch
 
 
 def discover(tree: Path, settings: Terraform) -> list[Root]:
-    """The roots of a commit, each after those that it comes `after`.
+    """The roots of a commit, in an order in which each comes after the roots in its `after`.
 
-    Raises `SettingsError` for what names no file or no root, and for a circle.
+    Raises `SettingsError` when a setting names a file or a root that does not exist, and when `after` has a circle.
     """
     named = settings.roots or {name: TerraformRoot(path=path) for name, path in _found(tree)}
     roots = {name: Root(name=name, **each.model_dump(exclude={"path", "prevent", "approve"}),
@@ -159,7 +159,7 @@ def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
 
 
 def _configuration(folder: Path) -> list[Path]:
-    """The files of a module: those of its folder that terraform reads."""
+    """The files of a module: those in its folder that terraform reads."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.name.endswith((".tf", ".tf.json"))
@@ -167,10 +167,10 @@ def _configuration(folder: Path) -> list[Path]:
 
 
 async def identity(repo: Path, commit: str, tree: Path, root: Root) -> str:
-    """A hash that changes when what the root makes of the world may: by its files in git, and its own settings.
+    """The hash (SHA-256, hex) of a root's files in git and its settings; it changes when the root's effect may change.
 
-    Its files are its folder, the local modules that it calls (and those that they call), where links in them lead,
-    and the root's `files`. Raises `InputError`, with file and line, for a module that is not in the repo.
+    Its files are its folder, the local modules that it calls (and those that they call), the targets of links in
+    them, and the root's `files`. Raises `InputError`, with file and line, for a module that is not in the repo.
     """
     names = sorted(_dependencies(tree.resolve(), root))
     ids = await git.git(repo, "rev-parse", *(f"{commit}:{name}" for name in names))
@@ -197,22 +197,22 @@ def _called(tree: Path, folder: Path) -> Iterator[Path]:
         text = file.read_text(errors="replace")
         for module in (hcl.json_modules if file.suffix == ".json" else hcl.modules)(text):
             if not module.source.startswith(("./", "../", "/")):
-                continue  # of a registry or of another repo, pinned by its version
+                continue  # from a registry or a different repo, pinned by its version
             target = (folder / module.source).resolve()
             if not target.is_relative_to(tree) or not target.is_dir():
-                wrong = "is no folder" if target.is_relative_to(tree) else "is not in the repo"
+                wrong = "is not a folder" if target.is_relative_to(tree) else "is not in the repo"
                 raise InputError(f"the source of module {shown(module.name)} {wrong}: {shown(module.source)}",
-                                 target=f"{file.relative_to(tree)}:{module.line}", hint="mend the path and push again")
+                                 target=f"{file.relative_to(tree)}:{module.line}", hint="fix the path and push again")
             yield target
 
 
 @dataclass(frozen=True)
 class Session:
-    """Terraform at work on one root of an exported commit, `tree`.
+    """Terraform for one root of an exported commit, `tree`.
 
-    `scratch` is the run's own directory: there go the plans, which hold secrets, and what terraform downloads. A root
-    without a backend keeps its state in toto's state directory for `repo`. `env` are the secrets that terraform is
-    given (`TF_VAR_…`, `AWS_…`); they are masked in whatever it says, to `on_line` as well.
+    `scratch` is the run's own directory: it holds the plans, which contain secrets, and what terraform downloads. A
+    root without a backend keeps its state in toto's state directory for `repo`. `env` are the secrets that terraform
+    gets (`TF_VAR_…`, `AWS_…`); they are masked in all of its output, also in what `on_line` gets.
     """
 
     repo: Path
@@ -224,9 +224,9 @@ class Session:
     on_line: LineSink | None = None
 
     async def plan(self, *, destroy: bool = False) -> Planned:
-        """Make the root ready (see `init`) and plan it; with `destroy`, that all of it is destroyed.
+        """Make the root ready (see `init`) and plan it. With `destroy`, the plan destroys all of it.
 
-        Raises `TerraformFailed` (`StateLocked` among them), `InputError`, `CommandTimeout`.
+        Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
         """
         await self.init()
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
@@ -235,7 +235,7 @@ class Session:
                                destroy=_FLAG if destroy else None,
                                var_file=[str(self.tree / file) for file in self.root.var_files])
         document = json.loads((await self._run("show", name, private=True, json=_FLAG)).stdout)
-        # Read afterwards: should the state move in between, the plan is stale, and is never applied to another one.
+        # The state is read last: if it changes in between, the plan is stale, and terraform refuses to apply it.
         return Planned(root=self.root.name, file=Path(name), before=await self.state(), empty=done.status == 0,
                        terraform=document["terraform_version"],
                        changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
@@ -243,10 +243,10 @@ class Session:
                        drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets))
 
     async def apply(self, planned: Planned) -> State:
-        """Apply a saved plan of this session's tree and scratch, exactly, and return the state that it left.
+        """Apply exactly a saved plan of this session's tree and scratch; return the state that it leaves.
 
-        When cancelled, terraform finishes what it is at, saves its state and unlocks it.
-        Raises `PlanStale` and `StateLocked` (nothing was done), and `ApplyFailed`.
+        On a cancel, terraform finishes its current operation, saves its state and unlocks it.
+        Raises `PlanStale` or `StateLocked` (nothing was done), or `ApplyFailed`.
         """
         try:
             await self._run("apply", planned.file, lock_timeout=self._patience)
@@ -259,14 +259,15 @@ class Session:
         return await self.state()
 
     async def state(self) -> State:
-        """The state as it is now. The session must be ready, by `plan` or `init`."""
+        """The state as it is now. Call `plan` or `init` first. Raises `TerraformFailed`, `CommandTimeout`."""
         text = (await self._run("state pull", private=True)).stdout
         return tfplan.state_of(json.loads(text) if text.strip() else None, self._secrets)
 
     async def init(self) -> None:
-        """Make the tree ready: backend, providers, modules, workspace. One at a time, for providers' shared cache.
+        """Make the tree ready: backend, providers, modules, workspace.
 
-        Raises `InputError` for a state that would be lost with the tree.
+        Only one session at a time does this, because all share one cache of providers. Raises `InputError` for a state
+        that would be lost with the tree, `TerraformFailed`, `CommandTimeout`.
         """
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -294,9 +295,9 @@ class Session:
         config = backend["config"]
         kept = [config.get("path"), *([config.get("workspace_dir")] if self.root.workspace != "default" else [])]
         if backend["type"] == "local" and not all(path and Path(path).is_absolute() for path in kept):
-            raise InputError("its backend keeps the state beside the configuration, which goes when the run is over",
+            raise InputError("its backend keeps the state beside the configuration, which is deleted after the run",
                              target=self.root.label, hint=f"leave the backend block out, and toto keeps the state in "
-                                                          f"{self._home}; or use another backend")
+                                                          f"{self._home}; or use a different backend")
 
     def _check_no_state_beside(self) -> None:
         kept = self._home / "terraform.tfstate"
@@ -310,29 +311,29 @@ class Session:
             moved = await self.state() != planned.before
         except TotoError:
             moved = True
-        # One that was killed may have made what it could not write down.
+        # A terraform that was killed may have created resources that are not in the state.
         partial = moved or unsaved is not None or isinstance(error, CommandTimeout) or error.killed
-        hint = ("a part of the plan may have been applied: the next plan shows what is left of it" if partial
-                else "nothing was changed; mend the cause and push again")
+        hint = ("a part of the plan may have been applied: the next plan shows what is left to do" if partial
+                else "nothing was changed; fix the cause and push again")
         if unsaved is not None:
-            hint = f"the state could not be saved: it is kept in {unsaved}, and the next run saves it first"
+            hint = f"terraform could not save the state: toto keeps it in {unsaved}, and the next run saves it first"
         return ApplyFailed(error.message, partial=partial, target=self.root.label, hint=hint)
 
     async def _save_late(self, file: Path) -> None:
-        """Save the state that an earlier apply could not; terraform refuses that when the state has moved since."""
+        """Save a state that an earlier apply could not save. Terraform refuses when the state has changed since."""
         try:
             await self._run("state push", file, lock_timeout=self._patience)
         except StateLocked:
             raise
         except TerraformFailed as error:
-            raise TerraformFailed(f"what an earlier apply did is not in the state: {error.message}",
+            raise TerraformFailed(f"the state lacks what an earlier apply did: {error.message}",
                                   target=self.root.label,
-                                  hint=f"compare {file}, which that apply left, with the state; "
-                                       "remove it when the state is right") from None
+                                  hint=f"compare the state with {file}, which that apply left; "
+                                       "remove the file when the state is right") from None
         file.unlink()
 
     def _rescue(self) -> Path | None:
-        """Take the state that terraform could not save out of the tree, before it goes."""
+        """Move a state that terraform could not save out of the tree, before the tree is deleted."""
         left = self._folder / "errored.tfstate"
         if not left.exists():
             return None
@@ -343,9 +344,9 @@ class Session:
 
     async def _run(self, command: str, *arguments: str | Path, ok: Collection[int] = (0,), private: bool = False,
                    **options: Any) -> Completed:
-        """Run a terraform command; the output of a `private` one is for toto alone, and holds secrets.
+        """Run a terraform command. The output of a `private` one holds secrets, and only toto reads it.
 
-        Raises `TerraformFailed` or one of its kinds for a status that is not `ok`, `CommandTimeout`.
+        Raises `TerraformFailed` or a subclass when the exit status is not in `ok`, and `CommandTimeout`.
         """
         argv = _COMMANDS.generate_cmd_string(command, *map(str, arguments), no_color=_FLAG, **options)
         sink = None if private else self.on_line
@@ -369,20 +370,21 @@ class Session:
         said = process.mask(done.stderr, self._secrets)
         if "Error acquiring the state lock" in said:
             holder = dict(_LOCK.findall(said))
-            # Some backends (pg) cannot tell who holds a lock, and terraform then prints what it would have written.
+            # Some backends (pg) do not know who holds a lock; terraform then prints what it would have written itself.
             ours = holder.get("Who", "").endswith(f"@{socket.gethostname()}")
             if ours and holder.get("Created", "") >= began.strftime("%Y-%m-%d %H:%M:%S.%f"):
                 holder = {}
             return StateLocked(holder, target=self.root.label, waited=self.settings.lock_timeout)
         if re.search(r"Saved plan (is stale|does not match)", said):
-            return PlanStale("the state has moved since it was planned", target=self.root.label, hint="plan it again")
-        told = self._in_repo(_errors(said)) or f"`{process.shorten(' '.join(done.argv))}` said nothing"
+            return PlanStale("the state has changed since the plan was made", target=self.root.label,
+                             hint="plan it again")
+        text = self._in_repo(_errors(said)) or f"`{process.shorten(' '.join(done.argv))}` printed no error"
         if done.status < 0:
-            told = f"terraform was ended by {signal.Signals(-done.status).name}\n{told}"
-        return TerraformFailed(told, target=self.root.label, killed=done.status < 0)
+            text = f"terraform was ended by {signal.Signals(-done.status).name}\n{text}"
+        return TerraformFailed(text, target=self.root.label, killed=done.status < 0)
 
     def _in_repo(self, text: str) -> str:
-        """Terraform's words with positions as paths in the repo, not in the root's folder."""
+        """Terraform's text, with positions as paths in the repo instead of the root's folder."""
         return _POSITION.sub(lambda found: f"on {os.path.normpath(f'{self.root.path}/{found[1]}')} line {found[2]}"
                              if (self._folder / found[1]).exists() else found[0], text)
 
@@ -396,12 +398,12 @@ class Session:
 
     @property
     def _home(self) -> Path:
-        """What outlives a run."""
+        """The files that outlive a run."""
         return paths.repo_state(self.repo) / "terraform" / self.root.name
 
     @property
     def _data(self) -> Path:
-        """What goes with the run. Of a run's own, so that two runs may plan one root at a time."""
+        """The files that are deleted after the run. Each run has its own, so two runs may plan a root at once."""
         return self.scratch / "terraform" / self.root.name / self.root.workspace
 
     @property
@@ -427,7 +429,7 @@ def _plugins() -> Path:
 
 
 def _errors(text: str) -> str:
-    """The errors in what terraform printed, each once, bounded; all of it where it has no such form."""
+    """The errors in what terraform printed, each once, bounded; all of the text when it has no `Error: ` blocks."""
     blocks = (block.strip() for block in re.split(r"^(?=Error: )", text, flags=re.MULTILINE))
     said = "\n".join(dict.fromkeys(block for block in blocks if block.startswith("Error: ")
                                    and block != "Error: execution halted")) or text
@@ -435,7 +437,7 @@ def _errors(text: str) -> str:
 
 
 def _spellings(values: Iterable[str]) -> list[str]:
-    """Every form in which a secret may turn up: whole, as part of its JSON or URL, by lines, escaped. Longest first."""
+    """Every form in which a secret may turn up: whole, parts of its JSON or URL, lines, escaped. The longest first."""
     found = set(values)
     for value in tuple(found):
         with suppress(ValueError, RecursionError):
