@@ -29,22 +29,32 @@ async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:
     yield Row("  the same, 4 pushes at once, the last", found.crowds, "`prefect deployment run` alone", found.cli)
     yield Row("a flow run that does nothing, in all", found.whole_runs, "`python -c 'import prefect'`", found.imports)
     on_sqlite = await latency.measure(folder / "sqlite")
-    yield Row("push, until the flow's first line, on SQLite", on_sqlite.first_lines, "the same, on PostgreSQL",
-              found.first_lines)
+    yield Row(
+        "push, until the flow's first line, on SQLite",
+        on_sqlite.first_lines,
+        "the same, on PostgreSQL",
+        found.first_lines,
+    )
     yield Spread("push to first line, on SQLite", on_sqlite.first_lines, 1.5)
 
 
 MEASURES: Final[dict[str, Measure]] = {
-    "detect": detect.measure, "noop": noop.measure, "latency": push_to_first_line, "boot": boot.measure,
-    "parsing": parsing.measure}
+    "detect": detect.measure,
+    "noop": noop.measure,
+    "latency": push_to_first_line,
+    "boot": boot.measure,
+    "parsing": parsing.measure,
+}
 
 
 async def main(names: list[str]) -> None:
     if unknown := set(names) - set(MEASURES):
         sys.exit(f"no such measure: {', '.join(sorted(unknown))} (there are: {', '.join(MEASURES)})")
     began = time.monotonic()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it starts\n\n{HEAD}\n{'-' * len(HEAD)}",
-          flush=True)
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it starts\n\n{HEAD}\n{'-' * len(HEAD)}",
+        flush=True,
+    )
     for name in names or MEASURES:
         with tempfile.TemporaryDirectory(prefix="toto-bench-") as folder:
             async for row in MEASURES[name](Path(folder)):

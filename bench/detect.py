@@ -94,10 +94,12 @@ async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:
     name = f"detect, {count} host{'s' if count > 1 else ''}, nothing due"
     yield Row(name, toto, f"nix-instantiate, {width} side by side", parallel)
     yield Row(name, toto, "nix-instantiate, one by one", one_by_one)
-    yield Row("  RSS of its nix processes, summed, peak", memory.sums, "the same of the bare runs",
-              bare_memory.sums, "MB")
-    yield Row("  RSS of its largest nix process", memory.largest, "the same of the bare runs", bare_memory.largest,
-              "MB")
+    yield Row(
+        "  RSS of its nix processes, summed, peak", memory.sums, "the same of the bare runs", bare_memory.sums, "MB"
+    )
+    yield Row(
+        "  RSS of its largest nix process", memory.largest, "the same of the bare runs", bare_memory.largest, "MB"
+    )
 
 
 async def _new(fleet: Known) -> Row:
@@ -107,8 +109,9 @@ async def _new(fleet: Known) -> Row:
     for number in range(3):
         await _timed(twice, partial(bare, fleet.files * 2, side_by_side()))
         await _timed(toto, partial(fleet.plan, f"bench-new-{number}"))
-    return Row(f"detect, {len(fleet.files)} hosts, all new (systems and VMs)", toto,
-               "nix-instantiate, each host twice", twice)
+    return Row(
+        f"detect, {len(fleet.files)} hosts, all new (systems and VMs)", toto, "nix-instantiate, each host twice", twice
+    )
 
 
 async def _process() -> Row:
@@ -118,6 +121,7 @@ async def _process() -> Row:
 
     async def plain() -> None:
         await (await asyncio.create_subprocess_exec("true")).wait()
+
     for _ in range(20):
         await _timed(toto, partial(process.run, ["true"]))
         await _timed(bare_runs, plain)

@@ -45,8 +45,9 @@ class Known:
         """Write every host into the ledger as deployed, so that nothing is due."""
         for change in (await self.plan("bench-good")).changes.changes:
             deployed = kind_of(change.target).deployed(change.desired, commit=self.commit, run="bench", at=git.now())
-            await Ledger(self.fleet.repo).write(change.target, verified(deployed),
-                                                f"{change.label}: good at {self.commit[:8]}")
+            await Ledger(self.fleet.repo).write(
+                change.target, verified(deployed), f"{change.label}: good at {self.commit[:8]}"
+            )
 
 
 def example(folder: Path, count: int) -> Path:
@@ -57,7 +58,8 @@ def example(folder: Path, count: int) -> Path:
     for number in range(1, count + 1):
         name = f"host{number}"
         (folder / "hosts" / f"{name}.nix").write_text(
-            f'{{ imports = [ ../modules/common.nix ../modules/web.nix ]; networking.hostName = "{name}"; }}\n')
+            f'{{ imports = [ ../modules/common.nix ../modules/web.nix ]; networking.hostName = "{name}"; }}\n'
+        )
         machines.append(f"  - {{ name: {name}, address: 192.0.2.{number}, ports: [8080] }}")
     (folder / "machines.yaml").write_text("\n".join(machines) + "\n")
     return folder
@@ -87,11 +89,20 @@ async def bare(files: Sequence[Path], at_once: int) -> None:
     async def one(file: Path) -> None:
         async with room:
             nix = await asyncio.create_subprocess_exec(
-                "nix-instantiate", "<nixpkgs/nixos>", "-A", "config.system.build.toplevel", "--arg", "configuration",
-                str(file), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL)
+                "nix-instantiate",
+                "<nixpkgs/nixos>",
+                "-A",
+                "config.system.build.toplevel",
+                "--arg",
+                "configuration",
+                str(file),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
             if await nix.wait() != 0:
                 raise RuntimeError(f"nix-instantiate of {file} failed")
+
     await asyncio.gather(*map(one, files))
 
 

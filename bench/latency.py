@@ -50,8 +50,9 @@ async def measure(folder: Path, database_url: str | None = None) -> Latency:
         api = Api.of(env)
         ids = await deployments.deploy(env, root=folder)
         async with server.running_worker(env, folder / "worker.log"):
-            hooked = await git_host.create(folder / "infra.git", api_url=api.url, ui_url="http://ui",
-                                           deployment_id=ids["reconcile/reconcile"])
+            hooked = await git_host.create(
+                folder / "infra.git", api_url=api.url, ui_url="http://ui", deployment_id=ids["reconcile/reconcile"]
+            )
             bare = folder / "bare.git"
             await process.run(["git", "init", "--quiet", "--bare", bare])
             await process.run(["git", "init", "--quiet", "--initial-branch=main", folder / "clone"])
@@ -69,9 +70,23 @@ async def measure(folder: Path, database_url: str | None = None) -> Latency:
                 for _ in range(3):
                     found.crowds.append(await _crowd(folder / "clone", hooked, api))
             for _ in range(3):
-                found.cli.append((await process.run(
-                    [sys.executable, "-m", "prefect", "deployment", "run", "reconcile/reconcile", "-p", "repo=x"],
-                    env=env)).seconds)
+                found.cli.append(
+                    (
+                        await process.run(
+                            [
+                                sys.executable,
+                                "-m",
+                                "prefect",
+                                "deployment",
+                                "run",
+                                "reconcile/reconcile",
+                                "-p",
+                                "repo=x",
+                            ],
+                            env=env,
+                        )
+                    ).seconds
+                )
                 found.imports.append((await process.run([sys.executable, "-c", "import prefect"], env=env)).seconds)
     return found
 

@@ -18,8 +18,10 @@ class Row:
 
     def __str__(self) -> str:
         ours, theirs = statistics.median(self.values), statistics.median(self.others)
-        return (f"{self.what:<46}{self._shown(ours):>11}   {self.against:<42}{self._shown(theirs):>11}   "
-                f"{ours / theirs:6.2f}")
+        return (
+            f"{self.what:<46}{self._shown(ours):>11}   {self.against:<42}{self._shown(theirs):>11}   "
+            f"{ours / theirs:6.2f}"
+        )
 
     def _shown(self, value: float) -> str:
         return f"{value:.3f} s" if self.unit == "s" else f"{value:.1f} {self.unit}"
@@ -35,8 +37,10 @@ class Spread:
 
     def __str__(self) -> str:
         middle, high = statistics.median(self.values), statistics.quantiles(self.values, n=20, method="inclusive")[-1]
-        return (f"    {self.what}: p50 {middle:.3f} s, p95 {high:.3f} s of {len(self.values)}; target p95 < "
-                f"{self.promised:g} s: {'held' if high < self.promised else 'NOT HELD'}")
+        return (
+            f"    {self.what}: p50 {middle:.3f} s, p95 {high:.3f} s of {len(self.values)}; target p95 < "
+            f"{self.promised:g} s: {'held' if high < self.promised else 'NOT HELD'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,5 +55,7 @@ class Target:
     def __str__(self) -> str:
         ours, theirs = statistics.median(self.row.values), statistics.median(self.row.others)
         limit = self.times * theirs + self.plus
-        return (f"    target: {self.what} ≤ {self.times:g} × {theirs:.3f} s + {self.plus:g} s = {limit:.3f} s: "
-                f"{'held' if ours <= limit else 'NOT HELD'} ({ours:.3f} s)")
+        return (
+            f"    target: {self.what} ≤ {self.times:g} × {theirs:.3f} s + {self.plus:g} s = {limit:.3f} s: "
+            f"{'held' if ours <= limit else 'NOT HELD'} ({ours:.3f} s)"
+        )

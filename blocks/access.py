@@ -29,16 +29,19 @@ class SshIdentity(AccessBlock):
     _block_type_name: ClassVar[str] = "Toto ssh identity"
 
     private_key: SecretStr = Field(
-        default=SecretStr(""), title="Private key",
-        description="The key itself, from its BEGIN to its END line. Leave it empty to name a file instead.")
+        default=SecretStr(""),
+        title="Private key",
+        description="The key itself, from its BEGIN to its END line. Leave it empty to name a file instead.",
+    )
     path: str = Field(default="", title="Path", description="The file of the key on toto, when it is kept there.")
 
     @field_validator("private_key")
     @classmethod
     def _is_a_key(cls, key: SecretStr) -> SecretStr:
         text = key.get_secret_value().replace("\r\n", "\n").strip()
-        if text and not re.fullmatch(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n.*\n-----END [A-Z ]*PRIVATE KEY-----", text,
-                                     re.DOTALL):
+        if text and not re.fullmatch(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n.*\n-----END [A-Z ]*PRIVATE KEY-----", text, re.DOTALL
+        ):
             raise ValueError("should be a private key, with its BEGIN and END lines each on a line of its own")
         return SecretStr(f"{text}\n" if text else "")
 
@@ -55,8 +58,10 @@ class TerraformCredentials(AccessBlock):
     _block_type_name: ClassVar[str] = "Toto terraform credentials"
 
     variables: SecretDict = Field(
-        default_factory=lambda: SecretDict({}), title="Environment variables",
-        description='As JSON: {"HCLOUD_TOKEN": "…", "AWS_SECRET_ACCESS_KEY": "…", "TF_VAR_password": "…"}')
+        default_factory=lambda: SecretDict({}),
+        title="Environment variables",
+        description='As JSON: {"HCLOUD_TOKEN": "…", "AWS_SECRET_ACCESS_KEY": "…", "TF_VAR_password": "…"}',
+    )
 
     @field_validator("variables")
     @classmethod
@@ -77,8 +82,10 @@ class KubeAccess(AccessBlock):
     _block_type_name: ClassVar[str] = "Toto kube access"
 
     kubeconfig: SecretStr = Field(
-        default=SecretStr(""), title="Kubeconfig",
-        description="Its text: `kubectl config view --raw --flatten --minify`. Leave it empty to name a file instead.")
+        default=SecretStr(""),
+        title="Kubeconfig",
+        description="Its text: `kubectl config view --raw --flatten --minify`. Leave it empty to name a file instead.",
+    )
     path: str = Field(default="", title="Path", description="The file of the kubeconfig on toto, when it is there.")
     context: str = Field(default="", title="Context", description="The context to use; empty: the current one.")
 
@@ -105,8 +112,10 @@ class KubeAccess(AccessBlock):
             config = yaml.safe_load(text or (path.read_text() if path else "{}")) or {}
             known = [str(each["name"]) for each in config.get("contexts") or ()]
             if self.context not in known:
-                raise InputError(f"there is no context {self.context!r} in the kubeconfig",
-                                 target=f"block {self.get_block_type_slug()}",
-                                 hint=f"it has {', '.join(known) or 'none'}; fix the block in the UI, under Blocks")
+                raise InputError(
+                    f"there is no context {self.context!r} in the kubeconfig",
+                    target=f"block {self.get_block_type_slug()}",
+                    hint=f"it has {', '.join(known) or 'none'}; fix the block in the UI, under Blocks",
+                )
             text = yaml.safe_dump(config | {"current-context": self.context})
         return files.write(directory / "kubeconfig", text) if text else path

@@ -24,8 +24,10 @@ class TotoBlock(Block, ABC):
         except RuntimeError as error:  # Prefect raises it for a block that does not validate
             if not isinstance(error.__cause__, ValidationError):
                 raise
-            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
-                              for each in error.__cause__.errors(include_input=False, include_context=False,
-                                                                 include_url=False))
-            raise InputError(wrong, target=f"block {cls.get_block_type_slug()}/{name}",
-                             hint="fix it in the UI, under Blocks") from None
+            wrong = "; ".join(
+                f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+                for each in error.__cause__.errors(include_input=False, include_context=False, include_url=False)
+            )
+            raise InputError(
+                wrong, target=f"block {cls.get_block_type_slug()}/{name}", hint="fix it in the UI, under Blocks"
+            ) from None

@@ -34,8 +34,10 @@ class SlackVenue(VenueBlock):
 
     _block_type_name: ClassVar[str] = "Toto venue: Slack"
 
-    url: SecretStr = Field(title="Webhook address", description="Such as https://hooks.slack.com/services/T…/B…/…; "
-                                                                "everybody who knows it can post to the channel.")
+    url: SecretStr = Field(
+        title="Webhook address",
+        description="Such as https://hooks.slack.com/services/T…/B…/…; everybody who knows it can post to the channel.",
+    )
     _url = field_validator("url")(_checked)
 
     def venue(self, name: str) -> venues.Slack:
@@ -49,12 +51,17 @@ class MailVenue(VenueBlock):
 
     host: str = Field(default="localhost", title="SMTP server", description="Its host name.")
     security: Security = Field(
-        default="starttls", title="Security",
-        description="starttls (port 587), tls from the start (port 465), or none: only for a server on toto itself.")
+        default="starttls",
+        title="Security",
+        description="starttls (port 587), tls from the start (port 465), or none: only for a server on toto itself.",
+    )
     port: int = Field(default=0, ge=0, le=65535, title="Port", description="0: the usual port for this security.")
     sender: str = Field(title="From", description="The address that mail comes from.")
-    to: list[str] = Field(default_factory=list, title="To", description=(
-        'The addresses that mail goes to, as JSON: ["ops@example.org"]. `pusher` does not need any.'))
+    to: list[str] = Field(
+        default_factory=list,
+        title="To",
+        description=('The addresses that mail goes to, as JSON: ["ops@example.org"]. `pusher` does not need any.'),
+    )
     user: str = Field(default="", title="User", description="To log in with; empty: no login.")
     password: SecretStr = Field(default=SecretStr(""), title="Password", description="To log in with.")
 
@@ -66,8 +73,16 @@ class MailVenue(VenueBlock):
         return value
 
     def venue(self, name: str) -> venues.Mail:
-        return venues.Mail(name=name, host=self.host, port=self.port, security=self.security, sender=self.sender,
-                           to=tuple(self.to), user=self.user, password=self.password.get_secret_value())
+        return venues.Mail(
+            name=name,
+            host=self.host,
+            port=self.port,
+            security=self.security,
+            sender=self.sender,
+            to=tuple(self.to),
+            user=self.user,
+            password=self.password.get_secret_value(),
+        )
 
 
 class WebhookVenue(VenueBlock):
@@ -77,8 +92,10 @@ class WebhookVenue(VenueBlock):
 
     url: SecretStr = Field(title="Address", description="The address that toto posts the JSON to.")
     secret: SecretStr = Field(
-        default=SecretStr(""), title="Secret",
-        description="Signs the body: X-Hub-Signature-256 is its HMAC, as in GitHub's webhooks. Empty: no signature.")
+        default=SecretStr(""),
+        title="Secret",
+        description="Signs the body: X-Hub-Signature-256 is its HMAC, as in GitHub's webhooks. Empty: no signature.",
+    )
     _url = field_validator("url")(_checked)
 
     def venue(self, name: str) -> venues.Webhook:
@@ -90,8 +107,10 @@ class NtfyVenue(VenueBlock):
 
     _block_type_name: ClassVar[str] = "Toto venue: ntfy"
 
-    url: SecretStr = Field(title="Address of the topic", description="Such as https://ntfy.sh/TOPIC; "
-                                                                     "everybody who knows it can read and post.")
+    url: SecretStr = Field(
+        title="Address of the topic",
+        description="Such as https://ntfy.sh/TOPIC; everybody who knows it can read and post.",
+    )
     token: SecretStr = Field(default=SecretStr(""), title="Access token", description="Empty: none.")
     _url = field_validator("url")(_checked)
 
@@ -106,9 +125,11 @@ async def pusher(address: str) -> venues.Mail:
     """The sender for mail to a pusher: the mail venue `pusher`. Raises `VenueFailed`, `InputError`."""
     block = await MailVenue.saved(PUSHER)
     if block is None:
-        raise VenueFailed("there is no mail venue of this name", target=PUSHER,
-                          hint="save a block `Toto venue: mail` under this name in the UI, or leave out "
-                               "venues.mail_pusher")
+        raise VenueFailed(
+            "there is no mail venue of this name",
+            target=PUSHER,
+            hint="save a block `Toto venue: mail` under this name in the UI, or leave out venues.mail_pusher",
+        )
     return replace(block.venue(PUSHER), to=(address,))
 
 
@@ -121,6 +142,9 @@ async def named(name: str) -> list[venues.Venue]:
         raise VenueFailed("is not a venue's name: use lower-case letters, digits and '-'", target=name)
     found = [block.venue(name) for kind in KINDS if (block := await kind.saved(name)) is not None]
     if not found:
-        raise VenueFailed("there is no venue of this name", target=name,
-                          hint="save a block `Toto venue: …` under this name in the UI, under Blocks")
+        raise VenueFailed(
+            "there is no venue of this name",
+            target=name,
+            hint="save a block `Toto venue: …` under this name in the UI, under Blocks",
+        )
     return found

@@ -11,11 +11,25 @@ from tasks.settle import settle_soon
 from toto.report.venues import Origin
 
 
-@flow(name="reconcile", flow_run_name=names.of_reconcile, persist_result=False, on_cancellation=[settle_soon],
-      on_crashed=[settle_soon])
-async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
-                    plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
-                    force: bool = False, venues: list[str] | None = None, again: bool = False) -> State[None]:
+@flow(
+    name="reconcile",
+    flow_run_name=names.of_reconcile,
+    persist_result=False,
+    on_cancellation=[settle_soon],
+    on_crashed=[settle_soon],
+)
+async def reconcile(
+    repo: Path,
+    commit: str | None = None,
+    origin: Origin = "ui",
+    only: list[str] | None = None,
+    plan_only: bool = False,
+    rehearse_only: bool = False,
+    override: str | None = None,
+    force: bool = False,
+    venues: list[str] | None = None,
+    again: bool = False,
+) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
     Args:
@@ -30,5 +44,6 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         venues: names of venue blocks that are notified of the result besides the usual ones.
         again: the old name of `force`.
     """
-    return await new.reconcile.fn(repo, commit, origin, only, plan_only, rehearse_only, override,
-                                  force=force or again, venues=venues)
+    return await new.reconcile.fn(
+        repo, commit, origin, only, plan_only, rehearse_only, override, force=force or again, venues=venues
+    )

@@ -45,9 +45,15 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
                 found.failure(target.label, "drift check", error)
                 continue
             if changed:
-                found.failure(target.label, "drift check", TotoError("\n".join(
-                    ["it was changed outside", *changed]), target=target.label,
-                    hint=f'start reconcile with force=true and only=["{target}"], or bring the change into the repo'))
+                found.failure(
+                    target.label,
+                    "drift check",
+                    TotoError(
+                        "\n".join(["it was changed outside", *changed]),
+                        target=target.label,
+                        hint=f'start reconcile with force=true and only=["{target}"], or bring the change into the repo',
+                    ),
+                )
         await report.show_report(found)
         await notify(repo, newest, found, origin, named=venues or (), check="drift")
         message = found.headline() if found.failed else "everything is as it was deployed"

@@ -30,8 +30,7 @@ async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
 
 
 @flow(name="roll out host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
-async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified",
-                                                                                    "unreachable"]:
+async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified", "unreachable"]:
     """Copy the rehearsed closure to the machine, activate it, test, make it permanent, test again, and record it."""
     verdict.check(order)
     machine, settings = order.machine, order.settings.roll_out
@@ -40,8 +39,9 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
     try:
         async with connect(machine, order.repo, order.run, settings.connect_timeout) as activator:
             where = endpoint_of(machine, activator)
-            smoke, post_switch = (run_tests.with_options(task_run_name=f"{phase} tests")
-                                  for phase in (Phase.SMOKE, Phase.POST_SWITCH))
+            smoke, post_switch = (
+                run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)
+            )
             if order.change.action is Action.VERIFY:
                 before = await inspect(activator, expected=order.last.path if order.last else None)
                 done = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[before])
@@ -53,14 +53,17 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
             step: object = await intend(order, before)
             if machine.activation == "boot":
                 step = await activate.with_options(task_run_name="set for the next boot")(
-                    order, activator, "boot", quote(before), wait_for=[step])
+                    order, activator, "boot", quote(before), wait_for=[step]
+                )
             else:
                 step = await activate.with_options(task_run_name="activate: test")(
-                    order, activator, "test", quote(before), wait_for=[step])
+                    order, activator, "test", quote(before), wait_for=[step]
+                )
                 step = await smoke(order, Phase.SMOKE, where, wait_for=[step])
                 if machine.activation == "switch":
                     step = await activate.with_options(task_run_name="activate: switch")(
-                        order, activator, "switch", quote(before), wait_for=[step])
+                        order, activator, "switch", quote(before), wait_for=[step]
+                    )
                 step = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[step])
             step = await add_gc_root(order, wait_for=[step])
             step = await record_good(order, wait_for=[step])

@@ -45,6 +45,9 @@ def steps_of(target: Target) -> Steps:
     """The steps of a target's kind. Raises `TotoError` for a kind that this version of toto does not have."""
     if (steps := STEPS.get(target.kind)) is None:
         kind_of(target)  # raises, unless only the steps are missing
-        raise TotoError(f"there are no steps for the kind {target.kind!r}", target=str(target),
-                        hint="add a row to STEPS in flows/kinds.py")
+        raise TotoError(
+            f"there are no steps for the kind {target.kind!r}",
+            target=str(target),
+            hint="add a row to STEPS in flows/kinds.py",
+        )
     return steps

@@ -15,11 +15,24 @@ from toto.infra_repo import git
 from toto.report.venues import Origin
 
 
-@flow(name="reconcile", flow_run_name=names.of_reconcile, persist_result=False, on_cancellation=[settle_soon],
-      on_crashed=[settle_soon])
-async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui", only: list[str] | None = None,
-                    plan_only: bool = False, rehearse_only: bool = False, override: str | None = None,
-                    force: bool = False, venues: list[str] | None = None) -> State[None]:
+@flow(
+    name="reconcile",
+    flow_run_name=names.of_reconcile,
+    persist_result=False,
+    on_cancellation=[settle_soon],
+    on_crashed=[settle_soon],
+)
+async def reconcile(
+    repo: Path,
+    commit: str | None = None,
+    origin: Origin = "ui",
+    only: list[str] | None = None,
+    plan_only: bool = False,
+    rehearse_only: bool = False,
+    override: str | None = None,
+    force: bool = False,
+    venues: list[str] | None = None,
+) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
     Args:
@@ -33,10 +46,20 @@ async def reconcile(repo: Path, commit: str | None = None, origin: Origin = "ui"
         force: also deploy targets that have not changed, to undo what was changed outside.
         venues: names of venue blocks that are notified of the result besides the usual ones.
     """
-    return await carry_out(Request(
-        repo=repo, commit=git.resolve(repo, commit or "HEAD"), origin=origin, only=tuple(only or ()),
-        plan_only=plan_only, rehearse_only=rehearse_only, override=override, force=force,
-        venues=tuple(venues or ())), _stages)
+    return await carry_out(
+        Request(
+            repo=repo,
+            commit=git.resolve(repo, commit or "HEAD"),
+            origin=origin,
+            only=tuple(only or ()),
+            plan_only=plan_only,
+            rehearse_only=rehearse_only,
+            override=override,
+            force=force,
+            venues=tuple(venues or ()),
+        ),
+        _stages,
+    )
 
 
 async def _stages(run: Run) -> Run:

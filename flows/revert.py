@@ -46,14 +46,18 @@ async def revert(run: Run) -> None:
                 # It passed its tests, or a different run has it: what it runs and what the ledger says stay the same.
                 run.report.reverted.append(Reverted(target.label, error=str(error)))
                 continue
-            get_run_logger().error("%s: toto reverts it, although it could not write the ledger: %s", target.label,
-                                   error)
+            get_run_logger().error(
+                "%s: toto reverts it, although it could not write the ledger: %s", target.label, error
+            )
         reverting.append(target)
     patience = run.plan.settings.roll_out.confirm_timeout + HEALING
     with run.report.timed(names([each.label for each in run.to_revert]), "revert"):
-        run.report.reverted += await _revert([
-            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
-            for target in reversed(reverting)])
+        run.report.reverted += await _revert(
+            [
+                Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
+                for target in reversed(reverting)
+            ]
+        )
 
 
 async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
@@ -108,9 +112,19 @@ async def _settle(repo: Path, run: str) -> list[Reverted]:
         try:
             await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
-            results += await _revert([Reversal(
-                repo, run, target, manifest, settings, died_at(intent.left_by or intent.run, intent.step),
-                healing_for(intent, settings.roll_out))])
+            results += await _revert(
+                [
+                    Reversal(
+                        repo,
+                        run,
+                        target,
+                        manifest,
+                        settings,
+                        died_at(intent.left_by or intent.run, intent.step),
+                        healing_for(intent, settings.roll_out),
+                    )
+                ]
+            )
         except TotoError as error:
             results.append(Reverted(target.label, error=str(error)))
     for each in results:

@@ -20,12 +20,14 @@ def stage(name: str, about: Callable[[Run], str]) -> Callable[[Callable[[Run], A
     In the graph it comes after the stage whose run it takes. It is red when a target failed in it, although the run
     goes on, to revert and to report.
     """
+
     def make(work: Callable[[Run], Awaitable[None]]) -> Stage:
         def run_name() -> str:
             return about(runtime.flow_run.parameters["run"])
 
-        @flow(name=name, description=work.__doc__, flow_run_name=run_name, persist_result=False,
-              validate_parameters=False)
+        @flow(
+            name=name, description=work.__doc__, flow_run_name=run_name, persist_result=False, validate_parameters=False
+        )
         async def subflow(run: Run) -> Run:
             run.stage = str(runtime.flow_run.id)
             await work(run)
@@ -39,6 +41,7 @@ def stage(name: str, about: Callable[[Run], str]) -> Callable[[Callable[[Run], A
             return run
 
         return staged
+
     return make
 
 

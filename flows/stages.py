@@ -37,8 +37,17 @@ async def _detect(run: Run) -> None:
     request = run.request
     if not request.plan_only:
         paths.require_room(run.repo)
-    run.planned(await make.make(run.repo, request.commit, run.id, request.only, override=request.override,
-                                force=request.force, identify=identify))
+    run.planned(
+        await make.make(
+            run.repo,
+            request.commit,
+            run.id,
+            request.only,
+            override=request.override,
+            force=request.force,
+            identify=identify,
+        )
+    )
     await report.show_plan(run.plan)
 
 
@@ -90,6 +99,7 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
 
 async def roll_out(kind: str, run: Run) -> Run:
     """Roll out the targets of one kind that have a verdict."""
+
     @stage(STEPS[kind].stage, lambda run: names([each.name for each in run.due(kind)]))
     async def of_kind(run: Run) -> None:
         """Roll out the targets of one kind, group by group, until one fails."""
@@ -106,7 +116,8 @@ async def _roll_out(kind: str, run: Run) -> None:
             try:
                 with run.report.timed(order.label, "roll out"):
                     run.report.outcome[order.label] = await STEPS[kind].roll_out(
-                        quote(order), run.verdict_before_touching(order))
+                        quote(order), run.verdict_before_touching(order)
+                    )
             except Exception as error:  # whatever it was, what was touched is reverted
                 run.report.failure(order.label, "roll-out", error)
 
@@ -132,6 +143,14 @@ async def notify(run: Run) -> Run:
     """Show the report, and notify everybody for whom the result is news."""
     await report.show_report(run.report)
     if not run.request.plan_only:
-        await send(run.repo, run.request.commit, run.report, run.request.origin, run.request.venues,
-                   (run.plan.settings, run.plan.manifest), run.request.deploys, wait_for=[run])
+        await send(
+            run.repo,
+            run.request.commit,
+            run.report,
+            run.request.origin,
+            run.request.venues,
+            (run.plan.settings, run.plan.manifest),
+            run.request.deploys,
+            wait_for=[run],
+        )
     return run

@@ -18,8 +18,9 @@ __all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 async def rehearse(order: RootOrder) -> Verdict[Planned]:
     """Plan the root and keep the plan: the roll-out applies exactly this plan."""
     planned = await plan_root(order)
-    return Verdict.passed(order, planned, summary=planned.summary, difference=str(planned),
-                          question=order.question(planned))
+    return Verdict.passed(
+        order, planned, summary=planned.summary, difference=str(planned), question=order.question(planned)
+    )
 
 
 @flow(name="roll out root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

@@ -31,8 +31,8 @@ def sink(prefix: str = "", most: int = LINES) -> Callable[[str], None]:
             logger.info("%s%s", prefix, line)
         elif count == most + 1:
             logger.info("%s… further lines are left out here", prefix)
-    return write
 
+    return write
 
 
 class Done:

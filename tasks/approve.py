@@ -36,6 +36,7 @@ async def approve(run: Run) -> Run:
     represents the stage in the graph. Nothing has been touched yet, and no other run has to wait.
     Raises `Superseded`.
     """
+
     async def ask_all() -> None:
         for label, verdict in run.verdicts.items():
             if verdict.question is not None:
@@ -52,14 +53,19 @@ async def approve(run: Run) -> Run:
 async def _ask(label: str, question: Question) -> str:
     """Ask a person and return the name of who approved. Raises `NotApproved`."""
     form = Approval.with_initial_data(description=f"# {label}\n{fenced(question.text)}")
-    get_run_logger().warning("%s: waiting up to %.0f s for an approval: press Resume on this run's page", label,
-                             question.seconds)
+    get_run_logger().warning(
+        "%s: waiting up to %.0f s for an approval: press Resume on this run's page", label, question.seconds
+    )
     try:
-        answer = await apause_flow_run(wait_for_input=form, timeout=round(question.seconds), poll_interval=POLL,
-                                       key=str(uuid.uuid4()))
+        answer = await apause_flow_run(
+            wait_for_input=form, timeout=round(question.seconds), poll_interval=POLL, key=str(uuid.uuid4())
+        )
     except FlowPauseTimeout:
-        raise NotApproved(f"nobody approved its plan within {question.seconds:.0f} s", target=label,
-                          hint="start the run again, and press Resume on its page") from None
+        raise NotApproved(
+            f"nobody approved its plan within {question.seconds:.0f} s",
+            target=label,
+            hint="start the run again, and press Resume on its page",
+        ) from None
     if not answer.approve:
         raise NotApproved(f"its plan was refused by {answer.by or 'somebody'}", target=label)
     return answer.by or "somebody"

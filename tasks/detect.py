@@ -30,5 +30,6 @@ def clean_up(repo: Path) -> None:
     """End the processes and remove the directories of runs that have died."""
     killed, removed = process.clean_up(), runs.clean_up(repo)
     if killed or removed:
-        get_run_logger().warning("ended %s processes and removed %s directories of runs that had died",
-                                 len(killed), len(removed))
+        get_run_logger().warning(
+            "ended %s processes and removed %s directories of runs that had died", len(killed), len(removed)
+        )

@@ -95,9 +95,11 @@ async def test(order: ReleaseOrder, helm: Helm) -> Done:
     for each in results:
         get_run_logger().info("%s %s", "ok" if each.passed else "not ok", each.name)
     if failed := [each for each in results if not each.passed]:
-        raise TestsFailed("\n".join([f"the chart's tests failed: {', '.join(each.name for each in failed)}",
-                                     failed[0].said]), target=order.label,
-                          hint="fix the chart or its tests, and push again")
+        raise TestsFailed(
+            "\n".join([f"the chart's tests failed: {', '.join(each.name for each in failed)}", failed[0].said]),
+            target=order.label,
+            hint="fix the chart or its tests, and push again",
+        )
     return Done()
 
 
@@ -113,8 +115,14 @@ async def revert(reversal: Reversal) -> str:
     was = await release_at(repo, run, target, good.commit) if good else None
     to = good.revision if good else ReleaseBefore.of(intent.before).revision
     reverted = await revert_release(helm, release, to, was)
-    await record_reverted(repo, target, good and good.model_copy(update={"revision": reverted.revision}),
-                          intent.desired, run, reversal.why)
+    await record_reverted(
+        repo,
+        target,
+        good and good.model_copy(update={"revision": reverted.revision}),
+        intent.desired,
+        run,
+        reversal.why,
+    )
     return reverted.words
 
 

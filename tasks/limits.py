@@ -98,8 +98,12 @@ async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
 async def _acquire(client: PrefectClient, name: str, run: str) -> UUID | None:
     try:
         answer = await client.increment_concurrency_slots_with_lease(
-            names=[name], slots=1, mode="concurrency", lease_duration=LEASE,
-            holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(run)))
+            names=[name],
+            slots=1,
+            mode="concurrency",
+            lease_duration=LEASE,
+            holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(run)),
+        )
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.LOCKED:
             return None

@@ -93,4 +93,4 @@ def _origin() -> str:
 def _clean(text: str, most: int) -> str:
     """One line without control characters, of `most` characters at most."""
     line = _CONTROL.sub(" ", text).strip()
-    return line if len(line) <= most else line[:most - 3] + "..."
+    return line if len(line) <= most else line[: most - 3] + "..."

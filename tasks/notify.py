@@ -27,9 +27,17 @@ from toto.report.venues import Audience, Origin, venues_for
 
 
 @task(name="notify", task_run_name="notify", cache_policy=NO_CACHE)
-async def notify(repo: Path, commit: str, end: Report | Exception, origin: Origin, named: Sequence[str] = (),
-                 of: tuple[Settings, Manifest] | None = None, listening: bool = True, check: Check = "reconcile",
-                 run: str | None = None) -> None:
+async def notify(
+    repo: Path,
+    commit: str,
+    end: Report | Exception,
+    origin: Origin,
+    named: Sequence[str] = (),
+    of: tuple[Settings, Manifest] | None = None,
+    listening: bool = True,
+    check: Check = "reconcile",
+    run: str | None = None,
+) -> None:
     """Notify people of the end of a run. Raises nothing.
 
     `end` is the run's report, or the error that broke it off before it had one. `named` are venues that the run's
@@ -42,11 +50,19 @@ async def notify(repo: Path, commit: str, end: Report | Exception, origin: Origi
         settings, manifest = of or await _readable(repo, commit)
         about = await git.describe(repo, commit)
         link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{run or runtime.flow_run.id}"
-        message = (Message.of(end, about, link) if isinstance(end, Report)
-                   else Message.broken_off(repo.name.removesuffix(".git"), end, about, link))
+        message = (
+            Message.of(end, about, link)
+            if isinstance(end, Report)
+            else Message.broken_off(repo.name.removesuffix(".git"), end, about, link)
+        )
         audience = venues_for(
-            origin, about.committer, {name: machine.venues for name, machine in manifest.machines.items()},
-            settings.venues.fleet, named, settings.venues.mail_pusher)
+            origin,
+            about.committer,
+            {name: machine.venues for name, machine in manifest.machines.items()},
+            settings.venues.fleet,
+            named,
+            settings.venues.mail_pusher,
+        )
         known = await notified.read(repo, check) if listening else {}
         heard = await _send_all(message, audience if listening else replace(audience, listening={}), known)
         if listening and heard:
@@ -66,8 +82,11 @@ async def _send_all(message: Message, audience: Audience, known: Notified) -> No
             messages[name] = news
     mail = [_attempt(audience.mail, _mail(audience.mail, message))] if audience.mail else []
     done = await asyncio.gather(*(_attempt(name, _send(name, each)) for name, each in messages.items()), *mail)
-    return {name: notified.after(each, known.get(name, {}))
-            for (name, each), heard in zip(messages.items(), done, strict=False) if heard}
+    return {
+        name: notified.after(each, known.get(name, {}))
+        for (name, each), heard in zip(messages.items(), done, strict=False)
+        if heard
+    }
 
 
 async def _send(name: str, message: Message) -> None:

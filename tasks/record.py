@@ -34,22 +34,27 @@ async def intend(order: Order, before: Before) -> Done:
     """
     intent = Intent(desired=deployed(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
     in_spite = f"; held back, but: {order.override}" if order.override else ""
-    await Ledger(order.repo).write(order.target, steps.intend(intent),
-                                   f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})")
+    await Ledger(order.repo).write(
+        order.target,
+        steps.intend(intent),
+        f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})",
+    )
     return Done()
 
 
 async def set_step(order: Order, step: str, message: str) -> None:
     """Record how far the roll-out of a target is. Raises `LostTarget`."""
-    await Ledger(order.repo).write(order.target, lambda entry: steps.set_step(entry, order.run, step),
-                                   f"{order.label}: {message}")
+    await Ledger(order.repo).write(
+        order.target, lambda entry: steps.set_step(entry, order.run, step), f"{order.label}: {message}"
+    )
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order, **facts: Any) -> Done:
     """Record the new last good: the target passed all tests. `facts` are its kind's fields. Raises `LostTarget`."""
-    await Ledger(order.repo).write(order.target, steps.good(deployed(order, **facts), order.run),
-                                   f"{order.label}: good at {order.commit[:8]}")
+    await Ledger(order.repo).write(
+        order.target, steps.good(deployed(order, **facts), order.run), f"{order.label}: good at {order.commit[:8]}"
+    )
     return Done()
 
 
@@ -59,23 +64,32 @@ async def record_verified(order: Order, **facts: Any) -> Done:
 
     Raises `TargetBusy`.
     """
-    await Ledger(order.repo).write(order.target, steps.verified(deployed(order, **facts)),
-                                   f"{order.label}: verified at {order.commit[:8]}, nothing touched")
+    await Ledger(order.repo).write(
+        order.target,
+        steps.verified(deployed(order, **facts)),
+        f"{order.label}: verified at {order.commit[:8]}, nothing touched",
+    )
     return Done()
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_rehearsed(order: Order) -> None:
     """Record that a target that toto does not deploy passed its rehearsal."""
-    await Ledger(order.repo).write(order.target, steps.rehearsed_only(deployed(order)),
-                                   f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here")
+    await Ledger(order.repo).write(
+        order.target,
+        steps.rehearsed_only(deployed(order)),
+        f"{order.label}: rehearsed at {order.commit[:8]}, not deployed from here",
+    )
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_unreachable(order: Order, why: str) -> None:
     """Record that toto could not connect to the target. Nothing was done to it, and a later run tries again."""
-    await Ledger(order.repo).write(order.target, steps.not_reached(note(deployed(order), order.run, why)),
-                                   f"{order.label}: unreachable, {order.commit[:8]} not deployed")
+    await Ledger(order.repo).write(
+        order.target,
+        steps.not_reached(note(deployed(order), order.run, why)),
+        f"{order.label}: unreachable, {order.commit[:8]} not deployed",
+    )
 
 
 @task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
@@ -91,23 +105,28 @@ async def intend_to_revert(repo: Path, target: Target, run: str) -> None:
 
     It is not a task: it only needs the repo, and must be written even when Prefect is down.
     """
+
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             return steps.set_step(entry, run, entry.intent.step)
         if entry.good is None or entry.good.run != run or entry.before is None:
             raise ledger.LostTarget("is no longer what this run made of it")
-        intent = Intent(desired=entry.good, before=entry.before, run=run, owner=ledger.owner(), at=git.now(),
-                        step="revert")
+        intent = Intent(
+            desired=entry.good, before=entry.before, run=run, owner=ledger.owner(), at=git.now(), step="revert"
+        )
         return entry.model_copy(update={"intent": intent, "good": entry.previous})
+
     await Ledger(repo).write(target, change, f"{target.label}: to be reverted")
 
 
-async def record_reverted(repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str,
-                          why: str) -> None:
+async def record_reverted(
+    repo: Path, target: Target, to: Deployed | None, failed: Deployed, run: str, why: str
+) -> None:
     """Close the intent: the target was reverted to its last good, or (None) to what was there before toto.
 
     Raises `LostTarget`.
     """
     where = to.commit[:8] if to else "what was there before toto"
-    await Ledger(repo).write(target, steps.revert(to, note(failed, run, why), run),
-                             f"{target.label}: reverted to {where}")
+    await Ledger(repo).write(
+        target, steps.revert(to, note(failed, run, why), run), f"{target.label}: reverted to {where}"
+    )

@@ -42,15 +42,27 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
     return isinstance(error, BootTimeout) or (isinstance(error, nix.BuildFailed) and error.transient)
 
 
-@task(name="build the system", task_run_name="build the system", cache_policy=NO_CACHE, retries=2,
-      retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
+@task(
+    name="build the system",
+    task_run_name="build the system",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=_may_pass_next_time,
+)
 async def build_system(order: HostOrder) -> Path:
     """Build the toplevel; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await host.build_toplevel(order, on_line=sink())
 
 
-@task(name="build the VM", task_run_name="build the VM", cache_policy=NO_CACHE, retries=2,
-      retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass_next_time)
+@task(
+    name="build the VM",
+    task_run_name="build the VM",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=_may_pass_next_time,
+)
 async def build_vm(order: HostOrder) -> Path:
     """Build the VM; a GC root keeps it until the run ends. Raises `BuildFailed`."""
     return await host.build_vm(order, on_line=sink())
@@ -69,14 +81,23 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     order: HostOrder = parameters["order"]
     machine = order.machine
     settings = order.settings.sandbox.model_dump_json() + (
-        machine.model_dump_json(include={"ports", "memory", "cores"}) if machine else "")
+        machine.model_dump_json(include={"ports", "memory", "cores"}) if machine else ""
+    )
     what = "\n".join((order.vm, order.host.tests, settings))
     return f"toto-rehearsal-v2-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-@task(name="sandbox", task_run_name="sandbox", cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
-      persist_result=True, result_serializer="json", cache_expiration=timedelta(days=90),
-      retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass_next_time)
+@task(
+    name="sandbox",
+    task_run_name="sandbox",
+    cache_policy=CacheKeyFnPolicy(cache_key_fn=verdict_key),
+    persist_result=True,
+    result_serializer="json",
+    cache_expiration=timedelta(days=90),
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_may_pass_next_time,
+)
 async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
     """Boot the VM and run both phases in it. Only a pass is cached; a failure, cancel or timeout is an exception.
 
@@ -95,22 +116,32 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
     async with room_for_sandbox():
         began = time.monotonic()
         try:
-            async with sandbox(vm, host=order.name, state=order.scratch / "sandboxes",
-                               key=await keys.private("sandbox"), ports=ports,
-                               memory=(machine and machine.memory) or settings.memory,
-                               cores=machine.cores if machine else None, boot_timeout=settings.boot_timeout,
-                               on_console=on_console) as guest:
+            async with sandbox(
+                vm,
+                host=order.name,
+                state=order.scratch / "sandboxes",
+                key=await keys.private("sandbox"),
+                ports=ports,
+                memory=(machine and machine.memory) or settings.memory,
+                cores=machine.cores if machine else None,
+                boot_timeout=settings.boot_timeout,
+                on_console=on_console,
+            ) as guest:
                 seconds = {"boot": time.monotonic() - began}
                 logger.info("booted and answers ssh after %.1f s", seconds["boot"])
-                endpoint = Endpoint(config=guest.connection.config, address="127.0.0.1",
-                                    ports={port: guest.port(port) for port in ports})
+                endpoint = Endpoint(
+                    config=guest.connection.config,
+                    address="127.0.0.1",
+                    ports={port: guest.port(port) for port in ports},
+                )
                 before: object = vm  # draws the edges: build, no-internet, with-internet
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
                     if phase is Phase.WITH_INTERNET:
                         routed = await guest.set_internet(True)
                         logger.info("the internet is on%s", "" if routed else ", but the host has no route to it")
                     before = result = await run_tests.with_options(task_run_name=f"{phase} tests")(
-                        order, phase, endpoint, wait_for=[before])
+                        order, phase, endpoint, wait_for=[before]
+                    )
                     tests[phase], seconds[phase] = result.tests, result.seconds
         finally:
             await report.show_console(order.name, "\n".join(console))
@@ -128,12 +159,20 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
     try:
         async with asyncio.timeout(settings.phase_timeout):
             result = await run_phase(
-                found, phase, endpoint.environment(order.name, phase, tools), timeout=settings.test_timeout,
-                keep=settings.test_output, on_line=sink(),
-                on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary))
+                found,
+                phase,
+                endpoint.environment(order.name, phase, tools),
+                timeout=settings.test_timeout,
+                keep=settings.test_output,
+                on_line=sink(),
+                on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary),
+            )
     except TimeoutError:
-        raise TestsFailed(f"{phase} tests did not end within {settings.phase_timeout:g} s", target=order.name,
-                          hint="see which one hangs in the log, or raise sandbox.phase_timeout in toto.toml") from None
+        raise TestsFailed(
+            f"{phase} tests did not end within {settings.phase_timeout:g} s",
+            target=order.name,
+            hint="see which one hangs in the log, or raise sandbox.phase_timeout in toto.toml",
+        ) from None
     if result.results:
         await report.show_tests(order.name, result)
         junit = paths.repo_state(order.repo) / "junit"
@@ -143,6 +182,9 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
         logger.info("no %s tests", phase)
     if not result.passed:
         first, *rest = result.failure_lines(20)
-        raise TestsFailed("\n".join((f"{phase} tests failed: {first}", *rest)), target=order.name,
-                          hint=f"fix the configuration or the tests in tests/{order.name}/{phase}/, and push again")
+        raise TestsFailed(
+            "\n".join((f"{phase} tests failed: {first}", *rest)),
+            target=order.name,
+            hint=f"fix the configuration or the tests in tests/{order.name}/{phase}/, and push again",
+        )
     return PhasePassed.of(result)

@@ -21,12 +21,14 @@ P = ParamSpec("P")
 
 def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
     """Turn any error into a warning in the log: an artifact that cannot be written must not fail a roll-out."""
+
     @functools.wraps(show)
     async def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             await show(*args, **kwargs)
         except Exception as error:
             get_run_logger().warning("could not write an artifact: %s", error)
+
     return attempt
 
 
@@ -40,31 +42,38 @@ async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> No
     """Show the change set as a table, also in the log. Call it again with the `differences` once they are known."""
     if differences is None:
         get_run_logger().info("the plan of %s:\n%s", plan.commit[:8], plan.changes)
-    rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS}
-                                  for row in plan.changes.rows(differences)]
-    await acreate_table_artifact(key=key("plan", plan.repo.name.removesuffix(".git")), table=rows,
-                                 description=f"The plan of {plan.commit[:8]}")
+    rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS} for row in plan.changes.rows(differences)]
+    await acreate_table_artifact(
+        key=key("plan", plan.repo.name.removesuffix(".git")), table=rows, description=f"The plan of {plan.commit[:8]}"
+    )
 
 
 @_best_effort
 async def show_tests(host: str, result: PhaseResult) -> None:
     """Show the tests of one phase as a table."""
-    await acreate_table_artifact(key=key(host, result.phase), table=[dict(row) for row in result.rows()],
-                                 description=f"{host}: {result.phase} tests")
+    await acreate_table_artifact(
+        key=key(host, result.phase),
+        table=[dict(row) for row in result.rows()],
+        description=f"{host}: {result.phase} tests",
+    )
 
 
 @_best_effort
 async def show_console(host: str, text: str) -> None:
     """Show the end of a sandbox's console."""
-    await acreate_markdown_artifact(key=key(host, "console"), markdown=fenced(process.tail(text, 300)),
-                                    description=f"{host}: console of its sandbox")
+    await acreate_markdown_artifact(
+        key=key(host, "console"),
+        markdown=fenced(process.tail(text, 300)),
+        description=f"{host}: console of its sandbox",
+    )
 
 
 @_best_effort
 async def show_difference(host: str, text: str) -> None:
     """Show what changes in a target: a host's closure or a release's manifests."""
-    await acreate_markdown_artifact(key=key(host, "difference"), markdown=fenced(text),
-                                    description=f"{host}: what changes")
+    await acreate_markdown_artifact(
+        key=key(host, "difference"), markdown=fenced(text), description=f"{host}: what changes"
+    )
 
 
 @_best_effort
@@ -74,8 +83,11 @@ async def show_terraform_plan(label: str, planned: Planned, *, back: bool = Fals
     drift = [line for change in planned.drift for line in change.lines]
     if drift:
         text += "\n\nchanged outside since the last apply:\n" + "\n".join(drift)
-    await acreate_markdown_artifact(key=key(label, "back" if back else "plan"), markdown=fenced(text),
-                                    description=f"{label}: {'back: ' if back else ''}{planned.summary}")
+    await acreate_markdown_artifact(
+        key=key(label, "back" if back else "plan"),
+        markdown=fenced(text),
+        description=f"{label}: {'back: ' if back else ''}{planned.summary}",
+    )
 
 
 @_best_effort
@@ -90,8 +102,9 @@ async def show_report(report: Report) -> None:
         else:
             logger.warning("%s was reverted to %s", back.target, back.to)
     logger.log(logging.ERROR if report.failed else logging.INFO, "%s", report.headline())
-    await acreate_markdown_artifact(key=key("report", report.repo), markdown=as_markdown(report),
-                                    description=report.headline())
+    await acreate_markdown_artifact(
+        key=key("report", report.repo), markdown=as_markdown(report), description=report.headline()
+    )
 
 
 def as_markdown(report: Report) -> str:
@@ -100,9 +113,16 @@ def as_markdown(report: Report) -> str:
     for each in report.failures:
         parts += [f"## {each.target}: {each.stage} failed", fenced(each.text)]
     if report.reverted:
-        parts += ["## Reverted", markdown_table(("target", "result", "what it is now"), [
-            (each.target, "could not be reverted" if each.error else "reverted", each.error or each.to)
-            for each in report.reverted])]
+        parts += [
+            "## Reverted",
+            markdown_table(
+                ("target", "result", "what it is now"),
+                [
+                    (each.target, "could not be reverted" if each.error else "reverted", each.error or each.to)
+                    for each in report.reverted
+                ],
+            ),
+        ]
     rows = report.rows()
     if rows:
         parts += ["## Targets", markdown_table(("target", "result", "more"), rows)]
@@ -121,6 +141,8 @@ def fenced(text: str) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. Characters that would break it are escaped."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+
     return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])

@@ -18,9 +18,14 @@ async def retry_later(repo: Path, hosts: list[str]) -> None:
     at = datetime.now(UTC) + timedelta(seconds=LATER)
     try:
         await arun_deployment(
-            "reconcile/reconcile", scheduled_time=at, timeout=0, as_subflow=False, tags=["retry"],
+            "reconcile/reconcile",
+            scheduled_time=at,
+            timeout=0,
+            as_subflow=False,
+            tags=["retry"],
             idempotency_key=f"{repo}-{','.join(hosts)}-{int(time.time()) // LATER}",
-            parameters={"repo": str(repo), "origin": "schedule", "only": hosts})
+            parameters={"repo": str(repo), "origin": "schedule", "only": hosts},
+        )
     except Exception as error:  # the next run retries as well
         get_run_logger().warning("could not schedule a run for %s: %s", ", ".join(hosts), error)
     else:

@@ -31,9 +31,15 @@ from toto.rehearsal.phase_run import Endpoint
 async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
     """Connect to a machine; the result has the activation verbs. Raises `Unreachable` after `connect_timeout` s."""
     target = ssh.SshTarget(
-        name=machine.name, address=machine.address, port=machine.ssh.port, user=machine.ssh.user,
-        identity=await _identity(machine, repo, run), host_key=machine.ssh.host_key,
-        known_hosts=paths.repo_state(repo) / "known_hosts", connect_timeout=max(1, round(connect_timeout)))
+        name=machine.name,
+        address=machine.address,
+        port=machine.ssh.port,
+        user=machine.ssh.user,
+        identity=await _identity(machine, repo, run),
+        host_key=machine.ssh.host_key,
+        known_hosts=paths.repo_state(repo) / "known_hosts",
+        connect_timeout=max(1, round(connect_timeout)),
+    )
     async with ssh.connection(target, runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
         yield Activator(connection, run, connect_timeout)
 
@@ -50,8 +56,9 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
 
 def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
     """How test scripts connect to the machine itself: its ports are not mapped."""
-    return Endpoint(config=activator.connection.config, address=machine.address,
-                    ports={port: port for port in machine.ports})
+    return Endpoint(
+        config=activator.connection.config, address=machine.address, ports={port: port for port in machine.ports}
+    )
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
@@ -68,16 +75,23 @@ async def inspect(activator: Activator, expected: str | None = None) -> MachineS
     return facts
 
 
-@task(name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1,
-      retry_delay_seconds=3)
+@task(
+    name="copy the closure", task_run_name="copy the closure", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=3
+)
 async def copy(order: HostOrder, activator: Activator) -> Done:
     """Copy exactly the rehearsed closure to the machine. Raises `CopyFailed`, `Unreachable`."""
     path, settings = order.host.path, order.settings.nix
     if settings.signing_key is not None:
         await nix.sign(path, Path(settings.signing_key))
     try:
-        await nix.copy(path, activator.connection.target.name, activator.connection.config,
-                       timeout=settings.build_timeout, target=order.name, on_line=sink())
+        await nix.copy(
+            path,
+            activator.connection.target.name,
+            activator.connection.config,
+            timeout=settings.build_timeout,
+            target=order.name,
+            on_line=sink(),
+        )
     except nix.CopyFailed:
         await activator.connection.run(["true"], fresh=True, timeout=60)  # raises Unreachable when that was why
         raise
@@ -95,8 +109,9 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     if settings.method == "nixos-rebuild":
         await activator.nixos_rebuild(verb, order.host.path, timeout=settings.activation_timeout, on_line=sink())
     else:
-        await activator.activate(verb, order.host.path, before, finish=settings.activation_timeout,
-                                 confirm=settings.confirm_timeout)
+        await activator.activate(
+            verb, order.host.path, before, finish=settings.activation_timeout, confirm=settings.confirm_timeout
+        )
     return Done()
 
 
@@ -128,8 +143,11 @@ async def revert(reversal: Reversal) -> str:
     repo, run, target = reversal.repo, reversal.run, reversal.target
     machine = reversal.manifest.machines.get(target.name)
     if machine is None:
-        raise TotoError("is not in the manifest any more: toto does not know how to connect to it", target=target.name,
-                        hint="add it to machines.yaml again, or revert it by hand")
+        raise TotoError(
+            "is not in the manifest any more: toto does not know how to connect to it",
+            target=target.name,
+            hint="add it to machines.yaml again, or revert it by hand",
+        )
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
     to = where_to(MachineState.of(intent.before), good.path if good else None, machine.activation)
@@ -160,8 +178,13 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         armed = Activator(activator.connection, intent.desired.run, settings.connect_timeout)
         await armed.take_charge(patience=settings.activation_timeout * 2 + settings.confirm_timeout)
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
-            await nix.copy(to.system, machine.name, activator.connection.config, timeout=settings.activation_timeout,
-                           target=machine.name)
+            await nix.copy(
+                to.system,
+                machine.name,
+                activator.connection.config,
+                timeout=settings.activation_timeout,
+                target=machine.name,
+            )
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
         await armed.clean_up()
         await activator.clean_up()

@@ -96,8 +96,10 @@ class Run:
         """What has failed so far, and what could not be reverted, in a few words each."""
         if not hasattr(self, "report"):
             return []
-        return [*(f"{each.target}: {each.stage} failed" for each in self.report.failures),
-                *(f"{each.target} could not be reverted" for each in self.report.reverted if each.error)]
+        return [
+            *(f"{each.target}: {each.stage} failed" for each in self.report.failures),
+            *(f"{each.target} could not be reverted" for each in self.report.reverted if each.error),
+        ]
 
     @property
     def rehearses(self) -> bool:
@@ -121,8 +123,11 @@ class Run:
 
     def due(self, kind: str) -> list[Order]:
         """The orders of a kind that have a verdict and have not failed since."""
-        return [each for each in self.plan.of_kind(kind)
-                if each.label in self.verdicts and each.label not in self.report.failed_targets]
+        return [
+            each
+            for each in self.plan.of_kind(kind)
+            if each.label in self.verdicts and each.label not in self.report.failed_targets
+        ]
 
     @property
     def kinds_due(self) -> Iterator[str]:
@@ -155,8 +160,7 @@ class Run:
     @property
     def to_revert(self) -> list[Target]:
         """The targets that were touched, in order, without those that were only recorded or did not answer."""
-        return [each for each in self.touched
-                if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
+        return [each for each in self.touched if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
 
     async def check_superseded(self) -> None:
         """Raises `Superseded` when a newer push has replaced the one that started this run."""
@@ -217,6 +221,12 @@ async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -
         except Superseded as newer:
             return Cancelled(message=str(newer))
         except Exception as error:
-            await notify(request.repo, request.commit, error, origin=request.origin, named=request.venues,
-                               listening=request.deploys)
+            await notify(
+                request.repo,
+                request.commit,
+                error,
+                origin=request.origin,
+                named=request.venues,
+                listening=request.deploys,
+            )
             raise

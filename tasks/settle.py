@@ -37,9 +37,13 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
     """
     repo, died = flow_run.parameters["repo"], state.is_crashed() and not await was_cancelled(flow_run.id)
     if died or Ledger(Path(repo)).read().open_intents:
-        await arun_deployment(SETTLE, timeout=0, as_subflow=False,
-                              idempotency_key=f"died-{flow_run.id}" if died else None,
-                              parameters={"repo": repo, "died": [str(flow_run.id)] if died else []})
+        await arun_deployment(
+            SETTLE,
+            timeout=0,
+            as_subflow=False,
+            idempotency_key=f"died-{flow_run.id}" if died else None,
+            parameters={"repo": repo, "died": [str(flow_run.id)] if died else []},
+        )
     if died:
         await mark_crashed(flow_run.id)
 
@@ -47,8 +51,14 @@ async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[o
 async def retry_settle(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:
     """Start a settle again, once, when it died itself. (What it left half done is an open intent for later runs.)"""
     if flow_run.deployment_id and RETRIED not in flow_run.tags and not await was_cancelled(flow_run.id):
-        await arun_deployment(SETTLE, timeout=0, as_subflow=False, tags=[RETRIED], parameters=flow_run.parameters,
-                              idempotency_key=f"retry-{flow_run.id}")
+        await arun_deployment(
+            SETTLE,
+            timeout=0,
+            as_subflow=False,
+            tags=[RETRIED],
+            parameters=flow_run.parameters,
+            idempotency_key=f"retry-{flow_run.id}",
+        )
 
 
 @task(name="open intents", task_run_name="open intents", cache_policy=NO_CACHE)
@@ -79,8 +89,11 @@ def healing_for(intent: Intent, settings: RollOut) -> float:
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)
 async def take_over(repo: Path, target: Target, intent: Intent, run: str) -> None:
     """Make a dead run's intent this run's own. Raises `LostTarget` when a different run was faster."""
-    await Ledger(repo).write(target, steps.take_over(intent, run),
-                             f"{target.label}: settling what run {intent.run} left open at `{intent.step}`")
+    await Ledger(repo).write(
+        target,
+        steps.take_over(intent, run),
+        f"{target.label}: settling what run {intent.run} left open at `{intent.step}`",
+    )
 
 
 @task(name="manifest of the dead run", task_run_name="manifest of the dead run", cache_policy=NO_CACHE)
@@ -122,14 +135,23 @@ async def notify_of_death(died: UUID, repo: Path, reverted: list[Reverted]) -> N
             run = await client.read_flow_run(died)
         if await was_cancelled(died):
             return
-        its_own = {target: entry.reverted for target, entry in Ledger(repo).read().entries.items()
-                if entry.reverted and entry.reverted.why.startswith(died_at(str(died), ""))}
+        its_own = {
+            target: entry.reverted
+            for target, entry in Ledger(repo).read().entries.items()
+            if entry.reverted and entry.reverted.why.startswith(died_at(str(died), ""))
+        }
         back = [Reverted(target.label, to=note.commit) for target, note in its_own.items()]
         back += [each for each in reverted if each.error]
         asked = run.parameters
         commit = asked.get("commit") or next((note.commit for note in its_own.values()), None) or "HEAD"
-        await notify(repo, git.resolve(repo, commit), RunDied(run.name, back), origin=asked.get("origin", "ui"),
-                   named=asked.get("venues") or (), run=str(died),
-                   listening=not (asked.get("plan_only") or asked.get("rehearse_only")))
+        await notify(
+            repo,
+            git.resolve(repo, commit),
+            RunDied(run.name, back),
+            origin=asked.get("origin", "ui"),
+            named=asked.get("venues") or (),
+            run=str(died),
+            listening=not (asked.get("plan_only") or asked.get("rehearse_only")),
+        )
     except Exception as error:  # what was reverted stays reverted
         get_run_logger().warning("could not notify anybody that run %s died: %s", died, error)

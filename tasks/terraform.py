@@ -35,8 +35,15 @@ async def credentials(root: str) -> dict[str, str]:
 
 
 async def _session(order: RootOrder) -> Session:
-    return Session(repo=order.repo, root=order.root, tree=order.tree, scratch=order.scratch,
-                   settings=order.settings.terraform, env=await credentials(order.name), on_line=sink())
+    return Session(
+        repo=order.repo,
+        root=order.root,
+        tree=order.tree,
+        scratch=order.scratch,
+        settings=order.settings.terraform,
+        env=await credentials(order.name),
+        on_line=sink(),
+    )
 
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
@@ -65,8 +72,12 @@ async def apply(order: RootOrder, planned: Planned) -> State:
         get_run_logger().warning("the state has changed since the rehearsal: planning again")
     replanned = await session.plan()
     if not replanned.same(planned):
-        raise PlanMoved("the state has changed since the rehearsal, and the plan would be different now:\n"
-                        + "\n".join(replanned.lines), target=order.label, hint="start the run again: it plans again")
+        raise PlanMoved(
+            "the state has changed since the rehearsal, and the plan would be different now:\n"
+            + "\n".join(replanned.lines),
+            target=order.label,
+            hint="start the run again: it plans again",
+        )
     return await session.apply(replanned)
 
 
@@ -85,8 +96,12 @@ async def revert(reversal: Reversal) -> str:
     session = await session_at(repo, run, target, commit)
     await session.init()
     state = await session.state()
-    way = way_back(good.commit if good else None, State(serial=before.serial, resources=before.resources), state,
-                   target=target.label)
+    way = way_back(
+        good.commit if good else None,
+        State(serial=before.serial, resources=before.resources),
+        state,
+        target=target.label,
+    )
     if way is None:
         await record_reverted(repo, target, good, intent.desired, run, why)
         return "as it was: nothing had been applied, according to its state"
@@ -95,8 +110,9 @@ async def revert(reversal: Reversal) -> str:
     tfplan.refuse(planned, session.root.prevent, allowed=way.since)
     if not planned.empty:
         state = await session.apply(planned)
-    await record_reverted(repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired,
-                          run, why)
+    await record_reverted(
+        repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired, run, why
+    )
     return way.words(planned)
 
 
@@ -116,6 +132,13 @@ async def session_at(repo: Path, run: str, target: Target, commit: str) -> Sessi
     wanted = settings.load(tree).terraform
     for root in terraform.discover(tree, wanted):
         if root.name == target.name:
-            return Session(repo=repo, root=root, tree=tree, scratch=runs.run_directory(repo, run) / "back",
-                           settings=wanted, env=await credentials(root.name), on_line=sink())
+            return Session(
+                repo=repo,
+                root=root,
+                tree=tree,
+                scratch=runs.run_directory(repo, run) / "back",
+                settings=wanted,
+                env=await credentials(root.name),
+                on_line=sink(),
+            )
     raise CannotGoBack(f"there is no such root at {commit[:8]}", target=target.label)

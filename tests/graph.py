@@ -14,8 +14,11 @@ def edges(graph: dict[str, Any]) -> Edges:
     """
     nodes = {id: node for id, node in graph["nodes"]}
     found = [(nodes[parent["id"]]["label"], node["label"]) for node in nodes.values() for parent in node["parents"]]
-    found += [(f"{nodes[outer['id']]['label']} ⊃", node["label"])
-              for node in nodes.values() for outer in node["encapsulating"]]
+    found += [
+        (f"{nodes[outer['id']]['label']} ⊃", node["label"])
+        for node in nodes.values()
+        for outer in node["encapsulating"]
+    ]
     return sorted(found)
 
 

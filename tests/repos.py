@@ -9,9 +9,20 @@ def git(*arguments: str | Path, cwd: Path) -> str:
     """Run git as a person would, without the config of whoever runs the tests."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
-        ["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False,
-        env=clean | {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_AUTHOR_NAME": "op", "GIT_AUTHOR_EMAIL": "op@example.org",
-                     "GIT_COMMITTER_NAME": "op", "GIT_COMMITTER_EMAIL": "op@example.org"})
+        ["git", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean
+        | {
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "GIT_AUTHOR_NAME": "op",
+            "GIT_AUTHOR_EMAIL": "op@example.org",
+            "GIT_COMMITTER_NAME": "op",
+            "GIT_COMMITTER_EMAIL": "op@example.org",
+        },
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -24,10 +24,12 @@ _processes: list[Any] = []  # of `pytest -n`: xdist's controllers of them, in th
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks; end on SIGTERM, and with the session that began us, as on Ctrl-C."""
-    for mark in ("lab: drives real nix, QEMU and ssh",
-                 "minutes(n): the tests of this file take about so long",
-                 "slow: needs a machine, a server or minutes; `make test-fast` leaves it out",
-                 "xdist_group(name): is run in the same process as all others of that name"):
+    for mark in (
+        "lab: drives real nix, QEMU and ssh",
+        "minutes(n): the tests of this file take about so long",
+        "slow: needs a machine, a server or minutes; `make test-fast` leaves it out",
+        "xdist_group(name): is run in the same process as all others of that name",
+    ):
         config.addinivalue_line("markers", mark)
     # By way of SIGINT, which asyncio turns into a cancel of the test that runs. (A shell's `make test &` ignores it.)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

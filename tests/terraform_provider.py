@@ -29,12 +29,14 @@ class File(Resource):  # type: ignore[misc]
 
     @classmethod
     def get_schema(cls) -> Schema:
-        return Schema(attributes=[
-            Attribute("path", types.String(), required=True, requires_replace=True),
-            Attribute("content", types.String(), required=True),
-            Attribute("token", types.String(), optional=True, sensitive=True),
-            Attribute("size", types.Number(), computed=True),
-        ])
+        return Schema(
+            attributes=[
+                Attribute("path", types.String(), required=True, requires_replace=True),
+                Attribute("content", types.String(), required=True),
+                Attribute("token", types.String(), optional=True, sensitive=True),
+                Attribute("size", types.Number(), computed=True),
+            ]
+        )
 
     def create(self, ctx: Any, planned: dict[str, Any]) -> dict[str, Any] | None:
         return _write(ctx, planned)
@@ -100,12 +102,15 @@ def install(folder: Path) -> Path:
     machine = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
     program = folder / "mirror" / SOURCE / "1.0.0" / f"linux_{machine}" / "terraform-provider-demo_v1.0.0"
     program.parent.mkdir(parents=True)
-    program.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                       "from tests.terraform_provider import main\nmain()\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.terraform_provider import main\nmain()\n"
+    )
     program.chmod(0o755)
     configuration = folder / "terraform.rc"
-    configuration.write_text('provider_installation {\n  filesystem_mirror {\n'
-                             f'    path = "{folder}/mirror"\n  }}\n}}\n')
+    configuration.write_text(
+        f'provider_installation {{\n  filesystem_mirror {{\n    path = "{folder}/mirror"\n  }}\n}}\n'
+    )
     return configuration
 
 

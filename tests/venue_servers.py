@@ -83,17 +83,26 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
-    made = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-            .serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName(
-                [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .sign(key, hashes.SHA256()))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
     cert, private = folder / "cert.pem", folder / "key.pem"
     cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                          serialization.NoEncryption()))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
     return cert, private
 
 
@@ -107,8 +116,9 @@ class SmtpServer:
     logins: list[str] = field(default_factory=list)
     rcpt: list[str] = field(default_factory=list)
 
-    async def handle_RCPT(self, server: SMTP, session: Session, envelope: Envelope, address: str,
-                          options: list[str]) -> str:
+    async def handle_RCPT(
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
         if self.rcpt:
             return self.rcpt.pop(0)
         envelope.rcpt_tos.append(address)
@@ -124,8 +134,9 @@ class SmtpServer:
 
 
 @contextlib.asynccontextmanager
-async def smtp_server(pair: tuple[Path, Path] | None = None, *, tls: bool = False,
-                      password: str = "") -> AsyncIterator[SmtpServer]:
+async def smtp_server(
+    pair: tuple[Path, Path] | None = None, *, tls: bool = False, password: str = ""
+) -> AsyncIterator[SmtpServer]:
     """A server on loopback: plain, with STARTTLS where it has a certificate, with TLS from the start when `tls`.
 
     It wants the login `toto` with `password` where there is one.
@@ -142,10 +153,20 @@ async def smtp_server(pair: tuple[Path, Path] | None = None, *, tls: bool = Fals
         return AuthResult(success=right, handled=right)
 
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: SMTP(
-        state, loop=loop, tls_context=None if tls else context, require_starttls=context is not None and not tls,
-        authenticator=login if password else None, auth_required=bool(password),
-        auth_require_tls=False), "127.0.0.1", 0, ssl=context if tls else None)
+    server = await loop.create_server(
+        lambda: SMTP(
+            state,
+            loop=loop,
+            tls_context=None if tls else context,
+            require_starttls=context is not None and not tls,
+            authenticator=login if password else None,
+            auth_required=bool(password),
+            auth_require_tls=False,
+        ),
+        "127.0.0.1",
+        0,
+        ssl=context if tls else None,
+    )
     try:
         state.port = server.sockets[0].getsockname()[1]
         yield state
@@ -156,6 +177,7 @@ async def smtp_server(pair: tuple[Path, Path] | None = None, *, tls: bool = Fals
 @contextlib.asynccontextmanager
 async def talkative_server(words: bytes) -> AsyncIterator[int]:
     """A port on loopback that says `words` again and again, or nothing at all, and never hangs up."""
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while not writer.is_closing():

@@ -49,8 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 
     planning = verbs.add_parser("plan", parents=[repo], help="show what a commit would change, and why; touch nothing")
     planning.add_argument("--commit", default="HEAD", help="commit, tag or branch (default: the deployed branch)")
-    planning.add_argument("--no-build", action="store_true",
-                          help="do not build what changed; then the plan does not show what changes in it")
+    planning.add_argument(
+        "--no-build",
+        action="store_true",
+        help="do not build what changed; then the plan does not show what changes in it",
+    )
     planning.add_argument("only", nargs="*", metavar="TARGET|TAG|KIND", help="limit it to these (default: all)")
     planning.set_defaults(run=_plan)
 
@@ -71,33 +74,58 @@ def _parser() -> argparse.ArgumentParser:
 def _database_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--home", type=Path, default=paths.state_home() / "server",
-                       help="the home of the server, which must not run (default: %(default)s)")
-    moving = verbs.add_parser("move", parents=[where],
-                              help="copy the SQLite database into a PostgreSQL of toto's own, and use that from now on")
+    where.add_argument(
+        "--home",
+        type=Path,
+        default=paths.state_home() / "server",
+        help="the home of the server, which must not run (default: %(default)s)",
+    )
+    moving = verbs.add_parser(
+        "move",
+        parents=[where],
+        help="copy the SQLite database into a PostgreSQL of toto's own, and use that from now on",
+    )
     moving.set_defaults(run=_database_move)
-    upgrading = verbs.add_parser("upgrade", parents=[where],
-                                 help="upgrade toto's PostgreSQL to the newest version that is installed")
-    upgrading.add_argument("--from", type=Path, dest="old_bin", metavar="DIR", help="the bin folder of its current "
-                           "version, when that is not installed in the way of Debian")
+    upgrading = verbs.add_parser(
+        "upgrade", parents=[where], help="upgrade toto's PostgreSQL to the newest version that is installed"
+    )
+    upgrading.add_argument(
+        "--from",
+        type=Path,
+        dest="old_bin",
+        metavar="DIR",
+        help="the bin folder of its current version, when that is not installed in the way of Debian",
+    )
     upgrading.set_defaults(run=_database_upgrade)
 
 
 def _repo_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--repos", type=Path, default=git_host.default_repos(),
-                       help="the folder of the repositories (default: %(default)s)")
+    where.add_argument(
+        "--repos",
+        type=Path,
+        default=git_host.default_repos(),
+        help="the folder of the repositories (default: %(default)s)",
+    )
     policy = argparse.ArgumentParser(add_help=False, parents=[where], argument_default=argparse.SUPPRESS)
     policy.add_argument("name", metavar="NAME")
     policy.add_argument("--branch", help="the deployed branch")
-    policy.add_argument("--signed", action=argparse.BooleanOptionalAction,
-                        help="refuse commits without a trusted signature")
-    policy.add_argument("--allow-force", action=argparse.BooleanOptionalAction,
-                        help="accept forced pushes to the deployed branch, and its deletion")
+    policy.add_argument(
+        "--signed", action=argparse.BooleanOptionalAction, help="refuse commits without a trusted signature"
+    )
+    policy.add_argument(
+        "--allow-force",
+        action=argparse.BooleanOptionalAction,
+        help="accept forced pushes to the deployed branch, and its deletion",
+    )
     policy.add_argument("--max-file-size", metavar="SIZE", help="such as 20m; 0 for no limit (default: 100m)")
-    policy.add_argument("--allowed-signers", metavar="FILE", help="ssh keys that are trusted for signatures; '' for "
-                        "the keys of the users who may write to the repository, which is the default")
+    policy.add_argument(
+        "--allowed-signers",
+        metavar="FILE",
+        help="ssh keys that are trusted for signatures; '' for "
+        "the keys of the users who may write to the repository, which is the default",
+    )
     policy.add_argument("--gpg-home", metavar="DIR", help="the gpg folder whose keys are trusted; '' for none")
 
     create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
@@ -132,15 +160,22 @@ async def _status(arguments: argparse.Namespace) -> int:
         if entry.intent:
             state = f"being changed by run {entry.intent.run} ({entry.intent.step})"
         last = entry.good or entry.rehearsed
-        rows.append({"target": str(target), "commit": last.commit[:8] if last else "", "since": last.at if last else "",
-                     "state": state})
+        rows.append(
+            {
+                "target": str(target),
+                "commit": last.commit[:8] if last else "",
+                "since": last.at if last else "",
+                "state": state,
+            }
+        )
     print(table(rows, ("target", "commit", "since", "state")) if rows else "nothing was deployed from here yet")
     return 0
 
 
 async def _log(arguments: argparse.Namespace) -> int:
-    done = await git.git(git.bare(arguments.repo), "log", f"--max-count={arguments.n}", "--format=%cI  %s", REF,
-                         check=False)
+    done = await git.git(
+        git.bare(arguments.repo), "log", f"--max-count={arguments.n}", "--format=%cI  %s", REF, check=False
+    )
     print(done.stdout if done.status == 0 else "nothing was deployed from here yet", end="")
     return 0
 
@@ -160,8 +195,10 @@ async def _database_upgrade(arguments: argparse.Namespace) -> int:
     home = _home(arguments)
     with server.only_one(home, "server"):
         old, new = await database_move.upgrade(home, _say, arguments.old_bin)
-    _say(f"`toto serve` uses PostgreSQL {new} from now on; the cluster of {old} is still in "
-         f"{home / 'postgres' / str(old)}: remove it when all is well")
+    _say(
+        f"`toto serve` uses PostgreSQL {new} from now on; the cluster of {old} is still in "
+        f"{home / 'postgres' / str(old)}: remove it when all is well"
+    )
     return 0
 
 
@@ -194,8 +231,12 @@ async def _repo_set(arguments: argparse.Namespace) -> int:
             raise InputError(str(error), target="--max-file-size") from None
     policy = await git_host.set_policy(repo, **changes)
     print(repo)
-    print(table([{"policy": field.replace("_", "-"), "value": str(getattr(policy, field))}
-                 for field in git_host.POLICY], ("policy", "value")))
+    print(
+        table(
+            [{"policy": field.replace("_", "-"), "value": str(getattr(policy, field))} for field in git_host.POLICY],
+            ("policy", "value"),
+        )
+    )
     return 0
 
 

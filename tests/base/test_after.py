@@ -5,23 +5,29 @@ import pytest
 from toto.base.after import MOST, in_order
 
 
-@pytest.mark.parametrize(("after", "order"), [
-    ({}, []),
-    ({"b": "", "a": ""}, ["b", "a"]),
-    ({"a": "b", "b": "c", "c": ""}, ["c", "b", "a"]),
-    ({"z": "", "guest": "host", "host": "", "a": ""}, ["z", "host", "a", "guest"]),
-    ({"a": "x", "b": "a"}, ["a", "b"]),
-])
+@pytest.mark.parametrize(
+    ("after", "order"),
+    [
+        ({}, []),
+        ({"b": "", "a": ""}, ["b", "a"]),
+        ({"a": "b", "b": "c", "c": ""}, ["c", "b", "a"]),
+        ({"z": "", "guest": "host", "host": "", "a": ""}, ["z", "host", "a", "guest"]),
+        ({"a": "x", "b": "a"}, ["a", "b"]),
+    ],
+)
 def test_each_comes_after_what_it_names_else_as_given(after: dict[str, str], order: list[str]) -> None:
     assert in_order({name: others.split() for name, others in after.items()}) == (order, [])
 
 
-@pytest.mark.parametrize(("after", "expected"), [
-    ({"a": "a"}, ["a after a"]),
-    ({"a": "b", "b": "a", "c": "a"}, ["a after b after a"]),
-    ({"a": "b", "b": "c", "c": "a"}, ["a after b after c after a"]),
-    ({"a": "b", "b": "a", "c": "d", "d": "c"}, ["a after b after a", "c after d after c"]),
-])
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ({"a": "a"}, ["a after a"]),
+        ({"a": "b", "b": "a", "c": "a"}, ["a after b after a"]),
+        ({"a": "b", "b": "c", "c": "a"}, ["a after b after c after a"]),
+        ({"a": "b", "b": "a", "c": "d", "d": "c"}, ["a after b after a", "c after d after c"]),
+    ],
+)
 def test_each_circle_is_reported_once(after: dict[str, str], expected: list[str]) -> None:
     _, circles = in_order({name: others.split() for name, others in after.items()})
 

@@ -29,7 +29,7 @@ def test_the_rest_is_a_beginning_and_an_end_and_all_bytes_are_accounted_for(text
     if (seam := SEAM.search(text)) is None:
         assert text == whole
         return
-    head, tail = text[:seam.start()], text[seam.end():]
+    head, tail = text[: seam.start()], text[seam.end() :]
     for cut in (head, head + b"\n"):  # the text before the seam ended with its line, or without
         if len(cut) + int(seam[1]) + len(tail) == len(whole):
             assert whole.startswith(cut) and whole.endswith(tail)
@@ -42,7 +42,7 @@ def test_lines_are_whole_at_the_seam(size: int) -> None:
     whole = b"".join(b"line %d\n" % number for number in range(20_000))
     kept = Bounded(4000)
     for place in range(0, len(whole), size):
-        kept.add(whole[place:place + size])
+        kept.add(whole[place : place + size])
     lines = kept.text().splitlines()
     assert (lines[0], lines[-1]) == ("line 0", "line 19999")
     assert sum(not re.fullmatch(r"line \d+", line) for line in lines) == 1

@@ -14,7 +14,7 @@ from tests.repos import InfraRepo
 from toto.base import paths
 from toto.base.errors import TotoError
 
-PROGRAM = '''
+PROGRAM = """
 import asyncio, os, sys
 from pathlib import Path
 from tests.ledger.test_ledger import WEB1, deployed, intent
@@ -55,7 +55,7 @@ async def main(repo):
     print("whole")
 
 asyncio.run(main(Path(sys.argv[1])))
-'''
+"""
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def tiny(tmp_path: Path) -> tuple[list[str], Path]:
     """A command that runs other commands with the folder as a file system of 2 MB; and the folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = f"mount -t tmpfs -o size=2m,mode=700 none {folder} && cp -a {tmp_path}/infra.git {folder} && exec \"$@\""
+    mount = f'mount -t tmpfs -o size=2m,mode=700 none {folder} && cp -a {tmp_path}/infra.git {folder} && exec "$@"'
     InfraRepo(tmp_path)
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode != 0:
@@ -73,8 +73,13 @@ def tiny(tmp_path: Path) -> tuple[list[str], Path]:
 
 def test_a_ledger_on_a_full_disk_is_what_it_was(tiny: tuple[list[str], Path]) -> None:
     command, folder = tiny
-    done = subprocess.run([*command, sys.executable, "-c", PROGRAM, folder / "infra.git"], capture_output=True,
-                          text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", PROGRAM, folder / "infra.git"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
     assert "host/web1: the ledger could not be written" in errors[0]

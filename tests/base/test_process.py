@@ -96,18 +96,28 @@ async def test_a_daemon_that_holds_stdout_hangs_nothing_and_is_ended(tmp_path: P
 
 
 async def test_a_daemon_with_a_session_of_its_own_is_ended_too(tmp_path: Path) -> None:
-    await run(sh(f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 60' &\n"
-                 f"while [ ! -s {tmp_path}/pid ]; do sleep 0.02; done"))
+    await run(
+        sh(
+            f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 60' &\n"
+            f"while [ ! -s {tmp_path}/pid ]; do sleep 0.02; done"
+        )
+    )
     assert gone(await pid_in(tmp_path / "pid"))
 
 
 async def test_a_long_grace_is_for_the_program_and_not_for_what_it_left_behind(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(process, "LEFT_BEHIND", 0.1)
     async with asyncio.timeout(100):
-        await run(sh(f"(trap '' INT; echo > {tmp_path}/began; sleep 1000) &\n"
-                     f"while [ ! -e {tmp_path}/began ]; do sleep 0.02; done"),
-                  signals=(signal.SIGINT, signal.SIGTERM), grace=1000)
+        await run(
+            sh(
+                f"(trap '' INT; echo > {tmp_path}/began; sleep 1000) &\n"
+                f"while [ ! -e {tmp_path}/began ]; do sleep 0.02; done"
+            ),
+            signals=(signal.SIGINT, signal.SIGTERM),
+            grace=1000,
+        )
 
 
 @pytest.mark.slow
@@ -132,8 +142,12 @@ async def test_lines_come_while_the_program_runs_without_their_ends(tmp_path: Pa
         came.append(line)
         (tmp_path / line).touch()
 
-    await run(sh(f"printf 'a\\r\\nb\\n'; until [ -e {tmp_path}/b ]; do sleep 0.02; done; printf 'no end'; "
-                 "printf 'e\\n' >&2"), on_line=hear, on_error_line=came.append, timeout=60)
+    await run(
+        sh(f"printf 'a\\r\\nb\\n'; until [ -e {tmp_path}/b ]; do sleep 0.02; done; printf 'no end'; printf 'e\\n' >&2"),
+        on_line=hear,
+        on_error_line=came.append,
+        timeout=60,
+    )
     assert sorted(came) == ["a", "b", "e", "no end"]
 
 
@@ -146,8 +160,12 @@ async def test_a_line_without_end_comes_in_pieces() -> None:
 
 async def test_secrets_are_masked_everywhere() -> None:
     lines: list[str] = []
-    done = await run(sh("echo say hunter2; echo hunter2 >&2"), secrets=["hunter2", ""], on_line=lines.append,
-                     on_error_line=lines.append)
+    done = await run(
+        sh("echo say hunter2; echo hunter2 >&2"),
+        secrets=["hunter2", ""],
+        on_line=lines.append,
+        on_error_line=lines.append,
+    )
     assert "hunter2" not in f"{done}{lines}"
     with pytest.raises(CommandFailed) as failed:
         await run(sh("echo hunter2 >&2; exit 1"), secrets=["hunter2"])
@@ -195,8 +213,9 @@ async def test_many_at_once_are_no_trouble() -> None:
 
 def test_what_a_dead_toto_left_is_killed_and_the_living_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     here = process._pid_namespace()
-    orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"1.1.{here}.0"},
-                              start_new_session=True)
+    orphan = subprocess.Popen(
+        ["sleep", "60"], env={**os.environ, process.COOKIE: f"1.1.{here}.0"}, start_new_session=True
+    )
     ours = subprocess.Popen(["sleep", "60"], env={**os.environ, process.COOKIE: f"{process.owner()}.{here}.0"})
     monkeypatch.setattr(process, "_pids", lambda: [orphan.pid, ours.pid])  # the only ones that may be ended
     try:
@@ -221,8 +240,10 @@ def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest
     container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*container, "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("this machine allows no container")
-    program = ("import asyncio\nfrom toto.base.process import run\n"
-               f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n")
+    program = (
+        "import asyncio\nfrom toto.base.process import run\n"
+        f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n"
+    )
     there = subprocess.Popen([*container, sys.executable, "-c", program])
     try:
         assert asyncio.run(pid_in(tmp_path / "pid")) < 1000, "a number of the container's own"
@@ -237,8 +258,10 @@ def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_death_of_toto_ends_its_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = ("import asyncio\nfrom toto.base.process import run\n"
-               f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n")
+    program = (
+        "import asyncio\nfrom toto.base.process import run\n"
+        f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n"
+    )
     parent = subprocess.Popen([sys.executable, "-c", program])
     try:
         pid = asyncio.run(pid_in(tmp_path / "pid"))

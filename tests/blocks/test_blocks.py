@@ -14,16 +14,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_UI_URL, temp
 from pydantic import ValidationError
 
 import blocks
-from blocks import (
-    KubeAccess,
-    MailVenue,
-    NtfyVenue,
-    SlackVenue,
-    SshIdentity,
-    TerraformCredentials,
-    WebhookVenue,
-    venues,
-)
+from blocks import KubeAccess, MailVenue, NtfyVenue, SlackVenue, SshIdentity, TerraformCredentials, WebhookVenue, venues
 from blocks.access import AccessBlock
 from blocks.base import TotoBlock
 from tasks.notify import notify
@@ -48,8 +39,9 @@ KINDS: list[type[TotoBlock]] = [getattr(blocks, name) for name in blocks.__all__
 @pytest.fixture
 async def prefect(prefect_server: PrefectServer, tmp_path: Path) -> AsyncIterator[PrefectServer]:
     """The session's server, for the client in this process."""
-    with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect",
-                             PREFECT_UI_URL: "http://ui"}):
+    with temporary_settings(
+        {PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect", PREFECT_UI_URL: "http://ui"}
+    ):
         yield prefect_server
 
 
@@ -67,8 +59,9 @@ def on_disk(*folders: Path) -> bytes:
 async def logs(prefect: PrefectServer, run: str) -> list[str]:
     """A flow run's log, once its last words are there. (Prefect sends it in batches.)"""
     while True:
-        found = await prefect.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}},
-                                                                "sort": "TIMESTAMP_ASC"})
+        found = await prefect.api.call(
+            "POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
+        )
         lines = [str(each["message"]) for each in found]
         if any("Finished in state" in line or line == "the end" for line in lines):
             return lines
@@ -82,7 +75,8 @@ async def test_one_command_makes_the_forms_known(prefect: PrefectServer) -> None
     await deployments.register_blocks(prefect.env)
     found = await prefect.api.call("POST", "/block_types/filter", {"limit": 200})
     assert {kind.get_block_type_slug() for kind in KINDS} == {
-        each["slug"] for each in found if each["slug"].startswith("toto-")}
+        each["slug"] for each in found if each["slug"].startswith("toto-")
+    }
     schemas = await prefect.api.call("POST", "/block_schemas/filter", {"limit": 200})
     assert sum(each["block_type"]["slug"].startswith("toto-") for each in schemas) == len(KINDS)
 
@@ -113,10 +107,14 @@ def test_a_form_explains_itself(kind: type[TotoBlock]) -> None:
 
 
 SECRETS: list[TotoBlock] = [
-    SlackVenue(url=f"https://hooks.slack.com/services/{POISON}"), NtfyVenue(url="https://ntfy.sh/x", token=POISON),
-    WebhookVenue(url="https://example.org/", secret=POISON), SshIdentity(private_key=KEY),
-    MailVenue(sender="toto@example.org", password=POISON), TerraformCredentials(variables={"TOKEN": POISON}),
-    KubeAccess(kubeconfig=f"clusters: [{POISON}]")]
+    SlackVenue(url=f"https://hooks.slack.com/services/{POISON}"),
+    NtfyVenue(url="https://ntfy.sh/x", token=POISON),
+    WebhookVenue(url="https://example.org/", secret=POISON),
+    SshIdentity(private_key=KEY),
+    MailVenue(sender="toto@example.org", password=POISON),
+    TerraformCredentials(variables={"TOKEN": POISON}),
+    KubeAccess(kubeconfig=f"clusters: [{POISON}]"),
+]
 
 
 @pytest.mark.parametrize("block", SECRETS, ids=lambda block: type(block).__name__)
@@ -160,12 +158,21 @@ def test_a_secret_becomes_a_file_that_only_its_owner_reads(tmp_path: Path) -> No
     assert SshIdentity(path="~/key").file(tmp_path) == Path.home() / "key"
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [
-    (SshIdentity, {"private_key": f"ssh-ed25519 {POISON}"}), (SshIdentity, {"private_key": KEY.replace("\n", " ")}),
-    (TerraformCredentials, {"variables": {f"{POISON}=": "x"}}), (TerraformCredentials, {"variables": {"a": [POISON]}}),
-    (KubeAccess, {"kubeconfig": POISON}), (KubeAccess, {"kubeconfig": f"{{{POISON}"}),
-    (MailVenue, {"sender": POISON}), (MailVenue, {"sender": "a@b", "to": [POISON]}),
-    (SlackVenue, {"url": f"https://toto:{POISON}@example.org/"}), (SlackVenue, {"url": [POISON]})])
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (SshIdentity, {"private_key": f"ssh-ed25519 {POISON}"}),
+        (SshIdentity, {"private_key": KEY.replace("\n", " ")}),
+        (TerraformCredentials, {"variables": {f"{POISON}=": "x"}}),
+        (TerraformCredentials, {"variables": {"a": [POISON]}}),
+        (KubeAccess, {"kubeconfig": POISON}),
+        (KubeAccess, {"kubeconfig": f"{{{POISON}"}),
+        (MailVenue, {"sender": POISON}),
+        (MailVenue, {"sender": "a@b", "to": [POISON]}),
+        (SlackVenue, {"url": f"https://toto:{POISON}@example.org/"}),
+        (SlackVenue, {"url": [POISON]}),
+    ],
+)
 def test_what_is_wrong_is_refused_without_being_shown(kind: type[TotoBlock], wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         kind(**wrong)
@@ -181,8 +188,10 @@ async def test_a_name_stands_for_every_venue_saved_under_it(prefect: PrefectServ
 def test_a_context_is_chosen_in_a_copy_of_the_kubeconfig(tmp_path: Path) -> None:
     config = "clusters: []\ncontexts: [{name: home}, {name: lab}]\ncurrent-context: home\n"
     (tmp_path / "kept").write_text(config)
-    for access in (KubeAccess(kubeconfig=config, context="lab"),
-                   KubeAccess(path=str(tmp_path / "kept"), context="lab")):
+    for access in (
+        KubeAccess(kubeconfig=config, context="lab"),
+        KubeAccess(path=str(tmp_path / "kept"), context="lab"),
+    ):
         chosen = access.file(tmp_path)
         assert chosen is not None and "current-context: lab" in chosen.read_text()
         assert chosen.stat().st_mode & 0o077 == 0
@@ -201,8 +210,14 @@ async def test_a_name_that_is_no_venue_is_an_error(prefect: PrefectServer, name:
 async def test_a_message_can_be_tried(prefect: PrefectServer, web: HttpServer) -> None:
     await NtfyVenue(url=f"{web.address}/t").asave("tried", overwrite=True)
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-m", "blocks", "nobody", "tried"], env=prefect.env, cwd=deployments.ROOT,
-        capture_output=True, text=True, check=False)
+        subprocess.run,
+        [sys.executable, "-m", "blocks", "nobody", "tried"],
+        env=prefect.env,
+        cwd=deployments.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (1, "tried: sent\n")
     assert "nobody: there is no venue of this name\nnext: " in done.stderr
     assert len(web.requests) == 1
@@ -232,6 +247,7 @@ class Fleet:
             await notify(self.repo.bare, self.commit, end, origin, **options)
             print("the end")
             return str(runtime.flow_run.id)
+
         return await notifies()
 
     @property
@@ -262,18 +278,23 @@ async def test_a_failure_is_notified_once_and_again_when_it_changes_and_when_it_
     for end in (failing(), failing(), failing("not ok 2 - other"), working(), report()):
         await fleet.run(end)
     assert [text.splitlines()[0] for text in fleet.heard] == [
-        "🔴 *[infra] b: roll-out failed*", "🔴 *[infra] b: roll-out failed*",
-        "🟢 *[infra] b fine again*"]
+        "🔴 *[infra] b: roll-out failed*",
+        "🔴 *[infra] b: roll-out failed*",
+        "🟢 *[infra] b fine again*",
+    ]
     assert await notified.read(fleet.repo.bare) == {}
     assert len(git("notes", "--ref=toto", "show", fleet.commit, cwd=fleet.repo.bare).splitlines()) == 3
 
 
 async def test_a_venue_that_cannot_be_notified_is_a_warning_and_gets_it_the_next_time(
-        fleet: Fleet, prefect: PrefectServer, tmp_path: Path) -> None:
+    fleet: Fleet, prefect: PrefectServer, tmp_path: Path
+) -> None:
     fleet.web.answers = [(404, f"no_service {POISON}"), (200, "ok")]
     lines = await logs(prefect, await fleet.run(failing()))
-    assert any(line.startswith(f"ops was not notified: ops: {fleet.web.address} answered 404: no_service ******")
-               for line in lines)
+    assert any(
+        line.startswith(f"ops was not notified: ops: {fleet.web.address} answered 404: no_service ******")
+        for line in lines
+    )
     assert any(line.startswith("nobody was not notified: nobody: there is no venue of this name") for line in lines)
     assert lines[-1] == "the end"
     assert "ops" not in await notified.read(fleet.repo.bare)
@@ -285,7 +306,8 @@ async def test_a_venue_that_cannot_be_notified_is_a_warning_and_gets_it_the_next
 async def test_the_pusher_always_hears_and_the_link_leads_to_the_run(fleet: Fleet) -> None:
     async with smtp_server() as post:
         await MailVenue(host="127.0.0.1", port=post.port, security="none", sender="toto@example.org").asave(
-            "pusher", overwrite=True)
+            "pusher", overwrite=True
+        )
         runs = [await fleet.run(failing(), "push") for _ in range(2)]
         await fleet.run(report(), "push")
     assert [mail["To"] for mail in post.mails] == ["op@example.org"] * 3
@@ -310,8 +332,10 @@ async def test_what_a_check_for_drift_finds_good_is_not_what_a_run_found_wrong(f
     await fleet.run(drifted, check="drift")
     await fleet.run(report(), check="drift")
     assert [text.splitlines()[0] for text in fleet.heard] == [
-        "🔴 *[infra] b: roll-out failed*", "🔴 *[infra] terraform/dns: drift check failed*",
-        "🟢 *[infra] terraform/dns fine again*"]
+        "🔴 *[infra] b: roll-out failed*",
+        "🔴 *[infra] terraform/dns: drift check failed*",
+        "🟢 *[infra] terraform/dns fine again*",
+    ]
     assert git("notes", "--ref=toto", "show", fleet.commit, cwd=fleet.repo.bare).count("\n") == 0
 
 
@@ -323,11 +347,13 @@ async def test_a_run_that_broke_off_is_notified_by_what_can_be_read(fleet: Fleet
     assert "*the run failed: machines.yaml:1: is not YAML*" in fleet.heard[0]
 
 
-async def test_nothing_that_goes_wrong_fails_the_run(fleet: Fleet, prefect: PrefectServer,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_that_goes_wrong_fails_the_run(
+    fleet: Fleet, prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fleet.commit = "1" * 40
-    assert any("nobody could be notified of the result: " in line for line in
-               await logs(prefect, await fleet.run(failing())))
+    assert any(
+        "nobody could be notified of the result: " in line for line in await logs(prefect, await fleet.run(failing()))
+    )
 
     def broken(_url: str) -> None:
         raise RuntimeError(POISON)

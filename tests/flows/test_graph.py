@@ -25,16 +25,17 @@ async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_serv
         if node["kind"] == "flow-run":
             inside[node["label"]] = await prefect_server.api.call("GET", f"/flow_runs/{node['id']}/graph-v2")
     assert {name: labels(each) for name, each in inside.items()} == {
-        stages[0]: [], stages[1]: ["rehearse file / a", "rehearse file / b"],
-        stages[2]: ["roll out file / a", "roll out file / b"]}
+        stages[0]: [],
+        stages[1]: ["rehearse file / a", "rehearse file / b"],
+        stages[2]: ["roll out file / a", "roll out file / b"],
+    }
     assert all(edges(each) == [] for each in inside.values())
 
 
 async def test_a_run_that_is_reverted_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:
     commit = files.commit({"a": "one", "z": "too late"})[:8]
     graph = await drawn(prefect_server, await files.reconcile())
-    stages = [f"detect / {commit}", "rehearse / file/a, file/z", "files / a, z", "revert / file/a, file/z",
-              "notify"]
+    stages = [f"detect / {commit}", "rehearse / file/a, file/z", "files / a, z", "revert / file/a, file/z", "notify"]
     assert edges(graph) == chain(*stages)
     assert [node["label"] for node in dict(graph["nodes"]).values() if node["state_type"] == "FAILED"] == [stages[2]]
 
@@ -44,7 +45,10 @@ async def test_a_run_that_stops_before_the_roll_out_is_drawn_so(files: Files, pr
     graph = await drawn(prefect_server, await files.reconcile())
     assert edges(graph) == chain(f"detect / {commit}", "rehearse / file/a", "notify")
     assert {node["label"]: node["state_type"] for node in dict(graph["nodes"]).values()} == {
-        f"detect / {commit}": "COMPLETED", "rehearse / file/a": "FAILED", "notify": "COMPLETED"}
+        f"detect / {commit}": "COMPLETED",
+        "rehearse / file/a": "FAILED",
+        "notify": "COMPLETED",
+    }
 
 
 async def test_a_run_with_nothing_to_do_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:

@@ -45,8 +45,7 @@ class Files:
 
 
 @pytest.fixture
-async def files(prefect_server: PrefectServer, tmp_path: Path,
-                monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Files]:
+async def files(prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Files]:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     monkeypatch.setitem(kinds.KINDS, "file", FileKind())
     monkeypatch.setitem(flow_kinds.STEPS, "file", toy.STEPS)

@@ -25,8 +25,8 @@ RULES = f"""
 create = ["alice"]
 
 [users]
-alice = ["{key('a1')} alice@laptop", "{key('a2', 'sk-ssh-ed25519@openssh.com')}"]
-bob = ["{key('b')}"]
+alice = ["{key("a1")} alice@laptop", "{key("a2", "sk-ssh-ed25519@openssh.com")}"]
+bob = ["{key("b")}"]
 guest = []
 
 [repos.infra]
@@ -44,25 +44,29 @@ write = ["bob"]
 """
 
 
-@pytest.mark.parametrize(("user", "verb", "repo", "creator", "allowed"), [
-    ("alice", "write", "infra", None, True),
-    ("alice", "read", "infra", None, True),
-    ("bob", "read", "infra", None, True),
-    ("bob", "write", "infra", None, False),
-    ("guest", "read", "infra", None, False),
-    ("guest", "read", "notes", None, True),
-    ("guest", "write", "notes", None, False),
-    ("stranger", "read", "notes", None, False),
-    ("bob", "write", "other", None, True),
-    ("alice", "read", "other", None, False),
-    ("alice", "write", "other", "alice", True),
-    ("bob", "write", "infra", "bob", False),  # its own table decides, not its creator
-    ("alice", "write", ADMIN, None, True),
-    ("bob", "read", ADMIN, None, False),  # never by `*`
-    ("bob", "write", ADMIN, "bob", False),
-])
-def test_a_repositorys_own_table_decides_then_its_creator_then_the_star(user: str, verb: access.Verb, repo: str,
-                                                                        creator: str | None, allowed: bool) -> None:
+@pytest.mark.parametrize(
+    ("user", "verb", "repo", "creator", "allowed"),
+    [
+        ("alice", "write", "infra", None, True),
+        ("alice", "read", "infra", None, True),
+        ("bob", "read", "infra", None, True),
+        ("bob", "write", "infra", None, False),
+        ("guest", "read", "infra", None, False),
+        ("guest", "read", "notes", None, True),
+        ("guest", "write", "notes", None, False),
+        ("stranger", "read", "notes", None, False),
+        ("bob", "write", "other", None, True),
+        ("alice", "read", "other", None, False),
+        ("alice", "write", "other", "alice", True),
+        ("bob", "write", "infra", "bob", False),  # its own table decides, not its creator
+        ("alice", "write", ADMIN, None, True),
+        ("bob", "read", ADMIN, None, False),  # never by `*`
+        ("bob", "write", ADMIN, "bob", False),
+    ],
+)
+def test_a_repositorys_own_table_decides_then_its_creator_then_the_star(
+    user: str, verb: access.Verb, repo: str, creator: str | None, allowed: bool
+) -> None:
     assert access.parse(RULES).may(user, verb, repo, creator) is allowed
 
 
@@ -78,7 +82,7 @@ def test_who_may_create() -> None:
 
 def test_authorized_keys_run_the_shell_and_nothing_else() -> None:
     lines = access.parse(RULES).authorized_keys(["/opt/a b/python", '"x"']).splitlines()
-    assert lines[0] == f"""command="'/opt/a b/python' '\\"x\\"' alice",restrict {key('a1')}"""
+    assert lines[0] == f"""command="'/opt/a b/python' '\\"x\\"' alice",restrict {key("a1")}"""
     assert len(lines) == 3 and all(",restrict s" in line for line in lines)
 
 
@@ -88,31 +92,37 @@ def test_signers_are_those_who_may_write() -> None:
     assert [line.split()[0] for line in rules.allowed_signers("other").splitlines()] == ["bob"]
 
 
-ADMIN_TABLE = f"[repos.{ADMIN}]\nwrite = [\"*\"]\n"
+ADMIN_TABLE = f'[repos.{ADMIN}]\nwrite = ["*"]\n'
 
 
-@pytest.mark.parametrize(("text", "complaint"), [
-    ("[users\n", "access.toml:1: is not TOML: expected"),
-    (ADMIN_TABLE + "\nx = ", "access.toml:4: is not TOML"),
-    ("", f"access.toml:1: nobody may write {ADMIN}"),
-    ("[users]\nalice = []\n", f"nobody may write {ADMIN}"),
-    (ADMIN_TABLE + "[user]\n", "access.toml:3: user: is not known here"),
-    (ADMIN_TABLE + "[users]\nalice = 'x'\n", "access.toml:4: alice: should be a list of public keys"),
-    (ADMIN_TABLE + "[users]\n\nalice = ['x']\n", "access.toml:5: alice: 'x' is not a public key like"),
-    (ADMIN_TABLE + f"[users]\nalice = ['{key('a')[:-8]}']\n", "access.toml:4: alice: 'ssh-ed25519"),
-    (ADMIN_TABLE + f"[users]\nalice = ['{key('a').replace('ed25519', 'rsa', 1)}']\n", "not a complete ssh-rsa key"),
-    (ADMIN_TABLE + f"[users]\nalice = ['{key('a')}']\nbob = ['{key('a')} same']\n", "access.toml:5: bob: has the same"),
-    (ADMIN_TABLE + "[users]\n'a b' = []\n", "access.toml:4: 'a b': is not a user's name"),
-    (ADMIN_TABLE + "[users]\n\"x\\n\" = []\n", "is not a user's name"),
-    ("create = ['eve']\n" + ADMIN_TABLE, "access.toml:1: create: there is no user 'eve'"),
-    (ADMIN_TABLE + "[repos.infra]\n\nwrite = [\"eve\"]\n", "access.toml:5: infra: write: there is no user 'eve'"),
-    (ADMIN_TABLE + "[repos.infra]\nwirte = []\n", "access.toml:4: infra: wirte: is not known here"),
-    (ADMIN_TABLE + "[repos.infra]\nwrite = \"alice\"\n", "access.toml:4: infra: write: should be a list"),
-    (ADMIN_TABLE + "[repos.\"../etc\"]\n", "access.toml:3: '../etc': does not name a repository"),
-    ("repos = 1\n", "access.toml:1: repos: should be a table"),
-    ("x = " + "[" * 5000, "access.toml:1: is not TOML"),
-    ("#" * (access.LARGEST + 1), "is larger than 1 MiB"),
-])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[users\n", "access.toml:1: is not TOML: expected"),
+        (ADMIN_TABLE + "\nx = ", "access.toml:4: is not TOML"),
+        ("", f"access.toml:1: nobody may write {ADMIN}"),
+        ("[users]\nalice = []\n", f"nobody may write {ADMIN}"),
+        (ADMIN_TABLE + "[user]\n", "access.toml:3: user: is not known here"),
+        (ADMIN_TABLE + "[users]\nalice = 'x'\n", "access.toml:4: alice: should be a list of public keys"),
+        (ADMIN_TABLE + "[users]\n\nalice = ['x']\n", "access.toml:5: alice: 'x' is not a public key like"),
+        (ADMIN_TABLE + f"[users]\nalice = ['{key('a')[:-8]}']\n", "access.toml:4: alice: 'ssh-ed25519"),
+        (ADMIN_TABLE + f"[users]\nalice = ['{key('a').replace('ed25519', 'rsa', 1)}']\n", "not a complete ssh-rsa key"),
+        (
+            ADMIN_TABLE + f"[users]\nalice = ['{key('a')}']\nbob = ['{key('a')} same']\n",
+            "access.toml:5: bob: has the same",
+        ),
+        (ADMIN_TABLE + "[users]\n'a b' = []\n", "access.toml:4: 'a b': is not a user's name"),
+        (ADMIN_TABLE + '[users]\n"x\\n" = []\n', "is not a user's name"),
+        ("create = ['eve']\n" + ADMIN_TABLE, "access.toml:1: create: there is no user 'eve'"),
+        (ADMIN_TABLE + '[repos.infra]\n\nwrite = ["eve"]\n', "access.toml:5: infra: write: there is no user 'eve'"),
+        (ADMIN_TABLE + "[repos.infra]\nwirte = []\n", "access.toml:4: infra: wirte: is not known here"),
+        (ADMIN_TABLE + '[repos.infra]\nwrite = "alice"\n', "access.toml:4: infra: write: should be a list"),
+        (ADMIN_TABLE + '[repos."../etc"]\n', "access.toml:3: '../etc': does not name a repository"),
+        ("repos = 1\n", "access.toml:1: repos: should be a table"),
+        ("x = " + "[" * 5000, "access.toml:1: is not TOML"),
+        ("#" * (access.LARGEST + 1), "is larger than 1 MiB"),
+    ],
+)
 def test_mistakes_are_reported_with_their_line(text: str, complaint: str) -> None:
     with pytest.raises(AccessError) as wrong:
         access.parse(text)
@@ -120,8 +130,10 @@ def test_mistakes_are_reported_with_their_line(text: str, complaint: str) -> Non
     assert all(line.startswith("access.toml:") for line in wrong.value.problems)
 
 
-@pytest.mark.parametrize("evil", [
-    f'{key("a")} c",command="sh', f"{key('a')}\nssh-rsa AAAA", 'command="sh" ' + key("a"), f"restrict {key('a')}"])
+@pytest.mark.parametrize(
+    "evil",
+    [f'{key("a")} c",command="sh', f"{key('a')}\nssh-rsa AAAA", 'command="sh" ' + key("a"), f"restrict {key('a')}"],
+)
 def test_a_key_cannot_smuggle_options_into_authorized_keys(evil: str) -> None:
     text = f"{ADMIN_TABLE}[users]\nalice = [{evil!r}]\n"
     try:
@@ -134,16 +146,44 @@ def test_a_key_cannot_smuggle_options_into_authorized_keys(evil: str) -> None:
 REPOS = Path("/srv/repos")
 
 
-@pytest.mark.parametrize("asked", ["infra", "infra.git", "/infra", "~/infra", "/infra.git/", "/srv/repos/infra",
-                                   "/srv/repos/infra.git"])
+@pytest.mark.parametrize(
+    "asked", ["infra", "infra.git", "/infra", "~/infra", "/infra.git/", "/srv/repos/infra", "/srv/repos/infra.git"]
+)
 def test_what_git_sends_for_a_repository(asked: str) -> None:
     assert access.repo_name(asked, REPOS) == "infra"
 
 
-@pytest.mark.parametrize("asked", [
-    "", ".", "..", "../infra", "/srv/repos/../x", "/srv/repos/", "/etc/passwd", "a/b", "-infra", "--upload-pack=x",
-    ".git", ".new/x", "~bob/infra", "~", "/~/infra", "//infra", "infra\n", "in fra", "infra;id", "$(id)", "ïnfra",
-    "a..b", "infra.git.git", "infra.lock", "x" * 64, "\0"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "",
+        ".",
+        "..",
+        "../infra",
+        "/srv/repos/../x",
+        "/srv/repos/",
+        "/etc/passwd",
+        "a/b",
+        "-infra",
+        "--upload-pack=x",
+        ".git",
+        ".new/x",
+        "~bob/infra",
+        "~",
+        "/~/infra",
+        "//infra",
+        "infra\n",
+        "in fra",
+        "infra;id",
+        "$(id)",
+        "ïnfra",
+        "a..b",
+        "infra.git.git",
+        "infra.lock",
+        "x" * 64,
+        "\0",
+    ],
+)
 def test_names_that_lead_elsewhere_are_refused(asked: str) -> None:
     with pytest.raises(InputError, match="does not name a repository"):
         access.repo_name(asked, REPOS)
@@ -217,8 +257,9 @@ async def test_new_repository_is_whole_or_not_there(tmp_path: Path) -> None:
         await git_host.make(tmp_path, ADMIN)
 
 
-def test_the_operators_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_operators_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def toto(*words: str | Path) -> tuple[object, str, str]:
         monkeypatch.setattr("sys.argv", ["toto", "repo", *map(str, words), "--repos", str(tmp_path / "repos")])
         with pytest.raises(SystemExit) as ended:
@@ -232,12 +273,14 @@ def test_the_operators_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     status, said, _ = toto("set", "infra", "--no-signed", "--gpg-home", "", "--branch", "live")
     assert re.search(r"signed +False\b", said) and re.search(r"gpg-home +None\b", said)
     assert (tmp_path / "repos" / "infra.git" / "HEAD").read_text() == "ref: refs/heads/live\n"
-    for words, complaint in ((("set", "infra", "--max-file-size", "many"), "is not a file size"),
-                             (("set", "infra", "--branch", "a b"), "is not a branch name"),
-                             (("set", "other"), "is not a git repository"),
-                             (("create", "../x"), "does not name a repository"),
-                             (("create", ADMIN), "holds the rules of access"),
-                             (("admin", "bob", tmp_path / "none.pub"), "cannot be read"),
-                             (("admin", "bob", tmp_path / "key.pub"), "exists already")):
+    for words, complaint in (
+        (("set", "infra", "--max-file-size", "many"), "is not a file size"),
+        (("set", "infra", "--branch", "a b"), "is not a branch name"),
+        (("set", "other"), "is not a git repository"),
+        (("create", "../x"), "does not name a repository"),
+        (("create", ADMIN), "holds the rules of access"),
+        (("admin", "bob", tmp_path / "none.pub"), "cannot be read"),
+        (("admin", "bob", tmp_path / "key.pub"), "exists already"),
+    ):
         status, _, said = toto(*words)
         assert status == 2 and complaint in said, (words, said)

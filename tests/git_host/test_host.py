@@ -90,8 +90,9 @@ class Pusher:
     def git(self, *words: str, cwd: Path | None = None) -> str:
         env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         env |= {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        done = subprocess.run(["git", *words], cwd=cwd or self.folder, env=env, capture_output=True, text=True,
-                              check=False, timeout=300)
+        done = subprocess.run(
+            ["git", *words], cwd=cwd or self.folder, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip() if words[0] != "push" else re.sub(r"(?m)^remote: |\s+$", "", done.stderr)
 
@@ -126,19 +127,30 @@ def test_push_starts_a_run_and_names_it(pusher: Pusher, repo: Path, stand: Stand
     assert git_host.waiting(repo) == []
 
 
-@pytest.mark.parametrize("options", [
-    [], ["only=web1"], ["only=web1,web", "only=helm:shop"], ["plan"], ["rehearse"], ["rehearse", "only=web1"],
-    ["plan", f"only={'web1,' * 20}web1"]])
-def test_hook_names_a_run_as_the_flow_would(pusher: Pusher, repo: Path, stand: Stand, options: list[str],
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["only=web1"],
+        ["only=web1,web", "only=helm:shop"],
+        ["plan"],
+        ["rehearse"],
+        ["rehearse", "only=web1"],
+        ["plan", f"only={'web1,' * 20}web1"],
+    ],
+)
+def test_hook_names_a_run_as_the_flow_would(
+    pusher: Pusher, repo: Path, stand: Stand, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = pusher.git("push", *(word for option in options for word in ("-o", option)), str(repo), "main")
     [body] = stand.bodies
     assert called(monkeypatch, body["parameters"], "reconcile") == body["name"]
     assert f" in run {body['name']}\n" in output
 
 
-async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher: Pusher, repo: Path,
-                                                                          stand: Stand) -> None:
+async def test_same_commit_pushed_again_after_going_back_is_a_new_request(
+    pusher: Pusher, repo: Path, stand: Stand
+) -> None:
     await git_host.set_policy(repo, allow_force=True)
     first = pusher.git("rev-parse", "HEAD")
     pusher.push()
@@ -149,8 +161,9 @@ async def test_same_commit_pushed_again_after_going_back_is_a_new_request(pusher
     assert len({body["idempotency_key"] for body in stand.bodies}) == 3
 
 
-async def test_push_while_prefect_is_down_is_accepted_and_started_later(pusher: Pusher, repo: Path,
-                                                                        stand: Stand) -> None:
+async def test_push_while_prefect_is_down_is_accepted_and_started_later(
+    pusher: Pusher, repo: Path, stand: Stand
+) -> None:
     url = stand.url
     pusher.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
     one, output = pusher.commit(), pusher.push()
@@ -209,8 +222,9 @@ def test_refused_request_is_set_aside_and_blocks_nothing(pusher: Pusher, repo: P
 
 
 @pytest.mark.parametrize("name", ['a"b', "ünïcødé", "$(touch${IFS}pwned)", "`id`", "a;b", "mainly", "x/main", "'"])
-def test_other_branches_are_not_deployed_whatever_their_name(pusher: Pusher, repo: Path, stand: Stand,
-                                                             name: str) -> None:
+def test_other_branches_are_not_deployed_whatever_their_name(
+    pusher: Pusher, repo: Path, stand: Stand, name: str
+) -> None:
     assert f"{name} is not deployed" in pusher.push(f"main:refs/heads/{name}")
     assert stand.bodies == []
     assert not list(repo.rglob("pwned"))
@@ -246,7 +260,7 @@ async def test_password_reaches_prefect_from_a_private_file(tmp_path: Path, stan
     (repo / "toto" / "spool" / f"1-{'a' * 40}.json").write_text("{}")
     await git_host.drain_spool(repo)
     assert stand.authorization == from_curl
-    assert "p\"a" not in (repo / "config").read_text()
+    assert 'p"a' not in (repo / "config").read_text()
 
 
 async def test_create_is_idempotent_and_updates_an_old_hook(repo: Path, stand: Stand) -> None:
@@ -261,11 +275,18 @@ async def test_create_is_idempotent_and_updates_an_old_hook(repo: Path, stand: S
     assert (repo / "config").read_text() == once
 
 
-@pytest.mark.parametrize(("before", "after"), [
-    ("reconcile/toto", "reconcile/reconcile"), ("reconcile/reconcile", "reconcile/reconcile"),
-    (None, "reconcile/reconcile"), ("reconcile/parked", "reconcile/parked")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("reconcile/toto", "reconcile/reconcile"),
+        ("reconcile/reconcile", "reconcile/reconcile"),
+        (None, "reconcile/reconcile"),
+        ("reconcile/parked", "reconcile/parked"),
+    ],
+)
 async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_a_different_one(
-        repo: Path, stand: Stand, before: str | None, after: str) -> None:
+    repo: Path, stand: Stand, before: str | None, after: str
+) -> None:
     await git_host.create(repo, api_url=stand.url, branch="deploy", deployment=before or "x/y", deployment_id=ID)
     if before is None:
         await access.git(repo, "config", "--unset", "toto.deployment")
@@ -276,8 +297,19 @@ async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_a_di
     assert (f"toto.deploymentid {served.deployment_id}" in config) == (after == git_host.DEPLOYMENT)
 
 
-@pytest.mark.parametrize("path", ["relative/x.git", "/tmp/with space.git", "/tmp/a$(id).git", '/tmp/a"b.git',
-                                  "/tmp/../etc/x.git", "/tmp/-x.git", "/tmp/a\nb.git", "/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "relative/x.git",
+        "/tmp/with space.git",
+        "/tmp/a$(id).git",
+        '/tmp/a"b.git',
+        "/tmp/../etc/x.git",
+        "/tmp/-x.git",
+        "/tmp/a\nb.git",
+        "/",
+    ],
+)
 async def test_strange_paths_are_refused(path: str) -> None:
     with pytest.raises(InputError):
         await git_host.create(Path(path), api_url="http://127.0.0.1:1/api")
@@ -290,8 +322,17 @@ async def test_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
         await git_host.create(tmp_path / "letters", api_url="http://127.0.0.1:1/api")
 
 
-@pytest.mark.parametrize("settings", [{"api_url": "file:///etc/passwd"}, {"branch": "a b"}, {"branch": "-x"},
-                                      {"deployment": "a b/c"}, {"auth": "nopassword"}, {"deployment_id": "1;2"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"api_url": "file:///etc/passwd"},
+        {"branch": "a b"},
+        {"branch": "-x"},
+        {"deployment": "a b/c"},
+        {"auth": "nopassword"},
+        {"deployment_id": "1;2"},
+    ],
+)
 async def test_strange_settings_are_refused(tmp_path: Path, settings: dict[str, str]) -> None:
     with pytest.raises(InputError):
         await git_host.create(tmp_path / "a.git", **{"api_url": "http://127.0.0.1:1/api", **settings})

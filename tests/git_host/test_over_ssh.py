@@ -85,9 +85,27 @@ class Host:
         return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}/{name}"
 
     def ssh(self, user: str) -> str:
-        return shlex.join(["ssh", "-F", "none", "-i", str(self.folder / user), "-o", "IdentitiesOnly=yes", "-o",
-                           "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-                           "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"])
+        return shlex.join(
+            [
+                "ssh",
+                "-F",
+                "none",
+                "-i",
+                str(self.folder / user),
+                "-o",
+                "IdentitiesOnly=yes",
+                "-o",
+                "BatchMode=yes",
+                "-o",
+                "StrictHostKeyChecking=no",
+                "-o",
+                "UserKnownHostsFile=/dev/null",
+                "-o",
+                "LogLevel=ERROR",
+                "-o",
+                "IdentityAgent=none",
+            ]
+        )
 
     def ask(self, user: str, *command: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
         """The answer to a command that a user runs by hand."""
@@ -106,15 +124,31 @@ class Host:
         keys = git_shell.invocation(self.repos, "keys")
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
-            lines = ["AuthorizedKeysFile none", f"AuthorizedKeysCommand {shlex.join(keys)}",
-                     f"AuthorizedKeysCommandUser {getpass.getuser()}"]
+            lines = [
+                "AuthorizedKeysFile none",
+                f"AuthorizedKeysCommand {shlex.join(keys)}",
+                f"AuthorizedKeysCommandUser {getpass.getuser()}",
+            ]
         else:  # sshd runs a command for root only
             (self.folder / "authorized").write_text((await process.run(keys)).stdout)
             lines = [f"AuthorizedKeysFile {self.folder}/authorized"]
-        (self.folder / "sshd_config").write_text("\n".join([
-            f"Port {self.port}", "ListenAddress 127.0.0.1", f"HostKey {self.folder}/host", *lines, "AcceptEnv GIT_*",
-            "StrictModes no", "PidFile none", "UsePAM no", "AuthenticationMethods publickey",
-            "PermitRootLogin prohibit-password", ""]))
+        (self.folder / "sshd_config").write_text(
+            "\n".join(
+                [
+                    f"Port {self.port}",
+                    "ListenAddress 127.0.0.1",
+                    f"HostKey {self.folder}/host",
+                    *lines,
+                    "AcceptEnv GIT_*",
+                    "StrictModes no",
+                    "PidFile none",
+                    "UsePAM no",
+                    "AuthenticationMethods publickey",
+                    "PermitRootLogin prohibit-password",
+                    "",
+                ]
+            )
+        )
         assert SSHD is not None
         return [SSHD, "-D", "-f", str(self.folder / "sshd_config")]
 
@@ -138,9 +172,15 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         for name in ("host", "alice", "bob", "eve"):
             await keygen(host.folder / name)
         await git_host.make_admin(host.repos, "alice", (host.folder / "alice.pub").read_text())
-        set_rules(host, host.clone("alice", access.ADMIN), lambda text: text.replace(
-            "[users]", f'[users]\nbob = ["{(host.folder / "bob.pub").read_text().strip()}"]') + (
-            '[repos.infra]\nread = ["bob"]\nwrite = ["alice"]\n'), push=False)
+        set_rules(
+            host,
+            host.clone("alice", access.ADMIN),
+            lambda text: (
+                text.replace("[users]", f'[users]\nbob = ["{(host.folder / "bob.pub").read_text().strip()}"]')
+                + ('[repos.infra]\nread = ["bob"]\nwrite = ["alice"]\n')
+            ),
+            push=False,
+        )
         argv, journal = await host.sshd(), host.folder / "journal"
         async with process.start([*argv, "-E", journal]):
             async with asyncio.timeout(60):
@@ -211,8 +251,15 @@ async def test_a_push_of_the_rules_changes_them_at_once(host: Host) -> None:
     admin = host.clone("alice", "admin")
     admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
     eve = (host.folder / "eve.pub").read_text().strip()
-    set_rules(host, admin, lambda text: text.replace("[users]", f'[users]\neve = ["{eve}"]').replace(
-        'create = ["alice"]', 'create = ["alice", "eve"]').replace('write = ["alice"]', 'write = ["alice", "eve"]'))
+    set_rules(
+        host,
+        admin,
+        lambda text: (
+            text.replace("[users]", f'[users]\neve = ["{eve}"]')
+            .replace('create = ["alice"]', 'create = ["alice", "eve"]')
+            .replace('write = ["alice"]', 'write = ["alice", "eve"]')
+        ),
+    )
     assert "hello eve" in host.ask("eve").stderr
     host.clone("eve", "attic").push("main", "skip")
     assert access.creator(access.path_of(host.repos, "attic")) == "eve"
@@ -226,17 +273,39 @@ async def test_a_push_of_the_rules_changes_them_at_once(host: Host) -> None:
 def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
     """A line in authorized_keys that somebody wrote by hand lets nobody in who is not in the rules."""
     shell = git_shell.invocation(host.repos, "shell")
-    done = subprocess.run([*shell, "eve"], capture_output=True, text=True, check=False,
-                          env={"SSH_ORIGINAL_COMMAND": "git-upload-pack 'infra'"})
+    done = subprocess.run(
+        [*shell, "eve"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"SSH_ORIGINAL_COMMAND": "git-upload-pack 'infra'"},
+    )
     assert done.returncode == 1 and "toto: there is no user eve any more" in done.stderr
 
 
-@pytest.mark.parametrize("command", [
-    "", "bash", "sh -c id", "git-upload-archive 'infra'", "git-receive-pack 'infra'; id", "git-receive-pack infra x",
-    "git-receive-pack '../infra'", "git-receive-pack '/etc/x'", "git-upload-pack '--help'", "git-upload-pack 'a/../b'",
-    "git-upload-pack '.new/infra'", "git-upload-pack '~root/infra'", "git -c core.pager=id upload-pack infra",
-    "git-upload-pack 'infra", "git-upload-pack $'infra\\n'", "scp -t /tmp", "internal-sftp",
-    "/usr/bin/git-receive-pack infra"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "bash",
+        "sh -c id",
+        "git-upload-archive 'infra'",
+        "git-receive-pack 'infra'; id",
+        "git-receive-pack infra x",
+        "git-receive-pack '../infra'",
+        "git-receive-pack '/etc/x'",
+        "git-upload-pack '--help'",
+        "git-upload-pack 'a/../b'",
+        "git-upload-pack '.new/infra'",
+        "git-upload-pack '~root/infra'",
+        "git -c core.pager=id upload-pack infra",
+        "git-upload-pack 'infra",
+        "git-upload-pack $'infra\\n'",
+        "scp -t /tmp",
+        "internal-sftp",
+        "/usr/bin/git-receive-pack infra",
+    ],
+)
 def test_whatever_else_is_asked_is_refused(tmp_path: Path, command: str) -> None:
     everyone = access.Allowed(write=frozenset("*"))
     rules = access.Rules({"alice": ()}, frozenset("*"), {"*": everyone, access.ADMIN: everyone})
@@ -265,8 +334,9 @@ def test_every_form_of_a_repositorys_address(host: Host, form: str) -> None:
 async def test_two_first_pushes_at_once_make_one_repository(host: Host) -> None:
     clones = [host.clone("alice"), host.clone("alice", "again")]
     clones[1].git("remote", "set-url", "toto", host.url("infra"))
-    await asyncio.gather(*(asyncio.to_thread(each.push, f"main:refs/heads/{index}", "skip")
-                           for index, each in enumerate(clones)))
+    await asyncio.gather(
+        *(asyncio.to_thread(each.push, f"main:refs/heads/{index}", "skip") for index, each in enumerate(clones))
+    )
     assert len(clones[0].git("ls-remote", "--heads", "toto").splitlines()) == 2
 
 
@@ -277,8 +347,15 @@ def test_nothing_of_the_pushers_environment_reaches_the_hooks(host: Host) -> Non
     pwned = host.folder / "pwned"
     alice.git("config", "core.sshCommand", host.ssh("alice") + " -o SendEnv=GIT_*")
     env = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": str(pwned)}
-    done = subprocess.run(["git", "push", "-o", "nonsense", "toto", "main:refs/heads/x"], cwd=alice.folder,
-                          env=os.environ | env, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["git", "push", "-o", "nonsense", "toto", "main:refs/heads/x"],
+        cwd=alice.folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert "the push option 'nonsense' is not known" in done.stderr
 
 
@@ -298,9 +375,16 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
         found.update(await deployments.deploy(prefect_server.env, root=folder))
         api = prefect_server.api
         own = await api.call("GET", f"/deployments/{found['reconcile/reconcile']}")
-        await api.call("POST", "/deployments/", {
-            "name": "parked", "flow_id": own["flow_id"], "enforce_parameter_schema": True,
-            "parameter_openapi_schema": own["parameter_openapi_schema"]})
+        await api.call(
+            "POST",
+            "/deployments/",
+            {
+                "name": "parked",
+                "flow_id": own["flow_id"],
+                "enforce_parameter_schema": True,
+                "parameter_openapi_schema": own["parameter_openapi_schema"],
+            },
+        )
         async with server.running_worker(prefect_server.env, folder / "worker.log", name="here"):
             ready()
             await stop.wait()
@@ -311,8 +395,9 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 async def parked(host: Host, deployed: Served) -> Clone:
-    await git_host.remember(host.repos, Served(api_url=deployed.api_url, ui_url="http://ui",
-                                            deployment="reconcile/parked"))
+    await git_host.remember(
+        host.repos, Served(api_url=deployed.api_url, ui_url="http://ui", deployment="reconcile/parked")
+    )
     await git_host.make(host.repos, "infra")
     return host.clone("alice")
 
@@ -329,34 +414,58 @@ async def runs(api: Api, output: str) -> list[dict[str, Any]]:
     return [await api.call("GET", f"/flow_runs/{run}") for run in re.findall(r"http://ui/runs/flow-run/(\S+)", output)]
 
 
-@pytest.mark.parametrize(("refspec", "options", "parameters", "words"), [
-    ("main", [], {}, "toto: rehearsing {commit} in run"),
-    ("main", ["only=web1,web", "only=helm:shop"], {"only": ["web1", "web", "helm:shop"]}, ", only web1,web,helm:shop"),
-    ("main", ["rehearse"], {"rehearse_only": True}, "; nothing is rolled out"),
-    ("main:refs/heads/feature", ["rehearse", "only=web1"], {"rehearse_only": True, "only": ["web1"]},
-     ", only web1; nothing is rolled out"),
-    ("main:refs/heads/feature", ["only=web1"], None,
-     "feature is not deployed (only main is): `git push -o rehearse`"),
-    ("main", ["skip"], None, "main is accepted, and nothing is started (-o skip)"),
-    ("main:refs/tags/v1", ["rehearse"], None, ""),
-])
+@pytest.mark.parametrize(
+    ("refspec", "options", "parameters", "words"),
+    [
+        ("main", [], {}, "toto: rehearsing {commit} in run"),
+        (
+            "main",
+            ["only=web1,web", "only=helm:shop"],
+            {"only": ["web1", "web", "helm:shop"]},
+            ", only web1,web,helm:shop",
+        ),
+        ("main", ["rehearse"], {"rehearse_only": True}, "; nothing is rolled out"),
+        (
+            "main:refs/heads/feature",
+            ["rehearse", "only=web1"],
+            {"rehearse_only": True, "only": ["web1"]},
+            ", only web1; nothing is rolled out",
+        ),
+        (
+            "main:refs/heads/feature",
+            ["only=web1"],
+            None,
+            "feature is not deployed (only main is): `git push -o rehearse`",
+        ),
+        ("main", ["skip"], None, "main is accepted, and nothing is started (-o skip)"),
+        ("main:refs/tags/v1", ["rehearse"], None, ""),
+    ],
+)
 async def test_push_options_become_parameters_of_the_run(
-        host: Host, parked: Clone, prefect_server: PrefectServer, refspec: str, options: list[str],
-        parameters: dict[str, object] | None, words: str) -> None:
+    host: Host,
+    parked: Clone,
+    prefect_server: PrefectServer,
+    refspec: str,
+    options: list[str],
+    parameters: dict[str, object] | None,
+    words: str,
+) -> None:
     commit = parked.commit()
     output = parked.push(refspec, *options)
     assert words.format(commit=commit[:12]) in output
     found = await runs(prefect_server.api, output)
     repo = access.path_of(host.repos, "infra")
-    assert [run["parameters"] for run in found] == ([] if parameters is None else [
-        {"repo": str(repo), "commit": commit, "origin": "push", **parameters}])
+    assert [run["parameters"] for run in found] == (
+        [] if parameters is None else [{"repo": str(repo), "commit": commit, "origin": "push", **parameters}]
+    )
     assert all(set(run["tags"]) == {"push", "user:alice"} for run in found)
     assert git_host.waiting(repo) == []
 
 
 @pytest.mark.parametrize("options", [[], ["only=web1"]])
 async def test_name_that_the_hook_prints_is_the_runs_before_and_after(
-        alice: Clone, prefect_server: PrefectServer, options: list[str]) -> None:
+    alice: Clone, prefect_server: PrefectServer, options: list[str]
+) -> None:
     commit = alice.commit()
     output = alice.push("main", *options)
     name = f"infra {commit[:8]}{': only web1' if options else ''} (push)"
@@ -367,10 +476,14 @@ async def test_name_that_the_hook_prints_is_the_runs_before_and_after(
 
 
 async def test_run_from_the_ui_is_named_after_the_commit_that_it_found(
-        host: Host, alice: Clone, deployed: Served, prefect_server: PrefectServer) -> None:
+    host: Host, alice: Clone, deployed: Served, prefect_server: PrefectServer
+) -> None:
     alice.push("main", "skip")
-    run = await prefect_server.api.call("POST", f"/deployments/{deployed.deployment_id}/create_flow_run", {
-        "parameters": {"repo": str(access.path_of(host.repos, "infra"))}})
+    run = await prefect_server.api.call(
+        "POST",
+        f"/deployments/{deployed.deployment_id}/create_flow_run",
+        {"parameters": {"repo": str(access.path_of(host.repos, "infra"))}},
+    )
     ended = await until(prefect_server.api, run["id"], {"COMPLETED"}, 60)
     assert ended["name"] == f"infra {alice.git('rev-parse', 'main')[:8]} (ui)"
 
@@ -381,8 +494,9 @@ async def test_unknown_option_is_refused_with_those_that_are_known(host: Host, p
     assert parked.git("ls-remote", "toto") == ""
 
 
-async def test_push_while_prefect_is_down_keeps_its_options(host: Host, parked: Clone,
-                                                            prefect_server: PrefectServer) -> None:
+async def test_push_while_prefect_is_down_keeps_its_options(
+    host: Host, parked: Clone, prefect_server: PrefectServer
+) -> None:
     repo = access.path_of(host.repos, "infra")
     there = prefect_server.api_url
     parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", f"http://127.0.0.1:{free_port()}/api")
@@ -392,8 +506,13 @@ async def test_push_while_prefect_is_down_keeps_its_options(host: Host, parked: 
     parked.git("config", "--file", str(repo / "config"), "toto.apiUrl", there)
     [run] = await git_host.drain_spool(repo)
     found = await prefect_server.api.call("GET", f"/flow_runs/{run}")
-    assert found["parameters"] == {"repo": str(repo), "commit": commit, "origin": "push", "only": ["web1", "web2"],
-                                   "rehearse_only": True}
+    assert found["parameters"] == {
+        "repo": str(repo),
+        "commit": commit,
+        "origin": "push",
+        "only": ["web1", "web2"],
+        "rehearse_only": True,
+    }
     assert set(found["tags"]) == {"push", "user:alice"}
 
 
@@ -420,8 +539,13 @@ async def test_a_pusher_who_waits_sees_the_progress_and_the_end(host: Host, alic
 
 
 async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:
-    pushing = subprocess.Popen(["git", "push", "-o", "wait", "-o", "only=slow", "toto", "main"], cwd=alice.folder,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pushing = subprocess.Popen(
+        ["git", "push", "-o", "wait", "-o", "only=slow", "toto", "main"],
+        cwd=alice.folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert pushing.stderr is not None
     output = ""
     while "web1: rehearse" not in output:
@@ -476,18 +600,33 @@ async def test_signed_pushes_over_ssh_need_no_file_of_signers(host: Host, parked
     await git_host.set_policy(access.path_of(host.repos, "infra"), signed=True)
     unsigned = parked.commit()
     assert f"{unsigned[:8]} is not signed" in parked.refused()
-    parked.git("-c", "gpg.format=ssh", "-c", f"user.signingKey={host.folder / 'alice'}", "commit", "--quiet", "--amend",
-               "-S", "--no-edit", "--allow-empty")
+    parked.git(
+        "-c",
+        "gpg.format=ssh",
+        "-c",
+        f"user.signingKey={host.folder / 'alice'}",
+        "commit",
+        "--quiet",
+        "--amend",
+        "-S",
+        "--no-edit",
+        "--allow-empty",
+    )
     assert "rehearsing" in parked.push()
 
 
 def test_lines_for_sshd_are_what_sshd_takes(host: Host) -> None:
-    printed = subprocess.run(["python", "-m", "toto.cli", "repo", "sshd", "--repos", host.repos], capture_output=True,
-                             text=True, check=True).stdout
+    printed = subprocess.run(
+        ["python", "-m", "toto.cli", "repo", "sshd", "--repos", host.repos], capture_output=True, text=True, check=True
+    ).stdout
     config = host.folder / "printed"
     config.write_text(f"HostKey {host.folder}/host\n{printed}")
     assert SSHD is not None
-    shown = subprocess.run([SSHD, "-T", "-f", config, "-C", f"user={getpass.getuser()},host=x,addr=127.0.0.1"],
-                           capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [SSHD, "-T", "-f", config, "-C", f"user={getpass.getuser()},host=x,addr=127.0.0.1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert f"authorizedkeyscommand {shlex.join(git_shell.invocation(host.repos, 'keys'))}" in shown
     assert key("a") not in shown

@@ -48,8 +48,14 @@ def write(pusher: Pusher, files: dict[str, str | None]) -> str:
 def refused(pusher: Pusher, *refspecs: str) -> str:
     """The output of a push that is refused and moves nothing."""
     before = pusher.git("ls-remote", str(pusher.remote))
-    done = subprocess.run(["git", "push", str(pusher.remote), *(refspecs or ("main",))], cwd=pusher.folder,
-                          capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["git", "push", str(pusher.remote), *(refspecs or ("main",))],
+        cwd=pusher.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode != 0, done.stderr
     assert "toto: nothing was accepted" in done.stderr
     assert pusher.git("ls-remote", str(pusher.remote)) == before
@@ -57,8 +63,13 @@ def refused(pusher: Pusher, *refspecs: str) -> str:
 
 
 def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher: Pusher) -> None:
-    write(pusher, {"machines.yaml": "machines:\n  web1:\n    adress: 10.0.0.1\n  we b: {}\n",
-                   "toto.toml": "[sandbox]\nmemroy = 3\n"})
+    write(
+        pusher,
+        {
+            "machines.yaml": "machines:\n  web1:\n    adress: 10.0.0.1\n  we b: {}\n",
+            "toto.toml": "[sandbox]\nmemroy = 3\n",
+        },
+    )
     said = refused(pusher)
     assert "toto: machines.yaml:3: web1: adress: is not a known field; did you mean 'address'?" in said
     assert "toto: machines.yaml:4: 'we b'" in said
@@ -80,11 +91,14 @@ def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -
     assert "toto: machines.yaml: is gone" in refused(pusher)
 
 
-@pytest.mark.parametrize(("content", "complaint"), [
-    (b"", "machines.yaml:1: is empty"),
-    (b"machines:\n  a: \xff\n", "machines.yaml:2: is not UTF-8"),
-    (b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB"),
-])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "machines.yaml:1: is empty"),
+        (b"machines:\n  a: \xff\n", "machines.yaml:2: is not UTF-8"),
+        (b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB"),
+    ],
+)
 def test_strange_manifests_are_refused_as_by_the_run(pusher: Pusher, content: bytes, complaint: str) -> None:
     (pusher.folder / "machines.yaml").write_bytes(content)
     pusher.git("add", "--all")
@@ -138,20 +152,23 @@ async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: P
     pusher.push()  # the file is not new in this push
 
 
-@pytest.mark.parametrize(("options", "complaint"), [
-    (["dry-run"], "the push option 'dry-run' is not known"),
-    (["only="], "the push option 'only=' is not known"),
-    (["only=web1;id"], "'only=web1;id' is not known"),
-    (['only=web1","x":"'], "is not known"),
-    (["only=a,,b"], "is not known"),
-    (["wait=5"], "is not known"),
-    (["pl\x1ban"], "'pl\\x1ban' is not known"),
-    (["skip", "only=web1"], "no other option goes with it"),
-    (["plan", "rehearse"], "do not go together"),
-    (["plan", "only=web1,tag:x", "only=web2", "wait"], ""),
-    (["skip"], ""),
-    ([], ""),
-])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["dry-run"], "the push option 'dry-run' is not known"),
+        (["only="], "the push option 'only=' is not known"),
+        (["only=web1;id"], "'only=web1;id' is not known"),
+        (['only=web1","x":"'], "is not known"),
+        (["only=a,,b"], "is not known"),
+        (["wait=5"], "is not known"),
+        (["pl\x1ban"], "'pl\\x1ban' is not known"),
+        (["skip", "only=web1"], "no other option goes with it"),
+        (["plan", "rehearse"], "do not go together"),
+        (["plan", "only=web1,tag:x", "only=web2", "wait"], ""),
+        (["skip"], ""),
+        ([], ""),
+    ],
+)
 def test_options_that_are_not_known_are_refused_with_those_that_are(options: list[str], complaint: str) -> None:
     said = "\n".join(receive.wrong_options(options))
     assert complaint in said if complaint else said == ""
@@ -190,12 +207,24 @@ def signing(tmp_path: Path) -> Iterator[Path]:
 
 
 def sign(pusher: Pusher, signing: Path, name: str, *more: str) -> None:
-    pusher.git("-c", "gpg.format=ssh", "-c", f"user.signingKey={signing / name}", "commit", "--quiet", "--allow-empty",
-               "-S", "-m", f"signed by {name}", *more)
+    pusher.git(
+        "-c",
+        "gpg.format=ssh",
+        "-c",
+        f"user.signingKey={signing / name}",
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "-S",
+        "-m",
+        f"signed by {name}",
+        *more,
+    )
 
 
 async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_wanted(
-        pusher: Pusher, repo: Path, signing: Path) -> None:
+    pusher: Pusher, repo: Path, signing: Path
+) -> None:
     pusher.push()  # the history before that may be unsigned
     signers = signing / "signers"
     signers.write_text(f'op@example.org namespaces="git" {(signing / "good.pub").read_text()}')
@@ -214,8 +243,14 @@ async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_w
     pusher.git("reset", "--quiet", "--hard", "HEAD~1")
     sign(pusher, signing, "good")
     genuine = pusher.git("cat-file", "commit", "HEAD").replace("signed by good", "signed by evil")
-    forged = subprocess.run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], input=genuine + "\n", text=True,
-                            cwd=pusher.folder, capture_output=True, check=True).stdout.strip()
+    forged = subprocess.run(
+        ["git", "hash-object", "-t", "commit", "-w", "--stdin"],
+        input=genuine + "\n",
+        text=True,
+        cwd=pusher.folder,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
     assert "was changed after it was signed" in refused(pusher, f"{forged}:main")
     pusher.push()
     pusher.push(f"{begin}:refs/heads/old")  # the commits of the deployed branch are not checked again
@@ -225,12 +260,28 @@ async def test_unsigned_and_untrusted_commits_are_refused_where_signatures_are_w
 
 
 async def test_gpg_signatures_count_when_their_key_is_in_totos_keyring_and_trusted(
-        pusher: Pusher, repo: Path, signing: Path) -> None:
+    pusher: Pusher, repo: Path, signing: Path
+) -> None:
     bob, toto = signing / "bob", signing / "toto"
     for home in (bob, toto):
         home.mkdir(mode=0o700)
-    subprocess.run(["gpg", "--homedir", bob, "--batch", "--quiet", "--passphrase", "", "--quick-generate-key",
-                    "bob@example.org", "ed25519", "sign"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "gpg",
+            "--homedir",
+            bob,
+            "--batch",
+            "--quiet",
+            "--passphrase",
+            "",
+            "--quick-generate-key",
+            "bob@example.org",
+            "ed25519",
+            "sign",
+        ],
+        check=True,
+        capture_output=True,
+    )
     public = subprocess.run(["gpg", "--homedir", bob, "--export"], check=True, capture_output=True).stdout
     program = signing / "gpg"
     program.write_text(f'#!/bin/sh\nexec gpg --homedir {bob} "$@"\n')
@@ -241,8 +292,9 @@ async def test_gpg_signatures_count_when_their_key_is_in_totos_keyring_and_trust
     assert "is signed with a key that is not known here" in refused(pusher)  # no keyring at all
     await git_host.set_policy(repo, gpg_home=str(toto))
     assert "is signed with a key that is not known here" in refused(pusher)
-    subprocess.run(["gpg", "--homedir", toto, "--batch", "--quiet", "--import"], input=public, check=True,
-                   capture_output=True)
+    subprocess.run(
+        ["gpg", "--homedir", toto, "--batch", "--quiet", "--import"], input=public, check=True, capture_output=True
+    )
     assert "is signed with a key that is not trusted here" in refused(pusher)
     (toto / "gpg.conf").write_text("trust-model always\n")
     pusher.push()
@@ -287,8 +339,12 @@ async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tm
     assert "access.toml: is gone" in refused(pusher)
     assert set((await access.in_force(tmp_path / "repos")).users) == {"alice"}
     write(pusher, {access.FILE: good.replace("[users]", "[users]\nbob = []")})
-    assert "takes no option" in subprocess.run(
-        ["git", "push", "-o", "plan", admin, "main"], cwd=clone, capture_output=True, text=True, check=False).stderr
+    assert (
+        "takes no option"
+        in subprocess.run(
+            ["git", "push", "-o", "plan", admin, "main"], cwd=clone, capture_output=True, text=True, check=False
+        ).stderr
+    )
     assert "these rules are in force from now on" in pusher.push()
     assert set((await access.in_force(tmp_path / "repos")).users) == {"alice", "bob"}
     assert "in force" not in pusher.push("main:refs/heads/draft")
@@ -298,19 +354,26 @@ async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tm
 # The hook's surroundings
 
 
-async def test_environment_of_a_hook_does_not_leak_into_totos_own_git(tmp_path: Path, repo: Path, pusher: Pusher,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_environment_of_a_hook_does_not_leak_into_totos_own_git(
+    tmp_path: Path, repo: Path, pusher: Pusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything that toto does to repositories, inside the pre-receive hook of a different repository."""
     pusher.push()
     commit = pusher.git("rev-parse", "HEAD")
     other = tmp_path / "other.git"
     await process.run(["git", "init", "--quiet", "--bare", other])
     before = sorted(path for path in other.rglob("*"))
-    for name, value in {"GIT_DIR": str(other), "GIT_QUARANTINE_PATH": str(other / "objects" / "incoming"),
-                        "GIT_OBJECT_DIRECTORY": str(other / "objects" / "incoming"), "GIT_INDEX_FILE": "/nowhere",
-                        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(other / "objects"), "GIT_WORK_TREE": "/nowhere",
-                        "GIT_CONFIG_PARAMETERS": "'core.bare'='false'", "GIT_PUSH_OPTION_COUNT": "1",
-                        "GIT_PUSH_OPTION_0": "plan"}.items():
+    for name, value in {
+        "GIT_DIR": str(other),
+        "GIT_QUARANTINE_PATH": str(other / "objects" / "incoming"),
+        "GIT_OBJECT_DIRECTORY": str(other / "objects" / "incoming"),
+        "GIT_INDEX_FILE": "/nowhere",
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(other / "objects"),
+        "GIT_WORK_TREE": "/nowhere",
+        "GIT_CONFIG_PARAMETERS": "'core.bare'='false'",
+        "GIT_PUSH_OPTION_COUNT": "1",
+        "GIT_PUSH_OPTION_0": "plan",
+    }.items():
         monkeypatch.setenv(name, value)
     await git.mark(repo, "toto/last-good", commit)
     await git.checkout(repo, commit, tmp_path / "tree")

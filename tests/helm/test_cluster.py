@@ -117,17 +117,20 @@ class Lab:
 
     async def by_hand(self, *words: str) -> None:
         """What someone does with a helm of their own."""
-        await process.run([self.helm.binary, *words, "--namespace", self.namespace], timeout=120,
-                          env=self.cluster.environment)
+        await process.run(
+            [self.helm.binary, *words, "--namespace", self.namespace], timeout=120, env=self.cluster.environment
+        )
 
     async def change_by_hand(self, replicas: int) -> None:
-        await self.cluster.patch(f"/apis/apps/v1/namespaces/{self.namespace}/deployments/page",
-                                 {"spec": {"replicas": replicas}})
+        await self.cluster.patch(
+            f"/apis/apps/v1/namespaces/{self.namespace}/deployments/page", {"spec": {"replicas": replicas}}
+        )
 
     def helms(self) -> list[int]:
         """The processes that are at work on this namespace."""
-        found = subprocess.run(["pgrep", "--full", f"namespace {self.namespace}"], stdout=subprocess.PIPE, text=True,
-                               check=False)
+        found = subprocess.run(
+            ["pgrep", "--full", f"namespace {self.namespace}"], stdout=subprocess.PIPE, text=True, check=False
+        )
         return [int(pid) for pid in found.stdout.split()]
 
     async def until_pending(self, release: Release) -> None:
@@ -140,8 +143,9 @@ class Lab:
 def lab(request: pytest.FixtureRequest, cluster: Cluster, tmp_path: Path) -> Lab:
     """With helm 4, unless a test says otherwise."""
     binary = os.environ[getattr(request, "param", "TOTO_HELM4")]
-    made = Lab(Helm(binary, cluster.kubeconfig, tmp_path / "state"), cluster, tmp_path / "tree",
-               f"page-{uuid.uuid4().hex[:8]}")
+    made = Lab(
+        Helm(binary, cluster.kubeconfig, tmp_path / "state"), cluster, tmp_path / "tree", f"page-{uuid.uuid4().hex[:8]}"
+    )
     made.write(FILES)
     return made
 
@@ -157,11 +161,21 @@ async def test_release_is_installed_changed_rolled_back_and_removed(lab: Lab) ->
     assert await helm.outside_change(release, 0) is None
     assert await helm.lint(release, tree) == ()
     assert (await helm.difference(release, tree)).lines() == [
-        "+ ConfigMap page", "+ Pod page-test", "+ Secret page", "+ Deployment page"]
+        "+ ConfigMap page",
+        "+ Pod page-test",
+        "+ Secret page",
+        "+ Deployment page",
+    ]
 
     first = await helm.upgrade(release, tree, description="toto: commit 1234")
     assert (first.number, first.status, first.chart, first.description, first.tests, first.pending) == (
-        1, "deployed", "page-0.1.0", "toto: commit 1234", ("page-test",), False)
+        1,
+        "deployed",
+        "page-0.1.0",
+        "toto: commit 1234",
+        ("page-test",),
+        False,
+    )
     assert await lab.text() == "hello"
     assert (await lab.get("deployments", api="apis/apps/v1"))["status"]["readyReplicas"] == 1
     assert [(each.name, each.passed, each.said) for each in await helm.test(release)] == [("page-test", True, "")]
@@ -173,9 +187,14 @@ async def test_release_is_installed_changed_rolled_back_and_removed(lab: Lab) ->
     lab.set(text="again", password=POISON, replicas=2)
     release = lab.release()
     assert (await helm.difference(release, tree)).lines() == [
-        "~ ConfigMap page", "    data.text: hello → again",
-        "~ Secret page", "    data.password: ****** → ******",
-        "~ Deployment page", "    spec.replicas: 1 → 2", "    spec.template.metadata.annotations.text: hello → again"]
+        "~ ConfigMap page",
+        "    data.text: hello → again",
+        "~ Secret page",
+        "    data.password: ****** → ******",
+        "~ Deployment page",
+        "    spec.replicas: 1 → 2",
+        "    spec.template.metadata.annotations.text: hello → again",
+    ]
     second = await helm.upgrade(release, tree)
     assert second.number == 2 and second.digest != first.digest
     assert await lab.text() == "again"
@@ -184,7 +203,10 @@ async def test_release_is_installed_changed_rolled_back_and_removed(lab: Lab) ->
     assert (back.number, back.status, back.digest) == (3, "deployed", first.digest)
     assert await lab.text() == "hello"
     assert [(each.number, each.status) for each in await helm.history(release)] == [
-        (1, "superseded"), (2, "superseded"), (3, "deployed")]
+        (1, "superseded"),
+        (2, "superseded"),
+        (3, "deployed"),
+    ]
 
     assert await helm.uninstall(release)
     assert await lab.text() is None
@@ -237,8 +259,10 @@ async def test_upgrade_that_was_killed_is_repaired_and_the_next_one_works(lab: L
     with pytest.raises(ReleaseBusy, match=r"it has been pending-upgrade for \d+ s: that helm may be alive"):
         await lab.helm.repair(release)
     done = await lab.helm.repair(release, good.number, patience=0)
-    assert done == ("a helm that was killed had left it pending-upgrade at revision 2; it was rolled back to "
-                    "revision 1, as revision 3")
+    assert done == (
+        "a helm that was killed had left it pending-upgrade at revision 2; it was rolled back to "
+        "revision 1, as revision 3"
+    )
     assert await lab.text() == "hello"
     assert (await lab.upgrade(text="next")).number == 4
     assert await lab.text() == "next"
@@ -285,7 +309,8 @@ async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
     with pytest.raises(ReleaseFailed):
         await upgrade
     assert await lab.helm.repair(lab.release(), patience=0) == (
-        "a helm that was killed had left it pending-install at revision 1; its remains were removed")
+        "a helm that was killed had left it pending-install at revision 1; its remains were removed"
+    )
     assert await lab.helm.current(lab.release()) is None
     assert (await lab.upgrade()).number == 1
 
@@ -307,7 +332,8 @@ async def test_what_is_done_outside_toto_is_reported_in_plain_words(lab: Lab) ->
     first = await lab.upgrade()
     release = lab.release()
     assert await lab.helm.outside_change(release, 0) == (
-        "it is there already, at revision 1 (page-0.1.0), and not by toto")
+        "it is there already, at revision 1 (page-0.1.0), and not by toto"
+    )
     await lab.by_hand("upgrade", "page", chart, "--set", f"text=hand,password={POISON}")
     words = await lab.helm.outside_change(release, 1)
     assert words is not None
@@ -322,7 +348,8 @@ async def test_what_is_done_outside_toto_is_reported_in_plain_words(lab: Lab) ->
     await lab.by_hand("uninstall", "page")
     await lab.by_hand("upgrade", "--install", "page", chart, "--set", "text=anew")
     assert await lab.helm.outside_change(release, 3) == (
-        "it was deleted and installed anew outside toto: it is at revision 1 (page-0.1.0), toto had left revision 3")
+        "it was deleted and installed anew outside toto: it is at revision 1 (page-0.1.0), toto had left revision 3"
+    )
     assert "installed anew" in str(await lab.helm.outside_change(release, 1, first.digest))
     lab.set()
     assert "data.text: anew → hello" in str(await lab.helm.difference(release, lab.tree))
@@ -352,8 +379,12 @@ async def test_what_was_changed_by_hand_is_drift_and_stops_neither_upgrade_nor_r
     await lab.cluster.delete(f"/api/v1/namespaces/{lab.namespace}/configmaps/page")
     await lab.cluster.patch(f"/api/v1/namespaces/{lab.namespace}/secrets/page", {"stringData": {"password": POISON}})
     assert (await lab.helm.drift(lab.release())).lines() == [
-        "- ConfigMap page", "~ Secret page", "    data.password: ****** → ******", "~ Deployment page",
-        "    spec.replicas: 1 → 3"]
+        "- ConfigMap page",
+        "~ Secret page",
+        "    data.password: ****** → ******",
+        "~ Deployment page",
+        "    spec.replicas: 1 → 3",
+    ]
     await lab.upgrade(replicas=2)
     assert (await lab.helm.drift(lab.release())).empty
     await lab.change_by_hand(3)
@@ -408,21 +439,30 @@ async def test_namespace_is_made_only_where_it_may_be(lab: Lab) -> None:
     assert (await lab.upgrade(lab.release(create_namespace=False))).number == 2
 
 
-@pytest.mark.parametrize(("files", "words"), [
-    ({"chart/templates/x.yaml": "a: {{ .Values.x.y.z }}\n"}, "helm/page/chart/templates/x.yaml:1:1"),
-    ({"chart/templates/x.yaml": "a: {{ if }}\n"}, "helm/page/chart/templates/x.yaml:1"),
-    ({"chart/templates/x.yaml": "a: [\n"}, "YAML parse error on helm/page/chart/templates/x.yaml"),
-    ({"chart/templates/x.yaml": '{{ fail (printf "no %s" .Values.password) }}\n'},
-     "helm/page/chart/templates/x.yaml:1:3): no ******"),
-    ({"chart/templates/x.yaml": "apiVersion: v1\nkind: Nonsense\nmetadata: {name: x}\n"},
-     'no matches for kind "Nonsense"'),
-    ({"chart/templates/x.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndta: {a: b}\n"}, '"dta"'),
-    ({"chart/Chart.yaml": CHART + "kubeVersion: '>=1.99'\n"}, "incompatible with Kubernetes v1.20.2"),
-    ({"chart/Chart.yaml": CHART + "dependencies: [{name: x, version: 1.0.0, repository: ''}]\n"},
-     "missing in charts/ directory: x"),
-    ({"values.yaml": f"password: [{POISON}\n"}, "failed to parse helm/page/values.yaml: "),
-    ({"chart/values.schema.json": '{"properties": {"password": {"type": "integer"}}}'}, "got string, want integer"),
-])
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"chart/templates/x.yaml": "a: {{ .Values.x.y.z }}\n"}, "helm/page/chart/templates/x.yaml:1:1"),
+        ({"chart/templates/x.yaml": "a: {{ if }}\n"}, "helm/page/chart/templates/x.yaml:1"),
+        ({"chart/templates/x.yaml": "a: [\n"}, "YAML parse error on helm/page/chart/templates/x.yaml"),
+        (
+            {"chart/templates/x.yaml": '{{ fail (printf "no %s" .Values.password) }}\n'},
+            "helm/page/chart/templates/x.yaml:1:3): no ******",
+        ),
+        (
+            {"chart/templates/x.yaml": "apiVersion: v1\nkind: Nonsense\nmetadata: {name: x}\n"},
+            'no matches for kind "Nonsense"',
+        ),
+        ({"chart/templates/x.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndta: {a: b}\n"}, '"dta"'),
+        ({"chart/Chart.yaml": CHART + "kubeVersion: '>=1.99'\n"}, "incompatible with Kubernetes v1.20.2"),
+        (
+            {"chart/Chart.yaml": CHART + "dependencies: [{name: x, version: 1.0.0, repository: ''}]\n"},
+            "missing in charts/ directory: x",
+        ),
+        ({"values.yaml": f"password: [{POISON}\n"}, "failed to parse helm/page/values.yaml: "),
+        ({"chart/values.schema.json": '{"properties": {"password": {"type": "integer"}}}'}, "got string, want integer"),
+    ],
+)
 async def test_what_does_not_render_is_reported_by_the_repos_names(lab: Lab, files: dict[str, str], words: str) -> None:
     lab.set(password=POISON)
     lab.write(files)
@@ -453,12 +493,17 @@ async def test_no_secret_is_shown_anywhere(lab: Lab, caplog: pytest.LogCaptureFi
         except (HelmError, InputError) as error:
             said.append((str(error), repr(error), error.__dict__, error.__cause__, error.__context__))
 
-    lab.write({"chart/templates/url.yaml": """
+    lab.write(
+        {
+            "chart/templates/url.yaml": """
 apiVersion: v1
 kind: ConfigMap
 metadata: {name: url}
 data: {url: "postgres://me:{{ .Values.password }}@db"}
-""", "chart/templates/NOTES.txt": "The password is {{ .Values.password }}\n"})
+""",
+            "chart/templates/NOTES.txt": "The password is {{ .Values.password }}\n",
+        }
+    )
     for number, more in enumerate(({"check": "failed"}, {"fate": "stuck"})):
         lab.set(password=f"{POISON}-{number}", **more)
         release = lab.release(timeout=2 if "fate" in more else 120)
@@ -467,8 +512,12 @@ data: {url: "postgres://me:{{ .Values.password }}@db"}
         for read in (lab.helm.current, lab.helm.history, lab.helm.drift, lab.helm.test):
             await hear(read(release))
     # The API server's own words on a Secret that is none quote it, and not from its beginning.
-    lab.write({"chart/templates/bad.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: bad}\n"
-                                           "data: {p: '{{ .Values.password }}!!'}\n"})
+    lab.write(
+        {
+            "chart/templates/bad.yaml": "apiVersion: v1\nkind: Secret\nmetadata: {name: bad}\n"
+            "data: {p: '{{ .Values.password }}!!'}\n"
+        }
+    )
     await hear(lab.helm.upgrade(release, lab.tree))
     for read in (lab.helm.current, lab.helm.history, lab.helm.drift):
         await hear(read(release))
@@ -481,8 +530,9 @@ data: {url: "postgres://me:{{ .Values.password }}@db"}
     assert token not in everything
 
 
-async def test_helm_gets_nothing_of_totos_own_environment(lab: Lab, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_helm_gets_nothing_of_totos_own_environment(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("PREFECT_API_AUTH_STRING", "TOTO_SECRET", "HELM_KUBETOKEN", "GIT_DIR", "AWS_PROFILE"):
         monkeypatch.setenv(name, POISON)
     spy = tmp_path / "helm"
@@ -536,9 +586,30 @@ async def test_cluster_that_cannot_be_reached_is_reported_quickly(lab: Lab, tmp_
 def other_ca(directory: Path) -> tuple[Path, Path]:
     """A certificate of 127.0.0.1's own, and its key."""
     certificate, key = directory / "tls.crt", directory / "tls.key"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=lab", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
-                    "-out", certificate], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=lab",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
     return certificate, key
 
 
@@ -549,8 +620,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     helm = os.environ["TOTO_HELM4"]
-    subprocess.run([helm, "package", tmp_path / "chart", "--destination", tmp_path / "repo"], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [helm, "package", tmp_path / "chart", "--destination", tmp_path / "repo"], check=True, capture_output=True
+    )
     subprocess.run([helm, "repo", "index", tmp_path / "repo"], check=True)
     certificate, key = other_ca(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

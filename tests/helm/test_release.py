@@ -63,7 +63,9 @@ def test_chart_elsewhere_in_the_repo_is_found_from_the_folder_or_the_root(tmp_pa
 
 
 def test_every_field_of_a_remote_release_is_read(tmp_path: Path) -> None:
-    release = one(tmp_path, """\
+    release = one(
+        tmp_path,
+        """\
         chart: grafana
         repo: https://charts.example.org
         version: 1.2.3-rc.1+x
@@ -75,10 +77,17 @@ def test_every_field_of_a_remote_release_is_read(tmp_path: Path) -> None:
         after:
         tags: [edge]
         test: false
-        """, {"helm/web/values.yaml": ""})
+        """,
+        {"helm/web/values.yaml": ""},
+    )
     assert release.remote and release.chart == "grafana" and release.version == "1.2.3-rc.1+x"
     assert (release.namespace, release.create_namespace, release.timeout, release.wait, release.test) == (
-        "monitoring", False, 60, False, False)
+        "monitoring",
+        False,
+        60,
+        False,
+        False,
+    )
     assert (release.after, release.tags) == ((), ("edge",))
 
 
@@ -97,8 +106,10 @@ def test_releases_come_after_those_they_name(tmp_path: Path) -> None:
 
 def test_circle_and_unknown_name_are_reported_with_their_lines(tmp_path: Path) -> None:
     for name, after in {"a": "b", "b": "a", "c": "nobody", "d": "d"}.items():
-        write(tmp_path, {f"helm/{name}/release.yaml": f"wait: false\nafter: [{after}]\n",
-                         f"helm/{name}/Chart.yaml": CHART})
+        write(
+            tmp_path,
+            {f"helm/{name}/release.yaml": f"wait: false\nafter: [{after}]\n", f"helm/{name}/Chart.yaml": CHART},
+        )
     with pytest.raises(ReleaseFileError) as caught:
         discover(tmp_path)
     circle, unknown, own = sorted(caught.value.problems)
@@ -107,46 +118,57 @@ def test_circle_and_unknown_name_are_reported_with_their_lines(tmp_path: Path) -
     assert unknown == "helm/c/release.yaml:2: after: there is no release 'nobody'"
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ("- a", "1: should be a mapping of fields, not a list"),
-    ("chrt: x", "1: chrt: is not a known field; did you mean 'chart'?"),
-    ("name: x", "1: name: is not a known field; did you mean 'namespace'?"),
-    ("wait: 'no'", "1: wait: should be true or false, not 'no'"),
-    ("wait: true\ntimeout: -1", "2: timeout: should be more than 0, not -1"),
-    ("timeout: 5m", "1: timeout: should be a number, not '5m'"),
-    ("namespace: A_b", "1: namespace: should be 1 to 63 lower case letters, digits and '-', not 'A_b'"),
-    ("namespace: 5", "1: namespace: should be text, not 5: put it in quotes"),
-    ("values: values.yaml", "1: values: should be a list, not 'values.yaml'"),
-    ("values: [a.yaml, a.yaml]", "1: values: should name each once, not 'a.yaml' twice"),
-    ("values:\n- values.yaml\n- prod.yaml", "3: values: there is no 'helm/web/prod.yaml'"),
-    ("values: [../../../x]", "1: values: '../../../x' leads out of the repo"),
-    ("values: [--set=a=b]", "1: values: should be one line of text that does not begin with '-', not '--set=a=b'"),
-    ("\nchart: ../../..", "2: chart: '../../..' leads out of the repo"),
-    ("chart: /", "1: chart: '/' leads out of the repo"),
-    ("chart: out", "1: chart: 'out' leads out of the repo"),
-    ("chart: linked", "1: chart: a link in it leads out of the repo, to /etc/hostname"),
-    ("chart: round", "1: chart: there is no 'helm/web/round'"),
-    (f"chart: {'x' * 5000}", f"1: chart: there is no 'helm/web/{'x' * 191}…'"),
-    ("chart: /charts/nope", "1: chart: there is no 'charts/nope'"),
-    ("chart: /docs", "1: chart: there is no Chart.yaml in docs"),
-    ("chart: values.yaml", "1: chart: there is no Chart.yaml in helm/web/values.yaml"),
-    ("repo: https://x.org\nversion: 1.0.0", "1: repo: a repo needs a chart: its name there"),
-    ("chart: x\nrepo: https://x.org", "1: version: is missing: a remote chart needs one exact version, to stay "
-                                     "the same"),
-    ("chart: oci://x.org/x", "1: version: is missing: a remote chart needs one exact version, to stay the same"),
-    ("chart: x\nrepo: https://x.org\nversion: ^1.0", "3: version: should be one exact version like '1.2.3', "
-                                                     "not '^1.0'"),
-    ("chart: x\nrepo: https://x.org\nversion: 1.2", "3: version: should be text, not 1.2: put it in quotes"),
-    ("chart: x\nrepo: http://x.org\nversion: 1.0.0",
-     "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
-     "name, not 'http://x.org'"),
-    ("chart: x\nrepo: https://me:pw@x.org\nversion: 1.0.0",
-     "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
-     "name, not 'https://me:pw@x.org'"),
-    ("version: 1.0.0", "1: version: is only for a remote chart; a chart in the repo has its version in Chart.yaml"),
-    ("chart: [", "1: is not YAML: while parsing a flow node: expected the node content, but found '<stream end>'"),
-    ("wait: true\nwait: true", "2: wait: is given twice, first on line 1"),
-])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("- a", "1: should be a mapping of fields, not a list"),
+        ("chrt: x", "1: chrt: is not a known field; did you mean 'chart'?"),
+        ("name: x", "1: name: is not a known field; did you mean 'namespace'?"),
+        ("wait: 'no'", "1: wait: should be true or false, not 'no'"),
+        ("wait: true\ntimeout: -1", "2: timeout: should be more than 0, not -1"),
+        ("timeout: 5m", "1: timeout: should be a number, not '5m'"),
+        ("namespace: A_b", "1: namespace: should be 1 to 63 lower case letters, digits and '-', not 'A_b'"),
+        ("namespace: 5", "1: namespace: should be text, not 5: put it in quotes"),
+        ("values: values.yaml", "1: values: should be a list, not 'values.yaml'"),
+        ("values: [a.yaml, a.yaml]", "1: values: should name each once, not 'a.yaml' twice"),
+        ("values:\n- values.yaml\n- prod.yaml", "3: values: there is no 'helm/web/prod.yaml'"),
+        ("values: [../../../x]", "1: values: '../../../x' leads out of the repo"),
+        ("values: [--set=a=b]", "1: values: should be one line of text that does not begin with '-', not '--set=a=b'"),
+        ("\nchart: ../../..", "2: chart: '../../..' leads out of the repo"),
+        ("chart: /", "1: chart: '/' leads out of the repo"),
+        ("chart: out", "1: chart: 'out' leads out of the repo"),
+        ("chart: linked", "1: chart: a link in it leads out of the repo, to /etc/hostname"),
+        ("chart: round", "1: chart: there is no 'helm/web/round'"),
+        (f"chart: {'x' * 5000}", f"1: chart: there is no 'helm/web/{'x' * 191}…'"),
+        ("chart: /charts/nope", "1: chart: there is no 'charts/nope'"),
+        ("chart: /docs", "1: chart: there is no Chart.yaml in docs"),
+        ("chart: values.yaml", "1: chart: there is no Chart.yaml in helm/web/values.yaml"),
+        ("repo: https://x.org\nversion: 1.0.0", "1: repo: a repo needs a chart: its name there"),
+        (
+            "chart: x\nrepo: https://x.org",
+            "1: version: is missing: a remote chart needs one exact version, to stay the same",
+        ),
+        ("chart: oci://x.org/x", "1: version: is missing: a remote chart needs one exact version, to stay the same"),
+        (
+            "chart: x\nrepo: https://x.org\nversion: ^1.0",
+            "3: version: should be one exact version like '1.2.3', not '^1.0'",
+        ),
+        ("chart: x\nrepo: https://x.org\nversion: 1.2", "3: version: should be text, not 1.2: put it in quotes"),
+        (
+            "chart: x\nrepo: http://x.org\nversion: 1.0.0",
+            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
+            "name, not 'http://x.org'",
+        ),
+        (
+            "chart: x\nrepo: https://me:pw@x.org\nversion: 1.0.0",
+            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
+            "name, not 'https://me:pw@x.org'",
+        ),
+        ("version: 1.0.0", "1: version: is only for a remote chart; a chart in the repo has its version in Chart.yaml"),
+        ("chart: [", "1: is not YAML: while parsing a flow node: expected the node content, but found '<stream end>'"),
+        ("wait: true\nwait: true", "2: wait: is given twice, first on line 1"),
+    ],
+)
 def test_what_is_wrong_is_reported_with_file_line_and_field(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "helm/web").mkdir(parents=True)
     (tmp_path / "helm/web/out").symlink_to("/etc")
@@ -175,7 +197,8 @@ def test_problems_of_all_releases_are_reported_at_once(tmp_path: Path) -> None:
     assert caught.value.problems == (
         "helm/a/release.yaml:1: wait: should be true or false, not 1",
         "helm/a/release.yaml:2: test: should be true or false, not 2",
-        "helm/b/release.yaml:1: holds the character U+0000, which YAML does not allow")
+        "helm/b/release.yaml:1: holds the character U+0000, which YAML does not allow",
+    )
 
 
 async def test_identity_changes_with_all_that_makes_the_release_and_nothing_else(tmp_path: Path) -> None:
@@ -190,12 +213,27 @@ async def test_identity_changes_with_all_that_makes_the_release_and_nothing_else
         (release,) = discover(repo.work)
         return await identity(repo.bare, commit, repo.work, release)
 
-    seen = [await of({"helm/web/release.yaml": "values: [values.yaml, /all.yaml]\n", "all.yaml": "a: 1\n",
-                      "charts/web/Chart.yaml": CHART, "helm/web/values.yaml": "a: 1\n", "shared/x.yaml": "x: 1\n"})]
+    seen = [
+        await of(
+            {
+                "helm/web/release.yaml": "values: [values.yaml, /all.yaml]\n",
+                "all.yaml": "a: 1\n",
+                "charts/web/Chart.yaml": CHART,
+                "helm/web/values.yaml": "a: 1\n",
+                "shared/x.yaml": "x: 1\n",
+            }
+        )
+    ]
     for name in ("README.md", "helm/web/README.md", "helm/other/x", "shared/y.yaml", "charts/x"):
         assert await of({name: "x"}) == seen[0]
-    for name in ("charts/web/Chart.yaml", "charts/web/templates/new.yaml", "helm/web/values.yaml", "all.yaml",
-                 "helm/web/release.yaml", "shared/x.yaml"):
+    for name in (
+        "charts/web/Chart.yaml",
+        "charts/web/templates/new.yaml",
+        "helm/web/values.yaml",
+        "all.yaml",
+        "helm/web/release.yaml",
+        "shared/x.yaml",
+    ):
         path = repo.work / name
         now = await of({name: (path.read_text() if path.exists() else "") + "# changed\n"})
         assert now not in seen, name
@@ -212,16 +250,23 @@ async def test_identity_of_a_tree_that_is_not_the_commits_is_refused(tmp_path: P
 
 
 def test_values_of_keys_that_sound_like_secrets_are_known(tmp_path: Path) -> None:
-    release = one(tmp_path, "values: [more.yaml, broken.yaml]\n", {
-        "helm/web/Chart.yaml": CHART, "helm/web/values.yaml": "adminPassword: swordfish\nname: harmless\n",
-        "helm/web/more.yaml": "db: {credentials: [user-one, {x: pass-two}], port: 5432}\ntoken: abc\n",
-        "helm/web/broken.yaml": "password: [unclosed\n"})
+    release = one(
+        tmp_path,
+        "values: [more.yaml, broken.yaml]\n",
+        {
+            "helm/web/Chart.yaml": CHART,
+            "helm/web/values.yaml": "adminPassword: swordfish\nname: harmless\n",
+            "helm/web/more.yaml": "db: {credentials: [user-one, {x: pass-two}], port: 5432}\ntoken: abc\n",
+            "helm/web/broken.yaml": "password: [unclosed\n",
+        },
+    )
     assert set(sensitive(release, tmp_path)) == {"swordfish", "user-one", "pass-two"}
 
 
 def test_values_that_refer_to_each_other_without_end_are_read_quickly(tmp_path: Path) -> None:
     bomb = "a0: &a0 {password: swordfish}\n" + "".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
+    )
     release = one(tmp_path, "", {"helm/web/Chart.yaml": CHART, "helm/web/values.yaml": bomb})
     assert sensitive(release, tmp_path) == ["swordfish"]
 
@@ -235,8 +280,16 @@ def test_the_docs_name_every_field_with_its_default() -> None:
             assert documented[name] == f"`{str(field.default).lower()}`", name
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(
-    ["chart", ".", "/", "..", "oci://x.org/y", "https://x.org", "1.2.3", "web", "values.yaml", "../web/chart"])
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(
+        ["chart", ".", "/", "..", "oci://x.org/y", "https://x.org", "1.2.3", "web", "values.yaml", "../web/chart"]
+    )
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

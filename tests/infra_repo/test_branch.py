@@ -32,7 +32,9 @@ async def test_several_files_change_in_one_commit(repo: Path) -> None:
     await branch.change(repo, REF, ["a", "b/ü 1", "c"], second, "second")
     assert seen == {"a": "1\n", "b/ü 1": "ü"}
     assert git("-c", "core.quotePath=false", "ls-tree", "-r", "--name-only", REF, cwd=repo).splitlines() == [
-        "b/ü 1", "c"]
+        "b/ü 1",
+        "c",
+    ]
     assert commits(repo) == ["second", "first"]
 
 

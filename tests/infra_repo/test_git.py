@@ -72,7 +72,8 @@ async def test_a_link_within_the_tree_is_fine(repo: InfraRepo, tmp_path: Path) -
 
 
 async def test_a_hooks_environment_does_not_change_the_repo(
-        repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = repo.commit({"a": "1"})
     other = InfraRepo(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(other.bare))

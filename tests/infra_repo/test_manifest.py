@@ -33,15 +33,20 @@ def problems(tmp_path: Path, text: str | bytes) -> tuple[str, ...]:
 
 
 def fleet(**after: str) -> Manifest:
-    return Manifest(machines={name: Machine(name=name, address=name, after=tuple(others.split()))
-                              for name, others in after.items()})
+    return Manifest(
+        machines={name: Machine(name=name, address=name, after=tuple(others.split())) for name, others in after.items()}
+    )
 
 
 def test_a_machine_needs_a_name_and_an_address_only(tmp_path: Path) -> None:
     machine = read(tmp_path, "machines:\n- {name: web1, address: 10.0.0.1}\n").machines["web1"]
     assert machine == Machine(name="web1", address="10.0.0.1")
     assert (machine.system, machine.role, machine.deploy, machine.activation) == (
-        "x86_64-linux", "nixos", "push", "switch")
+        "x86_64-linux",
+        "nixos",
+        "push",
+        "switch",
+    )
     assert machine.ssh == SSH(user="toto", port=22, identity=None, host_key=None)
     assert machine.deployed and not machine.freeze
 
@@ -54,7 +59,9 @@ def test_list_and_mapping_are_the_same_manifest_in_file_order(tmp_path: Path) ->
 
 
 def test_every_field_is_read(tmp_path: Path) -> None:
-    machine = read(tmp_path, """\
+    machine = read(
+        tmp_path,
+        """\
         machines:
           - &hv {name: hv, address: "::1"}
           - name: toto.canon
@@ -73,7 +80,8 @@ def test_every_field_is_read(tmp_path: Path) -> None:
             window: Sat-Sun 22:00-06:00
             memory: 2048
             cores: 2
-        """).machines["toto.canon"]
+        """,
+    ).machines["toto.canon"]
     assert machine.ssh.host_key == "ssh-ed25519 AAAAC3Nza me@there"
     assert machine.freeze == "until the move"
     assert machine.window is not None and str(machine.window) == "Sat-Sun 22:00-06:00"
@@ -88,11 +96,14 @@ def test_a_field_with_nothing_after_its_colon_has_its_default(tmp_path: Path) ->
 def test_an_empty_list_is_a_fleet_without_machines(tmp_path: Path) -> None:
     assert read(tmp_path, "machines: []\n").machines == {}
     assert problems(tmp_path, "machines:\n") == (
-        "machines.yaml:1: machines: should be a list of machines, or a mapping by their names, not nothing",)
+        "machines.yaml:1: machines: should be a list of machines, or a mapping by their names, not nothing",
+    )
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    assert problems(tmp_path, """\
+    assert problems(
+        tmp_path,
+        """\
 machines:
   - name: web1
     address: 10.0
@@ -109,7 +120,8 @@ machines:
     deploy: no
     after: web1
 foo: 1
-""") == (
+""",
+    ) == (
         "machines.yaml:3: web1: address: should be text, not 10.0: put it in quotes",
         "machines.yaml:4: web1: deploy: should be 'push', 'pull' or 'none', not 'psh'",
         "machines.yaml:5: web1: ssh.port: should be at most 65535, not 99999",
@@ -129,18 +141,64 @@ foo: 1
     )
 
 
-@pytest.mark.parametrize("field", [
-    "address: '-oProxyCommand=id'", "address: 'a b'", "address: \"a\\nb\"", "address: 'a;b'", "address: u@h",
-    "address: ''", "address: '$(id)'", "address: 22:22", "ssh: {user: -l}", "ssh: {user: 'a b'}",
-    "ssh: {user: \"a\\n\"}", "ssh: {port: 0}", "ssh: {port: 65536}", "ssh: {port: '22'}", "ssh: {identity: -F}",
-    "ssh: {host_key: AAAA}", "ssh: {host_key: \"ssh-rsa AAAA a\\nb\"}", "ports: [0]", "ports: [80, 80]", "ports: 80",
-    "ports: [true]", "wave: -1", "wave: 1.5", "wave: true", "role: nas", "activation: reboot", "system: 'x86 linux'",
-    "tags: [1]", "tags: ['']", "freeze: 'false'", "freeze: 1", "freeze: []", "window: 25:00-26:00", "window: Sat",
-    "window: 22:00", "window: [1]", "window: Foo-Sun 22:00-23:00", "memory: 1", "memory: 1e3", "cores: 0",
-    "after: [nobody]", "after: [m]", "name: other", "nmae: x", "ssh: [a]", "ssh: root",
-    "wave: !!python/object:os.system x", "wave: !x 1", "wave: 0b_", "[a]: b", "1: b", "<<: {a: b}",
-    'tags: ["\\ud800"]',
-])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "address: '-oProxyCommand=id'",
+        "address: 'a b'",
+        'address: "a\\nb"',
+        "address: 'a;b'",
+        "address: u@h",
+        "address: ''",
+        "address: '$(id)'",
+        "address: 22:22",
+        "ssh: {user: -l}",
+        "ssh: {user: 'a b'}",
+        'ssh: {user: "a\\n"}',
+        "ssh: {port: 0}",
+        "ssh: {port: 65536}",
+        "ssh: {port: '22'}",
+        "ssh: {identity: -F}",
+        "ssh: {host_key: AAAA}",
+        'ssh: {host_key: "ssh-rsa AAAA a\\nb"}',
+        "ports: [0]",
+        "ports: [80, 80]",
+        "ports: 80",
+        "ports: [true]",
+        "wave: -1",
+        "wave: 1.5",
+        "wave: true",
+        "role: nas",
+        "activation: reboot",
+        "system: 'x86 linux'",
+        "tags: [1]",
+        "tags: ['']",
+        "freeze: 'false'",
+        "freeze: 1",
+        "freeze: []",
+        "window: 25:00-26:00",
+        "window: Sat",
+        "window: 22:00",
+        "window: [1]",
+        "window: Foo-Sun 22:00-23:00",
+        "memory: 1",
+        "memory: 1e3",
+        "cores: 0",
+        "after: [nobody]",
+        "after: [m]",
+        "name: other",
+        "nmae: x",
+        "ssh: [a]",
+        "ssh: root",
+        "wave: !!python/object:os.system x",
+        "wave: !x 1",
+        "wave: 0b_",
+        "[a]: b",
+        "1: b",
+        "<<: {a: b}",
+        'tags: ["\\ud800"]',
+    ],
+)
 def test_a_wrong_field_is_refused_with_its_line(tmp_path: Path, field: str) -> None:
     text = f"machines:\n  m:\n    {field}\n" + ("" if field.startswith("address") else "    address: x\n")
     found = problems(tmp_path, text)
@@ -152,28 +210,48 @@ def test_a_good_name_is_taken(name: str) -> None:
     assert Machine(name=name, address="x").name == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a..b", "a.", ".a", "-a", "a/b", "../a", "a b", "a\n", "é", "x" * 64,
-                                  "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a..b", "a.", ".a", "-a", "a/b", "../a", "a b", "a\n", "é", "x" * 64, "a\0"]
+)
 def test_a_name_that_is_a_path_or_an_option_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="letters, digits"):
         Machine(name=name, address="x")
 
 
-@pytest.mark.parametrize(("text", "line", "what"), [
-    ("", 1, "is empty"), ("# nothing\n", 1, "is empty"), ("\n---\n...\n", 1, "mapping"), ("hello", 1, "mapping"),
-    ("- a\n- b\n", 1, "mapping"), ("{}", 1, "machines: is missing"), ("machines: 5", 1, "should be a list"),
-    ("machines:\n\t- name: a\n", 2, "a tab"), ("machines:\n- name: a\0b\n", 2, "U+0000"),
-    (b"machines:\n- name: \xff\n", 2, "not UTF-8"), ("a: [\n", 2, "not YAML"), ("a: 'x\n\n", 3, "not YAML"),
-    ("machines: []\nmachines: []\n", 2, "given twice, first on line 1"), ("---\na: b\n---\nc: d\n", 3, "not YAML"),
-    ("machines:\n- name: a\n  name: b\n  address: x\n", 3, "given twice, first on line 2"),
-    ("[" * 5000, 1, "nested"), ("machines: *a\n", 1, "undefined alias"), ("machines: &a [*a]\n", 1, "nested"),
-    ("machines: &a\n  x: *a\n", 1, "nested"), ("x" * ((1 << 20) + 1), 1, "larger than 1 MiB"),
-    ("machines:\n- name: \"\\x", 2, "not YAML"), ("\ufeff", 1, "is empty"),
-    ("machines:\n- 5\n", 2, "should be a mapping"), ("machines: [[]]", 1, "should be a mapping"),
-    ("%YAML 9\n---\na", 1, "not"), ('machines: "\\UFFFFFFFF"', 1, "not YAML"),
-])
-def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path: Path, text: str | bytes, line: int,
-                                                          what: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("", 1, "is empty"),
+        ("# nothing\n", 1, "is empty"),
+        ("\n---\n...\n", 1, "mapping"),
+        ("hello", 1, "mapping"),
+        ("- a\n- b\n", 1, "mapping"),
+        ("{}", 1, "machines: is missing"),
+        ("machines: 5", 1, "should be a list"),
+        ("machines:\n\t- name: a\n", 2, "a tab"),
+        ("machines:\n- name: a\0b\n", 2, "U+0000"),
+        (b"machines:\n- name: \xff\n", 2, "not UTF-8"),
+        ("a: [\n", 2, "not YAML"),
+        ("a: 'x\n\n", 3, "not YAML"),
+        ("machines: []\nmachines: []\n", 2, "given twice, first on line 1"),
+        ("---\na: b\n---\nc: d\n", 3, "not YAML"),
+        ("machines:\n- name: a\n  name: b\n  address: x\n", 3, "given twice, first on line 2"),
+        ("[" * 5000, 1, "nested"),
+        ("machines: *a\n", 1, "undefined alias"),
+        ("machines: &a [*a]\n", 1, "nested"),
+        ("machines: &a\n  x: *a\n", 1, "nested"),
+        ("x" * ((1 << 20) + 1), 1, "larger than 1 MiB"),
+        ('machines:\n- name: "\\x', 2, "not YAML"),
+        ("\ufeff", 1, "is empty"),
+        ("machines:\n- 5\n", 2, "should be a mapping"),
+        ("machines: [[]]", 1, "should be a mapping"),
+        ("%YAML 9\n---\na", 1, "not"),
+        ('machines: "\\UFFFFFFFF"', 1, "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_refused_with_its_line(
+    tmp_path: Path, text: str | bytes, line: int, what: str
+) -> None:
     found = problems(tmp_path, text)
     assert found[0].startswith(f"machines.yaml:{line}: ")
     assert what in found[0]
@@ -181,19 +259,25 @@ def test_a_file_that_is_no_manifest_is_refused_with_its_line(tmp_path: Path, tex
 
 def test_an_alias_bomb_costs_little(tmp_path: Path) -> None:
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+    )
     assert "aliases count each time" in problems(tmp_path, bomb)[0]
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path, what in ((tmp_path / "machines.yaml", "no such file"), (tmp_path, "not a file"),
-                       (Path("/dev/zero"), "not a file")):
+    for path, what in (
+        (tmp_path / "machines.yaml", "no such file"),
+        (tmp_path, "not a file"),
+        (Path("/dev/zero"), "not a file"),
+    ):
         with pytest.raises(ManifestError, match=what):
             load(path)
 
 
 def test_circles_are_reported_with_their_members(tmp_path: Path) -> None:
-    lines = problems(tmp_path, """\
+    lines = problems(
+        tmp_path,
+        """\
 machines:
   a: {address: x, after: [b]}
   b: {address: x, after: [c]}
@@ -202,7 +286,8 @@ machines:
     after: [a]
   d: {address: x, after: [e]}
   e: {address: x, after: [d]}
-""")
+""",
+    )
     circle = re.compile(r"machines\.yaml:\d: (\w): after: this goes round in a circle: (\1 after .* after \1)")
     found = [circle.fullmatch(each) for each in lines]
     assert {frozenset(each[2].split(" after ")) for each in found if each} == {frozenset("abc"), frozenset("de")}
@@ -211,13 +296,19 @@ machines:
 def test_a_machine_after_one_of_a_later_wave_is_refused(tmp_path: Path) -> None:
     text = "machines:\n  a: {address: x, wave: 2}\n  b:\n    address: x\n    after:\n      - a\n"
     assert problems(tmp_path, text) == (
-        "machines.yaml:6: b: after: a is in wave 2, which comes after this machine's wave 0",)
+        "machines.yaml:6: b: after: a is in wave 2, which comes after this machine's wave 0",
+    )
 
 
 def test_order_is_by_wave_then_by_after_and_stable() -> None:
-    manifest = Manifest(machines={
-        "late": Machine(name="late", address="x", wave=1), "hv": Machine(name="hv", address="x"),
-        "guest": Machine(name="guest", address="x", after=("hv",)), "other": Machine(name="other", address="x")})
+    manifest = Manifest(
+        machines={
+            "late": Machine(name="late", address="x", wave=1),
+            "hv": Machine(name="hv", address="x"),
+            "guest": Machine(name="guest", address="x", after=("hv",)),
+            "other": Machine(name="other", address="x"),
+        }
+    )
     assert manifest.order(["guest", "late", "other", "hv"]) == [["hv", "other"], ["guest"], ["late"]]
     assert manifest.order(["late"]) == [["late"]]
     assert manifest.order([]) == []
@@ -237,21 +328,30 @@ def test_a_long_chain_works() -> None:
     assert len(manifest.order(names)) == 1500
 
 
-@pytest.mark.parametrize(("window", "moment", "is_open"), [
-    ("22:00-06:00", "2024-01-03T23:00", True), ("22:00-06:00", "2024-01-03T05:59", True),
-    ("22:00-06:00", "2024-01-03T06:00", False), ("Sat-Sun 22:00-06:00", "2024-01-06T22:00", True),
-    ("Sat-Sun 22:00-06:00", "2024-01-08T05:00", True), ("Sat-Sun 22:00-06:00", "2024-01-06T05:00", False),
-    ("Sat-Sun 22:00-06:00", "2024-01-08T22:00", False), ("Mon,wed 01:00-02:00", "2024-01-03T01:30", True),
-    ("Mon,Wed 01:00-02:00", "2024-01-02T01:30", False), ("Fri-Mon 00:00-24:00", "2024-01-07T23:59", True),
-    ("Fri-Mon 00:00-24:00", "2024-01-09T00:00", False),
-])
+@pytest.mark.parametrize(
+    ("window", "moment", "is_open"),
+    [
+        ("22:00-06:00", "2024-01-03T23:00", True),
+        ("22:00-06:00", "2024-01-03T05:59", True),
+        ("22:00-06:00", "2024-01-03T06:00", False),
+        ("Sat-Sun 22:00-06:00", "2024-01-06T22:00", True),
+        ("Sat-Sun 22:00-06:00", "2024-01-08T05:00", True),
+        ("Sat-Sun 22:00-06:00", "2024-01-06T05:00", False),
+        ("Sat-Sun 22:00-06:00", "2024-01-08T22:00", False),
+        ("Mon,wed 01:00-02:00", "2024-01-03T01:30", True),
+        ("Mon,Wed 01:00-02:00", "2024-01-02T01:30", False),
+        ("Fri-Mon 00:00-24:00", "2024-01-07T23:59", True),
+        ("Fri-Mon 00:00-24:00", "2024-01-09T00:00", False),
+    ],
+)
 def test_a_window_is_open_when_it_says(window: str, moment: str, is_open: bool) -> None:
     assert Window.parse(window).contains(datetime.fromisoformat(moment)) is is_open
 
 
 def test_the_committed_schema_is_current() -> None:
     assert json.loads((DOCS / "machines.schema.json").read_text()) == json_schema(), (
-        "run: python -m toto.infra_repo.manifest > docs/machines.schema.json")
+        "run: python -m toto.infra_repo.manifest > docs/machines.schema.json"
+    )
 
 
 def test_the_docs_name_every_field() -> None:
@@ -259,14 +359,25 @@ def test_the_docs_name_every_field() -> None:
     assert documented == (Machine.model_fields.keys() - {"ssh"}) | {f"ssh.{name}" for name in SSH.model_fields}
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(
-    ["push", "nixos", "a", "b", "10.0.0.1", "Sat 01:00-02:00"])
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["push", "nixos", "a", "b", "10.0.0.1", "Sat 01:00-02:00"])
+)
 keys = st.sampled_from(["machines", *Machine.model_fields, *SSH.model_fields, "x"]) | st.text(max_size=4)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6),
-                      max_leaves=20)
-fleets = st.lists(max_size=4, elements=st.fixed_dictionaries(
-    {"name": st.sampled_from("abcd"), "address": st.just("x")},
-    optional={"after": st.lists(st.sampled_from("abcd"), max_size=2, unique=True), "wave": st.integers(0, 1)}))
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6), max_leaves=20
+)
+fleets = st.lists(
+    max_size=4,
+    elements=st.fixed_dictionaries(
+        {"name": st.sampled_from("abcd"), "address": st.just("x")},
+        optional={"after": st.lists(st.sampled_from("abcd"), max_size=2, unique=True), "wave": st.integers(0, 1)},
+    ),
+)
 
 
 def judge(tmp_path: Path, data: bytes) -> None:

@@ -23,58 +23,94 @@ def test_without_a_file_everything_is_default(tmp_path: Path) -> None:
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
-    found = read(tmp_path, '[nix]\nnixpkgs = "nix/lab/nixpkgs.nix"\nbuild_timeout = 0.5\n'
-                           '[sandbox]\nmemory = 512\n[roll_out]\nmethod = "nixos-rebuild"\n'
-                           '[venues]\nfleet = ["ops-slack"]\nmail_pusher = ["Example.org", "ada@example.net"]\n')
+    found = read(
+        tmp_path,
+        '[nix]\nnixpkgs = "nix/lab/nixpkgs.nix"\nbuild_timeout = 0.5\n'
+        '[sandbox]\nmemory = 512\n[roll_out]\nmethod = "nixos-rebuild"\n'
+        '[venues]\nfleet = ["ops-slack"]\nmail_pusher = ["Example.org", "ada@example.net"]\n',
+    )
     assert (found.venues.fleet, found.venues.mail_pusher) == (("ops-slack",), ("example.org", "ada@example.net"))
     assert (found.nix.nixpkgs, found.nix.build_timeout) == ("nix/lab/nixpkgs.nix", 0.5)
     assert (found.sandbox.memory, found.roll_out.method) == (512, "nixos-rebuild")
     assert found.sandbox.test_timeout == 300
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("sandboxes = 1", "toto.toml: sandboxes: is not a known field; did you mean 'sandbox'?"),
-    ("[sandbox]\nmemroy = 1", "toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?"),
-    ("[nix]\nbuild_timeout = true", "toto.toml: nix.build_timeout: should be a number, not true"),
-    ("[nix]\nbuild_timeout = -1", "toto.toml: nix.build_timeout: should be more than 0, not -1"),
-    ("[terraform.roots.'a..b']", "toto.toml: terraform.roots.'a..b': should be 1 to 63 letters, digits, '-', '_' and "
-                                 "single dots, begin with a letter or digit and not end in a dot, not 'a..b'"),
-    ("[terraform.roots.a]\nwathc = 1",
-     "toto.toml: terraform.roots.a.wathc: is not a known field; did you mean 'watch'?"),
-    ("[terraform]\nprevent = ['all']", "toto.toml: terraform.prevent.0: should be 'destroy' or 'replace', not 'all'"),
-    ("[terraform.roots.a]\nvar_files = ['../x']",
-     "toto.toml: terraform.roots.a.var_files.0: should be a path in the repo, without '..', not '../x'"),
-    ("[terraform.roots.a]\nbackend_config = ['k=v v', 'a/b.hcl', '/etc/x']",
-     "toto.toml: terraform.roots.a.backend_config.2: should be a path in the repo, without '..', not '/etc/x'"),
-    ("nix = 5", "toto.toml: nix: should be a mapping of fields, not 5"),
-    ("[roll_out]\npolicy = 'some'", "toto.toml: roll_out.policy: should be 'all' or 'partial', not 'some'"),
-    ("[nix]\nnixpkgs = '../x'", "toto.toml: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in "
-                                "the repo, not '../x'"),
-    ("[venues]\nfleet = ['Ops Room']", "toto.toml: venues.fleet.0: should be a venue's name of lower-case letters, "
-                                       "digits and '-', not 'Ops Room'"),
-    ("[venues]\nmail_pusher = ['a@b@c']", "toto.toml: venues.mail_pusher.0: should be a mail address or a domain like "
-                                          "'example.org', not 'a@b@c'"),
-    ("[venues]\nfleet = 'ops'", "toto.toml: venues.fleet: should be a list, not 'ops'"),
-    ("a = 1\nb = = 2", "toto.toml:2: is not TOML: invalid value"),
-    ("a = 1\na = 2", "toto.toml:2: is not TOML: cannot overwrite a value"),
-    ("a = [", "toto.toml:1: is not TOML: invalid value"),
-    (b"a = 1\nb = '\xff'", "toto.toml:2: is not UTF-8 from here on"),
-    ("a = " + "[" * 5000, "toto.toml: is nested too deeply"),
-    ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
-    ("'a\\nb' = 1\n",
-     "toto.toml: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sandboxes = 1", "toto.toml: sandboxes: is not a known field; did you mean 'sandbox'?"),
+        ("[sandbox]\nmemroy = 1", "toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?"),
+        ("[nix]\nbuild_timeout = true", "toto.toml: nix.build_timeout: should be a number, not true"),
+        ("[nix]\nbuild_timeout = -1", "toto.toml: nix.build_timeout: should be more than 0, not -1"),
+        (
+            "[terraform.roots.'a..b']",
+            "toto.toml: terraform.roots.'a..b': should be 1 to 63 letters, digits, '-', '_' and "
+            "single dots, begin with a letter or digit and not end in a dot, not 'a..b'",
+        ),
+        (
+            "[terraform.roots.a]\nwathc = 1",
+            "toto.toml: terraform.roots.a.wathc: is not a known field; did you mean 'watch'?",
+        ),
+        (
+            "[terraform]\nprevent = ['all']",
+            "toto.toml: terraform.prevent.0: should be 'destroy' or 'replace', not 'all'",
+        ),
+        (
+            "[terraform.roots.a]\nvar_files = ['../x']",
+            "toto.toml: terraform.roots.a.var_files.0: should be a path in the repo, without '..', not '../x'",
+        ),
+        (
+            "[terraform.roots.a]\nbackend_config = ['k=v v', 'a/b.hcl', '/etc/x']",
+            "toto.toml: terraform.roots.a.backend_config.2: should be a path in the repo, without '..', not '/etc/x'",
+        ),
+        ("nix = 5", "toto.toml: nix: should be a mapping of fields, not 5"),
+        ("[roll_out]\npolicy = 'some'", "toto.toml: roll_out.policy: should be 'all' or 'partial', not 'some'"),
+        (
+            "[nix]\nnixpkgs = '../x'",
+            "toto.toml: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in the repo, not '../x'",
+        ),
+        (
+            "[venues]\nfleet = ['Ops Room']",
+            "toto.toml: venues.fleet.0: should be a venue's name of lower-case letters, digits and '-', not 'Ops Room'",
+        ),
+        (
+            "[venues]\nmail_pusher = ['a@b@c']",
+            "toto.toml: venues.mail_pusher.0: should be a mail address or a domain like 'example.org', not 'a@b@c'",
+        ),
+        ("[venues]\nfleet = 'ops'", "toto.toml: venues.fleet: should be a list, not 'ops'"),
+        ("a = 1\nb = = 2", "toto.toml:2: is not TOML: invalid value"),
+        ("a = 1\na = 2", "toto.toml:2: is not TOML: cannot overwrite a value"),
+        ("a = [", "toto.toml:1: is not TOML: invalid value"),
+        (b"a = 1\nb = '\xff'", "toto.toml:2: is not UTF-8 from here on"),
+        ("a = " + "[" * 5000, "toto.toml: is nested too deeply"),
+        ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
+        (
+            "'a\\nb' = 1\n",
+            "toto.toml: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues",
+        ),
+    ],
+)
 def test_a_mistake_is_reported_with_its_key(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read(tmp_path, text)
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("text", ["[nix]\nbuild_timeout = nan",
-                                  "[nix]\nbuild_timeout = inf", "[nix]\nbuild_timeout = 1e9",
-                                  "[nix]\nsigning_key = ''", "[nix]\nsigning_key = '-x'", "[sandbox]\nmemory = 1.5",
-                                  "[sandbox]\nmemory = '512'", "x = " + "9" * 5000, "x = 2024-01-01",
-                                  "[sandbox]\ntest_output = 0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[nix]\nbuild_timeout = nan",
+        "[nix]\nbuild_timeout = inf",
+        "[nix]\nbuild_timeout = 1e9",
+        "[nix]\nsigning_key = ''",
+        "[nix]\nsigning_key = '-x'",
+        "[sandbox]\nmemory = 1.5",
+        "[sandbox]\nmemory = '512'",
+        "x = " + "9" * 5000,
+        "x = 2024-01-01",
+        "[sandbox]\ntest_output = 0",
+    ],
+)
 def test_a_wrong_value_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match=r"^toto\.toml:"):
         read(tmp_path, text)
@@ -105,8 +141,15 @@ def test_docs_and_model_agree() -> None:
                 continue
             if isinstance(default, dict):
                 found |= rows(get_args(field.annotation)[1], f"{prefix}{name}.NAME.")
-            shown = ("none" if default is None else f'`"{default}"`' if isinstance(default, str)
-                     else "`[]`" if default == () else f"`{default}`")
+            shown = (
+                "none"
+                if default is None
+                else f'`"{default}"`'
+                if isinstance(default, str)
+                else "`[]`"
+                if default == ()
+                else f"`{default}`"
+            )
             found[prefix + name] = (shown, field.description or "")
         return found
 
@@ -114,8 +157,11 @@ def test_docs_and_model_agree() -> None:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
-       | st.text(alphabet="ab=[].'\"\n 1-{},#\\u").map(str.encode))
+@given(
+    data=st.binary()
+    | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.text(alphabet="ab=[].'\"\n 1-{},#\\u").map(str.encode)
+)
 def test_anything_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     try:
         read(tmp_path, data)

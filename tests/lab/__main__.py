@@ -27,8 +27,17 @@ def main() -> None:
         print(setup())
         print(f"the lab is ready ({time.monotonic() - begin:.1f} s)", file=sys.stderr)
     else:
-        asyncio.run(foreground(Machine(arguments.name, arguments.dir, arguments.key, address=arguments.address,
-                                       ports=arguments.port or (8080,))))
+        asyncio.run(
+            foreground(
+                Machine(
+                    arguments.name,
+                    arguments.dir,
+                    arguments.key,
+                    address=arguments.address,
+                    ports=arguments.port or (8080,),
+                )
+            )
+        )
 
 
 async def foreground(machine: Machine) -> None:

@@ -74,11 +74,19 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     finally:
         ending.cancel()  # a demo that is ended asks a server that is going away no more
     systems = await whole.systems()
-    rows = [{"target": name, "runs": Path(path).name[:60],
-             "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed"}
-            for name, path in systems.items()]
-    rows += [{"target": target.label, "commit": entry.good.commit[:8], "runs": _runs(entry.good)}
-             for target, entry in Ledger(whole.repo).read().entries.items() if target.kind != "host" and entry.good]
+    rows = [
+        {
+            "target": name,
+            "runs": Path(path).name[:60],
+            "commit": entry.good.commit[:8] if (entry := whole.entry(name)).good else "never deployed",
+        }
+        for name, path in systems.items()
+    ]
+    rows += [
+        {"target": target.label, "commit": entry.good.commit[:8], "runs": _runs(entry.good)}
+        for target, entry in Ledger(whole.repo).read().entries.items()
+        if target.kind != "host" and entry.good
+    ]
     say("\n" + "\n".join(f"   {line}" for line in table(rows, ("target", "commit", "runs")).splitlines()))
     say(f"\n   {ended.state.lower()} after {time.monotonic() - began:.0f} s: {ended.message}\n")
     return ended
@@ -89,8 +97,9 @@ async def seven_pushes(whole: Fleet, cluster: Cluster) -> None:
     await hosts(whole)
     await other_kinds(whole, cluster)
     title("The history, as the ledger has it (git log refs/toto/ledger)")
-    history = whole.git("--git-dir", str(whole.repo), "log", "--format=   %cd  %s", "--date=format:%H:%M:%S", "-12",
-                        "refs/toto/ledger")
+    history = whole.git(
+        "--git-dir", str(whole.repo), "log", "--format=   %cd  %s", "--date=format:%H:%M:%S", "-12", "refs/toto/ledger"
+    )
     say(history.rstrip())
 
 
@@ -106,8 +115,9 @@ async def hosts(whole: Fleet) -> None:
 
     title("2. A push that changes only the README: nothing is done")
     nothing = await push(whole, "say hello in the README", {"README.md": "# Hello\n"})
-    claim("the run is green, and had no host to rehearse", nothing.state == "COMPLETED"
-          and not whole.subflows(nothing.id))
+    claim(
+        "the run is green, and had no host to rehearse", nothing.state == "COMPLETED" and not whole.subflows(nothing.id)
+    )
     claim("no machine has changed", await whole.systems() == after)
     say(f"   · it took {nothing.seconds:.1f} s, evaluation of the three hosts and all")
 
@@ -116,22 +126,32 @@ async def hosts(whole: Fleet) -> None:
     shared = await push(whole, "a different greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
     changed = await whole.systems()
     claim("the run is green", shared.state == "COMPLETED")
-    claim("web1 and web2 run a different system, gate is as it was",
-          {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"})
+    claim(
+        "web1 and web2 run a different system, gate is as it was",
+        {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"},
+    )
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the new page", "Good morning" in served)
 
     title("4. A change whose with-internet test fails: no machine is touched")
-    refused = await push(whole, "take payments", {
-        "modules/web.nix": page.replace("Hello", "Pay here"),
-        "tests/web1/with-internet/50-payments": BROKEN_OUTSIDE})
+    refused = await push(
+        whole,
+        "take payments",
+        {"modules/web.nix": page.replace("Hello", "Pay here"), "tests/web1/with-internet/50-payments": BROKEN_OUTSIDE},
+    )
     claim("the run is red, and says which test", refused.state == "FAILED" and "payment provider" in refused.message)
     claim("no machine was touched", await whole.systems() == changed)
 
     title("5. A change that passes in the VM and fails on the real machine: everything is reverted")
-    reverted = await push(whole, "serve customers", {
-        "modules/web.nix": page.replace("Hello", "Welcome"), "tests/web1/with-internet/50-payments": None,
-        "tests/web2/post-switch/50-customer": BROKEN_AFTER})
+    reverted = await push(
+        whole,
+        "serve customers",
+        {
+            "modules/web.nix": page.replace("Hello", "Welcome"),
+            "tests/web1/with-internet/50-payments": None,
+            "tests/web2/post-switch/50-customer": BROKEN_AFTER,
+        },
+    )
     claim("the run is red, and says which test", reverted.state == "FAILED" and "to a customer" in reverted.message)
     claim("web1 had been switched before web2 failed", "roll out host / web1" in whole.subflows(reverted.id))
     claim("and all machines are back at their last good", await whole.systems() == changed)
@@ -142,8 +162,10 @@ async def hosts(whole: Fleet) -> None:
 async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     """Two pushes of what is no machine; the machines stay as they are."""
     if shutil.which("terraform") is None:
-        title("6. and 7., a terraform root and a release beside the machines, are left out: terraform is not on PATH "
-              "(no failure)")
+        title(
+            "6. and 7., a terraform root and a release beside the machines, are left out: terraform is not on PATH "
+            "(no failure)"
+        )
         return
     machines = await whole.systems()
 
@@ -156,8 +178,10 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 
     title("6. A terraform root and a release: planned and rendered first, then applied, terraform before helm")
     more = {str(path.relative_to(MORE)): path.read_text() for path in MORE.glob("*/**/*") if path.is_file()}
-    good: dict[str, str | None] = {"modules/web.nix": whole.git("show", "HEAD~2:modules/web.nix"),
-                                   "tests/web2/post-switch/50-customer": None}
+    good: dict[str, str | None] = {
+        "modules/web.nix": whole.git("show", "HEAD~2:modules/web.nix"),
+        "tests/web2/post-switch/50-customer": None,
+    }
     both = await push(whole, "a record, and a page in the cluster", {**more, **good})
     claim("the run is green", both.state == "COMPLETED")
     claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
@@ -165,9 +189,15 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
 
     title("7. Both change, and the release's own test fails: both are reverted, helm before terraform")
     root, values, test = (more[name] for name in (ROOT, VALUES, TEST))
-    failed = await push(whole, "a different address and page", {
-        ROOT: root.replace("192.0.2.10", "192.0.2.99"), VALUES: values.replace("Hello", "Welcome"),
-        TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n")})
+    failed = await push(
+        whole,
+        "a different address and page",
+        {
+            ROOT: root.replace("192.0.2.10", "192.0.2.99"),
+            VALUES: values.replace("Hello", "Welcome"),
+            TEST: test.replace("  annotations:\n", "  annotations:\n    lab/fate: failed\n"),
+        },
+    )
     claim("the run is red, and says which test", failed.state == "FAILED" and "page-test" in failed.message)
     claim("terraform had been applied before that", "roll out root / dns" in whole.subflows(failed.id))
     claim("the record is what it was", record() == "www 300 A 192.0.2.10")
@@ -187,18 +217,24 @@ async def main(start_only: bool = False) -> int:
     await asyncio.to_thread(setup.setup)
     directory = Path(tempfile.mkdtemp(prefix="demo-", dir=_state()))
     try:
-        async with (cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
-                    fleet(directory, kubeconfig=cluster.kubeconfig) as whole):
+        async with (
+            cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
+            fleet(directory, kubeconfig=cluster.kubeconfig) as whole,
+        ):
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
             if not start_only:
-                await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()],
-                                                           seven_pushes(whole, cluster)))
+                await _unless(
+                    stop,
+                    lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()], seven_pushes(whole, cluster)),
+                )
             if not stop.is_set():
                 clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
             if keep and not stop.is_set():
-                say(f"Left running: {whole.url}\nPush from {whole.work}; log in with `ssh -i {whole.key} -p 2222 "
-                    "toto@127.0.1.12`. Ctrl-C ends it all.")
+                say(
+                    f"Left running: {whole.url}\nPush from {whole.work}; log in with `ssh -i {whole.key} -p 2222 "
+                    "toto@127.0.1.12`. Ctrl-C ends it all."
+                )
                 await stop.wait()
     except Claim as error:
         failure = f"The demo does not hold: {error}"
@@ -218,8 +254,9 @@ async def main(start_only: bool = False) -> int:
 def clean_logs(whole: Fleet) -> None:
     """The last claim: nothing in the logs that nobody has looked at."""
     title("And the logs")
-    files = [file for place in whole.log_places
-             for file in ([place] if place.is_file() else sorted(place.glob("*.log")))]
+    files = [
+        file for place in whole.log_places for file in ([place] if place.is_file() else sorted(place.glob("*.log")))
+    ]
     found = [f"{file.name}: {fault}" for file in files for fault in logs.faults(file.read_text(errors="replace"))]
     for each in found[:3]:
         say(each)

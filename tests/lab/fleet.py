@@ -69,8 +69,11 @@ class Fleet:
     @property
     def environment(self) -> dict[str, str]:
         more = {"KUBECONFIG": self.kubeconfig and str(self.kubeconfig), "TOTO_DATABASE_URL": self.database_url}
-        return environment() | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)} | {
-            name: value for name, value in more.items() if value}
+        return (
+            environment()
+            | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)}
+            | {name: value for name, value in more.items() if value}
+        )
 
     @property
     def log_places(self) -> tuple[Path, ...]:
@@ -105,9 +108,26 @@ class Fleet:
             clean_logs.watch(place)
         log = (self.directory / "toto.log").open("ab")
         self.server = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "toto.server.serve", "--home", self.home, "--port",
-             str(self.port), "--repos", self.repo.parent, "--sqlite"],
-            env=self.environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+            [
+                "setpriv",
+                "--pdeathsig",
+                "TERM",
+                sys.executable,
+                "-m",
+                "toto.server.serve",
+                "--home",
+                self.home,
+                "--port",
+                str(self.port),
+                "--repos",
+                self.repo.parent,
+                "--sqlite",
+            ],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
         log.close()
         assert self.server.stdout is not None
         while line := await asyncio.to_thread(self.server.stdout.readline):
@@ -132,8 +152,9 @@ class Fleet:
     def kill(self) -> None:
         """SIGKILL server, worker and flow runs, all at once, as a power cut of toto would."""
         assert self.server is not None
-        victims = [pid for pid in self.processes() if b"qemu" not in command_of(pid)
-                   or b"sandboxes" in _environment(pid)]
+        victims = [
+            pid for pid in self.processes() if b"qemu" not in command_of(pid) or b"sandboxes" in _environment(pid)
+        ]
         for pid in [self.server.pid, *victims]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -150,14 +171,18 @@ class Fleet:
     def processes(self) -> list[int]:
         """The server's, the worker's and the flow runs' processes: those that were started with this fleet's state."""
         needle = f"TOTO_STATE={self.state}".encode()
-        return [pid for pid in processes() if needle in _environment(pid) and pid != os.getpid()
-                and b"/machines/" not in command_of(pid)]
+        return [
+            pid
+            for pid in processes()
+            if needle in _environment(pid) and pid != os.getpid() and b"/machines/" not in command_of(pid)
+        ]
 
     async def start_machines(self, names: Iterable[str] = ADDRESSES) -> None:
         """Freshly installed machines that let toto in, and run nothing yet."""
         for name in names:
-            machine = Machine(name, self.directory / "machines" / name, self.key, address=self.addresses[name],
-                              ports=PORTS[name])
+            machine = Machine(
+                name, self.directory / "machines" / name, self.key, address=self.addresses[name], ports=PORTS[name]
+            )
             self.machines[name] = machine
         await asyncio.gather(*(self.machines[name].start() for name in names))
         await asyncio.gather(*(self.machines[name].wait_ssh() for name in names))
@@ -172,10 +197,20 @@ class Fleet:
     def git(self, *arguments: str) -> str:
         """git in the clone; what it printed, to the pusher's eye (stdout and stderr)."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER")
-               for what, value in (("NAME", "operator"), ("EMAIL", "operator@example.org"))}
-        done = subprocess.run(["git", *arguments], cwd=self.work, env=clean | who | {"GIT_CONFIG_GLOBAL": "/dev/null"},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        who = {
+            f"GIT_{role}_{what}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for what, value in (("NAME", "operator"), ("EMAIL", "operator@example.org"))
+        }
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=self.work,
+            env=clean | who | {"GIT_CONFIG_GLOBAL": "/dev/null"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         if done.returncode != 0:
             raise RuntimeError(f"git {' '.join(arguments)}: {done.stdout}")
         return done.stdout
@@ -216,8 +251,9 @@ class Fleet:
                 raise TimeoutError(f"no run of {commit} after {timeout:g} s")
             time.sleep(1)
 
-    async def deploy(self, message: str, files: dict[str, str | None] | None = None, *,
-                     timeout: float = PATIENCE) -> Run:
+    async def deploy(
+        self, message: str, files: dict[str, str | None] | None = None, *, timeout: float = PATIENCE
+    ) -> Run:
         """Commit, push, and wait for the end of the run."""
         self.commit(message, files)
         return await self.ended(self.push(), timeout)
@@ -227,8 +263,9 @@ class Fleet:
     def api(self, method: str, path: str, body: object = None) -> Any:
         """One request to Prefect's API."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/api{path}", data, {"Content-Type": "application/json"},
-                                         method=method)
+        request = urllib.request.Request(
+            f"{self.url}/api{path}", data, {"Content-Type": "application/json"}, method=method
+        )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for attempt in range(60):
             try:
@@ -250,8 +287,13 @@ class Fleet:
         while True:
             found = await asyncio.to_thread(self.api, "GET", f"/flow_runs/{run}")
             if found["state_type"] in states:
-                return Run(run, found["state_type"], found["state"]["message"] or "", found["total_run_time"],
-                           found["estimated_start_time_delta"])
+                return Run(
+                    run,
+                    found["state_type"],
+                    found["state"]["message"] or "",
+                    found["total_run_time"],
+                    found["estimated_start_time_delta"],
+                )
             if time.monotonic() > deadline:
                 raise TimeoutError(f"run {run} is {found['state_type']} after {timeout} s\n{self.logs(run)}")
             await asyncio.sleep(0.2)
@@ -268,8 +310,7 @@ class Fleet:
         """A run and its subflows, at any depth."""
         found, parents = [run], [run]
         while parents:
-            children = self.api("POST", "/flow_runs/filter",
-                                {"flow_runs": {"parent_flow_run_id": {"any_": parents}}})
+            children = self.api("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": parents}}})
             parents = [each["id"] for each in children]
             found += parents
         return found
@@ -278,8 +319,16 @@ class Fleet:
         """What a run and its subflows logged, in order of time."""
         lines: list[dict[str, Any]] = []
         for offset in range(0, 4000, 200):
-            page = self.api("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": self.family(run)}},
-                                                     "sort": "TIMESTAMP_ASC", "limit": 200, "offset": offset})
+            page = self.api(
+                "POST",
+                "/logs/filter",
+                {
+                    "logs": {"flow_run_id": {"any_": self.family(run)}},
+                    "sort": "TIMESTAMP_ASC",
+                    "limit": 200,
+                    "offset": offset,
+                },
+            )
             lines += page
             if len(page) < 200:
                 break
@@ -296,14 +345,24 @@ class Fleet:
         return [f"{flows[each['flow_id']]} / {each['name']}" for each in targets]
 
     def _children(self, parents: list[str]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.api("POST", "/flow_runs/filter", {
-            "flow_runs": {"parent_flow_run_id": {"any_": parents}}, "sort": "START_TIME_ASC"}) if parents else []
+        found: list[dict[str, Any]] = (
+            self.api(
+                "POST",
+                "/flow_runs/filter",
+                {"flow_runs": {"parent_flow_run_id": {"any_": parents}}, "sort": "START_TIME_ASC"},
+            )
+            if parents
+            else []
+        )
         return found
 
     def artifacts(self, run: str) -> dict[str, str]:
         """The newest artifact of each key of a run and its subflows, as text."""
-        found = self.api("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": self.family(run)}},
-                                                       "sort": "UPDATED_DESC"})
+        found = self.api(
+            "POST",
+            "/artifacts/filter",
+            {"artifacts": {"flow_run_id": {"any_": self.family(run)}}, "sort": "UPDATED_DESC"},
+        )
         return {each["key"]: str(each["data"]) for each in reversed(found) if each["key"]}
 
     def entry(self, name: str) -> Entry:
@@ -318,19 +377,24 @@ class Fleet:
     def terraform_state(self, root: str) -> dict[str, Any]:
         """Terraform's own state file, not toto's word: the attributes of each resource of a root."""
         (file,) = self.state.glob(f"repos/*/terraform/{root}/terraform.tfstate")
-        return {f"{each['type']}.{each['name']}": each["instances"][0]["attributes"]
-                for each in json.loads(file.read_text())["resources"] if each["instances"]}
+        return {
+            f"{each['type']}.{each['name']}": each["instances"][0]["attributes"]
+            for each in json.loads(file.read_text())["resources"]
+            if each["instances"]
+        }
 
     async def systems(self) -> dict[str, str]:
         """What each machine runs, asked over ssh: `readlink /run/current-system`."""
         names = list(self.machines)
-        return dict(zip(names, await asyncio.gather(*(self.machines[name].current_system() for name in names)),
-                        strict=True))
+        return dict(
+            zip(names, await asyncio.gather(*(self.machines[name].current_system() for name in names)), strict=True)
+        )
 
 
 @contextlib.asynccontextmanager
-async def fleet(directory: Path, *, machines: Iterable[str] = ADDRESSES,
-                kubeconfig: Path | None = None) -> AsyncIterator[Fleet]:
+async def fleet(
+    directory: Path, *, machines: Iterable[str] = ADDRESSES, kubeconfig: Path | None = None
+) -> AsyncIterator[Fleet]:
     """A whole toto under `directory`, for as long as the block lasts; its releases go where `kubeconfig` says."""
     whole = Fleet(directory)
     whole.kubeconfig = kubeconfig

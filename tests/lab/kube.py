@@ -81,9 +81,12 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """This process's environment for a helm that talks to this cluster, with no state but in `directory`."""
         return {key: value for key, value in os.environ.items() if not key.startswith(("HELM_", "KUBE"))} | {
-            "KUBECONFIG": str(self.kubeconfig), "HELM_CACHE_HOME": str(self.directory / "helm/cache"),
+            "KUBECONFIG": str(self.kubeconfig),
+            "HELM_CACHE_HOME": str(self.directory / "helm/cache"),
             "HELM_CONFIG_HOME": str(self.directory / "helm/config"),
-            "HELM_DATA_HOME": str(self.directory / "helm/data"), "KUBECACHEDIR": str(self.directory / "helm/kube")}
+            "HELM_DATA_HOME": str(self.directory / "helm/data"),
+            "KUBECACHEDIR": str(self.directory / "helm/kube"),
+        }
 
     async def get(self, path: str) -> Any:
         """What is at `path` (such as /api/v1/namespaces/web/configmaps/page), or None."""
@@ -103,8 +106,12 @@ class Cluster:
     async def request(self, method: str, path: str, body: object = None) -> Any:
         """The answer's JSON, or None for "404 Not Found". Raises `ClusterError` for any other refusal."""
         async with self.client() as client:
-            answer = await client.request(method, path, content=None if body is None else json.dumps(body), headers={
-                "Content-Type": "application/merge-patch+json" if method == "PATCH" else "application/json"})
+            answer = await client.request(
+                method,
+                path,
+                content=None if body is None else json.dumps(body),
+                headers={"Content-Type": "application/merge-patch+json" if method == "PATCH" else "application/json"},
+            )
         if answer.status_code == 404:
             return None
         if answer.is_error:
@@ -113,8 +120,13 @@ class Cluster:
 
     def client(self) -> httpx.AsyncClient:
         """A client of the API, with the token."""
-        return httpx.AsyncClient(base_url=self.url, verify=ssl.create_default_context(cafile=self.ca), timeout=60,
-                                 trust_env=False, headers={"Authorization": f"Bearer {self.token}"})
+        return httpx.AsyncClient(
+            base_url=self.url,
+            verify=ssl.create_default_context(cafile=self.ca),
+            timeout=60,
+            trust_env=False,
+            headers={"Authorization": f"Bearer {self.token}"},
+        )
 
     def programs(self) -> list[Part]:
         """The programs, and whether they live."""
@@ -198,13 +210,22 @@ async def _new(directory: Path) -> Cluster:
         (directory / name).write_text(text)
 
     write("tokens", f'{made.token},admin,1,"system:masters"\n')
-    write("kubeconfig", json.dumps({
-        "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-        "clusters": [{"name": "lab", "cluster": {"server": made.url, "certificate-authority": str(made.ca)}}],
-        "users": [{"name": "admin", "user": {"token": made.token}}],
-        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "admin"}}]}))
-    await process.run(["ssh-keygen", "-q", "-t", "ecdsa", "-m", "PEM", "-N", "", "-f",
-                       directory / "service-account.key"], timeout=60)
+    write(
+        "kubeconfig",
+        json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "lab",
+                "clusters": [{"name": "lab", "cluster": {"server": made.url, "certificate-authority": str(made.ca)}}],
+                "users": [{"name": "admin", "user": {"token": made.token}}],
+                "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "admin"}}],
+            }
+        ),
+    )
+    await process.run(
+        ["ssh-keygen", "-q", "-t", "ecdsa", "-m", "PEM", "-N", "", "-f", directory / "service-account.key"], timeout=60
+    )
     return made
 
 
@@ -214,14 +235,22 @@ def _write_certificate(made: Cluster) -> None:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "stand-in")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = x509.CertificateBuilder(
-        issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=x509.random_serial_number(),
-        not_valid_before=now - datetime.timedelta(days=1), not_valid_after=now + datetime.timedelta(days=365),
-        extensions=[x509.Extension(each.oid, True, each) for each in (
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(made.address))]),
-            x509.BasicConstraints(ca=True, path_length=0))]).sign(key, hashes.SHA256())
+        issuer_name=name,
+        subject_name=name,
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - datetime.timedelta(days=1),
+        not_valid_after=now + datetime.timedelta(days=365),
+        extensions=[
+            x509.Extension(each.oid, True, each)
+            for each in (
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(made.address))]),
+                x509.BasicConstraints(ca=True, path_length=0),
+            )
+        ],
+    ).sign(key, hashes.SHA256())
     made.ca.parent.mkdir(mode=0o700, exist_ok=True)
-    made.ca.with_suffix(".key").write_bytes(key.private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    made.ca.with_suffix(".key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     made.ca.write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
@@ -240,20 +269,65 @@ def _commands(made: Cluster, programs: Path) -> dict[str, list[process.Argument]
     store = f"http://{address}:2379"
     return {
         "etcd": [
-            "etcd", "--data-dir", made.directory / "etcd", "--listen-client-urls", store, "--advertise-client-urls",
-            store, "--listen-peer-urls", f"http://{address}:2380", "--unsafe-no-fsync"],
+            "etcd",
+            "--data-dir",
+            made.directory / "etcd",
+            "--listen-client-urls",
+            store,
+            "--advertise-client-urls",
+            store,
+            "--listen-peer-urls",
+            f"http://{address}:2380",
+            "--unsafe-no-fsync",
+        ],
         "kube-apiserver": [
-            programs / "kube-apiserver", "--etcd-servers", store, "--bind-address", address, "--advertise-address",
-            address, "--secure-port", "6443", "--cert-dir", made.ca.parent, "--token-auth-file",
-            made.directory / "tokens", "--authorization-mode", "AlwaysAllow", "--service-cluster-ip-range",
-            "10.0.0.0/24", "--service-account-issuer", "https://lab", "--service-account-signing-key-file", service_key,
-            "--service-account-key-file", service_key, "--allow-privileged=true", "--endpoint-reconciler-type", "none",
-            "--disable-admission-plugins", "ServiceAccount,TaintNodesByCondition"],
+            programs / "kube-apiserver",
+            "--etcd-servers",
+            store,
+            "--bind-address",
+            address,
+            "--advertise-address",
+            address,
+            "--secure-port",
+            "6443",
+            "--cert-dir",
+            made.ca.parent,
+            "--token-auth-file",
+            made.directory / "tokens",
+            "--authorization-mode",
+            "AlwaysAllow",
+            "--service-cluster-ip-range",
+            "10.0.0.0/24",
+            "--service-account-issuer",
+            "https://lab",
+            "--service-account-signing-key-file",
+            service_key,
+            "--service-account-key-file",
+            service_key,
+            "--allow-privileged=true",
+            "--endpoint-reconciler-type",
+            "none",
+            "--disable-admission-plugins",
+            "ServiceAccount,TaintNodesByCondition",
+        ],
         "kube-controller-manager": [
-            programs / "kube-controller-manager", "--kubeconfig", made.kubeconfig, "--leader-elect=false", "--port",
-            "0", "--secure-port", "0", "--service-account-private-key-file", service_key, "--kube-api-qps", "200",
-            "--kube-api-burst", "400",
-            "--controllers", "*,-nodeipam,-nodelifecycle,-cloud-node-lifecycle,-route,-service"],
+            programs / "kube-controller-manager",
+            "--kubeconfig",
+            made.kubeconfig,
+            "--leader-elect=false",
+            "--port",
+            "0",
+            "--secure-port",
+            "0",
+            "--service-account-private-key-file",
+            service_key,
+            "--kube-api-qps",
+            "200",
+            "--kube-api-burst",
+            "400",
+            "--controllers",
+            "*,-nodeipam,-nodelifecycle,-cloud-node-lifecycle,-route,-service",
+        ],
     }
 
 
@@ -299,16 +373,18 @@ async def _attend(client: httpx.AsyncClient, pod: dict[str, Any], fates: dict[st
     if "deletionTimestamp" in pod["metadata"]:
         answer = await client.request("DELETE", path, json={"gracePeriodSeconds": 0})
     elif "nodeName" not in pod["spec"]:
-        answer = await client.post(f"{path}/binding", json={
-            "metadata": {"name": name}, "target": {"kind": "Node", "name": NODE}})
+        answer = await client.post(
+            f"{path}/binding", json={"metadata": {"name": name}, "target": {"kind": "Node", "name": NODE}}
+        )
     else:
         fate = pod["metadata"].get("annotations", {}).get(FATE, "")
         fate = next((each for start, each in list(fates.items()) if f"{namespace}/{name}".startswith(start)), fate)
         status = _status(pod["spec"], fate)
         if pod["status"]["phase"] in ("Succeeded", "Failed") or _gist(pod["status"]) == _gist(status):
             return
-        answer = await client.patch(f"{path}/status", json={"status": status},
-                                    headers={"Content-Type": "application/merge-patch+json"})
+        answer = await client.patch(
+            f"{path}/status", json={"status": status}, headers={"Content-Type": "application/merge-patch+json"}
+        )
     if answer.is_error and answer.status_code not in (404, 409):  # gone or changed meanwhile
         log.warning("%s %s: %s", answer.request.method, path, answer.text)
 
@@ -322,10 +398,21 @@ def _status(spec: dict[str, Any], fate: str) -> dict[str, Any]:
     conditions = {"PodScheduled": True, "Initialized": True, "ContainersReady": ready, "Ready": ready}
     return {
         "phase": "Running" if not ends else "Failed" if fate == "failed" else "Succeeded",
-        "conditions": [{"type": kind, "status": str(holds), "lastTransitionTime": now}
-                       for kind, holds in conditions.items()],
-        "containerStatuses": [{"name": each["name"], "image": each["image"], "imageID": "", "ready": ready,
-                               "restartCount": 0, "state": state} for each in spec["containers"]]}
+        "conditions": [
+            {"type": kind, "status": str(holds), "lastTransitionTime": now} for kind, holds in conditions.items()
+        ],
+        "containerStatuses": [
+            {
+                "name": each["name"],
+                "image": each["image"],
+                "imageID": "",
+                "ready": ready,
+                "restartCount": 0,
+                "state": state,
+            }
+            for each in spec["containers"]
+        ],
+    }
 
 
 def _gist(status: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -38,9 +38,18 @@ class Answer(NamedTuple):
 class Machine:
     """An async context manager: started on entry, gone on exit; the disk stays in `directory`."""
 
-    def __init__(self, name: str, directory: Path, key: Path, *, address: str = "127.0.1.1",
-                 ports: Sequence[int] = (8080,), configuration: str | None = None, memory: int = 384,
-                 user: str = "toto") -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        key: Path,
+        *,
+        address: str = "127.0.1.1",
+        ports: Sequence[int] = (8080,),
+        configuration: str | None = None,
+        memory: int = 384,
+        user: str = "toto",
+    ) -> None:
         """`key` is a private key file whose `.pub` lies beside it; `address` a loopback address of this machine's
         own; `ports` are reachable there under the same number, ssh under 2222. `configuration`, a nix expression,
         is what the machine runs at first; the default is `bootstrap.nix`."""
@@ -63,8 +72,9 @@ class Machine:
             raise
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.power_cut()
 
     # Power
@@ -94,8 +104,18 @@ class Machine:
         with self._console.open("ab") as console:
             # The run script changes into TMPDIR, so a short relative socket path stays within sockaddr_un's limit.
             self._process = await asyncio.create_subprocess_exec(
-                "setpriv", "--pdeathsig", "KILL", str(run), "-qmp", qmp, env=env, cwd=self.directory,
-                stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=console)
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                str(run),
+                "-qmp",
+                qmp,
+                env=env,
+                cwd=self.directory,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+            )
 
     @property
     def parts(self) -> list[Part]:
@@ -140,9 +160,26 @@ class Machine:
     @property
     def ssh_options(self) -> list[str]:
         known_hosts = self.directory.absolute() / "known_hosts"
-        return ["-F", "none", "-i", str(self.key.absolute()), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
-                "-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={known_hosts}",
-                "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=20", "-p", str(SSH_PORT)]
+        return [
+            "-F",
+            "none",
+            "-i",
+            str(self.key.absolute()),
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "StrictHostKeyChecking=accept-new",
+            "-o",
+            f"UserKnownHostsFile={known_hosts}",
+            "-o",
+            "LogLevel=ERROR",
+            "-o",
+            "ConnectTimeout=20",
+            "-p",
+            str(SSH_PORT),
+        ]
 
     async def ssh(self, *command: str, timeout: float = 60, user: str | None = None, login: bool = True) -> Answer:
         """Runs a command on the machine. One argument is a shell line, several are quoted as an argv.
@@ -151,11 +188,31 @@ class Machine:
         a login is 0.8 s of work."""
         line = command[0] if len(command) == 1 else shlex.join(command)
         # (A relative path: a socket's must be short.)
-        options = [] if login else ["-o", "ControlMaster=auto", "-o", "ControlPath=login", "-o", "ControlPersist=20",
-                                    "-o", "ServerAliveInterval=5"]
+        options = (
+            []
+            if login
+            else [
+                "-o",
+                "ControlMaster=auto",
+                "-o",
+                "ControlPath=login",
+                "-o",
+                "ControlPersist=20",
+                "-o",
+                "ServerAliveInterval=5",
+            ]
+        )
         process = await asyncio.create_subprocess_exec(
-            "ssh", *self.ssh_options, *options, f"{user or self.user}@{self.address}", line, cwd=self.directory,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+            "ssh",
+            *self.ssh_options,
+            *options,
+            f"{user or self.user}@{self.address}",
+            line,
+            cwd=self.directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             out, err = await asyncio.wait_for(process.communicate(), timeout)
         except TimeoutError:
@@ -174,8 +231,9 @@ class Machine:
         """The output of a command that must succeed."""
         answer = await self.ssh(*command, timeout=timeout, login=login)
         if answer.status != 0:
-            raise MachineError(f"{self.name}: `{' '.join(command)}` exited with {answer.status}:\n"
-                               f"{answer.out}\n{answer.err}")
+            raise MachineError(
+                f"{self.name}: `{' '.join(command)}` exited with {answer.status}:\n{answer.out}\n{answer.err}"
+            )
         return answer.out
 
     async def wait_ssh(self, deadline: float = 300) -> float:
@@ -198,9 +256,17 @@ class Machine:
     async def copy(self, path: Path | str) -> None:
         """Copies a closure to the machine, as its ordinary user."""
         process = await asyncio.create_subprocess_exec(
-            "nix", "copy", "--no-check-sigs", "--to", f"ssh://{self.user}@{self.address}", str(path),
+            "nix",
+            "copy",
+            "--no-check-sigs",
+            "--to",
+            f"ssh://{self.user}@{self.address}",
+            str(path),
             env=environment() | {"NIX_SSHOPTS": shlex.join(self.ssh_options)},
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             _, err = await process.communicate()
         finally:

@@ -17,8 +17,13 @@ class NixFailed(Exception):
 async def nix(*argv: str, cwd: Path | None = None) -> str:
     """Runs a nix command with the lab's configuration; returns its output, stripped."""
     process = await asyncio.create_subprocess_exec(
-        *argv, cwd=cwd, env=environment(), stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        *argv,
+        cwd=cwd,
+        env=environment(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     try:
         out, err = await process.communicate()
     except BaseException:
@@ -43,8 +48,9 @@ def nix_string(text: str) -> str:
 async def build(configuration: str, attribute: str, *, link: Path | None = None) -> Path:
     """Builds `system` or `vm` of a configuration (a nix expression); `link` becomes a GC root of it."""
     kept = ["--out-link", str(link)] if link else ["--no-out-link"]
-    return Path(await nix("nix-build", "<nixpkgs/nixos>", "-A", attribute, "--arg", "configuration", configuration,
-                          *kept))
+    return Path(
+        await nix("nix-build", "<nixpkgs/nixos>", "-A", attribute, "--arg", "configuration", configuration, *kept)
+    )
 
 
 async def drv(configuration: str, attribute: str) -> str:

@@ -27,8 +27,7 @@ class Part:
     def died(self) -> PartDied:
         """What to say of one that has ended."""
         said = process.tail(self.log.read_text(errors="replace"), 10) if self.log.exists() else ""
-        return PartDied(f"{self.name} ended with status {self.status}; its last lines:\n{said}",
-                        hint=f"see {self.log}")
+        return PartDied(f"{self.name} ended with status {self.status}; its last lines:\n{said}", hint=f"see {self.log}")
 
 
 async def while_all_live(parts: Callable[[], Iterable[Part]], work: Coroutine[Any, Any, T]) -> T:

@@ -37,22 +37,48 @@ experimental-features = nix-command flakes
 
 APT_LISTS: Final = Path("/var/lib/apt/lists")
 PACKAGES: Final = (
-    "bash", "busybox", "busybox-static", "e2fsprogs", "libpam-modules", "linux-image-cloud-amd64", "nix-bin",
-    "openssh-client", "openssh-server", "openssh-sftp-server", "runit", "squashfs-tools", "sudo",
+    "bash",
+    "busybox",
+    "busybox-static",
+    "e2fsprogs",
+    "libpam-modules",
+    "linux-image-cloud-amd64",
+    "nix-bin",
+    "openssh-client",
+    "openssh-server",
+    "openssh-sftp-server",
+    "runit",
+    "squashfs-tools",
+    "sudo",
 )
-PROGRAMS: Final = (
-    "bash", "busybox", "chpst", "nix", "runsv", "scp", "ssh", "ssh-keygen", "sshd", "sudo", "sv",
-)
+PROGRAMS: Final = ("bash", "busybox", "chpst", "nix", "runsv", "scp", "ssh", "ssh-keygen", "sshd", "sudo", "sv")
 NIX_COMMANDS: Final = (
-    "nix-build", "nix-channel", "nix-collect-garbage", "nix-copy-closure", "nix-daemon", "nix-env", "nix-hash",
-    "nix-instantiate", "nix-prefetch-url", "nix-shell", "nix-store",
+    "nix-build",
+    "nix-channel",
+    "nix-collect-garbage",
+    "nix-copy-closure",
+    "nix-daemon",
+    "nix-env",
+    "nix-hash",
+    "nix-instantiate",
+    "nix-prefetch-url",
+    "nix-shell",
+    "nix-store",
 )
 PAM_MODULES: Final = ("pam_deny.so", "pam_env.so", "pam_permit.so", "pam_rootok.so", "pam_unix.so")
 TOOLS: Final = ("mke2fs", "mksquashfs")
 # Loaded at boot, dependencies first. What a kernel has built in is left out by itself.
 MODULES: Final = (
-    "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "crc32c_generic", "ext4", "squashfs", "overlay",
-    "af_packet", "button",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "crc32c_generic",
+    "ext4",
+    "squashfs",
+    "overlay",
+    "af_packet",
+    "button",
 )
 
 
@@ -148,8 +174,17 @@ def _make_trees(versions: dict[str, str]) -> str:
         release = make_kernel(debian, trees["lab-kernel"])
         make_tools(debian, trees["lab-tools"])
         lines = [f'  {name} = "{_add(name, tree)}";' for name, tree in trees.items()]
-    return "\n".join(["# Written by the lab's setup.", "{", *lines, f'  kernelRelease = "{release}";',
-                      f'  version = "{versions["nix-bin"].split("-")[0]}";', "}", ""])
+    return "\n".join(
+        [
+            "# Written by the lab's setup.",
+            "{",
+            *lines,
+            f'  kernelRelease = "{release}";',
+            f'  version = "{versions["nix-bin"].split("-")[0]}";',
+            "}",
+            "",
+        ]
+    )
 
 
 def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
@@ -163,11 +198,13 @@ def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
             if os.geteuid() == 0:
                 with contextlib.suppress(LookupError):
                     shutil.chown(fresh, "_apt")
-            got = subprocess.run(["apt-get", "-q", "download", *missing], cwd=fresh, check=False,
-                                 stdout=subprocess.DEVNULL)
+            got = subprocess.run(
+                ["apt-get", "-q", "download", *missing], cwd=fresh, check=False, stdout=subprocess.DEVNULL
+            )
             if got.returncode != 0:
-                raise SystemExit("apt could not download the lab's packages; run `apt-get update` as root, and try "
-                                 "again")
+                raise SystemExit(
+                    "apt could not download the lab's packages; run `apt-get update` as root, and try again"
+                )
             for deb in Path(fresh).glob("*.deb"):
                 shutil.copyfile(deb, debs / deb.name)
     for name, start in names.items():
@@ -200,17 +237,25 @@ class Debian:
         return path
 
     def find(self, name: str, *, within: str = "") -> Path:
-        found = [path for path in self.by_name.get(name, []) if within in str(path)
-                 and not str(path).startswith((f"{self.root}/static", f"{self.root}/usr/share/doc"))
-                 and not re.search("/(bash-completion|initramfs-tools|lintian|locale)/", str(path))]
+        found = [
+            path
+            for path in self.by_name.get(name, [])
+            if within in str(path)
+            and not str(path).startswith((f"{self.root}/static", f"{self.root}/usr/share/doc"))
+            and not re.search("/(bash-completion|initramfs-tools|lintian|locale)/", str(path))
+        ]
         if not found:
             raise RuntimeError(f"no {name} in the unpacked packages: has Debian moved it?")
         return self.real(min(found, key=lambda path: ("bin" not in path.parent.name, str(path))))
 
     def needs(self, program: Path) -> dict[str, Path]:
         """The libraries that `program` loads, by the name it asks for, as the tree's own loader finds them."""
-        listed = subprocess.run([self.loader, "--library-path", ":".join(self.libraries), "--list", program],
-                                check=True, capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            [self.loader, "--library-path", ":".join(self.libraries), "--list", program],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         # The loader itself is listed under its absolute name; it is copied apart.
         found = {name: Path(path) for name, path in re.findall(r"^\s*([^/\s]+) => (/\S+)", listed, re.M)}
         if strangers := [path for path in found.values() if not path.is_relative_to(self.root)]:
@@ -221,18 +266,23 @@ class Debian:
 def make_base(debian: Debian, base: Path) -> None:
     """What a guest sees as /usr."""
     programs = {f"bin/{name}": debian.find(name, within="bin/") for name in PROGRAMS}
-    openssh = [p for p in (debian.root / "usr/lib/openssh").iterdir() if p.is_file()
-               and not p.name.startswith(("ssh-pkcs11", "ssh-sk", "agent"))]
+    openssh = [
+        p
+        for p in (debian.root / "usr/lib/openssh").iterdir()
+        if p.is_file() and not p.name.startswith(("ssh-pkcs11", "ssh-sk", "agent"))
+    ]
     programs |= {f"lib/openssh/{path.name}": path for path in openssh}
     sudo = debian.find("sudoers.so").parent
-    programs |= {f"{sudo.relative_to(debian.root / 'usr')}/{path.name}": debian.real(path)
-                 for path in sudo.glob("*.so*")}
+    programs |= {
+        f"{sudo.relative_to(debian.root / 'usr')}/{path.name}": debian.real(path) for path in sudo.glob("*.so*")
+    }
     programs |= {f"lib/x86_64-linux-gnu/security/{name}": debian.find(name) for name in PAM_MODULES}
     for name, path in programs.items():
         _copy(path, base, name)
     # Loaded by name at run time, so nobody lists them: by a thread that ends, and by a look-up of a host.
-    libraries = {name: debian.find(name) for name in debian.by_name
-                 if re.match(r"(libgcc_s|libnss_dns|libnss_files)\.so", name)}
+    libraries = {
+        name: debian.find(name) for name in debian.by_name if re.match(r"(libgcc_s|libnss_dns|libnss_files)\.so", name)
+    }
     for path in programs.values():
         if _is_elf(path):
             libraries |= debian.needs(path)
@@ -243,8 +293,12 @@ def make_base(debian: Debian, base: Path) -> None:
     for command in NIX_COMMANDS:
         _link(base / "bin" / command, "nix")
     _link(base / "sbin", "bin")
-    busybox = subprocess.run([debian.loader, "--library-path", ":".join(debian.libraries), debian.find("busybox"),
-                              "--list"], check=True, capture_output=True, text=True).stdout
+    busybox = subprocess.run(
+        [debian.loader, "--library-path", ":".join(debian.libraries), debian.find("busybox"), "--list"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     for applet in busybox.split():
         if not (base / "bin" / applet).exists():
             _link(base / "bin" / applet, "busybox")
@@ -255,8 +309,11 @@ def make_kernel(debian: Debian, tree: Path) -> str:
     (image,) = debian.root.glob("boot/vmlinuz-*")
     release = image.name.removeprefix("vmlinuz-")
     _copy(image, tree, "vmlinuz")
-    modules = {re.sub(r"\.ko.*", "", name).replace("-", "_"): paths[0]
-               for name, paths in debian.by_name.items() if re.search(r"\.ko(\.xz)?$", name)}
+    modules = {
+        re.sub(r"\.ko.*", "", name).replace("-", "_"): paths[0]
+        for name, paths in debian.by_name.items()
+        if re.search(r"\.ko(\.xz)?$", name)
+    }
     order: list[str] = []
 
     def load(name: str) -> None:
@@ -312,8 +369,9 @@ def _roots_are_valid() -> bool:
     if not all(link.exists() for link in links):
         return False
     paths = [str(link.readlink()) for link in links]
-    checked = subprocess.run(["nix-store", "--check-validity", *paths], env=environment(), capture_output=True,
-                             check=False)
+    checked = subprocess.run(
+        ["nix-store", "--check-validity", *paths], env=environment(), capture_output=True, check=False
+    )
     return checked.returncode == 0
 
 
@@ -379,5 +437,6 @@ def _output(*argv: str, env: dict[str, str] | None = None) -> str:
 
 def tree_size(paths: Iterable[Path]) -> int:
     """Bytes of all regular files below the paths."""
-    return sum(file.stat().st_size for path in paths for file in path.rglob("*")
-               if file.is_file() and not file.is_symlink())
+    return sum(
+        file.stat().st_size for path in paths for file in path.rglob("*") if file.is_file() and not file.is_symlink()
+    )

@@ -48,8 +48,14 @@ class Refused(Exception):
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
         self.code = code
-        self.body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
-                     "message": message}
+        self.body = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "code": code,
+            "reason": reason,
+            "message": message,
+        }
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,9 @@ class Store:
             self.get(Key("v1", "Namespace", "", key.namespace))
         old = self.objects.get(key)
         value = copy.deepcopy(value) | {"apiVersion": key.api, "kind": key.kind}
-        meta = value["metadata"] = (value.get("metadata") or {}) | {"name": key.name} | (
-            {"namespace": key.namespace} if key.namespace else {})
+        meta = value["metadata"] = (
+            (value.get("metadata") or {}) | {"name": key.name} | ({"namespace": key.namespace} if key.namespace else {})
+        )
         settle(value)
         if old:
             meta |= {name: old["metadata"][name] for name in ("uid", "creationTimestamp", "generation")}
@@ -144,18 +151,34 @@ def settle(value: Json) -> None:
     if kind in ("Deployment", "StatefulSet", "DaemonSet"):
         wanted = spec.setdefault("replicas", 1)
         ready = 0 if fate in ("stuck", "failed") else wanted
-        spec.setdefault("strategy" if kind == "Deployment" else "updateStrategy", {
-            "type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}})
+        spec.setdefault(
+            "strategy" if kind == "Deployment" else "updateStrategy",
+            {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}},
+        )
         value["status"] = {
-            **dict.fromkeys(("replicas", "updatedReplicas", "currentReplicas", "desiredNumberScheduled",
-                             "currentNumberScheduled", "updatedNumberScheduled"), wanted),
+            **dict.fromkeys(
+                (
+                    "replicas",
+                    "updatedReplicas",
+                    "currentReplicas",
+                    "desiredNumberScheduled",
+                    "currentNumberScheduled",
+                    "updatedNumberScheduled",
+                ),
+                wanted,
+            ),
             **dict.fromkeys(("readyReplicas", "availableReplicas", "numberReady", "numberAvailable"), ready),
-            "conditions": [{"type": "Available", "status": str(ready == wanted)},
-                           {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"}]}
+            "conditions": [
+                {"type": "Available", "status": str(ready == wanted)},
+                {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"},
+            ],
+        }
     elif kind == "Pod":
         ends = spec.get("restartPolicy", "Always") != "Always" and fate != "stuck"
-        value["status"] = {"phase": "Running" if not ends else "Failed" if fate == "failed" else "Succeeded",
-                           "conditions": [{"type": "Ready", "status": str(not ends and not fate)}]}
+        value["status"] = {
+            "phase": "Running" if not ends else "Failed" if fate == "failed" else "Succeeded",
+            "conditions": [{"type": "Ready", "status": str(not ends and not fate)}],
+        }
     elif kind == "Job":
         ended = "Complete" if not fate else "Failed" if fate == "failed" else "Suspended"
         value["status"] = {"succeeded": int(not fate), "conditions": [{"type": ended, "status": "True"}]}
@@ -171,10 +194,24 @@ def settle(value: Json) -> None:
 def replica_set(deployment: Json) -> Json:
     """The one that a deployment would have made: helm 3 asks for it."""
     meta, template = deployment["metadata"], deployment["spec"]["template"]
-    return deployment | {"kind": "ReplicaSet", "metadata": meta | {
-        "name": f"{meta['name']}-1", "uid": f"{meta['uid']}-1", "labels": template["metadata"].get("labels", {}),
-        "ownerReferences": [{"apiVersion": "apps/v1", "kind": "Deployment", "name": meta["name"], "uid": meta["uid"],
-                             "controller": True}]}}
+    return deployment | {
+        "kind": "ReplicaSet",
+        "metadata": meta
+        | {
+            "name": f"{meta['name']}-1",
+            "uid": f"{meta['uid']}-1",
+            "labels": template["metadata"].get("labels", {}),
+            "ownerReferences": [
+                {
+                    "apiVersion": "apps/v1",
+                    "kind": "Deployment",
+                    "name": meta["name"],
+                    "uid": meta["uid"],
+                    "controller": True,
+                }
+            ],
+        },
+    }
 
 
 def merged(old: Any, patch: Any) -> Any:
@@ -211,10 +248,14 @@ def decoded(body: bytes) -> Json:
     metadata = list(protobuf(dict(fields)[1]))
     labels = [dict(protobuf(value)) for number, value in metadata if number == 11]
     data = [dict(protobuf(value)) for number, value in fields if number == 2]
-    return {"type": dict(fields).get(3, b"Opaque").decode(),
-            "metadata": {"name": dict(metadata)[1].decode(),
-                         "labels": {each[1].decode(): each[2].decode() for each in labels}},
-            "data": {each[1].decode(): base64.b64encode(each[2]).decode() for each in data}}
+    return {
+        "type": dict(fields).get(3, b"Opaque").decode(),
+        "metadata": {
+            "name": dict(metadata)[1].decode(),
+            "labels": {each[1].decode(): each[2].decode() for each in labels},
+        },
+        "data": {each[1].decode(): base64.b64encode(each[2]).decode() for each in data},
+    }
 
 
 def protobuf(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -243,16 +284,32 @@ def discovery(path: str) -> Json | None:
     """The pages that say what there is."""
     api = re.sub("^/apis?/", "", path)
     if api in KINDS:
-        return {"kind": "APIResourceList", "groupVersion": api, "resources": [
-            {"name": plural(kind.rstrip("*")), "singularName": "", "kind": kind.rstrip("*"),
-             "namespaced": not kind.endswith("*"),
-             "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"]} for kind in KINDS[api].split()]}
+        return {
+            "kind": "APIResourceList",
+            "groupVersion": api,
+            "resources": [
+                {
+                    "name": plural(kind.rstrip("*")),
+                    "singularName": "",
+                    "kind": kind.rstrip("*"),
+                    "namespaced": not kind.endswith("*"),
+                    "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
+                }
+                for kind in KINDS[api].split()
+            ],
+        }
     versions = [{"groupVersion": api, "version": api.rpartition("/")[2]} for api in KINDS if "/" in api]
-    groups = [{"name": each["groupVersion"].partition("/")[0], "versions": [each], "preferredVersion": each}
-              for each in versions]
+    groups = [
+        {"name": each["groupVersion"].partition("/")[0], "versions": [each], "preferredVersion": each}
+        for each in versions
+    ]
     pages: dict[str, Json] = {
-        "/readyz": {}, "/version": VERSION, "/openapi/v3": {"paths": {}},
-        "/api": {"kind": "APIVersions", "versions": ["v1"]}, "/apis": {"kind": "APIGroupList", "groups": groups}}
+        "/readyz": {},
+        "/version": VERSION,
+        "/openapi/v3": {"paths": {}},
+        "/api": {"kind": "APIVersions", "versions": ["v1"]},
+        "/apis": {"kind": "APIGroupList", "groups": groups},
+    }
     return pages.get(path)
 
 
@@ -290,9 +347,12 @@ class Handler(BaseHTTPRequestHandler):
         dry = "dryRun" in query
         match self.command:
             case "GET" if not key.name:
-                return 200, {"kind": f"{key.kind}List", "apiVersion": key.api,
-                             "metadata": {"resourceVersion": str(len(self.store.events))},
-                             "items": [each for each in self.store.members(key) if selected(each, query)]}
+                return 200, {
+                    "kind": f"{key.kind}List",
+                    "apiVersion": key.api,
+                    "metadata": {"resourceVersion": str(len(self.store.events))},
+                    "items": [each for each in self.store.members(key) if selected(each, query)],
+                }
             case "POST":
                 key = replace(key, name=body["metadata"]["name"])
                 if key in self.store.objects:

@@ -12,9 +12,17 @@ pytestmark = [pytest.mark.lab, pytest.mark.minutes(7), pytest.mark.xdist_group("
 
 def test_the_pushes_end_as_announced_and_nothing_is_left(tmp_path: Path) -> None:
     environment = os.environ | {"TOTO_STATE": str(tmp_path / "state"), "KEEP": ""}
-    done = subprocess.run([sys.executable, "-m", "tests.lab.demo"], cwd=Path(__file__).parents[2], env=environment,
-                          timeout=1500, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lab.demo"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=1500,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
     assert "✗" not in done.stdout
     assert list((tmp_path / "state").iterdir()) == []
@@ -23,11 +31,22 @@ def test_the_pushes_end_as_announced_and_nothing_is_left(tmp_path: Path) -> None
 
 
 def test_start_that_fails_shows_why_and_keeps_the_logs(tmp_path: Path) -> None:
-    environment = os.environ | {"TOTO_STATE": str(tmp_path / "state"), "KEEP": "",
-                                "TOTO_DATABASE_URL": "sqlite+aiosqlite:////nowhere/x.db"}
-    done = subprocess.run([sys.executable, "-m", "tests.lab.demo", "--start-only"], cwd=Path(__file__).parents[2],
-                          env=environment, timeout=300, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
+    environment = os.environ | {
+        "TOTO_STATE": str(tmp_path / "state"),
+        "KEEP": "",
+        "TOTO_DATABASE_URL": "sqlite+aiosqlite:////nowhere/x.db",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lab.demo", "--start-only"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1, done.stdout
     words = done.stdout.partition("The demo cannot go on: ")[2]
     assert words.startswith("toto serve ended with status 1; its last lines:"), done.stdout

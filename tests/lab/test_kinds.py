@@ -41,7 +41,7 @@ import os
 from blocks import TerraformCredentials
 TerraformCredentials(variables={"TF_VAR_password": os.environ["POISON"]}).save("toto", overwrite=True)
 """
-ROOT = '''
+ROOT = """
 variable "password" {
   type      = string
   sensitive = true
@@ -58,7 +58,7 @@ resource "terraform_data" "record" {
   }
 }
 %(more)s
-'''
+"""
 CHART: dict[str, str] = {
     "release.yaml": "namespace: page\ncreate_namespace: true\ntimeout: 8\n",
     "Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",
@@ -91,28 +91,51 @@ spec: {restartPolicy: Never, containers: [{name: test, image: test}]}
 
 
 # The edges that the UI draws, by subflow ("": the run itself). Names of stages end with their targets.
-_REHEARSAL = sorted([
-    ("build the system", "what changes"), ("build the VM", "sandbox"), ("build the VM", "no-internet tests"),
-    ("no-internet tests", "with-internet tests"), ("sandbox ⊃", "no-internet tests"),
-    ("sandbox ⊃", "with-internet tests")])
+_REHEARSAL = sorted(
+    [
+        ("build the system", "what changes"),
+        ("build the VM", "sandbox"),
+        ("build the VM", "no-internet tests"),
+        ("no-internet tests", "with-internet tests"),
+        ("sandbox ⊃", "no-internet tests"),
+        ("sandbox ⊃", "with-internet tests"),
+    ]
+)
 _ROLL_OUT = chain(
-    "copy the closure", "inspect the machine", "intend", "activate: test", "smoke tests", "activate: switch",
-    "post-switch tests", "add GC roots", "record", "clean up")
+    "copy the closure",
+    "inspect the machine",
+    "intend",
+    "activate: test",
+    "smoke tests",
+    "activate: switch",
+    "post-switch tests",
+    "add GC roots",
+    "record",
+    "clean up",
+)
 GREEN: dict[str, Edges] = {
-    "": chain("detect", "rehearse / gate, web1, terraform/dns", "hosts / gate, web1", "terraform / dns",
-              "notify"),
+    "": chain("detect", "rehearse / gate, web1, terraform/dns", "hosts / gate, web1", "terraform / dns", "notify"),
     "detect": [],
     "rehearse / gate, web1, terraform/dns": [],
-    "rehearse host / gate": _REHEARSAL, "rehearse host / web1": _REHEARSAL, "rehearse root / dns": [],
+    "rehearse host / gate": _REHEARSAL,
+    "rehearse host / web1": _REHEARSAL,
+    "rehearse root / dns": [],
     "hosts / gate, web1": [],
-    "roll out host / gate": _ROLL_OUT, "roll out host / web1": _ROLL_OUT,
+    "roll out host / gate": _ROLL_OUT,
+    "roll out host / web1": _ROLL_OUT,
     "terraform / dns": [],
     "roll out root / dns": chain("intend", "apply", "record"),
 }
 RED: dict[str, Edges] = {
-    "": chain("detect", "rehearse / gate, web1, terraform/dns, helm/page", "hosts / gate, web1",
-              "terraform / dns", "helm / page", "revert / gate, web1, terraform/dns, helm/page",
-              "notify"),
+    "": chain(
+        "detect",
+        "rehearse / gate, web1, terraform/dns, helm/page",
+        "hosts / gate, web1",
+        "terraform / dns",
+        "helm / page",
+        "revert / gate, web1, terraform/dns, helm/page",
+        "notify",
+    ),
     "roll out release / page": chain("inspect the release", "intend", "upgrade", "the chart's tests"),
     "revert / gate, web1, terraform/dns, helm/page": [],
 }
@@ -137,7 +160,8 @@ class World(Fleet):
         for name in ("begun", "go"):
             (self.control / name).unlink(missing_ok=True)
         (self.control / "apply.sh").write_text(
-            f"touch {self.control}/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n")
+            f"touch {self.control}/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n"
+        )
 
     async def begun(self) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -182,8 +206,11 @@ class World(Fleet):
     def request(self, deployment: str, **parameters: object) -> str:
         """Start a run of a deployment, as the UI does; its id."""
         found = self.api("GET", f"/deployments/name/{deployment}")
-        run = self.api("POST", f"/deployments/{found['id']}/create_flow_run",
-                       {"parameters": {"repo": str(self.repo), **parameters}})
+        run = self.api(
+            "POST",
+            f"/deployments/{found['id']}/create_flow_run",
+            {"parameters": {"repo": str(self.repo), **parameters}},
+        )
         return str(run["id"])
 
     def git_log(self) -> str:
@@ -191,8 +218,9 @@ class World(Fleet):
         return git("log", "--reverse", "--format=%s", REF, cwd=self.repo)
 
     def root(self, value: str = "one", trigger: str = "t", more: str = "") -> dict[str, str | None]:
-        return {"terraform/dns/main.tf": ROOT % {"value": value, "trigger": trigger, "control": self.control,
-                                                 "more": more}}
+        return {
+            "terraform/dns/main.tf": ROOT % {"value": value, "trigger": trigger, "control": self.control, "more": more}
+        }
 
     def of(self, kind: str, name: str) -> Entry:
         return Ledger(self.repo).read().get(Target(kind, name))
@@ -221,8 +249,11 @@ async def world(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> A
         (world.work / "toto.toml").write_text(SETTINGS)
         await asyncio.gather(world.start_server(), world.start_machines(["gate", "web1"]))
         await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-c", SAVE], check=True,
-            env=world.environment | {"PREFECT_API_URL": f"{world.url}/api", "POISON": POISON})
+            subprocess.run,
+            [sys.executable, "-c", SAVE],
+            check=True,
+            env=world.environment | {"PREFECT_API_URL": f"{world.url}/api", "POISON": POISON},
+        )
         yield world
     finally:
         await asyncio.shield(world.stop())
@@ -320,8 +351,10 @@ async def test_a_new_release_is_installed_last_and_its_own_tests_are_run(world: 
 async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(world: World) -> None:
     before = await world.systems()
     world.cluster.fates["page/page-test"] = "failed"
-    run = await world.deploy("everything changes, and the release fails its test", {
-        "modules/common.nix": world.common("to be reverted"), **world.root("four"), **world.release("two")})
+    run = await world.deploy(
+        "everything changes, and the release fails its test",
+        {"modules/common.nix": world.common("to be reverted"), **world.root("four"), **world.release("two")},
+    )
     world.cluster.fates.clear()
     assert run.state == "FAILED"
     assert "helm/page: roll-out failed: the chart's tests failed: page-test" in run.message, run.message
@@ -338,9 +371,14 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
 
 async def test_a_rollback_that_fails_is_reported_and_stops_no_other(world: World) -> None:
     world.cluster.fates["page/page-"] = "stuck"
-    run = await world.deploy("the release never gets ready, and not on the way back either", {
-        "modules/common.nix": (EXAMPLE / "modules/common.nix").read_text(), **world.root("five"),
-        **world.release("three")})
+    run = await world.deploy(
+        "the release never gets ready, and not on the way back either",
+        {
+            "modules/common.nix": (EXAMPLE / "modules/common.nix").read_text(),
+            **world.root("five"),
+            **world.release("three"),
+        },
+    )
     assert run.state == "FAILED"
     assert "helm/page COULD NOT BE REVERTED" in run.message, run.message
     assert world.value() == "three", "terraform went back all the same"
@@ -385,9 +423,14 @@ async def test_what_was_changed_outside_is_reported_and_undone_when_asked_for(wo
     assert await world.page() == "four"
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("plan", r"\| host/web1 \| deploy \|"), ("deploy", r"COMPLETED - \w+: web1 deployed"),
-    ("history", r"\d+ events of 4 targets")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("plan", r"\| host/web1 \| deploy \|"),
+        ("deploy", r"COMPLETED - \w+: web1 deployed"),
+        ("history", r"\d+ events of 4 targets"),
+    ],
+)
 async def test_a_notebook_runs_from_its_first_cell_to_its_last(world: World, name: str, says: str) -> None:
     """With TOTO_KEEP_NOTEBOOKS=notebooks what this fleet put out takes the place of what is in the checkout."""
     if name == "plan":
@@ -395,8 +438,11 @@ async def test_a_notebook_runs_from_its_first_cell_to_its_last(world: World, nam
         world.git("push", "--push-option=skip", "toto", "main")
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     metadata = dict(notebook.metadata)
-    env = world.environment | {"PREFECT_API_URL": f"{world.url}/api", "PREFECT_HOME": str(world.home),
-                               "PREFECT_UI_URL": world.url}
+    env = world.environment | {
+        "PREFECT_API_URL": f"{world.url}/api",
+        "PREFECT_HOME": str(world.home),
+        "PREFECT_UI_URL": world.url,
+    }
     await NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False).async_execute(env=env)
     notebook.metadata = nbformat.from_dict(metadata)
     if kept := os.environ.get("TOTO_KEEP_NOTEBOOKS"):
@@ -411,8 +457,22 @@ async def test_no_secret_is_in_anything_that_toto_wrote(world: World) -> None:
     """The poison is where it belongs (the state, the cluster) and nowhere else."""
     await world.stop_server()
     assert POISON in world.state_files()[0].read_text()
-    found = subprocess.run(["grep", "--recursive", "--files-with-matches", "--text", POISON, world.state, world.home,
-                            world.repo, world.directory / "toto.log"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [
+            "grep",
+            "--recursive",
+            "--files-with-matches",
+            "--text",
+            POISON,
+            world.state,
+            world.home,
+            world.repo,
+            world.directory / "toto.log",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     # Where it belongs: terraform's state, and the exported values.yaml, which the operator has committed as it is.
     allowed = ("terraform.tfstate", "terraform.tfstate.backup", "/tree/helm/page/values.yaml")
     assert [line for line in found.stdout.splitlines() if not line.endswith(allowed)] == []

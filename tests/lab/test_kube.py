@@ -24,7 +24,7 @@ pytestmark = pytest.mark.minutes(1)
 
 CHART = {
     "Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",
-    "values.yaml": "text: hello\nsidecar: false\nfate: \"\"\ncheck: \"\"\n",
+    "values.yaml": 'text: hello\nsidecar: false\nfate: ""\ncheck: ""\n',
     "templates/all.yaml": """
 apiVersion: v1
 kind: ConfigMap
@@ -78,13 +78,27 @@ class Helm:
     namespace: str
 
     async def __call__(self, *words: str, check: bool = True) -> process.Completed:
-        return await process.run([self.program, *words, "--namespace", self.namespace], check=check, timeout=300,
-                                 env=self.cluster.environment)
+        return await process.run(
+            [self.program, *words, "--namespace", self.namespace],
+            check=check,
+            timeout=300,
+            env=self.cluster.environment,
+        )
 
     async def upgrade(self, *sets: str, wait: str = "120s", check: bool = True) -> process.Completed:
         values = [word for each in sets for word in ("--set", each)]
-        return await self("upgrade", "--install", "page", str(self.chart), "--create-namespace", "--wait", "--timeout",
-                          wait, *values, check=check)
+        return await self(
+            "upgrade",
+            "--install",
+            "page",
+            str(self.chart),
+            "--create-namespace",
+            "--wait",
+            "--timeout",
+            wait,
+            *values,
+            check=check,
+        )
 
     async def text(self) -> str | None:
         """What the live ConfigMap says."""
@@ -129,14 +143,19 @@ def helm(request: pytest.FixtureRequest, tmp_path: Path) -> Helm:
     for name, text in CHART.items():
         (tmp_path / "chart" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "chart" / name).write_text(text)
-    return Helm(os.environ[f"TOTO_HELM{version}"], request.getfixturevalue(where), tmp_path / "chart",
-                f"page-{uuid.uuid4().hex[:8]}")
+    return Helm(
+        os.environ[f"TOTO_HELM{version}"],
+        request.getfixturevalue(where),
+        tmp_path / "chart",
+        f"page-{uuid.uuid4().hex[:8]}",
+    )
 
 
 def test_each_helm_is_the_one_it_is_called_and_is_fetched_once() -> None:
     for major in ("3", "4"):
-        said = subprocess.run([os.environ[f"TOTO_HELM{major}"], "version", "--short"], capture_output=True, text=True,
-                              check=True).stdout
+        said = subprocess.run(
+            [os.environ[f"TOTO_HELM{major}"], "version", "--short"], capture_output=True, text=True, check=True
+        ).stdout
         assert said.startswith(f"v{major}.")
     again = subprocess.run([SETUP.with_name("helm")], capture_output=True, text=True, check=True)
     assert again.stdout + again.stderr == ""
@@ -192,14 +211,28 @@ async def test_fate_given_from_outside_holds_for_pods_that_run(helm: Helm) -> No
 async def test_job_completes_and_daemon_is_scheduled(cluster: Cluster) -> None:
     namespace = f"plain-{uuid.uuid4().hex[:8]}"
     containers = [{"name": "x", "image": "x"}]
-    job, daemon = (f"/apis/{group}/namespaces/{namespace}/{kind}" for group, kind in
-                   (("batch/v1", "jobs"), ("apps/v1", "daemonsets")))
+    job, daemon = (
+        f"/apis/{group}/namespaces/{namespace}/{kind}"
+        for group, kind in (("batch/v1", "jobs"), ("apps/v1", "daemonsets"))
+    )
     await cluster.post("/api/v1/namespaces", {"metadata": {"name": namespace}})
-    await cluster.post(job, {"metadata": {"name": "x"}, "spec": {
-        "template": {"spec": {"containers": containers, "restartPolicy": "Never"}}}})
-    await cluster.post(daemon, {"metadata": {"name": "x"}, "spec": {
-        "selector": {"matchLabels": {"app": "x"}},
-        "template": {"metadata": {"labels": {"app": "x"}}, "spec": {"containers": containers}}}})
+    await cluster.post(
+        job,
+        {
+            "metadata": {"name": "x"},
+            "spec": {"template": {"spec": {"containers": containers, "restartPolicy": "Never"}}},
+        },
+    )
+    await cluster.post(
+        daemon,
+        {
+            "metadata": {"name": "x"},
+            "spec": {
+                "selector": {"matchLabels": {"app": "x"}},
+                "template": {"metadata": {"labels": {"app": "x"}}, "spec": {"containers": containers}},
+            },
+        },
+    )
     async with asyncio.timeout(120):
         while (await cluster.get(f"{job}/x"))["status"].get("succeeded") != 1:
             await asyncio.sleep(0.1)
@@ -241,8 +274,9 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(cluster: Cluster, t
 
 
 def processes_of(folder: Path) -> list[str]:
-    return subprocess.run(["pgrep", "--full", folder], stdout=subprocess.PIPE, text=True,
-                          check=False).stdout.splitlines()
+    return subprocess.run(
+        ["pgrep", "--full", folder], stdout=subprocess.PIPE, text=True, check=False
+    ).stdout.splitlines()
 
 
 async def test_hanging_api_server_goes_on_where_it_was(cluster: Cluster) -> None:
@@ -276,7 +310,8 @@ async def test_stand_in_wants_the_token_and_refuses_what_it_has_not(stand_in_clu
 
 
 async def test_demo_says_that_a_stand_in_answers_where_there_is_no_cluster(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOTO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TOTO_KUBE_ASSETS", raising=False)
     said: list[str] = []

@@ -31,34 +31,52 @@ async def value(modules: str, expression: str) -> str:
 MERGES = {
     "lists are concatenated": (
         "{ networking.firewall.allowedTCPPorts = [ 80 ]; } { networking.firewall.allowedTCPPorts = [ 443 ]; }",
-        "config.networking.firewall.allowedTCPPorts", "[80,443]"),
+        "config.networking.firewall.allowedTCPPorts",
+        "[80,443]",
+    ),
     "mkForce wins": (
         '{ networking.hostName = "a"; } ({ lib, ... }: { networking.hostName = lib.mkForce "b"; })',
-        "config.networking.hostName", '"b"'),
+        "config.networking.hostName",
+        '"b"',
+    ),
     "mkDefault yields": (
         '({ lib, ... }: { networking.hostName = lib.mkDefault "a"; }) { networking.hostName = "b"; }',
-        "config.networking.hostName", '"b"'),
+        "config.networking.hostName",
+        '"b"',
+    ),
     "mkIf on a whole module": (
         "({ config, lib, ... }: {"
-        " config = lib.mkIf config.services.openssh.enable { networking.hostName = \"ssh\"; }; })"
+        ' config = lib.mkIf config.services.openssh.enable { networking.hostName = "ssh"; }; })'
         " { services.openssh.enable = true; }",
-        "config.networking.hostName", '"ssh"'),
+        "config.networking.hostName",
+        '"ssh"',
+    ),
     "mkIf that does not hold": (
-        "({ lib, ... }: { environment.etc.gone = lib.mkIf false { text = \"x\"; }; })",
-        "config.environment.etc ? gone", "false"),
+        '({ lib, ... }: { environment.etc.gone = lib.mkIf false { text = "x"; }; })',
+        "config.environment.etc ? gone",
+        "false",
+    ),
     "mkMerge": (
-        "({ lib, ... }: { environment.etc = lib.mkMerge [ { a.text = \"1\"; } { b.text = \"2\"; } ]; })",
-        "config.environment.etc.a.text + config.environment.etc.b.text", '"12"'),
+        '({ lib, ... }: { environment.etc = lib.mkMerge [ { a.text = "1"; } { b.text = "2"; } ]; })',
+        "config.environment.etc.a.text + config.environment.etc.b.text",
+        '"12"',
+    ),
     "mkOrder orders lines": (
         "({ lib, ... }: { services.openssh.extraConfig ="
-        " lib.mkMerge [ (lib.mkAfter \"last\") \"mid\" (lib.mkBefore \"first\") ]; })",
-        "config.services.openssh.extraConfig", r'"first\nmid\nlast"'),
+        ' lib.mkMerge [ (lib.mkAfter "last") "mid" (lib.mkBefore "first") ]; })',
+        "config.services.openssh.extraConfig",
+        r'"first\nmid\nlast"',
+    ),
     "options of one's own": (
         "({ lib, ... }: { options.my.n = lib.mkOption { type = lib.types.int; default = 1; }; config.my.n = 2; })",
-        "config.my.n", "2"),
+        "config.my.n",
+        "2",
+    ),
     "what only real hardware has is accepted": (
-        "{ boot.loader.grub.device = \"/dev/sda\"; hardware.cpu.intel.updateMicrocode = true; }",
-        "config.boot.loader.grub.device", '"/dev/sda"'),
+        '{ boot.loader.grub.device = "/dev/sda"; hardware.cpu.intel.updateMicrocode = true; }',
+        "config.boot.loader.grub.device",
+        '"/dev/sda"',
+    ),
 }
 
 
@@ -89,8 +107,10 @@ async def test_a_wrong_type_is_an_error() -> None:
 
 async def test_the_vm_variant_changes_the_vm_and_never_the_toplevel() -> None:
     plain = '{ networking.hostName = "h"; services.openssh.enable = true; }'
-    variant = '{ networking.hostName = "h"; services.openssh.enable = true; virtualisation.vmVariant = ' \
-              '{ environment.etc.sandbox.text = "yes"; virtualisation.memorySize = 512; }; }'
+    variant = (
+        '{ networking.hostName = "h"; services.openssh.enable = true; virtualisation.vmVariant = '
+        '{ environment.etc.sandbox.text = "yes"; virtualisation.memorySize = 512; }; }'
+    )
     assert await nix.drv(plain, "system") == await nix.drv(variant, "system")
     assert await nix.drv(plain, "vm") != await nix.drv(variant, "vm")
 
@@ -109,6 +129,7 @@ async def test_a_flake_evaluates_to_the_same_derivation(tmp_path: Path) -> None:
 
 
 # Machines
+
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -135,8 +156,10 @@ async def test_test_is_lost_in_a_power_cut_and_switch_is_not(machine: Machine, k
     assert await machine.profile() == first == await machine.booted_system()
 
     # `test`: a new service runs, the boot default and the profile stay.
-    page = '{ pkgs, ... }: { systemd.services.page = { wantedBy = [ "multi-user.target" ]; ' \
-           'script = "exec httpd -f -p 8080 -h /etc/page"; }; environment.etc."page/index.html".text = "hello"; }'
+    page = (
+        '{ pkgs, ... }: { systemd.services.page = { wantedBy = [ "multi-user.target" ]; '
+        'script = "exec httpd -f -p 8080 -h /etc/page"; }; environment.etc."page/index.html".text = "hello"; }'
+    )
     second = await nix.build(changed(key, page), "system")
     await machine.copy(second)
     daemon = await machine.check("sudo", "cat", "/run/service/nix-daemon/supervise/pid")
@@ -182,8 +205,14 @@ async def test_failures_have_the_exit_status_of_nixos(machine: Machine, key: Pat
         assert answer.status == status, answer
         assert said in answer.err
     # A oneshot that succeeds is active.
-    system = await nix.build(changed(key, '{ systemd.services.once = { wantedBy = [ "multi-user.target" ]; '
-                                          'script = "true"; serviceConfig.Type = "oneshot"; }; }'), "system")
+    system = await nix.build(
+        changed(
+            key,
+            '{ systemd.services.once = { wantedBy = [ "multi-user.target" ]; '
+            'script = "true"; serviceConfig.Type = "oneshot"; }; }',
+        ),
+        "system",
+    )
     await machine.copy(system)
     assert (await machine.switch(system, "test")).status == 0
     assert await machine.check("systemctl", "is-active", "once") == "active"

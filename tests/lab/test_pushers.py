@@ -65,8 +65,14 @@ async def pushers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pus
             await keygen(host.folder / name)
         await git_host.make_admin(host.repos, "alice", (host.folder / "alice.pub").read_text())
         bob = (host.folder / "bob.pub").read_text().strip()
-        set_rules(host, host.clone("alice", access.ADMIN), lambda text: text.replace(
-            "[users]", f'[users]\nbob = ["{bob}"]') + '[repos.infra]\nwrite = ["alice", "bob"]\n', push=False)
+        set_rules(
+            host,
+            host.clone("alice", access.ADMIN),
+            lambda text: (
+                text.replace("[users]", f'[users]\nbob = ["{bob}"]') + '[repos.infra]\nwrite = ["alice", "bob"]\n'
+            ),
+            push=False,
+        )
         async with process.start([*await host.sshd(), "-E", host.folder / "journal"]):
             await asyncio.gather(whole.start_server(), whole.start_machines(["web1"]))
             clones = [host.clone(name) for name in ("alice", "bob")]
@@ -119,8 +125,10 @@ async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers)
 async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_a_time(pushers: Pushers) -> None:
     """Twenty without a pause; a smoke test looks whether it is alone, and the first's lasts until all are pushed."""
     whole, place = pushers.whole, pushers.whole.control.directory
-    whole.control["smoke"] = (f"mkdir {place}/alone || echo two >> {place}/overlap\n"
-                              f"until [ -e {place}/pushed ]; do sleep 0.2; done; rmdir {place}/alone\n{GOOD}")
+    whole.control["smoke"] = (
+        f"mkdir {place}/alone || echo two >> {place}/overlap\n"
+        f"until [ -e {place}/pushed ]; do sleep 0.2; done; rmdir {place}/alone\n{GOOD}"
+    )
     pushers.bob.git("fetch", "--quiet", "toto", "main")
     pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
     commits, before = [], len(whole.history())

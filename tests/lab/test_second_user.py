@@ -42,8 +42,11 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
     setup.setup()  # root has been here, and left what it leaves
     user = pwd.getpwnam(USER)
     Path("/tmp/runner_storage").mkdir(mode=0o700, exist_ok=True)  # as Prefect's own worker makes it, for one user
-    folder = Path(subprocess.run(["mktemp", "-d", "/var/tmp/toto-second.XXXXXX"], stdout=subprocess.PIPE, text=True,
-                                 check=True).stdout.strip())
+    folder = Path(
+        subprocess.run(
+            ["mktemp", "-d", "/var/tmp/toto-second.XXXXXX"], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.strip()
+    )
     try:
         for name in ("home", "nix", "stage", "home/lab"):
             (folder / name).mkdir()
@@ -52,21 +55,63 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
         for each in (folder, *folder.rglob("*")):
             os.chown(each, user.pw_uid, user.pw_gid)
         seen = {Path(sys.prefix), Path(sys.base_prefix), ROOT, Path(os.environ["TOTO_HELM4"]).parents[1]}
-        environment = {"HOME": str(folder / "home"), "USER": USER, "LOGNAME": USER, "PATH": os.environ["PATH"],
-                       "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT), "TOTO_LAB_CACHE": str(folder / "home" / "lab"),
-                       "TOTO_STATE": str(folder / "home" / "state"), "DO_NOT_TRACK": "1"}
-        argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", MOUNTS, "sh", folder / "nix",
-                folder / "stage", *sorted(seen), "--", "setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}",
-                "--clear-groups", "env", "-i", *(f"{name}={value}" for name, value in environment.items()),
-                sys.executable, "-m", "tests.lab.demo", "--start-only"]
-        done = subprocess.run([str(each) for each in argv], cwd="/", env=os.environ | {"HOME": str(Path.home())},
-                              timeout=600, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, check=False)
+        environment = {
+            "HOME": str(folder / "home"),
+            "USER": USER,
+            "LOGNAME": USER,
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": str(ROOT),
+            "TOTO_LAB_CACHE": str(folder / "home" / "lab"),
+            "TOTO_STATE": str(folder / "home" / "state"),
+            "DO_NOT_TRACK": "1",
+        }
+        argv = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            MOUNTS,
+            "sh",
+            folder / "nix",
+            folder / "stage",
+            *sorted(seen),
+            "--",
+            "setpriv",
+            f"--reuid={user.pw_uid}",
+            f"--regid={user.pw_gid}",
+            "--clear-groups",
+            "env",
+            "-i",
+            *(f"{name}={value}" for name, value in environment.items()),
+            sys.executable,
+            "-m",
+            "tests.lab.demo",
+            "--start-only",
+        ]
+        done = subprocess.run(
+            [str(each) for each in argv],
+            cwd="/",
+            env=os.environ | {"HOME": str(Path.home())},
+            timeout=600,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout
         assert "no error, no traceback" in done.stdout, done.stdout
-        left = [entry.path for place in ("/tmp", "/var/tmp", "/run/lock", "/dev/shm") for entry in os.scandir(place)
-                if entry.stat(follow_symlinks=False).st_uid == user.pw_uid and entry.path != str(folder)
-                and not entry.name.startswith(postgres.PREFIX)]  # of other tests, which run as root beside this one
+        left = [
+            entry.path
+            for place in ("/tmp", "/var/tmp", "/run/lock", "/dev/shm")
+            for entry in os.scandir(place)
+            if entry.stat(follow_symlinks=False).st_uid == user.pw_uid
+            and entry.path != str(folder)
+            and not entry.name.startswith(postgres.PREFIX)
+        ]  # of other tests, which run as root beside this one
         assert left == [], "names in places that all users share"
     finally:
         subprocess.run(["rm", "-rf", folder], check=True)

@@ -52,8 +52,7 @@ class Control:
 
     def waits(self, phase: str) -> None:
         """The script says that it has begun, and waits until it is let go (then it passes)."""
-        self[phase] = (f"touch {self.directory}/begun\n"
-                       f"while [ ! -e {self.directory}/go ]; do sleep 0.1; done\n" + GOOD)
+        self[phase] = f"touch {self.directory}/begun\nwhile [ ! -e {self.directory}/go ]; do sleep 0.1; done\n" + GOOD
         for name in ("begun", "go"):
             (self.directory / name).unlink(missing_ok=True)
 
@@ -99,9 +98,11 @@ class Whole(Fleet):
 
     def web1(self, variant: str, more: str = "") -> dict[str, str | None]:
         """The host web1 in variant A or B; `more` is further configuration."""
-        return {"hosts/web1.nix": '{ imports = [ ../modules/common.nix ../modules/web.nix ];\n'
-                                  '  networking.hostName = "web1";\n'
-                                  f'  environment.etc."variant".text = "{variant}";\n  {more} }}\n'}
+        return {
+            "hosts/web1.nix": "{ imports = [ ../modules/common.nix ../modules/web.nix ];\n"
+            '  networking.hostName = "web1";\n'
+            f'  environment.etc."variant".text = "{variant}";\n  {more} }}\n'
+        }
 
     async def other(self, message: str) -> Run:
         """Deploy web1 in the variant that it does not run now."""
@@ -112,8 +113,10 @@ class Whole(Fleet):
 
     def made_by(self, script: str) -> str:
         """Configuration with a file that a derivation of its own makes, by a shell script."""
-        return ('environment.etc."made".source = builtins.derivation { name = "made"; system = "x86_64-linux"; '
-                f"builder = \"/bin/sh\"; args = [ \"-c\" ''{script}'' ]; }};")
+        return (
+            'environment.etc."made".source = builtins.derivation { name = "made"; system = "x86_64-linux"; '
+            f"builder = \"/bin/sh\"; args = [ \"-c\" ''{script}'' ]; }};"
+        )
 
     async def until_ledger(self, says: Callable[[], bool], timeout: float = PATIENCE) -> None:
         async with asyncio.timeout(timeout):
@@ -137,8 +140,9 @@ class Whole(Fleet):
 
     def sandboxes(self) -> list[int]:
         """The processes of sandboxes that are there."""
-        return [pid for pid in processes()
-                if b"qemu" in command_of(pid) and str(self.state).encode() in command_of(pid)]
+        return [
+            pid for pid in processes() if b"qemu" in command_of(pid) and str(self.state).encode() in command_of(pid)
+        ]
 
     def history(self) -> list[str]:
         return git("log", "--format=%s", REF, cwd=self.repo).splitlines()
@@ -196,8 +200,11 @@ async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: W
     assert entry.before is not None and MachineState.of(entry.before).system == installed["web1"]
     assert whole.entry("web2").unreachable is not None
     assert whole.entry("web2").intent is None
-    scheduled = whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
-                                                                      "tags": {"all_": ["retry"]}}})
+    scheduled = whole.api(
+        "POST",
+        "/flow_runs/filter",
+        {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}, "tags": {"all_": ["retry"]}}},
+    )
     assert [each["parameters"]["only"] for each in scheduled] == [["web2"]], "it is tried again by itself"
 
 
@@ -230,8 +237,10 @@ async def test_a_readme_only_commit_touches_no_host_and_asks_none(whole: Whole) 
 
 async def test_a_change_of_tests_alone_rehearses_and_verifies_but_activates_nothing(whole: Whole) -> None:
     before, history = await whole.systems(), whole.history()
-    run = await whole.deploy("more tests", {"tests/web1/post-switch/60-more": "#!/bin/sh\necho 1..1\necho ok\n"
-                                            .replace("echo ok", "echo ok 1")})
+    run = await whole.deploy(
+        "more tests",
+        {"tests/web1/post-switch/60-more": "#!/bin/sh\necho 1..1\necho ok\n".replace("echo ok", "echo ok 1")},
+    )
     assert run.state == "COMPLETED", whole.logs(run.id)
     assert whole.subflows(run.id) == ["rehearse host / web1", "roll out host / web1"]
     assert await whole.systems() == before
@@ -264,8 +273,9 @@ async def test_one_host_that_does_not_evaluate_stops_no_rehearsal_and_every_roll
     assert "nothing was touched" in run.message
     assert whole.subflows(run.id) == ["rehearse host / web1"]
     assert await whole.systems() == before
-    partly = await whole.deploy("the others all the same", {
-        "toto.toml": SETTINGS.replace("[sandbox]", 'policy = "partial"\n[sandbox]')})
+    partly = await whole.deploy(
+        "the others all the same", {"toto.toml": SETTINGS.replace("[sandbox]", 'policy = "partial"\n[sandbox]')}
+    )
     assert partly.state == "FAILED" and "the others were rolled out" in partly.message, partly.message
     after = await whole.systems()
     assert {name for name in before if before[name] != after[name]} == {"web1"}
@@ -283,8 +293,9 @@ async def test_what_the_manifest_says_of_activation_is_respected(whole: Whole) -
     changed = re.sub(r"- name: web2\n", "- name: web2\n    activation: boot\n", changed)
     hosts = {name: (whole.work / f"hosts/{name}.nix").read_text() for name in names}
     more = '\n  environment.etc."more".text = "more";\n}'
-    files: dict[str, str | None] = {f"hosts/{name}.nix": text.rstrip().removesuffix("}") + more
-                                    for name, text in hosts.items()}
+    files: dict[str, str | None] = {
+        f"hosts/{name}.nix": text.rstrip().removesuffix("}") + more for name, text in hosts.items()
+    }
     run = await whole.deploy("some activate otherwise", files | {"machines.yaml": changed})
     assert run.state == "COMPLETED", whole.logs(run.id)
     after = await whole.systems()
@@ -311,8 +322,10 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
     before = await whole.systems()
     web1 = whole.machines["web1"]
     # Another tool activates meanwhile, as nixos-rebuild does when toto has given up on it: that is let end first.
-    await web1.check("sudo systemd-run --unit=nixos-rebuild-switch-to-configuration "
-                     "sh -c 'until [ -e /run/let-go ]; do sleep 0.2; done'")
+    await web1.check(
+        "sudo systemd-run --unit=nixos-rebuild-switch-to-configuration "
+        "sh -c 'until [ -e /run/let-go ]; do sleep 0.2; done'"
+    )
     whole.control["post-switch"] = BAD
     begun = whole.begin_other("unhappy")
     async with asyncio.timeout(PATIENCE):
@@ -335,10 +348,14 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
 
 async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole: Whole) -> None:
     before = await whole.systems()
-    broken = ('services.openssh.extraConfig = "ListenAddress 10.255.255.1";\n'
-              '  virtualisation.vmVariant.services.openssh.extraConfig = lib.mkForce "";')
-    files = {name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
-             for name, text in whole.web1("B", broken).items()}
+    broken = (
+        'services.openssh.extraConfig = "ListenAddress 10.255.255.1";\n'
+        '  virtualisation.vmVariant.services.openssh.extraConfig = lib.mkForce "";'
+    )
+    files = {
+        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
+        for name, text in whole.web1("B", broken).items()
+    }
     run = await whole.deploy("lock ourselves out", dict(files))
     assert run.state == "FAILED"
     assert "web1 reverted" in run.message, run.message
@@ -448,10 +465,14 @@ async def test_a_toto_killed_at_any_instant_leaves_the_machine_at_its_last_good(
 
 async def test_a_toto_killed_in_the_middle_of_an_activation_waits_for_its_end_and_goes_back(whole: Whole) -> None:
     before = await whole.systems()
-    slow = ('system.activationScripts.slow.text = "sleep 20";\n'
-            '  virtualisation.vmVariant.system.activationScripts.slow.text = lib.mkForce "";')
-    files = {name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
-             for name, text in whole.web1("S", slow).items()}
+    slow = (
+        'system.activationScripts.slow.text = "sleep 20";\n'
+        '  virtualisation.vmVariant.system.activationScripts.slow.text = lib.mkForce "";'
+    )
+    files = {
+        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
+        for name, text in whole.web1("S", slow).items()
+    }
     whole.commit("a slow activation", dict(files))
     whole.push()
     async with asyncio.timeout(PATIENCE):

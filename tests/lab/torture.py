@@ -21,8 +21,12 @@ from tests.lab import setup
 from tests.lab.fleet import command_of
 from tests.lab.test_whole import GOOD, Whole
 
-PARTS = {"worker": b"\0worker\0start", "server": b"uvicorn", "run": b"fork_server.py\0run",
-         "forks": b"toto.server.fork_server"}
+PARTS = {
+    "worker": b"\0worker\0start",
+    "server": b"uvicorn",
+    "run": b"fork_server.py\0run",
+    "forks": b"toto.server.fork_server",
+}
 MORTAL = {"worker", "server"}  # toto ends when one of them has died; whoever keeps it starts it again
 LONGEST = 25.0  # seconds after a push at which there may still be something to interrupt
 
@@ -88,10 +92,16 @@ async def _round(whole: Whole, part: str, after: float) -> str:
 
 async def _at_rest(whole: Whole) -> bool:
     busy = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
-    due = [each for each in whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": [
-        "SCHEDULED"]}}}}) if not each["auto_scheduled"] and "retry" not in each["tags"]]
-    return not (due or whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": busy}})
-                or whole.entry("web1").intent is not None)
+    due = [
+        each
+        for each in whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+        if not each["auto_scheduled"] and "retry" not in each["tags"]
+    ]
+    return not (
+        due
+        or whole.api("POST", "/flow_runs/filter", {"flow_runs": {"state": busy}})
+        or whole.entry("web1").intent is not None
+    )
 
 
 if __name__ == "__main__":

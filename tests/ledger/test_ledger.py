@@ -21,8 +21,13 @@ def deployed(path: str, run: str = "run-1") -> Deployed:
 
 
 def intent(run: str, path: str = "/nix/store/new") -> Intent:
-    return Intent(desired=deployed(path, run), before=Before(system="/nix/store/old", profile="/nix/store/old"),
-                  run=run, owner=ledger.owner(), at="2026-01-01T00:00:00Z")
+    return Intent(
+        desired=deployed(path, run),
+        before=Before(system="/nix/store/old", profile="/nix/store/old"),
+        run=run,
+        owner=ledger.owner(),
+        at="2026-01-01T00:00:00Z",
+    )
 
 
 def note(run: str = "run-1") -> Note:
@@ -119,8 +124,12 @@ async def test_a_retired_target_leaves_the_ledger_but_not_its_history(book: Ledg
 @pytest.mark.slow
 async def test_many_writers_lose_no_entry(book: Ledger) -> None:
     names = [f"h{number}" for number in range(12)]
-    await asyncio.gather(*(book.write(Target("host", name), steps.rehearsed_only(deployed(f"/nix/store/{name}")), name)
-                           for name in names))
+    await asyncio.gather(
+        *(
+            book.write(Target("host", name), steps.rehearsed_only(deployed(f"/nix/store/{name}")), name)
+            for name in names
+        )
+    )
     assert sorted(target.name for target in book.read().entries) == sorted(names)
     assert len(git("log", "--format=%s", ledger.REF, cwd=book.repo).splitlines()) == len(names)
 
@@ -140,7 +149,8 @@ def test_a_writer_that_is_killed_leaves_a_whole_ledger(book: Ledger) -> None:
         "    for n in range(1000):\n"
         "        await Ledger(Path(sys.argv[1])).write(Target('host', 'web1'),"
         " steps.rehearsed_only(deployed(f'/nix/store/{n}')), str(n))\n"
-        "asyncio.run(main())\n")
+        "asyncio.run(main())\n"
+    )
     for delay in (0.05, 0.11, 0.17, 0.23):
         writer = subprocess.Popen([sys.executable, "-c", program, str(book.repo)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
@@ -158,12 +168,35 @@ def test_a_writer_that_is_killed_leaves_a_whole_ledger(book: Ledger) -> None:
 
 async def test_a_ledger_that_does_not_parse_is_reported_with_its_file_name(book: Ledger) -> None:
     await book.write(WEB1, steps.rehearsed_only(deployed("/nix/store/x")), "one")
-    blob = subprocess.run(["git", "hash-object", "-w", "--stdin"], cwd=book.repo, input=b"{", capture_output=True,
-                          check=True).stdout.decode().strip()
-    inner = subprocess.run(["git", "mktree"], cwd=book.repo, input=f"100644 blob {blob}\tweb1.json\n".encode(),
-                           capture_output=True, check=True).stdout.decode().strip()
-    outer = subprocess.run(["git", "mktree"], cwd=book.repo, input=f"040000 tree {inner}\thost\n".encode(),
-                           capture_output=True, check=True).stdout.decode().strip()
+    blob = (
+        subprocess.run(
+            ["git", "hash-object", "-w", "--stdin"], cwd=book.repo, input=b"{", capture_output=True, check=True
+        )
+        .stdout.decode()
+        .strip()
+    )
+    inner = (
+        subprocess.run(
+            ["git", "mktree"],
+            cwd=book.repo,
+            input=f"100644 blob {blob}\tweb1.json\n".encode(),
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .strip()
+    )
+    outer = (
+        subprocess.run(
+            ["git", "mktree"],
+            cwd=book.repo,
+            input=f"040000 tree {inner}\thost\n".encode(),
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .strip()
+    )
     git("update-ref", ledger.REF, git("commit-tree", outer, "-m", "broken", cwd=book.repo), cwd=book.repo)
     with pytest.raises(LedgerError, match=r"host/web1\.json"):
         book.read()
@@ -172,8 +205,12 @@ async def test_a_ledger_that_does_not_parse_is_reported_with_its_file_name(book:
 def test_the_owner_of_an_intent_is_known_to_live_or_not() -> None:
     me = ledger.owner()
     assert ledger.owner_lives(me) is True
-    dead = subprocess.run([sys.executable, "-c", "from toto.ledger import ledger; print(ledger.owner())"],
-                          capture_output=True, text=True, check=True).stdout.strip()
+    dead = subprocess.run(
+        [sys.executable, "-c", "from toto.ledger import ledger; print(ledger.owner())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     assert ledger.owner_lives(dead) is False
     host, boot, process = me.split("/")
     assert ledger.owner_lives(f"{host}/{'0' * 36}/{process}") is False
@@ -192,8 +229,13 @@ async def test_its_history_reads_back_as_what_happened(book: Ledger) -> None:
     await book.write(WEB1, lambda _: None, "retired")
     found = history.events(book.repo)
     assert [(str(each.target), each.what, each.run) for each in found] == [
-        ("host/web1", What.BEGUN, "run-1"), ("host/web1", What.GOOD, "run-1"), ("host/web1", What.VERIFIED, "run-2"),
-        ("host/web1", What.UNREACHABLE, "run-3"), ("helm/nas", What.BEGUN, "run-4"),
-        ("helm/nas", What.REVERTED, "run-4"), ("host/web1", What.RETIRED, "")]
+        ("host/web1", What.BEGUN, "run-1"),
+        ("host/web1", What.GOOD, "run-1"),
+        ("host/web1", What.VERIFIED, "run-2"),
+        ("host/web1", What.UNREACHABLE, "run-3"),
+        ("helm/nas", What.BEGUN, "run-4"),
+        ("helm/nas", What.REVERTED, "run-4"),
+        ("host/web1", What.RETIRED, ""),
+    ]
     assert found[1].seconds is not None and found[1].seconds >= 0
     assert found[5].why == "a test failed"

@@ -29,9 +29,13 @@ class Machine:
         self.state, self.profile = root / "state", root / "profile"
         self.current = root / "current-system"
         text = SCRIPT.read_text()
-        for path, here in (("/run/toto", self.state), ("/nix/var/nix/profiles/system", self.profile),
-                           ("/nix/var/nix/gcroots", root / "roots"), ("/run/systemd/system", root / "no-systemd"),
-                           ("/run/nixos/switch-to-configuration.lock", root / "switching")):
+        for path, here in (
+            ("/run/toto", self.state),
+            ("/nix/var/nix/profiles/system", self.profile),
+            ("/nix/var/nix/gcroots", root / "roots"),
+            ("/run/systemd/system", root / "no-systemd"),
+            ("/run/nixos/switch-to-configuration.lock", root / "switching"),
+        ):
             assert path in text
             text = text.replace(path, str(here))
         text = text.replace("readlink -f /run/current-system", f"readlink -f {self.current}")
@@ -42,8 +46,9 @@ class Machine:
         self.script.write_text(text)
         self._program("bin/nix-env", 'ln -sfn "$4" "$2"')
         self._program("bin/sync", ":")  # the real one waits for every disk of this machine
-        self._program("bin/systemctl",
-                      f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]')
+        self._program(
+            "bin/systemctl", f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]'
+        )
         self.old = self.system("old")
         self.current.symlink_to(self.old)
         self.profile.symlink_to(self.old)
@@ -51,9 +56,10 @@ class Machine:
     def system(self, name: str, more: str = "") -> Path:
         path = self.root / name
         (path / "bin").mkdir(parents=True, exist_ok=True)
-        self._program(f"{name}/bin/switch-to-configuration",
-                      f'echo "{name} $1 $(umask)" >> {self.root}/log\n{more}\n'
-                      f'[ "$1" = boot ] || ln -sfn {path} {self.current}')
+        self._program(
+            f"{name}/bin/switch-to-configuration",
+            f'echo "{name} $1 $(umask)" >> {self.root}/log\n{more}\n[ "$1" = boot ] || ln -sfn {path} {self.current}',
+        )
         return path
 
     def _program(self, name: str, body: str) -> None:
@@ -63,8 +69,14 @@ class Machine:
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
         """Start a verb in its own process group, as sshd does, and in the folder by which `processes` finds it."""
-        return subprocess.Popen([*self.shell, self.script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, start_new_session=True, cwd=self.root)
+        return subprocess.Popen(
+            [*self.shell, self.script, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=self.root,
+        )
 
     def processes(self) -> list[int]:
         """The processes of this machine that still run: their working directory is its folder."""
@@ -257,8 +269,13 @@ def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machin
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a b", "$(touch x)"])
 def test_a_name_that_is_a_path_or_worse_is_refused(machine: Machine, name: str) -> None:
-    for words in (("begin", name, "test", machine.system("new"), machine.old, machine.old, "1", "0"),
-                  ("result", name, "0"), ("confirm", name), ("names", name), ("clean-up", name)):
+    for words in (
+        ("begin", name, "test", machine.system("new"), machine.old, machine.old, "1", "0"),
+        ("result", name, "0"),
+        ("confirm", name),
+        ("names", name),
+        ("clean-up", name),
+    ):
         assert machine.run(*words).returncode == 64, words
     assert machine.log == []
     assert [each.name for each in machine.state.iterdir()] == ["activate.sh"]

@@ -59,7 +59,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     (directory / "config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {plain}/host\nAuthorizedKeysFile {plain}/authorized\n"
         "StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n")
+        "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n"
+    )
     journal = directory / "journal"
     assert SSHD is not None
     async with process.start([SSHD, "-D", "-E", journal, "-f", directory / "config"]):
@@ -67,8 +68,19 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
             if journal.exists() and "listening" in journal.read_text():
                 break
             await asyncio.sleep(0.05)
-        yield Server(directory, SshTarget("web1.lan", "127.0.0.1", port, getpass.getuser(), directory / "user %h",
-                                          known_hosts=tmp_path / "state" / "known hosts"), host_key, journal)
+        yield Server(
+            directory,
+            SshTarget(
+                "web1.lan",
+                "127.0.0.1",
+                port,
+                getpass.getuser(),
+                directory / "user %h",
+                known_hosts=tmp_path / "state" / "known hosts",
+            ),
+            host_key,
+            journal,
+        )
 
 
 WORDS = ["plain", "two words", "it's", '"quoted"', "$HOME `id` \\", "*", "", "new\nline", "-dash", "ä→ü", "a;b&c|d"]
@@ -199,10 +211,20 @@ async def _connect(target: SshTarget, directory: Path) -> None:
 
 
 BAD: list[dict[str, object]] = [
-    {"name": "two words"}, {"name": "*"}, {"name": "a\nProxyCommand evil"}, {"name": "-oProxyCommand=evil"},
-    {"address": "-oProxyCommand=evil"}, {"address": "a b"}, {"address": "h\n"}, {"user": "root\nB x"},
-    {"user": "-x"}, {"port": 0}, {"port": 70000}, {"host_key": "ssh-ed25519"},
-    {"host_key": "ssh-ed25519 AAAA\n* ssh-rsa BBBB"}, {"throwaway": False},
+    {"name": "two words"},
+    {"name": "*"},
+    {"name": "a\nProxyCommand evil"},
+    {"name": "-oProxyCommand=evil"},
+    {"address": "-oProxyCommand=evil"},
+    {"address": "a b"},
+    {"address": "h\n"},
+    {"user": "root\nB x"},
+    {"user": "-x"},
+    {"port": 0},
+    {"port": 70000},
+    {"host_key": "ssh-ed25519"},
+    {"host_key": "ssh-ed25519 AAAA\n* ssh-rsa BBBB"},
+    {"throwaway": False},
 ]
 
 
@@ -225,9 +247,16 @@ async def test_ssh_understands_the_config(tmp_path: Path) -> None:
     config = target.write_config(tmp_path / "new" / "c")
     said = (await process.run(["ssh", "-G", "-F", config, "web1.lan"])).lines
     # ssh -G shows a path as it is written, percent signs still doubled.
-    for line in ("hostname fe80::1%eth0", "port 2200", "user toto", "batchmode yes", "hostkeyalias web1.lan",
-                 "stricthostkeychecking accept-new", f"identityfile {str(identity).replace('%', '%%')}",
-                 f"userknownhostsfile {tmp_path / 'k h'}"):
+    for line in (
+        "hostname fe80::1%eth0",
+        "port 2200",
+        "user toto",
+        "batchmode yes",
+        "hostkeyalias web1.lan",
+        "stricthostkeychecking accept-new",
+        f"identityfile {str(identity).replace('%', '%%')}",
+        f"userknownhostsfile {tmp_path / 'k h'}",
+    ):
         assert line in said
     assert (config.stat().st_mode & 0o777, config.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 

@@ -12,14 +12,24 @@ from toto.plan.host import DeployedHost, DesiredHost
 
 
 def host(name: str = "web1", version: int = 1, tests: str = "t1", path: int | None = None) -> Desired:
-    return DesiredHost(target=Target("host", name), file=f"hosts/{name}.nix",
-                       identity=f"/nix/store/{name}-{version}.drv",
-                       path=f"/nix/store/{name}-{version if path is None else path}", tests=tests)
+    return DesiredHost(
+        target=Target("host", name),
+        file=f"hosts/{name}.nix",
+        identity=f"/nix/store/{name}-{version}.drv",
+        path=f"/nix/store/{name}-{version if path is None else path}",
+        tests=tests,
+    )
 
 
 def was(name: str = "web1", version: int = 1, tests: str = "t1") -> Deployed:
-    return DeployedHost(identity=f"/nix/store/{name}-{version}.drv", path=f"/nix/store/{name}-{version}",
-                        commit="a" * 40, run="r0", at="2026-01-01T00:00:00Z", tests=tests)
+    return DeployedHost(
+        identity=f"/nix/store/{name}-{version}.drv",
+        path=f"/nix/store/{name}-{version}",
+        commit="a" * 40,
+        run="r0",
+        at="2026-01-01T00:00:00Z",
+        tests=tests,
+    )
 
 
 NOTE = Note(identity="i", commit="c", run="r0", at="2026-01-02T00:00:00Z", why="w")
@@ -42,35 +52,43 @@ def only(change_set: ChangeSet) -> Change:
 MACHINE = Machine(name="web1", address="192.0.2.1")
 
 
-@pytest.mark.parametrize(("desired", "entry", "why", "action"), [
-    (host(), Entry(), Why.NEW, Action.DEPLOY),
-    (host(version=2), Entry(good=was()), Why.CHANGED, Action.DEPLOY),
-    (host(tests="t2"), Entry(good=was()), Why.TESTS, Action.VERIFY),
-    (host(version=2, path=1), Entry(good=was()), Why.CHANGED, Action.RECORD),
-    (host(version=2, path=1, tests="t2"), Entry(good=was()), Why.CHANGED, Action.VERIFY),
-    (host(), Entry(good=was(), intent=INTENT), Why.INTENT, Action.DEPLOY),
-    (host(version=2), Entry(good=was(), unreachable=NOTE), Why.UNREACHABLE, Action.DEPLOY),
-    (host(), Entry(unreachable=NOTE), Why.UNREACHABLE, Action.DEPLOY),
-    (host(version=2), Entry(good=was(), reverted=NOTE), Why.REVERTED, Action.DEPLOY),
-])
+@pytest.mark.parametrize(
+    ("desired", "entry", "why", "action"),
+    [
+        (host(), Entry(), Why.NEW, Action.DEPLOY),
+        (host(version=2), Entry(good=was()), Why.CHANGED, Action.DEPLOY),
+        (host(tests="t2"), Entry(good=was()), Why.TESTS, Action.VERIFY),
+        (host(version=2, path=1), Entry(good=was()), Why.CHANGED, Action.RECORD),
+        (host(version=2, path=1, tests="t2"), Entry(good=was()), Why.CHANGED, Action.VERIFY),
+        (host(), Entry(good=was(), intent=INTENT), Why.INTENT, Action.DEPLOY),
+        (host(version=2), Entry(good=was(), unreachable=NOTE), Why.UNREACHABLE, Action.DEPLOY),
+        (host(), Entry(unreachable=NOTE), Why.UNREACHABLE, Action.DEPLOY),
+        (host(version=2), Entry(good=was(), reverted=NOTE), Why.REVERTED, Action.DEPLOY),
+    ],
+)
 def test_why_a_host_is_in(desired: Desired, entry: Entry, why: Why, action: Action) -> None:
     change = only(compare("c", [desired], [], manifest(MACHINE), ledger(web1=entry)))
     assert (change.why, change.action) == (why, action)
 
 
-@pytest.mark.parametrize("entry", [Entry(good=was()), Entry(good=was(), reverted=NOTE), Entry(good=was(),
-                                                                                             unreachable=NOTE)])
+@pytest.mark.parametrize(
+    "entry", [Entry(good=was()), Entry(good=was(), reverted=NOTE), Entry(good=was(), unreachable=NOTE)]
+)
 def test_an_equal_identity_is_no_change(entry: Entry) -> None:
     found = compare("c", [host()], [], manifest(MACHINE), ledger(web1=entry))
     assert found.empty
     assert found.unchanged == (Target("host", "web1"),)
 
 
-@pytest.mark.parametrize("machines", [
-    manifest(), manifest(Machine(name="web1", address="192.0.2.1", role="other")),
-    manifest(Machine(name="web1", address="192.0.2.1", deploy="none")),
-    manifest(Machine(name="web1", address="192.0.2.1", deploy="pull")),
-])
+@pytest.mark.parametrize(
+    "machines",
+    [
+        manifest(),
+        manifest(Machine(name="web1", address="192.0.2.1", role="other")),
+        manifest(Machine(name="web1", address="192.0.2.1", deploy="none")),
+        manifest(Machine(name="web1", address="192.0.2.1", deploy="pull")),
+    ],
+)
 def test_a_host_that_toto_does_not_push_to_is_rehearsed_once(machines: Manifest) -> None:
     first = compare("c", [host()], [], machines, ledger())
     assert only(first).action is Action.REHEARSE
@@ -81,8 +99,7 @@ def test_a_host_that_toto_does_not_push_to_is_rehearsed_once(machines: Manifest)
 
 
 def test_a_machine_without_host_file_waits() -> None:
-    found = compare("c", [], [], manifest(MACHINE, Machine(name="nas", address="192.0.2.2", role="other")),
-                            ledger())
+    found = compare("c", [], [], manifest(MACHINE, Machine(name="nas", address="192.0.2.2", role="other")), ledger())
     assert found.waiting == ("web1",)
     assert found.empty
 
@@ -93,27 +110,44 @@ def test_a_machine_that_left_the_manifest_is_retired() -> None:
 
 
 def test_a_failed_evaluation_is_neither_waiting_nor_retired_nor_unchanged() -> None:
-    found = compare("c", [], [Failure(target=Target("host", "web1"), message="no")], manifest(MACHINE),
-                            ledger(web1=Entry(good=was())))
+    found = compare(
+        "c",
+        [],
+        [Failure(target=Target("host", "web1"), message="no")],
+        manifest(MACHINE),
+        ledger(web1=Entry(good=was())),
+    )
     assert (found.waiting, found.retired, found.unchanged) == ((), (), ())
     assert not found.empty
 
 
 def test_the_plan_prints_every_target_and_why() -> None:
     failure = Failure(target=Target("host", "bad"), message="hosts/bad.nix:3: oops")
-    found = compare("c", [host(version=2), host("new1")], [failure],
-                            manifest(MACHINE, Machine(name="new1", address="192.0.2.3"),
-                                     Machine(name="later", address="192.0.2.4")),
-                            ledger(web1=Entry(good=was()), gone=Entry(good=was("gone"))))
+    found = compare(
+        "c",
+        [host(version=2), host("new1")],
+        [failure],
+        manifest(MACHINE, Machine(name="new1", address="192.0.2.3"), Machine(name="later", address="192.0.2.4")),
+        ledger(web1=Entry(good=was()), gone=Entry(good=was("gone"))),
+    )
     text = str(found)
-    for word in ("host/web1", "drv changed", "host/new1", "new", "host/bad", "hosts/bad.nix:3: oops", "host/later",
-                 "waiting", "host/gone", "retire"):
+    for word in (
+        "host/web1",
+        "drv changed",
+        "host/new1",
+        "new",
+        "host/bad",
+        "hosts/bad.nix:3: oops",
+        "host/later",
+        "waiting",
+        "host/gone",
+        "retire",
+    ):
         assert word in text
 
 
 def test_what_is_asked_for_again_is_in_though_nothing_has_changed() -> None:
-    found = compare("c", [host(), host("never")], [], manifest(MACHINE), ledger(web1=Entry(good=was())),
-                            force=True)
+    found = compare("c", [host(), host("never")], [], manifest(MACHINE), ledger(web1=Entry(good=was())), force=True)
     assert {change.label: change.why for change in found.changes} == {"never": Why.NEW, "web1": Why.FORCED}
 
 
@@ -122,8 +156,12 @@ def test_a_root_and_a_release_change_with_their_files(kind: str) -> None:
     target = Target(kind, "dns")
     wanted = Desired(target=target, file="terraform/dns", identity="2")
     good = Deployed(identity="1", commit="a" * 40, run="r0", at="x", revision=3)
-    for entry, why in ((Entry(), Why.NEW), (Entry(good=good), Why.FILES), (Entry(reverted=NOTE), Why.REVERTED),
-                       (Entry(good=good.model_copy(update={"identity": "2"}), intent=INTENT), Why.INTENT)):
+    for entry, why in (
+        (Entry(), Why.NEW),
+        (Entry(good=good), Why.FILES),
+        (Entry(reverted=NOTE), Why.REVERTED),
+        (Entry(good=good.model_copy(update={"identity": "2"}), intent=INTENT), Why.INTENT),
+    ):
         change = only(compare("c", [wanted], [], manifest(), Snapshot("l", {target: entry})))
         assert (change.why, change.action, change.label) == (why, Action.DEPLOY, f"{kind}/dns")
     same = Snapshot("l", {target: Entry(good=good.model_copy(update={"identity": "2"}))})

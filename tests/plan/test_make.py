@@ -47,12 +47,14 @@ def make(lab: Path, repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def run(commit: str, *only: str) -> Plan:
         return await plan.make(repo.bare, commit, f"run-{next(numbers)}", only)
+
     return run
 
 
 def machines(*names: str) -> str:
-    return "machines:\n" + "".join(f"  - {{ name: {name}, address: 192.0.2.{number + 1} }}\n"
-                                   for number, name in enumerate(names))
+    return "machines:\n" + "".join(
+        f"  - {{ name: {name}, address: 192.0.2.{number + 1} }}\n" for number, name in enumerate(names)
+    )
 
 
 def host(name: str, text: str = "x") -> str:
@@ -76,8 +78,9 @@ async def good(repo: InfraRepo, made: Plan) -> None:
 
 
 async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make) -> None:
-    first = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
-                                    "hosts/b/default.nix": host("b")}))
+    first = await make(
+        repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"), "hosts/b/default.nix": host("b")})
+    )
     assert [(change.label, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
     await good(repo, first)
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
@@ -85,12 +88,16 @@ async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make)
 
 async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:
     files: dict[str, str | None] = {
-        "machines.yaml": machines("a", "b"), "text": "one", "hosts/b.nix": host("b"),
-        "hosts/a.nix": '{ environment.etc."text".text = builtins.readFile ../text; }\n'}
+        "machines.yaml": machines("a", "b"),
+        "text": "one",
+        "hosts/b.nix": host("b"),
+        "hosts/a.nix": '{ environment.etc."text".text = builtins.readFile ../text; }\n',
+    }
     await good(repo, await make(repo.commit(files)))
     changed = await make(repo.commit({"text": "two"}))
     assert [(change.label, change.why, change.action) for change in changed.changes.changes] == [
-        ("a", Why.CHANGED, Action.DEPLOY)]
+        ("a", Why.CHANGED, Action.DEPLOY)
+    ]
     assert changed.changes.unchanged == (Target("host", "b"),)
 
 
@@ -107,18 +114,23 @@ async def test_where_the_tree_lies_does_not_reach_the_drv_from_commit_to_commit(
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("{ networking.hostName = ; }\n", r"hosts/bad\.nix:1"),
-    ("\n\n{ nope }\n", r"hosts/bad\.nix:[34]"),  # newer nix names the end of the file
-    ("{ }: { }\n", "bad"),
-    ('{ pkgs, ... }: { environment.systemPackages = [ pkgs.nopenope ]; }\n', "nopenope"),
-    ("{ networking.nope.nope = throw \"on purpose\"; environment.etc.x.text = throw \"on purpose\"; }\n", "on purpose"),
-    ("", "bad"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{ networking.hostName = ; }\n", r"hosts/bad\.nix:1"),
+        ("\n\n{ nope }\n", r"hosts/bad\.nix:[34]"),  # newer nix names the end of the file
+        ("{ }: { }\n", "bad"),
+        ("{ pkgs, ... }: { environment.systemPackages = [ pkgs.nopenope ]; }\n", "nopenope"),
+        ('{ networking.nope.nope = throw "on purpose"; environment.etc.x.text = throw "on purpose"; }\n', "on purpose"),
+        ("", "bad"),
+    ],
+)
 async def test_one_host_that_does_not_evaluate_stops_no_other(
-        repo: InfraRepo, make: Make, text: str, says: str) -> None:
-    made = await make(repo.commit({"machines.yaml": machines("bad", "fine"), "hosts/bad.nix": text,
-                                   "hosts/fine.nix": host("fine")}))
+    repo: InfraRepo, make: Make, text: str, says: str
+) -> None:
+    made = await make(
+        repo.commit({"machines.yaml": machines("bad", "fine"), "hosts/bad.nix": text, "hosts/fine.nix": host("fine")})
+    )
     assert [change.label for change in made.changes.changes] == ["fine"]
     (failure,) = made.changes.failed
     assert failure.target == Target("host", "bad")
@@ -127,10 +139,15 @@ async def test_one_host_that_does_not_evaluate_stops_no_other(
 
 
 async def test_an_endless_evaluation_is_ended_and_reported(repo: InfraRepo, make: Make) -> None:
-    endless = ("{ networking.hostName = toString (builtins.foldl' (sum: x: sum + builtins.length "
-               "(builtins.genList (y: y) 100000)) 0 (builtins.genList (x: x) 1000000)); }\n")
-    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": endless,
-                                   "toto.toml": "[nix]\nevaluate_timeout = 2\n"}))
+    endless = (
+        "{ networking.hostName = toString (builtins.foldl' (sum: x: sum + builtins.length "
+        "(builtins.genList (y: y) 100000)) 0 (builtins.genList (x: x) 1000000)); }\n"
+    )
+    made = await make(
+        repo.commit(
+            {"machines.yaml": machines("a"), "hosts/a.nix": endless, "toto.toml": "[nix]\nevaluate_timeout = 2\n"}
+        )
+    )
     assert "did not end within 2 s" in made.changes.failed[0].message
 
 
@@ -149,8 +166,11 @@ async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Pa
           system = "x86_64-linux"; modules = [ ./hosts/canon.nix ]; }};
       }};
     }}"""
-    files: dict[str, str | None] = {"machines.yaml": machines("toto.canon"), "flake.nix": flake,
-                                    "hosts/canon.nix": host("canon")}
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("toto.canon"),
+        "flake.nix": flake,
+        "hosts/canon.nix": host("canon"),
+    }
     with pytest.raises(nix.EvaluationFailed, match="nix flake lock"):
         await make(repo.commit(files))
     await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
@@ -164,9 +184,14 @@ async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Pa
 
 
 async def test_a_run_can_be_limited_by_name_and_by_tag(repo: InfraRepo, make: Make) -> None:
-    commit = repo.commit({"machines.yaml": "machines:\n  - { name: a, address: 192.0.2.1, tags: [web] }\n"
-                                           "  - { name: b, address: 192.0.2.2 }\n",
-                          "hosts/a.nix": host("a"), "hosts/b.nix": host("b")})
+    commit = repo.commit(
+        {
+            "machines.yaml": "machines:\n  - { name: a, address: 192.0.2.1, tags: [web] }\n"
+            "  - { name: b, address: 192.0.2.2 }\n",
+            "hosts/a.nix": host("a"),
+            "hosts/b.nix": host("b"),
+        }
+    )
     assert [change.label for change in (await make(commit, "web")).changes.changes] == ["a"]
     assert [change.label for change in (await make(commit, "b")).changes.changes] == ["b"]
     with pytest.raises(InputError, match="nope"):
@@ -174,7 +199,8 @@ async def test_a_run_can_be_limited_by_name_and_by_tag(repo: InfraRepo, make: Ma
 
 
 async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
-        repo: InfraRepo, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    repo: InfraRepo, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": host("a")}))
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "another"))
     other = await make(made.commit)
@@ -183,13 +209,17 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
 
 
 async def test_the_difference_of_two_closures_names_packages_and_units(
-        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
+    repo: InfraRepo, make: Make, tmp_path: Path
+) -> None:
     service = '{ systemd.services.SAY = { script = "sleep 1000"; wantedBy = [ "multi-user.target" ]; }; }\n'
     paths = []
     for number, text in enumerate([service.replace("SAY", "old"), service.replace("SAY", "new")]):
         made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": text}))
-        paths.append(await nix.build(made.changes.changes[0].desired.identity, tmp_path / f"root{number}", timeout=60,
-                                     target="a"))
+        paths.append(
+            await nix.build(
+                made.changes.changes[0].desired.identity, tmp_path / f"root{number}", timeout=60, target="a"
+            )
+        )
     found = await closure.difference(paths[0], paths[1])
     assert found.units_added == ("new.service",)
     assert found.units_removed == ("old.service",)
@@ -199,21 +229,27 @@ async def test_the_difference_of_two_closures_names_packages_and_units(
     assert (await closure.difference(paths[0], paths[0])).lines() == ["closure +0 bytes"]
 
 
-@pytest.mark.parametrize(("path", "name", "version"), [
-    ("/nix/store/00000000000000000000000000000000-openssh-9.2p1", "openssh", "9.2p1"),
-    ("/nix/store/00000000000000000000000000000000-etc", "etc", ""),
-    ("/nix/store/00000000000000000000000000000000-nixos-system-web-1-24.11", "nixos-system-web", "1-24.11"),
-    ("/nix/store/00000000000000000000000000000000-unit-sshd.service", "unit-sshd.service", ""),
-])
+@pytest.mark.parametrize(
+    ("path", "name", "version"),
+    [
+        ("/nix/store/00000000000000000000000000000000-openssh-9.2p1", "openssh", "9.2p1"),
+        ("/nix/store/00000000000000000000000000000000-etc", "etc", ""),
+        ("/nix/store/00000000000000000000000000000000-nixos-system-web-1-24.11", "nixos-system-web", "1-24.11"),
+        ("/nix/store/00000000000000000000000000000000-unit-sshd.service", "unit-sshd.service", ""),
+    ],
+)
 def test_names_and_versions_are_separated_as_nix_does(path: str, name: str, version: str) -> None:
     assert closure.name_and_version(path) == (name, version)
 
 
-async def test_a_build_that_fails_shows_the_builders_last_words(lab: Path, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_build_that_fails_shows_the_builders_last_words(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NIX_CONFIG", setup.NIX_CONFIG)
-    expression = ('derivation { name = "bad"; system = builtins.currentSystem; builder = "/bin/sh"; '
-                  'args = [ "-c" "echo the disk of the builder burns; exit 3" ]; }')
+    expression = (
+        'derivation { name = "bad"; system = builtins.currentSystem; builder = "/bin/sh"; '
+        'args = [ "-c" "echo the disk of the builder burns; exit 3" ]; }'
+    )
     drv = (await process.run(["nix-instantiate", "--expr", expression], env=dict(os.environ))).stdout.strip()
     with pytest.raises(nix.BuildFailed, match="the disk of the builder burns") as caught:
         await nix.build(drv, tmp_path / "root", timeout=60, target="a")
@@ -221,11 +257,12 @@ async def test_a_build_that_fails_shows_the_builders_last_words(lab: Path, tmp_p
 
 
 async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_a_different_name_of_the_search_path(
-        repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
     plainly = (await make(repo.commit(files))).changes.changes[0].desired.identity
     monkeypatch.setenv("NIX_PATH", "")
-    pin: dict[str, str | None] = {"pin.nix": f"/. + \"{lab}\"\n", "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
+    pin: dict[str, str | None] = {"pin.nix": f'/. + "{lab}"\n', "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
     assert (await make(repo.commit(pin))).changes.changes[0].desired.identity == plainly
     monkeypatch.setenv("NIX_PATH", f"another={lab}")
     other = await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "<another>"\n'}))
@@ -234,8 +271,7 @@ async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_a_different_name_of_the_
     assert "nix.nixpkgs in toto.toml" in failure.message
 
 
-async def test_what_differs_in_the_manifest_shows_in_the_plan_and_deploys_nothing(
-        repo: InfraRepo, make: Make) -> None:
+async def test_what_differs_in_the_manifest_shows_in_the_plan_and_deploys_nothing(repo: InfraRepo, make: Make) -> None:
     first = await make(repo.commit({"machines.yaml": machines("a", "nas"), "hosts/a.nix": host("a")}))
     assert {each.name for each in first.changes.machines} == {"a", "nas"}
     await good(repo, first)
@@ -250,9 +286,13 @@ async def test_what_differs_in_the_manifest_shows_in_the_plan_and_deploys_nothin
 
 
 async def test_a_freeze_and_a_closed_window_show_in_the_plan_unless_overridden(
-        repo: InfraRepo, make: Make, tmp_path: Path) -> None:
-    files: dict[str, str | None] = {"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"),
-                                    "hosts/b.nix": host("b")}
+    repo: InfraRepo, make: Make, tmp_path: Path
+) -> None:
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a", "b"),
+        "hosts/a.nix": host("a"),
+        "hosts/b.nix": host("b"),
+    }
     files["machines.yaml"] = f"{files['machines.yaml']}".replace("name: a,", "name: a, freeze: until the move,")
     held = (await make(repo.commit(files))).changes
     assert [(each.label, each.held) for each in held.changes] == [("a", "until the move"), ("b", "")]
@@ -263,7 +303,8 @@ async def test_a_freeze_and_a_closed_window_show_in_the_plan_unless_overridden(
     later = f"{(int(now) + 3) % 24:02}:00-{(int(now) + 4) % 24:02}:00"
     closed = await make(repo.commit({"toto.toml": f'[roll_out]\nwindow = "{later}"\n'}))
     assert {each.held for each in closed.changes.changes if each.label == "b"} == {
-        f"outside the window of the fleet, {later}"}
+        f"outside the window of the fleet, {later}"
+    }
     urgent = await plan.make(repo.bare, commit, "urgent", override="CVE-2026-1")
     assert {each.held for each in urgent.changes.changes} == {""}
     assert urgent.orders[0].override == "CVE-2026-1"

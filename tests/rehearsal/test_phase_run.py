@@ -17,8 +17,14 @@ def test_scripts_are_given_the_machine_and_no_secret(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     endpoint = Endpoint(config=Path("/run/ssh_config"), address="127.0.0.1", ports={80: 30_080})
     assert endpoint.environment("web1", Phase.SMOKE, Path("/tools")) == {
-        "HOME": "/h", "PATH": "/tools:/bin", "TOTO_HOST": "web1", "TOTO_PHASE": "smoke",
-        "TOTO_SSH_CONFIG": "/run/ssh_config", "TOTO_ADDRESS": "127.0.0.1", "TOTO_PORT_80": "30080"}
+        "HOME": "/h",
+        "PATH": "/tools:/bin",
+        "TOTO_HOST": "web1",
+        "TOTO_PHASE": "smoke",
+        "TOTO_SSH_CONFIG": "/run/ssh_config",
+        "TOTO_ADDRESS": "127.0.0.1",
+        "TOTO_PORT_80": "30080",
+    }
 
 
 def test_a_phase_without_scripts_passes_with_no_tests() -> None:

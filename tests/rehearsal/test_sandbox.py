@@ -60,8 +60,11 @@ def machines(tmp_path: Path) -> set[int]:
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if (entry.name.isdigit() and b"qmp.sock" in (entry / "cmdline").read_bytes()
-                    and (entry / "cwd").readlink().is_relative_to(tmp_path)):
+            if (
+                entry.name.isdigit()
+                and b"qmp.sock" in (entry / "cmdline").read_bytes()
+                and (entry / "cwd").readlink().is_relative_to(tmp_path)
+            ):
                 found.add(int(entry.name))
     return found
 
@@ -86,26 +89,33 @@ async def test_a_vm_that_never_boots_is_a_timeout_with_its_console(tmp_path: Pat
     assert left(state) == []
 
 
-@pytest.mark.parametrize(("script", "message"), [
-    ("echo no space left >&2; exit 3", r"QEMU ended with status 3; the last lines of its console:\nno space left"),
-    ("exec qemu-system-x86_64 --no-such-option", "QEMU ended with status 1"),
-    ("exec /nowhere/qemu-system-x86_64", "QEMU ended with status 127"),
-    ("sleep 0.2", "the VM switched itself off"),
-    ("echo '[1.0] Kernel panic - not syncing: no init'; sleep 60", "the VM crashed: .*no init"),
-])
-async def test_a_vm_that_ends_is_reported_and_not_waited_for(tmp_path: Path, state: Path, tcg: None, script: str,
-                                                         message: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo no space left >&2; exit 3", r"QEMU ended with status 3; the last lines of its console:\nno space left"),
+        ("exec qemu-system-x86_64 --no-such-option", "QEMU ended with status 1"),
+        ("exec /nowhere/qemu-system-x86_64", "QEMU ended with status 127"),
+        ("sleep 0.2", "the VM switched itself off"),
+        ("echo '[1.0] Kernel panic - not syncing: no init'; sleep 60", "the VM crashed: .*no init"),
+    ],
+)
+async def test_a_vm_that_ends_is_reported_and_not_waited_for(
+    tmp_path: Path, state: Path, tcg: None, script: str, message: str
+) -> None:
     with pytest.raises(SandboxFailed, match=message):
         await boots(make_vm(tmp_path, script), state, boot_timeout=60.0)  # its end would be another message
     assert left(state) == []
 
 
 @needs_qemu
-@pytest.mark.parametrize("extra", [
-    "-nic user",                                               # a way out that no link switches
-    "-netdev user,id=mine -device virtio-net-pci,netdev=mine",
-    "-device virtio-net-pci",                                  # a card without a wire, and still not ours
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "-nic user",  # a way out that no link switches
+        "-netdev user,id=mine -device virtio-net-pci,netdev=mine",
+        "-device virtio-net-pci",  # a card without a wire, and still not ours
+    ],
+)
 async def test_a_card_that_toto_does_not_know_is_refused(tmp_path: Path, state: Path, tcg: None, extra: str) -> None:
     with pytest.raises(SandboxFailed, match="not the one that toto controls"):
         await boots(make_vm(tmp_path, NOTHING_BOOTS.replace("EXTRA", extra)), state, boot_timeout=30.0)
@@ -191,8 +201,13 @@ def test_totos_environment_does_not_reach_the_machine(tmp_path: Path, monkeypatc
     assert "SECRET" not in made
     assert made["QEMU_KERNEL_PARAMS"] == ""
     assert made["QEMU_NET_OPTS"].split(",") == [
-        "restrict=on", "ipv6=off", "net=192.0.2.0/24", "hostfwd=tcp:127.0.0.1:0-:22", "hostfwd=tcp:127.0.0.1:0-:80",
-        "hostfwd=tcp:127.0.0.1:0-:443"]
+        "restrict=on",
+        "ipv6=off",
+        "net=192.0.2.0/24",
+        "hostfwd=tcp:127.0.0.1:0-:22",
+        "hostfwd=tcp:127.0.0.1:0-:80",
+        "hostfwd=tcp:127.0.0.1:0-:443",
+    ]
     assert made["QEMU_OPTS"].startswith("-S ")
     for word in ("-machine", "-m ", "-smp"):
         assert word not in made["QEMU_OPTS"]
@@ -226,8 +241,13 @@ def test_a_console_keeps_its_beginning_and_its_end(tmp_path: Path) -> None:
 def test_a_console_is_plain_text(tmp_path: Path) -> None:
     lines: list[str] = []
     console = Console(tmp_path / "log", lines.append)
-    console.take([b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r", b"[\x1b[0;32m  OK  \x1b[0m] Started \xe2\x80\xa6\t1\x07\x08",
-                  b"\x1b]0;title\x07root@web1:~# \xff"])
+    console.take(
+        [
+            b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r",
+            b"[\x1b[0;32m  OK  \x1b[0m] Started \xe2\x80\xa6\t1\x07\x08",
+            b"\x1b]0;title\x07root@web1:~# \xff",
+        ]
+    )
     assert lines == ["SeaBIOS", "[  OK  ] Started …\t1", "root@web1:~# \ufffd"]
     assert (tmp_path / "log").read_text().splitlines() == lines
 
@@ -241,12 +261,15 @@ def test_a_sink_that_fails_does_not_stop_the_console(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
 
 
-@pytest.mark.parametrize(("line", "fatal"), [
-    (b"[    2.5] Kernel panic - not syncing: VFS: Unable to mount root fs", True),
-    (b"An error occurred in stage 1 of the boot process, which must mount the", True),
-    (b"You are in emergency mode. After logging in, type \"journalctl -xb\"", True),
-    (b"[    0.0] Command line: panic=1 boot.panic_on_fail", False),
-])
+@pytest.mark.parametrize(
+    ("line", "fatal"),
+    [
+        (b"[    2.5] Kernel panic - not syncing: VFS: Unable to mount root fs", True),
+        (b"An error occurred in stage 1 of the boot process, which must mount the", True),
+        (b'You are in emergency mode. After logging in, type "journalctl -xb"', True),
+        (b"[    0.0] Command line: panic=1 boot.panic_on_fail", False),
+    ],
+)
 def test_a_crash_is_read_from_the_console(tmp_path: Path, line: bytes, fatal: bool) -> None:
     console = Console(tmp_path / "log", None)
     console.take([line])
@@ -271,8 +294,9 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 
 @pytest.mark.parametrize("chosen", ["kvm", "tcg"])
-async def test_the_environment_overrides_the_probe(state: Path, probes: list[bool], chosen: str,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_environment_overrides_the_probe(
+    state: Path, probes: list[bool], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOTO_ACCELERATION", chosen)
     assert await acceleration.acceleration(state) == chosen
 
@@ -336,9 +360,23 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "toto", "-f", key])
         rehearsal = Path(__file__).parents[2] / "nix" / "rehearsal.nix"
         built = await process.run(
-            ["nix-build", "--no-out-link", "-E", EXPRESSION, "--argstr", "host", directory / "host.nix", "--argstr",
-             "rehearsal", rehearsal, "--argstr", "sandboxKey", key.with_suffix(".pub").read_text().strip()],
-            env=os.environ | {"NIX_PATH": f"nixpkgs={setup()}", "NIX_CONFIG": NIX_CONFIG})
+            [
+                "nix-build",
+                "--no-out-link",
+                "-E",
+                EXPRESSION,
+                "--argstr",
+                "host",
+                directory / "host.nix",
+                "--argstr",
+                "rehearsal",
+                rehearsal,
+                "--argstr",
+                "sandboxKey",
+                key.with_suffix(".pub").read_text().strip(),
+            ],
+            env=os.environ | {"NIX_PATH": f"nixpkgs={setup()}", "NIX_CONFIG": NIX_CONFIG},
+        )
         return Lab(Path(built.lines[-1]), key)
 
     return asyncio.run(build())
@@ -415,11 +453,11 @@ async def boot_id(box: Sandbox) -> str:
 
 
 @pytest.mark.lab
-async def test_there_is_no_internet_until_it_is_switched_on(lab: Lab, state: Path, outside: Outside,
-                                                            tcg: None) -> None:
+async def test_there_is_no_internet_until_it_is_switched_on(lab: Lab, state: Path, outside: Outside, tcg: None) -> None:
     lines: list[str] = []
-    async with sandbox.sandbox(lab.vm, host="web1", state=state, key=lab.key, ports=[80],
-                               on_console=lines.append) as box:
+    async with sandbox.sandbox(
+        lab.vm, host="web1", state=state, key=lab.key, ports=[80], on_console=lines.append
+    ) as box:
         assert await box.alive()
         before = await boot_id(box)
 

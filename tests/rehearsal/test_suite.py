@@ -25,8 +25,9 @@ def write(path: Path, body: str = GOOD, *, shebang: str = "#!/bin/sh\n", mode: i
     return path
 
 
-async def run_body(tmp_path: Path, body: str, *, timeout: float = 20, keep: int = 100_000,
-                   shebang: str = "#!/bin/sh\n") -> ScriptResult:
+async def run_body(
+    tmp_path: Path, body: str, *, timeout: float = 20, keep: int = 100_000, shebang: str = "#!/bin/sh\n"
+) -> ScriptResult:
     path = write(tmp_path / "t", body, shebang=shebang)
     return await run_script(Script(Phase.SMOKE, "smoke/t", path), ENV, timeout=timeout, keep=keep)
 
@@ -42,12 +43,25 @@ def test_a_host_without_tests_has_an_empty_suite(tmp_path: Path) -> None:
 
 
 def test_scripts_are_found_by_phase_and_sorted_by_name(tmp_path: Path) -> None:
-    for name in ("tests/web1/post-switch/a", "tests/web1/no-internet/20-b", "tests/web1/no-internet/10 a ü",
-                 "test/web1/smoke/x", "tests/db1/smoke/y", "hosts/web1-test.sh", "hosts/web1/web1-smoke-test.sh",
-                 "hosts/web1/test.sh"):
+    for name in (
+        "tests/web1/post-switch/a",
+        "tests/web1/no-internet/20-b",
+        "tests/web1/no-internet/10 a ü",
+        "test/web1/smoke/x",
+        "tests/db1/smoke/y",
+        "hosts/web1-test.sh",
+        "hosts/web1/web1-smoke-test.sh",
+        "hosts/web1/test.sh",
+    ):
         write(tmp_path / name)
-    assert names(tmp_path) == ["no-internet/10 a ü", "no-internet/20-b", "web1-test.sh", "smoke/x",
-                               "web1-smoke-test.sh", "post-switch/a"]
+    assert names(tmp_path) == [
+        "no-internet/10 a ü",
+        "no-internet/20-b",
+        "web1-test.sh",
+        "smoke/x",
+        "web1-smoke-test.sh",
+        "post-switch/a",
+    ]
     assert [script.name for script in find(tmp_path, "web1").of(Phase.SMOKE)] == ["smoke/x", "web1-smoke-test.sh"]
 
 
@@ -77,8 +91,9 @@ def test_a_directory_that_is_almost_a_phase_is_refused(tmp_path: Path) -> None:
         find(tmp_path, "web1")
 
 
-@pytest.mark.parametrize("link", ["tests/web1", "tests/web1/smoke", "tests/web1/smoke/a", "tests/web1/smoke/lib/x",
-                                  "tests/lib"])
+@pytest.mark.parametrize(
+    "link", ["tests/web1", "tests/web1/smoke", "tests/web1/smoke/a", "tests/web1/smoke/lib/x", "tests/lib"]
+)
 def test_a_link_out_of_the_tree_is_refused(tmp_path: Path, link: str) -> None:
     tree = tmp_path / "tree"
     write(tree / "tests/web1/no-internet/z" if "web1/" in link else tree / "test/web1/smoke/z")
@@ -155,28 +170,37 @@ async def test_a_good_script_passes_and_runs_in_its_directory(tmp_path: Path) ->
     assert "why\n" in result.output
 
 
-@pytest.mark.parametrize(("body", "reason"), [
-    (":", "it printed nothing"),
-    ("echo hello", "it printed no TAP"),
-    ("echo 1..2; echo ok 1", "it planned 2 tests and ran 1"),
-    (GOOD + "exit 3", "it exited with status 3 though every test passed"),
-    (GOOD + "kill -SEGV $$", "it was ended by SIGSEGV"),
-    ("echo 1..1 >&2; echo ok 1 >&2", "it printed nothing"),
-    ("echo 1..1; echo not ok 1 - nginx; exit 1", "1 of 1 test failed: 1 nginx"),
-])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (":", "it printed nothing"),
+        ("echo hello", "it printed no TAP"),
+        ("echo 1..2; echo ok 1", "it planned 2 tests and ran 1"),
+        (GOOD + "exit 3", "it exited with status 3 though every test passed"),
+        (GOOD + "kill -SEGV $$", "it was ended by SIGSEGV"),
+        ("echo 1..1 >&2; echo ok 1 >&2", "it printed nothing"),
+        ("echo 1..1; echo not ok 1 - nginx; exit 1", "1 of 1 test failed: 1 nginx"),
+    ],
+)
 async def test_a_bad_script_fails_with_its_reason(tmp_path: Path, body: str, reason: str) -> None:
     result = await run_body(tmp_path, body)
     assert not result.passed
     assert result.reason == reason
 
 
-@pytest.mark.parametrize(("shebang", "reason"), [
-    ("", "names no interpreter"), ("#!/no/such/thing\n", "`#!/no/such/thing`, names an interpreter that is not here"),
-    ("#!/bin/sh\r\n", "CR LF"), ("#!\n", "names an interpreter that is not here"),
-    ("#!/usr/bin/env no-such-thing\n", "it exited with status 127"),
-])
-async def test_a_script_that_cannot_be_started_is_reported_with_its_first_line(tmp_path: Path, shebang: str,
-                                                                            reason: str) -> None:
+@pytest.mark.parametrize(
+    ("shebang", "reason"),
+    [
+        ("", "names no interpreter"),
+        ("#!/no/such/thing\n", "`#!/no/such/thing`, names an interpreter that is not here"),
+        ("#!/bin/sh\r\n", "CR LF"),
+        ("#!\n", "names an interpreter that is not here"),
+        ("#!/usr/bin/env no-such-thing\n", "it exited with status 127"),
+    ],
+)
+async def test_a_script_that_cannot_be_started_is_reported_with_its_first_line(
+    tmp_path: Path, shebang: str, reason: str
+) -> None:
     result = await run_body(tmp_path, GOOD, shebang=shebang)
     assert not result.passed
     assert reason in result.reason
@@ -202,8 +226,10 @@ async def test_a_daemon_that_keeps_stdout_open_delays_nothing(tmp_path: Path) ->
 
 @pytest.mark.slow
 async def test_endless_output_is_judged_whole_and_kept_in_part(tmp_path: Path) -> None:
-    body = ("echo 1..2; echo ok 1 - first; yes '# some diagnostic line of output' | head -c 100000000\n"
-            "echo; echo ok 2 - last\n")
+    body = (
+        "echo 1..2; echo ok 1 - first; yes '# some diagnostic line of output' | head -c 100000000\n"
+        "echo; echo ok 2 - last\n"
+    )
     result = await run_body(tmp_path, body, timeout=600, keep=10_000)
     assert result.passed, result.reason
     assert len(result.output) < 11_000
@@ -229,8 +255,10 @@ async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
 
 
 async def test_a_phase_runs_every_script_and_reports_each_result(tmp_path: Path) -> None:
-    write(tmp_path / "tests/web1/smoke/1 bad ü", "echo 1..2; echo 'not ok 1 - <&> \\033[1m'\n"
-          "echo '# got 5'; echo ok 2 '# SKIP x'")
+    write(
+        tmp_path / "tests/web1/smoke/1 bad ü",
+        "echo 1..2; echo 'not ok 1 - <&> \\033[1m'\necho '# got 5'; echo ok 2 '# SKIP x'",
+    )
     write(tmp_path / "tests/web1/smoke/2 good")
     write(tmp_path / "tests/web1/smoke/3 skipped", "echo 1..0 '# SKIP no net'")
     write(tmp_path / "tests/web1/smoke/4 silent", "echo out of luck >&2")
@@ -245,7 +273,11 @@ async def test_a_phase_runs_every_script_and_reports_each_result(tmp_path: Path)
     assert phase.failure_lines(2)[1].startswith("… and ")
     suites = ElementTree.fromstring(phase.junit_xml().encode())
     assert [(each.get("tests"), each.get("failures"), each.get("errors"), each.get("skipped")) for each in suites] == [
-        ("2", "1", "0", "1"), ("1", "0", "0", "0"), ("1", "0", "0", "1"), ("1", "0", "1", "0")]
+        ("2", "1", "0", "1"),
+        ("1", "0", "0", "0"),
+        ("1", "0", "0", "1"),
+        ("1", "0", "1", "0"),
+    ]
     assert "\x1b" not in phase.junit_xml()
 
 
@@ -254,21 +286,27 @@ def test_a_phase_without_scripts_passes() -> None:
 
 
 def test_junit_is_xml_whatever_a_script_printed() -> None:
-    ugly = "".join(map(chr, [*range(32), 0xFFFE, 0xFFFF, 0xD800, 0x1F600])) + "<]]>&\""
+    ugly = "".join(map(chr, [*range(32), 0xFFFE, 0xFFFF, 0xD800, 0x1F600])) + '<]]>&"'
     script = Script(Phase.SMOKE, ugly, Path("x"))
     result = ScriptResult(script, parse(f"1..1\nnot ok 1 {ugly}\n# {ugly}\n"), 1.0, ugly, ugly)
     ElementTree.fromstring(PhaseResult("h", Phase.SMOKE, (result,)).junit_xml().encode())
 
 
-@pytest.mark.parametrize("words", [
-    ["sh", "-c", 'echo "a b"'], ["true"],
-    ["printf", "%s|", "it's", "$HOME", "*", "", "a\nb", "\n", "`id`", "''", "\\", 'say "x"', "é", "-n"],
-    ["echo 'one line' | tr a-z A-Z"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sh", "-c", 'echo "a b"'],
+        ["true"],
+        ["printf", "%s|", "it's", "$HOME", "*", "", "a\nb", "\n", "`id`", "''", "\\", 'say "x"', "é", "-n"],
+        ["echo 'one line' | tr a-z A-Z"],
+    ],
+)
 def test_on_host_carries_words_as_they_are(tmp_path: Path, words: list[str]) -> None:
     # An ssh that does what the real one does: joins the words and gives them to a shell.
-    write(tmp_path / "ssh", 'test "$1 $2 $3 $4 $5 $6" = "-F /config -o BatchMode=yes -- web1" || exit 9\n'
-                            'shift 6\nexec sh -c "$*"\n')
+    write(
+        tmp_path / "ssh",
+        'test "$1 $2 $3 $4 $5 $6" = "-F /config -o BatchMode=yes -- web1" || exit 9\nshift 6\nexec sh -c "$*"\n',
+    )
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOTO_SSH_CONFIG": "/config", "TOTO_HOST": "web1", "HOME": "/h"}
     helper = write_on_host(tmp_path)
     direct = ["sh", "-c", words[0]] if len(words) == 1 else words

@@ -14,9 +14,9 @@ PASSING = {
     "bats": "1..3\nok 1 nginx answers\nok 2 skipped one # skip no net\nok 3 addition using bc in 12ms\n",
     "Test::More": "ok 1 - fine \\# not a directive\nok 2 # skip no net\nok 3 - an object of class 'X' isa 'X'\n1..3\n",
     "node:test": "TAP version 13\n# Subtest: outer\n    # Subtest: inner\n    ok 1 - inner\n"
-                 "      ---\n      duration_ms: 0.5\n      ...\n"
-                 "    1..1\nok 1 - outer\n  ---\n  duration_ms: 2\n\n  note: after a blank line\n  ...\n"
-                 "1..1\n# tests 1\n# pass 1\n# fail 0\n",
+    "      ---\n      duration_ms: 0.5\n      ...\n"
+    "    1..1\nok 1 - outer\n  ---\n  duration_ms: 2\n\n  note: after a blank line\n  ...\n"
+    "1..1\n# tests 1\n# pass 1\n# fail 0\n",
     "pg_prove": "1..2\nok 1 - Column users.name should be type text\nok 2 - Should have the correct search_path\n",
     "TAP14": "TAP version 14\n1..1\n    1..1\n    ok 1 - in\nok 1 - out\n",
     "no numbers": "1..2\nok\nok\n",
@@ -53,15 +53,25 @@ FAILING = {
     "version 12": ("TAP version 12\n1..1\nok 1\n", "it speaks TAP version 12; 13 and 14 are understood"),
     "two documents": ("1..1\nok 1\nTAP version 13\n", "there is a version line in the middle: two documents in one"),
     "subtest fails": (
-        "    not ok 1 - in\n    1..1\nok 1 - out\n1..1\n", "test 1 is ok, but not its subtest: not ok 1 - in"),
+        "    not ok 1 - in\n    1..1\nok 1 - out\n1..1\n",
+        "test 1 is ok, but not its subtest: not ok 1 - in",
+    ),
     "subtest planned more": (
-        "    1..2\n    ok 1\nok 1\n1..1\n", "test 1 is ok, but not its subtest: it planned 2 tests and ran 1"),
-    "deep subtest": ("        not ok 1 - deep\n    ok 1\n    1..1\nok 1\n1..1\n",
-                     "test 1 is ok, but not its subtest: test 1 is ok, but not its subtest: not ok 1 - deep"),
+        "    1..2\n    ok 1\nok 1\n1..1\n",
+        "test 1 is ok, but not its subtest: it planned 2 tests and ran 1",
+    ),
+    "deep subtest": (
+        "        not ok 1 - deep\n    ok 1\n    1..1\nok 1\n1..1\n",
+        "test 1 is ok, but not its subtest: test 1 is ok, but not its subtest: not ok 1 - deep",
+    ),
     "orphan subtest": (
-        "1..0\n    not ok 1 - in\n", "a subtest at the end has no test that it belongs to: not ok 1 - in"),
+        "1..0\n    not ok 1 - in\n",
+        "a subtest at the end has no test that it belongs to: not ok 1 - in",
+    ),
     "buffered subtest": (
-        "ok 1 - out {\n    not ok 1\n    1..1\n}\n1..1\n", "test 1 is ok, but not its subtest: not ok 1"),
+        "ok 1 - out {\n    not ok 1\n    1..1\n}\n1..1\n",
+        "test 1 is ok, but not its subtest: not ok 1",
+    ),
     "open YAML": ("1..1\nok 1\n  ---\n  a: 1\n", "the YAML block of test 1 has no end"),
     "broken YAML": ("1..2\nok 1\n  ---\n  a: 1\nok 2\n", "the YAML block of test 1 has no end"),
     "ok inside YAML": ("1..1\n  ---\nnot ok 1\n  ---\n  ok 2\n  ...\n", "1 of 1 test failed: 1"),
@@ -84,40 +94,47 @@ def test_a_bad_document_fails_in_plain_words(text: str, summary: str) -> None:
     assert report.summary == summary
 
 
-@pytest.mark.parametrize(("text", "status", "summary"), [
-    ("1..1\nok 1\n", 3, "it exited with status 3 though every test passed"),
-    ("1..1\nok 1\n", -11, "it was ended by SIGSEGV"),
-    ("1..1\nnot ok 1\n", 1, "1 of 1 test failed: 1"),
-    ("1..1\nnot ok 1\n", -9, "1 of 1 test failed: 1; it was ended by SIGKILL"),
-    ("", 127, "it printed nothing; it exited with status 127"),
-    ("1..0 # SKIP x\n", 1, "it exited with status 1"),
-    ("1..1\nok 1\n", -999, "it was ended by signal 999"),
-])
+@pytest.mark.parametrize(
+    ("text", "status", "summary"),
+    [
+        ("1..1\nok 1\n", 3, "it exited with status 3 though every test passed"),
+        ("1..1\nok 1\n", -11, "it was ended by SIGSEGV"),
+        ("1..1\nnot ok 1\n", 1, "1 of 1 test failed: 1"),
+        ("1..1\nnot ok 1\n", -9, "1 of 1 test failed: 1; it was ended by SIGKILL"),
+        ("", 127, "it printed nothing; it exited with status 127"),
+        ("1..0 # SKIP x\n", 1, "it exited with status 1"),
+        ("1..1\nok 1\n", -999, "it was ended by signal 999"),
+    ],
+)
 def test_the_exit_status_must_agree_with_the_tests(text: str, status: int, summary: str) -> None:
     assert tap.parse(text, status).summary == summary
     assert not tap.parse(text, status).passed
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ("ok 1 - a", tap.Test(1, True, "a")),
-    ("ok 1 a # b", tap.Test(1, True, "a # b")),
-    ("ok 1 issue #12 is closed", tap.Test(1, True, "issue #12 is closed")),
-    (r"ok 1 - back\\slash \# hash", tap.Test(1, True, r"back\slash # hash")),
-    ("ok 1 - # SKIP", tap.Test(1, True, "", "skip")),
-    ("ok 1 a # skip because b", tap.Test(1, True, "a", "skip", "because b")),
-    ("not ok 1 a # Todo: b", tap.Test(1, False, "a # Todo: b")),
-    ("not ok 1 a # one # TODO b", tap.Test(1, False, "a # one", "todo", "b")),
-    ("ok 7seas", tap.Test(1, True, "7seas")),
-    ("ok 99999999999 x", tap.Test(1, True, "99999999999 x")),
-    ("ok", tap.Test(1, True, "")),
-])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ok 1 - a", tap.Test(1, True, "a")),
+        ("ok 1 a # b", tap.Test(1, True, "a # b")),
+        ("ok 1 issue #12 is closed", tap.Test(1, True, "issue #12 is closed")),
+        (r"ok 1 - back\\slash \# hash", tap.Test(1, True, r"back\slash # hash")),
+        ("ok 1 - # SKIP", tap.Test(1, True, "", "skip")),
+        ("ok 1 a # skip because b", tap.Test(1, True, "a", "skip", "because b")),
+        ("not ok 1 a # Todo: b", tap.Test(1, False, "a # Todo: b")),
+        ("not ok 1 a # one # TODO b", tap.Test(1, False, "a # one", "todo", "b")),
+        ("ok 7seas", tap.Test(1, True, "7seas")),
+        ("ok 99999999999 x", tap.Test(1, True, "99999999999 x")),
+        ("ok", tap.Test(1, True, "")),
+    ],
+)
 def test_a_line_is_read_whole(line: str, expected: tap.Test) -> None:
     assert tap.parse(line).tests == (expected,)
 
 
 def test_diagnostics_and_yaml_stay_with_their_test() -> None:
-    report = tap.parse("1..2\nnot ok 1 - a\n"
-                       "# (in test file x.bats, line 3)\n#  `false' failed\nok 2\n  ---\n  a: |\n\n    b\n  ...\n")
+    report = tap.parse(
+        "1..2\nnot ok 1 - a\n# (in test file x.bats, line 3)\n#  `false' failed\nok 2\n  ---\n  a: |\n\n    b\n  ...\n"
+    )
     assert report.tests[0].diagnostics == ("# (in test file x.bats, line 3)", "#  `false' failed")
     assert report.tests[1].yaml == "a: |\n\n  b"
     assert report.plan == 2 and len(report.failed) == 1
@@ -142,23 +159,58 @@ def test_a_hundred_thousand_lines_are_read() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [" " * 10_000_000, "# " * 5_000_000, "ok 1 " + "# " * 5_000_000,
-                                  "1.." + "9" * 1_000_000,
-                                  "ok " + "1" * 1_000_000, "    " * 1000 + "ok 1", "\\" * 1_000_000,
-                                  "TAP version " + "1" * 10_000,
-                                  "ok 1\n  ---\n" + "  a\n" * 500_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 10_000_000,
+        "# " * 5_000_000,
+        "ok 1 " + "# " * 5_000_000,
+        "1.." + "9" * 1_000_000,
+        "ok " + "1" * 1_000_000,
+        "    " * 1000 + "ok 1",
+        "\\" * 1_000_000,
+        "TAP version " + "1" * 10_000,
+        "ok 1\n  ---\n" + "  a\n" * 500_000,
+    ],
+)
 def test_no_line_is_too_long(text: str) -> None:
     assert not tap.parse(text).passed
 
 
-fragments = st.sampled_from(["ok", "not ok", " 1", " 2", "1..", "2", "\n", "\n    ", "\n  ---\n", "  ...\n",
-                             "# TODO", "# skip", "#", "Bail out!", "TAP version ", "13", "{", "}", "\r\n", "\\", " - ",
-                             "\0", "\ud800"])
+fragments = st.sampled_from(
+    [
+        "ok",
+        "not ok",
+        " 1",
+        " 2",
+        "1..",
+        "2",
+        "\n",
+        "\n    ",
+        "\n  ---\n",
+        "  ...\n",
+        "# TODO",
+        "# skip",
+        "#",
+        "Bail out!",
+        "TAP version ",
+        "13",
+        "{",
+        "}",
+        "\r\n",
+        "\\",
+        " - ",
+        "\0",
+        "\ud800",
+    ]
+)
 
 
 @settings(max_examples=400, deadline=None)
-@given(text=st.text() | st.binary().map(lambda data: data.decode(errors="replace")) | st.lists(fragments).map("".join),
-       status=st.none() | st.integers())
+@given(
+    text=st.text() | st.binary().map(lambda data: data.decode(errors="replace")) | st.lists(fragments).map("".join),
+    status=st.none() | st.integers(),
+)
 def test_anything_is_judged(text: str, status: int | None) -> None:
     report = tap.parse(text, status)
     assert isinstance(report.passed, bool)
@@ -178,11 +230,14 @@ def test_what_test_more_prints_is_read() -> None:
 
 @pytest.mark.skipif(not shutil.which("node"), reason="no node")
 def test_what_node_test_prints_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.mjs").write_text("import test from 'node:test';\n"
-                                    "test('o', async t => { await t.test('i', () => {}) });\n"
-                                    "test('s', {skip: 'why'}, () => {}); test('t', {todo: true}, () => { throw 1 });\n")
-    done = subprocess.run(["node", "--test-reporter=tap", "a.mjs"], capture_output=True, text=True, check=False,
-                          cwd=tmp_path)
+    (tmp_path / "a.mjs").write_text(
+        "import test from 'node:test';\n"
+        "test('o', async t => { await t.test('i', () => {}) });\n"
+        "test('s', {skip: 'why'}, () => {}); test('t', {todo: true}, () => { throw 1 });\n"
+    )
+    done = subprocess.run(
+        ["node", "--test-reporter=tap", "a.mjs"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     report = tap.parse(done.stdout)
     assert report.problems == ()
     assert [test.directive for test in report.tests] == [None, "skip", "todo"]

@@ -12,8 +12,11 @@ from toto.report.report import Report, Reverted, RunDied
 
 COMMIT = Commit("1234567890" * 4, "a page of its own", "Ada", "ada@example.org")
 LINK = "http://toto:4200/runs/flow-run/1"
-TESTS = TotoError("smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 - it says welcome\n    got: 502",
-                  target="b", hint="fix it, and push again")
+TESTS = TotoError(
+    "smoke tests failed: 10-page: 1 of 2 tests failed\n  not ok 2 - it says welcome\n    got: 502",
+    target="b",
+    hint="fix it, and push again",
+)
 
 
 def message(of: Report) -> Message:
@@ -31,7 +34,9 @@ def test_a_failed_roll_out_reads_like_this() -> None:
     made.outcome["a"] = "deployed"
     made.failure("b", "roll-out", TESTS)
     made.reverted = [Reverted("b", "/nix/store/x"), Reverted("a", "/nix/store/y")]
-    assert f"{message(made).title}\n\n{message(made).text()}" == """\
+    assert (
+        f"{message(made).title}\n\n{message(made).text()}"
+        == """\
 [infra] b: roll-out failed
 
 b: roll-out failed: smoke tests failed: 10-page: 1 of 2 tests failed
@@ -43,10 +48,13 @@ b, a reverted
 
 12345678 a page of its own (Ada)
 http://toto:4200/runs/flow-run/1"""
+    )
 
 
 def test_slack_reads_like_this() -> None:
-    assert failed().text(SLACK) == """\
+    assert (
+        failed().text(SLACK)
+        == """\
 *b: rehearsal failed: smoke tests failed: 10-page: 1 of 2 tests failed*
 ```
 not ok 2 - it says welcome
@@ -58,6 +66,7 @@ next: fix it, and push again
 
 12345678 a page of its own (Ada)
 <http://toto:4200/runs/flow-run/1|the run>"""
+    )
 
 
 def test_what_could_not_be_reverted_comes_first() -> None:
@@ -68,11 +77,14 @@ def test_what_could_not_be_reverted_comes_first() -> None:
     assert message(made).text().startswith("b COULD NOT BE REVERTED: ssh does not reach it\n")
 
 
-@pytest.mark.parametrize(("outcome", "state", "title"), [
-    ({"a": "deployed", "b": "verified"}, "done", "[infra] a deployed"),
-    ({"a": "deployed", "b": "unreachable"}, "partial", "[infra] b: unreachable"),
-    ({"a": "verified", "b": "verified"}, "done", "[infra] a, b verified"),
-])
+@pytest.mark.parametrize(
+    ("outcome", "state", "title"),
+    [
+        ({"a": "deployed", "b": "verified"}, "done", "[infra] a deployed"),
+        ({"a": "deployed", "b": "unreachable"}, "partial", "[infra] b: unreachable"),
+        ({"a": "verified", "b": "verified"}, "done", "[infra] a, b verified"),
+    ],
+)
 def test_what_became_of_a_run_is_in_the_title(outcome: dict[str, str], state: str, title: str) -> None:
     made = report("a", "b")
     made.outcome |= outcome
@@ -125,16 +137,22 @@ def test_colours_of_a_terminal_are_left_out() -> None:
     assert clean("\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\\tend") == "red link    end"
 
 
-@pytest.mark.parametrize(("one", "other", "same"), [
-    ("s: 1 of 2 failed\n  not ok 2 - x\n    at 12:03", "s: 1 of 2 failed\n  not ok 2 - x\n    at 12:05", True),
-    ("s: 1 of 2 failed\n  not ok 2 - welcome", "s: 1 of 2 failed\n  not ok 1 - runs", False),
-    ("s: 2 failed\n  not ok 2 - a\n  not ok 1 - b", "s: 2 failed\n  not ok 1 - b\n  not ok 2 - a", True),
-    ("did not end within 300 s", "did not end within 301 s", True),
-    (f"`cp /nix/store/{'0' * 32}-a` failed", f"`cp /nix/store/{'1' * 32}-a` failed", True),
-    ("does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'x'",
-     "does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'y'", False),
-    ("the disk is full", "the network is down", False),
-])
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("s: 1 of 2 failed\n  not ok 2 - x\n    at 12:03", "s: 1 of 2 failed\n  not ok 2 - x\n    at 12:05", True),
+        ("s: 1 of 2 failed\n  not ok 2 - welcome", "s: 1 of 2 failed\n  not ok 1 - runs", False),
+        ("s: 2 failed\n  not ok 2 - a\n  not ok 1 - b", "s: 2 failed\n  not ok 1 - b\n  not ok 2 - a", True),
+        ("did not end within 300 s", "did not end within 301 s", True),
+        (f"`cp /nix/store/{'0' * 32}-a` failed", f"`cp /nix/store/{'1' * 32}-a` failed", True),
+        (
+            "does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'x'",
+            "does not evaluate (hosts/a.nix:3):\nerror: undefined variable 'y'",
+            False,
+        ),
+        ("the disk is full", "the network is down", False),
+    ],
+)
 def test_the_same_failure_has_the_same_key(one: str, other: str, same: bool) -> None:
     assert (Problem.of("a", "x failed", one).key == Problem.of("a", "x failed", other).key) is same
 

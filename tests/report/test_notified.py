@@ -18,8 +18,13 @@ from toto.report.notified import Known
 from toto.report.report import Reverted
 
 
-def run(*, fails: str = "", why: str = "not ok 1 - welcome", ends: dict[str, str] | None = None,
-        plan: tuple[str, ...] = ("a", "b")) -> Message:
+def run(
+    *,
+    fails: str = "",
+    why: str = "not ok 1 - welcome",
+    ends: dict[str, str] | None = None,
+    plan: tuple[str, ...] = ("a", "b"),
+) -> Message:
     """A run of a and b in which one fails its roll-out and both are reverted, or that ends like that."""
     of = report(*plan)
     of.outcome |= ends or {}
@@ -55,20 +60,29 @@ def heard(*runs: Message) -> list[str | None]:
 NOTHING = message(report())
 
 
-@pytest.mark.parametrize(("runs", "expected"), [
-    ([run(fails="b"), run(fails="b"), run(fails="b")], ["failed", None, None]),
-    ([run(fails="b"), run(fails="b", why="not ok 2 - other"), run(fails="b")], ["failed", "failed", "failed"]),
-    ([run(fails="b"), run(fails="a"), run(fails="b")], ["failed", "failed", None]),
-    ([run(fails="b"), run(ends=DONE), run(ends=DONE), run(fails="b")], ["failed", "recovered", "done", "failed"]),
-    ([run(fails="b"), NOTHING, NOTHING], ["failed", "recovered", None]),  # a push went back to what is deployed
-    ([NOTHING], [None]),
-    ([run(ends={"a": "deployed", "b": "unreachable"}), run(ends={"b": "unreachable"}, plan=("b",)),
-      run(ends={"b": "deployed"}, plan=("b",))], ["partial", None, "recovered"]),
-    # policy `partial`: the others go on, and the failure is no news
-    ([partly("b"), partly("b")], ["failed", None]),
-    # a rehearsal alone repairs nothing
-    ([run(fails="b"), run()], ["failed", None]),
-])
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([run(fails="b"), run(fails="b"), run(fails="b")], ["failed", None, None]),
+        ([run(fails="b"), run(fails="b", why="not ok 2 - other"), run(fails="b")], ["failed", "failed", "failed"]),
+        ([run(fails="b"), run(fails="a"), run(fails="b")], ["failed", "failed", None]),
+        ([run(fails="b"), run(ends=DONE), run(ends=DONE), run(fails="b")], ["failed", "recovered", "done", "failed"]),
+        ([run(fails="b"), NOTHING, NOTHING], ["failed", "recovered", None]),  # a push went back to what is deployed
+        ([NOTHING], [None]),
+        (
+            [
+                run(ends={"a": "deployed", "b": "unreachable"}),
+                run(ends={"b": "unreachable"}, plan=("b",)),
+                run(ends={"b": "deployed"}, plan=("b",)),
+            ],
+            ["partial", None, "recovered"],
+        ),
+        # policy `partial`: the others go on, and the failure is no news
+        ([partly("b"), partly("b")], ["failed", None]),
+        # a rehearsal alone repairs nothing
+        ([run(fails="b"), run()], ["failed", None]),
+    ],
+)
 def test_a_venue_hears_what_is_news(runs: list[Message], expected: list[str | None]) -> None:
     assert heard(*runs) == expected
 
@@ -139,10 +153,11 @@ async def test_remembering_what_is_known_makes_no_commit(repo: InfraRepo) -> Non
 async def test_many_writers_lose_nothing(repo: InfraRepo) -> None:
     commit = repo.commit({"a": "1"})
     known = notified.after(run(fails="a"), {})
-    await asyncio.gather(*(notified.remember(repo.bare, {f"venue{number}": known}) for number in range(8)),
-                         *(notified.note(repo.bare, commit, run(fails="a", why=f"not ok {number}"))
-                           for number in range(4)),
-                         *(notified.note(repo.bare, repo.commit({"a": str(number)}), NOTHING) for number in range(4)))
+    await asyncio.gather(
+        *(notified.remember(repo.bare, {f"venue{number}": known}) for number in range(8)),
+        *(notified.note(repo.bare, commit, run(fails="a", why=f"not ok {number}")) for number in range(4)),
+        *(notified.note(repo.bare, repo.commit({"a": str(number)}), NOTHING) for number in range(4)),
+    )
     assert len(await notified.read(repo.bare)) == 8
     assert len(git("notes", "--ref=toto", "list", cwd=repo.bare).splitlines()) == 5
 

@@ -17,14 +17,23 @@ from toto.plan.compare import compare
 from toto.plan.order import Plan
 from toto.report.report import Report, Reverted, Span
 
-FLEET = manifest(Machine(name="a", address="192.0.2.1"), Machine(name="b", address="192.0.2.2", after=("a",)),
-                 Machine(name="c", address="192.0.2.3", after=("b",)))
+FLEET = manifest(
+    Machine(name="a", address="192.0.2.1"),
+    Machine(name="b", address="192.0.2.2", after=("a",)),
+    Machine(name="c", address="192.0.2.3", after=("b",)),
+)
 
 
 def after(name: str, stuck: Collection[str]) -> str | None:
-    return Plan(repo=Path("/r"), run="r", commit="c", manifest=FLEET, settings=Settings(),
-                changes=ChangeSet(commit="c", ledger=""),
-                after={name: machine.after for name, machine in FLEET.machines.items()}).held_behind(name, stuck)
+    return Plan(
+        repo=Path("/r"),
+        run="r",
+        commit="c",
+        manifest=FLEET,
+        settings=Settings(),
+        changes=ChangeSet(commit="c", ledger=""),
+        after={name: machine.after for name, machine in FLEET.machines.items()},
+    ).held_behind(name, stuck)
 
 
 def report(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Report:
@@ -45,8 +54,9 @@ def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
     made = report("a", "b", "c")
     made.outcome |= {"a": "unreachable", "c": "deployed"}
     assert made.hold_behind(["b"], after) == []
-    assert made.headline() == ("12345678: c deployed; a unreachable; "
-                               "b held back: it comes after a, which was not rolled out")
+    assert made.headline() == (
+        "12345678: c deployed; a unreachable; b held back: it comes after a, which was not rolled out"
+    )
 
 
 def test_who_comes_after_what_is_held_is_held_too() -> None:
@@ -75,11 +85,16 @@ def test_a_failed_evaluation_is_reported_in_its_own_words() -> None:
     assert "b: evaluation failed: does not evaluate (hosts/b.nix:3)" in made.headline()
 
 
-@pytest.mark.parametrize(("back", "says"), [
-    ([Reverted("b", to="/nix/store/x"), Reverted("a", to="/nix/store/y")], "b, a reverted"),
-    ([Reverted("b", error="ssh does not reach it"), Reverted("a", to="/nix/store/y")],
-     "a reverted; b COULD NOT BE REVERTED"),
-])
+@pytest.mark.parametrize(
+    ("back", "says"),
+    [
+        ([Reverted("b", to="/nix/store/x"), Reverted("a", to="/nix/store/y")], "b, a reverted"),
+        (
+            [Reverted("b", error="ssh does not reach it"), Reverted("a", to="/nix/store/y")],
+            "a reverted; b COULD NOT BE REVERTED",
+        ),
+    ],
+)
 def test_a_revert_says_what_failed_and_what_was_reverted(back: list[Reverted], says: str) -> None:
     made = report("a", "b")
     made.outcome["a"] = "deployed"
@@ -102,13 +117,20 @@ def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
 
 def test_the_timing_is_a_picture() -> None:
     made = report("a", "b")
-    made.spans = [Span("bb", "rehearse", 10, 20), Span("a", "rehearse", 10, 40), Span("a", "roll out", 40, 50.04),
-                  Span("a", "reverted", 50.04, 50.05)]
-    assert made.timing(8) == """\
+    made.spans = [
+        Span("bb", "rehearse", 10, 20),
+        Span("a", "rehearse", 10, 40),
+        Span("a", "roll out", 40, 50.04),
+        Span("a", "reverted", 50.04, 50.05),
+    ]
+    assert (
+        made.timing(8)
+        == """\
 bb: rehearse  ██          10.0 s
 a: rehearse   ██████      30.0 s
 a: roll out         ██    10.0 s
 a: reverted           █    0.0 s"""
+    )
     assert report("a").timing() == ""
     with made.timed("a", "verify"):
         pass

@@ -50,8 +50,15 @@ def slack(server: HttpServer, **options: object) -> Slack:
 
 
 def mail(port: int, **options: object) -> Mail:
-    made = Mail(name="post", host="127.0.0.1", port=port, security="none", sender="toto@example.org",
-                to=("ada@example.org", "bob@example.org"), pauses=(0, 0))
+    made = Mail(
+        name="post",
+        host="127.0.0.1",
+        port=port,
+        security="none",
+        sender="toto@example.org",
+        to=("ada@example.org", "bob@example.org"),
+        pauses=(0, 0),
+    )
     return replace(made, **options)  # type: ignore[arg-type]
 
 
@@ -72,7 +79,10 @@ async def test_slack_gets_one_text_with_its_formatting(server: HttpServer) -> No
     [request] = server.requests
     assert request.path == f"/services/T0/{SECRET}"
     assert json.loads(request.body) == {
-        "text": f"🔴 *{failed().title}*\n{failed().text(SLACK)}", "unfurl_links": False, "unfurl_media": False}
+        "text": f"🔴 *{failed().title}*\n{failed().text(SLACK)}",
+        "unfurl_links": False,
+        "unfurl_media": False,
+    }
 
 
 async def test_a_webhook_gets_json_with_a_signature_of_its_body(server: HttpServer) -> None:
@@ -90,15 +100,28 @@ async def test_a_webhook_without_a_secret_is_not_signed(server: HttpServer) -> N
     assert "X-Hub-Signature-256" not in server.requests[0].headers
 
 
-@pytest.mark.parametrize(("message", "priority", "tag"), [
-    (DONE, "2", "white_check_mark"), (failed(), "4", "rotating_light"), (STUCK, "5", "rotating_light"),
-    (replace(DONE, state="partial"), "3", "warning"), (replace(DONE, state="recovered"), "3", "white_check_mark")])
-async def test_ntfy_gets_a_title_and_the_right_priority(server: HttpServer, message: Message, priority: str,
-                                                        tag: str) -> None:
+@pytest.mark.parametrize(
+    ("message", "priority", "tag"),
+    [
+        (DONE, "2", "white_check_mark"),
+        (failed(), "4", "rotating_light"),
+        (STUCK, "5", "rotating_light"),
+        (replace(DONE, state="partial"), "3", "warning"),
+        (replace(DONE, state="recovered"), "3", "white_check_mark"),
+    ],
+)
+async def test_ntfy_gets_a_title_and_the_right_priority(
+    server: HttpServer, message: Message, priority: str, tag: str
+) -> None:
     await Ntfy(name="phone", url=f"{server.address}/topic", token=SECRET).send(message)
     [request] = server.requests
     assert {name: request.headers[name] for name in ("Title", "Priority", "Tags", "Click", "Authorization")} == {
-        "Title": message.title, "Priority": priority, "Tags": tag, "Click": LINK, "Authorization": f"Bearer {SECRET}"}
+        "Title": message.title,
+        "Priority": priority,
+        "Tags": tag,
+        "Click": LINK,
+        "Authorization": f"Bearer {SECRET}",
+    }
     assert request.body.decode() == message.text()
 
 
@@ -120,8 +143,9 @@ async def test_nothing_in_a_message_makes_another_header(server: HttpServer) -> 
         assert not {"bcc", "x-evil", "click"} & {name.lower() for name in request.headers}
 
 
-async def test_no_address_and_no_secret_is_logged_by_anyone(server: HttpServer, trusted: tuple[Path, Path],
-                                                            caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_address_and_no_secret_is_logged_by_anyone(
+    server: HttpServer, trusted: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     await slack(server).send(DONE)
     await Webhook(name="hook", url=f"{server.address}/{SECRET}", secret=SECRET).send(DONE)
@@ -154,12 +178,14 @@ async def test_a_redirect_is_not_followed(server: HttpServer) -> None:
     with http_server() as other:
         server.answers, server.location = [(307, "")], f"{other.address}/elsewhere"
         assert "redirects are not followed" in await refused(
-            Ntfy(name="phone", url=f"{server.address}/{SECRET}", token=SECRET))
+            Ntfy(name="phone", url=f"{server.address}/{SECRET}", token=SECRET)
+        )
         assert other.requests == []
 
 
-async def test_no_proxy_and_no_netrc_of_the_environment_is_used(server: HttpServer, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_proxy_and_no_netrc_of_the_environment_is_used(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login a password {SECRET}\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
@@ -180,9 +206,23 @@ async def test_a_server_that_never_ends_its_answer_is_given_up() -> None:
         await refused(venue)
 
 
-@pytest.mark.parametrize("url", [
-    "ftp://x/", "file:///etc/passwd", "x", "", "http://", f"http://toto:{SECRET}@127.0.0.1/", "http://127.0.0.1:x/",
-    "http://127.0.0.1:99999/", "http://127.0.0.1/a b", "http://127.0.0.1/\r\nX: y", "http://[::1/", "http://ü/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x/",
+        "file:///etc/passwd",
+        "x",
+        "",
+        "http://",
+        f"http://toto:{SECRET}@127.0.0.1/",
+        "http://127.0.0.1:x/",
+        "http://127.0.0.1:99999/",
+        "http://127.0.0.1/a b",
+        "http://127.0.0.1/\r\nX: y",
+        "http://[::1/",
+        "http://ü/",
+    ],
+)
 async def test_an_error_about_a_wrong_address_does_not_quote_it(url: str) -> None:
     assert "its address is no http(s) address" in await refused(Webhook(name="hook", url=url, pauses=()))
 
@@ -210,7 +250,10 @@ async def test_a_mail_has_subject_text_and_a_stable_id() -> None:
         await mail(post.port).send(failed())
     [sent] = post.mails
     assert (sent["Subject"], sent["From"], sent["To"]) == (
-        "[infra] b: rehearsal failed", "toto@example.org", "ada@example.org, bob@example.org")
+        "[infra] b: rehearsal failed",
+        "toto@example.org",
+        "ada@example.org, bob@example.org",
+    )
     assert sent["Message-ID"] == f"<{failed().id}@example.org>"
     assert sent["Auto-Submitted"] == "auto-generated"
     assert sent.get_content().replace("\r\n", "\n").rstrip("\n") == failed().text()
@@ -220,8 +263,9 @@ async def test_a_mail_has_subject_text_and_a_stable_id() -> None:
 @pytest.mark.parametrize("tls", [False, True])
 async def test_mail_goes_by_tls_with_a_login(trusted: tuple[Path, Path], tls: bool) -> None:
     async with smtp_server(trusted, tls=tls, password=SECRET) as post:
-        await mail(post.port, host="localhost", security="tls" if tls else "starttls", user="toto",
-                   password=SECRET).send(DONE)
+        await mail(
+            post.port, host="localhost", security="tls" if tls else "starttls", user="toto", password=SECRET
+        ).send(DONE)
     assert len(post.mails) == len(post.logins) == 1
 
 
@@ -292,14 +336,22 @@ async def test_a_mail_server_that_never_comes_to_a_point_is_given_up(words: byte
 
 
 async def test_a_mail_server_that_never_ends_does_not_keep_a_process() -> None:
-    program = ("import asyncio, sys\n"
-               "from tests.report.test_venues import DONE, mail\n"
-               "from toto.report.venues import VenueFailed\n"
-               "try: asyncio.run(mail(int(sys.argv[1]), timeout=0.5, pauses=()).send(DONE))\n"
-               "except VenueFailed: print('given up')\n")
+    program = (
+        "import asyncio, sys\n"
+        "from tests.report.test_venues import DONE, mail\n"
+        "from toto.report.venues import VenueFailed\n"
+        "try: asyncio.run(mail(int(sys.argv[1]), timeout=0.5, pauses=()).send(DONE))\n"
+        "except VenueFailed: print('given up')\n"
+    )
     async with talkative_server(b"220-hello\r\n") as port:
-        done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(port)],
-                                       capture_output=True, text=True, timeout=60, check=False)
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", program, str(port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr
 
 
@@ -310,22 +362,35 @@ MACHINES = {"a": ["team-a"], "b": ["team-a", "team-b"], "c": []}
 FLEET = ["ops", "team-b"]
 
 
-@pytest.mark.parametrize(("origin", "named", "expected"), [
-    ("push", [], Audience((), "Ada@Example.org", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
-    ("schedule", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
-    ("flying-monkey", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
-    ("ui", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": {"b"}})),
-    ("notebook", ["me", "team-a", "me"], Audience(("me", "team-a"), "", {"team-b": {"b"}})),
-])
+@pytest.mark.parametrize(
+    ("origin", "named", "expected"),
+    [
+        ("push", [], Audience((), "Ada@Example.org", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
+        ("schedule", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
+        ("flying-monkey", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
+        ("ui", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": {"b"}})),
+        ("notebook", ["me", "team-a", "me"], Audience(("me", "team-a"), "", {"team-b": {"b"}})),
+    ],
+)
 def test_the_result_goes_to_where_the_run_came_from(origin: str, named: list[str], expected: Audience) -> None:
     assert venues_for(origin, "Ada@Example.org", MACHINES, FLEET, named, ["example.org"]) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("committer", "allowed", "written"), [
-    ("ada@example.org", ["example.org"], True), ("ada@example.org", ["ada@example.org"], True),
-    ("bob@example.org", ["ada@example.org"], False), ("ada@sub.example.org", ["example.org"], False),
-    ("ada@notexample.org", ["example.org"], False), ("ada@example.org", [], False), ("", ["example.org"], False),
-    ("example.org", ["example.org"], False), ("a@b@example.org", ["example.org"], False),
-    ("x\nBcc: y@example.org", ["example.org"], False), ("ada@example.org, x@y", ["example.org", "y"], False)])
+@pytest.mark.parametrize(
+    ("committer", "allowed", "written"),
+    [
+        ("ada@example.org", ["example.org"], True),
+        ("ada@example.org", ["ada@example.org"], True),
+        ("bob@example.org", ["ada@example.org"], False),
+        ("ada@sub.example.org", ["example.org"], False),
+        ("ada@notexample.org", ["example.org"], False),
+        ("ada@example.org", [], False),
+        ("", ["example.org"], False),
+        ("example.org", ["example.org"], False),
+        ("a@b@example.org", ["example.org"], False),
+        ("x\nBcc: y@example.org", ["example.org"], False),
+        ("ada@example.org, x@y", ["example.org", "y"], False),
+    ],
+)
 def test_only_a_pusher_who_is_one_of_us_is_written_to(committer: str, allowed: list[str], written: bool) -> None:
     assert bool(venues_for("push", committer, {}, [], [], allowed).mail) is written

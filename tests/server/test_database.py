@@ -28,11 +28,14 @@ from toto.server.database import Cluster, DatabaseError, Programs
 
 pytestmark = pytest.mark.minutes(2)
 
-SCHEDULED = TINY_DEPLOYMENT + """\
+SCHEDULED = (
+    TINY_DEPLOYMENT
+    + """\
     parameters: {repo: ours}
     schedules:
       - {slug: nightly, cron: "1 2 * * *", timezone: UTC, active: false}
 """
+)
 
 
 @pytest.fixture
@@ -64,9 +67,25 @@ async def test_new_home_gets_a_cluster_that_only_its_user_reaches(home: Path) ->
             assert cluster.folder.stat().st_uid == 0  # its user cannot change who is let in
             for folder in (home, home / "postgres", home.parent):  # even if someone opened the way to it
                 folder.chmod(0o755)
-            refused = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "psql", "-h", cluster.socket, "-U",
-                                      database.USER, database.NAME, "-c", "SELECT 1"], cwd="/", check=False,
-                                     capture_output=True, text=True)
+            refused = subprocess.run(
+                [
+                    "setpriv",
+                    "--reuid=65534",
+                    "--clear-groups",
+                    "psql",
+                    "-h",
+                    cluster.socket,
+                    "-U",
+                    database.USER,
+                    database.NAME,
+                    "-c",
+                    "SELECT 1",
+                ],
+                cwd="/",
+                check=False,
+                capture_output=True,
+                text=True,
+            )
             assert refused.returncode != 0 and "Permission denied" in refused.stderr, refused
     async with (await cluster_of(home)).running(home / "logs" / "database.log"):
         connection = await cluster.connect()
@@ -126,9 +145,18 @@ async def serving(home: Path, root: Path, url: str | None = None) -> AsyncIterat
 
 async def everything(api: Api) -> dict[str, Any]:
     """What an operator would miss, as the API gives it."""
-    asked = {"deployments": {}, "flow_runs": {"sort": "ID_DESC"}, "v2/concurrency_limits": {}, "variables": {},
-             "automations": {}, "block_documents": {"include_secrets": True}, "logs": {}, "artifacts": {},
-             "work_pools": {}, "task_runs": {}}
+    asked = {
+        "deployments": {},
+        "flow_runs": {"sort": "ID_DESC"},
+        "v2/concurrency_limits": {},
+        "variables": {},
+        "automations": {},
+        "block_documents": {"include_secrets": True},
+        "logs": {},
+        "artifacts": {},
+        "work_pools": {},
+        "task_runs": {},
+    }
     found = {}
     for name, body in asked.items():
         rows = await api.call("POST", f"/{name}/filter", body)
@@ -139,8 +167,11 @@ async def everything(api: Api) -> dict[str, Any]:
 
 def _lasting(row: Any) -> Any:
     if isinstance(row, dict):
-        return {key: _lasting(value) for key, value in row.items()
-                if key not in ("updated", "estimated_start_time_delta", "last_polled", "status")}
+        return {
+            key: _lasting(value)
+            for key, value in row.items()
+            if key not in ("updated", "estimated_start_time_delta", "last_polled", "status")
+        }
     return [_lasting(each) for each in row] if isinstance(row, list) else row
 
 
@@ -195,17 +226,34 @@ async def _fill(api: Api, home: Path) -> None:
                 await asyncio.sleep(0.2)
     await api.call("PATCH", path, {"paused": True})
     await api.call("POST", "/variables/", {"name": "fleet", "value": {"é\t\\n": [1, None, True]}})
-    await api.call("POST", "/artifacts/", {"key": "report", "type": "markdown", "data": "a\tb\\n\nü",
-                                           "flow_run_id": run["id"]})
+    await api.call(
+        "POST", "/artifacts/", {"key": "report", "type": "markdown", "data": "a\tb\\n\nü", "flow_run_id": run["id"]}
+    )
     await api.call("POST", "/task_runs/", {"flow_run_id": run["id"], "task_key": "t", "dynamic_key": "0", "name": "t"})
-    await api.call("POST", "/automations/", {
-        "name": "notify", "trigger": {"type": "event", "posture": "Reactive", "expect": ["prefect.flow-run.Failed"],
-                                      "threshold": 1, "within": 10}, "actions": [{"type": "do-nothing"}]})
+    await api.call(
+        "POST",
+        "/automations/",
+        {
+            "name": "notify",
+            "trigger": {
+                "type": "event",
+                "posture": "Reactive",
+                "expect": ["prefect.flow-run.Failed"],
+                "threshold": 1,
+                "within": 10,
+            },
+            "actions": [{"type": "do-nothing"}],
+        },
+    )
     kind = await api.call("GET", "/block_types/slug/secret")
-    schemas = await api.call("POST", "/block_schemas/filter", {
-        "block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})
-    await api.call("POST", "/block_documents/", {
-        "name": "token", "data": {"value": "hush"}, "block_type_id": kind["id"], "block_schema_id": schemas[0]["id"]})
+    schemas = await api.call(
+        "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}}
+    )
+    await api.call(
+        "POST",
+        "/block_documents/",
+        {"name": "token", "data": {"value": "hush"}, "block_type_id": kind["id"], "block_schema_id": schemas[0]["id"]},
+    )
 
 
 async def test_move_that_breaks_off_changes_nothing(home: Path) -> None:
@@ -217,8 +265,9 @@ async def test_move_that_breaks_off_changes_nothing(home: Path) -> None:
     assert sorted(each.name for each in home.iterdir()) == ["logs", "prefect.db"]
 
 
-async def test_cluster_goes_to_the_next_major_version(home: Path, for_everyone: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cluster_goes_to_the_next_major_version(
+    home: Path, for_everyone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed = await Programs.installed()
     newest = await newest_postgresql(for_everyone)
     assert newest.major > installed[0].major

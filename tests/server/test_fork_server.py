@@ -50,8 +50,9 @@ class Warm:
 
     async def begin(self, then: str) -> str:
         """Start a run; its id."""
-        run = await self.api.call("POST", f"/deployments/{self.deployment}/create_flow_run", {
-            "parameters": {"then": then}})
+        run = await self.api.call(
+            "POST", f"/deployments/{self.deployment}/create_flow_run", {"parameters": {"then": then}}
+        )
         return str(run["id"])
 
     async def who(self, run: str) -> tuple[int, int]:
@@ -83,8 +84,10 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
     async def until_stopped(stop: asyncio.Event, ready: Callable[[], None]) -> None:
         ids = await deployments.deploy(env, root=project)
         log = home / "runs.log"
-        async with (server.running_fork_server(env, log, root=project) as forks,
-                    server.running_worker(env, home / "worker.log", name="warm")):
+        async with (
+            server.running_fork_server(env, log, root=project) as forks,
+            server.running_worker(env, home / "worker.log", name="warm"),
+        ):
             async with asyncio.timeout(60):
                 while not (home / fork_server.NAME).exists():
                     await asyncio.sleep(0.1)
@@ -96,8 +99,9 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
         yield made[0]
 
 
-@pytest.mark.logs(r"exited with status code: (7|-11|137)", "ValueError: on purpose",
-                  reason="runs that end in every way")
+@pytest.mark.logs(
+    r"exited with status code: (7|-11|137)", "ValueError: on purpose", reason="runs that end in every way"
+)
 async def test_runs_are_forks_and_end_as_they_end(warm: Warm) -> None:
     runs = {then: await warm.begin(then) for then in ("end", "raise", "exit", "crash")}
     assert (await until(warm.api, runs["end"], {"COMPLETED"}))["state_type"] == "COMPLETED"
@@ -158,19 +162,35 @@ async def test_a_fork_server_that_does_not_answer_is_none(tmp_path: Path) -> Non
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.bind(str(tmp_path / fork_server.NAME))
         silent.listen()
-        program = ("import sys; sys.argv = ['', 'run']; sys.path.append("
-                   f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; fork_server.PATIENCE = 0.3; "
-                   "fork_server.run()")
-        done = await process.run([sys.executable, "-c", program], check=False, timeout=60,
-                                 env=os.environ | {"PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "no id"})
+        program = (
+            "import sys; sys.argv = ['', 'run']; sys.path.append("
+            f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; fork_server.PATIENCE = 0.3; "
+            "fork_server.run()"
+        )
+        done = await process.run(
+            [sys.executable, "-c", program],
+            check=False,
+            timeout=60,
+            env=os.environ | {"PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "no id"},
+        )
     assert done.status == 1 and "Invalid flow run id" in done.stdout + done.stderr
 
 
 def test_the_caller_of_a_worker_imports_little() -> None:
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys; sys.argv = ['', '']; sys.path.append("
-                           f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; "
-                           "print(len(sys.modules), 'prefect' in sys.modules, 'asyncio' in sys.modules)"],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            "import sys; sys.argv = ['', '']; sys.path.append("
+            f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; "
+            "print(len(sys.modules), 'prefect' in sys.modules, 'asyncio' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     count, *heavy = done.stdout.split()
     assert heavy == ["False", "False"]
     assert int(count) < 120

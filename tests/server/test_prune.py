@@ -16,8 +16,11 @@ def test_what_is_old_goes_and_what_is_young_stays(tmp_path: Path, monkeypatch: p
     state = paths.repo_state(repo)
     kept: list[Path] = []
     old: list[Path] = []
-    for folder, name in ((home / "results", "toto-rehearsal-v1-x"), (state / "junit", "web1.smoke.xml"),
-                         (repo / "toto" / "spool", "1-abc.json.refused")):
+    for folder, name in (
+        (home / "results", "toto-rehearsal-v1-x"),
+        (state / "junit", "web1.smoke.xml"),
+        (repo / "toto" / "spool", "1-abc.json.refused"),
+    ):
         folder.mkdir(parents=True)
         for group, prefix in ((kept, "1"), (old, "2")):
             file = folder / f"{prefix}{name}"

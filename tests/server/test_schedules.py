@@ -34,8 +34,9 @@ class Toto:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Part]:
-        part = await Part.begin(deployments.ROOT, self.home, self.port, "--sqlite", TOTO_STATE=str(self.state),
-                                TOTO_REPO=str(self.repo))
+        part = await Part.begin(
+            deployments.ROOT, self.home, self.port, "--sqlite", TOTO_STATE=str(self.state), TOTO_REPO=str(self.repo)
+        )
         try:
             yield part
             await part.end()
@@ -46,15 +47,27 @@ class Toto:
         """By deployment, the path of its schedule and what it says; those that have one."""
         found = await self.api.call("POST", "/deployments/filter", {})
         flows = {each["id"]: each["name"] for each in await self.api.call("POST", "/flows/filter", {})}
-        return {f"{flows[each['flow_id']]}/{each['name']}": (f"/deployments/{each['id']}/schedules/{schedule['id']}",
-                                                             schedule)
-                for each in found for schedule in each["schedules"]}
+        return {
+            f"{flows[each['flow_id']]}/{each['name']}": (
+                f"/deployments/{each['id']}/schedules/{schedule['id']}",
+                schedule,
+            )
+            for each in found
+            for schedule in each["schedules"]
+        }
 
     async def runs(self, deployment_path: str, *states: str, name: str | None = None) -> list[dict[str, Any]]:
         """The runs that a schedule's deployment got from its schedule, and that are in one of the states."""
-        found = await self.api.call("POST", "/flow_runs/filter", {
-            "flow_runs": {"deployment_id": {"any_": [deployment_path.split("/")[2]]},
-                          "state": {"type": {"any_": list(states)}}}})
+        found = await self.api.call(
+            "POST",
+            "/flow_runs/filter",
+            {
+                "flow_runs": {
+                    "deployment_id": {"any_": [deployment_path.split("/")[2]]},
+                    "state": {"type": {"any_": list(states)}},
+                }
+            },
+        )
         return [each for each in found if each["auto_scheduled"] and name in (None, each["state_name"])]
 
 
@@ -70,8 +83,11 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
     async with toto.running():
         # Scripts still call it by its old name, and its parameter.
         env = {**os.environ, "PREFECT_API_URL": toto.api.url, "PREFECT_HOME": str(tmp_path / "prefect")}
-        done = await process.run([sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p",
-                                  "again=true", "--watch"], env=env, timeout=120)
+        done = await process.run(
+            [sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p", "again=true", "--watch"],
+            env=env,
+            timeout=120,
+        )
         [run] = await toto.api.call("POST", "/flow_runs/filter", {"deployments": {"name": {"any_": ["toto"]}}})
         assert run["state_type"] == "COMPLETED", done.stdout
         assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
@@ -91,8 +107,9 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
                     await asyncio.sleep(0.5)
             [*_, run] = await toto.runs(path, "COMPLETED")
             tip = pusher.git("rev-parse", "HEAD")[:8]
-            assert run["name"] == (f"infra {tip} (schedule)" if name == "reconcile/reconcile"
-                                   else f"{name.split('/')[0]} infra")
+            assert run["name"] == (
+                f"infra {tip} (schedule)" if name == "reconcile/reconcile" else f"{name.split('/')[0]} infra"
+            )
             if name != "prune/prune":  # that one goes on
                 await toto.api.call("PATCH", path, {"active": False})
         assert (toto.home / "tmp" / "runner_storage").is_dir()  # and not in /tmp, where one user would have it for all
@@ -117,7 +134,8 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
         for name, (path, schedule) in before.items():
             assert after[name][0] == path
             assert {key: after[name][1][key] for key in ("active", "schedule", "slug")} == {
-                key: schedule[key] for key in ("active", "schedule", "slug")}, name
+                key: schedule[key] for key in ("active", "schedule", "slug")
+            }, name
         assert (await toto.api.call("GET", drift.partition("/schedules")[0]))["paused"] is True
         assert (await toto.api.call("GET", prune.partition("/schedules")[0]))["parameters"] == changed["parameters"]
         assert "skipped" in part.said

@@ -46,8 +46,10 @@ async def until(api: Api, run: str, states: set[str], seconds: float = 120) -> d
 async def has_spoken(api: Api, run: str) -> None:
     """Wait for what the stand-in flow prints. (Prefect sends logs in batches.)"""
     async with asyncio.timeout(120):
-        while not any(line["message"].startswith("first line") for line in await api.call(
-                "POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})):
+        while not any(
+            line["message"].startswith("first line")
+            for line in await api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+        ):
             await asyncio.sleep(0.1)
 
 
@@ -60,8 +62,9 @@ async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIt
 
 
 async def test_push_starts_the_flow(prefect_server: PrefectServer, deployed: str, tmp_path: Path) -> None:
-    repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, ui_url="http://ui",
-                                 deployment_id=deployed)
+    repo = await git_host.create(
+        tmp_path / "infra.git", api_url=prefect_server.api_url, ui_url="http://ui", deployment_id=deployed
+    )
     output = Pusher(tmp_path / "clone", repo).push()
     found = re.search(r"http://ui/runs/flow-run/(\S+)", output)
     assert found, output
@@ -79,11 +82,14 @@ async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny
 
 
 async def test_deployment_of_an_older_toto_keeps_its_schedules_and_gets_new_ones(
-        prefect_server: PrefectServer, tiny_project: Path) -> None:
+    prefect_server: PrefectServer, tiny_project: Path
+) -> None:
     api, file = prefect_server.api, tiny_project / "prefect.yaml"
     plain = file.read_text().replace("name: reconcile\n", "name: scheduled\n", 1)
-    nightly, weekly = ('      - {slug: %s, cron: "%s", active: false}\n' % each  # noqa: UP031
-                       for each in (("nightly", "1 2 * * *"), ("weekly", "1 2 * * 0")))
+    nightly, weekly = (
+        '      - {slug: %s, cron: "%s", active: false}\n' % each  # noqa: UP031
+        for each in (("nightly", "1 2 * * *"), ("weekly", "1 2 * * 0"))
+    )
     file.write_text(f"{plain}    schedules:\n{nightly}")
     path = f"/deployments/{(await deployments.deploy(prefect_server.env, root=tiny_project))['reconcile/scheduled']}"
     [schedule] = (await api.call("GET", path))["schedules"]
@@ -93,8 +99,10 @@ async def test_deployment_of_an_older_toto_keeps_its_schedules_and_gets_new_ones
     for _ in range(2):
         file.write_text(f"{plain}    schedules:\n{nightly}{weekly}")
         await deployments.deploy(prefect_server.env, root=tiny_project)
-        found = {each["slug"]: (each["active"], each["schedule"]["cron"])
-                 for each in (await api.call("GET", path))["schedules"]}
+        found = {
+            each["slug"]: (each["active"], each["schedule"]["cron"])
+            for each in (await api.call("GET", path))["schedules"]
+        }
         assert (await api.call("GET", path))["global_concurrency_limit"]["limit"] == 1
         assert found == {"nightly": (True, "5 5 * * *"), "weekly": (False, "1 2 * * 0")}
     await api.call("DELETE", path)
@@ -109,8 +117,9 @@ async def test_a_work_queue_is_paused_and_goes_on_on_sqlite(prefect_server: Pref
         assert queue["is_paused"] is paused
 
 
-async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServer, deployed: str,
-                                                     tmp_path: Path) -> None:
+async def test_same_request_sent_twice_makes_one_run(
+    prefect_server: PrefectServer, deployed: str, tmp_path: Path
+) -> None:
     repo = await git_host.create(tmp_path / "infra.git", api_url=prefect_server.api_url, deployment_id=deployed)
     request = repo / "toto" / "spool" / f"1-{'a' * 40}.json"
     body = '{"parameters":{"repo":"x"},"idempotency_key":"%s"}' % tmp_path.name  # noqa: UP031
@@ -119,10 +128,12 @@ async def test_same_request_sent_twice_makes_one_run(prefect_server: PrefectServ
     request.write_text(body)
     assert await git_host.drain_spool(repo) == once
     # No worker of a later test is to find it.
-    for each in await prefect_server.api.call("POST", "/flow_runs/filter", {
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}):
-        await prefect_server.api.call("POST", f"/flow_runs/{each['id']}/set_state",
-                                      {"state": {"type": "CANCELLED"}, "force": True})
+    for each in await prefect_server.api.call(
+        "POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    ):
+        await prefect_server.api.call(
+            "POST", f"/flow_runs/{each['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True}
+        )
 
 
 async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectServer, tiny_project: Path) -> None:
@@ -130,8 +141,9 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
     ids = await deployments.deploy(prefect_server.env, root=tiny_project)
 
     async def run(state: str) -> str:
-        made = await api.call("POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run",
-                              {"parameters": {"repo": "x"}})
+        made = await api.call(
+            "POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run", {"parameters": {"repo": "x"}}
+        )
         # Prefect itself cancels at once what no worker ever took.
         await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": "1"})
         await api.call("POST", f"/flow_runs/{made['id']}/set_state", {"state": {"type": state}, "force": True})
@@ -144,14 +156,16 @@ async def test_run_of_a_dead_worker_is_settled_at_start(prefect_server: PrefectS
     await api.call("POST", f"/flow_runs/{pending}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
-async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: PrefectServer,
-                                                                tiny_project: Path) -> None:
+async def test_run_that_has_fallen_silent_crashes_and_no_other(
+    prefect_server: PrefectServer, tiny_project: Path
+) -> None:
     api = prefect_server.api
     ids = await deployments.deploy(prefect_server.env, root=tiny_project)
 
     async def run(state: str = "RUNNING", process: str = "elsewhere:1") -> str:
-        made = await api.call("POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run",
-                              {"parameters": {"repo": "x"}})
+        made = await api.call(
+            "POST", f"/deployments/{ids['reconcile/reconcile']}/create_flow_run", {"parameters": {"repo": "x"}}
+        )
         await api.call("PATCH", f"/flow_runs/{made['id']}", {"infrastructure_pid": process})
         for each in ("RUNNING", state):
             await api.call("POST", f"/flow_runs/{made['id']}/set_state", {"state": {"type": each}, "force": True})
@@ -162,11 +176,21 @@ async def test_run_that_has_fallen_silent_crashes_and_no_other(prefect_server: P
     gone = await run(process=f"{socket.gethostname()}:{2**22 + 1}")
     await asyncio.sleep(2)
     beat = time.time()
-    await api.call("POST", "/events", [{
-        "occurred": datetime.now(UTC).isoformat(), "event": "prefect.flow-run.heartbeat", "id": str(uuid.uuid4()),
-        "resource": {"prefect.resource.id": f"prefect.flow-run.{heard}"}}])
-    stored = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]},
-                         "resource": {"id": [f"prefect.flow-run.{heard}"]}}}
+    await api.call(
+        "POST",
+        "/events",
+        [
+            {
+                "occurred": datetime.now(UTC).isoformat(),
+                "event": "prefect.flow-run.heartbeat",
+                "id": str(uuid.uuid4()),
+                "resource": {"prefect.resource.id": f"prefect.flow-run.{heard}"},
+            }
+        ],
+    )
+    stored = {
+        "filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "resource": {"id": [f"prefect.flow-run.{heard}"]}}
+    }
     async with asyncio.timeout(60):
         while not (await api.call("POST", "/events/filter", stored))["events"]:
             await asyncio.sleep(0.2)
@@ -190,15 +214,21 @@ async def test_taken_port_is_reported_before_anything_starts(prefect_server: Pre
 
 @pytest.mark.logs("unable to open database file", "Application startup failed", reason="it is started to die")
 async def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
-    env = environment.server_environment(tmp_path / "home", free_port(), database_url="sqlite+aiosqlite:////nowhere/x.db")
+    env = environment.server_environment(
+        tmp_path / "home", free_port(), database_url="sqlite+aiosqlite:////nowhere/x.db"
+    )
     with pytest.raises(ServerError, match="exited with status"):
         async with server.running_server(env, tmp_path / "log"):
             pass
 
 
 def test_environment_keeps_foreign_settings_out(tmp_path: Path) -> None:
-    env = environment.server_environment(tmp_path / "h", 1, auth="a:b", base={
-        "PREFECT_API_URL": "https://elsewhere", "PREFECT_API_KEY": "x", "HOME": "/h"})
+    env = environment.server_environment(
+        tmp_path / "h",
+        1,
+        auth="a:b",
+        base={"PREFECT_API_URL": "https://elsewhere", "PREFECT_API_KEY": "x", "HOME": "/h"},
+    )
     assert env["PREFECT_API_URL"] == "http://127.0.0.1:1/api"
     assert "PREFECT_API_KEY" not in env
     assert env["HOME"] == "/h"
@@ -207,8 +237,9 @@ def test_environment_keeps_foreign_settings_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "nixs"), [({}, None), ({"TMPDIR": "/var/tmp"}, "/var/tmp")])
-def test_nix_builds_where_it_would_without_toto(tmp_path: Path, before: dict[str, str], nixs: str | None,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nix_builds_where_it_would_without_toto(
+    tmp_path: Path, before: dict[str, str], nixs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = environment.server_environment(tmp_path / "h", 1, base=before)
     again = environment.server_environment(tmp_path / "h", 1, base=env)
     for each in (env, again):
@@ -242,11 +273,27 @@ class Part:
     @classmethod
     async def begin(cls, root: Path, home: Path, port: int, *options: str, **variables: str) -> "Part":
         """Start it, and wait until it is ready."""
-        argv = [sys.executable, "-m", "toto.server.serve", "--home", str(home), "--port", str(port),
-                "--root", str(root)]
+        argv = [
+            sys.executable,
+            "-m",
+            "toto.server.serve",
+            "--home",
+            str(home),
+            "--port",
+            str(port),
+            "--root",
+            str(root),
+        ]
         clean_logs.watch(home / "logs")
-        part = cls(subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                    env=os.environ | {"PYTHONPATH": str(deployments.ROOT)} | variables))
+        part = cls(
+            subprocess.Popen(
+                [*argv, *options],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(deployments.ROOT)} | variables,
+            )
+        )
         assert part.process.stdout
         while "toto: ready" not in part.said:
             line = await asyncio.wait_for(asyncio.to_thread(part.process.stdout.readline), 180)
@@ -295,8 +342,9 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
                 await asyncio.sleep(0.5)
         assert len(left) == 1
         [deployment] = (await deployments.deployments(api)).values()
-        long = await api.call("POST", f"/deployments/{deployment}/create_flow_run",
-                              {"parameters": {"repo": "x", "seconds": 300}})
+        long = await api.call(
+            "POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x", "seconds": 300}}
+        )
         await until(api, long["id"], {"RUNNING"})
         await whole.end()
     finally:

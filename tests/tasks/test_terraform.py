@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(shutil.which("terraform") is None, reason="NOT T
 
 
 @pytest.fixture
-async def repo(prefect_server: PrefectServer, tmp_path: Path,
-               monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InfraRepo]:
+async def repo(
+    prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[InfraRepo]:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect"}):
         yield InfraRepo(tmp_path / "repo")
@@ -28,8 +29,10 @@ async def repo(prefect_server: PrefectServer, tmp_path: Path,
 
 async def order(repo: InfraRepo, run: str, a: str, b: str) -> RootOrder:
     """A commit of a root with two resources, and the order of a run for it."""
-    text = "".join(f'resource "terraform_data" "{name}" {{ input = "{value}" }}\n' for name, value in zip("ab", (a, b),
-                                                                                                   strict=True))
+    text = "".join(
+        f'resource "terraform_data" "{name}" {{ input = "{value}" }}\n'
+        for name, value in zip("ab", (a, b), strict=True)
+    )
     commit = repo.commit({"machines.yaml": "machines: []\n", "terraform/main.tf": text})
     (made,) = (await plan.make(repo.bare, commit, run)).orders
     assert isinstance(made, RootOrder)

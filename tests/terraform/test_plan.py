@@ -18,7 +18,7 @@ from toto.terraform.plan import (
     wants_approval,
 )
 
-POISON = "hunter2\nsecond \"line\""
+POISON = 'hunter2\nsecond "line"'
 SECRETS = (POISON, "hunter2", "4242")
 
 
@@ -27,23 +27,42 @@ def change_of(change: dict[str, Any], **entry: Any) -> Change | None:
     return found[0] if found else None
 
 
-@pytest.mark.parametrize(("actions", "entry", "change", "action", "line"), [
-    (["create"], {}, {}, Action.CREATE, "+ a.b"),
-    (["update"], {}, {}, Action.UPDATE, "~ a.b"),
-    (["delete"], {"action_reason": "delete_because_no_resource_config"}, {}, Action.DESTROY,
-     "- a.b (delete because no resource config)"),
-    (["delete", "create"], {"action_reason": "replace_because_cannot_update"}, {"replace_paths": [["a"], ["b", 0]]},
-     Action.REPLACE, "-/+ a.b (because of a, b.0)"),
-    (["create", "delete"], {"action_reason": "replace_because_tainted"}, {}, Action.REPLACE,
-     "-/+ a.b (replace because tainted)"),
-    (["delete"], {"deposed": "1234"}, {}, Action.DESTROY, "- a.b (what is left of an earlier replacement)"),
-    (["forget"], {}, {}, Action.FORGET, ". a.b"),
-    (["no-op"], {"previous_address": "a.old"}, {}, Action.MOVE, "> a.b (was a.old)"),
-    (["no-op"], {}, {"importing": {"id": "7"}}, Action.IMPORT, "< a.b (imported)"),
-    (["update"], {}, {"importing": {"id": "7"}}, Action.UPDATE, "~ a.b (imported)"),
-])
-def test_every_action_has_its_word(actions: list[str], entry: dict[str, Any], change: dict[str, Any], action: Action,
-                                   line: str) -> None:
+@pytest.mark.parametrize(
+    ("actions", "entry", "change", "action", "line"),
+    [
+        (["create"], {}, {}, Action.CREATE, "+ a.b"),
+        (["update"], {}, {}, Action.UPDATE, "~ a.b"),
+        (
+            ["delete"],
+            {"action_reason": "delete_because_no_resource_config"},
+            {},
+            Action.DESTROY,
+            "- a.b (delete because no resource config)",
+        ),
+        (
+            ["delete", "create"],
+            {"action_reason": "replace_because_cannot_update"},
+            {"replace_paths": [["a"], ["b", 0]]},
+            Action.REPLACE,
+            "-/+ a.b (because of a, b.0)",
+        ),
+        (
+            ["create", "delete"],
+            {"action_reason": "replace_because_tainted"},
+            {},
+            Action.REPLACE,
+            "-/+ a.b (replace because tainted)",
+        ),
+        (["delete"], {"deposed": "1234"}, {}, Action.DESTROY, "- a.b (what is left of an earlier replacement)"),
+        (["forget"], {}, {}, Action.FORGET, ". a.b"),
+        (["no-op"], {"previous_address": "a.old"}, {}, Action.MOVE, "> a.b (was a.old)"),
+        (["no-op"], {}, {"importing": {"id": "7"}}, Action.IMPORT, "< a.b (imported)"),
+        (["update"], {}, {"importing": {"id": "7"}}, Action.UPDATE, "~ a.b (imported)"),
+    ],
+)
+def test_every_action_has_its_word(
+    actions: list[str], entry: dict[str, Any], change: dict[str, Any], action: Action, line: str
+) -> None:
     found = change_of({"actions": actions, **change}, **entry)
     assert found is not None and (found.action, found.lines) == (action, [line])
 
@@ -53,27 +72,51 @@ def test_what_changes_nothing_is_not_shown(actions: list[str]) -> None:
     assert change_of({"actions": actions}) is None
 
 
-@pytest.mark.parametrize(("change", "details"), [
-    ({"before": {"a": 1, "b": "x"}, "after": {"a": 2, "b": "x"}}, ["a: 1 → 2"]),
-    ({"before": {"a": None}, "after": {"a": "ü\n"}}, ['a: "ü\\n"']),
-    ({"before": {"a": "x"}, "after": {"a": None}}, ['a: "x" → null']),
-    ({"before": {"t": {"N": "x"}, "l": [1, 2]}, "after": {"t": {"N": "y"}, "l": [1]}},
-     ["l[1]: 2 → null", 't.N: "x" → "y"']),
-    ({"before": {"t": {}, "l": [1]}, "after": {"t": {"N": "x"}, "l": []}}, ['t.N: "x"', "l[0]: 1 → null"]),
-    ({"before": {"t": None}, "after": {"t": {}}}, ["t: {}"]),
-    ({"before": {"a": "x"}, "after": {}, "after_unknown": {"a": True}}, ['a: "x" → (known after apply)']),
-    ({"before": {"t": {"N": "x"}}, "after": {}, "after_unknown": {"t": True}},
-     ["t: (known after apply)", 't.N: "x" → (known after apply)']),
-    ({"before": {"a": "secret"}, "after": {"a": "other"}, "before_sensitive": {"a": True}, "after_sensitive": {}},
-     ["a: (sensitive value) → (sensitive value)"]),
-    ({"before": {"t": {"k1": "x", "k2": "x"}}, "after": {"t": {"k1": "y", "k2": "y"}}, "after_sensitive": {"t": True}},
-     ["t: (sensitive value) → (sensitive value)"]),
-    ({"before": {"a": "x"}, "after": {"a": "y"}, "after_sensitive": True},
-     ["value: (sensitive value) → (sensitive value)"]),
-    ({"before": {}, "after": {"a": POISON, "b": f"<{POISON}>", "n": 14242, "hunter2": 1}},
-     ['a: "******"', 'b: "<******>"', "******: 1", "n: 1******"]),
-    ({"before": {}, "after": {"a": "x" * 1000}}, ['a: "' + "x" * 99 + " … " + "x" * 99 + '"']),
-])
+@pytest.mark.parametrize(
+    ("change", "details"),
+    [
+        ({"before": {"a": 1, "b": "x"}, "after": {"a": 2, "b": "x"}}, ["a: 1 → 2"]),
+        ({"before": {"a": None}, "after": {"a": "ü\n"}}, ['a: "ü\\n"']),
+        ({"before": {"a": "x"}, "after": {"a": None}}, ['a: "x" → null']),
+        (
+            {"before": {"t": {"N": "x"}, "l": [1, 2]}, "after": {"t": {"N": "y"}, "l": [1]}},
+            ["l[1]: 2 → null", 't.N: "x" → "y"'],
+        ),
+        ({"before": {"t": {}, "l": [1]}, "after": {"t": {"N": "x"}, "l": []}}, ['t.N: "x"', "l[0]: 1 → null"]),
+        ({"before": {"t": None}, "after": {"t": {}}}, ["t: {}"]),
+        ({"before": {"a": "x"}, "after": {}, "after_unknown": {"a": True}}, ['a: "x" → (known after apply)']),
+        (
+            {"before": {"t": {"N": "x"}}, "after": {}, "after_unknown": {"t": True}},
+            ["t: (known after apply)", 't.N: "x" → (known after apply)'],
+        ),
+        (
+            {
+                "before": {"a": "secret"},
+                "after": {"a": "other"},
+                "before_sensitive": {"a": True},
+                "after_sensitive": {},
+            },
+            ["a: (sensitive value) → (sensitive value)"],
+        ),
+        (
+            {
+                "before": {"t": {"k1": "x", "k2": "x"}},
+                "after": {"t": {"k1": "y", "k2": "y"}},
+                "after_sensitive": {"t": True},
+            },
+            ["t: (sensitive value) → (sensitive value)"],
+        ),
+        (
+            {"before": {"a": "x"}, "after": {"a": "y"}, "after_sensitive": True},
+            ["value: (sensitive value) → (sensitive value)"],
+        ),
+        (
+            {"before": {}, "after": {"a": POISON, "b": f"<{POISON}>", "n": 14242, "hunter2": 1}},
+            ['a: "******"', 'b: "<******>"', "******: 1", "n: 1******"],
+        ),
+        ({"before": {}, "after": {"a": "x" * 1000}}, ['a: "' + "x" * 99 + " … " + "x" * 99 + '"']),
+    ],
+)
 def test_what_changes_is_shown_and_secrets_are_not(change: dict[str, Any], details: list[str]) -> None:
     found = change_of({"actions": ["update"], **change})
     assert found is not None and sorted(found.details) == sorted(details)
@@ -81,8 +124,10 @@ def test_what_changes_is_shown_and_secrets_are_not(change: dict[str, Any], detai
 
 def test_no_half_of_a_secret_is_shown_when_it_is_cut() -> None:
     secret = "s3cr3t" * 60
-    (found,) = changes_of([{"address": "a.b", "change": {"actions": ["create"], "before": None,
-                                                         "after": {"a": f"begin {secret} end"}}}], [secret])
+    (found,) = changes_of(
+        [{"address": "a.b", "change": {"actions": ["create"], "before": None, "after": {"a": f"begin {secret} end"}}}],
+        [secret],
+    )
     assert found.details == ('a: "begin ****** end"',)
 
 
@@ -92,44 +137,99 @@ def test_of_many_attributes_the_first_are_shown() -> None:
 
 
 def test_outputs_are_shown() -> None:
-    found = outputs_of({"b": {"actions": ["update"], "before": "x", "after": "y", "after_unknown": False,
-                              "before_sensitive": False, "after_sensitive": False},
-                        "a": {"actions": ["create"], "before": None, "after": "y", "after_unknown": False,
-                              "before_sensitive": False, "after_sensitive": True},
-                        "c": {"actions": ["no-op"], "before": 1, "after": 1}}, SECRETS)
-    assert [change.lines for change in found] == [["+ output.a", "    value: (sensitive value)"],
-                                                  ["~ output.b", '    value: "x" → "y"']]
+    found = outputs_of(
+        {
+            "b": {
+                "actions": ["update"],
+                "before": "x",
+                "after": "y",
+                "after_unknown": False,
+                "before_sensitive": False,
+                "after_sensitive": False,
+            },
+            "a": {
+                "actions": ["create"],
+                "before": None,
+                "after": "y",
+                "after_unknown": False,
+                "before_sensitive": False,
+                "after_sensitive": True,
+            },
+            "c": {"actions": ["no-op"], "before": 1, "after": 1},
+        },
+        SECRETS,
+    )
+    assert [change.lines for change in found] == [
+        ["+ output.a", "    value: (sensitive value)"],
+        ["~ output.b", '    value: "x" → "y"'],
+    ]
 
 
 def test_a_state_lists_what_it_manages() -> None:
-    document = {"serial": 7, "lineage": "l", "resources": [
-        {"mode": "managed", "type": "a", "name": "b", "instances": [{}]},
-        {"mode": "managed", "type": "a", "name": "n",
-         "instances": [{"index_key": 0}, {"index_key": 0, "deposed": "1"}]},
-        {"module": 'module.m["x"]', "mode": "managed", "type": "a", "name": "k",
-         "instances": [{"index_key": 'q"${u}%{ü'}, {"index_key": "hunter2"}]},
-        {"mode": "data", "type": "a", "name": "d", "instances": [{}]}]}
-    assert state_of(document, SECRETS) == State(serial=7, lineage="l", resources=(
-        "a.b", "a.n[0]", 'module.m["x"].a.k["q\\"$${u}%%{ü"]', 'module.m["x"].a.k["******"]'))
+    document = {
+        "serial": 7,
+        "lineage": "l",
+        "resources": [
+            {"mode": "managed", "type": "a", "name": "b", "instances": [{}]},
+            {
+                "mode": "managed",
+                "type": "a",
+                "name": "n",
+                "instances": [{"index_key": 0}, {"index_key": 0, "deposed": "1"}],
+            },
+            {
+                "module": 'module.m["x"]',
+                "mode": "managed",
+                "type": "a",
+                "name": "k",
+                "instances": [{"index_key": 'q"${u}%{ü'}, {"index_key": "hunter2"}],
+            },
+            {"mode": "data", "type": "a", "name": "d", "instances": [{}]},
+        ],
+    }
+    assert state_of(document, SECRETS) == State(
+        serial=7,
+        lineage="l",
+        resources=("a.b", "a.n[0]", 'module.m["x"].a.k["q\\"$${u}%%{ü"]', 'module.m["x"].a.k["******"]'),
+    )
     assert state_of(None, ()).empty and state_of({"serial": 0, "lineage": "", "resources": []}, ()).empty
 
 
 def planned(*changes: tuple[str, Action]) -> Planned:
-    return Planned(root="web", file=Path("x"), before=State(), empty=not changes, terraform="1.11.4",
-                   changes=tuple(Change(address=address, action=action) for address, action in changes))
+    return Planned(
+        root="web",
+        file=Path("x"),
+        before=State(),
+        empty=not changes,
+        terraform="1.11.4",
+        changes=tuple(Change(address=address, action=action) for address, action in changes),
+    )
 
 
-MIXED = planned(("a.new", Action.CREATE), ("a.other", Action.UPDATE), ("a.again", Action.REPLACE),
-                ("a.gone", Action.DESTROY), ("a.left", Action.FORGET), ("a.moved", Action.MOVE))
+MIXED = planned(
+    ("a.new", Action.CREATE),
+    ("a.other", Action.UPDATE),
+    ("a.again", Action.REPLACE),
+    ("a.gone", Action.DESTROY),
+    ("a.left", Action.FORGET),
+    ("a.moved", Action.MOVE),
+)
 
 
-@pytest.mark.parametrize(("prevent", "allowed", "doomed"), [
-    ((), (), ()), (("destroy",), (), ("a.again", "a.gone")), (("replace",), (), ("a.again",)),
-    (("destroy", "replace"), ("a.gone",), ("a.again",)), (("destroy",), ("a.again", "a.gone"), ()),
-    (("destroy",), ("a",), ("a.again", "a.gone")),
-])
-def test_a_plan_is_refused_for_what_it_destroys(prevent: tuple[str, ...], allowed: tuple[str, ...],
-                                                doomed: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("prevent", "allowed", "doomed"),
+    [
+        ((), (), ()),
+        (("destroy",), (), ("a.again", "a.gone")),
+        (("replace",), (), ("a.again",)),
+        (("destroy", "replace"), ("a.gone",), ("a.again",)),
+        (("destroy",), ("a.again", "a.gone"), ()),
+        (("destroy",), ("a",), ("a.again", "a.gone")),
+    ],
+)
+def test_a_plan_is_refused_for_what_it_destroys(
+    prevent: tuple[str, ...], allowed: tuple[str, ...], doomed: tuple[str, ...]
+) -> None:
     if not doomed:
         refuse(MIXED, prevent, allowed)
         return
@@ -137,7 +237,8 @@ def test_a_plan_is_refused_for_what_it_destroys(prevent: tuple[str, ...], allowe
         refuse(MIXED, prevent, allowed)
     assert refused.value.addresses == doomed
     assert str(refused.value).startswith(
-        f"terraform/web: the plan would destroy what the settings protect: {', '.join(doomed)}\nnext: ")
+        f"terraform/web: the plan would destroy what the settings protect: {', '.join(doomed)}\nnext: "
+    )
 
 
 def test_who_must_approve() -> None:
@@ -152,7 +253,8 @@ def test_a_plan_is_summed_up_in_a_line() -> None:
     assert MIXED.destroyed == ("a.again", "a.gone") and MIXED.created == ("a.new", "a.again")
     assert planned().summary == "nothing to change"
     assert planned().model_copy(update={"outputs": (Change(address="output.a", action=Action.CREATE),)}).summary == (
-        "1 output to change")
+        "1 output to change"
+    )
 
 
 def test_plans_that_do_the_same_are_the_same() -> None:

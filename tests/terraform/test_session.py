@@ -29,7 +29,7 @@ pytestmark = pytest.mark.minutes(1)
 
 needs_terraform = pytest.mark.skipif(shutil.which("terraform") is None, reason="THERE IS NO TERRAFORM on this machine")
 needs_postgres = pytest.mark.skipif(shutil.which("postgres") is None, reason="there is no PostgreSQL on this machine")
-POISON = "hunter2 \"quoted\"\nsecond line of it"
+POISON = 'hunter2 "quoted"\nsecond line of it'
 
 DEMO = f'terraform {{\n  required_providers {{\n    demo = {{ source = "{terraform_provider.SOURCE}" }}\n  }}\n}}\n'
 
@@ -47,8 +47,10 @@ def shell(command: str) -> str:
 
 
 def file(name: str, path: Path, content: str, more: str = "") -> str:
-    return (f'resource "demo_file" "{name}" {{\n  path = {json.dumps(str(path))}\n'
-            f'  content = {json.dumps(content)}\n{more}}}\n')
+    return (
+        f'resource "demo_file" "{name}" {{\n  path = {json.dumps(str(path))}\n'
+        f"  content = {json.dumps(content)}\n{more}}}\n"
+    )
 
 
 def slow_after_a(folder: Path) -> str:
@@ -105,9 +107,16 @@ class Fleet:
         await git.checkout(self.bare, commit, tree)
         return commit, tree
 
-    async def session(self, files: Mapping[str, str | None] | str, name: str = "main", *, run: str = "1",
-                      env: Mapping[str, str] | None = None, on_line: LineSink | None = None,
-                      **changed: Any) -> Session:
+    async def session(
+        self,
+        files: Mapping[str, str | None] | str,
+        name: str = "main",
+        *,
+        run: str = "1",
+        env: Mapping[str, str] | None = None,
+        on_line: LineSink | None = None,
+        **changed: Any,
+    ) -> Session:
         """Commit files (a text: of `terraform/main.tf`), and a session of a root of them."""
         _, tree = await self.tree({"terraform/main.tf": files} if isinstance(files, str) else files)
         chosen = settings.load(tree).terraform.model_copy(update=changed)
@@ -159,16 +168,25 @@ async def roots(fleet: Fleet, files: Mapping[str, str]) -> list[Root]:
 
 async def test_the_folder_itself_is_one_root_when_it_has_files(fleet: Fleet) -> None:
     assert await roots(fleet, {"terraform/x.tf.json": "{}", "terraform/web/main.tf": ""}) == [
-        Root(name="main", path="terraform")]
+        Root(name="main", path="terraform")
+    ]
 
 
 async def test_each_folder_with_files_is_a_root(fleet: Fleet) -> None:
     (fleet.repo.work / "terraform").mkdir()
     (fleet.repo.work / "terraform/link").symlink_to("web.a")
-    found = await roots(fleet, {"terraform/web.a/main.tf": "", "terraform/db/x.tf.json": "{}",
-                                "terraform/empty/README": "", "terraform/modules/vpc/main.tf": "",
-                                "terraform/.hidden/main.tf": "", "terraform/not/.hidden.tf": "",
-                                "terraform/README": ""})
+    found = await roots(
+        fleet,
+        {
+            "terraform/web.a/main.tf": "",
+            "terraform/db/x.tf.json": "{}",
+            "terraform/empty/README": "",
+            "terraform/modules/vpc/main.tf": "",
+            "terraform/.hidden/main.tf": "",
+            "terraform/not/.hidden.tf": "",
+            "terraform/README": "",
+        },
+    )
     assert [(root.name, root.path) for root in found] == [("db", "terraform/db"), ("web.a", "terraform/web.a")]
 
 
@@ -183,7 +201,10 @@ async def test_a_folder_whose_name_is_not_allowed_is_reported(fleet: Fleet) -> N
 
 
 async def test_named_roots_come_in_their_order_with_their_settings(fleet: Fleet) -> None:
-    found = await roots(fleet, {"toto.toml": """
+    found = await roots(
+        fleet,
+        {
+            "toto.toml": """
         [terraform]
         prevent = ["destroy"]
         [terraform.roots.app]
@@ -199,29 +220,61 @@ async def test_named_roots_come_in_their_order_with_their_settings(fleet: Fleet)
         tags = ["data"]
         watch = ["files"]
         [terraform.roots.net]
-        """, "terraform/net/main.tf": "", "terraform/app/main.tf": "", "infra/the db/main.tf": "", "infra/pg.hcl": "",
-        "infra/prod.tfvars": "", "files/a": "", "terraform/other/main.tf": ""})
+        """,
+            "terraform/net/main.tf": "",
+            "terraform/app/main.tf": "",
+            "infra/the db/main.tf": "",
+            "infra/pg.hcl": "",
+            "infra/prod.tfvars": "",
+            "files/a": "",
+            "terraform/other/main.tf": "",
+        },
+    )
     assert [root.name for root in found] == ["net", "db", "app"]
     assert found[1] == Root(
-        name="db", path="infra/the db", workspace="prod", var_files=("infra/prod.tfvars",), after=("net",),
-        backend_config=("infra/pg.hcl", "schema_name=x y"), tags=("data",), watch=("files",))
+        name="db",
+        path="infra/the db",
+        workspace="prod",
+        var_files=("infra/prod.tfvars",),
+        after=("net",),
+        backend_config=("infra/pg.hcl", "schema_name=x y"),
+        tags=("data",),
+        watch=("files",),
+    )
     assert (found[0].prevent, found[0].approve, found[2].approve) == (("destroy",), "never", "always")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("[terraform.roots.a]\nafter = ['b']", ["toto.toml: terraform.roots.a.after: there is no root 'b'"]),
-    ("[terraform.roots.a]\nafter = ['a']",
-     ["toto.toml: terraform.roots.a.after: this goes round in a circle: a after a"]),
-    ("[terraform.roots.a]\nafter = ['c']\n[terraform.roots.'b.x']\npath='terraform/a'\nafter = ['a']\n"
-     "[terraform.roots.c]\npath='terraform/a'\nafter = ['b.x']",
-     ["toto.toml: terraform.roots.a.after: this goes round in a circle: a after c after b.x after a"]),
-    ("[terraform.roots.'x.y']", ["toto.toml: terraform.roots.'x.y'.path: there are no .tf files in 'terraform/x.y'"]),
-    ("[terraform.roots.a]\npath = 'README'", ["toto.toml: terraform.roots.a.path: there are no .tf files in 'README'"]),
-    ("[terraform.roots.a]\nvar_files = ['v']\nwatch = ['w']\nbackend_config = ['b', 'a=b']",
-     ["toto.toml: terraform.roots.a.var_files: there is no 'v' in the repo",
-      "toto.toml: terraform.roots.a.backend_config: there is no 'b' in the repo",
-      "toto.toml: terraform.roots.a.watch: there is no 'w' in the repo"]),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[terraform.roots.a]\nafter = ['b']", ["toto.toml: terraform.roots.a.after: there is no root 'b'"]),
+        (
+            "[terraform.roots.a]\nafter = ['a']",
+            ["toto.toml: terraform.roots.a.after: this goes round in a circle: a after a"],
+        ),
+        (
+            "[terraform.roots.a]\nafter = ['c']\n[terraform.roots.'b.x']\npath='terraform/a'\nafter = ['a']\n"
+            "[terraform.roots.c]\npath='terraform/a'\nafter = ['b.x']",
+            ["toto.toml: terraform.roots.a.after: this goes round in a circle: a after c after b.x after a"],
+        ),
+        (
+            "[terraform.roots.'x.y']",
+            ["toto.toml: terraform.roots.'x.y'.path: there are no .tf files in 'terraform/x.y'"],
+        ),
+        (
+            "[terraform.roots.a]\npath = 'README'",
+            ["toto.toml: terraform.roots.a.path: there are no .tf files in 'README'"],
+        ),
+        (
+            "[terraform.roots.a]\nvar_files = ['v']\nwatch = ['w']\nbackend_config = ['b', 'a=b']",
+            [
+                "toto.toml: terraform.roots.a.var_files: there is no 'v' in the repo",
+                "toto.toml: terraform.roots.a.backend_config: there is no 'b' in the repo",
+                "toto.toml: terraform.roots.a.watch: there is no 'w' in the repo",
+            ],
+        ),
+    ],
+)
 async def test_what_is_wrong_with_roots_is_reported_with_its_key(fleet: Fleet, text: str, words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         await roots(fleet, {"toto.toml": text, "terraform/a/main.tf": "", "README": ""})
@@ -241,8 +294,14 @@ REPO = {
     "terraform/app/sub/template": "",
     "modules/a/main.tf.json": '{"module": {"b": {"source": "../b"}, "remote": {"source": "example.org/a/b/c"}}}',
     "modules/b/main.tf": 'module "a" {\n  source = "../a" # a circle, which terraform refuses\n}\n',
-    "modules/c/main.tf": "", "vars/app.tfvars": "", "vars/backend.hcl": "", "vars/other": "", "files/deep/x": "",
-    "linked/versions.tf": "", "README": "", "terraform/other/main.tf": "",
+    "modules/c/main.tf": "",
+    "vars/app.tfvars": "",
+    "vars/backend.hcl": "",
+    "vars/other": "",
+    "files/deep/x": "",
+    "linked/versions.tf": "",
+    "README": "",
+    "terraform/other/main.tf": "",
 }
 
 
@@ -257,27 +316,42 @@ async def test_an_identity_changes_with_what_the_root_is_made_of_and_with_nothin
     (fleet.repo.work / "terraform/app/versions.tf").symlink_to("../../linked/versions.tf")
     toml = REPO["toto.toml"]
     last = await identity(fleet, REPO)
-    for name, text in (("README", "x"), ("modules/c/main.tf", "#"), ("vars/other", "x"), ("linked/other", "x"),
-                       ("terraform/other/main.tf", "#"),
-                       ("toto.toml", toml + 'tags = ["x"]\nprevent = ["destroy"]\napprove = "always"\n')):
+    for name, text in (
+        ("README", "x"),
+        ("modules/c/main.tf", "#"),
+        ("vars/other", "x"),
+        ("linked/other", "x"),
+        ("terraform/other/main.tf", "#"),
+        ("toto.toml", toml + 'tags = ["x"]\nprevent = ["destroy"]\napprove = "always"\n'),
+    ):
         assert await identity(fleet, {name: text}) == last, name
-    for name, text in (("terraform/app/main.tf", REPO["terraform/app/main.tf"] + "#"), ("modules/a/x.tf", "#"),
-                       ("terraform/app/sub/template", "x"), ("modules/b/sub/x", "#"), ("vars/app.tfvars", "#"),
-                       ("vars/backend.hcl", "#"), ("files/deep/x", "x"), ("linked/versions.tf", "#"),
-                       ("toto.toml", toml + 'workspace = "other"\n'),
-                       ("toto.toml", toml.replace('"files"', '"README"')),
-                       ("toto.toml", toml.replace('hcl"', 'hcl", "a=b"'))):
+    for name, text in (
+        ("terraform/app/main.tf", REPO["terraform/app/main.tf"] + "#"),
+        ("modules/a/x.tf", "#"),
+        ("terraform/app/sub/template", "x"),
+        ("modules/b/sub/x", "#"),
+        ("vars/app.tfvars", "#"),
+        ("vars/backend.hcl", "#"),
+        ("files/deep/x", "x"),
+        ("linked/versions.tf", "#"),
+        ("toto.toml", toml + 'workspace = "other"\n'),
+        ("toto.toml", toml.replace('"files"', '"README"')),
+        ("toto.toml", toml.replace('hcl"', 'hcl", "a=b"')),
+    ):
         now = await identity(fleet, {name: text})
         assert now != last, name
         last = now
     assert await identity(fleet, REPO) == await identity(fleet, {"README": "y"})
 
 
-@pytest.mark.parametrize(("source", "words"), [
-    ("../../../../outside", "the source of module 'x' is not in the repo: '../../../../outside'"),
-    ("/etc", "the source of module 'x' is not in the repo: '/etc'"),
-    ("../nowhere", "the source of module 'x' is not a folder: '../nowhere'"),
-])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("../../../../outside", "the source of module 'x' is not in the repo: '../../../../outside'"),
+        ("/etc", "the source of module 'x' is not in the repo: '/etc'"),
+        ("../nowhere", "the source of module 'x' is not a folder: '../nowhere'"),
+    ],
+)
 async def test_a_module_outside_the_repo_is_reported_with_its_line(fleet: Fleet, source: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         await identity(fleet, {"terraform/app/main.tf": f'# the\n# app\nmodule "x" {{\n  source = "{source}"\n}}\n'})
@@ -285,9 +359,12 @@ async def test_a_module_outside_the_repo_is_reported_with_its_line(fleet: Fleet,
 
 
 async def test_any_name_has_an_identity(fleet: Fleet) -> None:
-    files = {"toto.toml": '[terraform.roots."a.b-C_d"]\npath = "wéird ~^:*? dir/${x}"\nwatch = ["the file\\\\"]',
-             "wéird ~^:*? dir/${x}/main.tf": 'module "x" {\n  source = "../mö dule"\n}\n',
-             "wéird ~^:*? dir/mö dule/main.tf": "", "the file\\": ""}
+    files = {
+        "toto.toml": '[terraform.roots."a.b-C_d"]\npath = "wéird ~^:*? dir/${x}"\nwatch = ["the file\\\\"]',
+        "wéird ~^:*? dir/${x}/main.tf": 'module "x" {\n  source = "../mö dule"\n}\n',
+        "wéird ~^:*? dir/mö dule/main.tf": "",
+        "the file\\": "",
+    }
     first = await identity(fleet, files, "a.b-C_d")
     assert await identity(fleet, {"wéird ~^:*? dir/mö dule/main.tf": "#"}, "a.b-C_d") != first
 
@@ -300,8 +377,14 @@ async def test_exactly_the_saved_plan_is_applied(fleet: Fleet) -> None:
     session = await fleet.session(data("a", "planned") + 'output "o" {\n  value = terraform_data.a.output\n}\n')
     planned = await session.plan()
     assert not planned.empty and planned.before == State() and planned.before.empty
-    assert planned.lines == ["+ terraform_data.a", "    id: (known after apply)", '    input: "planned"',
-                             "    output: (known after apply)", "+ output.o", "    value: (known after apply)"]
+    assert planned.lines == [
+        "+ terraform_data.a",
+        "    id: (known after apply)",
+        '    input: "planned"',
+        "    output: (known after apply)",
+        "+ output.o",
+        "    value: (known after apply)",
+    ]
     assert planned.file.stat().st_mode & 0o777 == 0o600 and planned.file.parent.stat().st_mode & 0o777 == 0o700
     (session.tree / "terraform/main.tf").write_text(data("b", "later"))
     state = await session.apply(planned)
@@ -349,8 +432,9 @@ async def test_a_plan_of_a_different_state_is_stale_as_well(fleet: Fleet) -> Non
 @needs_terraform
 async def test_what_a_plan_destroys_is_known_and_refused(fleet: Fleet) -> None:
     await fleet.applied(data("gone", "1") + data("again", "1", "  triggers_replace = 1\n") + data("stays", "1"))
-    planned = await (await fleet.session(data("again", "1", "  triggers_replace = 2\n") + data("stays", "2")
-                                         + data("new", "1"))).plan()
+    planned = await (
+        await fleet.session(data("again", "1", "  triggers_replace = 2\n") + data("stays", "2") + data("new", "1"))
+    ).plan()
     assert planned.summary == "1 to create, 1 to update, 1 to replace, 1 to destroy"
     assert planned.destroyed == ("terraform_data.again", "terraform_data.gone")
     assert planned.created == ("terraform_data.again", "terraform_data.new")
@@ -374,15 +458,21 @@ async def test_a_new_root_is_reverted_by_destroying_what_it_created(fleet: Fleet
 @needs_terraform
 async def test_a_moved_resource_destroys_nothing(fleet: Fleet) -> None:
     await fleet.applied(data("old", "1"))
-    planned = await (await fleet.session(
-        data("new", "1") + "moved {\n  from = terraform_data.old\n  to = terraform_data.new\n}\n")).plan()
+    planned = await (
+        await fleet.session(data("new", "1") + "moved {\n  from = terraform_data.old\n  to = terraform_data.new\n}\n")
+    ).plan()
     assert planned.lines == ["> terraform_data.new (was terraform_data.old)"] and not planned.empty
 
 
 @needs_terraform
 async def test_what_does_not_parse_is_reported_with_its_file_and_line(fleet: Fleet) -> None:
-    session = await fleet.session({"terraform/app/main.tf": 'module "m" {\n  source = "../../modules/m"\n}\n',
-                                   "modules/m/main.tf": '\noutput "o" {\n  value = local.nothing\n}\n'}, "app")
+    session = await fleet.session(
+        {
+            "terraform/app/main.tf": 'module "m" {\n  source = "../../modules/m"\n}\n',
+            "modules/m/main.tf": '\noutput "o" {\n  value = local.nothing\n}\n',
+        },
+        "app",
+    )
     with pytest.raises(TerraformFailed) as caught:
         await session.plan()
     assert str(caught.value).startswith("terraform/app: Error: Reference to undeclared local value\n")
@@ -392,7 +482,8 @@ async def test_what_does_not_parse_is_reported_with_its_file_and_line(fleet: Fle
 
 @needs_terraform
 async def test_var_files_workspaces_and_names(fleet: Fleet) -> None:
-    files = {"toto.toml": """
+    files = {
+        "toto.toml": """
         [terraform.roots.one]
         path = "terraform/the äpp"
         var_files = ["the vars/a.tfvars", "the vars/b.tfvars"]
@@ -400,9 +491,12 @@ async def test_var_files_workspaces_and_names(fleet: Fleet) -> None:
         path = "terraform/the äpp"
         workspace = "other"
         var_files = ["the vars/b.tfvars", "the vars/a.tfvars"]
-        """, "terraform/the äpp/main.tf": 'variable "v" {}\nresource "terraform_data" "a" {\n'
-                                          '  input = "${terraform.workspace} ${var.v}"\n}\n',
-        "the vars/a.tfvars": 'v = "a"\n', "the vars/b.tfvars": 'v = "b"\n'}
+        """,
+        "terraform/the äpp/main.tf": 'variable "v" {}\nresource "terraform_data" "a" {\n'
+        '  input = "${terraform.workspace} ${var.v}"\n}\n',
+        "the vars/a.tfvars": 'v = "a"\n',
+        "the vars/b.tfvars": 'v = "b"\n',
+    }
     for name, said in (("one", "default b"), ("two.x", "other a")):
         session = await fleet.session(files, name)
         planned = await session.plan()
@@ -425,10 +519,16 @@ async def test_two_runs_may_plan_a_root_at_once(fleet: Fleet) -> None:
 
 
 @needs_terraform
-@pytest.mark.parametrize(("backend", "words"), [
-    ('terraform {\n  backend "local" {}\n}\n', "keeps the state beside the configuration"),
-    ('terraform {\n  backend "local" {\n    path = "x.tfstate"\n  }\n}\n', "keeps the state beside the configuration"),
-])
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ('terraform {\n  backend "local" {}\n}\n', "keeps the state beside the configuration"),
+        (
+            'terraform {\n  backend "local" {\n    path = "x.tfstate"\n  }\n}\n',
+            "keeps the state beside the configuration",
+        ),
+    ],
+)
 async def test_a_state_that_would_be_lost_with_the_tree_is_refused(fleet: Fleet, backend: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         await (await fleet.session(backend + data("a", "1"))).plan()
@@ -447,8 +547,11 @@ async def test_a_local_backend_elsewhere_is_fine(fleet: Fleet) -> None:
 async def test_a_state_that_is_committed_is_not_passed_over(fleet: Fleet) -> None:
     state = '{"version": 4, "serial": 3, "lineage": "x", "resources": []}'
     session = await fleet.session({"terraform/main.tf": data("a", "1"), "terraform/terraform.tfstate": state})
-    with pytest.raises(InputError, match=rf"a state is committed[^\n]*\nnext: move terraform/terraform.tfstate to "
-                                         rf"{fleet.home()}/terraform.tfstate"):
+    with pytest.raises(
+        InputError,
+        match=rf"a state is committed[^\n]*\nnext: move terraform/terraform.tfstate to "
+        rf"{fleet.home()}/terraform.tfstate",
+    ):
         await session.plan()
     (fleet.home() / "terraform.tfstate").write_text(state)
     assert (await session.plan()).before == State(serial=3, lineage="x")
@@ -469,7 +572,8 @@ async def test_a_locked_state_is_waited_for_and_then_its_holder_is_named(fleet: 
             assert str(caught.value) == (
                 f"terraform/main: its state is locked by {holder['Who']} since {holder['Created']} "
                 f"(OperationTypeApply, lock {lock}); waited 1 s\n"
-                f"next: wait until that terraform is done; if it is dead, `terraform force-unlock {lock}`")
+                f"next: wait until that terraform is done; if it is dead, `terraform force-unlock {lock}`"
+            )
         waiting: list[str] = []
         patient = await fleet.session(text, run="3", on_line=waiting.append)
         task = asyncio.create_task(patient.plan())
@@ -496,11 +600,13 @@ async def test_a_killed_terraform_is_reported_as_a_partial_apply(fleet: Fleet, t
 @needs_terraform
 async def test_what_a_killed_toto_has_applied_is_in_the_state_of_the_next(fleet: Fleet, tmp_path: Path) -> None:
     session = await fleet.session(data("a", "1") + slow_after_a(tmp_path))
-    program = ("import asyncio, pathlib\nfrom toto.infra_repo.settings import Terraform\n"
-               "from toto.terraform.session import Root, Session\n"
-               f"session = Session(pathlib.Path({str(session.repo)!r}), Root(name='main', path='terraform'), "
-               f"pathlib.Path({str(session.tree)!r}), pathlib.Path({str(session.scratch)!r}), Terraform())\n"
-               "async def main() -> None:\n    await session.apply(await session.plan())\nasyncio.run(main())\n")
+    program = (
+        "import asyncio, pathlib\nfrom toto.infra_repo.settings import Terraform\n"
+        "from toto.terraform.session import Root, Session\n"
+        f"session = Session(pathlib.Path({str(session.repo)!r}), Root(name='main', path='terraform'), "
+        f"pathlib.Path({str(session.tree)!r}), pathlib.Path({str(session.scratch)!r}), Terraform())\n"
+        "async def main() -> None:\n    await session.apply(await session.plan())\nasyncio.run(main())\n"
+    )
     async with process.start([sys.executable, "-c", program]) as toto:
         pid = int(await appears(tmp_path / "began"))
         os.kill(toto.pid, signal.SIGKILL)
@@ -517,8 +623,13 @@ async def test_an_apply_that_takes_too_long_is_ended_and_may_be_partial(fleet: F
     await fleet.applied(text)
     session = await fleet.session(text)
     planned = await session.plan(destroy=True)
-    hasty = Session(session.repo, session.root, session.tree, session.scratch,
-                    session.settings.model_copy(update={"timeout": 1, "lock_timeout": 1}))
+    hasty = Session(
+        session.repo,
+        session.root,
+        session.tree,
+        session.scratch,
+        session.settings.model_copy(update={"timeout": 1, "lock_timeout": 1}),
+    )
     with pytest.raises(ApplyFailed, match="did not end within 2 s") as caught:
         await hasty.apply(planned)
     assert caught.value.partial  # although the state is what it was: nobody waited until it was saved
@@ -554,7 +665,9 @@ async def test_what_was_changed_behind_terraforms_back_is_drift(fleet: Fleet, tm
     (tmp_path / "b").unlink()
     planned = await session.plan()
     assert [change.lines for change in planned.drift] == [
-        ["~ demo_file.a", '    content: "1" → "another"', "    size: 1 → 7"], ["- demo_file.b"]]
+        ["~ demo_file.a", '    content: "1" → "another"', "    size: 1 → 7"],
+        ["- demo_file.b"],
+    ]
     assert planned.addresses(Action.UPDATE) == ("demo_file.a",) and planned.created == ("demo_file.b",)
     assert (tmp_path / "a").read_text() == "another"
     await session.apply(planned)
@@ -584,25 +697,42 @@ async def test_a_revert_says_what_cannot_come_back_as_it_was(fleet: Fleet) -> No
 @needs_terraform
 async def test_no_secret_is_shown_anywhere(fleet: Fleet, tmp_path: Path) -> None:
     said: list[str] = []
-    text = (DEMO + 'variable "secret" {\n  sensitive = true\n}\nvariable "open" {}\n'
-            'variable "list" {\n  type = any\n}\n'
-            'resource "terraform_data" "a" {\n  input = [var.secret, "<${var.open}>", var.list]\n}\n'
-            'resource "terraform_data" "b" {\n  input = nonsensitive(var.secret)\n'
-            + shell("echo \"$TF_VAR_open\"; echo \"$TF_VAR_secret\" >&2") + "}\n"
-            f'resource "demo_file" "f" {{\n  path = "{tmp_path}/f"\n  content = "x"\n  token = var.secret\n}}\n'
-            'output "s" {\n  value = var.secret\n  sensitive = true\n}\noutput "o" {\n  value = "${var.open}"\n}\n')
-    env = {"TF_VAR_secret": POISON, "TF_VAR_open": "0pen-p0ison",
-           "TF_VAR_list": '["l1st-poison", {"k": 424242, "pem": "BEGIN\\npem-poison"}]'}
+    text = (
+        DEMO + 'variable "secret" {\n  sensitive = true\n}\nvariable "open" {}\n'
+        'variable "list" {\n  type = any\n}\n'
+        'resource "terraform_data" "a" {\n  input = [var.secret, "<${var.open}>", var.list]\n}\n'
+        'resource "terraform_data" "b" {\n  input = nonsensitive(var.secret)\n'
+        + shell('echo "$TF_VAR_open"; echo "$TF_VAR_secret" >&2')
+        + "}\n"
+        f'resource "demo_file" "f" {{\n  path = "{tmp_path}/f"\n  content = "x"\n  token = var.secret\n}}\n'
+        'output "s" {\n  value = var.secret\n  sensitive = true\n}\noutput "o" {\n  value = "${var.open}"\n}\n'
+    )
+    env = {
+        "TF_VAR_secret": POISON,
+        "TF_VAR_open": "0pen-p0ison",
+        "TF_VAR_list": '["l1st-poison", {"k": 424242, "pem": "BEGIN\\npem-poison"}]',
+    }
     session = await fleet.session(text, env=env, on_line=said.append)
     planned = await session.plan()
     state = await session.apply(planned)
     more = (await session.plan(destroy=True), repr(session), await session.state())
-    (session.tree / "terraform/bad.tf").write_text('resource "demo_file" "g" {\n  path = "/x"\n'
-                                                   '  content = "fail ${nonsensitive(var.secret)} ${var.open}"\n}\n')
+    (session.tree / "terraform/bad.tf").write_text(
+        'resource "demo_file" "g" {\n  path = "/x"\n  content = "fail ${nonsensitive(var.secret)} ${var.open}"\n}\n'
+    )
     with pytest.raises(ApplyFailed) as failed:
         await session.apply(await session.plan())
-    everything = "\n".join([*said, planned.model_dump_json(), repr(planned), *planned.lines, repr(state), repr(more),
-                            str(failed.value), repr(failed.value.__dict__)])
+    everything = "\n".join(
+        [
+            *said,
+            planned.model_dump_json(),
+            repr(planned),
+            *planned.lines,
+            repr(state),
+            repr(more),
+            str(failed.value),
+            repr(failed.value.__dict__),
+        ]
+    )
     assert "cannot write the file" in everything and "(sensitive value)" in everything and '"<******>"' in everything
     for poison in ("hunter2", "second line", "0pen-p0ison", "l1st-poison", "424242", "pem-poison"):
         assert poison not in everything
@@ -612,8 +742,9 @@ async def test_no_secret_is_shown_anywhere(fleet: Fleet, tmp_path: Path) -> None
 
 
 @needs_terraform
-async def test_nothing_of_totos_own_environment_reaches_terraform(fleet: Fleet, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_of_totos_own_environment_reaches_terraform(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("PREFECT_API_KEY", "TOTO_SECRET", "AWS_SECRET_ACCESS_KEY", "TF_VAR_a", "TF_LOG", "TF_CLI_ARGS"):
         monkeypatch.setenv(name, "own-poison")
     await fleet.applied(data("a", "1", shell(f"env > {tmp_path}/env")), env={"AWS_REGION": "x"})
@@ -627,11 +758,15 @@ async def test_nothing_of_totos_own_environment_reaches_terraform(fleet: Fleet, 
 
 @needs_terraform
 @needs_postgres
-async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(fleet: Fleet, tmp_path: Path,
-                                                                 database: postgres.Postgres) -> None:
-    files = {"toto.toml": '[terraform.roots.main]\npath = "terraform"\nbackend_config = ["pg.hcl"]\n',
-             "pg.hcl": 'schema_name = "locks"\n', "terraform/main.tf": pg() + data("a", "1", shell(
-                 f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"))}
+async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(
+    fleet: Fleet, tmp_path: Path, database: postgres.Postgres
+) -> None:
+    files = {
+        "toto.toml": '[terraform.roots.main]\npath = "terraform"\nbackend_config = ["pg.hcl"]\n',
+        "pg.hcl": 'schema_name = "locks"\n',
+        "terraform/main.tf": pg()
+        + data("a", "1", shell(f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")),
+    }
     env = {"PG_CONN_STR": database.dsn}
     said: list[str] = []
     async with applying(await fleet.session(files, env=env), tmp_path / "began") as task:
@@ -651,9 +786,14 @@ async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(fleet: Flee
 @needs_terraform
 @needs_postgres
 async def test_a_cancelled_apply_saves_its_state_and_unlocks_it(
-        fleet: Fleet, tmp_path: Path, database: postgres.Postgres) -> None:
-    text = pg("cancelled") + data("a", "1") + slow_after_a(tmp_path) + data(
-        "never", "1", "  depends_on = [terraform_data.slow]\n")
+    fleet: Fleet, tmp_path: Path, database: postgres.Postgres
+) -> None:
+    text = (
+        pg("cancelled")
+        + data("a", "1")
+        + slow_after_a(tmp_path)
+        + data("never", "1", "  depends_on = [terraform_data.slow]\n")
+    )
     session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})
     async with applying(session, tmp_path / "began") as task:
         pid = int((tmp_path / "began").read_text())
@@ -671,9 +811,11 @@ async def test_a_cancelled_apply_saves_its_state_and_unlocks_it(
 @needs_postgres
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run(
-        fleet: Fleet, tmp_path: Path, own_database: postgres.Postgres, cancelled: bool) -> None:
-    text = pg(f"lost{cancelled}") + data("a", "1", shell(
-        f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"))
+    fleet: Fleet, tmp_path: Path, own_database: postgres.Postgres, cancelled: bool
+) -> None:
+    text = pg(f"lost{cancelled}") + data(
+        "a", "1", shell(f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    )
     session = await fleet.session(text, env={"PG_CONN_STR": own_database.dsn})
     async with applying(session, tmp_path / "began") as task:
         await own_database.crash()
@@ -711,7 +853,8 @@ async def test_a_state_that_was_not_saved_is_not_passed_over(fleet: Fleet) -> No
 @needs_terraform
 @needs_postgres
 async def test_a_kill_with_a_remote_state_may_lose_what_was_done_and_is_reported_as_partial(
-        fleet: Fleet, tmp_path: Path, database: postgres.Postgres) -> None:
+    fleet: Fleet, tmp_path: Path, database: postgres.Postgres
+) -> None:
     text = pg("killed") + data("a", "1") + slow_after_a(tmp_path)
     session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})
     async with applying(session, tmp_path / "began") as task:

@@ -36,16 +36,25 @@ class FileKind(Kind[Path]):
     name, one, many = "file", "file", "files"
 
     async def discover(self, source: Source) -> list[Found[Path]]:
-        return [Found(Target("file", path.name), path, ("toy",))
-                for path in sorted(source.tree.glob("files/*")) if path.name != "TO"]
+        return [
+            Found(Target("file", path.name), path, ("toy",))
+            for path in sorted(source.tree.glob("files/*"))
+            if path.name != "TO"
+        ]
 
     async def identify(self, source: Source, found: Found[Path]) -> Desired:
         digest = hashlib.sha256(found.subject.read_bytes()).hexdigest()
         return Desired(target=found.target, file=f"files/{found.target.name}", identity=digest)
 
     async def order(self, source: Source, found: Found[Path], change: Change) -> FileOrder:
-        return FileOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
-                         settings=source.settings, path=f"files/{found.target.name}")
+        return FileOrder(
+            repo=source.repo,
+            run=source.run,
+            commit=source.commit,
+            change=change,
+            settings=source.settings,
+            path=f"files/{found.target.name}",
+        )
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedFile:
         return DeployedFile(identity=desired.identity, **{"size": 0, **facts})

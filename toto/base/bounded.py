@@ -30,7 +30,7 @@ class Bounded:
         """The text that is kept; it is cut at the ends of lines, unless they are long."""
         if not self.dropped:
             return (self.head + self.tail).decode(errors="replace")
-        head, tail, short = self.head, self.tail[-(self.limit // 2):], self.limit // 8
+        head, tail, short = self.head, self.tail[-(self.limit // 2) :], self.limit // 8
         end, begin = head.rfind(b"\n") + 1, tail.find(b"\n") + 1
         head = head[:end] if len(head) - end < short else head
         tail = tail[begin:] if begin < short else tail

@@ -46,9 +46,12 @@ def require_room(repo: Path) -> None:
     """
     for what, place in (("the ledger", repo), ("toto's state", state_home()), ("the nix store", Path("/nix/store"))):
         if place.exists() and (free := shutil.disk_usage(place).free) < LEAST_FREE:
-            raise TotoError(f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out needs "
-                            f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out", target=str(place),
-                            hint="look at `df -h`, make room (nix-collect-garbage, prune/prune), and push again")
+            raise TotoError(
+                f"only {free / 1e6:.0f} MB are free where {what} is, and a roll-out needs "
+                f"{LEAST_FREE / 1e6:.0f} MB: nothing is rolled out",
+                target=str(place),
+                hint="look at `df -h`, make room (nix-collect-garbage, prune/prune), and push again",
+            )
 
 
 @asynccontextmanager

@@ -21,8 +21,9 @@ from toto.base.errors import TotoError
 class ServerError(TotoError):
     """Prefect's server or worker did not start, died, or refused a request."""
 
-    def __init__(self, message: str, *, status: int | None = None, target: str | None = None,
-                 hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int | None = None, target: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(message, target=target, hint=hint)
         self.status = status
 
@@ -66,8 +67,11 @@ class Api:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
-            raise ServerError(f"{method} {path} was answered with {error.code}: {process.shorten(said, 500)}",
-                              status=error.code, target=self.url) from None
+            raise ServerError(
+                f"{method} {path} was answered with {error.code}: {process.shorten(said, 500)}",
+                status=error.code,
+                target=self.url,
+            ) from None
         except OSError as error:
             raise ServerError(f"no answer: {error}", target=self.url, hint="start `toto serve`") from None
         return json.loads(text) if text else None

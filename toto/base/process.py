@@ -56,8 +56,9 @@ class Completed:
 class CommandFailed(TotoError):
     """A process exited with a status other than 0. Carries its argv, status and last lines."""
 
-    def __init__(self, argv: Sequence[str], status: int, tail: str, *, target: str | None = None,
-                 hint: str | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], status: int, tail: str, *, target: str | None = None, hint: str | None = None
+    ) -> None:
         what = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         said = f":\n{tail}" if tail else " and said nothing"
         super().__init__(f"`{shorten(shlex.join(argv))}` {what}{said}", target=target, hint=hint)
@@ -178,10 +179,17 @@ def tail(text: str, lines: int = 20) -> str:
 
 
 @contextlib.asynccontextmanager
-async def start(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, cwd: Argument | None = None,
-                stdin: int | None = asyncio.subprocess.DEVNULL, stdout: int | None = asyncio.subprocess.DEVNULL,
-                stderr: int | None = asyncio.subprocess.DEVNULL, grace: float = 5.0,
-                signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> AsyncIterator[Running]:
+async def start(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Argument | None = None,
+    stdin: int | None = asyncio.subprocess.DEVNULL,
+    stdout: int | None = asyncio.subprocess.DEVNULL,
+    stderr: int | None = asyncio.subprocess.DEVNULL,
+    grace: float = 5.0,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+) -> AsyncIterator[Running]:
     """Start a process that lives as long as the `async with` block, then end it and its group.
 
     Raises `CommandNotFound`, or OSError when the kernel refuses (no memory, not executable).
@@ -194,8 +202,16 @@ async def start(argv: Sequence[Argument], *, env: Mapping[str, str] | None = Non
     cookie = f"{owner()}.{_pid_namespace()}.{next(_numbers)}"
     environment[COOKIE] = cookie
     process = await asyncio.create_subprocess_exec(
-        *_dies_with_us(), program, *words[1:], env=environment, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr,
-        start_new_session=True)
+        *_dies_with_us(),
+        program,
+        *words[1:],
+        env=environment,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
     running = Running(words, process, cookie)
     try:
         yield running
@@ -203,11 +219,22 @@ async def start(argv: Sequence[Argument], *, env: Mapping[str, str] | None = Non
         await asyncio.shield(running.end(grace=grace, signals=signals))
 
 
-async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None, cwd: Argument | None = None,
-              stdin: bytes | None = None, timeout: float | None = None, check: bool = True,
-              on_line: LineSink | None = None, on_error_line: LineSink | None = None, keep: int = KEPT,
-              secrets: Sequence[str] = (), grace: float = 5.0, target: str | None = None,
-              signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Completed:
+async def run(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Argument | None = None,
+    stdin: bytes | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+    on_line: LineSink | None = None,
+    on_error_line: LineSink | None = None,
+    keep: int = KEPT,
+    secrets: Sequence[str] = (),
+    grace: float = 5.0,
+    target: str | None = None,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+) -> Completed:
     """Run a program to its end and return what it left.
 
     `timeout` and `grace` (see `Running.end`) are in seconds; `keep` is how many bytes of each stream are kept.
@@ -221,8 +248,16 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
     pipe = asyncio.subprocess.PIPE
     began = time.monotonic()
     kept_out, kept_err = Bounded(keep), Bounded(keep)
-    async with start(argv, env=env, cwd=cwd, stdin=asyncio.subprocess.DEVNULL if stdin is None else pipe,
-                     stdout=pipe, stderr=pipe, grace=grace, signals=signals) as running:
+    async with start(
+        argv,
+        env=env,
+        cwd=cwd,
+        stdin=asyncio.subprocess.DEVNULL if stdin is None else pipe,
+        stdout=pipe,
+        stderr=pipe,
+        grace=grace,
+        signals=signals,
+    ) as running:
         process = running.process
         pumps = [
             asyncio.create_task(_pump(process.stdout, kept_out, _Lines(on_line, secrets))),
@@ -250,8 +285,9 @@ async def run(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None,
     assert status is not None
     if check and status != 0:
         raise CommandFailed(shown, status, tail(err) or tail(out), target=target)
-    return Completed(tuple(shown), status, out, err, time.monotonic() - began,
-                     truncated=bool(kept_out.dropped or kept_err.dropped))
+    return Completed(
+        tuple(shown), status, out, err, time.monotonic() - began, truncated=bool(kept_out.dropped or kept_err.dropped)
+    )
 
 
 async def _pump(stream: asyncio.StreamReader | None, kept: Bounded, lines: _Lines) -> None:

@@ -85,13 +85,18 @@ class Rules:
     def authorized_keys(self, command: Iterable[str]) -> str:
         """The lines of an authorized_keys file: each key may only run `command` with the name of its user."""
         shell = shlex.join(command).replace("\\", "\\\\").replace('"', '\\"')
-        return "".join(f'command="{shell} {user}",restrict {key}\n' for user, keys in self.users.items()
-                       for key in keys)
+        return "".join(
+            f'command="{shell} {user}",restrict {key}\n' for user, keys in self.users.items() for key in keys
+        )
 
     def allowed_signers(self, repo: str, creator: str | None = None) -> str:
         """The lines of an ssh allowed-signers file: the keys of those who may write `repo`."""
-        return "".join(f'{user} namespaces="git" {key}\n' for user, keys in self.users.items()
-                       if self.may(user, "write", repo, creator) for key in keys)
+        return "".join(
+            f'{user} namespaces="git" {key}\n'
+            for user, keys in self.users.items()
+            if self.may(user, "write", repo, creator)
+            for key in keys
+        )
 
 
 def repo_name(text: str, repos: Path) -> str:
@@ -106,9 +111,11 @@ def repo_name(text: str, repos: Path) -> str:
 def check_name(name: str, shown: str | None = None) -> str:
     """Return `name` if it can name a repository; else raise `InputError`, which shows `shown` if given."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith((".", ".git", ".lock")):
-        raise InputError(f"{ascii(shown or name)[:80]} does not name a repository",
-                         hint="a name has letters, digits, '.', '_' and '-', begins with a letter or a digit, "
-                              "and has no folder: toto:infra")
+        raise InputError(
+            f"{ascii(shown or name)[:80]} does not name a repository",
+            hint="a name has letters, digits, '.', '_' and '-', begins with a letter or a digit, "
+            "and has no folder: toto:infra",
+        )
     return name
 
 
@@ -120,8 +127,9 @@ def path_of(repos: Path, name: str) -> Path:
 def check_user(user: str) -> str:
     """Return `user` if it can name a user; else raise `InputError`."""
     if not _USER.fullmatch(user):
-        raise InputError(f"{ascii(user)[:60]} is not a user's name",
-                         hint="use up to 32 letters, digits, '.', '_' and '-'")
+        raise InputError(
+            f"{ascii(user)[:60]} is not a user's name", hint="use up to 32 letters, digits, '.', '_' and '-'"
+        )
     return user
 
 
@@ -183,8 +191,10 @@ class _Reading:
         create = self.names(data.get("create", []), "create", users)
         repos = dict(self.repos(data.get("repos", {}), users))
         if not repos.get(ADMIN, Allowed()).write:
-            self.problem("[repos", f"nobody may write {ADMIN}, so nobody could change these rules again: "
-                                   f"give [repos.{ADMIN}] its `write`")
+            self.problem(
+                "[repos",
+                f"nobody may write {ADMIN}, so nobody could change these rules again: give [repos.{ADMIN}] its `write`",
+            )
         return Rules(users, create, repos)
 
     def users(self, table: object) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -218,13 +228,18 @@ class _Reading:
             found = dict(self.table(fields, f"repos.{name}"))
             for key in found.keys() - {"read", "write"}:
                 self.problem(key, f"{name}: {key}: is not known here; known are read and write", name)
-            yield name, Allowed(self.names(found.get("read", []), "read", users, name),
-                                self.names(found.get("write", []), "write", users, name))
+            yield (
+                name,
+                Allowed(
+                    self.names(found.get("read", []), "read", users, name),
+                    self.names(found.get("write", []), "write", users, name),
+                ),
+            )
 
     def names(self, value: object, what: str, users: Mapping[str, object], repo: str = "") -> frozenset[str]:
         label = f"{repo}: {what}" if repo else what
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            self.problem(what, f"{label}: should be a list of users, such as [\"alice\"]", repo)
+            self.problem(what, f'{label}: should be a list of users, such as ["alice"]', repo)
             return frozenset()
         for name in set(value) - users.keys() - {EVERYONE}:
             self.problem(f'"{name}"', f"{label}: there is no user {name!r} in [users]", repo)
@@ -299,5 +314,10 @@ async def git(repo: Path, *arguments: str, check: bool = True, stdin: str | None
     """
     from toto.base import process  # noqa: PLC0415  (asyncio takes longer than the rest of a login)
 
-    return await process.run(["git", f"--git-dir={repo}", *arguments], env=without_git(), timeout=30, check=check,
-                             stdin=None if stdin is None else stdin.encode())
+    return await process.run(
+        ["git", f"--git-dir={repo}", *arguments],
+        env=without_git(),
+        timeout=30,
+        check=check,
+        stdin=None if stdin is None else stdin.encode(),
+    )

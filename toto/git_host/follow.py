@@ -30,7 +30,8 @@ ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled"
 _CHATTER: Final = re.compile(
     r"(Beginning (sub)?flow run|Created (sub)?flow run|View at |Finished in state |Worker '.*' submitting|"
     r"Flow run '.*' submitted|Completed submission|Running \d+ deployment pull|Executing deployment step|"
-    r"Deployment step '|All deployment steps)")
+    r"Deployment step '|All deployment steps)"
+)
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # none may reach the pusher's terminal
 
 
@@ -64,8 +65,9 @@ async def _all(repo: Path, runs: Sequence[str], deadline: float) -> int:
     return status
 
 
-async def follow(api: Api, run: str, say: Callable[[str], None], *, deadline: float,
-                 pause: Callable[[float], bool]) -> str | None:
+async def follow(
+    api: Api, run: str, say: Callable[[str], None], *, deadline: float, pause: Callable[[float], bool]
+) -> str | None:
     """Call `say` with what a run and its subflows do; return the type of the state in which the run ended.
 
     Returns None when `deadline` (of the monotonic clock) came first, or when `pause(seconds)` returned that nobody
@@ -153,9 +155,11 @@ class _Watched:
     async def _log_of(self, run: str) -> None:
         while True:
             wanted: dict[str, Any] = {
-                "logs": {"flow_run_id": {"any_": [run]}, "task_run_id": {"is_null_": True},
-                         "level": {"ge_": INFO}},
-                "sort": "TIMESTAMP_ASC", "offset": self.lines[run], "limit": 200}
+                "logs": {"flow_run_id": {"any_": [run]}, "task_run_id": {"is_null_": True}, "level": {"ge_": INFO}},
+                "sort": "TIMESTAMP_ASC",
+                "offset": self.lines[run],
+                "limit": 200,
+            }
             fresh = await self.api.call("POST", "/logs/filter", wanted, timeout=5)
             self.lines[run] += len(fresh)
             for line in fresh:

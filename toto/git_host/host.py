@@ -40,8 +40,13 @@ write = ["{user}"]
 DEPLOYMENT: Final = "reconcile/reconcile"
 OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks from then still use
 POLICY: Final[Mapping[str, str]] = {
-    "branch": "toto.branch", "signed": "toto.signed", "allow_force": "toto.allowForce",
-    "max_file_size": "toto.maxFileSize", "allowed_signers": "toto.allowedSigners", "gpg_home": "toto.gpgHome"}
+    "branch": "toto.branch",
+    "signed": "toto.signed",
+    "allow_force": "toto.allowForce",
+    "max_file_size": "toto.maxFileSize",
+    "allowed_signers": "toto.allowedSigners",
+    "gpg_home": "toto.gpgHome",
+}
 # The hook prints the path into JSON, and ssh and git pass it through shells: no character is special to those.
 _PATH: Final = re.compile(r"(/[A-Za-z0-9._+@][A-Za-z0-9._+@-]*)+")
 _BRANCH: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._/+-]*")
@@ -123,8 +128,19 @@ async def make_admin(repos: Path, user: str, key: str) -> Path:
         await _install(fresh, "main", {"toto.rules": "true"})
         blob = (await git(fresh, "hash-object", "-w", "--stdin", stdin=rules)).stdout.strip()
         tree = (await git(fresh, "mktree", stdin=f"100644 blob {blob}\t{access.FILE}\n")).stdout.strip()
-        commit = (await git(fresh, "-c", "user.name=toto", "-c", "user.email=toto@localhost", "commit-tree", "-m",
-                            f"{user} may do everything", tree)).stdout.strip()
+        commit = (
+            await git(
+                fresh,
+                "-c",
+                "user.name=toto",
+                "-c",
+                "user.email=toto@localhost",
+                "commit-tree",
+                "-m",
+                f"{user} may do everything",
+                tree,
+            )
+        ).stdout.strip()
         await git(fresh, "update-ref", "refs/heads/main", commit)
     return access.path_of(repos, access.ADMIN)
 
@@ -169,8 +185,16 @@ async def policy_of(repo: Path) -> receive.Policy:
     return receive.Policy.of((await git(repo, "config", "--null", "--get-regexp", "^toto[.]", check=False)).stdout)
 
 
-async def create(path: Path, *, api_url: str, deployment: str = DEPLOYMENT, deployment_id: str | None = None,
-                 ui_url: str | None = None, branch: str = "main", auth: str | None = None) -> Path:
+async def create(
+    path: Path,
+    *,
+    api_url: str,
+    deployment: str = DEPLOYMENT,
+    deployment_id: str | None = None,
+    ui_url: str | None = None,
+    branch: str = "main",
+    auth: str | None = None,
+) -> Path:
     """Make the bare repository `path`, or update the hooks and settings of an existing one; return its path.
 
     A push to `branch` creates a run of `deployment` ("flow/name"; `deployment_id` saves the hook a request) at
@@ -178,9 +202,16 @@ async def create(path: Path, *, api_url: str, deployment: str = DEPLOYMENT, depl
     below refs/toto (the ledger). Raises `InputError` for a path, branch or address that toto does not accept.
     """
     path = _checked(path, api_url, ui_url, deployment, deployment_id, branch, auth)
-    await _install(path, branch, {
-        "toto.apiUrl": api_url.rstrip("/"), "toto.deployment": deployment, "toto.deploymentId": deployment_id,
-        "toto.uiUrl": ui_url.rstrip("/") if ui_url else None})
+    await _install(
+        path,
+        branch,
+        {
+            "toto.apiUrl": api_url.rstrip("/"),
+            "toto.deployment": deployment,
+            "toto.deploymentId": deployment_id,
+            "toto.uiUrl": ui_url.rstrip("/") if ui_url else None,
+        },
+    )
     (path / "toto" / "spool").mkdir(parents=True, exist_ok=True)
     secret = path / "toto" / "auth.curl"
     if auth is None:
@@ -198,8 +229,13 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
     # A run that is given no commit uses HEAD.
     await git(path, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
     for key, value in {
-            **settings, "toto.branch": branch, "toto.python": sys.executable, "toto.root": str(HOOKS.parents[2]),
-            "receive.hideRefs": "refs/toto", "receive.advertisePushOptions": "true"}.items():
+        **settings,
+        "toto.branch": branch,
+        "toto.python": sys.executable,
+        "toto.root": str(HOOKS.parents[2]),
+        "receive.hideRefs": "refs/toto",
+        "receive.advertisePushOptions": "true",
+    }.items():
         await _configure(path, key, value)
     (path / "hooks").mkdir(exist_ok=True)
     for hook in HOOKS.iterdir():
@@ -244,8 +280,9 @@ async def drain_spool(repo: Path) -> list[str]:
     """
     if not waiting(repo):
         return []
-    done = await process.run(["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=without_git(), timeout=600,
-                             check=False)
+    done = await process.run(
+        ["sh", HOOKS / "post-receive", "drain"], cwd=repo, env=without_git(), timeout=600, check=False
+    )
     if done.status != 0:
         raise ServerError(process.tail(done.stderr).removeprefix("toto: "), target=str(repo))
     return done.lines
@@ -259,12 +296,22 @@ async def api_of(repo: Path) -> Api:
     return Api(url, _read_auth(repo / "toto" / "auth.curl"))
 
 
-def _checked(path: Path, api_url: str, ui_url: str | None, deployment: str, deployment_id: str | None, branch: str,
-             auth: str | None) -> Path:
+def _checked(
+    path: Path,
+    api_url: str,
+    ui_url: str | None,
+    deployment: str,
+    deployment_id: str | None,
+    branch: str,
+    auth: str | None,
+) -> Path:
     place = str(path)
     if not path.is_absolute() or ".." in path.parts or not _PATH.fullmatch(place):
-        raise InputError("not a path that toto accepts for a repository", target=place,
-                         hint="use an absolute path of letters, digits and . _ + @ -")
+        raise InputError(
+            "not a path that toto accepts for a repository",
+            target=place,
+            hint="use an absolute path of letters, digits and . _ + @ -",
+        )
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError("exists already and is not a folder", target=place, hint="use a different path")
     if path.is_dir() and any(path.iterdir()) and not (path / "HEAD").is_file():

@@ -72,10 +72,15 @@ class Policy:
         for entry in config.split("\0"):
             key, _, value = entry.partition("\n")
             found[key.removeprefix("toto.")] = value if "\n" in entry else "true"
-        return cls(branch=found.get("branch"), signed=_is_true(found.get("signed")),
-                   allow_force=_is_true(found.get("allowforce")), rules=_is_true(found.get("rules")),
-                   max_file_size=size(found.get("maxfilesize", str(MAX_FILE_SIZE))),
-                   allowed_signers=found.get("allowedsigners"), gpg_home=found.get("gpghome"))
+        return cls(
+            branch=found.get("branch"),
+            signed=_is_true(found.get("signed")),
+            allow_force=_is_true(found.get("allowforce")),
+            rules=_is_true(found.get("rules")),
+            max_file_size=size(found.get("maxfilesize", str(MAX_FILE_SIZE))),
+            allowed_signers=found.get("allowedsigners"),
+            gpg_home=found.get("gpghome"),
+        )
 
 
 def size(text: str) -> int:
@@ -116,15 +121,20 @@ class Update:
         """What the new commit is compared with: the old commit, or git's empty tree."""
         if not self.creates:
             return self.old
-        return ("4b825dc642cb6eb9a060e54bf8d69288fbee4904" if len(self.old) == 40
-                else "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321")
+        return (
+            "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+            if len(self.old) == 40
+            else "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321"
+        )
 
 
 def main() -> NoReturn:
     """Run the hook: standard input has one update on each line; status 1 refuses the whole push."""
     updates = [Update(*line.split(" ", 2)) for line in sys.stdin.read().splitlines()]
-    options = [os.environ.get(f"GIT_PUSH_OPTION_{number}", "")
-               for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))]
+    options = [
+        os.environ.get(f"GIT_PUSH_OPTION_{number}", "")
+        for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))
+    ]
     try:
         refusals = asyncio.run(judge(Path.cwd(), updates, options))
     except (TotoError, ValueError, OSError) as error:
@@ -161,8 +171,12 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -
 
 def wrong_options(options: Sequence[str]) -> Iterator[str]:
     """What is wrong with the options of a push; for an unknown one, also the known ones."""
-    wrong = [option for option in options if option not in {"plan", "wait", "skip", "rehearse"}
-             and not (option.startswith("only=") and _ONLY.fullmatch(option.removeprefix("only=")))]
+    wrong = [
+        option
+        for option in options
+        if option not in {"plan", "wait", "skip", "rehearse"}
+        and not (option.startswith("only=") and _ONLY.fullmatch(option.removeprefix("only=")))
+    ]
     for option in wrong:
         yield f"the push option {process.shorten(ascii(option), 80)} is not known"
     if "skip" in options and len(set(options)) > 1:
@@ -184,8 +198,11 @@ async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
     done = await _git("merge-base", "--is-ancestor", update.old, update.new, check=False)
     if done.status == 0:
         return []
-    return [f"{update.branch} is the deployed branch: a forced push to it is refused, it would lose "
-            f"{update.old[:8]}", "next: `git pull` first, or push a commit that reverts what is wrong", hint]
+    return [
+        f"{update.branch} is the deployed branch: a forced push to it is refused, it would lose {update.old[:8]}",
+        "next: `git pull` first, or push a commit that reverts what is wrong",
+        hint,
+    ]
 
 
 async def _wrong_files(update: Update) -> list[str]:
@@ -198,8 +215,16 @@ async def _wrong_files(update: Update) -> list[str]:
     from toto.infra_repo import manifest, settings  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
-        await _git("-c", "core.hooksPath=/dev/null", "restore", f"--source={update.new}", "--worktree", "--", *there,
-                   extra={"GIT_WORK_TREE": folder, "GIT_INDEX_FILE": f"{folder}/.index"})
+        await _git(
+            "-c",
+            "core.hooksPath=/dev/null",
+            "restore",
+            f"--source={update.new}",
+            "--worktree",
+            "--",
+            *there,
+            extra={"GIT_WORK_TREE": folder, "GIT_INDEX_FILE": f"{folder}/.index"},
+        )
         for name in there:
             try:
                 if name == MANIFEST:
@@ -236,15 +261,33 @@ async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
             Path(signers).write_text(rules.allowed_signers(repo.name.removesuffix(".git"), access.creator(repo)))
         elif not os.access(signers, os.R_OK):
             return [f"the signatures cannot be verified: {signers} cannot be read on toto"]
-        done = await _git("-c", f"gpg.ssh.allowedSignersFile={signers}", "log", "--no-show-signature",
-                          "--format=%H %G? %GK", update.new, "--not", *known,
-                          extra={"GNUPGHOME": policy.gpg_home or f"{folder}/no-gnupg"}, timeout=600)
+        done = await _git(
+            "-c",
+            f"gpg.ssh.allowedSignersFile={signers}",
+            "log",
+            "--no-show-signature",
+            "--format=%H %G? %GK",
+            update.new,
+            "--not",
+            *known,
+            extra={"GNUPGHOME": policy.gpg_home or f"{folder}/no-gnupg"},
+            timeout=600,
+        )
     verdicts = [line.split(" ", 2) for line in done.lines]
-    bad = [f"{commit[:8]} {_SIGNATURE.get(verdict, 'has a signature that cannot be verified')}"
-           + (f": {key}" if key else "") for commit, verdict, key in verdicts if verdict != "G"]
+    bad = [
+        f"{commit[:8]} {_SIGNATURE.get(verdict, 'has a signature that cannot be verified')}"
+        + (f": {key}" if key else "")
+        for commit, verdict, key in verdicts
+        if verdict != "G"
+    ]
     return _some(bad, "commits") + (
-        ["next: sign them with a key that toto trusts: git rebase --exec 'git commit --amend --no-edit -S' "
-         f"{update.old[:8] if not update.creates else '--root'}"] if bad else [])
+        [
+            "next: sign them with a key that toto trusts: git rebase --exec 'git commit --amend --no-edit -S' "
+            f"{update.old[:8] if not update.creates else '--root'}"
+        ]
+        if bad
+        else []
+    )
 
 
 async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
@@ -258,8 +301,17 @@ async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
         if line.startswith("~"):
             large.add(line[1:])
 
-    await _git("rev-list", "--objects", f"--filter=blob:limit={policy.max_file_size + 1}", "--filter-print-omitted",
-               *fresh, "--not", "--all", on_line=note, timeout=600)
+    await _git(
+        "rev-list",
+        "--objects",
+        f"--filter=blob:limit={policy.max_file_size + 1}",
+        "--filter-print-omitted",
+        *fresh,
+        "--not",
+        "--all",
+        on_line=note,
+        timeout=600,
+    )
     if not large:
         return []
     found: list[str] = []
@@ -270,16 +322,21 @@ async def _too_large(updates: Sequence[Update], policy: Policy) -> list[str]:
             found.append(f"{ascii(path)[1:-1]} is larger than {policy.max_file_size} bytes")
 
     await _git("rev-list", "--objects", *fresh, "--not", "--all", on_line=name, timeout=600)
-    return [*_some(found, "files"), "next: remove it from the commits that you push; if a machine needs a file of that "
-            "size, let nix fetch it"]
+    return [
+        *_some(found, "files"),
+        "next: remove it from the commits that you push; if a machine needs a file of that size, let nix fetch it",
+    ]
 
 
 async def _changed(update: Update, *names: str) -> dict[str, str]:
     """Those of the files that the push changes, with their new modes; "" for a file that is gone."""
     done = await _git("diff-tree", "-r", "-z", "--raw", "--no-renames", update.base, update.new, "--", *names)
     fields = done.stdout.split("\0")
-    return {path: "" if about.endswith("D") else about.split(" ")[1]
-            for about, path in zip(fields[::2], fields[1::2], strict=False) if path in names}
+    return {
+        path: "" if about.endswith("D") else about.split(" ")[1]
+        for about, path in zip(fields[::2], fields[1::2], strict=False)
+        if path in names
+    }
 
 
 async def _is_there(ref: str) -> bool:
@@ -291,12 +348,22 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
     return [*lines[:_MOST_NAMED], *([f"… and {more} more {what}"] if more > 0 else [])]
 
 
-async def _git(*arguments: str, check: bool = True, extra: Mapping[str, str] | None = None, timeout: float = 60,
-               on_line: LineSink | None = None) -> Completed:
+async def _git(
+    *arguments: str,
+    check: bool = True,
+    extra: Mapping[str, str] | None = None,
+    timeout: float = 60,
+    on_line: LineSink | None = None,
+) -> Completed:
     """Run git in the hook's repository, where it sees the quarantined objects."""
     async with _at_once:
-        return await process.run(["git", *arguments], env=without_git(kept=_QUARANTINE) | dict(extra or {}),
-                                 timeout=timeout, check=check, on_line=on_line)
+        return await process.run(
+            ["git", *arguments],
+            env=without_git(kept=_QUARANTINE) | dict(extra or {}),
+            timeout=timeout,
+            check=check,
+            on_line=on_line,
+        )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,17 @@ PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # and which process started this
 def invocation(repos: Path, mode: Literal["shell", "keys"]) -> list[str]:
     """The command line with which sshd runs this module: it needs nothing from the environment."""
     root = Path(__file__).resolve().parents[2]
-    return ["/usr/bin/env", f"PYTHONPATH={root}", sys.executable, "-P", "-m", "toto.git_host.shell", "--repos",
-            str(repos), mode]
+    return [
+        "/usr/bin/env",
+        f"PYTHONPATH={root}",
+        sys.executable,
+        "-P",
+        "-m",
+        "toto.git_host.shell",
+        "--repos",
+        str(repos),
+        mode,
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -99,8 +108,9 @@ def _make(repos: Path, name: str, creator: str) -> None:
 def _asked(command: str | None, user: str) -> tuple[str, str]:
     """The service and the repository that git asks for."""
     if not command:
-        raise InputError(f"hello {user}: this is a git host, it runs nothing but git",
-                         hint="git clone toto:NAME, git push toto:NAME")
+        raise InputError(
+            f"hello {user}: this is a git host, it runs nothing but git", hint="git clone toto:NAME, git push toto:NAME"
+        )
     try:
         words = shlex.split(command)
     except ValueError:
@@ -114,8 +124,10 @@ def _asked(command: str | None, user: str) -> tuple[str, str]:
 
 
 def _unknown(name: str, user: str) -> InputError:
-    return InputError(f"there is no repository {name} that {user} may see",
-                      hint=f"ask someone who may write {access.ADMIN} to make it, or to give you access")
+    return InputError(
+        f"there is no repository {name} that {user} may see",
+        hint=f"ask someone who may write {access.ADMIN} to make it, or to give you access",
+    )
 
 
 def _environment(user: str) -> dict[str, str]:

@@ -41,10 +41,11 @@ _WORKLOADS: Final = ("Deployment", "StatefulSet", "DaemonSet", "Job", "ReplicaSe
 
 # One field a line; text that may contain anything is in hexadecimal. Only helm 4 knows APPLIES.
 _STORED: Final = (
-    '{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n'
+    "{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n"
     '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n{{printf "%x" .Manifest}}'
-    '{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t'
-    '{{printf "%x" .Manifest}}{{end}}{{end}}')
+    "{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t"
+    '{{printf "%x" .Manifest}}{{end}}{{end}}'
+)
 
 # A chart that reads live resources with helm's own client, which understands everything in a kubeconfig.
 _LIVE: Final = {
@@ -158,17 +159,30 @@ class Helm:
         stored = await self._stored(release)
         if stored is None:
             return []
-        return [Revision(each["revision"], each["status"], each["chart"],
-                         process.mask(each["description"], stored.secrets), datetime.fromisoformat(each["updated"]))
-                for each in await self._command(release).history(release.name, namespace=release.namespace)]
+        return [
+            Revision(
+                each["revision"],
+                each["status"],
+                each["chart"],
+                process.mask(each["description"], stored.secrets),
+                datetime.fromisoformat(each["updated"]),
+            )
+            for each in await self._command(release).history(release.name, namespace=release.namespace)
+        ]
 
     async def last_whole(self, release: Release) -> int:
         """The newest revision that was deployed without a failure, of those that helm still keeps; 0 for none.
 
         Helm later marks a failed revision as superseded; only its description still says that it failed.
         """
-        return max((each.number for each in await self.history(release) if each.status == "deployed"
-                    or (each.status == "superseded" and " failed: " not in each.description)), default=0)
+        return max(
+            (
+                each.number
+                for each in await self.history(release)
+                if each.status == "deployed" or (each.status == "superseded" and " failed: " not in each.description)
+            ),
+            default=0,
+        )
 
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
         """The warnings of `helm lint`. Raises `RenderFailed`, `ChartUnavailable`."""
@@ -216,8 +230,10 @@ class Helm:
         if not recorded:
             return f"it is there already, at revision {now.number} ({now.chart}), and not by toto"
         if now.number < recorded or (now.number == recorded and digest not in ("", now.digest)):
-            return (f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
-                    f"toto had left revision {recorded}")
+            return (
+                f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
+                f"toto had left revision {recorded}"
+            )
         since = [_described(each) for each in await self.history(release) if each.number > recorded]
         if since:
             return f"outside toto it was {', then '.join(since)}; toto had left revision {recorded}"
@@ -233,27 +249,45 @@ class Helm:
         rendered = manifests.parse(await self._rendered(release, tree, stored))
         command = self._changing(release, [*manifests.secrets(rendered.values()), *sensitive(release, tree)])
         try:
-            await command.run(["upgrade", release.name, await self._chart(release, tree), "--namespace",
-                               release.namespace, *_values(release, tree), *_INSTALL, *_waiting(release),
-                               *(["--create-namespace"] if release.create_namespace else []),
-                               "--description", description, *_forced(stored)])
+            await command.run(
+                [
+                    "upgrade",
+                    release.name,
+                    await self._chart(release, tree),
+                    "--namespace",
+                    release.namespace,
+                    *_values(release, tree),
+                    *_INSTALL,
+                    *_waiting(release),
+                    *(["--create-namespace"] if release.create_namespace else []),
+                    "--description",
+                    description,
+                    *_forced(stored),
+                ]
+            )
         except ReleaseFailed as error:
             pods: list[str] = []
             with contextlib.suppress(TotoError):
                 pods = await self._not_ready(release)
-            raise ReleaseFailed("\n".join([error.message, *pods]), target=release.label, hint="check the pods, or "
-                                f"`helm --namespace {release.namespace} history {release.name}`") from None
+            raise ReleaseFailed(
+                "\n".join([error.message, *pods]),
+                target=release.label,
+                hint=f"check the pods, or `helm --namespace {release.namespace} history {release.name}`",
+            ) from None
         return await self._now(release)
 
     async def rollback(self, release: Release, revision: int) -> Deployed:
         """Roll back to a revision and return the new revision that this makes. Raises `ReleaseFailed`."""
         stored = await self._stored(release)
         if stored is None:
-            raise ReleaseMissing(f"cannot be rolled back to revision {revision}: it is not installed any more",
-                                 target=release.label, hint="push again: that installs it")
+            raise ReleaseMissing(
+                f"cannot be rolled back to revision {revision}: it is not installed any more",
+                target=release.label,
+                hint="push again: that installs it",
+            )
         await self._changing(release, stored.secrets).run(
-            ["rollback", release.name, revision, "--namespace", release.namespace, *_waiting(release),
-             *_forced(stored)])
+            ["rollback", release.name, revision, "--namespace", release.namespace, *_waiting(release), *_forced(stored)]
+        )
         return await self._now(release)
 
     async def uninstall(self, release: Release) -> bool:
@@ -264,7 +298,8 @@ class Helm:
         stored = await self._stored(release)
         if stored is not None:
             await self._changing(release, stored.secrets).uninstall(
-                release.name, namespace=release.namespace, timeout=f"{release.timeout:g}s", wait=release.wait)
+                release.name, namespace=release.namespace, timeout=f"{release.timeout:g}s", wait=release.wait
+            )
         return stored is not None
 
     async def test(self, release: Release) -> tuple[Tested, ...]:
@@ -276,14 +311,18 @@ class Helm:
         if before is None or not before.deployed.tests or not release.test:
             return ()
         command = self._changing(release, before.secrets)
-        done = await command.attempt(["test", release.name, "--namespace", release.namespace, "--logs", "--timeout",
-                                      f"{release.timeout:g}s"])
+        done = await command.attempt(
+            ["test", release.name, "--namespace", release.namespace, "--logs", "--timeout", f"{release.timeout:g}s"]
+        )
         after = await self._stored(release)
         # Its exit status is no verdict: helm also fails when it cannot read a test's log.
         said = command.clean(f"{done.stdout.partition('POD LOGS: ')[2]}\n{done.stderr}")
         began = {hook.name: hook.started for hook in before.hooks}
-        passed = {hook.name for hook in (after.hooks if after else ())
-                  if hook.phase == "Succeeded" and hook.started != began.get(hook.name)}
+        passed = {
+            hook.name
+            for hook in (after.hooks if after else ())
+            if hook.phase == "Succeeded" and hook.started != began.get(hook.name)
+        }
         return tuple(Tested(name, name in passed, "" if name in passed else said) for name in before.deployed.tests)
 
     async def repair(self, release: Release, good: int = 0, *, patience: float | None = None) -> str | None:
@@ -298,8 +337,11 @@ class Helm:
             return None
         age = (datetime.now(UTC) - now.at).total_seconds()
         if age < (release.timeout if patience is None else patience):
-            raise ReleaseBusy(f"it has been {now.status} for {age:.0f} s: that helm may be alive", target=release.label,
-                              hint="wait for it to end; if it was killed, a later run repairs what it left")
+            raise ReleaseBusy(
+                f"it has been {now.status} for {age:.0f} s: that helm may be alive",
+                target=release.label,
+                hint="wait for it to end; if it was killed, a later run repairs what it left",
+            )
         left = f"a helm that was killed had left it {now.status} at revision {now.number}"
         kept = {each.number for each in await self.history(release)}
         to = good if good in kept else await self.last_whole(release)
@@ -313,18 +355,31 @@ class Helm:
     def _state(self) -> Path:
         return self.state or paths.state_home() / "helm"
 
-    def _command(self, release: Release | None, *, timeout: float = 0, failure: type[TotoError] = HelmError,
-                 secrets: Sequence[str] = ()) -> Command:
+    def _command(
+        self,
+        release: Release | None,
+        *,
+        timeout: float = 0,
+        failure: type[TotoError] = HelmError,
+        secrets: Sequence[str] = (),
+    ) -> Command:
         label = None if release is None else release.label
         if self.kubeconfig is not None and not self.kubeconfig.is_file():
             raise ClusterUnreachable(f"there is no kubeconfig {self.kubeconfig}", target=label)
-        return Command(self.binary, environment(self._state, self.kubeconfig), timeout=timeout or self.patience,
-                       failure=failure, target=label, secrets=secrets)
+        return Command(
+            self.binary,
+            environment(self._state, self.kubeconfig),
+            timeout=timeout or self.patience,
+            failure=failure,
+            target=label,
+            secrets=secrets,
+        )
 
     def _changing(self, release: Release, secrets: Sequence[str]) -> Command:
         # The release's timeout limits each of helm's waits; this one limits a helm that hangs nevertheless.
-        return self._command(release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed,
-                             secrets=secrets)
+        return self._command(
+            release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed, secrets=secrets
+        )
 
     async def _now(self, release: Release) -> Deployed:
         if (now := await self.current(release)) is None:
@@ -334,27 +389,45 @@ class Helm:
     async def _stored(self, release: Release) -> _Stored | None:
         template = _STORED.replace("APPLIES", "{{.ApplyMethod}}" if await self.major() > 3 else "")
         try:
-            output = await self._command(release).run(["get", "all", release.name, "--namespace", release.namespace,
-                                                       "--template", template])
+            output = await self._command(release).run(
+                ["get", "all", release.name, "--namespace", release.namespace, "--template", template]
+            )
         except ReleaseMissing:
             return None
         number, status, chart, description, at, applies, manifest, *rest = output.decode().split("\n")
         if status == "uninstalled":  # and its history was kept
             return None
-        hooks = tuple(_Hook(name, events, started, phase, _unhex(text))
-                      for name, events, started, phase, text in (line.split("\t") for line in rest if line))
-        deployed = Deployed(int(number), status, chart, _unhex(description), datetime.fromtimestamp(int(at), UTC),
-                            digest=hashlib.sha256(manifest.encode()).hexdigest(),
-                            tests=tuple(hook.name for hook in hooks if hook.is_test))
+        hooks = tuple(
+            _Hook(name, events, started, phase, _unhex(text))
+            for name, events, started, phase, text in (line.split("\t") for line in rest if line)
+        )
+        deployed = Deployed(
+            int(number),
+            status,
+            chart,
+            _unhex(description),
+            datetime.fromtimestamp(int(at), UTC),
+            digest=hashlib.sha256(manifest.encode()).hexdigest(),
+            tests=tuple(hook.name for hook in hooks if hook.is_test),
+        )
         stored = _Stored(deployed, applies, manifests.parse(_unhex(manifest)), hooks)
         clean = process.mask(deployed.description, stored.secrets)
         return replace(stored, deployed=replace(deployed, description=clean))
 
     async def _rendered(self, release: Release, tree: Path, stored: _Stored | None) -> str:
-        words = [release.name, await self._chart(release, tree), "--namespace", release.namespace,
-                 *_values(release, tree)]
-        command = self._command(release, timeout=2 * self.patience, failure=RenderFailed,
-                                secrets=[*(stored.secrets if stored else ()), *sensitive(release, tree)])
+        words = [
+            release.name,
+            await self._chart(release, tree),
+            "--namespace",
+            release.namespace,
+            *_values(release, tree),
+        ]
+        command = self._command(
+            release,
+            timeout=2 * self.patience,
+            failure=RenderFailed,
+            secrets=[*(stored.secrets if stored else ()), *sensitive(release, tree)],
+        )
         try:
             try:
                 output = await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
@@ -366,13 +439,23 @@ class Helm:
                 checks = []
             return (await command.run(["template", *words, *checks])).decode()
         except RenderFailed as error:
-            raise RenderFailed(_by_names_of_the_repo(error.message, release, tree), target=error.target,
-                               hint=f"fix {release.chart} or its values, and push again") from None
+            raise RenderFailed(
+                _by_names_of_the_repo(error.message, release, tree),
+                target=error.target,
+                hint=f"fix {release.chart} or its values, and push again",
+            ) from None
 
     async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
         """The live resource for each of `wanted`, in the same order; {} for one that does not exist."""
-        asked = [{"apiVersion": each["apiVersion"], "kind": each["kind"], "name": each["metadata"].get("name", ""),
-                  "namespace": each["metadata"].get("namespace") or release.namespace} for each in wanted]
+        asked = [
+            {
+                "apiVersion": each["apiVersion"],
+                "kind": each["kind"],
+                "name": each["metadata"].get("name", ""),
+                "namespace": each["metadata"].get("namespace") or release.namespace,
+            }
+            for each in wanted
+        ]
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="live.", dir=self._state) as chart:
             for name, text in _LIVE.items():
@@ -380,7 +463,8 @@ class Helm:
                 Path(chart, name).write_text(text)
             output = await self._command(release, timeout=2 * self.patience).run(
                 ["template", "live", chart, "--namespace", release.namespace, "--dry-run=server", "--values", "-"],
-                json.dumps({"wanted": asked}).encode())
+                json.dumps({"wanted": asked}).encode(),
+            )
         (answer,) = manifests.parse(output.decode()).values()
         live: list[Resource] = json.loads(answer["data"]["live"])
         return live
@@ -390,8 +474,11 @@ class Helm:
         stored = await self._stored(release)
         workloads = tuple(f"{key.name}-" for key in stored.resources if key.kind in _WORKLOADS) if stored else ()
         (pods,) = await self._live(release, [{"apiVersion": "v1", "kind": "Pod", "metadata": {}}])
-        return [f"pod {pod['metadata']['name']}: {why}" for pod in pods.get("items") or ()
-                if pod["metadata"]["name"].startswith(workloads) and (why := _why_not_ready(pod["status"]))]
+        return [
+            f"pod {pod['metadata']['name']}: {why}"
+            for pod in pods.get("items") or ()
+            if pod["metadata"]["name"].startswith(workloads) and (why := _why_not_ready(pod["status"]))
+        ]
 
     async def _chart(self, release: Release, tree: Path) -> Path:
         """The chart's folder or archive. A remote chart is fetched once, so the rehearsed chart is the deployed one."""
@@ -404,7 +491,8 @@ class Helm:
             store.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="new.", dir=store) as fresh:
                 await self._command(release, timeout=4 * self.patience, failure=ChartUnavailable).run(
-                    ["pull", *words, "--destination", fresh])
+                    ["pull", *words, "--destination", fresh]
+                )
                 kept.mkdir(exist_ok=True)
                 for archive in Path(fresh).iterdir():
                     archive.replace(kept / archive.name)
@@ -432,14 +520,18 @@ def _unhex(digits: str) -> str:
 
 def _described(revision: Revision) -> str:
     back = revision.description.startswith(_ROLLED_BACK)
-    what = (f"rolled back to revision {revision.description.removeprefix(_ROLLED_BACK)}" if back
-            else f"upgraded to {revision.chart}")
+    what = (
+        f"rolled back to revision {revision.description.removeprefix(_ROLLED_BACK)}"
+        if back
+        else f"upgraded to {revision.chart}"
+    )
     at = revision.at.astimezone(UTC)
     return f"{what} (revision {revision.number}, {revision.status}, {at:%Y-%m-%d %H:%M} UTC)"
 
 
 def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
     """Helm's text with paths as they are in the repo."""
+
     def ours(match: re.Match[str]) -> str:
         path = f"{release.chart}/{match[1]}"
         return path if (tree / path).exists() else match[0]

@@ -61,8 +61,11 @@ class ReleaseMissing(ReleaseFailed):
 
 def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
     """The environment for helm: this process's, without the variables of toto and Prefect; its files go to `state`."""
-    ours = {name: value for name, value in os.environ.items()
-            if not name.startswith(_NOT_FOR_HELM) or name.startswith("HELM_DRIVER")}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_NOT_FOR_HELM) or name.startswith("HELM_DRIVER")
+    }
     ours |= {f"HELM_{what.upper()}_HOME": str(state / what) for what in ("cache", "config", "data")}
     ours["KUBECACHEDIR"] = str(state / "cache" / "kube")  # otherwise ~/.kube/cache
     return ours if kubeconfig is None else ours | {"KUBECONFIG": str(kubeconfig)}
@@ -75,8 +78,16 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
     in every message.
     """
 
-    def __init__(self, binary: str, environment: dict[str, str], *, timeout: float, failure: type[TotoError],
-                 target: str | None = None, secrets: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        binary: str,
+        environment: dict[str, str],
+        *,
+        timeout: float,
+        failure: type[TotoError],
+        target: str | None = None,
+        secrets: Sequence[str] = (),
+    ) -> None:
         super().__init__(executable=binary)
         self.binary, self.environment, self.timeout = binary, environment, timeout
         self.failure, self.target, self.secrets = failure, target, secrets
@@ -97,9 +108,16 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         `ClusterUnreachable` when it takes longer than `timeout`, `HelmError` when it prints too much.
         """
         try:
-            done = await process.run([self.binary, *map(str, command)], env=self.environment, stdin=input, check=False,
-                                     timeout=self.timeout, keep=KEPT, target=self.target,
-                                     signals=(signal.SIGINT, signal.SIGTERM))
+            done = await process.run(
+                [self.binary, *map(str, command)],
+                env=self.environment,
+                stdin=input,
+                check=False,
+                timeout=self.timeout,
+                keep=KEPT,
+                target=self.target,
+                signals=(signal.SIGINT, signal.SIGTERM),
+            )
         except process.CommandTimeout as late:
             what = f"`helm {command[0]}` did not end within {late.seconds:g} s; {self.clean(late.tail)}"
             kind = self.failure if issubclass(self.failure, ReleaseFailed) else ClusterUnreachable
@@ -119,14 +137,18 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         if "release: not found" in words:
             return ReleaseMissing("it is not installed", target=self.target)
         if "another operation (install/upgrade/rollback) is in progress" in words:
-            return ReleaseBusy("a different helm is working on it, or was killed while it did", target=self.target,
-                               hint="wait for it to end; if it was killed, a later run repairs what it left")
+            return ReleaseBusy(
+                "a different helm is working on it, or was killed while it did",
+                target=self.target,
+                hint="wait for it to end; if it was killed, a later run repairs what it left",
+            )
         if self.failure is not ChartUnavailable and "webhook" not in words:
             if _REFUSED.search(words):
                 return AccessRefused(words, target=self.target, hint="check the kubeconfig that toto uses")
             # When helm is changing a release, a lost connection is a failure: something may have been touched.
             if (_UNREACHABLE if self.failure is ReleaseFailed else _LOST).search(words):
-                return ClusterUnreachable(words, target=self.target,
-                                          hint="is the cluster up, and is it the one that the kubeconfig names?")
+                return ClusterUnreachable(
+                    words, target=self.target, hint="is the cluster up, and is it the one that the kubeconfig names?"
+                )
         ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "failed without a message"
         return self.failure(words or f"helm {ended}", target=self.target)

@@ -30,8 +30,10 @@ _EMPTY: Final[tuple[object, ...]] = (None, "", 0, False, [], {})
 _THE_SERVERS: Final = ("apiVersion", "status")
 _QUANTITY: Final = re.compile(r"([+-]?[0-9]+(?:\.[0-9]*)?)(?:([eE][+-]?[0-9]{1,3})|(m|k|Ki|[MGTPE]i?)?)")
 _POWERS: Final = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(1000), "Ki": Decimal(1024)} | {
-    unit + suffix: Decimal(base) ** power for power, unit in enumerate("MGTPE", 2)
-    for suffix, base in (("", 1000), ("i", 1024))}
+    unit + suffix: Decimal(base) ** power
+    for power, unit in enumerate("MGTPE", 2)
+    for suffix, base in (("", 1000), ("i", 1024))
+}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -121,8 +123,12 @@ def _apart(documents: Iterable[Any]) -> Iterator[Resource]:
 def key_of(resource: Resource) -> Key:
     group, _, version = str(resource.get("apiVersion", "")).rpartition("/")
     about = resource["metadata"]
-    return Key(group if version else "", str(resource["kind"]), str(about.get("namespace") or ""),
-               str(about.get("name") or about.get("generateName") or ""))
+    return Key(
+        group if version else "",
+        str(resource["kind"]),
+        str(about.get("namespace") or ""),
+        str(about.get("name") or about.get("generateName") or ""),
+    )
 
 
 def secrets(resources: Iterable[Resource]) -> list[str]:
@@ -153,7 +159,8 @@ def _data(secret: Resource) -> dict[str, str]:
     """Everything in a Secret, as base64 (`stringData` is a second way to write `data`)."""
     data, texts = (each if isinstance(each := secret.get(part), dict) else {} for part in ("data", "stringData"))
     return {key: _Hidden("".join(str(value).split())) for key, value in data.items()} | {
-        key: _Hidden(base64.b64encode(str(value).encode()).decode()) for key, value in texts.items()}
+        key: _Hidden(base64.b64encode(str(value).encode()).decode()) for key, value in texts.items()
+    }
 
 
 def compare(before: Mapping[Key, Resource], after: Mapping[Key, Resource]) -> Difference:
@@ -170,15 +177,22 @@ def _difference(before: Mapping[Key, Resource], after: Mapping[Key, Resource], *
     hidden = secrets([*before.values(), *after.values()])
     changed = []
     for key in sorted(before.keys() & after.keys()):
-        old, new = ({**each, "data": _data(each), "stringData": {}} if key.kind == "Secret" else each
-                    for each in (before[key], after[key]))
+        old, new = (
+            {**each, "data": _data(each), "stringData": {}} if key.kind == "Secret" else each
+            for each in (before[key], after[key])
+        )
         # Mask before shortening: half of a secret is a secret too.
-        lines = [process.shorten(process.mask(line, hidden), LONGEST_LINE) for line in
-                 itertools.islice(_fields(old, new, "", partial), MOST_FIELDS)]
+        lines = [
+            process.shorten(process.mask(line, hidden), LONGEST_LINE)
+            for line in itertools.islice(_fields(old, new, "", partial), MOST_FIELDS)
+        ]
         if lines:
             changed.append(Change(str(key), tuple(lines)))
-    return Difference(added=tuple(map(str, sorted(after.keys() - before.keys()))),
-                      removed=tuple(map(str, sorted(before.keys() - after.keys()))), changed=tuple(changed))
+    return Difference(
+        added=tuple(map(str, sorted(after.keys() - before.keys()))),
+        removed=tuple(map(str, sorted(before.keys() - after.keys()))),
+        changed=tuple(changed),
+    )
 
 
 def _fields(old: Any, new: Any, path: str, partial: bool) -> Iterator[str]:
@@ -201,8 +215,12 @@ def _fields(old: Any, new: Any, path: str, partial: bool) -> Iterator[str]:
                 yield from _fields(one, other, f"{path}[{number}]", partial)
         case str(), str() if old != new and "\n" in old + new:
             yield f"{path}:"
-            yield from (f"  {line}" for line in itertools.islice(
-                difflib.unified_diff(old.splitlines(), new.splitlines(), n=1, lineterm=""), 2, None))
+            yield from (
+                f"  {line}"
+                for line in itertools.islice(
+                    difflib.unified_diff(old.splitlines(), new.splitlines(), n=1, lineterm=""), 2, None
+                )
+            )
         case _ if old != new and not (partial and _same_quantity(old, new)):
             yield f"{path}: {_shown(old)} → {_shown(new)}"
 

@@ -34,8 +34,9 @@ class ReleaseFileError(FileError):
 
 def _check_name(name: str) -> str:
     if len(name) > 53 or not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", name):
-        raise ValueError("a release's name should be 1 to 53 lower case letters, digits, '-' and '.', "
-                         f"not {shown(name)}")
+        raise ValueError(
+            f"a release's name should be 1 to 53 lower case letters, digits, '-' and '.', not {shown(name)}"
+        )
     return name
 
 
@@ -47,8 +48,10 @@ def _check_namespace(name: str) -> str:
 
 def _check_repo(url: str) -> str:
     if not re.fullmatch(r"(https|oci)://[^\s@]+", url):
-        raise ValueError(f"should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', "
-                         f"without a user's name, not {shown(url)}")
+        raise ValueError(
+            f"should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', "
+            f"without a user's name, not {shown(url)}"
+        )
     return url
 
 
@@ -178,8 +181,13 @@ def _read(reading: Reading, tree: Path, path: Path) -> Release | None:
     values = said.values
     if values is None:
         values = ("values.yaml",) if (folder / "values.yaml").exists() and not own else ()
-    release = Release(**said.model_dump(exclude={"chart", "values"}), name=folder.name, file=reading.file, chart=chart,
-                      values=tuple(inside(text, "values", number) for number, text in enumerate(values)))
+    release = Release(
+        **said.model_dump(exclude={"chart", "values"}),
+        name=folder.name,
+        file=reading.file,
+        chart=chart,
+        values=tuple(inside(text, "values", number) for number, text in enumerate(values)),
+    )
     if not reading.problems:
         for link in (each for each in _sources(tree, release) if not each.is_relative_to(tree)):
             wrong(f"a link in it leads out of the repo, to {link}", "chart")
@@ -194,8 +202,12 @@ def _sources(tree: Path, release: Release) -> set[Path]:
         path = _real(rest.pop())
         if path not in found and os.access(path, os.R_OK):
             found.add(path)
-            rest += (Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)
-                     if Path(folder, name).is_symlink())
+            rest += (
+                Path(folder, name)
+                for folder, folders, files in os.walk(path)
+                for name in (*folders, *files)
+                if Path(folder, name).is_symlink()
+            )
     return found
 
 

@@ -32,8 +32,11 @@ class NotWritten(GitError):
     """A branch could not be written; it is as it was. `why` is what git said."""
 
     def __init__(self, repo: Path, ref: str, why: str) -> None:
-        super().__init__(f"{ref} could not be written: {why}", target=str(repo),
-                         hint=f"is there room on the disk (`df -h {repo}`), and may toto write there?")
+        super().__init__(
+            f"{ref} could not be written: {why}",
+            target=str(repo),
+            hint=f"is there room on the disk (`df -h {repo}`), and may toto write there?",
+        )
         self.why = why
 
 
@@ -44,21 +47,28 @@ async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message
     called again when a different writer was first. No commit is made when it changes nothing, nor when it raises.
     Raises `NotWritten`, and what `edit` raises.
     """
+
     async def step(tip: str) -> bytes:
         old = _read(repo, tip, paths)
         new = edit(old)
-        return b"".join(f"D {path}\n".encode() if text is None else f"M 100644 inline {path}\n".encode() + _data(text)
-                        for path, text in new.items() if text != old.get(path))
+        return b"".join(
+            f"D {path}\n".encode() if text is None else f"M 100644 inline {path}\n".encode() + _data(text)
+            for path, text in new.items()
+            if text != old.get(path)
+        )
+
     await _swap(repo, ref, step, message)
 
 
 async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
     """As `change`, for the note of a commit in `ref` (below refs/notes); `edit` gets "" when there is none."""
+
     async def step(_: str) -> bytes:
         # The note may be newer than the tip; then fast-import refuses, and the step runs again.
         old = (await git.git(repo, "notes", f"--ref={ref}", "show", commit, check=False)).stdout
         new = edit(old)
         return b"" if new == old else f"N inline {commit}\n".encode() + _data(new)
+
     await _swap(repo, ref, step, "toto's notes")
 
 
@@ -69,9 +79,15 @@ async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
         if not changes:
             return
         # fast-import only fast-forwards the ref from `tip`: that makes this a compare-and-swap.
-        stream = b"".join((
-            f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(), _data(message),
-            f"from {tip}\n".encode() if tip else b"", changes, b"done\n"))
+        stream = b"".join(
+            (
+                f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(),
+                _data(message),
+                f"from {tip}\n".encode() if tip else b"",
+                changes,
+                b"done\n",
+            )
+        )
         try:
             done = await git.git(repo, "fast-import", "--quiet", "--date-format=now", stdin=stream, check=False)
         except process.CommandTimeout as error:

@@ -29,8 +29,10 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 def check_name(name: str) -> str:
     """Return `name` if it can name a host or a machine; else raise ValueError."""
     if not re.fullmatch(_NAME, name) or ".." in name or name.endswith("."):
-        raise ValueError(f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
-                         f"and not end in a dot, not {shown(name)}")
+        raise ValueError(
+            f"should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter or digit "
+            f"and not end in a dot, not {shown(name)}"
+        )
     return name
 
 
@@ -82,8 +84,12 @@ def check_system(text: str) -> str:
 
 
 def _check_freeze(value: object) -> object:
-    if not isinstance(value, bool) and (not isinstance(value, str) or not value.strip() or _CONTROL.search(value)
-                                        or value.lower() in ("true", "false", "yes", "no", "on", "off")):
+    if not isinstance(value, bool) and (
+        not isinstance(value, str)
+        or not value.strip()
+        or _CONTROL.search(value)
+        or value.lower() in ("true", "false", "yes", "no", "on", "off")
+    ):
         raise ValueError(f"should be true, false or the reason in one line of text, not {shown(value)}")
     return value
 
@@ -112,5 +118,9 @@ Distinct = AfterValidator(_check_distinct)
 Freeze = Annotated[StrictBool | StrictStr, BeforeValidator(_check_freeze)]
 
 
-OpenIn = Annotated[Window, BeforeValidator(_check_window), PlainSerializer(str),
-                   WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]})]
+OpenIn = Annotated[
+    Window,
+    BeforeValidator(_check_window),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["Sat-Sun 22:00-06:00", "22:00-06:00"]}),
+]

@@ -48,15 +48,25 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return without_git() | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
 
 
-async def git(repo: Path, *arguments: str | Path, stdin: bytes | None = None, check: bool = True,
-              extra: dict[str, str] | None = None) -> process.Completed:
+async def git(
+    repo: Path,
+    *arguments: str | Path,
+    stdin: bytes | None = None,
+    check: bool = True,
+    extra: dict[str, str] | None = None,
+) -> process.Completed:
     """Run git on a bare repo, with `extra` in its environment.
 
     Raises `CommandFailed` when `check`, and `CommandTimeout` after 300 seconds.
     """
     return await process.run(
         ["git", f"--git-dir={repo}", "-c", "core.fsync=loose-object,reference", *arguments],
-        env=environment(extra), stdin=stdin, check=check, timeout=300, target=repo.name)
+        env=environment(extra),
+        stdin=stdin,
+        check=check,
+        timeout=300,
+        target=repo.name,
+    )
 
 
 @contextmanager
@@ -65,8 +75,7 @@ def open_repo(repo: Path) -> Iterator[gitpython.Repo]:
     try:
         opened = gitpython.Repo(repo)
     except (gitpython.InvalidGitRepositoryError, gitpython.NoSuchPathError) as error:
-        raise InputError("is not a git repository", target=str(repo),
-                         hint="name the path of the bare repo") from error
+        raise InputError("is not a git repository", target=str(repo), hint="name the path of the bare repo") from error
     with opened:
         opened.git.update_environment(GIT_DIR=str(opened.git_dir))
         yield opened
@@ -86,8 +95,9 @@ def resolve(repo: Path, revision: str) -> str:
         try:
             return str(opened.commit(revision).hexsha)
         except (BadName, BadObject, ValueError, IndexError) as error:
-            raise NoSuchCommit(f"has no commit {revision!r}", target=str(repo),
-                               hint="push it first, or see `git log --all`") from error
+            raise NoSuchCommit(
+                f"has no commit {revision!r}", target=str(repo), hint="push it first, or see `git log --all`"
+            ) from error
 
 
 async def describe(repo: Path, commit: str) -> Commit:
@@ -95,8 +105,18 @@ async def describe(repo: Path, commit: str) -> Commit:
 
     Anyone can write anything into them: none of it is verified.
     """
-    done = await git(repo, "-c", "log.showSignature=false", "log", "-1", "--no-color", "--encoding=UTF-8",
-                     "--format=%H%x00%s%x00%an%x00%ce", commit, "--")
+    done = await git(
+        repo,
+        "-c",
+        "log.showSignature=false",
+        "log",
+        "-1",
+        "--no-color",
+        "--encoding=UTF-8",
+        "--format=%H%x00%s%x00%an%x00%ce",
+        commit,
+        "--",
+    )
     return Commit(*done.stdout.removesuffix("\n").split("\0"))
 
 
@@ -149,8 +169,11 @@ def _refuse_links_out(tree: Path) -> None:
             if path.is_symlink():
                 leads = os.path.realpath(path)
                 if not (leads == root or leads.startswith((root + os.sep, "/nix/store/"))):
-                    raise InputError(f"is a link that leads out of the repo, to {path.readlink()}",
-                                     target=str(path.relative_to(tree)), hint="commit the file itself")
+                    raise InputError(
+                        f"is a link that leads out of the repo, to {path.readlink()}",
+                        target=str(path.relative_to(tree)),
+                        hint="commit the file itself",
+                    )
 
 
 async def superseded_by(repo: Path, commit: str) -> str | None:

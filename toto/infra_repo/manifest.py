@@ -11,13 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    StrictInt,
-    StrictStr,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from toto.base.after import in_order
 from toto.base.model import Fields, Location, Model, shown
@@ -123,8 +117,14 @@ class Manifest(Model):
         depth: dict[str, int] = {}
         for name in in_order({name: machine.after for name, machine in self.machines.items()})[0]:
             machine = self.machines[name]
-            depth[name] = max((depth[other] + (other in chosen) for other in machine.after
-                               if self.machines[other].wave == machine.wave), default=0)
+            depth[name] = max(
+                (
+                    depth[other] + (other in chosen)
+                    for other in machine.after
+                    if self.machines[other].wave == machine.wave
+                ),
+                default=0,
+            )
         groups: dict[tuple[int, int], list[str]] = {}
         for name, machine in self.machines.items():
             if name in chosen:
@@ -167,7 +167,7 @@ def json_schema() -> dict[str, Any]:
                     {"type": "array", "items": {"$ref": "#/$defs/Machine"}},
                     {"type": "object", "additionalProperties": {"$ref": "#/$defs/NamedMachine"}},
                 ],
-            },
+            }
         },
         "$defs": {**definitions, "Machine": machine, "NamedMachine": named},
     }
@@ -183,8 +183,13 @@ def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
             if other not in machines:
                 yield machine.name, ("after", index), f"there is no machine {shown(other)}"
             elif machines[other].wave > machine.wave:
-                yield machine.name, ("after", index), (
-                    f"{other} is in wave {machines[other].wave}, which comes after this machine's wave {machine.wave}")
+                yield (
+                    machine.name,
+                    ("after", index),
+                    (
+                        f"{other} is in wave {machines[other].wave}, which comes after this machine's wave {machine.wave}"
+                    ),
+                )
     for circle in in_order({name: machine.after for name, machine in machines.items()})[1]:
         yield circle.name, ("after",), str(circle)
 
@@ -211,8 +216,12 @@ class _Reading(Reading):
                 continue
             if name.lower() in places:
                 first = self.line(places[name.lower()])
-                self.problem(self.line((*place, "name")), label, "name",
-                             f"is taken by the machine on line {first} (upper and lower case count as one)")
+                self.problem(
+                    self.line((*place, "name")),
+                    label,
+                    "name",
+                    f"is taken by the machine on line {first} (upper and lower case count as one)",
+                )
                 continue
             places[name.lower()] = place
             if machine is not None:
@@ -235,13 +244,20 @@ class _Reading(Reading):
                 for name, fields in machines.items():
                     place = ("machines", name)
                     if isinstance(fields, dict) and fields.get("name", name) != name:
-                        self.problem(self.line((*place, "name")), quoted(name), "name",
-                                     f"is {shown(name)} by its key, not {shown(fields['name'])}")
+                        self.problem(
+                            self.line((*place, "name")),
+                            quoted(name),
+                            "name",
+                            f"is {shown(name)} by its key, not {shown(fields['name'])}",
+                        )
                     named = {**fields, "name": name} if isinstance(fields, dict) else fields
                     yield place, quoted(name), {"name": name} if fields is None else named
             case _:
-                self.problem(self.line(("machines",)), "machines",
-                             f"should be a list of machines, or a mapping by their names, not {shown(machines)}")
+                self.problem(
+                    self.line(("machines",)),
+                    "machines",
+                    f"should be a list of machines, or a mapping by their names, not {shown(machines)}",
+                )
 
 
 if __name__ == "__main__":

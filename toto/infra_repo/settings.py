@@ -205,9 +205,7 @@ def load(tree: Path) -> Settings:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise SettingsError([
-            problem(location, what) for location, what in explain(error, Settings)
-        ]) from None
+        raise SettingsError([problem(location, what) for location, what in explain(error, Settings)]) from None
 
 
 def problem(location: Location, what: str) -> str:

@@ -48,14 +48,20 @@ def events(repo: Path, most: int = 10_000) -> list[Event]:
         entries: dict[Target, Entry] = {}
         begun: dict[Target, datetime] = {}
         for commit in reversed(commits):
-            for diff in (commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE)):
+            for diff in commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE):
                 path = str(diff.b_path or diff.a_path)
                 kind, _, name = path.removesuffix(".json").partition("/")
                 target = Target(kind, name)
                 blob = None if diff.deleted_file else diff.b_blob
                 new = Entry() if blob is None else Entry.model_validate_json(blob.data_stream.read())
-                event = _event(target, entries.get(target, Entry()), new, blob is None, commit.committed_datetime,
-                               begun.get(target))
+                event = _event(
+                    target,
+                    entries.get(target, Entry()),
+                    new,
+                    blob is None,
+                    commit.committed_datetime,
+                    begun.get(target),
+                )
                 entries[target] = new
                 if event is not None:
                     found.append(event)

@@ -143,9 +143,11 @@ class Snapshot:
     def fingerprint(self) -> str:
         """A hash (SHA-256, hex) of what is deployed and rehearsed. It does not change with intents and notes."""
         origin = {"commit", "run", "at"}
-        what = sorted((str(target), *(each and each.model_dump_json(exclude=origin)
-                                      for each in (entry.good, entry.rehearsed)))
-                      for target, entry in self.entries.items() if entry.good or entry.rehearsed)
+        what = sorted(
+            (str(target), *(each and each.model_dump_json(exclude=origin) for each in (entry.good, entry.rehearsed)))
+            for target, entry in self.entries.items()
+            if entry.good or entry.rehearsed
+        )
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     @property
@@ -220,8 +222,9 @@ class Ledger:
         try:
             await branch.change(self.repo, REF, [path], edit, message)
         except branch.NotWritten as error:
-            raise LedgerError(f"the ledger could not be written: {error.why}", target=str(target),
-                              hint=error.hint) from error
+            raise LedgerError(
+                f"the ledger could not be written: {error.why}", target=str(target), hint=error.hint
+            ) from error
         return written
 
     def _parsed(self, path: str, text: str | bytes) -> tuple[Target, Entry]:
@@ -229,6 +232,8 @@ class Ledger:
         try:
             return Target(kind, name.removesuffix(".json")), Entry.model_validate_json(text)
         except ValidationError as error:
-            raise LedgerError(f"{path} in {REF} cannot be read: {error}", target=str(self.repo),
-                              hint=f"see `git log -p {REF} -- {path}`, and set the ref to the last commit "
-                                   "that is valid") from error
+            raise LedgerError(
+                f"{path} in {REF} cannot be read: {error}",
+                target=str(self.repo),
+                hint=f"see `git log -p {REF} -- {path}`, and set the ref to the last commit that is valid",
+            ) from error

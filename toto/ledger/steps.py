@@ -5,21 +5,28 @@ from toto.ledger.ledger import REF, Change, Deployed, Entry, Intent, LostTarget,
 
 def intend(intent: Intent) -> Change:
     """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
+
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
-            raise TargetBusy(f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
-                             hint="wait for it to end, or run settle/settle")
+            raise TargetBusy(
+                f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
+                hint="wait for it to end, or run settle/settle",
+            )
         return entry.model_copy(update={"intent": intent})
+
     return change
 
 
 def take_over(old: Intent, run: str) -> Change:
     """Take over an intent that a dead run left. Raises `LostTarget` when the intent is no longer there."""
+
     def change(entry: Entry) -> Entry:
         if entry.intent != old:
             raise LostTarget("a different run settled its open intent")
-        return entry.model_copy(update={"intent": old.model_copy(
-            update={"run": run, "owner": owner(), "left_by": old.left_by or old.run})})
+        return entry.model_copy(
+            update={"intent": old.model_copy(update={"run": run, "owner": owner(), "left_by": old.left_by or old.run})}
+        )
+
     return change
 
 
@@ -37,25 +44,31 @@ def set_step(entry: Entry, run: str, step: str) -> Entry:
 
 def good(deployed: Deployed, run: str) -> Change:
     """Close the intent: the target passed all its tests, so this is its new last good. Raises `LostTarget`."""
+
     def change(entry: Entry) -> Entry:
         return Entry(good=deployed, previous=entry.good, before=require_intent(entry, run).before)
+
     return change
 
 
 def verified(deployed: Deployed) -> Change:
     """Record that the target is unchanged, but its identity or its tests have a new hash. Raises `TargetBusy`."""
+
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             raise TargetBusy(f"run {entry.intent.run} is working on it")
         return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None})
+
     return change
 
 
 def revert(to: Deployed | None, note: Note, run: str) -> Change:
     """Close the intent: the target was reverted to `to`; None: to what it was before toto. Raises `LostTarget`."""
+
     def change(entry: Entry) -> Entry:
         require_intent(entry, run)
         return Entry(good=to, reverted=note)
+
     return change
 
 

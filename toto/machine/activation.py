@@ -61,16 +61,25 @@ class Activator:
 
     async def install(self) -> None:
         """Copy the script to the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
-        await self._root(["/bin/sh", "-c", f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && "
-                          f"mv {_ON_MACHINE}.new {_ON_MACHINE}"], stdin=_SCRIPT.read_bytes())
+        await self._root(
+            [
+                "/bin/sh",
+                "-c",
+                f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && mv {_ON_MACHINE}.new {_ON_MACHINE}",
+            ],
+            stdin=_SCRIPT.read_bytes(),
+        )
 
     async def facts(self) -> MachineState:
         """What the machine runs now. Raises `Unreachable`, or `NotWhatItShouldBe` when it is not NixOS."""
         done = await self._verb("facts")
         facts = dict(line.partition("=")[::2] for line in done.lines)
         if not facts.get("system", "").startswith("/nix/store/"):
-            raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.connection.target.name,
-                                    hint="is it a NixOS machine? if not, set role: other in machines.yaml")
+            raise NotWhatItShouldBe(
+                "has no /run/current-system in the nix store",
+                target=self.connection.target.name,
+                hint="is it a NixOS machine? if not, set role: other in machines.yaml",
+            )
         return MachineState(system=facts["system"], profile=facts.get("profile", ""))
 
     async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
@@ -87,12 +96,15 @@ class Activator:
         code, log = await self._ended(name, deadline)
         await self._confirm(name, deadline)
         if code != 0:
-            raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
-                                   target=self.connection.target.name)
+            raise ActivationFailed(
+                f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
+                target=self.connection.target.name,
+            )
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
-    async def nixos_rebuild(self, verb: Verb, path: str, *, timeout: float,
-                            on_line: process.LineSink | None = None) -> None:
+    async def nixos_rebuild(
+        self, verb: Verb, path: str, *, timeout: float, on_line: process.LineSink | None = None
+    ) -> None:
         """Activate with nixos-rebuild-ng instead, without a watchdog: only toto can revert the machine then.
 
         nixos-rebuild is ended after `timeout` seconds; what it began on the machine goes on: see `take_charge`.
@@ -104,12 +116,20 @@ class Activator:
             # It removes its temporary files after SIGINT, and leaves them after SIGTERM.
             await process.run(
                 ["nixos-rebuild", verb, "--no-reexec", "--store-path", path, "--target-host", name, *sudo],
-                env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config}"}, timeout=timeout,
-                on_line=on_line, on_error_line=on_line, target=name, signals=(signal.SIGINT, signal.SIGTERM))
+                env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config}"},
+                timeout=timeout,
+                on_line=on_line,
+                on_error_line=on_line,
+                target=name,
+                signals=(signal.SIGINT, signal.SIGTERM),
+            )
         except process.CommandFailed as error:
             hint = "toto needs a nixos-rebuild with --store-path: that of NixOS 26.05 or newer"
-            raise ActivationFailed(f"`nixos-rebuild {verb}` exited with status {error.status}:\n{error.tail}",
-                                   target=name, hint=hint if "--store-path" in error.tail else None) from None
+            raise ActivationFailed(
+                f"`nixos-rebuild {verb}` exited with status {error.status}:\n{error.tail}",
+                target=name,
+                hint=hint if "--store-path" in error.tail else None,
+            ) from None
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
     async def take_charge(self, *, patience: float) -> None:
@@ -128,14 +148,19 @@ class Activator:
                 if word in ("back", "unknown") or (word == "done" and said == "confirmed"):
                     break
                 if time.monotonic() > deadline:
-                    raise ActivationFailed("an earlier activation has not ended", target=self.connection.target.name,
-                                           hint=f"read /run/toto/{name}/log on the machine")
+                    raise ActivationFailed(
+                        "an earlier activation has not ended",
+                        target=self.connection.target.name,
+                        hint=f"read /run/toto/{name}/log on the machine",
+                    )
                 await anyio.sleep(0.5)
         while (await self._verb("quiet", "20")).stdout.strip() != "quiet":
             if time.monotonic() > deadline:
-                raise ActivationFailed("an activation that toto did not start has not ended",
-                                       target=self.connection.target.name,
-                                       hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration")
+                raise ActivationFailed(
+                    "an activation that toto did not start has not ended",
+                    target=self.connection.target.name,
+                    hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration",
+                )
 
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot `to`, by profile and activation, and check that it does.
@@ -159,9 +184,11 @@ class Activator:
         facts = await self.facts()
         for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
             if wanted and found != path:
-                raise NotWhatItShouldBe(f"{what} {found or 'nothing'}, not {path}",
-                                        target=self.connection.target.name,
-                                        hint="someone else may be deploying to it; see `nixos-version` there")
+                raise NotWhatItShouldBe(
+                    f"{what} {found or 'nothing'}, not {path}",
+                    target=self.connection.target.name,
+                    hint="someone else may be deploying to it; see `nixos-version` there",
+                )
 
     async def clean_up(self) -> None:
         """Remove this run's files from the machine, once no activation is under way."""
@@ -173,11 +200,14 @@ class Activator:
         await self._verb("begin", name, verb, path, path, "", f"{finish:.0f}", "0")
         code, log = await self._ended(name, time.monotonic() + finish + 60)
         if code == UNITS_FAILED:
-            logging.getLogger(__name__).warning("%s: units failed while it was reverted:\n%s",
-                                                self.connection.target.name, process.tail(log))
+            logging.getLogger(__name__).warning(
+                "%s: units failed while it was reverted:\n%s", self.connection.target.name, process.tail(log)
+            )
         elif code != 0:
-            raise ActivationFailed(f"reverting it (`{verb}`) exited with status {code}:\n{process.tail(log)}",
-                                   target=self.connection.target.name)
+            raise ActivationFailed(
+                f"reverting it (`{verb}`) exited with status {code}:\n{process.tail(log)}",
+                target=self.connection.target.name,
+            )
 
     async def _ended(self, name: str, deadline: float) -> tuple[int, str]:
         """Wait until the activation has ended, over several connections if need be; return its status and log."""
@@ -212,8 +242,10 @@ class Activator:
                     raise
                 await anyio.sleep(1)
         if answer != "confirmed":
-            raise WentBack("answered too late after the activation: its watchdog had begun to revert it",
-                           target=self.connection.target.name)
+            raise WentBack(
+                "answered too late after the activation: its watchdog had begun to revert it",
+                target=self.connection.target.name,
+            )
 
     def _new_name(self, verb: str) -> str:
         return f"{self.run}.{verb}.{secrets.token_hex(4)}"
@@ -221,21 +253,27 @@ class Activator:
     async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:
         return await self._root(["/bin/sh", _ON_MACHINE, *words], fresh=fresh)
 
-    async def _root(self, argv: Sequence[str], *, stdin: bytes | None = None,
-                    fresh: bool = False) -> process.Completed:
+    async def _root(self, argv: Sequence[str], *, stdin: bytes | None = None, fresh: bool = False) -> process.Completed:
         sudo = [] if self.connection.target.user == "root" else ["sudo", "-n"]
         try:
-            return await self.connection.run([*sudo, *argv], stdin=stdin, fresh=fresh,
-                                             timeout=self.connect_timeout + 60)
+            return await self.connection.run(
+                [*sudo, *argv], stdin=stdin, fresh=fresh, timeout=self.connect_timeout + 60
+            )
         except process.CommandFailed as error:
             raise self._explained(error) from None
 
     def _explained(self, error: process.CommandFailed) -> TotoError:
         name, said = self.connection.target.name, error.tail.strip().splitlines() or ["no output"]
         if _ON_MACHINE in error.tail and f"{_ON_MACHINE}.new" not in error.tail:  # /run is empty after a boot
-            return WentBack("has rebooted meanwhile, into its boot default", target=name,
-                            hint="find out why; to deploy it, push again, or retry the run")
+            return WentBack(
+                "has rebooted meanwhile, into its boot default",
+                target=name,
+                hint="find out why; to deploy it, push again, or retry the run",
+            )
         if said[-1].startswith("sudo:"):
-            return ActivationFailed(f"{self.connection.target.user} may not become root: {said[-1]}", target=name,
-                                    hint="set security.sudo.wheelNeedsPassword = false, and put the user into wheel")
+            return ActivationFailed(
+                f"{self.connection.target.user} may not become root: {said[-1]}",
+                target=name,
+                hint="set security.sudo.wheelNeedsPassword = false, and put the user into wheel",
+            )
         return ActivationFailed(f"a command of the activation failed on it: {said[-1]}\n{error.message}", target=name)

@@ -16,8 +16,9 @@ async def private(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         fresh = Path(directory, name)
-        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"toto {name}", "-f", fresh],
-                          timeout=60)
+        await process.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"toto {name}", "-f", fresh], timeout=60
+        )
         # The process that links it first has made the key; the others use that one.
         try:
             key.hardlink_to(fresh)

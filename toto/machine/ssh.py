@@ -66,15 +66,20 @@ class SshTarget:
     connect_timeout: int = 10
 
     def __post_init__(self) -> None:
-        for what, value, form in (("name", self.name, _NAME), ("address", self.address, _ADDRESS),
-                                  ("user", self.user, _NAME), ("host key", self.host_key, _HOST_KEY)):
+        for what, value, form in (
+            ("name", self.name, _NAME),
+            ("address", self.address, _ADDRESS),
+            ("user", self.user, _NAME),
+            ("host key", self.host_key, _HOST_KEY),
+        ):
             if value is not None and not form.fullmatch(value):
                 raise InputError(f"the {what} {value!r} cannot be used with ssh", target=self.name)
         if not 0 < self.port < 65536:
             raise InputError(f"{self.port} is not a TCP port", target=self.name)
         if not (self.throwaway or self.host_key or self.known_hosts):
-            raise InputError("it is not known which host key to expect", target=self.name,
-                             hint="give host_key or known_hosts")
+            raise InputError(
+                "it is not known which host key to expect", target=self.name, hint="give host_key or known_hosts"
+            )
 
     def write_config(self, directory: Path, *, control: Path | None = None) -> Path:
         """Write the ssh_config of this target to `directory` (made when missing, mode 0700), and return its path.
@@ -101,11 +106,17 @@ class SshTarget:
             options |= {"StrictHostKeyChecking": "yes", "UserKnownHostsFile": _path(pinned)}
         elif self.known_hosts is not None:
             self.known_hosts.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            options |= {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": _path(self.known_hosts),
-                        "HashKnownHosts": "no"}
+            options |= {
+                "StrictHostKeyChecking": "accept-new",
+                "UserKnownHostsFile": _path(self.known_hosts),
+                "HashKnownHosts": "no",
+            }
         else:
-            options |= {"StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null",
-                        "GlobalKnownHostsFile": "/dev/null"}
+            options |= {
+                "StrictHostKeyChecking": "no",
+                "UserKnownHostsFile": "/dev/null",
+                "GlobalKnownHostsFile": "/dev/null",
+            }
         if control is not None:
             options |= {"ControlMaster": "no", "ControlPath": _path(control)}
         lines = [f"Host {self.name}\n", *(f"  {key} {value}\n" for key, value in options.items())]
@@ -121,9 +132,18 @@ class Connection:
     control: Path | None = None
     master: Running | None = None
 
-    async def run(self, argv: Sequence[str], *, stdin: bytes | None = None, timeout: float | None = None,
-                  check: bool = True, fresh: bool = False, on_line: LineSink | None = None,
-                  on_error_line: LineSink | None = None, secrets: Sequence[str] = ()) -> Completed:
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+        fresh: bool = False,
+        on_line: LineSink | None = None,
+        on_error_line: LineSink | None = None,
+        secrets: Sequence[str] = (),
+    ) -> Completed:
         """Run the command `argv` on the machine and return what it left.
 
         `timeout` is in seconds, and ends only the local side. `fresh` makes a new connection, which proves that the
@@ -134,12 +154,29 @@ class Connection:
         words = [process.mask(word, secrets) for word in argv]
         journal = self.config.with_name(f"log.{next(_numbers)}")
         # ssh writes its own messages to a file, so that they are not mixed up with the command's output.
-        command: list[Argument] = ["ssh", "-F", self.config, "-E", journal, "-T",
-                                   *(["-o", "ControlPath=none"] if fresh else []),
-                                   self.target.name, "--", shlex.join(argv)]
+        command: list[Argument] = [
+            "ssh",
+            "-F",
+            self.config,
+            "-E",
+            journal,
+            "-T",
+            *(["-o", "ControlPath=none"] if fresh else []),
+            self.target.name,
+            "--",
+            shlex.join(argv),
+        ]
         try:
-            done = await process.run(command, stdin=stdin, timeout=timeout, check=False, on_line=on_line,
-                                     on_error_line=on_error_line, secrets=secrets, target=self.target.name)
+            done = await process.run(
+                command,
+                stdin=stdin,
+                timeout=timeout,
+                check=False,
+                on_line=on_line,
+                on_error_line=on_error_line,
+                secrets=secrets,
+                target=self.target.name,
+            )
             said = _read(journal)
         except CommandTimeout as error:
             raise CommandTimeout(words, error.seconds, error.tail, target=self.target.name) from None
@@ -148,8 +185,9 @@ class Connection:
         if done.status == LOST and (said or await self._was_lost(done.stderr, fresh)):
             raise _explained(self.target, said or "the connection was lost")
         if check and done.status != 0:
-            raise CommandFailed(words, done.status, process.tail(done.stderr) or process.tail(done.stdout),
-                                target=self.target.name)
+            raise CommandFailed(
+                words, done.status, process.tail(done.stderr) or process.tail(done.stdout), target=self.target.name
+            )
         return done
 
     def _clean_up_dead_master(self) -> None:
@@ -222,11 +260,20 @@ def _read(journal: Path) -> str:
 def _explained(target: SshTarget, words: str) -> Unreachable:
     if "Host key verification failed" in words or "IDENTIFICATION HAS CHANGED" in words:
         known = target.known_hosts
-        hint = (f"make sure that {target.address} is the machine, then run `ssh-keygen -f {known} -R {target.name}`"
-                if known else f"compare the host key of {target.address} with the one that is set for {target.name}")
+        hint = (
+            f"make sure that {target.address} is the machine, then run `ssh-keygen -f {known} -R {target.name}`"
+            if known
+            else f"compare the host key of {target.address} with the one that is set for {target.name}"
+        )
         return HostKeyChanged("its host key is not the known one", target=target.name, hint=hint)
     if "Permission denied" in words or "Too many authentication failures" in words:
-        return AuthenticationFailed(process.tail(words, 3), target=target.name,
-                                    hint=f"let the key {target.identity or 'of this user'} log in as {target.user}")
-    return Unreachable(process.tail(words, 3), target=target.name,
-                       hint=f"is {target.address} up, and does it listen on port {target.port}?")
+        return AuthenticationFailed(
+            process.tail(words, 3),
+            target=target.name,
+            hint=f"let the key {target.identity or 'of this user'} log in as {target.user}",
+        )
+    return Unreachable(
+        process.tail(words, 3),
+        target=target.name,
+        hint=f"is {target.address} up, and does it listen on port {target.port}?",
+    )

@@ -30,10 +30,18 @@ class Difference:
 
     def lines(self, most: int = 40) -> list[str]:
         """One line for each change, at most `most` of them; the last line is the change in size."""
-        named = [(sign, what) for sign, group in (
-            ("~", self.packages_changed), ("+", self.packages_added), ("-", self.packages_removed),
-            ("~ unit", self.units_changed), ("+ unit", self.units_added), ("- unit", self.units_removed))
-            for what in group]
+        named = [
+            (sign, what)
+            for sign, group in (
+                ("~", self.packages_changed),
+                ("+", self.packages_added),
+                ("-", self.packages_removed),
+                ("~ unit", self.units_changed),
+                ("+ unit", self.units_added),
+                ("- unit", self.units_removed),
+            )
+            for what in group
+        ]
         lines = [f"{sign} {what}" for sign, what in named[:most]]
         if len(named) > most:
             lines.append(f"… and {len(named) - most} more")
@@ -60,19 +68,24 @@ async def difference(old: str | None, new: str) -> Difference:
     gone, come = sorted(set(before) - set(after)), sorted(set(after) - set(before))
     was, will = _versions(before), _versions(after)
     size = await nix.sizes([*gone, *come])
-    changed = [f"{name} {_shown(was[name])} → {_shown(will[name])}" for name in sorted(was.keys() & will.keys())
-               if was[name] != will[name]]
+    changed = [
+        f"{name} {_shown(was[name])} → {_shown(will[name])}"
+        for name in sorted(was.keys() & will.keys())
+        if was[name] != will[name]
+    ]
     rebuilt = [name for name in sorted(_versions(come).keys() & _versions(gone).keys()) if was[name] == will[name]]
     units_before, units_after = _units(old) if old else {}, _units(new)
     return Difference(
         packages_changed=(*changed, *(f"{name} {_shown(will[name])} (rebuilt)".replace("  ", " ") for name in rebuilt)),
         packages_added=tuple(f"{name} {_shown(will[name])}".strip() for name in sorted(will.keys() - was.keys())),
         packages_removed=tuple(f"{name} {_shown(was[name])}".strip() for name in sorted(was.keys() - will.keys())),
-        units_changed=tuple(sorted(unit for unit in units_before.keys() & units_after.keys()
-                                   if units_before[unit] != units_after[unit])),
+        units_changed=tuple(
+            sorted(unit for unit in units_before.keys() & units_after.keys() if units_before[unit] != units_after[unit])
+        ),
         units_added=tuple(sorted(units_after.keys() - units_before.keys())),
         units_removed=tuple(sorted(units_before.keys() - units_after.keys())),
-        bytes=sum(size[path] for path in come) - sum(size[path] for path in gone))
+        bytes=sum(size[path] for path in come) - sum(size[path] for path in gone),
+    )
 
 
 def _versions(paths: Iterable[str]) -> dict[str, set[str]]:
@@ -92,5 +105,8 @@ def _units(toplevel: str) -> dict[str, str]:
     folder = Path(toplevel, _UNITS)
     if not folder.is_dir():
         return {}
-    return {unit.name: str(unit.resolve()) if unit.is_symlink() else unit.read_text(errors="replace")
-            for unit in folder.iterdir() if unit.is_symlink() or unit.is_file()}
+    return {
+        unit.name: str(unit.resolve()) if unit.is_symlink() else unit.read_text(errors="replace")
+        for unit in folder.iterdir()
+        if unit.is_symlink() or unit.is_file()
+    }

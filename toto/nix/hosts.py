@@ -43,7 +43,10 @@ def in_files(tree: Path) -> list[Host]:
             continue
         check_name(host.name, host.file)
         if host.name in found:
-            raise InputError(f"is defined twice: {found[host.name].file} and {host.file}", target=host.name,
-                             hint="remove one of them")
+            raise InputError(
+                f"is defined twice: {found[host.name].file} and {host.file}",
+                target=host.name,
+                hint="remove one of them",
+            )
         found[host.name] = host
     return list(found.values())

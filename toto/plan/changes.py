@@ -116,13 +116,24 @@ class ChangeSet(_Value):
         """One row for each target: target, action, why, what changes. `differences` has the last column by label."""
         shown = differences or {}
         rows = [_row(f"machine/{each.name}", "none", "manifest", each.what) for each in self.machines]
-        rows += [_row(change.target, f"{change.action}{', held back' if change.held else ''}", _why(change),
-                      shown.get(change.label, "")) for change in self.changes]
+        rows += [
+            _row(
+                change.target,
+                f"{change.action}{', held back' if change.held else ''}",
+                _why(change),
+                shown.get(change.label, ""),
+            )
+            for change in self.changes
+        ]
         rows += [_row(failure.target, "none", "does not evaluate", failure.message) for failure in self.failed]
-        rows += [_row(target, "retire", "left the commit", "its ledger entry goes; nothing of it is touched")
-                 for target in self.retired]
-        rows += [_row(f"host/{name}", "none", "waiting", f"in the manifest, but there is no hosts/{name}.nix yet")
-                 for name in self.waiting]
+        rows += [
+            _row(target, "retire", "left the commit", "its ledger entry goes; nothing of it is touched")
+            for target in self.retired
+        ]
+        rows += [
+            _row(f"host/{name}", "none", "waiting", f"in the manifest, but there is no hosts/{name}.nix yet")
+            for name in self.waiting
+        ]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
 
     def __str__(self) -> str:
@@ -162,8 +173,11 @@ def of_machines(before: Manifest | None, now: Manifest) -> tuple[MachineChange, 
             case Machine(address=address), None:
                 found.append(MachineChange(name=name, what=f"removed (it was at {address}); nothing on it is touched"))
             case old, new if old != new and old is not None and new is not None:
-                fields = [f"{field} {shown(getattr(old, field))} → {shown(getattr(new, field))}"
-                          for field in Machine.model_fields if getattr(old, field) != getattr(new, field)]
+                fields = [
+                    f"{field} {shown(getattr(old, field))} → {shown(getattr(new, field))}"
+                    for field in Machine.model_fields
+                    if getattr(old, field) != getattr(new, field)
+                ]
                 found.append(MachineChange(name=name, what=", ".join(fields)))
     return tuple(found)
 

@@ -9,8 +9,15 @@ from toto.plan.changes import Action, Change, ChangeSet, Desired, Failure, Why
 from toto.plan.kinds import kind_of, place
 
 
-def compare(commit: str, desired: Iterable[Desired], failed: Iterable[Failure], manifest: Manifest,
-            ledger: Snapshot, *, force: bool = False) -> ChangeSet:
+def compare(
+    commit: str,
+    desired: Iterable[Desired],
+    failed: Iterable[Failure],
+    manifest: Manifest,
+    ledger: Snapshot,
+    *,
+    force: bool = False,
+) -> ChangeSet:
     """The change set of a commit: what it wants, compared with the ledger (never with the previous push).
 
     It is sorted in the order of a roll-out: by kind, then by name. With `force` it also has every deployed target that
@@ -30,9 +37,21 @@ def compare(commit: str, desired: Iterable[Desired], failed: Iterable[Failure], 
             changes.append(change)
     known = {each.target for each in wanted} | {each.target for each in broken}
     return ChangeSet(
-        commit=commit, ledger=ledger.fingerprint, changes=tuple(changes), unchanged=tuple(unchanged),
-        waiting=tuple(name for name, machine in manifest.machines.items()
-                      if Target(HOST, name) not in known and machine.role == "nixos"),
-        retired=tuple(sorted(target for target, entry in ledger.entries.items()
-                             if kind_of(target).retired(target, entry, known, manifest))),
-        failed=tuple(broken))
+        commit=commit,
+        ledger=ledger.fingerprint,
+        changes=tuple(changes),
+        unchanged=tuple(unchanged),
+        waiting=tuple(
+            name
+            for name, machine in manifest.machines.items()
+            if Target(HOST, name) not in known and machine.role == "nixos"
+        ),
+        retired=tuple(
+            sorted(
+                target
+                for target, entry in ledger.entries.items()
+                if kind_of(target).retired(target, entry, known, manifest)
+            )
+        ),
+        failed=tuple(broken),
+    )

@@ -76,32 +76,53 @@ class HostKind(Kind[Host]):
         """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
         from_flake = await nix.flake_hosts(source.tree, timeout=source.settings.nix.evaluate_timeout)
         machines = source.manifest.machines
-        return [Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
-                for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)]
+        return [
+            Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
+            for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)
+        ]
 
     async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
         """Evaluate the host's toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
         host, machine = found.subject, source.manifest.machines.get(found.target.name)
         tests = suite.find(source.tree, host.name)
         drv = await nix.instantiate(
-            source.tree, host, "toplevel", source.roots / host.name / "toplevel.drv",
-            nixpkgs=source.settings.nix.nixpkgs, system=machine.system if machine else None,
-            timeout=source.settings.nix.evaluate_timeout)
+            source.tree,
+            host,
+            "toplevel",
+            source.roots / host.name / "toplevel.drv",
+            nixpkgs=source.settings.nix.nixpkgs,
+            system=machine.system if machine else None,
+            timeout=source.settings.nix.evaluate_timeout,
+        )
         (path,) = await nix.outputs(drv)
-        return DesiredHost(target=found.target, file=host.file, identity=drv, path=path,
-                           tests=tests.digest(list(suite.Phase)))
+        return DesiredHost(
+            target=found.target, file=host.file, identity=drv, path=path, tests=tests.digest(list(suite.Phase))
+        )
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
         """Evaluate the host's VM, when it will be rehearsed. Raises what `identify` raises."""
         machine, vm = source.manifest.machines.get(found.target.name), ""
         if change.action is not Action.RECORD:  # evaluations are most of what a push costs
             vm = await nix.instantiate(
-                source.tree, found.subject, "vm", source.roots / found.target.name / "vm.drv",
-                nixpkgs=source.settings.nix.nixpkgs, system=machine.system if machine else None,
-                sandbox_key=await keys.public("sandbox"), ports=machine.ports if machine else (),
-                timeout=source.settings.nix.evaluate_timeout)
-        return HostOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
-                         settings=source.settings, machine=machine, vm=vm)
+                source.tree,
+                found.subject,
+                "vm",
+                source.roots / found.target.name / "vm.drv",
+                nixpkgs=source.settings.nix.nixpkgs,
+                system=machine.system if machine else None,
+                sandbox_key=await keys.public("sandbox"),
+                ports=machine.ports if machine else (),
+                timeout=source.settings.nix.evaluate_timeout,
+            )
+        return HostOrder(
+            repo=source.repo,
+            run=source.run,
+            commit=source.commit,
+            change=change,
+            settings=source.settings,
+            machine=machine,
+            vm=vm,
+        )
 
     def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
         """What a run does with the host; None when the host is what the commit wants.
@@ -112,14 +133,22 @@ class HostKind(Kind[Host]):
         assert isinstance(desired, DesiredHost)
         machine = manifest.machines.get(desired.target.name)
         if machine is None or machine.role != "nixos" or machine.deploy != "push":
-            return _rehearsed_only(desired, entry, "no machine in the manifest" if machine is None else
-                                   f"role {machine.role}, deploy {machine.deploy}")
+            return _rehearsed_only(
+                desired,
+                entry,
+                "no machine in the manifest" if machine is None else f"role {machine.role}, deploy {machine.deploy}",
+            )
         last = DeployedHost.of(entry.good)
         tests_differ = last is not None and last.tests != desired.tests
         if entry.intent is None and last is not None and last.path == desired.path:
             if last.identity != desired.identity:
-                return Change(desired=desired, why=Why.CHANGED, note="the same closure", last=last,
-                              action=Action.VERIFY if tests_differ else Action.RECORD)
+                return Change(
+                    desired=desired,
+                    why=Why.CHANGED,
+                    note="the same closure",
+                    last=last,
+                    action=Action.VERIFY if tests_differ else Action.RECORD,
+                )
             return Change(desired=desired, why=Why.TESTS, action=Action.VERIFY, last=last) if tests_differ else None
         return deploy(desired, entry, Why.CHANGED)
 
@@ -178,8 +207,11 @@ async def build_vm(order: HostOrder, on_line: process.LineSink | None = None) ->
 
 
 async def _build(order: HostOrder, drv: str, link: str, on_line: process.LineSink | None) -> Path:
-    return Path(await nix.build(drv, order.roots / link, timeout=order.settings.nix.build_timeout,
-                                target=order.label, on_line=on_line))
+    return Path(
+        await nix.build(
+            drv, order.roots / link, timeout=order.settings.nix.build_timeout, target=order.label, on_line=on_line
+        )
+    )
 
 
 async def difference(order: HostOrder) -> closure.Difference:

@@ -15,8 +15,11 @@ KINDS: Final[dict[str, Kind[Any]]] = {kind.name: kind for kind in (HostKind(), R
 def kind_of(target: Target) -> Kind[Any]:
     """The kind of a target. Raises `TotoError` for a kind that this version of toto does not have."""
     if (kind := KINDS.get(target.kind)) is None:
-        raise TotoError(f"this version of toto has no kind of target {target.kind!r}", target=str(target),
-                        hint=f"run the version of toto that deployed it (this one has: {', '.join(KINDS)})")
+        raise TotoError(
+            f"this version of toto has no kind of target {target.kind!r}",
+            target=str(target),
+            hint=f"run the version of toto that deployed it (this one has: {', '.join(KINDS)})",
+        )
     return kind
 
 

@@ -35,8 +35,16 @@ async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desire
     return await kind.identify(source, found)
 
 
-async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, override: str | None = None,
-               force: bool = False, identify: Identify = identify) -> Plan:
+async def make(
+    repo: Path,
+    commit: str,
+    run: str,
+    only: Sequence[str] = (),
+    *,
+    override: str | None = None,
+    force: bool = False,
+    identify: Identify = identify,
+) -> Plan:
     """The plan of a commit, compared with the ledger as it is now.
 
     `run` is the id of the run that plans, `only` the names, tags and kinds that it is limited to, `override` the reason
@@ -52,21 +60,39 @@ async def make(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, o
         wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
         compared = compare(commit, wanted.made.values(), wanted.failures, fleet, Ledger(repo).read(), force=force)
         changed = {each.target: each for each in compared.changes}
-        ordered = await _each([each for each in found if each.target in changed], room,
-                              lambda each: kind_of(each.target).order(source, each, changed[each.target]))
+        ordered = await _each(
+            [each for each in found if each.target in changed],
+            room,
+            lambda each: kind_of(each.target).order(source, each, changed[each.target]),
+        )
     positions = {each.target: number for number, each in enumerate(found)}
-    orders = tuple(_placed(ordered.made[each.target], positions, override)
-                   for each in compared.changes if each.target in ordered.made)
-    change_set = compared.model_copy(update={
-        "changes": tuple(order.change for order in orders),
-        "failed": (*compared.failed, *ordered.failures),
-        "machines": changes.of_machines(await _last_manifest(repo), fleet),
-        # A run that is limited to some targets says nothing about the others.
-        **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {})})
+    orders = tuple(
+        _placed(ordered.made[each.target], positions, override)
+        for each in compared.changes
+        if each.target in ordered.made
+    )
+    change_set = compared.model_copy(
+        update={
+            "changes": tuple(order.change for order in orders),
+            "failed": (*compared.failed, *ordered.failures),
+            "machines": changes.of_machines(await _last_manifest(repo), fleet),
+            # A run that is limited to some targets says nothing about the others.
+            **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {}),
+        }
+    )
     if orders:
         await git.checkout(repo, commit, run_directory(repo, run) / "tree")
-    return Plan(repo=repo, run=run, commit=commit, manifest=fleet, settings=settings, changes=change_set,
-                orders=orders, after=after, override=override)
+    return Plan(
+        repo=repo,
+        run=run,
+        commit=commit,
+        manifest=fleet,
+        settings=settings,
+        changes=change_set,
+        orders=orders,
+        after=after,
+        override=override,
+    )
 
 
 async def _discover(source: Source, only: Sequence[str]) -> tuple[list[Found[Any]], Mapping[str, tuple[str, ...]]]:
@@ -88,9 +114,11 @@ class _Results(Generic[T]):
     failures: tuple[Failure, ...]
 
 
-async def _each(found: Sequence[Found[Any]], room: asyncio.Semaphore,
-                work: Callable[[Found[Any]], Awaitable[T]]) -> _Results[T]:
+async def _each(
+    found: Sequence[Found[Any]], room: asyncio.Semaphore, work: Callable[[Found[Any]], Awaitable[T]]
+) -> _Results[T]:
     """The result of `work` for each target, side by side within `room`. A `TotoError` becomes that target's failure."""
+
     async def one(each: Found[Any]) -> T | Failure:
         async with room:
             try:
@@ -99,8 +127,10 @@ async def _each(found: Sequence[Found[Any]], room: asyncio.Semaphore,
                 return Failure(target=each.target, message=str(error))
 
     results = dict(zip((each.target for each in found), await asyncio.gather(*map(one, found)), strict=True))
-    return _Results({target: each for target, each in results.items() if not isinstance(each, Failure)},
-                    tuple(each for each in results.values() if isinstance(each, Failure)))
+    return _Results(
+        {target: each for target, each in results.items() if not isinstance(each, Failure)},
+        tuple(each for each in results.values() if isinstance(each, Failure)),
+    )
 
 
 def _placed(order: Order, positions: Mapping[Target, int], override: str | None) -> Order:

@@ -61,6 +61,7 @@ class Order(BaseModel):
         """The freeze and the window of this target; None when it has none of its own."""
         return None
 
+
 class Plan(BaseModel):
     """The change set of a commit, with everything that a run needs to carry it out.
 
@@ -90,6 +91,7 @@ class Plan(BaseModel):
     def of_kind(self, kind: str) -> Sequence[Order]:
         """The orders of one kind."""
         return [each for each in self.orders if each.target.kind == kind]
+
 
 def dependents(name: str, after: Mapping[str, Collection[str]]) -> set[str]:
     """Everything that comes after `name`, directly or not, without itself. `after` has what each comes after."""

@@ -41,20 +41,28 @@ class ReleaseKind(Kind[Release]):
     name, one, many = "helm", "release", "releases"
 
     async def discover(self, source: Source) -> list[Found[Release]]:
-        return [Found(Target(self.name, release.name), release, release.tags)
-                for release in releases.discover(source.tree)]
+        return [
+            Found(Target(self.name, release.name), release, release.tags) for release in releases.discover(source.tree)
+        ]
 
     async def identify(self, source: Source, found: Found[Release]) -> Desired:
         identity = await releases.identity(source.repo, source.commit, source.tree, found.subject)
         return Desired(target=found.target, file=found.subject.file, identity=identity)
 
     async def order(self, source: Source, found: Found[Release], change: Change) -> ReleaseOrder:
-        return ReleaseOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
-                            settings=source.settings, release=found.subject)
+        return ReleaseOrder(
+            repo=source.repo,
+            run=source.run,
+            commit=source.commit,
+            change=change,
+            settings=source.settings,
+            release=found.subject,
+        )
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedRelease:
         return DeployedRelease(identity=desired.identity, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Release]]) -> Mapping[str, tuple[str, ...]]:
-        return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)
-                for each in found}
+        return {
+            each.target.label: tuple(Target(self.name, other).label for other in each.subject.after) for each in found
+        }

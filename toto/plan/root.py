@@ -49,20 +49,29 @@ class RootKind(Kind[Root]):
     name, one, many = "terraform", "terraform root", "terraform roots"
 
     async def discover(self, source: Source) -> list[Found[Root]]:
-        return [Found(Target(self.name, root.name), root, root.tags)
-                for root in terraform.discover(source.tree, source.settings.terraform)]
+        return [
+            Found(Target(self.name, root.name), root, root.tags)
+            for root in terraform.discover(source.tree, source.settings.terraform)
+        ]
 
     async def identify(self, source: Source, found: Found[Root]) -> Desired:
         identity = await terraform.identity(source.repo, source.commit, source.tree, found.subject)
         return Desired(target=found.target, file=found.subject.path, identity=identity)
 
     async def order(self, source: Source, found: Found[Root], change: Change) -> RootOrder:
-        return RootOrder(repo=source.repo, run=source.run, commit=source.commit, change=change,
-                         settings=source.settings, root=found.subject)
+        return RootOrder(
+            repo=source.repo,
+            run=source.run,
+            commit=source.commit,
+            change=change,
+            settings=source.settings,
+            root=found.subject,
+        )
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedRoot:
         return DeployedRoot(identity=desired.identity, **facts)
 
     def after(self, source: Source, found: Sequence[Found[Root]]) -> Mapping[str, tuple[str, ...]]:
-        return {each.target.label: tuple(Target(self.name, other).label for other in each.subject.after)
-                for each in found}
+        return {
+            each.target.label: tuple(Target(self.name, other).label for other in each.subject.after) for each in found
+        }

@@ -26,5 +26,8 @@ class Selector:
     def check(self) -> None:
         """Raises `InputError` for words that match no target. Call it after `takes` was called for all of them."""
         if unknown := sorted(self.only - self.known):
-            raise InputError(f"there is no target, tag or kind {', '.join(unknown)}", target="only",
-                             hint="known are " + ", ".join(sorted(self.known)))
+            raise InputError(
+                f"there is no target, tag or kind {', '.join(unknown)}",
+                target="only",
+                hint="known are " + ", ".join(sorted(self.known)),
+            )

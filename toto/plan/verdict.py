@@ -38,11 +38,20 @@ class Verdict(Generic[F]):
     why: str = ""
 
     @classmethod
-    def passed(cls, order: Order, found: F, *, summary: str, difference: str = "", cached: bool = False,
-               question: Question | None = None) -> Self:
+    def passed(
+        cls,
+        order: Order,
+        found: F,
+        *,
+        summary: str,
+        difference: str = "",
+        cached: bool = False,
+        question: Question | None = None,
+    ) -> Self:
         """The verdict on a target that passed its rehearsal, now or (`cached`) in an earlier run."""
-        return cls(order.target, order.desired.identity, "cached" if cached else "passed", found, summary, difference,
-                   question)
+        return cls(
+            order.target, order.desired.identity, "cached" if cached else "passed", found, summary, difference, question
+        )
 
     @classmethod
     def waived(cls, order: Order, *, by: str, why: str) -> Self:
@@ -52,8 +61,9 @@ class Verdict(Generic[F]):
     def check(self, order: Order) -> None:
         """Raises `ValueError` when this is the verdict on a different target or a different identity."""
         if (self.target, self.identity) != (order.target, order.desired.identity):
-            raise ValueError(f"the verdict is on {self.target} at {self.identity}, "
-                             f"not on {order.target} at {order.desired.identity}")
+            raise ValueError(
+                f"the verdict is on {self.target} at {self.identity}, not on {order.target} at {order.desired.identity}"
+            )
 
     def __str__(self) -> str:
         return f"waived by {self.by}: {self.why}" if self.how == "waived" else self.summary

@@ -22,18 +22,19 @@ OVERRIDE: Final = "TOTO_ACCELERATION"
 # processor does that in 50 ms, TCG in 200. Some hypervisors offer a KVM that emulates every instruction: it opens and
 # passes a smaller probe, but would take an hour to boot a guest. It does not finish this probe in time.
 _COUNT_DOWN: Final = bytes.fromhex(
-    "fa 8cc8 8ed8 660f01164000"      # cli; ds = cs; lgdt [0x40]
-    "0f20c0 0c01 0f22c0"             # protected mode
-    "66ea1b00ffff0800"               # jmp 8:0xffff001b, which is the next line
-    "b900e1f505 49 75fd"             # ecx = 100000000; dec ecx; jnz
-    "66baf400 b010 ee f4")           # out 0xf4, 0x10; hlt
+    "fa 8cc8 8ed8 660f01164000"  # cli; ds = cs; lgdt [0x40]
+    "0f20c0 0c01 0f22c0"  # protected mode
+    "66ea1b00ffff0800"  # jmp 8:0xffff001b, which is the next line
+    "b900e1f505 49 75fd"  # ecx = 100000000; dec ecx; jnz
+    "66baf400 b010 ee f4"
+)  # out 0xf4, 0x10; hlt
 
 
 _ROM: Final = {
     0x0000: _COUNT_DOWN,
     0x0030: bytes.fromhex("0000000000000000 ffff0000009bcf00"),  # descriptors: none, flat code
-    0x0040: bytes.fromhex("0f00 3000ffff"),                      # their size less one, their address
-    0xFFF0: bytes.fromhex("e90d00"),                             # where a processor begins: jmp to 0
+    0x0040: bytes.fromhex("0f00 3000ffff"),  # their size less one, their address
+    0xFFF0: bytes.fromhex("e90d00"),  # where a processor begins: jmp to 0
 }
 _COUNTED: Final = (0x10 << 1) | 1  # QEMU's exit status for it, by isa-debug-exit
 
@@ -81,8 +82,23 @@ async def _counts_down(accelerator: Acceleration, seconds: float) -> bool:
         path.write_bytes(rom)
         try:
             done = await process.run(
-                ["qemu-system-x86_64", "-accel", accelerator, "-nodefaults", "-display", "none", "-m", "16",
-                 "-bios", path, "-device", "isa-debug-exit,iobase=0xf4,iosize=4"], timeout=seconds, check=False)
+                [
+                    "qemu-system-x86_64",
+                    "-accel",
+                    accelerator,
+                    "-nodefaults",
+                    "-display",
+                    "none",
+                    "-m",
+                    "16",
+                    "-bios",
+                    path,
+                    "-device",
+                    "isa-debug-exit,iobase=0xf4,iosize=4",
+                ],
+                timeout=seconds,
+                check=False,
+            )
         except CommandTimeout:
             return False
         except process.CommandNotFound as error:

@@ -18,8 +18,12 @@ LONGEST_CONSOLE: Final = 8_000_000  # bytes of the console that are kept: its be
 
 
 # Lines after which it makes no sense to wait longer.
-_FATAL: Final = ("Kernel panic - not syncing", "An error occurred in stage 1 of the boot process",
-                 "You are in emergency mode", "Cannot open access to console, the root account is locked")
+_FATAL: Final = (
+    "Kernel panic - not syncing",
+    "An error occurred in stage 1 of the boot process",
+    "You are in emergency mode",
+    "Cannot open access to console, the root account is locked",
+)
 
 
 _CONTROL: Final = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\a]*\a|[@-Z\\-_c78])|[\x00-\x08\x0b-\x1f\x7f]")

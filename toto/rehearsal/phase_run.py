@@ -26,9 +26,12 @@ class Endpoint(Model):
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         return kept | {
             "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
-            "TOTO_HOST": host, "TOTO_PHASE": str(phase), "TOTO_SSH_CONFIG": str(self.config),
+            "TOTO_HOST": host,
+            "TOTO_PHASE": str(phase),
+            "TOTO_SSH_CONFIG": str(self.config),
             "TOTO_ADDRESS": self.address,
-            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()}}
+            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()},
+        }
 
 
 class PhasePassed(Model):

@@ -30,8 +30,9 @@ class Rehearsal(BaseModel):
     seconds: dict[str, float]
 
     def __str__(self) -> str:
-        return ", ".join(f"{phase}: {count} tests in {self.seconds[phase]:.0f} s"
-                         for phase, count in self.tests.items())
+        return ", ".join(
+            f"{phase}: {count} tests in {self.seconds[phase]:.0f} s" for phase, count in self.tests.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class ScriptResult:
     def row(self) -> dict[str, str]:
         """The row of the script in a table."""
         ok = sum(not test.failed for test in self.report.tests)
-        return {"script": self.script.name, "result": self.result, "tests": f"{ok}/{len(self.report.tests)}",
-                "seconds": f"{self.seconds:.1f}", "reason": self.reason}
+        return {
+            "script": self.script.name,
+            "result": self.result,
+            "tests": f"{ok}/{len(self.report.tests)}",
+            "seconds": f"{self.seconds:.1f}",
+            "reason": self.reason,
+        }
 
     def failure_lines(self) -> list[str]:
         """The failed tests as they were printed, with their diagnostics, and all other problems."""
@@ -133,10 +139,15 @@ def _junit_suite(name: str, result: ScriptResult) -> ElementTree.Element:
     broken = not result.passed and (bool(result.problem) or not result.report.failed or bool(result.report.problems))
     if broken or skipped is not None:
         case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name="the script itself")
-        ElementTree.SubElement(case, "error" if broken else "skipped",
-                               message=_xml(result.reason if broken else skipped or ""))
-    for attribute, tag in (("tests", "testcase"), ("failures", "*/failure"), ("errors", "*/error"),
-                           ("skipped", "*/skipped")):
+        ElementTree.SubElement(
+            case, "error" if broken else "skipped", message=_xml(result.reason if broken else skipped or "")
+        )
+    for attribute, tag in (
+        ("tests", "testcase"),
+        ("failures", "*/failure"),
+        ("errors", "*/error"),
+        ("skipped", "*/skipped"),
+    ):
         suite.set(attribute, str(len(suite.findall(tag))))
     ElementTree.SubElement(suite, "system-out").text = _xml(result.output)
     return suite

@@ -42,8 +42,14 @@ exec ssh -F "$TOTO_SSH_CONFIG" -o BatchMode=yes -- "$TOTO_HOST" "$line"
 """
 
 
-async def run_script(script: Script, env: Mapping[str, str], *, timeout: float | None = None, keep: int = OUTPUT,
-                     on_line: LineSink | None = None) -> ScriptResult:
+async def run_script(
+    script: Script,
+    env: Mapping[str, str],
+    *,
+    timeout: float | None = None,
+    keep: int = OUTPUT,
+    on_line: LineSink | None = None,
+) -> ScriptResult:
     """Run a script to its end, in its own directory, with `env` as its whole environment.
 
     `timeout` is in seconds. `keep` bytes of the output are kept, and all of it is judged. `on_line` gets each line of
@@ -65,8 +71,16 @@ async def run_script(script: Script, env: Mapping[str, str], *, timeout: float |
     problem = _unable(script.path)
     if not problem:
         try:
-            completed = await run([script.path], env=env, cwd=script.path.parent, timeout=timeout, check=False,
-                                  keep=4096, on_line=hear_tap, on_error_line=hear)
+            completed = await run(
+                [script.path],
+                env=env,
+                cwd=script.path.parent,
+                timeout=timeout,
+                check=False,
+                keep=4096,
+                on_line=hear_tap,
+                on_error_line=hear,
+            )
             status = completed.status
         except CommandTimeout:
             problem = f"it did not end within {timeout:g} s and was ended"
@@ -97,9 +111,16 @@ def _unable(path: Path) -> str:
     return ""
 
 
-async def run_phase(suite: Suite, phase: Phase, env: Mapping[str, str], *, timeout: float | None = None,
-                    keep: int = OUTPUT, on_line: LineSink | None = None,
-                    on_result: Callable[[ScriptResult], None] | None = None) -> PhaseResult:
+async def run_phase(
+    suite: Suite,
+    phase: Phase,
+    env: Mapping[str, str],
+    *,
+    timeout: float | None = None,
+    keep: int = OUTPUT,
+    on_line: LineSink | None = None,
+    on_result: Callable[[ScriptResult], None] | None = None,
+) -> PhaseResult:
     """Run the scripts of a phase one after the other, each for up to `timeout` seconds. A failure stops none.
 
     `keep` and `on_line` are as in `run_script`; `on_result` gets each result.

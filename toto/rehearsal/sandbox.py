@@ -75,8 +75,9 @@ class Sandbox:
         try:
             return self.forwards[guest]
         except KeyError:
-            raise SandboxError(f"port {guest} is not forwarded", target=self.host,
-                               hint="add it to the ports of the machine") from None
+            raise SandboxError(
+                f"port {guest} is not forwarded", target=self.host, hint="add it to the ports of the machine"
+            ) from None
 
     async def set_internet(self, up: bool, *, patience: float = 60.0, address_patience: float = 20.0) -> bool:
         """Set the link of the inet card, wait until the guest sees the change, and return whether the guest is online.
@@ -103,12 +104,16 @@ class Sandbox:
                 if route == "yes":
                     return True
                 if now - seen > address_patience:
-                    log.info("%s: the internet is on, but the host gets no address from it (carrier %s)",
-                             self.host, carrier)
+                    log.info(
+                        "%s: the internet is on, but the host gets no address from it (carrier %s)", self.host, carrier
+                    )
                     return False
             elif now - began > patience:
-                raise SandboxError(f"the guest does not see its internet go {'up' if up else 'down'} "
-                                   f"(carrier {carrier})", target=self.host, console=self._vm.console.tail())
+                raise SandboxError(
+                    f"the guest does not see its internet go {'up' if up else 'down'} (carrier {carrier})",
+                    target=self.host,
+                    console=self._vm.console.tail(),
+                )
             await asyncio.sleep(0.3)
 
     async def alive(self) -> bool:
@@ -117,9 +122,18 @@ class Sandbox:
 
 
 @contextlib.asynccontextmanager
-async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequence[int] = (),
-                  memory: int | None = None, cores: int | None = None, boot_timeout: float = 300.0,
-                  on_console: LineSink | None = None) -> AsyncIterator[Sandbox]:
+async def sandbox(
+    vm: Path,
+    *,
+    host: str,
+    state: Path,
+    key: Path,
+    ports: Sequence[int] = (),
+    memory: int | None = None,
+    cores: int | None = None,
+    boot_timeout: float = 300.0,
+    on_console: LineSink | None = None,
+) -> AsyncIterator[Sandbox]:
     """Boot the host's VM without internet, yield it when it answers SSH, and end it with the block.
 
     `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, and `ports` the
@@ -140,8 +154,9 @@ async def sandbox(vm: Path, *, host: str, state: Path, key: Path, ports: Sequenc
     try:
         environment = _environment(directory, ports, accelerated, memory, cores)
         pipe = asyncio.subprocess.PIPE
-        async with process.start([script], env=environment, cwd=directory, stdout=pipe,
-                                 stderr=asyncio.subprocess.STDOUT) as running:
+        async with process.start(
+            [script], env=environment, cwd=directory, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+        ) as running:
             console = Console(directory / "console.log", on_console)
             machine = _Vm(host, directory, running, console, asyncio.create_task(console.read(running)))
             try:
@@ -171,12 +186,16 @@ def _script(vm: Path, host: str) -> Path:
         case [script]:
             return script
         case found:
-            raise InputError(f"{vm} has {len(found)} scripts bin/run-*-vm where one is expected", target=host,
-                             hint="build the host's system.build.vm")
+            raise InputError(
+                f"{vm} has {len(found)} scripts bin/run-*-vm where one is expected",
+                target=host,
+                hint="build the host's system.build.vm",
+            )
 
 
-def _environment(directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None,
-                 cores: int | None) -> dict[str, str]:
+def _environment(
+    directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None, cores: int | None
+) -> dict[str, str]:
     """The environment of NixOS's script. Nothing else of toto's environment is in it, such as QEMU_KERNEL_PARAMS."""
     # Port 0: the kernel chooses a free one, so no other program can take it first.
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in dict.fromkeys([SSH, *ports]))
@@ -233,9 +252,12 @@ class _Vm:
                 return await self.or_trouble(self._boot(stack, key, ports))
         except TimeoutError:
             why = f"{self.login.words}" if self.login else "it never spoke SSH"
-            raise BootTimeout(f"the VM was not ready within {seconds:g} s: {why}", target=self.host,
-                              hint="read its console; give it more memory, or a longer boot_timeout",
-                              console=self.console.tail()) from None
+            raise BootTimeout(
+                f"the VM was not ready within {seconds:g} s: {why}",
+                target=self.host,
+                hint="read its console; give it more memory, or a longer boot_timeout",
+                console=self.console.tail(),
+            ) from None
 
     async def _boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int]) -> Sandbox:
         self.qmp = await Qmp.connect(self.directory)
@@ -253,9 +275,12 @@ class _Vm:
                 return Sandbox(self.host, target, connection, self.console.path, forwards, self)
             except AuthenticationFailed as error:
                 if tries >= _REFUSALS:
-                    raise SandboxFailed(f"the VM does not let toto's key in: {error.words}", target=self.host,
-                                        hint="check the settings of root's login: services.openssh, security.pam",
-                                        console=self.console.tail()) from None
+                    raise SandboxFailed(
+                        f"the VM does not let toto's key in: {error.words}",
+                        target=self.host,
+                        hint="check the settings of root's login: services.openssh, security.pam",
+                        console=self.console.tail(),
+                    ) from None
                 self.login = error
             except Unreachable as error:
                 self.login = error
@@ -293,9 +318,11 @@ class _Vm:
         cards = dict(re.findall(r"^ \\ (\S+): (.*)$", network, re.M))
         right = set(cards) == set(_CARDS) and all(_CARDS[name] in cards[name] for name in cards)
         if not right or network.count("type=nic") != len(_CARDS):
-            raise SandboxFailed(f"the VM's network is not the one that toto controls:\n{network.strip()}",
-                                target=self.host,
-                                hint="remove the network cards from virtualisation.qemu in virtualisation.vmVariant")
+            raise SandboxFailed(
+                f"the VM's network is not the one that toto controls:\n{network.strip()}",
+                target=self.host,
+                hint="remove the network cards from virtualisation.qemu in virtualisation.vmVariant",
+            )
 
     async def link(self, up: bool) -> None:
         assert self.qmp is not None

@@ -101,8 +101,11 @@ def find(tree: Path, host: str) -> Suite:
     if scripts:
         files += [("", *each) for each in _walk(tree, tree / "tests" / "lib")]
     order = list(Phase)
-    return Suite(host, tuple(sorted(scripts, key=lambda each: (order.index(each.phase), each.name, each.path))),
-                 tuple(sorted(files, key=lambda each: each[:2])))
+    return Suite(
+        host,
+        tuple(sorted(scripts, key=lambda each: (order.index(each.phase), each.name, each.path))),
+        tuple(sorted(files, key=lambda each: each[:2])),
+    )
 
 
 def _beside(tree: Path, host: str) -> Iterator[tuple[Path, Phase]]:
@@ -121,8 +124,11 @@ def _phase(tree: Path, entry: Path) -> Phase | None:
     if entry.name in names:
         return Phase(entry.name)
     if close := difflib.get_close_matches(entry.name.lower().replace("_", "-")[:60], names, n=1, cutoff=0.8):
-        raise InputError("this is not a phase: its scripts would never run", target=_relative(tree, entry),
-                         hint=f"did you mean `{close[0]}`? if not, give it a less similar name")
+        raise InputError(
+            "this is not a phase: its scripts would never run",
+            target=_relative(tree, entry),
+            hint=f"did you mean `{close[0]}`? if not, give it a less similar name",
+        )
     return None
 
 
@@ -133,8 +139,11 @@ def _document(path: Path) -> bool:
 def _script(tree: Path, phase: Phase, path: Path, name: str) -> Script:
     if not _runnable(path):
         where = _relative(tree, path)
-        raise InputError("this test script is not executable", target=where,
-                         hint=f"`chmod +x {where}`, or `git update-index --chmod=+x {where}`; then commit it")
+        raise InputError(
+            "this test script is not executable",
+            target=where,
+            hint=f"`chmod +x {where}`, or `git update-index --chmod=+x {where}`; then commit it",
+        )
     return Script(phase, name, path)
 
 
@@ -167,8 +176,11 @@ def _check_inside(tree: Path, path: Path) -> None:
     except (OSError, RuntimeError):
         raise InputError("this link leads nowhere", target=_relative(tree, path)) from None
     if not inside:
-        raise InputError("this link leads out of the repository", target=_relative(tree, path),
-                         hint="put what it points to into the repository")
+        raise InputError(
+            "this link leads out of the repository",
+            target=_relative(tree, path),
+            hint="put what it points to into the repository",
+        )
 
 
 def _walk(tree: Path, path: Path, around: tuple[Path, ...] = ()) -> Iterator[tuple[bytes, Path]]:

@@ -157,8 +157,15 @@ class _Point:
         self.diagnostics.append(text)
 
     def test(self) -> Test:
-        return Test(self.number, self.ok, self.description, self.directive, self.reason,
-                    tuple(self.diagnostics or ()), "\n".join(self.yaml or ()))
+        return Test(
+            self.number,
+            self.ok,
+            self.description,
+            self.directive,
+            self.reason,
+            tuple(self.diagnostics or ()),
+            "\n".join(self.yaml or ()),
+        )
 
 
 @dataclass
@@ -236,7 +243,7 @@ class _Document:
             point = self.points[-1]
             if point.yaml is None:
                 point.yaml = []
-            point.yaml.append(line[len(self.yaml_indent):])
+            point.yaml.append(line[len(self.yaml_indent) :])
         return True
 
     def _fits(self, line: str) -> bool:
@@ -289,7 +296,7 @@ class _Document:
             return
         if self.child is None:
             self.child = _Document(self.depth + 1, room=self.room)
-        self.child.line(line[len(_INDENT):])
+        self.child.line(line[len(_INDENT) :])
         if self.child.bail is not None and self.bail is None:
             self.bail = self.child.bail
 
@@ -323,7 +330,7 @@ def _described(rest: str) -> tuple[str, Directive | None, str]:
     reason = ""
     if "#" in rest:
         for mark in _HASH.finditer(rest):
-            words = Words(rest[mark.end():])
+            words = Words(rest[mark.end() :])
             if words.skip or words.todo:
                 directive, reason = "skip" if words.skip else "todo", (words.reason or "").strip()
                 rest = rest[: mark.start()]

@@ -32,8 +32,9 @@ _VARYING: Final = re.compile(r"\b[0-9a-f-]{7,}\b|\d+")  # commits, runs, seconds
 def clean(text: str) -> str:
     """Text without terminal escapes, control characters, and characters that reverse the reading direction."""
     text = _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\t", "    "))
-    return "".join(" " if each.isspace() and each != "\n" else each for each in text
-                   if each.isprintable() or each.isspace())
+    return "".join(
+        " " if each.isspace() and each != "\n" else each for each in text if each.isprintable() or each.isspace()
+    )
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -60,12 +61,19 @@ def _slack_escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-PLAIN: Final = Style(escape=str, bold=str, link=str,
-                     block=lambda lines: "\n".join(f"    {line}" for line in lines))
-MARKDOWN: Final = Style(escape=lambda text: re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text),
-                        bold=lambda text: f"**{text}**", block=_fence, link=lambda url: f"[the run]({url})")
-SLACK: Final = Style(escape=lambda text: _slack_escape(text.replace("`", "'")), bold=lambda text: f"*{text}*",
-                     block=lambda lines: _slack_escape(_fence(lines)), link=lambda url: f"<{url}|the run>")
+PLAIN: Final = Style(escape=str, bold=str, link=str, block=lambda lines: "\n".join(f"    {line}" for line in lines))
+MARKDOWN: Final = Style(
+    escape=lambda text: re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text),
+    bold=lambda text: f"**{text}**",
+    block=_fence,
+    link=lambda url: f"[the run]({url})",
+)
+SLACK: Final = Style(
+    escape=lambda text: _slack_escape(text.replace("`", "'")),
+    bold=lambda text: f"*{text}*",
+    block=lambda lines: _slack_escape(_fence(lines)),
+    link=lambda url: f"<{url}|the run>",
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,14 @@ class Problem:
         lines = [line for line in dedent("\n".join(rest)).split("\n") if line.strip()]
         if len(lines) > LINES:
             lines = [*lines[: LINES - 3], "…", *lines[-2:]]
-        return cls(target=one_line(target), what=what, why=one_line(first), hint=one_line(hint),
-                   lines=tuple(shorten(line, LINE) for line in lines),
-                   key=hashlib.sha256(essence.encode()).hexdigest()[:16])
+        return cls(
+            target=one_line(target),
+            what=what,
+            why=one_line(first),
+            hint=one_line(hint),
+            lines=tuple(shorten(line, LINE) for line in lines),
+            key=hashlib.sha256(essence.encode()).hexdigest()[:16],
+        )
 
     @property
     def header(self) -> str:
@@ -134,15 +147,24 @@ class Message:
         bad = {each.target for each in problems} | {each.target for each in report.reverted}
         changed = tuple(name for name, end in report.outcome.items() if end == "deployed" and name not in bad)
         return cls(
-            repo=one_line(report.repo), state="failed" if report.failed else "done" if report.complete else "partial",
-            summary=one_line(report.headline().removeprefix(f"{report.commit[:8]}: ")), commit=commit, link=link,
-            problems=tuple(problems), changed=changed,
+            repo=one_line(report.repo),
+            state="failed" if report.failed else "done" if report.complete else "partial",
+            summary=one_line(report.headline().removeprefix(f"{report.commit[:8]}: ")),
+            commit=commit,
+            link=link,
+            problems=tuple(problems),
+            changed=changed,
             stuck=_stuck(report.reverted),
             aftermath=one_line(report.aftermath()) if report.failed else "",
             good=(frozenset(report.outcome) | {each.label for each in report.changes.unchanged}) - bad,
-            all_good=report.complete and report.changes.whole and all(
-                change.label in report.outcome for change in report.changes.changes
-                if change.action in (Action.DEPLOY, Action.VERIFY)))
+            all_good=report.complete
+            and report.changes.whole
+            and all(
+                change.label in report.outcome
+                for change in report.changes.changes
+                if change.action in (Action.DEPLOY, Action.VERIFY)
+            ),
+        )
 
     @classmethod
     def broken_off(cls, repo: str, error: BaseException, commit: Commit | None, link: str) -> Self:
@@ -150,17 +172,30 @@ class Message:
         problem = Problem.of("the run", "failed", str(error) or repr(error))
         reverted = error.reverted if isinstance(error, RunDied) else []
         aftermath = one_line(revert_words(reverted)) if reverted else ""
-        return cls(repo=one_line(repo), state="failed", summary="; ".join(filter(None, (problem.header, aftermath))),
-                   commit=commit, link=link, problems=(problem,), stuck=_stuck(reverted), aftermath=aftermath)
+        return cls(
+            repo=one_line(repo),
+            state="failed",
+            summary="; ".join(filter(None, (problem.header, aftermath))),
+            commit=commit,
+            link=link,
+            problems=(problem,),
+            stuck=_stuck(reverted),
+            aftermath=aftermath,
+        )
 
     def about(self, targets: Collection[str]) -> Self:
         """The same message for a reader who only wants to know about these targets."""
         problems = tuple(each for each in self.problems if each.target in targets)
         stuck = tuple(each for each in self.stuck if each.target in targets)
         bad = bool(problems or stuck)
-        return replace(self, state=self.state if bad else "done", problems=problems, stuck=stuck,
-                       aftermath=self.aftermath if bad else "",
-                       changed=tuple(name for name in self.changed if name in targets))
+        return replace(
+            self,
+            state=self.state if bad else "done",
+            problems=problems,
+            stuck=stuck,
+            aftermath=self.aftermath if bad else "",
+            changed=tuple(name for name in self.changed if name in targets),
+        )
 
     def is_good(self, target: str) -> bool:
         """Whether a target is as the commit says, as far as this run found out."""
@@ -215,16 +250,30 @@ class Message:
 
     def as_json(self) -> dict[str, Any]:
         """The message for a program: its fields, and the whole as text and as Markdown."""
-        return {"id": self.id, **self._facts(), "title": self.title, "text": self.text(),
-                "markdown": self.text(MARKDOWN)}
+        return {
+            "id": self.id,
+            **self._facts(),
+            "title": self.title,
+            "text": self.text(),
+            "markdown": self.text(MARKDOWN),
+        }
 
     def _facts(self) -> dict[str, Any]:
         def fields(problem: Problem) -> dict[str, Any]:
             return {"target": problem.target, "what": problem.what, "why": problem.why, "lines": list(problem.lines)}
-        return {"repo": self.repo, "state": self.state, "summary": self.summary, "link": self.link,
-                "commit": asdict(self.commit) if self.commit else None,
-                "problems": list(map(fields, self.problems)), "stuck": list(map(fields, self.stuck)),
-                "aftermath": self.aftermath, "changed": list(self.changed), "recovered": dict(self.recovered)}
+
+        return {
+            "repo": self.repo,
+            "state": self.state,
+            "summary": self.summary,
+            "link": self.link,
+            "commit": asdict(self.commit) if self.commit else None,
+            "problems": list(map(fields, self.problems)),
+            "stuck": list(map(fields, self.stuck)),
+            "aftermath": self.aftermath,
+            "changed": list(self.changed),
+            "recovered": dict(self.recovered),
+        }
 
 
 def _stuck(reverted: Sequence[Reverted]) -> tuple[Problem, ...]:
@@ -249,5 +298,3 @@ def names(of: Sequence[str | Problem]) -> str:
 
 def _said(who: str, what: str) -> str:
     return f"{who} {what}" if what in ("failed", STUCK) else f"{who}: {what}"
-
-

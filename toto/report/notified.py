@@ -45,15 +45,18 @@ def news(message: Message, known: Mapping[str, Known]) -> Message | None:
     recovered = {target: failure.since for target, failure in known.items() if message.is_good(target)}
     if not (fresh or recovered or message.stuck or (message.changed and message.state != "failed")):
         return None
-    return replace(message, recovered=recovered,
-                   state="recovered" if recovered and message.state == "done" else message.state)
+    return replace(
+        message, recovered=recovered, state="recovered" if recovered and message.state == "done" else message.state
+    )
 
 
 def after(message: Message, known: Mapping[str, Known]) -> dict[str, Known]:
     """What a venue knows after it was notified of this message."""
     still = {target: each for target, each in known.items() if not message.is_good(target)}
-    return still | {target: Known(key=key, since=known[target].since if target in known else git.now())
-                    for target, key in _keys(message).items()}
+    return still | {
+        target: Known(key=key, since=known[target].since if target in known else git.now())
+        for target, key in _keys(message).items()
+    }
 
 
 def _keys(message: Message) -> dict[str, str]:
@@ -79,6 +82,7 @@ async def remember(repo: Path, notified: Notified, check: Check = "reconcile") -
         if merged == before:
             return {}
         return {file: json.dumps(_NOTIFIED.dump_python(merged), indent=1, sort_keys=True) + "\n"}
+
     await branch.change(repo, REF, [file], edit, f"notified {', '.join(sorted(notified))}")
 
 
@@ -99,4 +103,5 @@ async def note(repo: Path, commit: str, message: Message) -> None:
             return text
         link = f" <{message.link}>" if message.link else ""
         return "\n".join([*lines, f"{git.now()} {said}{link}"][-_MOST_LINES:]) + "\n"
+
     await branch.change_note(repo, NOTES, commit, edit)

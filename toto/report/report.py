@@ -48,8 +48,10 @@ class RunDied(TotoError):
     """A run's process died before its end. `reverted` has the targets that it had left half done."""
 
     def __init__(self, name: str, reverted: Sequence[Reverted]) -> None:
-        super().__init__(f"{name} died in the middle: its process was killed, or toto was stopped",
-                         hint="find out why, then push again or start it again")
+        super().__init__(
+            f"{name} died in the middle: its process was killed, or toto was stopped",
+            hint="find out why, then push again or start it again",
+        )
         self.reverted = list(reverted)
 
 
@@ -124,13 +126,18 @@ class Report:
             plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
         # In the plan's order, not in the order in which the targets happened to finish.
-        ended = {word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
-                 for word in ("deployed", "verified", "recorded", "unreachable")}
+        ended = {
+            word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
+            for word in ("deployed", "verified", "recorded", "unreachable")
+        }
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
             said += [f"{name} held back: {reason}" for name, reason in self.held.items()]
-        rest = [change.label for change in self.changes.changes
-                if change.label not in self.outcome and change.label not in self.held]
+        rest = [
+            change.label
+            for change in self.changes.changes
+            if change.label not in self.outcome and change.label not in self.held
+        ]
         if rest:
             said.append(f"{', '.join(rest)} rehearsed only")
         return f"{commit}: {'; '.join(said)}"
@@ -139,8 +146,11 @@ class Report:
         if self.changes.retired:
             return f"{', '.join(target.label for target in self.changes.retired)} retired; nothing else to do"
         kinds = [target.kind for target in self.changes.unchanged]
-        said = [f"{count} {kind.many if count > 1 else kind.one}" for kind in KINDS.values()
-                if (count := kinds.count(kind.name))]
+        said = [
+            f"{count} {kind.many if count > 1 else kind.one}"
+            for kind in KINDS.values()
+            if (count := kinds.count(kind.name))
+        ]
         return f"nothing to do ({', '.join(said)} as wanted)" if said else "nothing to do"
 
     def aftermath(self) -> str:
@@ -192,8 +202,10 @@ class Report:
                 back = reverted[name]
                 end += ", COULD NOT BE REVERTED" if back.error else ", reverted"
             rows.append((name, end, how))
-        rows += [(each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
-                 for each in self.changes.failed]
+        rows += [
+            (each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
+            for each in self.changes.failed
+        ]
         rows += [(name, "waiting", "no host file yet") for name in self.changes.waiting]
         return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
 

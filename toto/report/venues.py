@@ -58,8 +58,14 @@ class Audience:
     listening: Mapping[str, Collection[str] | None] = field(default_factory=dict)
 
 
-def venues_for(origin: Origin, committer: str, machines: Mapping[str, Sequence[str]], fleet: Sequence[str],
-               named: Sequence[str], mail_pusher: Sequence[str]) -> Audience:
+def venues_for(
+    origin: Origin,
+    committer: str,
+    machines: Mapping[str, Sequence[str]],
+    fleet: Sequence[str],
+    named: Sequence[str],
+    mail_pusher: Sequence[str],
+) -> Audience:
     """Who is notified of a run.
 
     A push notifies its pusher and the fleet's venues, a scheduled run the fleet's venues, a run from the UI or a
@@ -79,8 +85,11 @@ def venues_for(origin: Origin, committer: str, machines: Mapping[str, Sequence[s
     address = committer.lower()
     welcome = is_mail_address(address) and {address, address.partition("@")[2]} & set(mail_pusher)
     asked = tuple(dict.fromkeys(named))
-    return Audience(asked, committer if origin == "push" and welcome else "",
-                    {name: of for name, of in listening.items() if name not in asked})
+    return Audience(
+        asked,
+        committer if origin == "push" and welcome else "",
+        {name: of for name, of in listening.items() if name not in asked},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +150,13 @@ class HttpVenue(Venue):
 
     async def _post(self, body: bytes, headers: Mapping[str, str]) -> None:
         place = self._place()
-        request = httpx.Request("POST", self.url, content=body, headers={"User-Agent": "toto", **headers},
-                                extensions={"timeout": httpx.Timeout(self.timeout).as_dict()})
+        request = httpx.Request(
+            "POST",
+            self.url,
+            content=body,
+            headers={"User-Agent": "toto", **headers},
+            extensions={"timeout": httpx.Timeout(self.timeout).as_dict()},
+        )
         try:
             # The transport alone: httpx's client writes the address of each request to the log.
             async with httpx.AsyncHTTPTransport(verify=ssl.create_default_context()) as transport:
@@ -175,8 +189,15 @@ def http_address(url: str) -> SplitResult | None:
     """The parts of an http(s) address; None for any other text, and for an address with a user or password in it."""
     try:
         parts = urlsplit(url)
-        fine = (parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-                and url.isascii() and url.isprintable() and " " not in url and parts.port != 0)
+        fine = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and "@" not in parts.netloc
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
+            and parts.port != 0
+        )
     except ValueError:
         return None
     return parts if fine else None
@@ -188,8 +209,11 @@ class Slack(HttpVenue):
 
     async def attempt(self, message: Message) -> None:
         title = SLACK.bold(SLACK.escape(message.title))
-        body = {"text": f"{_LAMP[message.state]} {title}\n{message.text(SLACK)}",
-                "unfurl_links": False, "unfurl_media": False}
+        body = {
+            "text": f"{_LAMP[message.state]} {title}\n{message.text(SLACK)}",
+            "unfurl_links": False,
+            "unfurl_media": False,
+        }
         await self._post(json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
@@ -263,8 +287,13 @@ class Mail(Venue):
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        return (self.password, *(base64.b64encode(each.encode()).decode()  # as it is sent
-                                 for each in (self.password, f"\0{self.user}\0{self.password}")))
+        return (
+            self.password,
+            *(
+                base64.b64encode(each.encode()).decode()  # as it is sent
+                for each in (self.password, f"\0{self.user}\0{self.password}")
+            ),
+        )
 
     async def attempt(self, message: Message) -> None:
         if wrong := [each for each in (self.sender, *self.to) if not is_mail_address(each)] or not self.to:
@@ -278,8 +307,9 @@ class Mail(Venue):
         except smtplib.SMTPResponseException as error:
             raise self._refused([error.smtp_code], error.smtp_error) from None
         except (smtplib.SMTPNotSupportedError, ssl.SSLCertVerificationError) as error:
-            raise self.failed(f"{self.host}: {error}", "check the server, the port and `security` in its block") \
-                from None
+            raise self.failed(
+                f"{self.host}: {error}", "check the server, the port and `security` in its block"
+            ) from None
         except (smtplib.SMTPException, OSError) as error:
             raise self.passing(f"{self.host} cannot be reached: {error or type(error).__name__}") from None
         if refused:
@@ -303,8 +333,11 @@ class Mail(Venue):
     def _deliver(self, mail: EmailMessage) -> Sequence[str]:
         tls = ssl.create_default_context()
         port = self.port or {"starttls": 587, "tls": 465, "none": 25}[self.security]
-        client = (smtplib.SMTP_SSL(self.host, port, timeout=self.timeout, context=tls) if self.security == "tls"
-                  else smtplib.SMTP(self.host, port, timeout=self.timeout))
+        client = (
+            smtplib.SMTP_SSL(self.host, port, timeout=self.timeout, context=tls)
+            if self.security == "tls"
+            else smtplib.SMTP(self.host, port, timeout=self.timeout)
+        )
         try:
             if self.security == "starttls":
                 client.starttls(context=tls)  # raises when the server does not offer it

@@ -41,8 +41,9 @@ class OneWriter(AioSqliteConfiguration):
         self._writer: object | None = None
 
     @asynccontextmanager
-    async def begin_transaction(self, session: AsyncSession,
-                                with_for_update: bool = False) -> AsyncGenerator[AsyncSessionTransaction, None]:
+    async def begin_transaction(
+        self, session: AsyncSession, with_for_update: bool = False
+    ) -> AsyncGenerator[AsyncSessionTransaction, None]:
         """Begin a transaction as Prefect does, but with the write lock from the start."""
         if self._writer is not None and _ours.get() is self._writer:
             # A transaction inside one, on a second connection: waiting for the first would never end.

@@ -56,8 +56,12 @@ class Programs:
         Raises what `of` raises.
         """
         # The real folder as well: /usr/local/bin may hold a link to `postgres` alone.
-        on_path = [each for found in [shutil.which("postgres")] if found
-                   for each in (Path(found).parent, Path(found).resolve().parent)]
+        on_path = [
+            each
+            for found in [shutil.which("postgres")]
+            if found
+            for each in (Path(found).parent, Path(found).resolve().parent)
+        ]
         folders = dict.fromkeys([*on_path, *sorted(_DEBIAN.glob("*/bin"))])
         return [await cls.of(each) for each in folders if (each / "postgres").exists() and (each / "initdb").exists()]
 
@@ -118,13 +122,30 @@ class Cluster:
         # No locale: an index that is sorted by libc's rules breaks when a new libc changes them.
         try:
             await process.run(
-                _as_owner(fresh, [self.programs.folder / "initdb", "--data-checksums", "--encoding=UTF8", "--no-locale",
-                                  "--auth-local=peer", "--auth-host=reject", f"--username={USER}", "-D",
-                                  _seen(fresh) / "data"]),
-                env=_environment(), cwd="/", timeout=300)
+                _as_owner(
+                    fresh,
+                    [
+                        self.programs.folder / "initdb",
+                        "--data-checksums",
+                        "--encoding=UTF8",
+                        "--no-locale",
+                        "--auth-local=peer",
+                        "--auth-host=reject",
+                        f"--username={USER}",
+                        "-D",
+                        _seen(fresh) / "data",
+                    ],
+                ),
+                env=_environment(),
+                cwd="/",
+                timeout=300,
+            )
         except process.CommandFailed as error:
-            raise DatabaseError(f"its PostgreSQL could not be created: {error.tail}", target=str(self.folder),
-                                hint="fix that, or run without it: `toto serve --sqlite`") from None
+            raise DatabaseError(
+                f"its PostgreSQL could not be created: {error.tail}",
+                target=str(self.folder),
+                hint="fix that, or run without it: `toto serve --sqlite`",
+            ) from None
         fresh.rename(self.folder)
 
     @contextlib.asynccontextmanager
@@ -134,31 +155,54 @@ class Cluster:
         Raises `DatabaseError` when it does not start.
         """
         if len(os.fsencode(self.socket / ".s.PGSQL.5432")) > LONGEST_SOCKET:
-            raise DatabaseError(f"the path of its socket has more than {LONGEST_SOCKET} characters: {self.socket}",
-                                hint="choose a shorter --home, or --sqlite")
+            raise DatabaseError(
+                f"the path of its socket has more than {LONGEST_SOCKET} characters: {self.socket}",
+                hint="choose a shorter --home, or --sqlite",
+            )
         await self.make()
         self._let_in()
         # Settings on the command line, and not in its files, are the same for clusters of any age.
-        settings = {"listen_addresses": "", "unix_socket_directories": _seen(self.folder) / "socket",
-                    "hba_file": _seen(self.folder) / "pg_hba.conf", "ident_file": _seen(self.folder) / "pg_ident.conf",
-                    "unix_socket_permissions": "0700", "timezone": "UTC", "log_timezone": "UTC",
-                    "dynamic_shared_memory_type": "mmap",  # in its own folder, so a kill leaves none elsewhere
-                    "jit": "off"}  # queries are small: compiling them costs more than it saves
-        argv = _as_owner(self.folder, [
-            self.programs.folder / "postgres", "-D", _seen(self.folder) / "data",
-            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))])
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": _seen(self.folder) / "socket",
+            "hba_file": _seen(self.folder) / "pg_hba.conf",
+            "ident_file": _seen(self.folder) / "pg_ident.conf",
+            "unix_socket_permissions": "0700",
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+            "dynamic_shared_memory_type": "mmap",  # in its own folder, so a kill leaves none elsewhere
+            "jit": "off",
+        }  # queries are small: compiling them costs more than it saves
+        argv = _as_owner(
+            self.folder,
+            [
+                self.programs.folder / "postgres",
+                "-D",
+                _seen(self.folder) / "data",
+                *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+            ],
+        )
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as sink:
-            async with process.start(argv, env=_environment(), cwd="/", stdout=sink.fileno(), stderr=sink.fileno(),
-                                     signals=(signal.SIGINT,), grace=STOP) as server:
+            async with process.start(
+                argv,
+                env=_environment(),
+                cwd="/",
+                stdout=sink.fileno(),
+                stderr=sink.fileno(),
+                signals=(signal.SIGINT,),
+                grace=STOP,
+            ) as server:
                 await self._until_answers(server, log_file)
                 yield server
 
     def _let_in(self) -> None:
         """Write the access rules: only toto's user on this machine, and only as one role."""
         user, owner = pwd.getpwuid(os.geteuid()).pw_name, _other_user(self.folder)
-        for name, line in (("pg_hba.conf", f"local all {USER} peer map=toto"),
-                           ("pg_ident.conf", f'toto "{user}" {USER}')):
+        for name, line in (
+            ("pg_hba.conf", f"local all {USER} peer map=toto"),
+            ("pg_ident.conf", f'toto "{user}" {USER}'),
+        ):
             file = self.folder / name
             file.write_text(f"# Written by toto at each start.\n{line}\n")
             file.chmod(0o640)
@@ -169,8 +213,10 @@ class Cluster:
         deadline = time.monotonic() + START
         while not self._is_ready(server.pid):
             if server.status is not None or time.monotonic() > deadline:
-                raise DatabaseError(f"PostgreSQL did not start:\n{process.tail(log_file.read_text(errors='replace'))}",
-                                    hint=f"see {log_file}")
+                raise DatabaseError(
+                    f"PostgreSQL did not start:\n{process.tail(log_file.read_text(errors='replace'))}",
+                    hint=f"see {log_file}",
+                )
             await asyncio.sleep(0.05)
         connection = await self.connect("postgres")
         try:
@@ -207,9 +253,12 @@ async def choose(home: Path) -> Cluster | None:
         if programs.major == made[-1]:
             return Cluster(home, programs)
     there = ", ".join(str(each.major) for each in installed) or "none"
-    raise DatabaseError(f"its database is a cluster of PostgreSQL {made[-1]}, which is not installed ({there} is)",
-                        target=str(home), hint=f"put PostgreSQL {made[-1]} on PATH, or name its bin folder: "
-                        f"`toto database upgrade --home {home} --from DIR`")
+    raise DatabaseError(
+        f"its database is a cluster of PostgreSQL {made[-1]}, which is not installed ({there} is)",
+        target=str(home),
+        hint=f"put PostgreSQL {made[-1]} on PATH, or name its bin folder: "
+        f"`toto database upgrade --home {home} --from DIR`",
+    )
 
 
 def _other_user(folder: Path) -> pwd.struct_passwd | None:
@@ -222,8 +271,10 @@ def _other_user(folder: Path) -> pwd.struct_passwd | None:
     for name in SYSTEM_USERS:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
-    raise DatabaseError(f"PostgreSQL does not run as root, and there is no user {' or '.join(SYSTEM_USERS)}",
-                        hint="useradd --system toto; or run toto as a different user, or with --sqlite")
+    raise DatabaseError(
+        f"PostgreSQL does not run as root, and there is no user {' or '.join(SYSTEM_USERS)}",
+        hint="useradd --system toto; or run toto as a different user, or with --sqlite",
+    )
 
 
 def _seen(folder: Path) -> Path:
@@ -236,9 +287,26 @@ def _as_owner(folder: Path, argv: list[process.Argument]) -> list[process.Argume
     owner = _other_user(folder)
     if owner is None:
         return argv
-    return ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _MOUNTED, "sh", folder,
-            "setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups", "--pdeathsig", "KILL",
-            "--", *argv]
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "--",
+        "sh",
+        "-c",
+        _MOUNTED,
+        "sh",
+        folder,
+        "setpriv",
+        f"--reuid={owner.pw_uid}",
+        f"--regid={owner.pw_gid}",
+        "--clear-groups",
+        "--pdeathsig",
+        "KILL",
+        "--",
+        *argv,
+    ]
 
 
 def _environment() -> Mapping[str, str]:

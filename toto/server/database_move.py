@@ -99,9 +99,12 @@ async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[in
     olds = [await Programs.of(old_bin)] if old_bin else installed
     old = next((each for each in olds if each.major == made[-1]), None)
     if old is None:
-        raise DatabaseError(f"the programs of PostgreSQL {made[-1]}, which made it, are not "
-                            f"{f'in {old_bin}' if old_bin else 'installed'}", target=str(home),
-                            hint="install them again, or name their bin folder: --from DIR")
+        raise DatabaseError(
+            f"the programs of PostgreSQL {made[-1]}, which made it, are not "
+            f"{f'in {old_bin}' if old_bin else 'installed'}",
+            target=str(home),
+            hint="install them again, or name their bin folder: --from DIR",
+        )
     current = Cluster(home, old)
     async with _new_cluster(home, newest) as cluster, current.running(home / "logs" / "database.log"):
         dump = cluster.home / "dump"
@@ -114,8 +117,12 @@ async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[in
 
 async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) -> None:
     where = [f"--host={cluster.socket}", f"--username={USER}", f"--dbname={NAME}"]
-    await process.run([programs.folder / name, *where, *words], env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
-                      timeout=LONGEST, target=str(cluster.folder))
+    await process.run(
+        [programs.folder / name, *where, *words],
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+        timeout=LONGEST,
+        target=str(cluster.folder),
+    )
 
 
 @contextlib.asynccontextmanager
@@ -137,22 +144,32 @@ async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]
 
 def _back_up(file: Path, copy: Path) -> None:
     """Copy a database as it is at one instant, including its write-ahead log. The source is only read."""
-    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as source, \
-            contextlib.closing(sqlite3.connect(copy)) as target:
+    with (
+        contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
         source.backup(target)
 
 
 async def _migrate(home: Path, url: str) -> None:
     """Migrate the tables to the schema of the installed Prefect."""
-    await process.run([sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
-                      env=environment.server_environment(home, database_url=url), timeout=LONGEST, target=url)
+    await process.run(
+        [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
+        env=environment.server_environment(home, database_url=url),
+        timeout=LONGEST,
+        target=url,
+    )
 
 
 async def _copy_all(source: sqlite3.Connection, connection: asyncpg.Connection, say: Say) -> list[Moved]:
     """Copy each table that both databases have. References are checked at the end, because they form circles."""
-    tables = [row["table_name"] for row in await connection.fetch(
-        "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema() "
-        "AND table_type = 'BASE TABLE' AND table_name <> 'alembic_version' ORDER BY table_name")]
+    tables = [
+        row["table_name"]
+        for row in await connection.fetch(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema() "
+            "AND table_type = 'BASE TABLE' AND table_name <> 'alembic_version' ORDER BY table_name"
+        )
+    ]
     await connection.execute(f"TRUNCATE {', '.join(map(_quoted, tables))}")  # rows from the migrations
     await connection.execute("SET session_replication_role = replica")
     moved = {}
@@ -171,9 +188,14 @@ async def _copy_all(source: sqlite3.Connection, connection: asyncpg.Connection, 
 
 async def _copy(source: sqlite3.Connection, connection: asyncpg.Connection, table: str) -> Moved:
     """Copy the columns that both databases have, in the text format of PostgreSQL's COPY."""
-    types = {row["column_name"]: row["data_type"] for row in await connection.fetch(
-        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema() "
-        "AND table_name = $1", table)}
+    types = {
+        row["column_name"]: row["data_type"]
+        for row in await connection.fetch(
+            "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = current_schema() "
+            "AND table_name = $1",
+            table,
+        )
+    }
     columns = [name for _, name, *_ in source.execute(f"PRAGMA table_info({_quoted(table)})") if name in types]
     moved = Moved(table)
     if not columns:
@@ -195,7 +217,7 @@ async def _insert(connection: asyncpg.Connection, moved: Moved, columns: Sequenc
         if len(lines) == 1:
             moved.leave(1, str(error))
             return
-        for half in (lines[:len(lines) // 2], lines[len(lines) // 2:]):
+        for half in (lines[: len(lines) // 2], lines[len(lines) // 2 :]):
             await _insert(connection, moved, columns, half)
 
 
@@ -223,7 +245,8 @@ async def _drop_dangling(connection: asyncpg.Connection, moved: dict[str, Moved]
         "SELECT conrelid::regclass::text AS table, confrelid::regclass::text AS other, "
         "(SELECT attname FROM pg_attribute WHERE attrelid = conrelid AND attnum = conkey[1])::text AS column, "
         "(SELECT attname FROM pg_attribute WHERE attrelid = confrelid AND attnum = confkey[1])::text AS key "
-        "FROM pg_constraint WHERE contype = 'f'")
+        "FROM pg_constraint WHERE contype = 'f'"
+    )
     found = True
     while found:
         found = False
@@ -231,7 +254,8 @@ async def _drop_dangling(connection: asyncpg.Connection, moved: dict[str, Moved]
             # (Names come from PostgreSQL's own catalogue, which quotes them where needed.)
             gone = await connection.execute(
                 f"DELETE FROM {table} a WHERE a.{_quoted(column)} IS NOT NULL AND NOT EXISTS "  # noqa: S608
-                f"(SELECT 1 FROM {other} b WHERE b.{_quoted(key)} = a.{_quoted(column)})")
+                f"(SELECT 1 FROM {other} b WHERE b.{_quoted(key)} = a.{_quoted(column)})"
+            )
             if rows := int(gone.split()[-1]):
                 found = True
                 moved[table].copied -= rows

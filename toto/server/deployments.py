@@ -27,8 +27,12 @@ POOL: Final = "toto"
 ROOT: Final = Path(__file__).resolve().parents[2]
 WRITTEN: Final = "toto_deployments"  # the variable
 ALIASES: Final[Mapping[str, str]] = {  # old names by new name; both are in prefect.yaml
-    "reconcile/reconcile": "reconcile/toto", "reconcile/deploy-host": "reconcile/host", "settle/settle": "settle/toto",
-    "drift/drift": "drift/toto", "prune/prune": "prune/toto"}
+    "reconcile/reconcile": "reconcile/toto",
+    "reconcile/deploy-host": "reconcile/host",
+    "settle/settle": "settle/toto",
+    "drift/drift": "drift/toto",
+    "prune/prune": "prune/toto",
+}
 IN_FLIGHT: Final = 2.0  # seconds for which Prefect's scheduler may still use schedules that have been deleted
 MOVING: Final = "toto-moving"  # the parameter that marks a schedule at its new deployment until it is switched on there
 OLD_AUTOMATION: Final = "toto: a run whose heartbeat stopped has crashed"  # made by versions that left that to Prefect
@@ -42,8 +46,9 @@ class Written:
     parameters: Mapping[str, Any]
 
 
-async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
-                 limits: Mapping[str, int] | None = None) -> dict[str, str]:
+async def deploy(
+    env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT, limits: Mapping[str, int] | None = None
+) -> dict[str, str]:
     """Create or update the work pool, the global concurrency `limits` and the deployments in `root`/prefect.yaml.
 
     What an operator has changed in a deployment stays: schedules (also a deleted one), a pause, a limit, parameters.
@@ -67,8 +72,11 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         if (there := before.get(name) or (old if name not in written else None)) is None:
             ours[name] = Written(_slugs(each), {})
             continue
-        known = (written.get(name) or written.get(ALIASES.get(name, ""))
-                 or Written((*_slugs(there), *_slugs(old or {})), there["parameters"]))
+        known = (
+            written.get(name)
+            or written.get(ALIASES.get(name, ""))
+            or Written((*_slugs(there), *_slugs(old or {})), there["parameters"])
+        )
         parameters = _renamed(name, there["parameters"])
         changed = {key: value for key, value in parameters.items() if known.parameters.get(key) != value}
         each["parameters"] = each.get("parameters", {}) | changed
@@ -80,13 +88,20 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
         schedules = each.pop("schedules", [])
         had = {*known.schedules, *_slugs(there), *_slugs(old or {})}
         added[name] = [new for new in schedules if new["slug"] not in had]
-        ours[name] = Written((*known.schedules, *(new["slug"] for new in added[name])),
-                             {key: known.parameters.get(key) for key in changed})
+        ours[name] = Written(
+            (*known.schedules, *(new["slug"] for new in added[name])),
+            {key: known.parameters.get(key) for key in changed},
+        )
     began = datetime.now(UTC).isoformat()
     file = Path(env["PREFECT_HOME"]) / "prefect.yaml"
     file.write_text(yaml.safe_dump(listed, allow_unicode=True))
-    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
-                      env=env, cwd=root, timeout=120, target=str(root / "prefect.yaml"))
+    await process.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
+        env=env,
+        cwd=root,
+        timeout=120,
+        target=str(root / "prefect.yaml"),
+    )
     after = await _found(api, pool)
     for name, new in added.items():
         if new:
@@ -97,14 +112,19 @@ async def deploy(env: Mapping[str, str], *, pool: str = POOL, root: Path = ROOT,
             # Prefect has deleted the future runs, and would not create one again that is due right now.
             await _make_runs(api, each, began)
     moves = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
-    if due := [(old["id"], new["id"]) for old, new in moves
-               if old["schedules"] or any(MOVING in each["parameters"] for each in new["schedules"])]:
+    if due := [
+        (old["id"], new["id"])
+        for old, new in moves
+        if old["schedules"] or any(MOVING in each["parameters"] for each in new["schedules"])
+    ]:
         for old, new in due:
             await move_schedules(api, old, new)
         await asyncio.sleep(IN_FLIGHT)
     await _take_runs_away(api, [old["id"] for old, _ in moves])
-    await _write_written(api, written | {
-        name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in ours.items()})
+    await _write_written(
+        api,
+        written | {name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in ours.items()},
+    )
     return {name: each["id"] for name, each in after.items()}
 
 
@@ -122,30 +142,50 @@ async def move_schedules(api: Api, old: str, new: str) -> None:
         for each in target["schedules"]:  # left by a call that broke off; the originals may have changed since
             if each["parameters"].get(MOVING, {}).get("id") in there:
                 await api.call("DELETE", f"{path}/{each['id']}")
-        await api.call("POST", path, [
-            {"schedule": each["schedule"], "max_scheduled_runs": each["max_scheduled_runs"], "active": False,
-             "parameters": {**each["parameters"], MOVING: {key: each[key] for key in ("id", "active", "slug")}}}
-            for each in origin["schedules"]])
+        await api.call(
+            "POST",
+            path,
+            [
+                {
+                    "schedule": each["schedule"],
+                    "max_scheduled_runs": each["max_scheduled_runs"],
+                    "active": False,
+                    "parameters": {**each["parameters"], MOVING: {key: each[key] for key in ("id", "active", "slug")}},
+                }
+                for each in origin["schedules"]
+            ],
+        )
         since = datetime.now(UTC).isoformat()
         # This deletes all schedules and future runs at once, and keeps the runs that are due. (Deleting a schedule
         # would delete those as well.) Parameters that are left out would be reset.
-        await api.call("POST", "/deployments/", {
-            "name": origin["name"], "flow_id": origin["flow_id"], "parameters": origin["parameters"], "schedules": []})
+        await api.call(
+            "POST",
+            "/deployments/",
+            {"name": origin["name"], "flow_id": origin["flow_id"], "parameters": origin["parameters"], "schedules": []},
+        )
         target = await api.call("GET", f"/deployments/{new}")
     for each in target["schedules"]:
         if moving := each["parameters"].pop(MOVING, None):
             for other in target["schedules"]:
                 if moving["slug"] and other["slug"] == moving["slug"]:
                     await api.call("DELETE", f"{path}/{other['id']}")
-            await api.call("PATCH", f"{path}/{each['id']}", {
-                "active": moving["active"], "slug": moving["slug"], "parameters": each["parameters"]})
+            await api.call(
+                "PATCH",
+                f"{path}/{each['id']}",
+                {"active": moving["active"], "slug": moving["slug"], "parameters": each["parameters"]},
+            )
     await _make_runs(api, target, since)
 
 
 async def _take_runs_away(api: Api, ids: Sequence[str]) -> None:
     """Delete the future runs that Prefect's scheduler made for the deployments `ids`, which have no schedules."""
-    wanted = {"flow_runs": {"deployment_id": {"any_": list(ids)}, "state": {"type": {"any_": ["SCHEDULED"]}},
-                            "expected_start_time": {"after_": datetime.now(UTC).isoformat()}}}
+    wanted = {
+        "flow_runs": {
+            "deployment_id": {"any_": list(ids)},
+            "state": {"type": {"any_": ["SCHEDULED"]}},
+            "expected_start_time": {"after_": datetime.now(UTC).isoformat()},
+        }
+    }
     for run in await api.call("POST", "/flow_runs/filter", wanted) if ids else ():
         if run["auto_scheduled"]:
             await api.call("DELETE", f"/flow_runs/{run['id']}")
@@ -162,8 +202,11 @@ async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any
     for each in deployment["schedules"]:
         if (renamed := _renamed(name, each["parameters"])) != each["parameters"]:
             # (Prefect deletes parameters that are left out.)
-            await api.call("PATCH", f"/deployments/{deployment['id']}/schedules/{each['id']}", {
-                "active": each["active"], "parameters": renamed})
+            await api.call(
+                "PATCH",
+                f"/deployments/{deployment['id']}/schedules/{each['id']}",
+                {"active": each["active"], "parameters": renamed},
+            )
 
 
 def _renamed(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,8 +277,12 @@ async def _delete_old_automation(api: Api) -> None:
 
 async def register_blocks(env: Mapping[str, str]) -> None:
     """Register the forms of toto's blocks in the UI, or update them. Idempotent; takes about 1.5 s."""
-    await process.run([sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
-                      env=env, cwd=ROOT, timeout=120)
+    await process.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
+        env=env,
+        cwd=ROOT,
+        timeout=120,
+    )
 
 
 async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
@@ -245,8 +292,13 @@ async def deployments(api: Api, pool: str = POOL) -> dict[str, str]:
 
 async def ensure_limit(api: Api, name: str, slots: int) -> None:
     """Create the global concurrency limit `name`, or set it to `slots` slots (0: nothing may run)."""
-    await _update(api, f"/v2/concurrency_limits/{name}", {"limit": slots, "active": True}, "/v2/concurrency_limits/",
-                  {"name": name})
+    await _update(
+        api,
+        f"/v2/concurrency_limits/{name}",
+        {"limit": slots, "active": True},
+        "/v2/concurrency_limits/",
+        {"name": name},
+    )
 
 
 async def ensure_pool(api: Api, pool: str) -> None:
@@ -254,15 +306,22 @@ async def ensure_pool(api: Api, pool: str) -> None:
     text = {"type": "string"}
     words = {"type": "object", "additionalProperties": text}
     variables = {
-        "command": {**text, "title": "Command", "default": shlex.join(
-            [sys.executable, "-I", "-S", str(ROOT / "toto" / "server" / "fork_server.py"), "run"])},
+        "command": {
+            **text,
+            "title": "Command",
+            "default": shlex.join(
+                [sys.executable, "-I", "-S", str(ROOT / "toto" / "server" / "fork_server.py"), "run"]
+            ),
+        },
         "env": {**words, "title": "Environment", "default": {}},
         "labels": {**words, "title": "Labels", "default": {}},
         "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
         "stream_output": {"type": "boolean", "title": "Stream output", "default": True},
         "working_dir": {"anyOf": [text, {"type": "null"}], "title": "Working directory", "default": None},
     }
-    template = {"job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
-                "variables": {"type": "object", "properties": variables}}
+    template = {
+        "job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
+        "variables": {"type": "object", "properties": variables},
+    }
     about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
     await _update(api, f"/work_pools/{pool}", about, "/work_pools/", {"name": pool, "type": "process"})

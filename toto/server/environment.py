@@ -12,9 +12,16 @@ PORT: Final = 4200
 POSTGRES: Final = "postgresql+asyncpg"  # how the address of Prefect's database begins when that is PostgreSQL
 
 
-def server_environment(home: Path, port: int = PORT, *, host: str = "127.0.0.1", database_url: str | None = None,
-                       auth: str | None = None, ui_url: str | None = None,
-                       base: Mapping[str, str] | None = None) -> dict[str, str]:
+def server_environment(
+    home: Path,
+    port: int = PORT,
+    *,
+    host: str = "127.0.0.1",
+    database_url: str | None = None,
+    auth: str | None = None,
+    ui_url: str | None = None,
+    base: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """The environment of Prefect's server, its worker and their clients.
 
     `home` contains database, results and leases. It is created, with mode 0700, as the database in it would be

@@ -19,19 +19,26 @@ class Known:
 
 
 KNOWN: Final = (
-    Known(r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - ",
-          "a target that fails says so in its run: that is the run's result"),
-    Known(r"prefect\.engine - Crash detected! Execution was (cancelled by|aborted by a termination signal)",
-          "a run was cancelled, or toto was stopped during the run: the run's state says so"),
+    Known(
+        r"\| ERROR +\| (Flow|Task) run ['\"][^\n]* - ",
+        "a target that fails says so in its run: that is the run's result",
+    ),
+    Known(
+        r"prefect\.engine - Crash detected! Execution was (cancelled by|aborted by a termination signal)",
+        "a run was cancelled, or toto was stopped during the run: the run's state says so",
+    ),
 )
 # An entry begins with a time, a level or a program's name, and goes on until the next one.
-_HEAD: Final = re.compile(r"(?m)^(?=\d\d:\d\d:\d\d\.\d{3} \| |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* |toto: |"
-                          r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL): |Traceback \(most recent call last\))")
+_HEAD: Final = re.compile(
+    r"(?m)^(?=\d\d:\d\d:\d\d\.\d{3} \| |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* |toto: |"
+    r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL): |Traceback \(most recent call last\))"
+)
 _FAULT: Final = re.compile(
     r"\A[\d:.]+ \| (?:ERROR|CRITICAL) |\A(?:ERROR|CRITICAL): |\Atoto: error: |"
     r"\A\d{4}-\d\d-\d\d [^\n]*\] (?:ERROR|FATAL|PANIC): |"
     r"(?m:^Traceback \(most recent call last\))|never retrieved|never awaited|Exception ignored in|"
-    r"database is locked|dead letter queue")
+    r"database is locked|dead letter queue"
+)
 
 
 def faults(text: str) -> Iterator[str]:

@@ -49,10 +49,17 @@ async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
     The newest is started late, so that a machine that was off catches up. A run for every night of a holiday would only
     do the same thing many times, so the others become Cancelled with the name Skipped. Raises `ServerError`.
     """
-    due = await _runs(api, {
-        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}},
-                      "expected_start_time": {"before_": datetime.now(UTC).isoformat()}},
-        "work_pools": {"name": {"any_": [pool]}}, "sort": "EXPECTED_START_TIME_DESC"})
+    due = await _runs(
+        api,
+        {
+            "flow_runs": {
+                "state": {"type": {"any_": ["SCHEDULED"]}},
+                "expected_start_time": {"before_": datetime.now(UTC).isoformat()},
+            },
+            "work_pools": {"name": {"any_": [pool]}},
+            "sort": "EXPECTED_START_TIME_DESC",
+        },
+    )
     newest: dict[str, dict[str, Any]] = {}
     skipped: list[str] = []
     for run in due:
@@ -60,8 +67,11 @@ async def skip_missed(api: Api, *, pool: str = POOL) -> list[str]:
             continue
         kept = newest.setdefault((run["created_by"] or {}).get("id") or run["deployment_id"], run)
         if kept is not run:
-            state = {"type": "CANCELLED", "name": "Skipped", "message":
-                     f"toto was down when it was due; the run of {kept['expected_start_time'][:16]} replaces it"}
+            state = {
+                "type": "CANCELLED",
+                "name": "Skipped",
+                "message": f"toto was down when it was due; the run of {kept['expected_start_time'][:16]} replaces it",
+            }
             await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             skipped.append(run["id"])
     return skipped
@@ -91,11 +101,20 @@ async def crash_silent(api: Api, *, pool: str = POOL, silence: float = SILENCE) 
     since = datetime.now(UTC) - timedelta(seconds=silence)
     silent = []
     for run in await _under_way(api, pool, ("RUNNING", "CANCELLING")):
-        if (run["start_time"] is None or datetime.fromisoformat(run["start_time"]) > since or _lives_here(run)):
+        if run["start_time"] is None or datetime.fromisoformat(run["start_time"]) > since or _lives_here(run):
             continue
-        heard = await api.call("POST", "/events/filter", {"limit": 1, "filter": {
-            "event": {"name": ["prefect.flow-run.heartbeat"]}, "occurred": {"since": since.isoformat()},
-            "resource": {"id": [f"prefect.flow-run.{run['id']}"]}}})
+        heard = await api.call(
+            "POST",
+            "/events/filter",
+            {
+                "limit": 1,
+                "filter": {
+                    "event": {"name": ["prefect.flow-run.heartbeat"]},
+                    "occurred": {"since": since.isoformat()},
+                    "resource": {"id": [f"prefect.flow-run.{run['id']}"]},
+                },
+            },
+        )
         if not heard["events"]:
             silent.append(run)
     return await _settle(api, silent, f"no heartbeat for {silence:g} s: its process is gone")
@@ -111,9 +130,17 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
     if SETTLE not in ids:
         return
     since = datetime.now(UTC) - timedelta(seconds=NOTIFIED_WITHIN)
-    crashed = await api.call("POST", "/flow_runs/filter", {"flow_runs": {
-        "state": {"type": {"any_": ["CRASHED"]}}, "end_time": {"after_": since.isoformat()},
-        "deployment_id": {"any_": [ids[name] for name in ids if name.startswith(("settle/", "reconcile/"))]}}})
+    crashed = await api.call(
+        "POST",
+        "/flow_runs/filter",
+        {
+            "flow_runs": {
+                "state": {"type": {"any_": ["CRASHED"]}},
+                "end_time": {"after_": since.isoformat()},
+                "deployment_id": {"any_": [ids[name] for name in ids if name.startswith(("settle/", "reconcile/"))]},
+            }
+        },
+    )
     settles = {ids[name] for name in ids if name.startswith("settle/")}  # under its old name as well
     asked = {}
     for run in crashed:
@@ -130,16 +157,20 @@ async def have_settled(api: Api, left_behind: Sequence[str], repos: Path | None 
             log.error("%s", error)
     for key, parameters in asked.items():
         try:
-            await api.call("POST", f"/deployments/{ids[SETTLE]}/create_flow_run",
-                           {"parameters": parameters, "idempotency_key": key})
+            await api.call(
+                "POST",
+                f"/deployments/{ids[SETTLE]}/create_flow_run",
+                {"parameters": parameters, "idempotency_key": key},
+            )
         except TotoError as error:
             log.error("%s: what a dead run left is not settled yet: %s", Path(parameters["repo"]).name, error)
 
 
 async def _under_way(api: Api, pool: str, states: Sequence[str]) -> list[dict[str, Any]]:
     """The runs of a pool in one of the states, without subflows (they have no pool)."""
-    return await _runs(api, {"flow_runs": {"state": {"type": {"any_": list(states)}}},
-                             "work_pools": {"name": {"any_": [pool]}}})
+    return await _runs(
+        api, {"flow_runs": {"state": {"type": {"any_": list(states)}}}, "work_pools": {"name": {"any_": [pool]}}}
+    )
 
 
 async def _runs(api: Api, wanted: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,8 +186,11 @@ async def _runs(api: Api, wanted: dict[str, Any]) -> list[dict[str, Any]]:
 async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[str]:
     """Set dead runs, and their subflows, to the state that they are really in; return their ids."""
     crashed = {"type": "CRASHED", "name": "Crashed", "message": why}
-    outcome = {"RUNNING": crashed, "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
-               "PENDING": {"type": "SCHEDULED", "name": "Scheduled"}}
+    outcome = {
+        "RUNNING": crashed,
+        "CANCELLING": {"type": "CANCELLED", "name": "Cancelled"},
+        "PENDING": {"type": "SCHEDULED", "name": "Scheduled"},
+    }
     settled: list[str] = []
     parents = list(runs)
     while parents:
@@ -165,9 +199,15 @@ async def _settle(api: Api, runs: Iterable[dict[str, Any]], why: str) -> list[st
             state = outcome[run["state_type"]] if run["deployment_id"] else crashed
             await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
             settled.append(run["id"])
-        found = await _runs(api, {"flow_runs": {
-            "state": {"type": {"any_": list(_UNDER_WAY)}},
-            "parent_flow_run_id": {"any_": [run["id"] for run in parents]}}})
+        found = await _runs(
+            api,
+            {
+                "flow_runs": {
+                    "state": {"type": {"any_": list(_UNDER_WAY)}},
+                    "parent_flow_run_id": {"any_": [run["id"] for run in parents]},
+                }
+            },
+        )
         parents = [run for run in found if run["id"] not in settled]
     return settled
 

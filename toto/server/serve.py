@@ -40,8 +40,9 @@ LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is
 
 
 @contextlib.asynccontextmanager
-async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: float = 120
-                         ) -> AsyncIterator[process.Running]:
+async def running_server(
+    env: Mapping[str, str], log_file: Path, *, timeout: float = 120
+) -> AsyncIterator[process.Running]:
     """Run Prefect's API server, from the moment it answers to the end of the block.
 
     Raises `ServerError` with the log's last lines when it dies before it answers, or takes longer than `timeout`
@@ -50,9 +51,26 @@ async def running_server(env: Mapping[str, str], log_file: Path, *, timeout: flo
     host, port = env["PREFECT_SERVER_API_HOST"], int(env["PREFECT_SERVER_API_PORT"])
     _refuse_taken_port(host, port)
     # uvicorn itself: `prefect server start` is a second process around almost the same call.
-    argv = [sys.executable, "-m", "uvicorn", "--app-dir", str(ROOT), "--factory", "toto.server.app:create_app",
-            "--host", host, "--port", str(port), "--timeout-keep-alive", "5", "--timeout-graceful-shutdown", "3",
-            "--no-access-log", "--log-level", "warning"]
+    argv = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--app-dir",
+        str(ROOT),
+        "--factory",
+        "toto.server.app:create_app",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--timeout-keep-alive",
+        "5",
+        "--timeout-graceful-shutdown",
+        "3",
+        "--no-access-log",
+        "--log-level",
+        "warning",
+    ]
     api = Api.of(env)
     async with _logged(argv, env, log_file, grace=10) as running:
         await _until_answers(running, api, log_file, timeout)
@@ -63,26 +81,43 @@ async def _until_answers(running: process.Running, api: Api, log_file: Path, tim
     deadline = time.monotonic() + timeout
     while not await api.wait(0.2):
         if running.status is not None:
-            raise ServerError(f"Prefect's server exited with status {running.status}:\n{_tail(log_file)}",
-                              hint=f"see {log_file}")
+            raise ServerError(
+                f"Prefect's server exited with status {running.status}:\n{_tail(log_file)}", hint=f"see {log_file}"
+            )
         if time.monotonic() > deadline:
-            raise ServerError(f"Prefect's server did not answer within {timeout:g} s:\n{_tail(log_file)}",
-                              hint=f"see {log_file}")
+            raise ServerError(
+                f"Prefect's server did not answer within {timeout:g} s:\n{_tail(log_file)}", hint=f"see {log_file}"
+            )
 
 
 @contextlib.asynccontextmanager
-async def running_worker(env: Mapping[str, str], log_file: Path, *, pool: str = POOL,
-                         name: str | None = None) -> AsyncIterator[process.Running]:
+async def running_worker(
+    env: Mapping[str, str], log_file: Path, *, pool: str = POOL, name: str | None = None
+) -> AsyncIterator[process.Running]:
     """Run a process worker of `pool` to the end of the block; its flow runs end with it."""
-    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name",
-            name or f"toto@{socket.gethostname()}", "--install-policy", "never"]
+    argv = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        pool,
+        "--type",
+        "process",
+        "--name",
+        name or f"toto@{socket.gethostname()}",
+        "--install-policy",
+        "never",
+    ]
     async with _logged(argv, env, log_file, grace=15) as running:
         yield running
 
 
 @contextlib.asynccontextmanager
-async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
-                              ) -> AsyncIterator[process.Running]:
+async def running_fork_server(
+    env: Mapping[str, str], log_file: Path, *, root: Path = ROOT
+) -> AsyncIterator[process.Running]:
     """Run a fork server (`toto.server.fork_server`) for the flows in `root`, to the end of the block.
 
     It does not wait until the fork server is ready; before that, runs begin slowly. The runs that the fork server has
@@ -95,12 +130,14 @@ async def running_fork_server(env: Mapping[str, str], log_file: Path, *, root: P
 
 
 @contextlib.asynccontextmanager
-async def _logged(argv: Sequence[str], env: Mapping[str, str], log_file: Path, grace: float,
-                  cwd: Path | None = None) -> AsyncIterator[process.Running]:
+async def _logged(
+    argv: Sequence[str], env: Mapping[str, str], log_file: Path, grace: float, cwd: Path | None = None
+) -> AsyncIterator[process.Running]:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as sink:
-        async with process.start(argv, env=env, cwd=cwd, stdout=sink.fileno(), stderr=sink.fileno(),
-                                 grace=grace) as running:
+        async with process.start(
+            argv, env=env, cwd=cwd, stdout=sink.fileno(), stderr=sink.fileno(), grace=grace
+        ) as running:
             yield running
 
 
@@ -114,8 +151,10 @@ def _refuse_taken_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServerError(f"toto cannot listen on {host}:{port}: {error.strerror}",
-                              hint="stop the program that uses it, or choose a different --port") from None
+            raise ServerError(
+                f"toto cannot listen on {host}:{port}: {error.strerror}",
+                hint="stop the program that uses it, or choose a different --port",
+            ) from None
 
 
 @contextlib.contextmanager
@@ -125,15 +164,28 @@ def only_one(home: Path, part: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ServerError(f"a toto {part} already runs in {home}",
-                              hint="stop it, or choose a different --home") from None
+            raise ServerError(
+                f"a toto {part} already runs in {home}", hint="stop it, or choose a different --home"
+            ) from None
         yield
 
 
-async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all", repos: Path | None = None,
-                branch: str = "main", host: str = "127.0.0.1", database_url: str | None = None, sqlite: bool = False,
-                auth: str | None = None, ui_url: str | None = None, root: Path = ROOT,
-                ready: asyncio.Event | None = None) -> None:
+async def serve(
+    home: Path,
+    port: int,
+    *,
+    stop: asyncio.Event,
+    part: Part = "all",
+    repos: Path | None = None,
+    branch: str = "main",
+    host: str = "127.0.0.1",
+    database_url: str | None = None,
+    sqlite: bool = False,
+    auth: str | None = None,
+    ui_url: str | None = None,
+    root: Path = ROOT,
+    ready: asyncio.Event | None = None,
+) -> None:
     """Run server, deployments and worker until `stop` is set, or only one `part` ("server" includes the deployments).
 
     The server starts runs for pushes that wait in the spools of `repos`/*.git. The worker settles what an earlier
@@ -160,8 +212,10 @@ async def serve(home: Path, port: int, *, stop: asyncio.Event, part: Part = "all
                 watched[log_file] = await stack.enter_async_context(cluster.running(log_file))
                 settings = server_environment(home, port, host=host, database_url=cluster.url, auth=auth, ui_url=ui_url)
             elif not database_url:
-                _say(f"the database is {home / 'prefect.db'} (SQLite, for trying out"
-                     f"{'' if sqlite else '; `toto database move` moves it to PostgreSQL'})")
+                _say(
+                    f"the database is {home / 'prefect.db'} (SQLite, for trying out"
+                    f"{'' if sqlite else '; `toto database move` moves it to PostgreSQL'})"
+                )
             serving = _serving(settings, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
         if part != "server":
@@ -189,8 +243,9 @@ def _clear_old(folder: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: str,
-                   root: Path) -> AsyncIterator[dict[Path, process.Running]]:
+async def _serving(
+    env: Mapping[str, str], log_file: Path, repos: Path, branch: str, root: Path
+) -> AsyncIterator[dict[Path, process.Running]]:
     """Run the server, register deployments and hooks, and start runs for pushes whose hooks could not."""
     _say("starting Prefect's server (the first start creates its tables: up to 20 s)")
     async with running_server(env, log_file) as server:
@@ -198,16 +253,22 @@ async def _serving(env: Mapping[str, str], log_file: Path, repos: Path, branch: 
         ids = await deploy(env, root=root)
         await register_blocks(env)
         served = git_host.Served(
-            api_url=env["PREFECT_API_URL"], ui_url=env["PREFECT_UI_URL"], deployment=DEPLOYMENT,
-            deployment_id=ids.get(DEPLOYMENT), branch=branch, auth=env.get("PREFECT_API_AUTH_STRING"))
+            api_url=env["PREFECT_API_URL"],
+            ui_url=env["PREFECT_UI_URL"],
+            deployment=DEPLOYMENT,
+            deployment_id=ids.get(DEPLOYMENT),
+            branch=branch,
+            auth=env.get("PREFECT_API_AUTH_STRING"),
+        )
         await _adopt_all(repos, served)
         async with _beside(_drain(repos)), _beside(orphans.watch(Api.of(env))):
             yield {log_file: server}
 
 
 @contextlib.asynccontextmanager
-async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
-                   root: Path) -> AsyncIterator[dict[Path, process.Running]]:
+async def _working(
+    env: Mapping[str, str], log_file: Path, repos: Path, root: Path
+) -> AsyncIterator[dict[Path, process.Running]]:
     """Run the worker and its fork server."""
     _say("starting the worker")
     api = Api.of(env)
@@ -217,8 +278,9 @@ async def _working(env: Mapping[str, str], log_file: Path, repos: Path,
     if settled := await orphans.settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
     if skipped := await orphans.skip_missed(api):
-        log.warning("skipped %d runs of schedules that came due while toto was down; the newest are started",
-                    len(skipped))
+        log.warning(
+            "skipped %d runs of schedules that came due while toto was down; the newest are started", len(skipped)
+        )
     await orphans.have_settled(api, settled, repos)
     async with _beside(_keep_warm(env, log_file.with_name("runs.log"), root)), running_worker(env, log_file) as worker:
         yield {log_file: worker}
@@ -292,8 +354,10 @@ async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> 
     while not stop.is_set():
         for log_file, part in parts.items():
             if part.status is not None:
-                raise ServerError(f"the {log_file.stem} exited with status {part.status}:\n{_tail(log_file)}",
-                                  hint=f"see {log_file}; start toto again: it settles what was left")
+                raise ServerError(
+                    f"the {log_file.stem} exited with status {part.status}:\n{_tail(log_file)}",
+                    hint=f"see {log_file}; start toto again: it settles what was left",
+                )
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 1)
 
@@ -309,10 +373,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
     parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help="where prefect.yaml is (%(default)s)")
-    parser.add_argument("--sqlite", action="store_true",
-                        help="keep Prefect's database in a file, for trying out, even if PostgreSQL is on PATH")
-    parser.add_argument("--part", choices=get_args(Part), default="all",
-                        help="run only the server (with the deployments) or only the worker (%(default)s)")
+    parser.add_argument(
+        "--sqlite",
+        action="store_true",
+        help="keep Prefect's database in a file, for trying out, even if PostgreSQL is on PATH",
+    )
+    parser.add_argument(
+        "--part",
+        choices=get_args(Part),
+        default="all",
+        help="run only the server (with the deployments) or only the worker (%(default)s)",
+    )
     # Secrets come from the environment: every user of the machine can see arguments.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
@@ -325,10 +396,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop, ready = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        work = asyncio.create_task(serve(
-            chosen.home, chosen.port, stop=stop, part=chosen.part, repos=chosen.repos, root=chosen.root,
-            branch=chosen.branch, host=chosen.host, database_url=database_url, sqlite=chosen.sqlite, auth=auth,
-            ui_url=chosen.ui_url, ready=ready))
+        work = asyncio.create_task(
+            serve(
+                chosen.home,
+                chosen.port,
+                stop=stop,
+                part=chosen.part,
+                repos=chosen.repos,
+                root=chosen.root,
+                branch=chosen.branch,
+                host=chosen.host,
+                database_url=database_url,
+                sqlite=chosen.sqlite,
+                auth=auth,
+                ui_url=chosen.ui_url,
+                ready=ready,
+            )
+        )
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

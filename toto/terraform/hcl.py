@@ -13,14 +13,17 @@ from typing import Any, Final
 
 # Possessive quantifiers (`++`, `*+`) do not backtrack: with backtracking, a file of one long line could take minutes.
 _CHARACTERS: Final = r'(?:[^"\\$%]++|\\.|\$\$\{|%%\{|[$%](?!\{))'
-_CODE: Final = re.compile(rf"""
+_CODE: Final = re.compile(
+    rf"""
     (?P<nothing> \s++ | (?:\#|//)[^\n]*+ | /\*.*?(?:\*/|\Z)
                | <<-?(?P<tag>[^\W\d][\w-]*+)\r?\n.*?(?:^[^\S\n]*+(?P=tag)\b|\Z) )
   | (?P<string> "{_CHARACTERS}*+" )
   | \w[\w-]*+
   | [^\w\s{{}}="\#/<]++
-  | . """, re.VERBOSE | re.DOTALL | re.MULTILINE)
-_STRING: Final = re.compile(rf'{_CHARACTERS}++|[$%]\{{|.', re.DOTALL)
+  | . """,
+    re.VERBOSE | re.DOTALL | re.MULTILINE,
+)
+_STRING: Final = re.compile(rf"{_CHARACTERS}++|[$%]\{{|.", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,15 @@ class Action(StrEnum):
     IMPORT = "import"  # the resource is in the world already, and is added to the state
 
 
-_SIGNS: Final = {Action.CREATE: "+", Action.UPDATE: "~", Action.REPLACE: "-/+", Action.DESTROY: "-", Action.FORGET: ".",
-                 Action.MOVE: ">", Action.IMPORT: "<"}
+_SIGNS: Final = {
+    Action.CREATE: "+",
+    Action.UPDATE: "~",
+    Action.REPLACE: "-/+",
+    Action.DESTROY: "-",
+    Action.FORGET: ".",
+    Action.MOVE: ">",
+    Action.IMPORT: "<",
+}
 _PREVENTED: Final = {"destroy": {Action.DESTROY, Action.REPLACE}, "replace": {Action.REPLACE}}
 
 
@@ -147,13 +154,16 @@ def refuse(planned: Planned, prevent: Collection[str], allowed: Collection[str] 
     revert, `allowed` are the resources that the reverted run created.
     """
     forbidden = {action for word in prevent for action in _PREVENTED[word]}
-    doomed = [change.address for change in planned.changes
-              if change.action in forbidden and change.address not in allowed]
+    doomed = [
+        change.address for change in planned.changes if change.action in forbidden and change.address not in allowed
+    ]
     if doomed:
         raise PlanRefused(
-            f"the plan would destroy what the settings protect: {', '.join(doomed)}", doomed,
+            f"the plan would destroy what the settings protect: {', '.join(doomed)}",
+            doomed,
             target=f"terraform/{planned.root}",
-            hint=f"keep it in the configuration, or remove {' and '.join(prevent)} from `prevent` in toto.toml")
+            hint=f"keep it in the configuration, or remove {' and '.join(prevent)} from `prevent` in toto.toml",
+        )
 
 
 def wants_approval(planned: Planned, approve: str) -> bool:
@@ -226,6 +236,7 @@ def _change(address: str, entry: Any, change: Any, secrets: Sequence[str]) -> Ch
 
 def _details(change: Any, secrets: Sequence[str]) -> Iterator[str]:
     """A line for each attribute that changes."""
+
     def marked(name: str) -> set[str]:
         return {path for path, flag in leaves(change.get(name)) if flag is True}
 
@@ -244,8 +255,9 @@ def _details(change: Any, secrets: Sequence[str]) -> Iterator[str]:
         old, new = before.get(path), after.get(path)
         if old == new and _within(path, unknown) is None:
             continue
-        if ({} in (old, new) or [] in (old, new)) and any(other != path and _within(other, (path,)) is not None
-                                                          for other in paths):
+        if ({} in (old, new) or [] in (old, new)) and any(
+            other != path and _within(other, (path,)) is not None for other in paths
+        ):
             continue  # its parts have lines of their own
         secret = _within(path, hidden)  # when a whole mapping is sensitive, its keys are too
         name = mask(path if secret is None else secret, secrets) or "value"

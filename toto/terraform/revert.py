@@ -41,7 +41,10 @@ def way_back(good: str | None, before: State, now: State, *, target: str) -> Way
     if good is None and (now.serial, now.resources) == (before.serial, before.resources):
         return None
     if good is None and before.resources:
-        raise CannotGoBack("toto had not deployed it before, so toto does not know what it was", target=target,
-                           hint=f"its state was serial {before.serial}, with {len(before.resources)} resources; "
-                                "revert it by hand, then start the run again")
+        raise CannotGoBack(
+            "toto had not deployed it before, so toto does not know what it was",
+            target=target,
+            hint=f"its state was serial {before.serial}, with {len(before.resources)} resources; "
+            "revert it by hand, then start the run again",
+        )
     return WayBack(good or "", frozenset(before.resources), frozenset(now.resources) - frozenset(before.resources))

@@ -42,9 +42,27 @@ LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
 SHORTEST: Final = 4  # characters of a secret that is masked; masking shorter ones would leave nothing readable
 
 # The variables of toto's own environment that terraform, its providers and its provisioners get.
-_PASSED_ON: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "NIX_SSL_CERT_FILE", "PATH", "SSH_AUTH_SOCK", "SSL_CERT_DIR",
-                     "SSL_CERT_FILE", "TF_CLI_CONFIG_FILE", "TMPDIR", "TZ", "USER", "HTTP_PROXY", "HTTPS_PROXY",
-                     "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+_PASSED_ON: Final = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LOGNAME",
+    "NIX_SSL_CERT_FILE",
+    "PATH",
+    "SSH_AUTH_SOCK",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TF_CLI_CONFIG_FILE",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
 # Its constructor reads the state in the working directory; this one has none.
 _COMMANDS: Final = python_terraform.Terraform(working_dir=os.devnull)
 _FLAG: Final = python_terraform.IsFlagged
@@ -73,8 +91,11 @@ class StateLocked(TerraformFailed):
         who, since, what, lock = (holder.get(key, "unknown") for key in ("Who", "Created", "Operation", "ID"))
         by = f"{who} since {since} ({what}, lock {lock})" if holder else "someone: the backend does not say who"
         unlock = f"; if it is dead, `terraform force-unlock {lock}`" if holder else ""
-        super().__init__(f"its state is locked by {by}; waited {waited:g} s", target=target,
-                         hint=f"wait until that terraform is done{unlock}")
+        super().__init__(
+            f"its state is locked by {by}; waited {waited:g} s",
+            target=target,
+            hint=f"wait until that terraform is done{unlock}",
+        )
         self.holder = dict(holder)
 
 
@@ -120,10 +141,16 @@ def discover(tree: Path, settings: Terraform) -> list[Root]:
     Raises `SettingsError` when a setting names a file or a root that does not exist, and when `after` has a circle.
     """
     named = settings.roots or {name: TerraformRoot(path=path) for name, path in _found(tree)}
-    roots = {name: Root(name=name, **each.model_dump(exclude={"path", "prevent", "approve"}),
-                        path=each.path or f"{FOLDER}/{name}",
-                        prevent=settings.prevent if each.prevent is None else each.prevent,
-                        approve=each.approve or settings.approve) for name, each in named.items()}
+    roots = {
+        name: Root(
+            name=name,
+            **each.model_dump(exclude={"path", "prevent", "approve"}),
+            path=each.path or f"{FOLDER}/{name}",
+            prevent=settings.prevent if each.prevent is None else each.prevent,
+            approve=each.approve or settings.approve,
+        )
+        for name, each in named.items()
+    }
     if problems := list(_problems(tree, roots)):
         raise SettingsError(problems)
     order, circles = in_order({name: root.after for name, root in roots.items()})
@@ -140,8 +167,10 @@ def _found(tree: Path) -> Iterator[tuple[str, str]]:
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not entry.name.startswith(".") and not entry.is_symlink() and _configuration(entry):
             place = f"{FOLDER}/{entry.name}"
-            yield fields.require_name(entry.name, "a root's name", place,
-                                      hint="rename it, or name it in toto.toml"), place
+            yield (
+                fields.require_name(entry.name, "a root's name", place, hint="rename it, or name it in toto.toml"),
+                place,
+            )
 
 
 def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
@@ -162,8 +191,11 @@ def _configuration(folder: Path) -> list[Path]:
     """The files of a module: those in its folder that terraform reads."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.endswith((".tf", ".tf.json"))
-                  and not path.name.startswith(".") and path.is_file())
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith((".tf", ".tf.json")) and not path.name.startswith(".") and path.is_file()
+    )
 
 
 async def identity(repo: Path, commit: str, tree: Path, root: Root) -> str:
@@ -201,8 +233,11 @@ def _called(tree: Path, folder: Path) -> Iterator[Path]:
             target = (folder / module.source).resolve()
             if not target.is_relative_to(tree) or not target.is_dir():
                 wrong = "is not a folder" if target.is_relative_to(tree) else "is not in the repo"
-                raise InputError(f"the source of module {shown(module.name)} {wrong}: {shown(module.source)}",
-                                 target=f"{file.relative_to(tree)}:{module.line}", hint="fix the path and push again")
+                raise InputError(
+                    f"the source of module {shown(module.name)} {wrong}: {shown(module.source)}",
+                    target=f"{file.relative_to(tree)}:{module.line}",
+                    hint="fix the path and push again",
+                )
             yield target
 
 
@@ -231,16 +266,27 @@ class Session:
         await self.init()
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
         os.close(handle)
-        done = await self._run("plan", ok=(0, 2), out=name, detailed_exitcode=_FLAG, lock_timeout=self._patience,
-                               destroy=_FLAG if destroy else None,
-                               var_file=[str(self.tree / file) for file in self.root.var_files])
+        done = await self._run(
+            "plan",
+            ok=(0, 2),
+            out=name,
+            detailed_exitcode=_FLAG,
+            lock_timeout=self._patience,
+            destroy=_FLAG if destroy else None,
+            var_file=[str(self.tree / file) for file in self.root.var_files],
+        )
         document = json.loads((await self._run("show", name, private=True, json=_FLAG)).stdout)
         # The state is read last: if it changes in between, the plan is stale, and terraform refuses to apply it.
-        return Planned(root=self.root.name, file=Path(name), before=await self.state(), empty=done.status == 0,
-                       terraform=document["terraform_version"],
-                       changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
-                       outputs=tfplan.outputs_of(document.get("output_changes", {}), self._secrets),
-                       drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets))
+        return Planned(
+            root=self.root.name,
+            file=Path(name),
+            before=await self.state(),
+            empty=done.status == 0,
+            terraform=document["terraform_version"],
+            changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
+            outputs=tfplan.outputs_of(document.get("output_changes", {}), self._secrets),
+            drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets),
+        )
 
     async def apply(self, planned: Planned) -> State:
         """Apply exactly a saved plan of this session's tree and scratch; return the state that it leaves.
@@ -295,15 +341,21 @@ class Session:
         config = backend["config"]
         kept = [config.get("path"), *([config.get("workspace_dir")] if self.root.workspace != "default" else [])]
         if backend["type"] == "local" and not all(path and Path(path).is_absolute() for path in kept):
-            raise InputError("its backend keeps the state beside the configuration, which is deleted after the run",
-                             target=self.root.label, hint=f"leave the backend block out, and toto keeps the state in "
-                                                          f"{self._home}; or use a different backend")
+            raise InputError(
+                "its backend keeps the state beside the configuration, which is deleted after the run",
+                target=self.root.label,
+                hint=f"leave the backend block out, and toto keeps the state in "
+                f"{self._home}; or use a different backend",
+            )
 
     def _check_no_state_beside(self) -> None:
         kept = self._home / "terraform.tfstate"
         if (self._folder / "terraform.tfstate").exists() and not kept.exists():
-            raise InputError("a state is committed beside the configuration, and toto keeps this root's elsewhere",
-                             target=self.root.label, hint=f"move {self.root.path}/terraform.tfstate to {kept}")
+            raise InputError(
+                "a state is committed beside the configuration, and toto keeps this root's elsewhere",
+                target=self.root.label,
+                hint=f"move {self.root.path}/terraform.tfstate to {kept}",
+            )
 
     async def _apply_failed(self, planned: Planned, error: TerraformFailed | CommandTimeout) -> ApplyFailed:
         unsaved = self._rescue()
@@ -313,8 +365,11 @@ class Session:
             moved = True
         # A terraform that was killed may have created resources that are not in the state.
         partial = moved or unsaved is not None or isinstance(error, CommandTimeout) or error.killed
-        hint = ("a part of the plan may have been applied: the next plan shows what is left to do" if partial
-                else "nothing was changed; fix the cause and push again")
+        hint = (
+            "a part of the plan may have been applied: the next plan shows what is left to do"
+            if partial
+            else "nothing was changed; fix the cause and push again"
+        )
         if unsaved is not None:
             hint = f"terraform could not save the state: toto keeps it in {unsaved}, and the next run saves it first"
         return ApplyFailed(error.message, partial=partial, target=self.root.label, hint=hint)
@@ -326,10 +381,11 @@ class Session:
         except StateLocked:
             raise
         except TerraformFailed as error:
-            raise TerraformFailed(f"the state lacks what an earlier apply did: {error.message}",
-                                  target=self.root.label,
-                                  hint=f"compare the state with {file}, which that apply left; "
-                                       "remove the file when the state is right") from None
+            raise TerraformFailed(
+                f"the state lacks what an earlier apply did: {error.message}",
+                target=self.root.label,
+                hint=f"compare the state with {file}, which that apply left; remove the file when the state is right",
+            ) from None
         file.unlink()
 
     def _rescue(self) -> Path | None:
@@ -342,8 +398,9 @@ class Session:
         kept.chmod(0o600)
         return kept
 
-    async def _run(self, command: str, *arguments: str | Path, ok: Collection[int] = (0,), private: bool = False,
-                   **options: Any) -> Completed:
+    async def _run(
+        self, command: str, *arguments: str | Path, ok: Collection[int] = (0,), private: bool = False, **options: Any
+    ) -> Completed:
         """Run a terraform command. The output of a `private` one holds secrets, and only toto reads it.
 
         Raises `TerraformFailed` or a subclass when the exit status is not in `ok`, and `CommandTimeout`.
@@ -353,13 +410,23 @@ class Session:
         began = datetime.now(UTC)
         try:
             done = await process.run(
-                argv, env=self._environment(), cwd=self._folder, check=False, on_line=sink, on_error_line=sink,
-                secrets=() if private else self._secrets, keep=LARGEST if private else process.KEPT, grace=GRACE,
-                timeout=self.settings.timeout + self.settings.lock_timeout, target=self.root.label,
-                signals=(signal.SIGINT, signal.SIGTERM))
+                argv,
+                env=self._environment(),
+                cwd=self._folder,
+                check=False,
+                on_line=sink,
+                on_error_line=sink,
+                secrets=() if private else self._secrets,
+                keep=LARGEST if private else process.KEPT,
+                grace=GRACE,
+                timeout=self.settings.timeout + self.settings.lock_timeout,
+                target=self.root.label,
+                signals=(signal.SIGINT, signal.SIGTERM),
+            )
         except CommandTimeout as error:
-            raise CommandTimeout(error.argv, error.seconds, "" if private else error.tail,
-                                 target=self.root.label) from None
+            raise CommandTimeout(
+                error.argv, error.seconds, "" if private else error.tail, target=self.root.label
+            ) from None
         if done.status not in ok:
             raise self._failed(done, began)
         if private and done.truncated:
@@ -376,8 +443,9 @@ class Session:
                 holder = {}
             return StateLocked(holder, target=self.root.label, waited=self.settings.lock_timeout)
         if re.search(r"Saved plan (is stale|does not match)", said):
-            return PlanStale("the state has changed since the plan was made", target=self.root.label,
-                             hint="plan it again")
+            return PlanStale(
+                "the state has changed since the plan was made", target=self.root.label, hint="plan it again"
+            )
         text = self._in_repo(_errors(said)) or f"`{process.shorten(' '.join(done.argv))}` printed no error"
         if done.status < 0:
             text = f"terraform was ended by {signal.Signals(-done.status).name}\n{text}"
@@ -385,8 +453,14 @@ class Session:
 
     def _in_repo(self, text: str) -> str:
         """Terraform's text, with positions as paths in the repo instead of the root's folder."""
-        return _POSITION.sub(lambda found: f"on {os.path.normpath(f'{self.root.path}/{found[1]}')} line {found[2]}"
-                             if (self._folder / found[1]).exists() else found[0], text)
+        return _POSITION.sub(
+            lambda found: (
+                f"on {os.path.normpath(f'{self.root.path}/{found[1]}')} line {found[2]}"
+                if (self._folder / found[1]).exists()
+                else found[0]
+            ),
+            text,
+        )
 
     @cached_property
     def _secrets(self) -> tuple[str, ...]:
@@ -414,11 +488,17 @@ class Session:
         ours = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         if not Path(ours.get("TF_CLI_CONFIG_FILE", "")).is_file():  # terraform warns of a missing one each time
             ours.pop("TF_CLI_CONFIG_FILE", None)
-        return {**ours, **self.env,
-                "TF_IN_AUTOMATION": "1", "TF_INPUT": "0", "CHECKPOINT_DISABLE": "1", "TF_DATA_DIR": str(self._data),
-                "TF_PLUGIN_CACHE_DIR": str(_plugins()),
-                # Without a lock file in the repo every run would download its providers again.
-                "TF_PLUGIN_CACHE_MAY_BREAK_DEPENDENCY_LOCK_FILE": "1"}
+        return {
+            **ours,
+            **self.env,
+            "TF_IN_AUTOMATION": "1",
+            "TF_INPUT": "0",
+            "CHECKPOINT_DISABLE": "1",
+            "TF_DATA_DIR": str(self._data),
+            "TF_PLUGIN_CACHE_DIR": str(_plugins()),
+            # Without a lock file in the repo every run would download its providers again.
+            "TF_PLUGIN_CACHE_MAY_BREAK_DEPENDENCY_LOCK_FILE": "1",
+        }
 
 
 def _plugins() -> Path:
@@ -431,8 +511,14 @@ def _plugins() -> Path:
 def _errors(text: str) -> str:
     """The errors in what terraform printed, each once, bounded; all of the text when it has no `Error: ` blocks."""
     blocks = (block.strip() for block in re.split(r"^(?=Error: )", text, flags=re.MULTILINE))
-    said = "\n".join(dict.fromkeys(block for block in blocks if block.startswith("Error: ")
-                                   and block != "Error: execution halted")) or text
+    said = (
+        "\n".join(
+            dict.fromkeys(
+                block for block in blocks if block.startswith("Error: ") and block != "Error: execution halted"
+            )
+        )
+        or text
+    )
     return process.tail("\n".join(line for line in said.splitlines() if line.strip()), 40)
 
 
@@ -446,5 +532,8 @@ def _spellings(values: Iterable[str]) -> list[str]:
             found.add(unquote(urlsplit(value).password or ""))
     found |= {line.strip() for each in found for line in each.splitlines()}
     found |= {json.dumps(each, ensure_ascii=False)[1:-1] for each in found}
-    return sorted((each for each in found if len(each) >= SHORTEST and each.lower() not in ("true", "false", "null")),
-                  key=len, reverse=True)
+    return sorted(
+        (each for each in found if len(each) >= SHORTEST and each.lower() not in ("true", "false", "null")),
+        key=len,
+        reverse=True,
+    )
