@@ -51,7 +51,7 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
                     TotoError(
                         "\n".join(["it was changed outside", *changed]),
                         target=target.label,
-                        hint=f'start reconcile with force=true and only=["{target}"], or bring the change into the repo',
+                        hint=f'start reconcile with force=true and only=["{target}"], or commit the change to the repo',
                     ),
                 )
         await report.show_report(found)

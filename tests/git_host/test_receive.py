@@ -96,7 +96,7 @@ def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -
     [
         (b"", "machines.yaml:1: is empty"),
         (b"machines:\n  a: \xff\n", "machines.yaml:2: is not UTF-8"),
-        (b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB"),
+        pytest.param(b"#" * (2 << 20), "machines.yaml:1: is larger than 1 MiB", id="huge"),
     ],
 )
 def test_strange_manifests_are_refused_as_by_the_run(pusher: Pusher, content: bytes, complaint: str) -> None:

@@ -156,13 +156,13 @@ def test_circle_and_unknown_name_are_reported_with_their_lines(tmp_path: Path) -
         ("chart: x\nrepo: https://x.org\nversion: 1.2", "3: version: should be text, not 1.2: put it in quotes"),
         (
             "chart: x\nrepo: http://x.org\nversion: 1.0.0",
-            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
-            "name, not 'http://x.org'",
+            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a "
+            "user's name, not 'http://x.org'",
         ),
         (
             "chart: x\nrepo: https://me:pw@x.org\nversion: 1.0.0",
-            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a user's "
-            "name, not 'https://me:pw@x.org'",
+            "2: repo: should be like 'https://charts.example.org' or 'oci://registry.example.org/charts', without a "
+            "user's name, not 'https://me:pw@x.org'",
         ),
         ("version: 1.0.0", "1: version: is only for a remote chart; a chart in the repo has its version in Chart.yaml"),
         ("chart: [", "1: is not YAML: while parsing a flow node: expected the node content, but found '<stream end>'"),

@@ -26,7 +26,8 @@ toto: infra: started 1 pushes that had waited
         "toto: error: infra.git: no space left on device",
         "2026-11-25 15:42:36.484 UTC [7397] ERROR:  invalid byte sequence for encoding",
         "2026-11-25 15:42:36.484 UTC [7397] FATAL:  the database system is starting up",
-        "15:17:30.948 | WARNING | messaging - Message failed after 4 retries and will be moved to the dead letter queue",
+        "15:17:30.948 | WARNING | messaging - Message failed after 4 retries and will be moved to the dead letter "
+        "queue",
         "15:17:30.948 | WARNING | x - (sqlite3.OperationalError) database is locked",
         RUN + "Traceback (most recent call last):\n  File \"x\", line 1\nKeyError: 'y'",
     ],

@@ -14,7 +14,8 @@ from toto.terraform.hcl import Module, json_modules, modules
             [("a", "../a b/ü", 5), ("b", "./b", 7)],
         ),
         (
-            '# module "a" { source = "../a" }\n// module "a" { source = "../a" }\n/* module "a" {\n source = "../a" } */',
+            '# module "a" { source = "../a" }\n// module "a" { source = "../a" }\n'
+            '/* module "a" {\n source = "../a" } */',
             [],
         ),
         (

@@ -183,13 +183,8 @@ def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
             if other not in machines:
                 yield machine.name, ("after", index), f"there is no machine {shown(other)}"
             elif machines[other].wave > machine.wave:
-                yield (
-                    machine.name,
-                    ("after", index),
-                    (
-                        f"{other} is in wave {machines[other].wave}, which comes after this machine's wave {machine.wave}"
-                    ),
-                )
+                waves = f"wave {machines[other].wave}, which comes after this machine's wave {machine.wave}"
+                yield machine.name, ("after", index), f"{other} is in {waves}"
     for circle in in_order({name: machine.after for name, machine in machines.items()})[1]:
         yield circle.name, ("after",), str(circle)
 
