@@ -686,7 +686,7 @@ async def test_a_revert_says_what_cannot_come_back_as_it_was(fleet: Fleet) -> No
     assert back.created == ("terraform_data.again", "terraform_data.gone")
     assert back.destroyed == ("terraform_data.again", "terraform_data.new")
     refuse(back, ["destroy"], allowed=forward.created)
-    with pytest.raises(PlanRefused, match=r"must not: terraform_data.again\n"):
+    with pytest.raises(PlanRefused, match=r"the settings protect: terraform_data.again\n"):
         refuse(back, ["destroy"], allowed=["terraform_data.new"])
     assert (await revert.apply(back)).resources == last.resources
 
@@ -847,7 +847,7 @@ async def test_a_state_that_was_not_saved_is_not_passed_over(fleet: Fleet) -> No
     kept.write_text('{"version": 4, "serial": 1, "lineage": "another", "resources": []}')
     with pytest.raises(TerraformFailed, match="the state lacks what an earlier apply did") as caught:
         await session.plan()
-    assert f"compare {kept}, which" in str(caught.value) and kept.exists()
+    assert f"compare the state with {kept}, which" in str(caught.value) and kept.exists()
 
 
 @needs_terraform
