@@ -256,7 +256,7 @@ async def test_killed_between_any_two_requests_no_schedule_vanishes_or_is_on_twi
         finally:
             most = 10**6
         await assert_on_once(stand, kills)
-        sent, most = 0, 8 + kills % 5  # and once more, somewhere in the start that would mend it
+        sent, most = 0, 8 + kills % 5  # and once more, somewhere in the start that would repair it
         try:
             await stand.deploy()
         except Killed:
