@@ -337,12 +337,17 @@ class Fleet:
     def subflows(self, run: str) -> list[str]:
         """What a run does with its targets, as they began, as the UI names it: `roll out host / web1`.
 
-        (The stages above them are in `tests.graph`.)
+        Of the stages above them only `revert` is there, which has no subflows (`tests.graph` shows them all).
         """
         stages = self._children([run])
-        targets = self._children([stage["id"] for stage in stages])
-        flows = {id: self.api("GET", f"/flows/{id}")["name"] for id in {each["flow_id"] for each in targets}}
-        return [f"{flows[each['flow_id']]} / {each['name']}" for each in targets]
+        found = [*self._children([stage["id"] for stage in stages]), *stages]
+        flows = {id: self.api("GET", f"/flows/{id}")["name"] for id in {each["flow_id"] for each in found}}
+        stage_ids = {stage["id"] for stage in stages}
+        return [
+            f"{flows[each['flow_id']]} / {each['name']}"
+            for each in found
+            if each["id"] not in stage_ids or flows[each["flow_id"]] == "revert"
+        ]
 
     def _children(self, parents: list[str]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (
