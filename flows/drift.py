@@ -37,7 +37,7 @@ async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = No
         ledger = Ledger(repo).read()
         found = Report(repo.name.removesuffix(".git"), newest, ChangeSet(commit=newest, ledger=ledger.fingerprint))
         for target, entry in sorted(ledger.entries.items()):
-            if entry.good is None or entry.intent is not None or steps_of(target).drift is None:
+            if entry.good is None or entry.intent is not None:
                 continue
             try:
                 changed = await drift_of.with_options(task_run_name=f"drift of {target}")(repo, run, target, entry.good)

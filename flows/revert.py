@@ -22,18 +22,41 @@ from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Ledger, LostTarget
-from toto.ledger.target import Target
 from toto.report.message import names
 from toto.report.report import Reverted, revert_words
 
 HEALING = 60  # seconds that a machine may take to revert itself after its watchdog has decided to
 
 
-@stage("revert", lambda run: names([each.label for each in run.to_revert]))
-async def revert(run: Run) -> None:
-    """Revert what a run touched. All intents are opened first, so that the next run finds each of them in any case."""
+async def revert(run: Run) -> Run:
+    """Revert what a run touched. All intents are opened first, so that the next run finds each of them in any case.
+
+    It does not depend on Prefect: when the stage cannot be shown, the targets are reverted without it.
+    """
+    reversals = await _open_intents(run)
+    if not reversals:
+        return run
+
+    @stage("revert", lambda run: names([each.target.label for each in reversed(reversals)]))
+    async def revert_all(run: Run) -> None:
+        """Revert what the run touched, in reverse order."""
+        await _revert(reversals, run.report.reverted)
+
+    with run.report.timed(names([each.target.label for each in reversals]), "revert"):
+        try:
+            return await revert_all(run)
+        except Exception as error:
+            get_run_logger().warning("the stage `revert` could not be shown: %s", error)
+            done = {each.target for each in run.report.reverted}
+            await _revert([each for each in reversals if each.target.label not in done], run.report.reverted)
+            return run
+
+
+async def _open_intents(run: Run) -> list[Reversal]:
+    """What is to be reverted, the last first, each under an intent. It needs nothing but the repo."""
     entries = Ledger(run.repo).read()
-    reverting: list[Target] = []
+    patience = run.plan.settings.roll_out.confirm_timeout + HEALING
+    reversals: list[Reversal] = []
     for target in run.to_revert:
         entry = entries.get(target)
         if not entry.touched_by(run.id):
@@ -49,27 +72,20 @@ async def revert(run: Run) -> None:
             get_run_logger().error(
                 "%s: toto reverts it, although it could not write the ledger: %s", target.label, error
             )
-        reverting.append(target)
-    patience = run.plan.settings.roll_out.confirm_timeout + HEALING
-    with run.report.timed(names([each.label for each in run.to_revert]), "revert"):
-        run.report.reverted += await _revert(
-            [
-                Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
-                for target in reversed(reverting)
-            ]
+        reversals.append(
+            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
         )
+    return reversals[::-1]
 
 
-async def _revert(reversals: Sequence[Reversal]) -> list[Reverted]:
-    """Revert one target after the other. A failure does not stop the others."""
-    results = []
+async def _revert(reversals: Sequence[Reversal], results: list[Reverted]) -> None:
+    """Revert one target after the other, and add what came of each to `results`. A failure does not stop the others."""
     for each in reversals:
         label = each.target.label
         try:
             results.append(Reverted(label, to=await revert_target.with_options(task_run_name=f"revert {label}")(each)))
         except Exception as error:  # whatever it was, the others are reverted
             results.append(Reverted(label, error=str(error) or repr(error)))
-    return results
 
 
 @task(name="revert", task_run_name="revert", cache_policy=NO_CACHE)
@@ -112,7 +128,7 @@ async def _settle(repo: Path, run: str) -> list[Reverted]:
         try:
             await take_over(repo, target, intent, run)
             settings, manifest = await manifest_of(repo, intent.desired.commit)
-            results += await _revert(
+            await _revert(
                 [
                     Reversal(
                         repo,
@@ -123,7 +139,8 @@ async def _settle(repo: Path, run: str) -> list[Reverted]:
                         died_at(intent.left_by or intent.run, intent.step),
                         healing_for(intent, settings.roll_out),
                     )
-                ]
+                ],
+                results,
             )
         except TotoError as error:
             results.append(Reverted(target.label, error=str(error)))

@@ -94,6 +94,7 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
             if left.error:  # toto does not deploy over a target that could not be reverted
                 run.report.failure(left.target, "settling", TotoError(left.error))
         run.check_plan()
+        run.hold_back()
         yield
 
 
@@ -105,7 +106,11 @@ async def roll_out(kind: str, run: Run) -> Run:
         """Roll out the targets of one kind, group by group, until one fails."""
         await _roll_out(kind, run)
 
-    return await of_kind(run)
+    try:
+        return await of_kind(run)
+    except Exception as error:  # not a target's: Prefect could not be asked, say. What was touched is reverted
+        run.report.failure(STEPS[kind].stage, "roll-out", error)
+        return run
 
 
 async def _roll_out(kind: str, run: Run) -> None:
@@ -131,8 +136,6 @@ async def _roll_out(kind: str, run: Run) -> None:
                 run.report.outcome[order.label] = "recorded"
             case Action.DEPLOY | Action.VERIFY:
                 due.append(order)
-                if reason := run.plan.held_now(order):
-                    run.report.held[order.label] = reason
     for group in KINDS[kind].groups(run.plan.manifest, due):
         await together(one(each) for each in run.not_held(group))
         if run.report.failed_roll_out:

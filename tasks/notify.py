@@ -19,6 +19,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo import git, tree
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
+from toto.plan.make import LAST_GOOD
 from toto.report import notified
 from toto.report.message import Message
 from toto.report.notified import Check, Notified
@@ -115,7 +116,7 @@ def _words(error: Exception) -> str:
 
 async def _readable(repo: Path, commit: str) -> tuple[Settings, Manifest]:
     """Settings and manifest of the commit, else of the last good commit; defaults when neither can be read."""
-    for each in (commit, "refs/tags/toto/last-good"):
+    for each in (commit, f"refs/tags/{LAST_GOOD}"):
         try:
             with tempfile.TemporaryDirectory() as directory:
                 await git.checkout(repo, each, Path(directory, "tree"))

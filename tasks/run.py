@@ -144,7 +144,14 @@ class Run:
     def passed(self, order: Order, verdict: Verdict[Any]) -> None:
         """Record a verdict: the order's target may be rolled out."""
         self.verdicts[order.label] = verdict
-        self.report.rehearsals[order.label] = str(verdict)
+        if verdict.how != "waived":
+            self.report.rehearsals[order.label] = str(verdict)
+
+    def hold_back(self) -> None:
+        """Hold back what is frozen, or outside its window, as the roll-out begins."""
+        for order in (each for kind in KINDS for each in self.due(kind)):
+            if order.change.action in (Action.DEPLOY, Action.VERIFY) and (reason := self.plan.held_now(order)):
+                self.report.held[order.label] = reason
 
     def verdict_before_touching(self, order: Order) -> Verdict[Any]:
         """The verdict that permits a target's roll-out. From now on the target counts as touched."""

@@ -25,9 +25,9 @@ from toto.ledger.ledger import Intent, Ledger
 from toto.ledger.target import Target
 from toto.plan.kinds import place
 from toto.report.report import Reverted, RunDied
+from toto.server.orphans import SETTLE
 
 RETRIED: Final = "retry"  # the tag of a settle that replaces one that died
-SETTLE: Final = "settle/settle"  # the deployment
 
 
 async def settle_soon(flow: Flow[..., object], flow_run: FlowRun, state: State[object]) -> None:

@@ -94,7 +94,7 @@ def resolve(repo: Path, revision: str) -> str:
     with open_repo(repo) as opened:
         try:
             return str(opened.commit(revision).hexsha)
-        except (BadName, BadObject, ValueError, IndexError) as error:
+        except (BadName, BadObject, ValueError, IndexError, NotImplementedError) as error:
             raise NoSuchCommit(
                 f"has no commit {revision!r}", target=str(repo), hint="push it first, or see `git log --all`"
             ) from error

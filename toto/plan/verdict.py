@@ -18,24 +18,33 @@ class Question:
     seconds: float
 
 
-@dataclass(frozen=True)
 class Verdict(Generic[F]):
-    """Permission to roll out a target with exactly this identity: its rehearsal passed, now or earlier, or was waived.
+    """A target, in exactly this state, may be rolled out: it passed now, had passed before, or that was waived.
 
-    `found` is what the rehearsal hands to the roll-out, such as a saved plan; None when it was waived. `by` and `why`
-    say who waived it and why. `summary` goes into the report, `difference` into the plan's table. `question` is what a
-    person must approve first.
+    `found` is what the rehearsal leaves to the roll-out, such as a saved plan; None when it was waived. `by` and `why`
+    say who waived it and for what reason. `summary` goes into the report, `difference` into the plan's table.
+    `question` is what a person must approve first.
+
+    (It has slots and is not a dataclass, so that Prefect shows it as `<Verdict>` among a roll-out's parameters: a large
+    plan would be more than Prefect stores.)
     """
 
-    target: Target
-    identity: str
-    how: How
-    found: F | None = None
-    summary: str = ""
-    difference: str = ""
-    question: Question | None = None
-    by: str = ""
-    why: str = ""
+    __slots__ = ("__weakref__", "by", "difference", "found", "how", "identity", "question", "summary", "target", "why")
+
+    def __init__(
+        self,
+        target: Target,
+        identity: str,
+        how: How,
+        found: F | None = None,
+        summary: str = "",
+        difference: str = "",
+        question: Question | None = None,
+        by: str = "",
+        why: str = "",
+    ) -> None:
+        self.target, self.identity, self.how, self.found = target, identity, how, found
+        self.summary, self.difference, self.question, self.by, self.why = summary, difference, question, by, why
 
     @classmethod
     def passed(

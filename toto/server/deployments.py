@@ -63,6 +63,9 @@ async def deploy(
     await _delete_old_automation(api)
     before, written = await _found(api, pool), await _read_written(api)
     listed = yaml.safe_load((root / "prefect.yaml").read_text())
+    slugs = {_name(each): _slugs(each) for each in listed["deployments"]}
+    # An older toto that runs in between must not make the schedules of the old names anew.
+    inherited = {alias: slugs.get(name, ()) for name, alias in ALIASES.items()}
     ours: dict[str, Written] = {}
     added: dict[str, list[dict[str, Any]]] = {}
     for each in listed["deployments"]:
@@ -70,7 +73,7 @@ async def deploy(
         old = before.get(ALIASES.get(name, ""))
         # (When a deployment that toto wrote is gone, an operator has deleted it: it is created anew.)
         if (there := before.get(name) or (old if name not in written else None)) is None:
-            ours[name] = Written(_slugs(each), {})
+            ours[name] = Written((*_slugs(each), *inherited.get(name, ())), {})
             continue
         known = (
             written.get(name)
@@ -89,7 +92,7 @@ async def deploy(
         had = {*known.schedules, *_slugs(there), *_slugs(old or {})}
         added[name] = [new for new in schedules if new["slug"] not in had]
         ours[name] = Written(
-            (*known.schedules, *(new["slug"] for new in added[name])),
+            tuple(dict.fromkeys([*known.schedules, *(new["slug"] for new in added[name]), *inherited.get(name, ())])),
             {key: known.parameters.get(key) for key in changed},
         )
     began = datetime.now(UTC).isoformat()
