@@ -1,6 +1,6 @@
 """A kind is one row in each of two tables: a fourth one goes through a whole reconcile with no other file touched."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from prefect.utilities.annotations import quote
 from flows import kinds as flow_kinds
 from flows.drift import drift
 from flows.reconcile import reconcile
+from flows.stage import Stage, stage
+from tasks.run import Run
 from tests.conftest import PrefectServer
 from tests.repos import InfraRepo
 from tests.toy import steps as toy
@@ -74,6 +76,53 @@ async def test_a_fourth_kind_is_reverted_in_reverse_order_with_its_own_record(fi
     good = DeployedFile.of(files.entry("a").good)
     assert good is not None and good.size == 3 and files.entry("a").intent is None
     assert files.entry("z").good is None and files.entry("z").reverted is not None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("refused", ["files", "revert"])
+async def test_what_was_touched_is_reverted_though_prefect_refuses_a_stage(
+    files: Files, monkeypatch: pytest.MonkeyPatch, refused: str, when: str
+) -> None:
+    """Prefect cannot be made to fail at one instant of a run: a stage that raises stands in for it."""
+
+    def refusing(name: str, about: Callable[[Run], str]) -> Callable[[Callable[[Run], Awaitable[None]]], Stage]:
+        if name != refused:
+            return stage(name, about)
+
+        def make(work: Callable[[Run], Awaitable[None]]) -> Stage:
+            async def staged(run: Run) -> Run:
+                if when == "after":
+                    run = await stage(name, about)(work)(run)
+                raise RuntimeError("Prefect answers 503")
+
+            return staged
+
+        return make
+
+    files.commit({"a": "one"})
+    await files.reconcile()
+    monkeypatch.setattr("flows.stages.stage", refusing)
+    monkeypatch.setattr("flows.revert.stage", refusing)
+    files.commit({"a": "two", "z": "too late" if refused == "revert" else "fine"})
+    state = await files.reconcile()
+    assert state.is_failed()
+    assert files.there() == {"a": "one"}
+    assert not Ledger(files.repo.bare).read().open_intents
+    if refused == "files":
+        assert "Prefect answers 503" in str(state.message)
+
+
+async def test_prefect_stores_no_plan_among_the_parameters_of_a_roll_out(
+    files: Files, prefect_server: PrefectServer
+) -> None:
+    files.commit({"a": "one"})
+    state = await files.reconcile()
+    runs = await prefect_server.api.call(
+        "POST", "/flow_runs/filter", {"flows": {"name": {"any_": ["roll out file", "files"]}}}
+    )
+    assert state.is_completed()
+    assert {run["parameters"].get("verdict") for run in runs if run["name"] == "a"} >= {"<Verdict>"}
+    assert {run["parameters"].get("run") for run in runs} >= {"<Run>"}
 
 
 async def test_a_fourth_kind_that_fails_its_rehearsal_touches_nothing(files: Files) -> None:
