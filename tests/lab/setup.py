@@ -4,7 +4,7 @@ Nothing is installed and no file outside the cache and /nix is touched. The pack
 unpacked; what the lab needs is picked out of them (programs, and the libraries that their own loader
 says they load, so no soname is written down here) and added to the store:
 
-    lab-base    /usr of a guest: busybox, bash, sshd, sudo, nix, runit
+    lab-base    /usr of a guest: static busybox, bash, sshd, sudo, nix, runit
     lab-kernel  Debian's cloud kernel and the few modules a guest loads, in an order that loads
     lab-tools   what builders run: static busybox, mksquashfs, mke2fs
 
@@ -38,7 +38,6 @@ experimental-features = nix-command flakes
 APT_LISTS: Final = Path("/var/lib/apt/lists")
 PACKAGES: Final = (
     "bash",
-    "busybox",
     "busybox-static",
     "e2fsprogs",
     "libpam-modules",
@@ -51,7 +50,7 @@ PACKAGES: Final = (
     "squashfs-tools",
     "sudo",
 )
-PROGRAMS: Final = ("bash", "busybox", "chpst", "nix", "runsv", "scp", "ssh", "ssh-keygen", "sshd", "sudo", "sv")
+PROGRAMS: Final = ("bash", "chpst", "nix", "runsv", "scp", "ssh", "ssh-keygen", "sshd", "sudo", "sv")
 NIX_COMMANDS: Final = (
     "nix-build",
     "nix-channel",
@@ -188,8 +187,7 @@ def _make_trees(versions: dict[str, str]) -> str:
 
 
 def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
-    # A version's colon is escaped in file names; busybox and busybox-static share a path, so the
-    # static one goes elsewhere.
+    # A version's colon is escaped in file names.
     names = {name: f"{name}_{version.replace(':', '%3a')}_" for name, version in versions.items()}
     missing = [name for name, start in names.items() if not any(debs.glob(start + "*.deb"))]
     if missing:
@@ -207,10 +205,9 @@ def _unpack(debs: Path, versions: dict[str, str], root: Path) -> None:
                 )
             for deb in Path(fresh).glob("*.deb"):
                 shutil.copyfile(deb, debs / deb.name)
-    for name, start in names.items():
+    for start in names.values():
         (deb,) = debs.glob(start + "*.deb")
-        target = root / ("static" if name == "busybox-static" else "")
-        subprocess.run(["dpkg-deb", "-x", deb, target], check=True)
+        subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
 
 
 class Debian:
@@ -223,7 +220,12 @@ class Debian:
         for path in files:
             self.by_name.setdefault(path.name, []).append(path)
         (self.loader,) = {self.real(path) for path in self.by_name["ld-linux-x86-64.so.2"]}
+        self.busybox = self.find("busybox", within="bin/")
         self.libraries = sorted({str(path.parent) for path in files if re.search(r"^lib.*\.so(\.|$)", path.name)})
+
+    def applets(self) -> list[str]:
+        """The names by which busybox is called."""
+        return _output(str(self.busybox), "--list").split()
 
     def real(self, path: Path) -> Path:
         """The file behind a symlink, under one name; an absolute link of the tree points into the tree."""
@@ -241,7 +243,7 @@ class Debian:
             path
             for path in self.by_name.get(name, [])
             if within in str(path)
-            and not str(path).startswith((f"{self.root}/static", f"{self.root}/usr/share/doc"))
+            and not str(path).startswith(f"{self.root}/usr/share/doc")
             and not re.search("/(bash-completion|initramfs-tools|lintian|locale)/", str(path))
         ]
         if not found:
@@ -279,6 +281,8 @@ def make_base(debian: Debian, base: Path) -> None:
     programs |= {f"lib/x86_64-linux-gnu/security/{name}": debian.find(name) for name in PAM_MODULES}
     for name, path in programs.items():
         _copy(path, base, name)
+    # Most of what a guest does is to start small programs: an emulated machine starts a static one in a quarter.
+    _copy(debian.busybox, base, "bin/busybox")
     # Loaded by name at run time, so nobody lists them: by a thread that ends, and by a look-up of a host.
     libraries = {
         name: debian.find(name) for name in debian.by_name if re.match(r"(libgcc_s|libnss_dns|libnss_files)\.so", name)
@@ -293,13 +297,7 @@ def make_base(debian: Debian, base: Path) -> None:
     for command in NIX_COMMANDS:
         _link(base / "bin" / command, "nix")
     _link(base / "sbin", "bin")
-    busybox = subprocess.run(
-        [debian.loader, "--library-path", ":".join(debian.libraries), debian.find("busybox"), "--list"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for applet in busybox.split():
+    for applet in debian.applets():
         if not (base / "bin" / applet).exists():
             _link(base / "bin" / applet, "busybox")
 
@@ -335,9 +333,8 @@ def make_kernel(debian: Debian, tree: Path) -> str:
 
 def make_tools(debian: Debian, tools: Path) -> None:
     """What builders run: nothing in it looks at the machine that builds."""
-    (busybox,) = (debian.root / "static").glob("**/bin/busybox")
-    _copy(busybox, tools, "bin/busybox")
-    for applet in subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout.split():
+    _copy(debian.busybox, tools, "bin/busybox")
+    for applet in debian.applets():
         if applet != "busybox":
             _link(tools / "bin" / applet, "busybox")
     _copy(debian.loader, tools, "lib/ld.so")

@@ -28,7 +28,7 @@ BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
 SETTINGS = """
 [roll_out]
 confirm_timeout = 15
-activation_timeout = 45
+activation_timeout = 180
 connect_timeout = 15
 [sandbox]
 test_timeout = 120
