@@ -346,7 +346,8 @@ class Fleet:
         return [
             f"{flows[each['flow_id']]} / {each['name']}"
             for each in found
-            if each["id"] not in stage_ids or flows[each["flow_id"]] == "revert"
+            if (each["id"] not in stage_ids or flows[each["flow_id"]] == "revert")
+            and each["state_type"] not in ("SCHEDULED", "PENDING")  # it has its name when it runs
         ]
 
     def _children(self, parents: list[str]) -> list[dict[str, Any]]:
