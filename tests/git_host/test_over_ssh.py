@@ -43,9 +43,14 @@ from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed
 from tasks import names
 
-@flow(flow_run_name="{host}: rehearse")
-async def rehearse(host: str) -> None:
+@flow(flow_run_name="{host}")
+async def rehearse_host(host: str) -> None:
     get_run_logger().info("not for the pusher")
+
+@flow(flow_run_name="{host}")
+async def rehearse(host: str) -> None:
+    """A stage."""
+    await rehearse_host(host)
 
 @flow(flow_run_name=names.of_reconcile)
 async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", only: list[str] | None = None,
@@ -528,8 +533,8 @@ async def test_plan_is_printed_and_nothing_is_deployed(host: Host, alice: Clone,
 
 async def test_a_pusher_who_waits_sees_the_progress_and_the_end(host: Host, alice: Clone) -> None:
     output = alice.push("main", "wait")
-    assert re.search(r"(?m)^ *\d+ s  web1: rehearse\n", output)
-    assert re.search(r"(?m)^ *\d+ s  web1: rehearse: done$", output)
+    assert re.search(r"(?m)^ *\d+ s  rehearse-host / web1\n", output)
+    assert re.search(r"(?m)^ *\d+ s  rehearse-host / web1: done$", output)
     assert output.splitlines()[-3:] and "toto: done: web1 deployed" in output
     assert "not for the pusher" not in output and "Beginning" not in output
     alice.commit()

@@ -410,7 +410,7 @@ async def test_the_next_run_settles_what_a_killed_toto_left(whole: Whole, phase:
     run = await whole.deploy("after the crash", files)
     assert run.state == "COMPLETED", whole.logs(run.id)
     if touched:
-        assert any(line.startswith("revert web1") for line in whole.history()[:6])
+        assert any(line.startswith("web1: reverted") for line in whole.history()[:6])
     await whole.settled()
     states = {each["state_type"] for each in whole.api("POST", "/flow_runs/filter", {})}
     assert not states & {"RUNNING", "PENDING", "CANCELLING"}, "no run stays running for ever"

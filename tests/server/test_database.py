@@ -28,6 +28,13 @@ from toto.server.database import Cluster, DatabaseError, Programs
 
 pytestmark = pytest.mark.minutes(2)
 
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short one: the path of PostgreSQL's socket has at most 107 characters."""
+    return tmp_path_factory.mktemp("d")
+
+
 SCHEDULED = (
     TINY_DEPLOYMENT
     + """\

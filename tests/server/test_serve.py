@@ -33,6 +33,12 @@ from toto.server import serve as server
 pytestmark = pytest.mark.minutes(2)
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short one: the path of PostgreSQL's socket has at most 107 characters."""
+    return tmp_path_factory.mktemp("d")
+
+
 async def until(api: Api, run: str, states: set[str], seconds: float = 120) -> dict[str, Any]:
     """The run, once its state is one of `states`."""
     deadline = time.monotonic() + seconds
