@@ -553,7 +553,7 @@ async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, p
     )
     assert pushing.stderr is not None
     output = ""
-    while "web1: rehearse" not in output:
+    while "rehearse-host / web1" not in output:
         line = await asyncio.wait_for(asyncio.to_thread(pushing.stderr.readline), 60)
         assert line, output
         output += line
