@@ -150,7 +150,7 @@ class Run:
     def hold_back(self) -> None:
         """Hold back what is frozen, or outside its window, as the roll-out begins."""
         for order in (each for kind in KINDS for each in self.due(kind)):
-            if order.change.action in (Action.DEPLOY, Action.VERIFY) and (reason := self.plan.held_now(order)):
+            if reason := order.held_now:
                 self.report.held[order.label] = reason
 
     def verdict_before_touching(self, order: Order) -> Verdict[Any]:

@@ -27,6 +27,12 @@ def labels(graph: dict[str, Any]) -> list[str]:
     return [node["label"] for _, node in sorted(graph["nodes"], key=lambda each: each[1]["start_time"] or "")]
 
 
+def complete(graph: dict[str, Any]) -> bool:
+    """Whether the graph of a run has all that it will have: Prefect learns of tasks by events, a moment after them."""
+    ends = {node["label"]: node["state_type"] in ("COMPLETED", "FAILED") for _, node in graph["nodes"]}
+    return ends.get("notify", False) and all(ends.values())
+
+
 def chain(*names: str) -> Edges:
     """The edges of nodes that come one after the other."""
     return sorted(itertools.pairwise(names))

@@ -1,17 +1,23 @@
 """What the UI draws of a run is what the run does: its stages in a line, and no other edge."""
 
+import asyncio
 from typing import Any
 
 from tests.conftest import PrefectServer
 from tests.flows.test_kinds import Files, files
-from tests.graph import chain, edges, labels
+from tests.graph import chain, complete, edges, labels
 
 __all__ = ["files"]  # the fixture
 
 
 async def drawn(server: PrefectServer, state: Any) -> dict[str, Any]:
-    graph: dict[str, Any] = await server.api.call("GET", f"/flow_runs/{state.state_details.flow_run_id}/graph-v2")
-    return graph
+    """The graph of a run, once Prefect has all of it."""
+    async with asyncio.timeout(60):
+        while True:
+            graph = await server.api.call("GET", f"/flow_runs/{state.state_details.flow_run_id}/graph-v2")
+            if complete(graph):
+                return dict(graph)
+            await asyncio.sleep(0.2)
 
 
 async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_server: PrefectServer) -> None:

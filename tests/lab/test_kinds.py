@@ -21,7 +21,7 @@ import pytest
 import pytest_asyncio
 from nbclient import NotebookClient
 
-from tests.graph import Edges, chain, edges
+from tests.graph import Edges, chain, complete, edges
 from tests.lab import setup
 from tests.lab.fleet import EXAMPLE, PATIENCE, Fleet
 from tests.lab.kube import Cluster
@@ -188,8 +188,11 @@ class World(Fleet):
         last = max(index for index, line in enumerate(lines) if line.endswith("to be reverted"))
         return [line.split(": reverted")[0] for line in lines[last:] if ": reverted to" in line]
 
-    def drawn(self, run: str) -> dict[str, Edges]:
-        """The edges of a run's graph, and of each subflow's."""
+    async def drawn(self, run: str) -> dict[str, Edges]:
+        """The edges of a run's graph, and of each subflow's, once Prefect has all of them."""
+        async with asyncio.timeout(60):
+            while not complete(self.api("GET", f"/flow_runs/{run}/graph-v2")):
+                await asyncio.sleep(0.2)
         found = {}
         rest = [("", run)]
         while rest:
@@ -267,7 +270,7 @@ async def test_a_new_root_is_planned_before_anything_is_touched_and_applied_afte
     assert "+ terraform_data.record" in world.artifacts(run.id)["terraform-dns-plan"]
     history = world.git_log()
     assert history.index("terraform/dns: intent to deploy") > history.index("web1: good at")
-    assert world.drawn(run.id) == GREEN
+    assert await world.drawn(run.id) == GREEN
     good = DeployedRoot.of(world.of("terraform", "dns").good)
     assert good is not None and good.serial == json.loads(world.state_files()[0].read_text())["serial"]
 
@@ -359,7 +362,7 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
     assert run.state == "FAILED"
     assert "helm/page: roll-out failed: the chart's tests failed: page-test" in run.message, run.message
     assert world.reverted_in_order() == ["helm/page", "terraform/dns", "web1", "gate"]
-    drawn = world.drawn(run.id)
+    drawn = await world.drawn(run.id)
     assert {name: drawn[name] for name in RED} == RED
     assert await world.systems() == before
     assert all(world.runs_its_good(name, system) for name, system in before.items())

@@ -1,7 +1,6 @@
 """A fourth kind of target, for the tests: a file of the repo that is copied to a folder. This is what it is."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class FileKind(Kind[Path]):
 
     async def discover(self, source: Source) -> list[Found[Path]]:
         return [
-            Found(Target("file", path.name), path, ("toy",))
+            Found(Target("file", path.name), path, ("toy",), ("a",) if path.name == "z" else ())
             for path in sorted(source.tree.glob("files/*"))
             if path.name != "TO"
         ]
@@ -47,17 +46,7 @@ class FileKind(Kind[Path]):
         return Desired(target=found.target, file=f"files/{found.target.name}", identity=digest)
 
     async def order(self, source: Source, found: Found[Path], change: Change) -> FileOrder:
-        return FileOrder(
-            repo=source.repo,
-            run=source.run,
-            commit=source.commit,
-            change=change,
-            settings=source.settings,
-            path=f"files/{found.target.name}",
-        )
+        return source.order(FileOrder, change, path=f"files/{found.target.name}")
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedFile:
         return DeployedFile(identity=desired.identity, **{"size": 0, **facts})
-
-    def after(self, source: Source, found: Sequence[Found[Path]]) -> Mapping[str, tuple[str, ...]]:
-        return {"file/z": ("file/a",)}

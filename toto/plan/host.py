@@ -114,15 +114,7 @@ class HostKind(Kind[Host]):
                 ports=machine.ports if machine else (),
                 timeout=source.settings.nix.evaluate_timeout,
             )
-        return HostOrder(
-            repo=source.repo,
-            run=source.run,
-            commit=source.commit,
-            change=change,
-            settings=source.settings,
-            machine=machine,
-            vm=vm,
-        )
+        return source.order(HostOrder, change, machine=machine, vm=vm)
 
     def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
         """What a run does with the host; None when the host is what the commit wants.

@@ -19,11 +19,15 @@ from toto.plan.changes import Change, Desired, Why, deploy
 from toto.plan.order import Order
 
 S = TypeVar("S")
+OrderT = TypeVar("OrderT", bound=Order)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans."""
+    """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans.
+
+    `override` is the reason for which the run rolls out in spite of a freeze or a closed window.
+    """
 
     repo: Path
     commit: str
@@ -31,6 +35,19 @@ class Source:
     tree: Path
     settings: Settings
     manifest: Manifest
+    override: str | None = None
+
+    def order(self, kind: type[OrderT], change: Change, **own: Any) -> OrderT:
+        """The order of a changed target; `own` are the fields that its kind adds."""
+        return kind(
+            repo=self.repo,
+            run=self.run,
+            commit=self.commit,
+            change=change,
+            settings=self.settings,
+            override=self.override,
+            **own,
+        )
 
     @property
     def roots(self) -> Path:
@@ -40,11 +57,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Found(Generic[S]):
-    """A target in a commit. `subject` is what its kind read from the commit; `tags` are words that select it."""
+    """A target in a commit. `subject` is what its kind read from the commit; `tags` are words that select it.
+
+    `after` names the targets of its kind that are rolled out before it.
+    """
 
     target: Target
     subject: S
     tags: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 class Kind(ABC, Generic[S]):
@@ -89,7 +110,7 @@ class Kind(ABC, Generic[S]):
 
     def after(self, source: Source, found: Sequence[Found[S]]) -> Mapping[str, tuple[str, ...]]:
         """For each label, the labels of the targets that are rolled out before it."""
-        return {}
+        return {each.target.label: tuple(Target(self.name, other).label for other in each.after) for each in found}
 
     def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
         """The orders in groups, which are rolled out one after the other. By default each target is a group."""

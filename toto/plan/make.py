@@ -16,13 +16,12 @@ from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
 from toto.plan import changes
-from toto.plan.changes import Action, Change, Desired, Failure
+from toto.plan.changes import Change, Desired, Failure
 from toto.plan.compare import compare
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.kinds import KINDS, kind_of
 from toto.plan.order import Order, Plan
 from toto.plan.selector import Selector
-from toto.plan.window import held_now
 
 LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed to the whole fleet
 
@@ -54,7 +53,7 @@ async def make(
     """
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
-        source = Source(repo, commit, run, tree, settings, fleet)
+        source = Source(repo, commit, run, tree, settings, fleet, override)
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
         found, after = await _discover(source, only)
         wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
@@ -67,7 +66,7 @@ async def make(
         )
     positions = {each.target: number for number, each in enumerate(found)}
     orders = tuple(
-        _placed(ordered.made[each.target], positions, override)
+        _placed(ordered.made[each.target], positions[each.target])
         for each in compared.changes
         if each.target in ordered.made
     )
@@ -91,7 +90,6 @@ async def make(
         changes=change_set,
         orders=orders,
         after=after,
-        override=override,
     )
 
 
@@ -133,13 +131,10 @@ async def _each(
     )
 
 
-def _placed(order: Order, positions: Mapping[Target, int], override: str | None) -> Order:
-    """The order with what the plan adds: its position, the override, and why it is held back."""
-    held = ""
-    if override is None and order.change.action in (Action.DEPLOY, Action.VERIFY):
-        held = held_now(order.label, order.rules, order.settings.roll_out)
-    change: Change = order.change.model_copy(update={"held": held})
-    return order.model_copy(update={"position": positions[order.target], "override": override, "change": change})
+def _placed(order: Order, position: int) -> Order:
+    """The order with what the plan adds: its position, and why it is held back."""
+    change: Change = order.change.model_copy(update={"held": order.held_now})
+    return order.model_copy(update={"position": position, "change": change})
 
 
 async def _last_manifest(repo: Path) -> Manifest | None:

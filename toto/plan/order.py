@@ -9,7 +9,7 @@ from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.ledger.target import Target
-from toto.plan.changes import Change, ChangeSet, Desired
+from toto.plan.changes import Action, Change, ChangeSet, Desired
 from toto.plan.window import Rules, held_now
 
 
@@ -61,6 +61,13 @@ class Order(BaseModel):
         """The freeze and the window of this target; None when it has none of its own."""
         return None
 
+    @property
+    def held_now(self) -> str:
+        """Why the target must not be rolled out now; "" when it may be, when the run overrides that, or never does."""
+        if self.override or self.change.action not in (Action.DEPLOY, Action.VERIFY):
+            return ""
+        return held_now(self.label, self.rules, self.settings.roll_out)
+
 
 class Plan(BaseModel):
     """The change set of a commit, with everything that a run needs to carry it out.
@@ -78,15 +85,10 @@ class Plan(BaseModel):
     changes: ChangeSet
     orders: tuple[SerializeAsAny[Order], ...] = ()
     after: Mapping[str, tuple[str, ...]] = {}
-    override: str | None = None
 
     def held_behind(self, label: str, stuck: Collection[str]) -> str | None:
         """The first of `stuck` (labels of targets that were not rolled out) that this target comes after, else None."""
         return next((other for other in stuck if label in dependents(other, self.after)), None)
-
-    def held_now(self, order: Order) -> str:
-        """Why one of its targets must not be rolled out now; "" when it may be, or when the run overrides that."""
-        return "" if self.override else held_now(order.label, order.rules, self.settings.roll_out)
 
     def of_kind(self, kind: str) -> Sequence[Order]:
         """The orders of one kind."""

@@ -1,6 +1,5 @@
 """Helm releases as a kind of target: the hash of its chart, values and release.yaml identifies a release."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toto.helm import release as releases
@@ -42,7 +41,8 @@ class ReleaseKind(Kind[Release]):
 
     async def discover(self, source: Source) -> list[Found[Release]]:
         return [
-            Found(Target(self.name, release.name), release, release.tags) for release in releases.discover(source.tree)
+            Found(Target(self.name, release.name), release, release.tags, release.after)
+            for release in releases.discover(source.tree)
         ]
 
     async def identify(self, source: Source, found: Found[Release]) -> Desired:
@@ -50,19 +50,7 @@ class ReleaseKind(Kind[Release]):
         return Desired(target=found.target, file=found.subject.file, identity=identity)
 
     async def order(self, source: Source, found: Found[Release], change: Change) -> ReleaseOrder:
-        return ReleaseOrder(
-            repo=source.repo,
-            run=source.run,
-            commit=source.commit,
-            change=change,
-            settings=source.settings,
-            release=found.subject,
-        )
+        return source.order(ReleaseOrder, change, release=found.subject)
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedRelease:
         return DeployedRelease(identity=desired.identity, **facts)
-
-    def after(self, source: Source, found: Sequence[Found[Release]]) -> Mapping[str, tuple[str, ...]]:
-        return {
-            each.target.label: tuple(Target(self.name, other).label for other in each.subject.after) for each in found
-        }

@@ -1,6 +1,5 @@
 """Terraform roots as a kind of target: the hash of its files and settings identifies a root."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import AliasChoices, Field
@@ -50,7 +49,7 @@ class RootKind(Kind[Root]):
 
     async def discover(self, source: Source) -> list[Found[Root]]:
         return [
-            Found(Target(self.name, root.name), root, root.tags)
+            Found(Target(self.name, root.name), root, root.tags, root.after)
             for root in terraform.discover(source.tree, source.settings.terraform)
         ]
 
@@ -59,19 +58,7 @@ class RootKind(Kind[Root]):
         return Desired(target=found.target, file=found.subject.path, identity=identity)
 
     async def order(self, source: Source, found: Found[Root], change: Change) -> RootOrder:
-        return RootOrder(
-            repo=source.repo,
-            run=source.run,
-            commit=source.commit,
-            change=change,
-            settings=source.settings,
-            root=found.subject,
-        )
+        return source.order(RootOrder, change, root=found.subject)
 
     def deployed(self, desired: Desired, **facts: Any) -> DeployedRoot:
         return DeployedRoot(identity=desired.identity, **facts)
-
-    def after(self, source: Source, found: Sequence[Found[Root]]) -> Mapping[str, tuple[str, ...]]:
-        return {
-            each.target.label: tuple(Target(self.name, other).label for other in each.subject.after) for each in found
-        }
