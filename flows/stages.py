@@ -108,7 +108,7 @@ async def roll_out(kind: str, run: Run) -> Run:
 
     try:
         return await of_kind(run)
-    except Exception as error:  # not a target's: Prefect could not be asked, say. What was touched is reverted
+    except Exception as error:  # of no target: Prefect did not answer, for example. What was touched is reverted
         run.report.failure(STEPS[kind].stage, "roll-out", error)
         return run
 

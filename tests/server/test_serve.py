@@ -280,6 +280,7 @@ class Part:
     async def begin(cls, root: Path, home: Path, port: int, *options: str, **variables: str) -> "Part":
         """Start it, and wait until it is ready."""
         argv = [
+            *("setpriv", "--pdeathsig", "TERM"),  # whatever ends this process ends it, also before it is ready
             sys.executable,
             "-m",
             "toto.server.serve",
