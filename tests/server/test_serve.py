@@ -358,6 +358,11 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
         whole.kill()
 
 
+@pytest.mark.logs(
+    r"(httpx|httpcore)\S*(ConnectError|ReadError|RemoteProtocolError|ReadTimeout|ConnectTimeout)",
+    r"Failed the last \d+ attempts",
+    reason="the server is stopped while the worker asks it",
+)
 async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_path: Path) -> None:
     """As units of their own: the server is stopped and started again, and the worker goes on."""
     home, port = tmp_path / "home", free_port()

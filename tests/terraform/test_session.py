@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,14 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, provider: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+def fleet(tmp_path: Path, provider: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("TF_CLI_CONFIG_FILE", str(provider))
-    for name, place in (("HOME", provider.parent), ("TMPDIR", tmp_path / "tmp")):  # the provider framework writes there
-        place.mkdir(exist_ok=True)
-        monkeypatch.setenv(name, str(place))
-    return Fleet(tmp_path)
+    monkeypatch.setenv("HOME", str(provider.parent))  # the provider framework writes there
+    # A provider makes its socket in TMPDIR, and the path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tf-") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        yield Fleet(tmp_path)
 
 
 async def appears(path: Path) -> str:
