@@ -12,15 +12,17 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypedDict, Unpack, overload
 
 from toto.base.bounded import Bounded
 from toto.base.errors import TotoError
@@ -34,6 +36,7 @@ COOKIE: Final = "TOTO_COOKIE"
 LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
 KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
 LEFT_BEHIND: Final = 5.0  # seconds for processes that outlived their program to obey a signal
+_CELL_FAILED: Final = re.compile(r"\A(?:prlimit: failed to execute (?P<program>\S+)|bwrap: |cell: )")
 _numbers = itertools.count()
 
 
@@ -85,6 +88,37 @@ class CommandNotFound(TotoError):
         super().__init__(f"the program `{program}` is not on PATH", hint=f"install {program}, or set PATH")
 
 
+class LimitExceeded(TotoError):
+    """What ran in a cell used more than the cell's limits allow, and was ended."""
+
+    def __init__(self, argv: Sequence[str], exceeded: str, *, target: str | None = None) -> None:
+        super().__init__(f"`{shorten(shlex.join(argv))}` was ended: it used more than {exceeded}", target=target)
+        self.exceeded = exceeded
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A program or a file that somebody pushed, by its path in a cell. A command with one runs only in a cell."""
+
+    path: Argument
+
+    def __str__(self) -> str:
+        return os.fspath(self.path)
+
+
+class Cell(Protocol):
+    """Where a process that runs something pushed is kept: `toto.cell.cell.Cell`."""
+
+    def command(self, argv: Sequence[str], cwd: str | None = None) -> list[str]:
+        """The command line that runs `argv` in the cell."""
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment of a process in the cell."""
+
+    def held(self, running: "Running") -> AbstractAsyncContextManager[None]:
+        """Hold a process to the cell's limits."""
+
+
 class _Lines:
     """Cuts a stream into lines for a sink, with secrets masked."""
 
@@ -108,12 +142,17 @@ class _Lines:
 
 @dataclass
 class Running:
-    """A process that `start` has started."""
+    """A process that `start` has started.
+
+    `confined` says that it runs in a cell; `exceeded` names the limit of the cell that it has exceeded.
+    """
 
     argv: tuple[str, ...]
     process: asyncio.subprocess.Process
     cookie: str
     ended: bool = False
+    confined: bool = False
+    exceeded: str | None = None
 
     @property
     def pid(self) -> int:
@@ -134,12 +173,16 @@ class Running:
         if self.status is not None:
             grace = min(grace, LEFT_BEHIND)
         for each in signals:
-            _signal_group(self.pid, each)
+            if self.confined:
+                _signal_inside(self.pid, each)
+            else:
+                _signal_group(self.pid, each)
             if await self._gone(grace):
                 break
         _signal_group(self.pid, signal.SIGKILL)
-        for _ in _kill_all(self.cookie.__eq__):
-            await asyncio.sleep(0.003)
+        if not self.confined:  # (a cell ends with its first process)
+            for _ in _kill_all(self.cookie.__eq__):
+                await asyncio.sleep(0.003)
         self.ended = True
         with contextlib.suppress(TimeoutError):
             # Not bare wait(): it also waits for the pipes, which a daemon that we cannot kill may hold open.
@@ -178,9 +221,55 @@ def tail(text: str, lines: int = 20) -> str:
     return "\n".join(shorten(line, 500) for line in text.strip().splitlines()[-lines:])
 
 
+class _Started(TypedDict, total=False):
+    env: Mapping[str, str] | None
+    cwd: Argument | None
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    grace: float
+    signals: Sequence[signal.Signals]
+    pass_fds: Sequence[int]
+
+
+class _Ran(TypedDict, total=False):
+    env: Mapping[str, str] | None
+    cwd: Argument | None
+    stdin: bytes | None
+    timeout: float | None
+    check: bool
+    on_line: LineSink | None
+    on_error_line: LineSink | None
+    keep: int
+    secrets: Sequence[str]
+    grace: float
+    target: str | None
+    signals: Sequence[signal.Signals]
+
+
+@overload
+def start(
+    argv: Sequence[Argument], *, cell: None = None, **options: Unpack[_Started]
+) -> AbstractAsyncContextManager[Running]: ...
+@overload
+def start(
+    argv: Sequence[Argument | Pushed], *, cell: Cell, **options: Unpack[_Started]
+) -> AbstractAsyncContextManager[Running]: ...
+def start(
+    argv: Sequence[Argument | Pushed], *, cell: Cell | None = None, **options: Unpack[_Started]
+) -> AbstractAsyncContextManager[Running]:
+    """Start a process that lives as long as the `async with` block, then end it and its group.
+
+    With a `cell` it runs there: `env` is then all that it gets besides what `Cell.environment` has, and `cwd` is one of
+    the cell's folders. Raises `CommandNotFound`, or OSError when the kernel refuses (no memory, not executable).
+    """
+    return _start(argv, cell, **options)
+
+
 @contextlib.asynccontextmanager
-async def start(
-    argv: Sequence[Argument],
+async def _start(
+    argv: Sequence[Argument | Pushed],
+    cell: Cell | None,
     *,
     env: Mapping[str, str] | None = None,
     cwd: Argument | None = None,
@@ -189,39 +278,51 @@ async def start(
     stderr: int | None = asyncio.subprocess.DEVNULL,
     grace: float = 5.0,
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[Running]:
-    """Start a process that lives as long as the `async with` block, then end it and its group.
-
-    Raises `CommandNotFound`, or OSError when the kernel refuses (no memory, not executable).
-    """
-    words = tuple(os.fspath(word) for word in argv)
-    environment = dict(os.environ if env is None else env)
-    program = shutil.which(words[0], path=environment.get("PATH"))
-    if program is None:
-        raise CommandNotFound(words[0])
+    words = tuple(word if isinstance(word, str) else str(word) for word in argv)
     cookie = f"{owner()}.{_pid_namespace()}.{next(_numbers)}"
-    environment[COOKIE] = cookie
+    if cell is None:
+        environment = dict(os.environ if env is None else env)
+        program = shutil.which(words[0], path=environment.get("PATH"))
+        if program is None:
+            raise CommandNotFound(words[0])
+        environment[COOKIE] = cookie
+        command = [*_dies_with_us(), program, *words[1:]]
+    else:
+        environment = cell.environment(env or {})
+        command, cwd = cell.command(words, None if cwd is None else os.fspath(cwd)), "/"
     process = await asyncio.create_subprocess_exec(
-        *_dies_with_us(),
-        program,
-        *words[1:],
+        *command,
         env=environment,
         cwd=cwd,
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
+        pass_fds=pass_fds,
         start_new_session=True,
     )
-    running = Running(words, process, cookie)
+    running = Running(words, process, cookie, confined=cell is not None)
     try:
-        yield running
+        if cell is None:
+            yield running
+        else:
+            async with cell.held(running):
+                yield running
+                # What the cell used is judged when all of it has ended.
+                await asyncio.shield(running.end(grace=grace, signals=signals))
     finally:
         await asyncio.shield(running.end(grace=grace, signals=signals))
 
 
+@overload
+async def run(argv: Sequence[Argument], *, cell: None = None, **options: Unpack[_Ran]) -> Completed: ...
+@overload
+async def run(argv: Sequence[Argument | Pushed], *, cell: Cell, **options: Unpack[_Ran]) -> Completed: ...
 async def run(
-    argv: Sequence[Argument],
+    argv: Sequence[Argument | Pushed],
     *,
+    cell: Cell | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Argument | None = None,
     stdin: bytes | None = None,
@@ -237,19 +338,21 @@ async def run(
 ) -> Completed:
     """Run a program to its end and return what it left.
 
-    `timeout` and `grace` (see `Running.end`) are in seconds; `keep` is how many bytes of each stream are kept.
+    `cell` is as in `start`. `timeout` and `grace` (see `Running.end`) are in seconds; `keep` is how many bytes of each
+    stream are kept.
     `on_line` and `on_error_line` get each line of stdout and stderr as it comes, without its newline and with secrets
     masked. The run is over when the program exits: a daemon that it left behind is ended with the group, even if it
     holds stdout open. A cancel ends the group as well.
 
-    Raises `CommandFailed` for a status other than 0 when `check`, `CommandTimeout`, `CommandNotFound`, or OSError
-    when the kernel refuses.
+    Raises `CommandFailed` for a status other than 0 when `check`, `CommandTimeout`, `CommandNotFound`, `LimitExceeded`
+    for one that used more than its cell allows, or OSError when the kernel refuses.
     """
     pipe = asyncio.subprocess.PIPE
     began = time.monotonic()
     kept_out, kept_err = Bounded(keep), Bounded(keep)
-    async with start(
+    async with _start(
         argv,
+        cell,
         env=env,
         cwd=cwd,
         stdin=asyncio.subprocess.DEVNULL if stdin is None else pipe,
@@ -283,6 +386,14 @@ async def run(
         raise CommandTimeout(shown, timeout, tail(err or out), target=target)
     status = process.returncode
     assert status is not None
+    if running.exceeded is not None:
+        raise LimitExceeded(shown, running.exceeded, target=target)
+    if cell is not None:
+        status = _status_inside(status)
+        if (failed := _CELL_FAILED.search(err)) and status in {1, 127}:
+            raise (
+                CommandNotFound(shown[0]) if failed["program"] else TotoError(f"the cell: {tail(err)}", target=target)
+            )
     if check and status != 0:
         raise CommandFailed(shown, status, tail(err) or tail(out), target=target)
     return Completed(
@@ -311,6 +422,36 @@ async def _feed(stream: asyncio.StreamWriter | None, data: bytes) -> None:
 def _dies_with_us() -> tuple[str, ...]:
     setpriv = shutil.which("setpriv")
     return () if setpriv is None else (setpriv, "--pdeathsig", "KILL", "--")
+
+
+def _status_inside(status: int) -> int:
+    """The exit status of a program that a cell has reported as a shell does: 128 and the signal that ended it."""
+    return 128 - status if 128 < status < 160 else status
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it and its children have started, as far as they live."""
+    found = [pid]
+    for each in found:
+        for task in Path(f"/proc/{each}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found.extend(map(int, task.read_text().split()))
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it has started."""
+    for each in descendants(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(each, signal.SIGKILL)
+
+
+def _signal_inside(pid: int, number: signal.Signals) -> None:
+    """Signal what runs in a cell, not the programs that hold the cell: with them it would end at once."""
+    for each in descendants(pid)[1:]:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{each}/comm").read_text() != "bwrap\n":
+                os.kill(each, number)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

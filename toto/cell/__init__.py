@@ -1,0 +1,1 @@
+"""Cells: where a process that runs something pushed is kept."""

@@ -1,0 +1,237 @@
+"""A cell: where a process that runs something pushed is kept.
+
+bubblewrap (https://github.com/containers/bubblewrap) makes it: user, pid, mount, net, ipc, uts and cgroup namespaces of
+its own, no capability, no new privileges, no user namespaces inside, an environment and a root made from nothing. A
+process in a cell sees the machine's programs and what its `Cell` names, all of it read-only, and writes only to /tmp
+and to what the cell names for that. When the process ends, or toto does, everything in the cell ends.
+
+It takes up to three steps, each a program that becomes the next one:
+
+1. When toto is root, or a closure is to be mounted, a first bwrap makes a mount namespace with what the cell sees below
+   /run/cell: the cell's own user cannot enter toto's folders. `toto.cell.mounts` adds the closure there, since bwrap's
+   time is quadratic in its mounts.
+2. When toto is root, setpriv changes to a user of the machine that only this cell has. (bwrap alone, started by root,
+   would leave the process the owner of /proc/sys.)
+3. bwrap makes the cell.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from toto.base import files, paths
+from toto.base.errors import InputError
+from toto.cell.limits import Limits, limited
+
+if TYPE_CHECKING:
+    from toto.base.process import Running
+    from toto.cell.namespace import Namespace
+
+HOME: Final = "/tmp"  # noqa: S108  (the cell's own)
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+STORE: Final = Path("/nix/store")
+_STAGE: Final = Path("/run/cell")
+_MOUNTS: Final = Path(__file__).with_name("mounts.py")
+_UID: Final = 1000  # inside of a cell
+# No user of systemd's ranges (https://systemd.io/UIDS-GIDS) has such a number. One of 2^27 is not met twice.
+_FIRST_USER: Final = 2_000_000_000
+_USERS: Final = 1 << 27
+# What programs of the machine need besides /usr. A link, such as Debian's /bin, is made a link in the cell.
+_SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_ETC: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
+_FILES: Final = {
+    "passwd": f"cell:x:{_UID}:{_UID}::{HOME}:/bin/sh\n",
+    "group": f"cell:x:{_UID}:\n",
+    "hosts": "127.0.0.1 localhost\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+}
+
+
+def fresh_user() -> int | None:
+    """A user id of the machine that nothing else has, when toto is root; else None: a cell then has toto's own."""
+    return _FIRST_USER + secrets.randbelow(_USERS) if os.geteuid() == 0 else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell, for one process at a time.
+
+    `read` and `write` say what is mounted, by the place in the cell. The folders in `write` belong to the cell's user
+    (`give`); toto must read them as a stranger's. `store` is True for all of /nix/store, or has the store paths that
+    the cell sees. `network` is None for a loopback of its own and nothing else; the cells of a `Namespace` have its
+    `user`. `devices` are mounted as they are, and `groups` are groups of the machine that the process is in, for them.
+    `scratch` is the size of /tmp, and of /dev/shm, in bytes.
+    """
+
+    read: Mapping[Path, Path] = field(default_factory=dict)
+    write: Mapping[Path, Path] = field(default_factory=dict)
+    store: bool | Sequence[str] = ()
+    network: "Namespace | None" = None
+    devices: Sequence[Path] = ()
+    groups: Sequence[int] = ()
+    scratch: int = 1_000_000_000
+    limits: Limits = field(default_factory=Limits)
+    user: int | None = field(default_factory=fresh_user)
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment of a process in the cell: `env`, and what every program expects."""
+        return {"PATH": PATH, "HOME": HOME, "TMPDIR": HOME, "LANG": "C.UTF-8", "TERM": "dumb"} | dict(env)
+
+    def command(self, argv: Sequence[str], cwd: str | None = None) -> list[str]:
+        """The command line that runs `argv` in the cell, in its folder `cwd`.
+
+        Raises `InputError` when the machine lacks what a cell needs.
+        """
+        programs = _programs()
+        staged = os.geteuid() == 0 or bool(self._closure)
+        stage = Stage() if staged else None
+        inner = self._inner(stage)
+        if cwd is not None:
+            inner += ["--chdir", cwd]
+        inner += ["--", *self.limits.prefix, *argv]
+        words = [programs["bwrap"], *inner]
+        if self.network is not None:
+            words = [*self.network.entry, *words]
+        if os.geteuid() == 0:
+            words = [*as_user(self.user, self.groups), *words]
+        if stage is not None:
+            if closure := self._closure:
+                words = [sys.executable, "-I", "-S", str(_MOUNTS), str(_STAGE / "store"), *closure, "--", *words]
+            words = [programs["bwrap"], *stage.words(mounts=bool(closure)), "--", *words]
+        return [programs["setpriv"], "--pdeathsig", "KILL", "--", *words]
+
+    @asynccontextmanager
+    async def held(self, running: "Running") -> AsyncIterator[None]:
+        """Hold a process and what it starts to the cell's limits, while the block runs."""
+        async with limited(running, self.limits, list(self.write.values())):
+            yield
+
+    def give(self) -> None:
+        """Make what is in `write` the cell's user's, so that it can write there."""
+        if self.user is not None:
+            for folder in self.write.values():
+                os.chown(folder, self.user, self.user)
+
+    @property
+    def _closure(self) -> Sequence[str]:
+        return () if isinstance(self.store, bool) else tuple(dict.fromkeys([*self.store, *system_closure()]))
+
+    def _inner(self, stage: "Stage | None") -> list[str]:
+        def at(source: Path | str, *, write: bool = False) -> str:
+            return str(source) if stage is None else stage.place(Path(source), write=write)
+
+        words = [*_NAMESPACES, *(() if self.network is not None else ("--unshare-net",)), *_system()]
+        for device in self.devices:
+            words += ["--dev-bind", str(device), str(device)]
+        for memory in ("/dev/shm", "/tmp"):  # noqa: S108
+            words += ["--perms", "1777", "--size", str(self.scratch), "--tmpfs", memory]
+        etc = _etc()
+        for name in _FILES:
+            words += ["--ro-bind", at(etc / name), f"/etc/{name}"]
+        if self.network is not None and self.network.resolver is not None:
+            words += ["--ro-bind", at(self.network.resolver), "/etc/resolv.conf"]
+        if self.store is True:
+            words += ["--ro-bind", str(STORE), str(STORE)]
+        elif self._closure:
+            words += ["--ro-bind", str(_STAGE / "store"), str(STORE)]
+        for place, source in self.read.items():
+            words += ["--ro-bind", at(source), str(place)]
+        for place, source in self.write.items():
+            words += ["--bind", at(source, write=True), str(place)]
+        return [*words, "--remount-ro", "/dev", "--remount-ro", "/"]
+
+
+_NAMESPACES: Final = (
+    *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
+    *("--disable-userns", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "cell"),
+    *("--uid", str(_UID), "--gid", str(_UID)),
+)
+
+
+class Stage:
+    """The first mount namespace: the machine's, with what the cell sees below /run/cell."""
+
+    def __init__(self) -> None:
+        self.binds: list[str] = []
+
+    def place(self, source: Path, *, write: bool) -> str:
+        """Have `source` seen by every user at the place that is returned."""
+        place = f"{_STAGE}/{len(self.binds) // 3}"
+        self.binds += ["--bind" if write else "--ro-bind", str(source), place]
+        return place
+
+    def words(self, *, mounts: bool) -> list[str]:
+        """What follows bwrap, up to the command. With `mounts` the command may mount."""
+        capabilities = ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", *(["CAP_SYS_ADMIN"] if mounts else [])]
+        if os.geteuid() != 0:
+            capabilities = ["CAP_SYS_ADMIN"]
+        return [
+            *(() if os.geteuid() == 0 else ("--unshare-user",)),
+            "--die-with-parent",
+            *("--dev-bind", "/", "/", "--perms", "0755", "--tmpfs", "/run"),
+            *("--perms", "0755", "--dir", str(_STAGE), "--perms", "0755", "--dir", str(_STAGE / "store")),
+            *self.binds,
+            *(word for each in capabilities for word in ("--cap-add", each)),
+        ]
+
+
+def as_user(user: int | None, groups: Sequence[int] = ()) -> list[str]:
+    """The words that make root's command run as `user`, with no way back."""
+    assert user is not None
+    more = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
+    return [
+        *(_programs()["setpriv"], "--reuid", str(user), "--regid", str(user), *more),
+        *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"),
+        *("--pdeathsig", "KILL", "--"),
+    ]
+
+
+@cache
+def _programs() -> dict[str, str]:
+    """The programs that make a cell, by name. Raises `InputError` when one is missing."""
+    found = {name: shutil.which(name) for name in ("bwrap", "setpriv", "nsenter")}
+    if missing := [name for name, path in found.items() if path is None]:
+        raise InputError(
+            f"{missing[0]} is not on PATH: toto keeps what is pushed in cells, and makes none without it",
+            hint="on Debian: apt install bubblewrap util-linux; on NixOS: nix/toto.nix brings it",
+        )
+    return {name: path for name, path in found.items() if path is not None}
+
+
+@cache
+def _system() -> Sequence[str]:
+    """The words that mount what every cell sees of the machine: its programs, its processes, its devices."""
+    words: list[str] = []
+    for path in map(Path, _SYSTEM):
+        if path.is_symlink():
+            words += ["--symlink", str(path.readlink()), str(path)]
+        elif path.is_dir():
+            words += ["--ro-bind", str(path), str(path)]
+    for path in map(Path, _ETC):
+        if path.exists():
+            words += ["--ro-bind", str(path.resolve()), str(path)]
+    return [*words, "--proc", "/proc", "--dev", "/dev"]
+
+
+@cache
+def system_closure() -> Sequence[str]:
+    """The store paths that the machine's own programs need: on NixOS they are in the store, on Debian in /usr."""
+    return ()
+
+
+@cache
+def _etc() -> Path:
+    """The folder with the files of a cell's /etc."""
+    folder = paths.state_home() / "cells" / "etc"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, text in _FILES.items():
+        if not (folder / name).is_file() or (folder / name).read_text() != text:
+            files.write(folder / name, text, 0o644)
+    return folder
