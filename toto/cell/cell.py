@@ -174,7 +174,9 @@ class Stage:
             capabilities = ["CAP_SYS_ADMIN"]
         return [
             *(() if os.geteuid() == 0 else ("--unshare-user",)),
-            "--die-with-parent",
+            # With process ids of its own: when their first process dies, the kernel ends all the others. (By
+            # --die-with-parent alone it could not: root's bwrap has no capability, and may not end another user's.)
+            *("--die-with-parent", "--unshare-pid"),
             *("--dev-bind", "/", "/", "--perms", "0755", "--tmpfs", "/run"),
             *("--perms", "0755", "--dir", str(_STAGE), "--perms", "0755", "--dir", str(_STAGE / "store")),
             *self.binds,

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +24,7 @@ from toto.base import paths, process
 from toto.base.errors import InputError, TotoError
 from toto.cell.cell import Stage, as_user, fresh_user
 
+ALLOWED: Final = "TOTO_ALLOWED_NETWORKS"  # of toto's environment: networks (CIDR) that an uplink leads to besides
 _HOLDER: Final = Path(__file__).with_name("holder.py")
 # The benchmark range (RFC 2544), which no network uses. QEMU's own user network is 10.0.2.0/24.
 _UPLINK: Final = "198.18.0.0/24"
@@ -45,24 +45,21 @@ class NamespaceFailed(TotoError):
     """A network namespace or its uplink could not be made."""
 
 
-@dataclass
 class Namespace:
     """A network namespace; `pid` is the process that holds it. All cells in it have the same `user` of the machine.
 
     `resolver` is the resolv.conf of its cells.
     """
 
-    pid: int
-    user: int | None
-    resolver: Path
-    _toto: socket.socket
-    _uplink: AsyncExitStack
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    def __init__(self, pid: int, user: int | None, resolver: Path, toto: socket.socket, uplink: AsyncExitStack) -> None:
+        self.pid, self.user, self.resolver = pid, user, resolver
+        self._toto, self._uplink, self._asking = toto, uplink, asyncio.Lock()
 
     @property
     def entry(self) -> list[str]:
         """The words that make a command of the namespace's user run in it."""
-        return ["nsenter", "--preserve-credentials", "--user", "--net", "--target", str(self.pid), "--"]
+        spaces = f"/proc/{self.pid}/ns"
+        return ["nsenter", "--preserve-credentials", f"--user={spaces}/user", f"--net={spaces}/net", "--"]
 
     @property
     def inside(self) -> list[str]:
@@ -86,12 +83,12 @@ class Namespace:
         """A socket that listens on a port in the namespace. Raises OSError."""
         return await self._made(f"listen {address} {port}")
 
-    async def attach(self, allowed: Sequence[str] = ()) -> None:
-        """Give the namespace an uplink to the internet, and to the networks that are `allowed` besides (as CIDR).
+    async def attach(self) -> None:
+        """Give the namespace an uplink to the internet, and to the networks that the server's settings name besides.
 
-        Raises `NamespaceFailed`.
+        Raises `NamespaceFailed`, and `InputError` for wrong settings.
         """
-        rules = firewall(allowed)
+        rules = firewall(os.environ.get(ALLOWED, "").replace(",", " ").split())
         try:
             await process.run([*self._own(), "nft", "-f", "-"], stdin=rules.encode(), timeout=_PATIENCE, env=_BARE)
             await self._uplink.enter_async_context(self._slirp())
@@ -156,14 +153,17 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
         async with process.start(_holding(user), env=_BARE, stdin=theirs.fileno()) as running:
             theirs.close()
             try:
-                pid = int(await asyncio.to_thread(ours.recv, 20))
-            except (OSError, ValueError):
+                ready = await asyncio.to_thread(ours.recv, 20)
+            except OSError:
+                ready = b""
+            if not ready:
                 raise NamespaceFailed(
                     f"no network namespace could be made (status {running.status})",
                     hint="may this user make user namespaces? see docs/security.md",
-                ) from None
+                )
             async with AsyncExitStack() as uplink:
-                yield Namespace(pid, user, resolver, ours, uplink)
+                # The holder is the last of the programs that became it. (Its own id is that of a different namespace.)
+                yield Namespace(process.descendants(running.pid)[-1], user, resolver, ours, uplink)
 
 
 def _holding(user: int | None) -> list[str]:
@@ -230,7 +230,7 @@ def firewall(allowed: Sequence[str] = ()) -> str:
     try:
         networks = [str(ipaddress.IPv4Network(each)) for each in allowed]
     except ValueError as error:
-        raise InputError(f"{error}", target="cells.allowed", hint="write networks like 192.168.7.0/24") from None
+        raise InputError(f"{error}", target=ALLOWED, hint="set it to networks such as 192.168.7.0/24") from None
     closed = ", ".join([*_CLOSED, *(each for each in own_addresses() if not _closed(each))])
     opened = f"ip daddr {{ {', '.join(networks)} }} accept" if networks else ""
     return f"""

@@ -125,12 +125,18 @@ class SshTarget:
 
 @dataclass
 class Connection:
-    """Runs commands on `target`. `config` is its ssh_config, which other programs may use too."""
+    """Runs commands on `target`. `config` is its ssh_config; `through` are words before ssh's own, see `connection`."""
 
     target: SshTarget
     config: Path
     control: Path | None = None
     master: Running | None = None
+    through: Sequence[str] = ()
+
+    def command(self, line: str, *options: Argument) -> list[Argument]:
+        """The command line that runs `line` in the machine's shell, with more `options` of ssh's."""
+        self._clean_up_dead_master()
+        return [*self.through, "ssh", "-F", self.config, "-T", *options, self.target.name, "--", line]
 
     async def run(
         self,
@@ -150,22 +156,10 @@ class Connection:
         machine still accepts one. Raises `Unreachable` or one of its subclasses, `CommandTimeout`, and `CommandFailed`
         when `check`.
         """
-        self._clean_up_dead_master()
         words = [process.mask(word, secrets) for word in argv]
         journal = self.config.with_name(f"log.{next(_numbers)}")
         # ssh writes its own messages to a file, so that they are not mixed up with the command's output.
-        command: list[Argument] = [
-            "ssh",
-            "-F",
-            self.config,
-            "-E",
-            journal,
-            "-T",
-            *(["-o", "ControlPath=none"] if fresh else []),
-            self.target.name,
-            "--",
-            shlex.join(argv),
-        ]
+        command = self.command(shlex.join(argv), "-E", journal, *(["-o", "ControlPath=none"] if fresh else []))
         try:
             done = await process.run(
                 command,
@@ -210,9 +204,10 @@ def plain(target: SshTarget, directory: Path) -> Connection:
 
 
 @contextlib.asynccontextmanager
-async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connection]:
+async def connection(target: SshTarget, directory: Path, through: Sequence[str] = ()) -> AsyncIterator[Connection]:
     """Connect to `target`; the master lives as long as the block. Its files are in `directory`.
 
+    `through` are words that make ssh run elsewhere: in the network namespace of a sandbox.
     Raises `Unreachable`, `AuthenticationFailed` or `HostKeyChanged` when it cannot log in.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -221,7 +216,9 @@ async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connec
         journal = directory / "log.master"
         for stale in (control, journal):
             stale.unlink(missing_ok=True)
-        async with process.start(["ssh", "-F", config, "-E", journal, "-M", "-N", "-T", target.name]) as master:
+        async with process.start(
+            [*through, "ssh", "-F", config, "-E", journal, "-M", "-N", "-T", target.name]
+        ) as master:
             try:
                 async with asyncio.timeout(target.connect_timeout + _HANDSHAKE):
                     while not control.exists():
@@ -230,7 +227,7 @@ async def connection(target: SshTarget, directory: Path) -> AsyncIterator[Connec
                         await asyncio.sleep(0.02)
             except TimeoutError:
                 raise Unreachable("the login did not finish in time", target=target.name) from None
-            yield Connection(target, config, control, master)
+            yield Connection(target, config, control, master, through)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ class Qmp:
     @classmethod
     async def connect(cls, directory: Path) -> "Qmp":
         """Connect to qmp.sock in `directory` as soon as QEMU has made it."""
-        place = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            while True:
-                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                # The folder is the guest's: what is there may be a link to somebody else's socket.
+                place = os.open(directory / "qmp.sock", os.O_PATH | os.O_NOFOLLOW)
+                try:
+                    if not stat.S_ISSOCK(os.fstat(place).st_mode):
+                        raise SandboxError("qmp.sock is not a socket")
                     # Through /proc, because the path of a socket may have 107 bytes, and this one may be longer.
-                    reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{place}/qmp.sock")
+                    reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{place}")
                     break
-                await asyncio.sleep(0.05)
-        finally:
-            os.close(place)
+                finally:
+                    os.close(place)
+            await asyncio.sleep(0.05)
         qmp = cls(reader, writer)
         await reader.readline()  # the greeting
         await qmp.execute("qmp_capabilities")
@@ -40,7 +44,7 @@ class Qmp:
         """Run a command and return its answer. Raises `SandboxError` when QEMU refuses it or has ended."""
         number = next(self.numbers)
         request = {"execute": command, "arguments": arguments, "id": number}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # (a line that is too long, or no JSON: it is not QEMU)
             async with self.lock:
                 self.writer.write(json.dumps(request).encode() + b"\n")
                 await self.writer.drain()

@@ -1,9 +1,13 @@
 """The sandbox: QEMU with the VM of one host, first without and then with internet.
 
+It is a network namespace. QEMU runs in a cell in it, and so do the test scripts: they reach the guest on the
+namespace's loopback. Without internet the namespace has no uplink at all, so nothing in it has a way out, whatever the
+guest, its QEMU or a script does. With internet the uplink is attached; private networks and this machine stay closed.
+
 It starts NixOS's `run-NAME-vm`, and sets it up by environment variables. The VM has two network cards. The management
 card connects to nothing, and accepts connections only through forwarded ports of the loopback. The link of the card
-`inet` is down before the guest's first instruction; QMP switches it in the running VM. While it is down, QEMU drops
-packets in both directions, whatever the guest does. `toto.rehearsal.run` runs the tests.
+`inet` is down before the guest's first instruction; QMP switches it in the running VM, so that the guest sees its
+internet come. `toto.rehearsal.run` runs the tests.
 """
 
 import asyncio
@@ -22,9 +26,13 @@ from typing import Any, Final, TypeVar
 
 from toto.base import process
 from toto.base.errors import InputError
-from toto.base.process import CommandTimeout, LineSink, Running
+from toto.base.process import CommandTimeout, LineSink, Pushed, Running
+from toto.cell.cell import STORE, Cell
+from toto.cell.limits import Limits
+from toto.cell.namespace import Namespace, namespace
 from toto.machine import ssh
 from toto.machine.ssh import AuthenticationFailed, Connection, SshTarget, Unreachable
+from toto.nix import commands as nix
 from toto.rehearsal.acceleration import Acceleration, acceleration
 from toto.rehearsal.console import Console
 from toto.rehearsal.errors import BootTimeout, SandboxError, SandboxFailed
@@ -42,6 +50,11 @@ INET_MAC: Final = "52:54:00:12:34:57"
 _MANAGEMENT: Final = "restrict=on,ipv6=off,net=192.0.2.0/24"
 _INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet0,mac={INET_MAC},romfile="
 _CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
+
+_DISK: Final = Path("/vm")  # the folder of the VM's disk, in its cell
+_MEMORY: Final = 16_000_000_000  # bytes for a guest whose own configuration says how much memory it has
+_OVERHEAD: Final = 3_000_000_000  # bytes for QEMU itself: TCG translates into up to 1 GB, and page tables
+_SECCOMP: Final = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 _REFUSALS: Final = 5  # refused logins, a second apart: a machine that still boots may refuse one
 
@@ -61,9 +74,13 @@ echo "$carrier $route"
 
 @dataclass
 class Sandbox:
-    """A VM that answers SSH. `console_log` is the file with its serial output, which is removed with the sandbox."""
+    """A VM that answers SSH. `console_log` is the file with its serial output, which is removed with the sandbox.
+
+    `network` is the namespace that QEMU runs in; `forwards` has the ports of its loopback by the guest's ports.
+    """
 
     host: str
+    network: Namespace
     ssh: SshTarget
     connection: Connection
     console_log: Path
@@ -80,13 +97,17 @@ class Sandbox:
             ) from None
 
     async def set_internet(self, up: bool, *, patience: float = 60.0, address_patience: float = 20.0) -> bool:
-        """Set the link of the inet card, wait until the guest sees the change, and return whether the guest is online.
+        """Attach or take away the uplink, set the link of the inet card, wait until the guest sees it; is it online?
 
         It is online when it has a default route, within `address_patience` seconds. A host that does not configure the
         card is not online. Raises `SandboxError` when the guest does not see the change within `patience` seconds,
         and what `Connection.run` raises.
         """
+        if up:
+            await self.network.attach()
         await self._vm.link(up)
+        if not up:
+            await self.network.detach()
         began = time.monotonic()
         seen: float | None = None
         while True:
@@ -152,18 +173,27 @@ async def sandbox(
     except OSError as error:
         raise SandboxFailed(f"the folder for the sandbox cannot be made: {error}", target=host) from error
     try:
-        environment = _environment(directory, ports, accelerated, memory, cores)
-        pipe = asyncio.subprocess.PIPE
-        async with process.start(
-            [script], env=environment, cwd=directory, stdout=pipe, stderr=asyncio.subprocess.STDOUT
-        ) as running:
-            console = Console(directory / "console.log", on_console)
-            machine = _Vm(host, directory, running, console, asyncio.create_task(console.read(running)))
-            try:
-                async with contextlib.AsyncExitStack() as stack:
-                    yield await machine.boot(stack, key, [SSH, *ports], boot_timeout)
-            finally:
-                machine.close()
+        disk = directory / "vm"
+        disk.mkdir(mode=0o700)
+        async with namespace() as network:
+            cell = await _cell(vm, disk, network, accelerated, memory)
+            pipe = asyncio.subprocess.PIPE
+            async with process.start(
+                [Pushed(script)],
+                cell=cell,
+                env=_environment(ports, accelerated, memory, cores),
+                cwd=_DISK,
+                stdout=pipe,
+                stderr=asyncio.subprocess.STDOUT,
+            ) as running:
+                console = Console(directory / "console.log", on_console)
+                reading = asyncio.create_task(console.read(running))
+                machine = _Vm(host, directory, network, running, console, reading)
+                try:
+                    async with contextlib.AsyncExitStack() as stack:
+                        yield await machine.boot(stack, key, [SSH, *ports], boot_timeout)
+                finally:
+                    machine.close()
     finally:
         _remove(directory)
 
@@ -193,26 +223,43 @@ def _script(vm: Path, host: str) -> Path:
             )
 
 
+async def _cell(vm: Path, disk: Path, network: Namespace, accelerated: Acceleration, memory: int | None) -> Cell:
+    """QEMU's cell: the closure of the host's VM, the folder of its disk, and /dev/kvm where that is used."""
+    stored = vm.is_relative_to(STORE)
+    kvm = Path("/dev/kvm")
+    cell = Cell(
+        read={} if stored else {vm: vm},
+        write={_DISK: disk},
+        store=await nix.closure(str(vm)) if stored else (),
+        network=network,
+        user=network.user,
+        devices=[kvm] if accelerated == "kvm" else (),
+        groups=[kvm.stat().st_gid] if accelerated == "kvm" and os.geteuid() == 0 else (),
+        limits=Limits(memory=_OVERHEAD + (memory * 1_048_576 if memory else _MEMORY)),
+    )
+    cell.give()
+    return cell
+
+
 def _environment(
-    directory: Path, ports: Sequence[int], accelerated: Acceleration, memory: int | None, cores: int | None
+    ports: Sequence[int], accelerated: Acceleration, memory: int | None, cores: int | None
 ) -> dict[str, str]:
-    """The environment of NixOS's script. Nothing else of toto's environment is in it, such as QEMU_KERNEL_PARAMS."""
+    """The environment of NixOS's script, without what every cell has."""
     # Port 0: the kernel chooses a free one, so no other program can take it first.
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in dict.fromkeys([SSH, *ports]))
     # The script does not quote QEMU_OPTS, so its paths are relative to the directory in which QEMU runs.
-    options = ["-S", "-qmp unix:qmp.sock,server=on,wait=off", _INET]
+    options = ["-S", "-qmp unix:qmp.sock,server=on,wait=off", _SECCOMP, _INET]
     if accelerated == "tcg":
         options.append("-machine accel=tcg")  # the later of two -machine options wins
     if memory is not None:
         options.append(f"-m {memory}")
     if cores is not None:
         options.append(f"-smp {cores}")
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "NIX_SSL_CERT_FILE") if name in os.environ}
-    return kept | {
-        "NIX_DISK_IMAGE": str(directory / "disk.qcow2"),
-        "NIX_EFI_VARS": str(directory / "efi-vars.fd"),
-        "NIX_SWTPM_DIR": str(directory / "swtpm"),
-        "TMPDIR": str(directory),
+    return {
+        "NIX_DISK_IMAGE": str(_DISK / "disk.qcow2"),
+        "NIX_EFI_VARS": str(_DISK / "efi-vars.fd"),
+        "NIX_SWTPM_DIR": str(_DISK / "swtpm"),
+        "TMPDIR": str(_DISK),
         "USE_TMPDIR": "1",
         "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
         "QEMU_OPTS": " ".join(options),
@@ -240,6 +287,7 @@ class _Vm:
 
     host: str
     directory: Path
+    network: Namespace
     running: Running
     console: "Console"
     reading: asyncio.Task[None]
@@ -260,7 +308,7 @@ class _Vm:
             ) from None
 
     async def _boot(self, stack: contextlib.AsyncExitStack, key: Path, ports: Sequence[int]) -> Sandbox:
-        self.qmp = await Qmp.connect(self.directory)
+        self.qmp = await Qmp.connect(self.directory / "vm")
         await self.link(False)
         self._check_cards(await self.qmp.human("info network"))
         forwards = _forwards(await self.qmp.human("info usernet"))
@@ -269,10 +317,12 @@ class _Vm:
         await self.qmp.execute("cont")
         target = SshTarget(self.host, "127.0.0.1", forwards[SSH], identity=key, throwaway=True)
         for tries in itertools.count(1):
-            await _speaks_ssh("127.0.0.1", target.port)
+            await _speaks_ssh(self.network, target.port)
             try:
-                connection = await stack.enter_async_context(ssh.connection(target, self.directory / "ssh"))
-                return Sandbox(self.host, target, connection, self.console.path, forwards, self)
+                connection = await stack.enter_async_context(
+                    ssh.connection(target, self.directory / "ssh", self.network.inside)
+                )
+                return Sandbox(self.host, self.network, target, connection, self.console.path, forwards, self)
             except AuthenticationFailed as error:
                 if tries >= _REFUSALS:
                     raise SandboxFailed(
@@ -351,12 +401,12 @@ def _forwards(usernet: str) -> dict[int, int]:
     return {int(guest): int(ours) for ours, guest in rows}
 
 
-async def _speaks_ssh(address: str, port: int) -> None:
+async def _speaks_ssh(network: Namespace, port: int) -> None:
     """Wait for SSH's greeting. The forwarded port accepts long before the guest listens, so each try is limited."""
     while True:
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(5):
-                reader, writer = await asyncio.open_connection(address, port)
+                reader, writer = await network.connect(port)
                 try:
                     if (await reader.read(4)).startswith(b"SSH-"):
                         return
