@@ -25,9 +25,9 @@ from toto.plan.changes import Action
 from toto.plan.host import HostOrder
 from toto.rehearsal import suite
 from toto.rehearsal.errors import BootTimeout
-from toto.rehearsal.phase_run import Endpoint, PhasePassed
+from toto.rehearsal.phase_run import Endpoint, PhasePassed, bench
 from toto.rehearsal.results import Rehearsal
-from toto.rehearsal.run import run_phase, write_on_host
+from toto.rehearsal.run import run_phase
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
 
@@ -130,9 +130,7 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
                 seconds = {"boot": time.monotonic() - began}
                 logger.info("booted and answers ssh after %.1f s", seconds["boot"])
                 endpoint = Endpoint(
-                    config=guest.connection.config,
-                    address="127.0.0.1",
-                    ports={port: guest.port(port) for port in ports},
+                    guest.connection, {port: guest.port(port) for port in ports}, guest.network, guest.ssh.identity
                 )
                 before: object = vm  # draws the edges: build, no-internet, with-internet
                 for phase in (Phase.NO_INTERNET, Phase.WITH_INTERNET):
@@ -153,15 +151,16 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
     """Run a phase's test scripts against the sandbox or the machine. Raises `TestsFailed`."""
     logger, settings = get_run_logger(), order.settings.sandbox
     found = suite.find(order.tree, order.name)
-    tools = order.scratch / "bin"
-    tools.mkdir(exist_ok=True)
-    write_on_host(tools)
     try:
-        async with asyncio.timeout(settings.phase_timeout):
+        async with (
+            asyncio.timeout(settings.phase_timeout),
+            bench(endpoint, order.name, phase, order.tree, order.scratch) as place,
+        ):
             result = await run_phase(
                 found,
                 phase,
-                endpoint.environment(order.name, phase, tools),
+                place,
+                tree=order.tree,
                 timeout=settings.test_timeout,
                 keep=settings.test_output,
                 on_line=sink(),

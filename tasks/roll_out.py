@@ -56,9 +56,7 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
 
 def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
     """How test scripts connect to the machine itself: its ports are not mapped."""
-    return Endpoint(
-        config=activator.connection.config, address=machine.address, ports={port: port for port in machine.ports}
-    )
+    return Endpoint(activator.connection, {port: port for port in machine.ports})
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)

@@ -1,30 +1,189 @@
-"""What test scripts are given to find the machine that they test."""
+"""What test scripts are given to reach the machine that they test, and what they cannot reach.
 
+The machine is this one: an `ssh` on PATH that does what the real one does, joins the words and gives them to a shell.
+(`tests/lab` has real machines.)
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from toto.rehearsal.phase_run import Endpoint, PhasePassed
+from tests.conftest import free_port
+from toto.base import process
+from toto.machine.ssh import SshTarget, plain
+from toto.rehearsal.phase_run import Bench, Endpoint, PhasePassed, bench
 from toto.rehearsal.results import PhaseResult
 from toto.rehearsal.suite import Phase
 
+SSH = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+shift
+exec sh -c "$*"
+"""
 
-def test_scripts_are_given_the_machine_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = {"PREFECT_API_AUTH_STRING": "toto:secret", "TOTO_STATE": "/s"}
-    for name, value in {"HOME": "/h", "PATH": "/bin", **secrets}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("LANG", "LC_ALL", "TMPDIR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    endpoint = Endpoint(config=Path("/run/ssh_config"), address="127.0.0.1", ports={80: 30_080})
-    assert endpoint.environment("web1", Phase.SMOKE, Path("/tools")) == {
-        "HOME": "/h",
-        "PATH": "/tools:/bin",
-        "TOTO_HOST": "web1",
-        "TOTO_PHASE": "smoke",
-        "TOTO_SSH_CONFIG": "/run/ssh_config",
-        "TOTO_ADDRESS": "127.0.0.1",
-        "TOTO_PORT_80": "30080",
-    }
+
+@pytest.fixture
+def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "ssh").write_text(SSH)
+    (tools / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "toto:canary-in-the-environment")
+    key = tmp_path / "machines-key"
+    key.write_text("canary-in-the-key")
+    target = SshTarget("web1", "127.0.0.1", identity=key, throwaway=True)
+    return Endpoint(plain(target, tmp_path / "ssh-files"), {})
+
+
+@contextlib.asynccontextmanager
+async def at(endpoint: Endpoint, tmp_path: Path, phase: Phase = Phase.SMOKE) -> AsyncIterator[Bench]:
+    tree, scratch = tmp_path / "tree", tmp_path / "scratch"
+    for each in (tree, scratch):
+        each.mkdir(exist_ok=True)
+    async with bench(endpoint, "web1", phase, tree, scratch) as place:
+        yield place
+    assert list(scratch.iterdir()) == []
+
+
+async def said(place: Bench, *words: str, timeout: float = 30) -> process.Completed:
+    return await process.run(words, cell=place.cell, env=place.env, check=False, timeout=timeout)
+
+
+async def test_scripts_are_given_the_machine_and_no_secret(endpoint: Endpoint, tmp_path: Path) -> None:
+    async with at(endpoint, tmp_path) as place:
+        lines = (await said(place, "env")).lines
+        assert {"TOTO_HOST=web1", "TOTO_PHASE=smoke", "TOTO_ADDRESS=127.0.0.1"} <= set(lines)
+        names = {line.partition("=")[0] for line in lines}
+        assert names == {"PATH", "HOME", "TMPDIR", "LANG", "TERM", "PWD", "TOTO_HOST", "TOTO_PHASE", "TOTO_ADDRESS"}
+        everywhere = [
+            "grep",
+            "-rIl",
+            "--devices=skip",
+            "canary",
+            "/toto",
+            "/infra",
+            "/etc",
+            "/run",
+            "/root",
+            "/tmp",
+            "/home",
+        ]
+        assert (await said(place, *everywhere)).stdout == ""
+        processes = await said(place, "sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline")
+        assert "canary" not in processes.stdout and str(tmp_path) not in processes.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sh", "-c", 'echo "a b"'],
+        ["true"],
+        ["printf", "%s|", "it's", "$HOME", "*", "", "a\nb", "\n", "`id`", "''", "\\", 'say "x"', "é", "-n"],
+        ["echo 'one line' | tr a-z A-Z"],
+    ],
+)
+async def test_on_host_carries_words_as_they_are(endpoint: Endpoint, tmp_path: Path, words: list[str]) -> None:
+    direct = ["sh", "-c", words[0]] if len(words) == 1 else words
+    expected = subprocess.run(direct, capture_output=True, check=True)
+    async with at(endpoint, tmp_path) as place:
+        done = await said(place, "on-host", *words)
+        assert (done.stdout.encode(), done.status) == (expected.stdout, 0)
+        assert (await said(place, "on-host")).status == 64
+
+
+async def test_on_host_has_the_scripts_streams_and_the_commands_status(endpoint: Endpoint, tmp_path: Path) -> None:
+    async with at(endpoint, tmp_path) as place:
+        done = await said(place, "sh", "-c", "echo in | on-host 'tr a-z A-Z; echo error >&2; exit 7'")
+        assert (done.stdout, done.stderr, done.status) == ("IN\n", "error\n", 7)
+        assert (await said(place, "sh", "-c", "on-host echo x >&-; on-host echo $? <&-")).stdout == "0\n"
+        large = await said(place, "sh", "-c", "on-host 'head -c 3000000 /dev/zero' | wc -c")
+        assert large.stdout.strip() == "3000000"
+
+
+async def test_a_command_ends_with_the_script_that_asked_for_it(endpoint: Endpoint, tmp_path: Path) -> None:
+    async with at(endpoint, tmp_path) as place:
+        with pytest.raises(process.CommandTimeout):
+            await said(place, "on-host", f"echo $$ > {tmp_path}/pid; exec sleep 1000", timeout=3)
+        pid = int((tmp_path / "pid").read_text())
+        async with asyncio.timeout(20):
+            while process.started(pid):
+                await asyncio.sleep(0.05)
+
+
+async def test_what_does_not_speak_as_on_host_gets_no_answer_and_harms_nothing(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    hostile = """
+import json, os, socket
+def ask(head, body, streams):
+    with socket.socket(socket.AF_UNIX) as toto:
+        toto.settimeout(5)
+        toto.connect("/toto/on-host.sock")
+        socket.send_fds(toto, [head], streams)
+        try:
+            if body: toto.sendall(body)
+            toto.shutdown(socket.SHUT_WR)
+            print(toto.recv(10))
+        except OSError:
+            print(b"")
+words = json.dumps(["touch", "/tmp/never"]).encode()
+ask(b"x", b"", [0, 1, 2])
+ask(b"\\xff\\xff\\xff\\xff", words, [0, 1, 2])
+ask(len(words).to_bytes(4, "big"), words, [0])
+ask((9).to_bytes(4, "big"), b"[1, 2, 3]", [0, 1, 2])
+ask((9).to_bytes(4, "big"), b'["a\\u0000"', [0, 1, 2])
+ask((4).to_bytes(4, "big"), b"nope", [0, 1, 2])
+"""
+    async with at(endpoint, tmp_path) as place:
+        done = await said(place, "python3", "-c", hostile)
+        assert done.lines == ["b''"] * 6, done.stderr
+        assert (await said(place, "on-host", "echo", "still", "there")).stdout == "still there\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has cells of other users")
+async def test_no_other_user_may_ask(endpoint: Endpoint, tmp_path: Path) -> None:
+    async with at(endpoint, tmp_path):
+        [given] = (tmp_path / "scratch").iterdir()
+        assert (given / "on-host.sock").stat().st_mode & 0o077 == 0
+        assert (given / "on-host.sock").stat().st_uid not in {0, os.geteuid()}
+
+
+async def test_a_real_machines_ports_are_relayed_and_nothing_else_is_reached(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"the machine's own port\n")
+        writer.close()
+
+    named, other = free_port(), free_port()
+    async with (
+        await asyncio.start_server(answer, "127.0.0.1", named),
+        await asyncio.start_server(answer, "127.0.0.1", other),
+        at(Endpoint(endpoint.connection, {80: named}), tmp_path, Phase.POST_SWITCH) as place,
+    ):
+        read = 'exec 3<>"/dev/tcp/$TOTO_ADDRESS/$TOTO_PORT_80"; cat <&3'
+        assert (await said(place, "bash", "-c", read)).stdout == "the machine's own port\n"
+        for address in (f"127.0.0.1/{other}", f"10.0.2.2/{named}", "1.1.1.1/443"):
+            assert (await said(place, "bash", "-c", f"exec 3<>/dev/tcp/{address}; cat <&3")).status != 0
+
+
+async def test_abstract_sockets_of_the_machine_are_not_there(endpoint: Endpoint, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0toto-test-abstract")
+        listener.listen()
+        async with at(endpoint, tmp_path) as place:
+            asks = 'import socket; socket.socket(socket.AF_UNIX).connect("\\0toto-test-abstract")'
+            done = await said(place, "python3", "-c", asks)
+            assert "Connection refused" in done.stderr, json.dumps(done.stderr)
 
 
 def test_a_phase_without_scripts_passes_with_no_tests() -> None:

@@ -39,6 +39,7 @@ PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STORE: Final = Path("/nix/store")
 _STAGE: Final = Path("/run/cell")
 _MOUNTS: Final = Path(__file__).with_name("mounts.py")
+_PYTHON: Final = Path("/opt/python")
 _UID: Final = 1000  # inside of a cell
 # No user of systemd's ranges (https://systemd.io/UIDS-GIDS) has such a number. One of 2^27 is not met twice.
 _FIRST_USER: Final = 2_000_000_000
@@ -182,6 +183,15 @@ class Stage:
             *self.binds,
             *(word for each in capabilities for word in ("--cap-add", each)),
         ]
+
+
+def python() -> tuple[Path, Mapping[Path, Path]]:
+    """The Python in a cell, and what its cell has to `read` for that: nothing, when it is one of the machine's."""
+    version = f"bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    base = Path(sys.base_prefix)
+    if base == Path("/usr") or base.is_relative_to(STORE):
+        return base / version, {}
+    return _PYTHON / version, {_PYTHON: base}
 
 
 def as_user(user: int | None, groups: Sequence[int] = ()) -> list[str]:

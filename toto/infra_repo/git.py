@@ -157,8 +157,17 @@ async def checkout(repo: Path, commit: str, destination: Path) -> None:
     # A flake's self.lastModified is the newest time in its tree. It has to be the same in every checkout, for the drv.
     for directory, folders, files in os.walk(destination, topdown=False):
         for name in (*files, *folders):
-            os.utime(Path(directory, name), (1, 1), follow_symlinks=False)
+            path = Path(directory, name)
+            if not path.is_symlink():
+                path.chmod(_readable(path.stat().st_mode))
+            os.utime(path, (1, 1), follow_symlinks=False)
+    destination.chmod(0o755)
     os.utime(destination, (1, 1))
+
+
+def _readable(mode: int) -> int:
+    """The permissions with which a cell's user may read what git has written, whatever toto's umask is."""
+    return 0o755 if mode & 0o100 else 0o644
 
 
 def _refuse_links_out(tree: Path) -> None:

@@ -4,34 +4,91 @@
 """
 
 import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 from toto.base.model import Model
+from toto.cell.cell import PATH, Cell, python
+from toto.cell.namespace import Namespace, namespace
+from toto.cell.relay import relay
+from toto.machine.ssh import Connection
+from toto.rehearsal import on_host
+from toto.rehearsal.on_host import PLACE
 from toto.rehearsal.results import PhaseResult
 from toto.rehearsal.suite import Phase
 
-_PASSED_ON: Final = ("HOME", "LANG", "LC_ALL", "TMPDIR", "TERM")  # of toto's own environment
+INFRA: Final = Path("/infra")  # the exported commit, in a script's cell
 
 
-class Endpoint(Model):
-    """How test scripts reach the machine: its ssh_config, its address, and the port that leads to each of its ports."""
+@dataclass(frozen=True)
+class Endpoint:
+    """How toto reaches a machine for its tests: `connection`, its address, and the ports that scripts may use.
 
-    config: Path
-    address: str
-    ports: dict[int, int]
+    A sandbox has a `network`, where its `ports` are on the loopback, by the guest's; scripts get its ssh `key`. Of a
+    real machine, whose ports are its own, they get no key.
+    """
 
-    def environment(self, host: str, phase: Phase, tools: Path) -> dict[str, str]:
-        """The whole environment of a test script. `tools` comes first on its PATH; it holds no secret of toto's."""
-        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        return kept | {
-            "PATH": f"{tools}:{os.environ.get('PATH', os.defpath)}",
-            "TOTO_HOST": host,
-            "TOTO_PHASE": str(phase),
-            "TOTO_SSH_CONFIG": str(self.config),
-            "TOTO_ADDRESS": self.address,
-            **{f"TOTO_PORT_{port}": str(where) for port, where in self.ports.items()},
-        }
+    connection: Connection
+    ports: Mapping[int, int]
+    network: Namespace | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the scripts of one phase run: their cell, and their environment."""
+
+    cell: Cell
+    env: Mapping[str, str]
+
+
+@asynccontextmanager
+async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch: Path) -> AsyncIterator[Bench]:
+    """The cell for the scripts of a phase, in which `on-host` and the machine's ports lead to `endpoint`.
+
+    `tree` is the exported commit; toto's own files for it are in a new folder in `scratch`. Raises
+    `NamespaceFailed`, `InputError`, OSError.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"{phase}-", dir=scratch))
+    try:
+        folder.chmod(0o755)  # in a folder that only toto may enter
+        async with AsyncExitStack() as stack:
+            if (network := endpoint.network) is None:
+                network = await stack.enter_async_context(namespace())
+                address = endpoint.connection.target.address
+                leads = {("127.0.0.1", port): (address, port) for port in endpoint.ports.values()}
+                await stack.enter_async_context(relay(network, leads))
+            interpreter, mounts = python()
+            await stack.enter_async_context(on_host.serving(folder, endpoint.connection, interpreter, network.user))
+            env = {
+                "PATH": f"{PLACE}/bin:{PATH}",
+                "TOTO_HOST": host,
+                "TOTO_PHASE": str(phase),
+                "TOTO_ADDRESS": "127.0.0.1",
+                **{f"TOTO_PORT_{port}": str(where) for port, where in endpoint.ports.items()},
+            }
+            if endpoint.key is not None:
+                _give(endpoint.key, folder / "key", network.user)
+                replace(endpoint.connection.target, identity=PLACE / "key").write_config(folder)
+                (folder / "ssh_config").chmod(0o644)
+                env["TOTO_SSH_CONFIG"] = str(PLACE / "ssh_config")
+            cell = Cell(read={INFRA: tree, PLACE: folder, **mounts}, network=network, user=network.user)
+            yield Bench(cell, env)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _give(key: Path, copy: Path, user: int | None) -> None:
+    """Copy a key for a cell's user: ssh takes one only from its owner."""
+    with os.fdopen(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o400), "wb") as sink:
+        sink.write(key.read_bytes())
+    if user is not None:
+        os.chown(copy, user, user)
 
 
 class PhasePassed(Model):

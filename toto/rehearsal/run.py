@@ -2,55 +2,31 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from toto.base.bounded import Bounded
-from toto.base.process import CommandNotFound, CommandTimeout, LineSink, run
+from toto.base.errors import TotoError
+from toto.base.process import CommandNotFound, CommandTimeout, LineSink, Pushed, run
 from toto.rehearsal import tap
+from toto.rehearsal.phase_run import INFRA, Bench
 from toto.rehearsal.results import PhaseResult, ScriptResult
 from toto.rehearsal.suite import Phase, Script, Suite, shown
 
 OUTPUT: Final = 1_000_000  # bytes of a script's output that are kept by default
 
 
-ON_HOST: Final = """\
-#!/bin/sh
-# on-host WORD...: runs a command on the machine under test, with the same words as here.
-# on-host 'LINE': a single argument is run as a line by the machine's shell.
-if [ $# -eq 0 ]; then
-    echo 'usage: on-host COMMAND [ARGUMENT...]' >&2
-    exit 64
-fi
-if [ $# -eq 1 ]; then
-    line=$1
-else
-    line=
-    for word do
-        line="$line '"
-        while :; do
-            case $word in
-                *\\'*) line="$line${word%%\\'*}'\\\\''" word=${word#*\\'} ;;
-                *) break ;;
-            esac
-        done
-        line="$line$word'"
-    done
-fi
-exec ssh -F "$TOTO_SSH_CONFIG" -o BatchMode=yes -- "$TOTO_HOST" "$line"
-"""
-
-
 async def run_script(
     script: Script,
-    env: Mapping[str, str],
+    bench: Bench,
     *,
+    tree: Path,
     timeout: float | None = None,
     keep: int = OUTPUT,
     on_line: LineSink | None = None,
 ) -> ScriptResult:
-    """Run a script to its end, in its own directory, with `env` as its whole environment.
+    """Run a script to its end in the cell of `bench`, in its own directory of the commit that is exported at `tree`.
 
     `timeout` is in seconds. `keep` bytes of the output are kept, and all of it is judged. `on_line` gets each line of
     stdout and stderr. The result has all errors of the script; only a cancel raises.
@@ -71,10 +47,12 @@ async def run_script(
     problem = _unable(script.path)
     if not problem:
         try:
+            place = INFRA / script.path.relative_to(tree)
             completed = await run(
-                [script.path],
-                env=env,
-                cwd=script.path.parent,
+                [Pushed(place)],
+                cell=bench.cell,
+                env=bench.env,
+                cwd=place.parent,
                 timeout=timeout,
                 check=False,
                 keep=4096,
@@ -85,7 +63,9 @@ async def run_script(
         except CommandTimeout:
             problem = f"it did not end within {timeout:g} s and was ended"
         except CommandNotFound:
-            problem = "it is gone, or not executable"
+            problem = "its interpreter is not in its cell: use one of /usr or of the nix store"
+        except TotoError as error:  # it used more than its cell allows
+            problem = error.message
         except (OSError, ValueError) as error:
             problem = f"it could not be started: {getattr(error, 'strerror', None) or error}"
     return ScriptResult(script, judge.report(status), time.monotonic() - began, output.text(), problem)
@@ -98,8 +78,8 @@ def _unable(path: Path) -> str:
             first = file.readline(256)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    if first.startswith(b"\x7fELF"):
-        return ""
+    if not os.access(path, os.X_OK) or first.startswith(b"\x7fELF"):
+        return "" if os.access(path, os.X_OK) else "it is gone, or not executable"
     if not first.startswith(b"#!"):
         return "its first line names no interpreter: begin it with `#!/bin/sh` or `#!/usr/bin/env bash`"
     shebang = shown(first.rstrip(b"\n").rstrip(b"\r"))
@@ -114,8 +94,9 @@ def _unable(path: Path) -> str:
 async def run_phase(
     suite: Suite,
     phase: Phase,
-    env: Mapping[str, str],
+    bench: Bench,
     *,
+    tree: Path,
     timeout: float | None = None,
     keep: int = OUTPUT,
     on_line: LineSink | None = None,
@@ -123,23 +104,12 @@ async def run_phase(
 ) -> PhaseResult:
     """Run the scripts of a phase one after the other, each for up to `timeout` seconds. A failure stops none.
 
-    `keep` and `on_line` are as in `run_script`; `on_result` gets each result.
+    `tree`, `keep` and `on_line` are as in `run_script`; `on_result` gets each result.
     """
     results = []
     for script in suite.of(phase):
-        result = await run_script(script, env, timeout=timeout, keep=keep, on_line=on_line)
+        result = await run_script(script, bench, tree=tree, timeout=timeout, keep=keep, on_line=on_line)
         results.append(result)
         if on_result is not None:
             on_result(result)
     return PhaseResult(suite.host, phase, tuple(results))
-
-
-def write_on_host(directory: Path) -> Path:
-    """Write the helper `on-host` into `directory`, which should be first on the PATH of the scripts; return its path.
-
-    It needs TOTO_SSH_CONFIG (a file for `ssh -F`) and TOTO_HOST in the environment.
-    """
-    path = directory / "on-host"
-    path.write_text(ON_HOST)
-    path.chmod(0o755)
-    return path
