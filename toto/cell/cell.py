@@ -46,10 +46,11 @@ _USERS: Final = 1 << 27
 # What programs of the machine need besides /usr. A link, such as Debian's /bin, is made a link in the cell.
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
+HOSTS: Final = "127.0.0.1 localhost\n"
 _FILES: Final = {
     "passwd": f"cell:x:{_UID}:{_UID}::{HOME}:/bin/sh\n",
     "group": f"cell:x:{_UID}:\n",
-    "hosts": "127.0.0.1 localhost\n",
+    "hosts": HOSTS,
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
 
@@ -133,8 +134,9 @@ class Cell:
         for memory in ("/dev/shm", "/tmp"):  # noqa: S108
             words += ["--perms", "1777", "--size", str(self.scratch), "--tmpfs", memory]
         etc = _etc()
+        of_network = {} if self.network is None else {"hosts": self.network.hosts}
         for name in _FILES:
-            words += ["--ro-bind", at(etc / name), f"/etc/{name}"]
+            words += ["--ro-bind", at(of_network.get(name, etc / name)), f"/etc/{name}"]
         if self.network is not None and self.network.resolver is not None:
             words += ["--ro-bind", at(self.network.resolver), "/etc/resolv.conf"]
         if self.store is True:

@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Final
 
 from toto.base import paths, process
 from toto.base.errors import InputError, TotoError
-from toto.cell.cell import Stage, as_user, fresh_user
+from toto.cell.cell import HOSTS, Stage, as_user, fresh_user
 
 _HOLDER: Final = Path(__file__).with_name("holder.py")
 # The benchmark range (RFC 2544), which no network uses. QEMU's own user network is 10.0.2.0/24.
@@ -49,12 +49,13 @@ class NamespaceFailed(TotoError):
 class Namespace:
     """A network namespace; `pid` is the process that holds it. All cells in it have the same `user` of the machine.
 
-    `resolver` is the resolv.conf of its cells.
+    `resolver` is the resolv.conf of its cells, `hosts` their /etc/hosts.
     """
 
     pid: int
     user: int | None
     resolver: Path
+    hosts: Path
     _toto: socket.socket
     _uplink: AsyncExitStack
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -85,6 +86,20 @@ class Namespace:
     async def listen(self, port: int, address: str = "127.0.0.1") -> socket.socket:
         """A socket that listens on a port in the namespace. Raises OSError."""
         return await self._made(f"listen {address} {port}")
+
+    async def add_address(self, address: str) -> None:
+        """Make an IPv4 address one of the namespace's own, on its loopback. Raises `NamespaceFailed`."""
+        try:
+            await process.run(
+                [*self._own(), "ip", "address", "replace", f"{address}/32", "dev", "lo"], timeout=_PATIENCE, env=_BARE
+            )
+        except (process.CommandFailed, process.CommandTimeout) as error:
+            raise NamespaceFailed(f"a cell's network has no address {address}: {error.message}") from None
+
+    def name(self, names: Mapping[str, str]) -> None:
+        """Give addresses names, for cells that start from now on."""
+        with self.hosts.open("a") as file:
+            file.writelines(f"{address} {name}\n" for name, address in names.items())
 
     async def attach(self, allowed: Sequence[str] = ()) -> None:
         """Give the namespace an uplink to the internet, and to the networks that are `allowed` besides (as CIDR).
@@ -153,6 +168,9 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
         resolver = Path(folder) / "resolv.conf"
         resolver.write_text(f"nameserver {_RESOLVER}\n")
         resolver.chmod(0o644)
+        hosts = Path(folder) / "hosts"
+        hosts.write_text(HOSTS)
+        hosts.chmod(0o644)
         async with process.start(_holding(user), env=_BARE, stdin=theirs.fileno()) as running:
             theirs.close()
             try:
@@ -163,7 +181,7 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
                     hint="may this user make user namespaces? see docs/security.md",
                 ) from None
             async with AsyncExitStack() as uplink:
-                yield Namespace(pid, user, resolver, ours, uplink)
+                yield Namespace(pid, user, resolver, hosts, ours, uplink)
 
 
 def _holding(user: int | None) -> list[str]:
