@@ -65,6 +65,7 @@ class Fleet:
         self.server: subprocess.Popen[bytes] | None = None
         self.kubeconfig: Path | None = None
         self.database_url: str | None = None
+        self.readable: list[Path] = []  # folders that every cell may read
 
     @property
     def environment(self) -> dict[str, str]:
@@ -72,6 +73,7 @@ class Fleet:
         return (
             environment()
             | {"TOTO_STATE": str(self.state), "TOTO_REPO": str(self.repo)}
+            | {"TOTO_CELL_READ": os.pathsep.join(map(str, self.readable))}
             | {name: value for name, value in more.items() if value}
         )
 
@@ -428,6 +430,13 @@ def command_of(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+def mounts_of(pid: int) -> str:
+    """The mounts that a process sees, "" when it has gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/mountinfo").read_text()
+    return ""
 
 
 def _environment(pid: int) -> bytes:

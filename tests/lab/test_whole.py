@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from tests.lab import setup
-from tests.lab.fleet import PATIENCE, Fleet, Run, command_of, processes
+from tests.lab.fleet import PATIENCE, Fleet, Run, command_of, mounts_of, processes
 from tests.repos import git
 from toto.ledger.ledger import REF
 from toto.machine.activation import MachineState
@@ -36,7 +36,10 @@ test_timeout = 120
 
 
 class Control:
-    """What web1's test script of each phase does: a script that passes, unless a test sets a different one."""
+    """What web1's test script of each phase does: a script that passes, unless a test sets a different one.
+
+    The scripts' cells may read the folder, by a setting of the server's, but not write to it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -51,18 +54,23 @@ class Control:
         (self.directory / phase).write_text(script)
 
     def waits(self, phase: str) -> None:
-        """The script says that it has begun, and waits until it is let go (then it passes)."""
-        self[phase] = f"touch {self.directory}/begun\nwhile [ ! -e {self.directory}/go ]; do sleep 0.1; done\n" + GOOD
-        for name in ("begun", "go"):
-            (self.directory / name).unlink(missing_ok=True)
+        """The script waits until it is let go (then it passes)."""
+        self[phase] = f"sh -c 'while [ ! -e {self.directory}/go ]; do sleep 0.1; done' {self.waiting}\n" + GOOD
+        (self.directory / "go").unlink(missing_ok=True)
+
+    @property
+    def waiting(self) -> str:
+        """A word on the command line of what waits."""
+        return f"waiting-{self.directory}"
 
     def shell(self, phase: str) -> str:
         """What a builder, which has no PATH, runs for a phase."""
         return f"PATH=/usr/bin:/bin; . {self.directory}/{phase} > /dev/null; echo made > $out"
 
     async def begun(self, timeout: float = PATIENCE) -> None:
+        """Wait until a script waits. (A cell's processes are seen from outside.)"""
         async with asyncio.timeout(timeout):
-            while not (self.directory / "begun").exists():
+            while not any(self.waiting.encode() in command_of(pid) for pid in processes()):
                 await asyncio.sleep(0.1)
 
     def go(self) -> None:
@@ -78,6 +86,7 @@ class Whole(Fleet):
     def __init__(self, directory: Path, net: int = 2) -> None:
         super().__init__(directory, net)
         self.control = Control(directory / "control")
+        self.readable = [directory / "control"]
 
     def alone(self) -> None:
         """Of the example leave web1, without its tests."""
@@ -139,10 +148,8 @@ class Whole(Fleet):
         return self.push()
 
     def sandboxes(self) -> list[int]:
-        """The processes of sandboxes that are there."""
-        return [
-            pid for pid in processes() if b"qemu" in command_of(pid) and str(self.state).encode() in command_of(pid)
-        ]
+        """The processes of sandboxes that are there: each QEMU whose disk is in toto's state."""
+        return [pid for pid in processes() if b"qemu" in command_of(pid) and str(self.state) in mounts_of(pid)]
 
     def history(self) -> list[str]:
         return git("log", "--format=%s", REF, cwd=self.repo).splitlines()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 HOME: Final = "/tmp"  # noqa: S108  (the cell's own)
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STORE: Final = Path("/nix/store")
+READ: Final = "TOTO_CELL_READ"  # of toto's environment: folders that every cell may read, such as a provider mirror
 _STAGE: Final = Path("/run/cell")
 _MOUNTS: Final = Path(__file__).with_name("mounts.py")
 _PYTHON: Final = Path("/opt/python")
@@ -47,10 +48,11 @@ _USERS: Final = 1 << 27
 # What programs of the machine need besides /usr. A link, such as Debian's /bin, is made a link in the cell.
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
+HOSTS: Final = "127.0.0.1 localhost\n"
 _FILES: Final = {
     "passwd": f"cell:x:{_UID}:{_UID}::{HOME}:/bin/sh\n",
     "group": f"cell:x:{_UID}:\n",
-    "hosts": "127.0.0.1 localhost\n",
+    "hosts": HOSTS,
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
 
@@ -134,15 +136,16 @@ class Cell:
         for memory in ("/dev/shm", "/tmp"):  # noqa: S108
             words += ["--perms", "1777", "--size", str(self.scratch), "--tmpfs", memory]
         etc = _etc()
+        of_network = {} if self.network is None else {"hosts": self.network.hosts}
         for name in _FILES:
-            words += ["--ro-bind", at(etc / name), f"/etc/{name}"]
+            words += ["--ro-bind", at(of_network.get(name, etc / name)), f"/etc/{name}"]
         if self.network is not None and self.network.resolver is not None:
             words += ["--ro-bind", at(self.network.resolver), "/etc/resolv.conf"]
         if self.store is True:
             words += ["--ro-bind", str(STORE), str(STORE)]
         elif self._closure:
             words += ["--ro-bind", str(_STAGE / "store"), str(STORE)]
-        for place, source in self.read.items():
+        for place, source in {**_shared(), **self.read}.items():
             words += ["--ro-bind", at(source), str(place)]
         for place, source in self.write.items():
             words += ["--bind", at(source, write=True), str(place)]
@@ -183,6 +186,11 @@ class Stage:
             *self.binds,
             *(word for each in capabilities for word in ("--cap-add", each)),
         ]
+
+
+def _shared() -> Mapping[Path, Path]:
+    """The folders that the server's settings open to every cell, at their own places."""
+    return {Path(each): Path(each) for each in os.environ.get(READ, "").split(os.pathsep) if each}
 
 
 def python() -> tuple[Path, Mapping[Path, Path]]:

@@ -15,14 +15,14 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from toto.base import paths, process
 from toto.base.errors import InputError, TotoError
-from toto.cell.cell import Stage, as_user, fresh_user
+from toto.cell.cell import HOSTS, Stage, as_user, fresh_user
 
 ALLOWED: Final = "TOTO_ALLOWED_NETWORKS"  # of toto's environment: networks (CIDR) that an uplink leads to besides
 _HOLDER: Final = Path(__file__).with_name("holder.py")
@@ -48,11 +48,13 @@ class NamespaceFailed(TotoError):
 class Namespace:
     """A network namespace; `pid` is the process that holds it. All cells in it have the same `user` of the machine.
 
-    `resolver` is the resolv.conf of its cells.
+    `resolver` is the resolv.conf of its cells, `hosts` their /etc/hosts.
     """
 
-    def __init__(self, pid: int, user: int | None, resolver: Path, toto: socket.socket, uplink: AsyncExitStack) -> None:
-        self.pid, self.user, self.resolver = pid, user, resolver
+    def __init__(
+        self, pid: int, user: int | None, resolver: Path, hosts: Path, toto: socket.socket, uplink: AsyncExitStack
+    ) -> None:
+        self.pid, self.user, self.resolver, self.hosts = pid, user, resolver, hosts
         self._toto, self._uplink, self._asking = toto, uplink, asyncio.Lock()
 
     @property
@@ -82,6 +84,20 @@ class Namespace:
     async def listen(self, port: int, address: str = "127.0.0.1") -> socket.socket:
         """A socket that listens on a port in the namespace. Raises OSError."""
         return await self._made(f"listen {address} {port}")
+
+    async def add_address(self, address: str) -> None:
+        """Make an IPv4 address one of the namespace's own, on its loopback. Raises `NamespaceFailed`."""
+        try:
+            await process.run(
+                [*self._own(), "ip", "address", "replace", f"{address}/32", "dev", "lo"], timeout=_PATIENCE, env=_BARE
+            )
+        except (process.CommandFailed, process.CommandTimeout) as error:
+            raise NamespaceFailed(f"a cell's network has no address {address}: {error.message}") from None
+
+    def name(self, names: Mapping[str, str]) -> None:
+        """Give addresses names, for cells that start from now on."""
+        with self.hosts.open("a") as file:
+            file.writelines(f"{address} {name}\n" for name, address in names.items())
 
     async def attach(self) -> None:
         """Give the namespace an uplink to the internet, and to the networks that the server's settings name besides.
@@ -150,6 +166,9 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
         resolver = Path(folder) / "resolv.conf"
         resolver.write_text(f"nameserver {_RESOLVER}\n")
         resolver.chmod(0o644)
+        hosts = Path(folder) / "hosts"
+        hosts.write_text(HOSTS)
+        hosts.chmod(0o644)
         async with process.start(_holding(user), env=_BARE, stdin=theirs.fileno()) as running:
             theirs.close()
             try:
@@ -163,7 +182,7 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
                 )
             async with AsyncExitStack() as uplink:
                 # The holder is the last of the programs that became it. (Its own id is that of a different namespace.)
-                yield Namespace(process.descendants(running.pid)[-1], user, resolver, ours, uplink)
+                yield Namespace(process.descendants(running.pid)[-1], user, resolver, hosts, ours, uplink)
 
 
 def _holding(user: int | None) -> list[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from toto.base.model import Model
+from toto.cell import relay as relays
 from toto.cell.cell import PATH, Cell, python
 from toto.cell.namespace import Namespace, namespace
-from toto.cell.relay import relay
 from toto.machine.ssh import Connection
 from toto.rehearsal import on_host
 from toto.rehearsal.on_host import PLACE
@@ -30,7 +30,7 @@ class Endpoint:
     """How toto reaches a machine for its tests: `connection`, its address, and the ports that scripts may use.
 
     A sandbox has a `network`, where its `ports` are on the loopback, by the guest's; scripts get its ssh `key`. Of a
-    real machine, whose ports are its own, they get no key.
+    real machine scripts get no key. They reach it at its own address, and there only the ports.
     """
 
     connection: Connection
@@ -61,15 +61,17 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
             if (network := endpoint.network) is None:
                 network = await stack.enter_async_context(namespace())
                 address = endpoint.connection.target.address
-                leads = {("127.0.0.1", port): (address, port) for port in endpoint.ports.values()}
-                await stack.enter_async_context(relay(network, leads))
+                ports = {relays.Endpoint(address, port) for port in endpoint.ports.values()}
+                await stack.enter_async_context(relays.reach(network, ports))
+            else:
+                address = "127.0.0.1"
             interpreter, mounts = python()
             await stack.enter_async_context(on_host.serving(folder, endpoint.connection, interpreter, network.user))
             env = {
                 "PATH": f"{PLACE}/bin:{PATH}",
                 "TOTO_HOST": host,
                 "TOTO_PHASE": str(phase),
-                "TOTO_ADDRESS": "127.0.0.1",
+                "TOTO_ADDRESS": address,
                 **{f"TOTO_PORT_{port}": str(where) for port, where in endpoint.ports.items()},
             }
             if endpoint.key is not None:
