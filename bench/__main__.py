@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, detect, latency, noop, parsing
+from bench import boot, cells, detect, latency, noop, parsing
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -43,6 +43,7 @@ MEASURES: Final[dict[str, Measure]] = {
     "noop": noop.measure,
     "latency": push_to_first_line,
     "boot": boot.measure,
+    "cells": cells.measure,
     "parsing": parsing.measure,
 }
 

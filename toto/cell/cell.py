@@ -5,11 +5,11 @@ its own, no capability, no new privileges, no user namespaces inside, an environ
 process in a cell sees the machine's programs and what its `Cell` names, all of it read-only, and writes only to /tmp
 and to what the cell names for that. When the process ends, or toto does, everything in the cell ends.
 
-It takes up to three steps, each a program that becomes the next one:
+It takes three steps, each a program that becomes the next one:
 
-1. When toto is root, or a closure is to be mounted, a first bwrap makes a mount namespace with what the cell sees below
-   /run/cell: the cell's own user cannot enter toto's folders. `toto.cell.mounts` adds the closure there, since bwrap's
-   time is quadratic in its mounts.
+1. A first bwrap makes a mount namespace with what the cell sees below /run/cell: the cell's user cannot enter toto's
+   folders, and is not to learn their names. `toto.cell.mounts` adds a closure there, since bwrap's time is quadratic in
+   its mounts.
 2. When toto is root, setpriv changes to a user of the machine that only this cell has. (bwrap alone, started by root,
    would leave the process the owner of /proc/sys.)
 3. bwrap makes the cell.
@@ -92,22 +92,17 @@ class Cell:
 
         Raises `InputError` when the machine lacks what a cell needs.
         """
-        programs = _programs()
-        staged = os.geteuid() == 0 or bool(self._closure)
-        stage = Stage() if staged else None
-        inner = self._inner(stage)
-        if cwd is not None:
-            inner += ["--chdir", cwd]
-        inner += ["--", *self.limits.prefix, *argv]
-        words = [programs["bwrap"], *inner]
-        if self.network is not None:
-            words = [*self.network.entry, *words]
+        programs, stage, closure = _programs(), Stage(), self._closure
+        words = [programs["bwrap"], *self._inner(stage), *(() if cwd is None else ("--chdir", cwd))]
+        words += ["--", *self.limits.prefix, *argv]
+        entry = [] if self.network is None else self.network.entry
         if os.geteuid() == 0:
-            words = [*as_user(self.user, self.groups), *words]
-        if stage is not None:
-            if closure := self._closure:
-                words = [sys.executable, "-I", "-S", str(_MOUNTS), str(_STAGE / "store"), *closure, "--", *words]
-            words = [programs["bwrap"], *stage.words(mounts=bool(closure)), "--", *words]
+            words = [*as_user(self.user, self.groups), *entry, *words]
+        if closure:
+            words = [sys.executable, "-I", "-S", str(_MOUNTS), str(_STAGE / "store"), *closure, "--", *words]
+        words = [programs["bwrap"], *stage.words(mounts=bool(closure)), "--", *words]
+        if os.geteuid() != 0:
+            words = [*entry, *words]
         return [programs["setpriv"], "--pdeathsig", "KILL", "--", *words]
 
     @asynccontextmanager
@@ -126,10 +121,7 @@ class Cell:
     def _closure(self) -> Sequence[str]:
         return () if isinstance(self.store, bool) else tuple(dict.fromkeys([*self.store, *system_closure()]))
 
-    def _inner(self, stage: "Stage | None") -> list[str]:
-        def at(source: Path | str, *, write: bool = False) -> str:
-            return str(source) if stage is None else stage.place(Path(source), write=write)
-
+    def _inner(self, stage: "Stage") -> list[str]:
         words = [*_NAMESPACES, *(() if self.network is not None else ("--unshare-net",)), *_system()]
         for device in self.devices:
             words += ["--dev-bind", str(device), str(device)]
@@ -138,17 +130,17 @@ class Cell:
         etc = _etc()
         of_network = {} if self.network is None else {"hosts": self.network.hosts}
         for name in _FILES:
-            words += ["--ro-bind", at(of_network.get(name, etc / name)), f"/etc/{name}"]
+            words += ["--ro-bind", stage.place(of_network.get(name, etc / name)), f"/etc/{name}"]
         if self.network is not None and self.network.resolver is not None:
-            words += ["--ro-bind", at(self.network.resolver), "/etc/resolv.conf"]
+            words += ["--ro-bind", stage.place(self.network.resolver), "/etc/resolv.conf"]
         if self.store is True:
             words += ["--ro-bind", str(STORE), str(STORE)]
         elif self._closure:
             words += ["--ro-bind", str(_STAGE / "store"), str(STORE)]
         for place, source in {**_shared(), **self.read}.items():
-            words += ["--ro-bind", at(source), str(place)]
+            words += ["--ro-bind", stage.place(source), str(place)]
         for place, source in self.write.items():
-            words += ["--bind", at(source, write=True), str(place)]
+            words += ["--bind", stage.place(source, write=True), str(place)]
         return [*words, "--remount-ro", "/dev", "--remount-ro", "/"]
 
 
@@ -165,7 +157,7 @@ class Stage:
     def __init__(self) -> None:
         self.binds: list[str] = []
 
-    def place(self, source: Path, *, write: bool) -> str:
+    def place(self, source: Path, *, write: bool = False) -> str:
         """Have `source` seen by every user at the place that is returned."""
         place = f"{_STAGE}/{len(self.binds) // 3}"
         self.binds += ["--bind" if write else "--ro-bind", str(source), place]
@@ -173,11 +165,11 @@ class Stage:
 
     def words(self, *, mounts: bool) -> list[str]:
         """What follows bwrap, up to the command. With `mounts` the command may mount."""
-        capabilities = ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", *(["CAP_SYS_ADMIN"] if mounts else [])]
-        if os.geteuid() != 0:
-            capabilities = ["CAP_SYS_ADMIN"]
+        user, capabilities = ["--unshare-user", "--uid", "0", "--gid", "0"], ["CAP_SYS_ADMIN", "CAP_SETFCAP"]
+        if os.geteuid() == 0:
+            user, capabilities = [], ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", *(["CAP_SYS_ADMIN"] if mounts else [])]
         return [
-            *(() if os.geteuid() == 0 else ("--unshare-user",)),
+            *user,
             # With process ids of its own: when their first process dies, the kernel ends all the others. (By
             # --die-with-parent alone it could not: root's bwrap has no capability, and may not end another user's.)
             *("--die-with-parent", "--unshare-pid"),

@@ -133,7 +133,7 @@ class Namespace:
                 if not await _readable(ready, _PATIENCE):
                     raise NamespaceFailed(
                         f"slirp4netns did not start (status {running.status})",
-                        hint="are slirp4netns and /dev/net/tun there?",
+                        hint="is slirp4netns there, and may this user open /dev/net/tun (udev does `chmod 666`)?",
                     )
                 yield
         finally:
@@ -195,8 +195,8 @@ def _holding(user: int | None) -> list[str]:
     stage: list[str] = []
     if os.geteuid() == 0:
         first = Stage()
-        place = first.place(Path(sys.base_prefix), write=False)
-        python = [f"{place}/bin/{Path(python[0]).name}", first.place(_HOLDER, write=False)]
+        place = first.place(Path(sys.base_prefix))
+        python = [f"{place}/bin/{Path(python[0]).name}", first.place(_HOLDER)]
         stage = ["bwrap", *first.words(mounts=False), "--", *as_user(user)]
     return [*stage, *bwrap, python[0], "-I", "-S", python[1]]
 
