@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | bench | torture | kube | clean | help. What they need is installed by
+# make demo | test | test-fast | lint | bench | attack | torture | kube | clean | help. What they need is installed by
 # setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
 #   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
@@ -6,7 +6,7 @@
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help prepare demo test test-fast lint bench torture kube clean
+.PHONY: help prepare demo test test-fast lint bench attack torture kube clean
 TESTS ?=
 K ?=
 JOBS ?= 3
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff (check and format), the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
 	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done"
+	@echo "make attack  a red team's ways out of toto's cells, all of them; none may reach anything"
 	@echo "make kube    builds a Kubernetes API server, for the tests of helm (8 minutes, 3.5 GB while it does; once)"
 	@echo "make clean   removes what was generated in the checkout (rm -r ~/.cache/toto removes the rest)"
 
@@ -45,6 +46,9 @@ lint: prepare
 
 torture: prepare
 	@$(run) python -m tests.lab.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+attack: prepare
+	@TOTO_ATTACK=1; export TOTO_ATTACK; $(run) python -m pytest tests/attack $(beside)
 
 bench: prepare
 	@$(run) python -m bench

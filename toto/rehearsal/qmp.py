@@ -36,7 +36,10 @@ class Qmp:
                     os.close(place)
             await asyncio.sleep(0.05)
         qmp = cls(reader, writer)
-        await reader.readline()  # the greeting
+        try:
+            await reader.readline()  # the greeting
+        except ValueError:
+            raise SandboxError("what listens at qmp.sock is not QEMU") from None
         await qmp.execute("qmp_capabilities")
         return qmp
 
