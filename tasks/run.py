@@ -17,6 +17,7 @@ from tasks.record import retire
 from tasks.retry import retry_later
 from toto.base import runs
 from toto.base.errors import TotoError
+from toto.git_host import admission
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
@@ -175,6 +176,11 @@ class Run:
         if of_a_push and (newer := await git.superseded_by(self.repo, self.request.commit)):
             raise Superseded(f"superseded by {newer[:8]}: nothing was touched")
 
+    async def check_deployable(self) -> None:
+        """Raises `NotDeployable` when the run would deploy a commit that may only be planned and rehearsed."""
+        if self.request.deploys:
+            await admission.check(self.repo, self.request.commit)
+
     async def unless_superseded(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` and return its result. When a newer push replaces this run's, end it and raise `Superseded`."""
         task = asyncio.ensure_future(work)
@@ -219,6 +225,7 @@ async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -
     async with cancelled_by_sigterm(), runs.claimed(request.repo, run.id):
         try:
             clean_up(request.repo)
+            await run.check_deployable()
             while True:
                 try:
                     await stages(run)

@@ -124,11 +124,12 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
         "--allowed-signers",
         metavar="FILE",
         help="ssh keys that are trusted for signatures; '' for "
-        "the keys of the users who may write to the repository, which is the default",
+        "the keys of the users who may deploy or rehearse it, which is the default",
     )
     policy.add_argument("--gpg-home", metavar="DIR", help="the gpg folder whose keys are trusted; '' for none")
 
     create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
+    create.add_argument("--by", metavar="USER", help="the user who creates it; without a table it is theirs to deploy")
     create.set_defaults(run=_repo_create)
     change = verbs.add_parser("set", parents=[policy], help="change what a repository accepts, and show all of it")
     change.set_defaults(run=_repo_set)
@@ -214,7 +215,7 @@ def _say(text: str) -> None:
 
 
 async def _repo_create(arguments: argparse.Namespace) -> int:
-    await git_host.make(arguments.repos.absolute(), arguments.name)
+    await git_host.make(arguments.repos.absolute(), arguments.name, creator=arguments.by)
     return await _repo_set(arguments)
 
 

@@ -15,7 +15,7 @@ from flows.reconcile import reconcile
 from flows.stage import Stage, stage
 from tasks.run import Run
 from tests.conftest import PrefectServer
-from tests.repos import InfraRepo
+from tests.repos import InfraRepo, git
 from tests.toy import steps as toy
 from tests.toy.kind import DeployedFile, FileKind
 from toto.ledger.history import What, events
@@ -63,6 +63,24 @@ async def test_a_fourth_kind_is_detected_rehearsed_rolled_out_and_recorded(files
     assert good is not None and good.size == 3
     assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
     assert (await files.reconcile()).message.endswith("nothing to do (1 file as wanted)")  # type: ignore[union-attr]
+
+
+async def test_a_commit_that_is_not_on_the_deployed_branch_is_planned_and_rehearsed_and_nothing_else(
+    files: Files,
+) -> None:
+    """Whatever the parameters say, and however the commit is named."""
+    files.commit({"a": "one"})
+    await files.reconcile()
+    other = files.commit({"a": "two"})
+    for words in (("update-ref", "refs/heads/main", f"{other}~1"), ("tag", "v7", other), ("branch", "side", other)):
+        git(*words, cwd=files.repo.bare)
+    for commit in (other, "v7", "side"):
+        state = await files.reconcile(commit=commit, force=True, override="now", only=["file/a"])
+        assert state.is_failed() and f"{other[:8]} is not on main, the deployed branch" in str(state.message)
+    assert (await files.reconcile(commit="v7", plan_only=True)).is_completed()
+    assert (await files.reconcile(commit="side", rehearse_only=True)).is_completed()
+    assert files.there() == {"a": "one"}
+    assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
 
 
 async def test_a_fourth_kind_is_reverted_in_reverse_order_with_its_own_record(files: Files) -> None:

@@ -26,16 +26,15 @@ from toto.git_host.access import git
 HOOKS: Final = Path(__file__).parent / "hooks"
 RULES: Final = """\
 # Who may do what on this git host: docs/git-host.md. A push to the branch main changes it, at once.
-create = ["{user}"]
 
 [users]
 {user} = ["{key}"]
 
 [repos.{admin}]
-write = ["{user}"]
+admin = ["{user}"]
 
 [repos."*"]
-write = ["{user}"]
+admin = ["{user}"]
 """
 DEPLOYMENT: Final = "reconcile/reconcile"
 OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks from then still use
