@@ -14,10 +14,11 @@ from pathlib import Path
 
 from toto.base import paths, runs
 from toto.base.errors import InputError, TotoError
-from toto.git_host import access, receive
+from toto.git_host import access, follow, receive
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.infra_repo import git
+from toto.ledger import approvals
 from toto.ledger.ledger import REF, Ledger
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -65,6 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     history = verbs.add_parser("log", parents=[repo], help="show the deployment history, newest first")
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")
     history.set_defaults(run=_log)
+
+    for verb, help in (
+        ("approve", "let a run go on that asks for an approval"),
+        ("reject", "refuse what a run asks for"),
+    ):
+        answering = verbs.add_parser(verb, help=f"{help}; over ssh: ssh toto {verb} RUN")
+        answering.add_argument("flow_run", metavar="RUN", help="the run's id, as in its log")
+        answering.add_argument("--by", metavar="USER", help="the user of the git host who answers")
+        answering.add_argument(
+            "--repos",
+            type=Path,
+            default=git_host.default_repos(),
+            help="the folder of the repositories (default: %(default)s)",
+        )
+        answering.set_defaults(run=_answer, approved=verb == "approve")
 
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
@@ -179,6 +195,31 @@ async def _log(arguments: argparse.Namespace) -> int:
     )
     print(done.stdout if done.status == 0 else "nothing was deployed from here yet", end="")
     return 0
+
+
+async def _answer(arguments: argparse.Namespace) -> int:
+    """Answer for a run of one of the repositories for which the user may; others are as if they were not there."""
+    repos, run, user = arguments.repos.absolute(), arguments.flow_run, arguments.by
+    for repo in git_host.infra_repos(repos):
+        name = repo.name.removesuffix(".git")
+        if approvals.read(repo, run) is not None and await access.may(repos, user, "read", name):
+            if not await access.may(repos, user, "approve", name):
+                raise InputError(
+                    f"{user} may not answer for runs of {name}",
+                    hint=f'ask someone who may, or someone who may deploy {access.ADMIN} for `approve = ["{user}"]` '
+                    f"in [repos.{name}]",
+                )
+            by = user or f"{getpass.getuser()} (on toto itself)"
+            asked = await approvals.answer(repo, run, approved=arguments.approved, by=by)
+            print(f"{'approved' if arguments.approved else 'rejected'} by {by}: run {run} of {name}")
+            for label, plan in asked.plans.items():
+                print(follow.clean(f"{label}:\n{plan}"))
+            return 0
+    raise InputError(
+        "there is no run of this id that asks for an approval",
+        target=f"run {run}",
+        hint="the log of the run that asks has the whole line",
+    )
 
 
 async def _database_move(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from toto.git_host import access
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.git_host.host import Served
+from toto.ledger import approvals
 from toto.server import deployments
 from toto.server import serve as server
 
@@ -268,6 +269,34 @@ async def test_a_rehearser_pushes_branches_and_deploys_nothing(host: Host) -> No
     repo = access.path_of(host.repos, "infra")
     [waiting] = (repo / "toto" / "spool").glob("*.json")
     assert '"rehearse_only":true' in waiting.read_text() and '"user:bob"' in waiting.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_an_approval_is_by_name_and_only_by_those_who_may(host: Host) -> None:
+    run, other, secret = (f"5a0c0000-0000-4000-8000-00000000000{number}" for number in (1, 2, 3))
+    for name, asking in (("infra", (run, other)), ("private", (secret,))):
+        repo = await git_host.make(host.repos, name)
+        host.clone("alice", name).push("main", "skip")
+        for each in asking:
+            await approvals.ask(repo, each, {"terraform/dns": "\x1b[31mdestroy"}, 60)
+    admin = host.clone("alice", "admin")
+    admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
+    set_rules(host, admin, lambda text: text.replace('read = ["bob"]', 'rehearse = ["bob"]'))
+    for verb, word in (("approve", run), ("reject", run)):
+        assert "bob may not answer for runs of infra" in host.ask("bob", verb, word).stderr
+    for word in (secret, secret.replace("3", "4")):  # there is one of them, and bob does not learn which
+        assert "there is no run of this id that asks" in host.ask("bob", "approve", word).stderr
+    assert "alice may not answer for runs of infra" in host.ask("alice", "approve", run).stderr  # who wrote it
+    set_rules(host, admin, lambda text: text.replace('write = ["alice"]', 'write = ["alice"]\napprove = ["bob"]'))
+    done = host.ask("bob", "approve", run)
+    assert done.returncode == 0 and f"approved by bob: run {run} of infra" in done.stdout, done.stderr
+    assert "�[31mdestroy" in done.stdout
+    assert "was approved by bob at" in host.ask("bob", "reject", run).stderr
+    assert "rejected by bob" in host.ask("bob", "reject", other).stdout
+    found = approvals.read(access.path_of(host.repos, "infra"), other)
+    assert found and found.answer and not found.answer.approved
+    toto = ["python", "-m", "toto.cli", "approve", secret, "--repos", str(host.repos)]
+    assert "(on toto itself): run" in (await process.run(toto)).stdout
 
 
 async def test_reader_reads_and_does_not_push(host: Host) -> None:
