@@ -21,7 +21,10 @@ from toto.git_host import admission
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
+from toto.machine import owners
+from toto.machine.owners import NotOwned
 from toto.plan.changes import Action
+from toto.plan.host import HostOrder
 from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
@@ -78,10 +81,19 @@ class Run:
         self.touched: list[Target] = []
 
     def planned(self, plan: Plan) -> None:
-        """Start again with a new plan: clear the report, the verdicts and the touched targets."""
+        """Start again with a new plan: clear the report, the verdicts and the touched targets.
+
+        A machine of a different repository is a failure from the start.
+        """
         self.plan = plan
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
         self.verdicts, self.touched = {}, []
+        for order in plan.orders if self.request.deploys else ():
+            if isinstance(order, HostOrder) and order.machine and order.change.action in (Action.DEPLOY, Action.VERIFY):
+                try:
+                    owners.check(self.repo, order.machine)
+                except NotOwned as error:
+                    self.report.failure(order.label, "claim", error)
 
     @property
     def repo(self) -> Path:
