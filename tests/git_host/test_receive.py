@@ -9,7 +9,7 @@ import pytest
 
 from tests.git_host.test_access import key
 from tests.git_host.test_host import Pusher
-from toto.base import process
+from toto.base import paths, process
 from toto.git_host import access, receive
 from toto.git_host import host as git_host
 from toto.git_host.receive import Policy
@@ -64,6 +64,47 @@ def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher:
     assert "toto: toto.toml:1: is not TOML" in said and "machines.yaml" not in said
     write(pusher, {"toto.toml": None})
     pusher.push()
+
+
+async def test_what_is_more_than_the_server_allows_is_refused_with_its_name(
+    pusher: Pusher, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook finds the server's rules by the repository's own config: sshd gives it no environment."""
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    (paths.state_home() / "server.toml").write_text('[most]\n"sandbox.test_timeout" = 60\n"machine.cores" = 2\n')
+    await git_host.create(repo, api_url="http://127.0.0.1:1/api")
+    monkeypatch.delenv("TOTO_STATE")
+    write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 61\nphase_timeout = 600000\n"})
+    said = refused(pusher)
+    for words in ("test_timeout: 61 is more than the 60", "phase_timeout: 600000 is more than the 14400"):
+        assert f"toto: toto.toml: sandbox.{words} that this server allows (most.sandbox." in said
+    write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 60\n", "machines.yaml": f"{GOOD}    cores: 3\n"})
+    assert "toto: machines.yaml: web1: cores: 3 is more than the 2 that this server allows" in refused(pusher)
+    write(pusher, {"machines.yaml": f"{GOOD}    cores: 2\n"})
+    pusher.push()
+
+
+async def test_a_push_that_is_too_large_or_malformed_is_refused_by_git(
+    pusher: Pusher, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    (paths.state_home() / "server.toml").write_text("[push]\nsize = 1000000\n")
+    await git_host.create(repo, api_url="http://127.0.0.1:1/api")
+    (pusher.folder / "image").write_bytes(os.urandom(1_100_000))
+    write(pusher, {})
+    assert "pack exceeds maximum allowed size" in refused_by_git(pusher, "main")
+    pusher.git("reset", "--quiet", "--hard", "HEAD~1")
+    empty = pusher.git("rev-parse", "HEAD^{tree}")
+    tree = subprocess.run(
+        ["git", "mktree"],
+        input=f"040000 tree {empty}\t.git\n",
+        text=True,
+        cwd=pusher.folder,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
+    commit = pusher.git("commit-tree", "-m", "x", tree)
+    assert "hasDotgit" in refused_by_git(pusher, f"{commit}:refs/heads/evil")
 
 
 def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -> None:

@@ -7,6 +7,7 @@ commands that read a repository are in `toto.infra_repo.git`; `flows/` has what 
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, paths, process
+from toto.base import files, paths, process, server_rules
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.base.without_git import without_git
@@ -232,7 +233,10 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
         "toto.branch": branch,
         "toto.python": sys.executable,
         "toto.root": str(HOOKS.parents[2]),
+        "toto.state": os.environ.get("TOTO_STATE"),
         "receive.hideRefs": "refs/toto",
+        "receive.fsckObjects": "true",
+        "receive.maxInputSize": str(server_rules.load().push.size),
         "receive.advertisePushOptions": "true",
     }.items():
         await _configure(path, key, value)

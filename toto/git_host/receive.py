@@ -252,7 +252,7 @@ async def _wrong_files(update: Update) -> list[str]:
     there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # the run follows links
     if not there:
         return wrong
-    from toto.infra_repo import manifest, settings  # noqa: PLC0415
+    from toto.infra_repo import limits, manifest, settings  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
         await _git(
@@ -268,9 +268,9 @@ async def _wrong_files(update: Update) -> list[str]:
         for name in there:
             try:
                 if name == MANIFEST:
-                    manifest.load(Path(folder, name))
+                    limits.check_machines(manifest.load(Path(folder, name)))
                 else:
-                    settings.load(Path(folder))
+                    limits.within(settings.load(Path(folder)))
             except TotoError as error:
                 wrong.append(str(error))
     return wrong
