@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.ledger.test_ledger import deployed
-from tests.repos import InfraRepo
+from tests.ledger.test_ledger import deployed, intent
+from tests.repos import InfraRepo, git
 from toto import cli
 from toto.base import paths
 from toto.base.errors import InputError, TotoError
@@ -26,10 +26,9 @@ KEY, OTHER = "ssh-ed25519 AAAA", "ssh-ed25519 BBBB"
 @pytest.fixture(autouse=True)
 def repos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
-    infra, lab = tmp_path / "infra.git", tmp_path / "lab.git"
-    infra.mkdir()
-    lab.mkdir()
-    return infra, lab
+    for name in ("infra", "lab"):
+        git("init", "--quiet", "--bare", f"{name}.git", cwd=tmp_path)
+    return tmp_path / "infra.git", tmp_path / "lab.git"
 
 
 def machine(name: str = "web1", address: str = "10.0.0.1", port: int = 22) -> Machine:
@@ -93,6 +92,11 @@ async def test_a_machine_is_moved_retired_and_listed(
     ):
         status, said = await asyncio.to_thread(toto, "move", *words, *where)
         assert status == 2 and complaint in said, said
+    web1 = Target("host", "web1")
+    await Ledger(infra).write(web1, steps.intend(intent("run-1")), "intent")
+    status, said = await asyncio.to_thread(toto, "move", "web1", "infra", "lab", *where)
+    assert status == 2 and "infra is deploying it, or has left it half done" in said
+    await Ledger(infra).write(web1, lambda _: None, "retired")
     await owners.move("web1", infra, lab)
     with pytest.raises(NotOwned, match="belongs to the repository lab"):
         owners.check(infra, machine())

@@ -16,6 +16,7 @@ from toto.git_host.shared import name_of
 from toto.infra_repo import git, manifest
 from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
 from toto.machine.ssh import SshTarget
 
 FILE: Final = "machines.json"
@@ -82,7 +83,16 @@ async def release(repo: Path, name: str) -> None:
 
 
 async def move(name: str, old: Path, new: Path) -> None:
-    """Make `new` the owner of a machine in place of `old`. Raises `InputError` when that is not its owner."""
+    """Make `new` the owner of a machine in place of `old`.
+
+    Raises `InputError` when that is not its owner, or has left the machine half done: only `old` can revert it.
+    """
+    if old.is_dir() and Target("host", name) in Ledger(old).read().open_intents:
+        raise InputError(
+            f"{name_of(old)} is deploying it, or has left it half done",
+            target=name,
+            hint="wait for the run, or start settle/settle for that repository",
+        )
     async with paths.alone(_lock()):
         owners = read()
         owner = owners.machines.get(name)
