@@ -10,6 +10,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from blocks.names import names
 from toto.base import files
 from toto.base.errors import InputError
 
@@ -18,9 +19,15 @@ class AccessBlock(TotoBlock, ABC):
     """A block that also works unsaved, with its defaults."""
 
     @classmethod
-    async def load_or_default(cls, name: str = "toto") -> Self:
-        """The saved block of this name, or the defaults when there is none. Raises `InputError`."""
-        return await cls.saved(name) or cls()
+    async def of_repo(cls, repo: Path, target: str | None = None) -> Self:
+        """The block of an infra repo, or of one of its targets: the first that is saved of `names`, else the defaults.
+
+        Raises `InputError`.
+        """
+        for name in names(repo, target):
+            if (block := await cls.saved(name)) is not None:
+                return block
+        return cls()
 
 
 class SshIdentity(AccessBlock):

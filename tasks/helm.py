@@ -9,11 +9,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import KubeAccess
+from blocks.names import names
 from tasks import Done, report
 from tasks.record import record_reverted
 from tasks.reversal import Reversal
 from toto.base import runs
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
+from toto.git_host import shared
 from toto.helm import release as helm_release
 from toto.helm.cluster import Helm, Revision
 from toto.helm.diff import Difference
@@ -31,11 +33,21 @@ class TestsFailed(TotoError):
 
 
 async def connect(repo: Path, run: str) -> Helm:
-    """helm with the cluster of the block `toto`, or else of the environment's kubeconfig. Raises `InputError`."""
+    """helm with the cluster of the repo's block.
+
+    The repo that may use the shared blocks goes without one by the environment's kubeconfig. Raises `InputError`.
+    """
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Each gets its own folder, since releases are rehearsed side by side.
-    return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
+    kubeconfig = (await KubeAccess.of_repo(repo)).file(Path(tempfile.mkdtemp(dir=directory)))
+    if kubeconfig is None and not shared.has_shared_blocks(repo):
+        raise InputError(
+            "this repository has no cluster",
+            target=shared.name_of(repo),
+            hint=f"save a block `Toto kube access` as {names(repo)[0]} in the UI",
+        )
+    return Helm(kubeconfig=kubeconfig)
 
 
 @task(name="render and compare", task_run_name="render and compare", cache_policy=NO_CACHE)

@@ -28,10 +28,9 @@ class PlanMoved(TotoError):
     """The state has changed since the rehearsal, and the plan would be different now."""
 
 
-async def credentials(root: str) -> dict[str, str]:
-    """The secret variables for a root, from the block named after it, or else the block `toto`. Raises `InputError`."""
-    own = await TerraformCredentials.saved(report.key(root))
-    return (own or await TerraformCredentials.load_or_default()).environment()
+async def credentials(repo: Path, root: str) -> dict[str, str]:
+    """The secret variables for a root, from the block of its own or that of its repo. Raises `InputError`."""
+    return (await TerraformCredentials.of_repo(repo, root)).environment()
 
 
 async def _session(order: RootOrder) -> Session:
@@ -41,7 +40,7 @@ async def _session(order: RootOrder) -> Session:
         tree=order.tree,
         scratch=order.scratch,
         settings=order.settings.terraform,
-        env=await credentials(order.name),
+        env=await credentials(order.repo, order.name),
         on_line=sink(),
     )
 
@@ -138,7 +137,7 @@ async def session_at(repo: Path, run: str, target: Target, commit: str) -> Sessi
                 tree=tree,
                 scratch=runs.run_directory(repo, run) / "back",
                 settings=wanted,
-                env=await credentials(root.name),
+                env=await credentials(repo, root.name),
                 on_line=sink(),
             )
     raise CannotGoBack(f"there is no such root at {commit[:8]}", target=target.label)

@@ -313,11 +313,16 @@ async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) 
         run = world.push() if word is False else world.request("reconcile/reconcile")
         await world.until(run, {"PAUSED"})
         assert world.value() == "one", "nothing is touched while it waits"
-        world.api("POST", f"/flow_runs/{run}/resume", {"run_input": {"approve": word, "by": "the operator"}})
+        verb = "approve" if word else "reject"
+        subprocess.run(
+            [sys.executable, "-m", "toto.cli", verb, run, "--repos", world.repo.parent],
+            env=world.environment,
+            check=True,
+        )
         ended = await world.ended(run)
         assert ended.state == state, ended.message
     assert world.value() == "two"
-    await world.log_line(run, "approved by the operator")
+    await world.log_line(run, "(on toto itself)")
     await world.deploy("without", {"toto.toml": SETTINGS})
 
 

@@ -10,7 +10,7 @@ from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.base.resources import at_once
 from toto.base.runs import run_directory
-from toto.infra_repo import git, manifest
+from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger
@@ -53,6 +53,8 @@ async def make(
     """
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
+        settings = limits.within(settings)
+        limits.check_machines(fleet)
         source = Source(repo, commit, run, tree, settings, fleet, override)
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
         found, after = await _discover(source, only)
