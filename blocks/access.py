@@ -12,6 +12,7 @@ from pydantic import Field, SecretStr, field_validator
 from blocks.base import TotoBlock
 from toto.base import files
 from toto.base.errors import InputError
+from toto.cell.relay import Endpoint
 
 
 class AccessBlock(TotoBlock, ABC):
@@ -63,6 +64,23 @@ class TerraformCredentials(AccessBlock):
         description='As JSON: {"HCLOUD_TOKEN": "…", "AWS_SECRET_ACCESS_KEY": "…", "TF_VAR_password": "…"}',
     )
 
+    endpoints: list[str] = Field(
+        default_factory=list,
+        title="Endpoints",
+        description="What terraform reaches on private networks or on toto itself, as host:port: 192.168.7.5:8006. "
+        "The servers in PG_CONN_STR and TF_HTTP_ADDRESS are known without that.",
+    )
+
+    @field_validator("endpoints")
+    @classmethod
+    def _are_endpoints(cls, endpoints: list[str]) -> list[str]:
+        for each in endpoints:
+            try:
+                Endpoint.parse(each)
+            except InputError as error:
+                raise ValueError(f"{error.message}: write host:port, such as 192.168.7.5:8006") from None
+        return endpoints
+
     @field_validator("variables")
     @classmethod
     def _are_variables(cls, variables: SecretDict) -> SecretDict:
@@ -74,6 +92,10 @@ class TerraformCredentials(AccessBlock):
     def environment(self) -> dict[str, str]:
         """The variables by name. Every value is a secret."""
         return dict(self.variables.get_secret_value())
+
+    def reached(self) -> list[Endpoint]:
+        """The endpoints, parsed."""
+        return [Endpoint.parse(each) for each in self.endpoints]
 
 
 class KubeAccess(AccessBlock):

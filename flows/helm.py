@@ -25,6 +25,7 @@ async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
 @flow(name="roll out release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: ReleaseOrder, verdict: Verdict[Difference]) -> Literal["deployed", "recorded"]:
     """Upgrade the release, run its own tests, and record its revision. Without a difference it is only recorded."""
+    order.check_deploys()
     verdict.check(order)
     helm = await connect(order.repo, order.run)
     now = await inspect(order, helm)

@@ -334,6 +334,15 @@ class Session:
         return tfplan.state_of(json.loads(text) if text.strip() else None, self._secrets)
 
     @_connected
+    async def validate(self) -> None:
+        """Check what the root says by itself, without its state. Raises `TerraformFailed`, `CommandTimeout`."""
+        try:
+            await self._run("init", backend=False)
+        except TerraformFailed:  # of a module or a provider that only a login can fetch
+            return
+        await self._run("validate")
+
+    @_connected
     async def init(self) -> None:
         """Make the root ready: a fresh copy of its folder, backend, providers, modules, workspace.
 
