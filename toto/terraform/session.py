@@ -426,7 +426,7 @@ class Session:
         state = folders.read_regular(self._copy, left.name, most=LARGEST)
         if state is None:
             return None
-        kept = files.write(self._home / f"errored-{git.now()}.tfstate", state.decode(errors="replace"))
+        kept = files.write_bytes(self._home / f"errored-{git.now()}.tfstate", state)
         folders.own(self._home, self._user)
         left.unlink()
         return kept
@@ -565,7 +565,7 @@ class Session:
         if state is not None:
             place = self._home.joinpath(*within)
             place.mkdir(parents=True, exist_ok=True)
-            files.write(place / "terraform.tfstate", state.decode())
+            files.write_bytes(place / "terraform.tfstate", state)
 
     def _cell(self, terraform: tool.Tool) -> Cell:
         return Cell(
