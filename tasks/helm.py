@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,6 +17,7 @@ from toto.base import runs
 from toto.base.errors import TotoError
 from toto.helm import release as helm_release
 from toto.helm.cluster import Helm, Revision
+from toto.helm.command import ClusterUnreachable
 from toto.helm.diff import Difference
 from toto.helm.release import Release
 from toto.helm.revert import revert as revert_release
@@ -25,17 +27,23 @@ from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
 from toto.plan.release import DeployedRelease, ReleaseBefore, ReleaseOrder
 
+READ_ONLY: Final = "toto-read-only"  # the block for runs that will not deploy
+
 
 class TestsFailed(TotoError):
     """The chart's own tests failed. The message has their output."""
 
 
-async def connect(repo: Path, run: str) -> Helm:
-    """helm with the cluster of the block `toto`, or else of the environment's kubeconfig. Raises `InputError`."""
+async def connect(repo: Path, run: str, access: KubeAccess | None = None) -> Helm:
+    """helm with a cluster: that of `access`, else of the block `toto`, else of the environment's kubeconfig.
+
+    Raises `InputError`.
+    """
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    access = access or await KubeAccess.load_or_default()
     # Each gets its own folder, since releases are rehearsed side by side.
-    return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
+    return Helm(kubeconfig=access.file(Path(tempfile.mkdtemp(dir=directory))))
 
 
 @task(name="render and compare", task_run_name="render and compare", cache_policy=NO_CACHE)
@@ -52,6 +60,29 @@ async def compare(order: ReleaseOrder) -> Difference:
     difference = await helm.difference(release, order.tree)
     await report.show_difference(order.label, "\n".join([*([said] if said else []), str(difference)]))
     return difference
+
+
+@task(name="render without deploying", task_run_name="render", cache_policy=NO_CACHE)
+async def try_to_compare(order: ReleaseOrder) -> tuple[Difference | None, str]:
+    """Lint and render the release in a run that will not deploy it, and compare it where a block that only reads is.
+
+    Returns the difference, and how it was found or why there is none. Raises `RenderFailed`, `ChartUnavailable`.
+    """
+    release = order.release
+    access = await KubeAccess.saved(READ_ONLY)
+    helm = await connect(order.repo, order.run, access) if access else Helm()
+    for warning in await helm.lint(release, order.tree):
+        get_run_logger().warning("%s", warning)
+    await helm.render_alone(release, order.tree)
+    if access is None:
+        return None, "rendered without the cluster's credentials, which this run does not get: not compared with it"
+    try:
+        difference = await helm.difference(release, order.tree)
+    except ClusterUnreachable as error:
+        get_run_logger().warning("%s", error)
+        return None, "rendered, and not compared with the cluster: the credentials that only read do not get there"
+    await report.show_difference(order.label, str(difference))
+    return difference, f"{difference.summary} (compared with credentials that only read)"
 
 
 @dataclass(frozen=True)
