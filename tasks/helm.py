@@ -42,8 +42,8 @@ async def connect(repo: Path, run: str, access: KubeAccess | None = None) -> Hel
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     access = access or await KubeAccess.load_or_default()
-    # Each gets its own folder, since releases are rehearsed side by side.
-    return Helm(kubeconfig=access.file(Path(tempfile.mkdtemp(dir=directory))))
+    scratch = Path(tempfile.mkdtemp(dir=directory))  # of its own, since releases are rehearsed side by side
+    return Helm(kubeconfig=access.file(scratch), scratch=scratch)
 
 
 @task(name="render and compare", task_run_name="render and compare", cache_policy=NO_CACHE)

@@ -158,7 +158,8 @@ class _Stored:
 class Helm:
     """helm and one cluster. With `kubeconfig` None it is the cluster that the environment names.
 
-    `state` is the folder for charts and helm's caches (None: in toto's state directory). `patience` is how many seconds
+    `state` is the folder for charts and helm's caches (None: in toto's state directory). `scratch` is the run's own
+    folder, which holds what a release renders to, Secrets included, while helm works on it (None: `state`). `patience` is how many seconds
     reading from the cluster may take. Every method that connects to the cluster raises `ClusterUnreachable`.
     """
 
@@ -166,6 +167,7 @@ class Helm:
     kubeconfig: Path | None = None
     state: Path | None = None
     patience: float = PATIENCE
+    scratch: Path | None = None
     _major: int = field(default=0, init=False)
     _able: tuple[str, ...] | None = field(default=None, init=False)
 
@@ -515,8 +517,9 @@ class Helm:
     @contextlib.contextmanager
     def _own_chart(self, name: str, texts: Mapping[str, str] | None = None) -> Iterator[Path]:
         """A folder for a chart of toto's own, with its files, while the block lasts."""
-        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=self._state) as made:
+        place = self.scratch or self._state
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=place) as made:
             for file, text in (texts or {}).items():
                 Path(made, file).parent.mkdir(exist_ok=True)
                 Path(made, file).write_text(text)
