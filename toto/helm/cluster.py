@@ -159,8 +159,9 @@ class Helm:
     """helm and one cluster. With `kubeconfig` None it is the cluster that the environment names.
 
     `state` is the folder for charts and helm's caches (None: in toto's state directory). `scratch` is the run's own
-    folder, which holds what a release renders to, Secrets included, while helm works on it (None: `state`). `patience` is how many seconds
-    reading from the cluster may take. Every method that connects to the cluster raises `ClusterUnreachable`.
+    folder, which holds what a release renders to, Secrets included, while helm works on it (None: `state`). `patience`
+    is how many seconds reading from the cluster may take. Every method that connects to the cluster raises
+    `ClusterUnreachable`.
     """
 
     binary: str = "helm"
