@@ -45,6 +45,7 @@ async def _detect(run: Run) -> None:
             request.only,
             override=request.override,
             force=request.force,
+            deploys=request.deploys,
             identify=identify,
         )
     )

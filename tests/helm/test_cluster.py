@@ -633,6 +633,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        monkeypatch.setenv("TOTO_CELL_ENDPOINTS", f"127.0.0.1:{server.server_port}")
         yield f"https://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
