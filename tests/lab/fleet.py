@@ -29,6 +29,7 @@ from tests.lab.setup import environment
 from toto.git_host import host as git_host
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
+from toto.nix import daemon
 from toto.plan.host import DeployedHost
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
@@ -125,7 +126,8 @@ class Fleet:
                 self.repo.parent,
                 "--sqlite",
             ],
-            env=self.environment,
+            # It runs a nix daemon of its own, whatever the session of tests has.
+            env={name: value for name, value in self.environment.items() if name != daemon.SOCKET},
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,
