@@ -1,5 +1,6 @@
 """Detect: make the plan of a commit. Nothing outside toto is touched, and toto connects to no machine."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from toto.base import process, runs
+from toto.base import owned, process, runs
+from toto.cell import limits
+from toto.machine import ssh
 from toto.plan import make
 from toto.plan.changes import Desired
 from toto.plan.kind import Found, Kind, Source
@@ -27,8 +30,11 @@ async def evaluate(kind: Kind[Any], source: Source, found: Found[Any]) -> Desire
 
 
 def clean_up(repo: Path) -> None:
-    """End the processes and remove the directories of runs that have died."""
+    """End the processes and remove the directories of runs that have died, and what their cells have left."""
     killed, removed = process.clean_up(), runs.clean_up(repo)
+    limits.clean_up()
+    for place in {ssh.SHORT, Path(tempfile.gettempdir())}:
+        owned.sweep(place)
     if killed or removed:
         get_run_logger().warning(
             "ended %s processes and removed %s directories of runs that had died", len(killed), len(removed)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toto.base import paths, runs
 from toto.base.errors import InputError, TotoError
+from toto.base.prefect_api import saved_auth
 from toto.git_host import access, receive
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
@@ -22,7 +23,7 @@ from toto.ledger.ledger import REF, Ledger
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
-from toto.server import database_move
+from toto.server import database_move, environment
 from toto.server import serve as server
 
 
@@ -70,9 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")
     history.set_defaults(run=_log)
 
+    secret = verbs.add_parser("password", help="print user and password of UI and API: an administrator's")
+    secret.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
+    secret.set_defaults(run=_password)
+
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
+
+
+async def _password(arguments: argparse.Namespace) -> int:
+    if (auth := saved_auth(arguments.home / environment.PROFILES)) is None:
+        raise InputError(
+            "there is no password yet", target=str(arguments.home), hint="start `toto serve`: it makes one"
+        )
+    print(auth)
+    return 0
 
 
 def _database_verbs(parser: argparse.ArgumentParser) -> None:

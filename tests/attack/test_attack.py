@@ -99,7 +99,7 @@ async def as_vm(toto: Victim, way: Path, tmp_path: Path) -> str:
             host="web1",
             state=state,
             key=toto.state / "keys" / "sandbox",
-            boot_timeout=25,
+            boot_timeout=8,
             on_console=lines.append,
         ):
             pass

@@ -48,7 +48,7 @@ class Victim:
         self._before = self._files()
 
     def harm(self, *texts: str) -> list[str]:
-        """What has been reached since `remember`, in words, given the texts that the attack has left; empty for none."""
+        """What has been reached since `remember`, in words, given the texts that the attack has left."""
         found = [f"reached the {each}" for each in self.callers]
         found += [f"the secret is in {text[:300]!r}" for text in texts if CANARY in text]
         now = self._files()

@@ -5,6 +5,7 @@ by `python -m toto.server.serve`, a run by `git push`. What it says of a machine
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -26,11 +27,13 @@ from tests import clean_logs
 from tests.lab.machine import Machine
 from tests.lab.parts import Part
 from tests.lab.setup import environment
+from toto.base.prefect_api import saved_auth
 from toto.git_host import host as git_host
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
 from toto.nix import daemon
 from toto.plan.host import DeployedHost
+from toto.server.environment import PROFILES
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
@@ -267,9 +270,9 @@ class Fleet:
     def api(self, method: str, path: str, body: object = None) -> Any:
         """One request to Prefect's API."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.url}/api{path}", data, {"Content-Type": "application/json"}, method=method
-        )
+        auth = base64.b64encode((saved_auth(self.home / PROFILES) or "").encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {auth}"}
+        request = urllib.request.Request(f"{self.url}/api{path}", data, headers, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for attempt in range(60):
             try:

@@ -31,6 +31,7 @@ from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import Target
 from toto.plan.release import DeployedRelease
 from toto.plan.root import DeployedRoot, RootBefore
+from toto.server.environment import PROFILES
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(4)]
 
@@ -255,7 +256,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> A
             subprocess.run,
             [sys.executable, "-c", SAVE],
             check=True,
-            env=world.environment | {"PREFECT_API_URL": f"{world.url}/api", "POISON": POISON},
+            env=world.environment | {"PREFECT_PROFILES_PATH": str(world.home / PROFILES), "POISON": POISON},
         )
         yield world
     finally:
@@ -442,7 +443,7 @@ async def test_a_notebook_runs_from_its_first_cell_to_its_last(world: World, nam
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     metadata = dict(notebook.metadata)
     env = world.environment | {
-        "PREFECT_API_URL": f"{world.url}/api",
+        "PREFECT_PROFILES_PATH": str(world.home / PROFILES),
         "PREFECT_HOME": str(world.home),
         "PREFECT_UI_URL": world.url,
     }

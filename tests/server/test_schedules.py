@@ -15,9 +15,10 @@ from tests.conftest import free_port
 from tests.git_host.test_host import Pusher
 from tests.server.test_serve import Part
 from toto.base import process
-from toto.base.prefect_api import Api
+from toto.base.prefect_api import Api, saved_auth
 from toto.git_host import host as git_host
 from toto.server import deployments
+from toto.server.environment import PROFILES
 
 pytestmark = pytest.mark.minutes(2)
 
@@ -29,8 +30,11 @@ class Toto:
 
     def __init__(self, folder: Path) -> None:
         self.home, self.port, self.repo = folder / "home", free_port(), folder / "infra.git"
-        self.api = Api(f"http://127.0.0.1:{self.port}/api")
         self.state = folder / "state"
+
+    @property
+    def api(self) -> Api:
+        return Api(f"http://127.0.0.1:{self.port}/api", saved_auth(self.home / PROFILES))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Part]:
@@ -82,7 +86,8 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
 
     async with toto.running():
         # Scripts still call it by its old name, and its parameter.
-        env = {**os.environ, "PREFECT_API_URL": toto.api.url, "PREFECT_HOME": str(tmp_path / "prefect")}
+        profiles = str(toto.home / PROFILES)
+        env = {**os.environ, "PREFECT_PROFILES_PATH": profiles, "PREFECT_HOME": str(tmp_path / "prefect")}
         done = await process.run(
             [sys.executable, "-m", "prefect", "deployment", "run", "reconcile/toto", "-p", "again=true", "--watch"],
             env=env,

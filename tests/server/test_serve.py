@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from tasks import limits
 from tests import clean_logs, postgres
@@ -239,7 +239,11 @@ def test_environment_keeps_foreign_settings_out(tmp_path: Path) -> None:
     assert "PREFECT_API_KEY" not in env
     assert env["HOME"] == "/h"
     assert (tmp_path / "h").stat().st_mode & 0o777 == 0o700
-    assert env["PREFECT_API_AUTH_STRING"] == "a:b"
+    assert not any("a:b" in value for value in env.values()), "an environment is read by more than it is meant for"
+    assert Api.of(env).auth == "a:b"
+    assert (tmp_path / "h" / environment.PROFILES).stat().st_mode & 0o777 == 0o600
+    again = environment.server_environment(tmp_path / "h", 1, base={})
+    assert Api.of(again).auth == environment.password(tmp_path / "h") == "a:b"
 
 
 @pytest.mark.parametrize(("before", "nixs"), [({}, None), ({"TMPDIR": "/var/tmp"}, "/var/tmp")])
@@ -366,7 +370,7 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
 async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_path: Path) -> None:
     """As units of their own: the server is stopped and started again, and the worker goes on."""
     home, port = tmp_path / "home", free_port()
-    api = Api(f"http://127.0.0.1:{port}/api")
+    api = Api(f"http://127.0.0.1:{port}/api", "admin:secret")
     parts: list[Part] = []
 
     async def one_run() -> None:
@@ -375,17 +379,17 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
         await until(api, run["id"], {"COMPLETED"}, 60)
 
     async with postgres.running() as cluster:
-        url = cluster.url
+        given = {"TOTO_DATABASE_URL": cluster.url, "TOTO_AUTH": api.auth or ""}
         try:
             for part in ("server", "worker"):
-                parts.append(await Part.begin(tiny_project, home, port, "--part", part, TOTO_DATABASE_URL=url))
+                parts.append(await Part.begin(tiny_project, home, port, "--part", part, **given))
             await one_run()
-            with temporary_settings({PREFECT_API_URL: api.url}):
+            with temporary_settings({PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.auth}):
                 assert await limits.side_by_side() == limits.ON_POSTGRES
             with pytest.raises(AssertionError, match="a toto worker already runs in"):
-                await Part.begin(tiny_project, home, port, "--part", "worker", TOTO_DATABASE_URL=url)
+                await Part.begin(tiny_project, home, port, "--part", "worker", **given)
             await parts[0].end()
-            parts[0] = await Part.begin(tiny_project, home, port, "--part", "server", TOTO_DATABASE_URL=url)
+            parts[0] = await Part.begin(tiny_project, home, port, "--part", "server", **given)
             await one_run()
             assert parts[1].process.poll() is None
             assert not (home / "prefect.db").exists()

@@ -5,6 +5,7 @@ This module imports very little, because every login to the git host loads it.
 
 import os
 from pathlib import Path
+from typing import TextIO
 
 
 def write(file: Path, text: str, mode: int = 0o600) -> Path:
@@ -23,3 +24,8 @@ def write(file: Path, text: str, mode: int = 0o600) -> Path:
         fresh.unlink(missing_ok=True)
         raise
     return file
+
+
+def lock(file: Path) -> TextIO:
+    """Open a file to lock it (`fcntl.flock`): only its owner may, for whoever can lock it could hold up the others."""
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "w")

@@ -12,6 +12,7 @@ from typing import Final
 
 import anyio
 
+from toto.base import files
 from toto.base.errors import InputError, TotoError
 
 LEAST_FREE: Final = 200_000_000  # bytes: for the ledger, logs and exports of a run, and what else runs meanwhile
@@ -28,6 +29,13 @@ def state_home() -> Path:
         raise InputError(f"the state directory {home} has white space in its name", hint="set TOTO_STATE")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder, when it is missing, that only this user may enter, and return it."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
 
 
 def repo_state(repo: Path) -> Path:
@@ -61,7 +69,7 @@ async def alone(lock: Path) -> AsyncIterator[None]:
     The lock ends with the process that holds it, however that process ends.
     """
     lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with files.lock(lock) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,11 +8,13 @@ import base64
 import contextlib
 import json
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from toto.base import process
 from toto.base.errors import TotoError
@@ -28,6 +30,19 @@ class ServerError(TotoError):
         self.status = status
 
 
+PROFILE: Final = "toto"
+
+
+def saved_auth(profiles: Path) -> str | None:
+    """The "user:password" that is saved in a file of Prefect's profiles, for every client that uses it."""
+    try:
+        profile = tomllib.loads(profiles.read_text())["profiles"][PROFILE]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return None
+    auth = profile.get("PREFECT_API_AUTH_STRING")
+    return str(auth) if auth else None
+
+
 @dataclass(frozen=True)
 class Api:
     """The API at `url`; `auth` is its "user:password", if it has one."""
@@ -37,7 +52,8 @@ class Api:
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> "Api":
-        return cls(env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING"))
+        """The API of an environment; its password is in the profile, see `saved_auth`."""
+        return cls(env["PREFECT_API_URL"], saved_auth(Path(env["PREFECT_PROFILES_PATH"])))
 
     async def call(self, method: str, path: str, body: object = None, *, timeout: float = 30) -> Any:
         """Send a request and return the decoded answer, None when it is empty.
@@ -48,13 +64,14 @@ class Api:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return await asyncio.to_thread(self._call, method, path, body, timeout)
+                return await asyncio.to_thread(self.ask, method, path, body, timeout)
             except ServerError as error:
                 if error.status != 503 or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(0.3)
 
-    def _call(self, method: str, path: str, body: object, timeout: float) -> Any:
+    def ask(self, method: str, path: str, body: object = None, timeout: float = 30) -> Any:
+        """As `call`, without a second try, and without a loop."""
         headers = {"Content-Type": "application/json"}
         if self.auth is not None:
             headers["Authorization"] = "Basic " + base64.b64encode(self.auth.encode()).decode()

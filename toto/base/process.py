@@ -32,6 +32,18 @@ log = logging.getLogger(__name__)
 Argument: TypeAlias = str | os.PathLike[str]
 LineSink: TypeAlias = Callable[[str], None]
 
+SECRETS: Final = frozenset(
+    {
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_API_KEY",
+        "PREFECT_SERVER_API_AUTH_STRING",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+        "PREFECT_API_DATABASE_CONNECTION_URL",
+        "PREFECT_SERVER_ENCRYPTION_KEY",
+        "TOTO_AUTH",
+        "TOTO_DATABASE_URL",
+    }
+)
 COOKIE: Final = "TOTO_COOKIE"
 LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
 KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
@@ -203,6 +215,11 @@ class Running:
         return False
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the passwords of toto's that may be in it: no other program needs them."""
+    return {name: value for name, value in environment.items() if name not in SECRETS}
+
+
 def mask(text: str, secrets: Sequence[str]) -> str:
     """`text` with every secret replaced by asterisks."""
     for secret in secrets:
@@ -283,7 +300,7 @@ async def _start(
     words = tuple(word if isinstance(word, str) else str(word) for word in argv)
     cookie = f"{owner()}.{_pid_namespace()}.{next(_numbers)}"
     if cell is None:
-        environment = dict(os.environ if env is None else env)
+        environment = without_secrets(os.environ) if env is None else dict(env)
         program = shutil.which(words[0], path=environment.get("PATH"))
         if program is None:
             raise CommandNotFound(words[0])

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from toto.base.process import Running
 
 _EVERY: Final = 0.25  # seconds between two looks at what a cell uses
+_DEEPEST: Final = 100  # nested folders
+_BLOCK: Final = 4096
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -70,9 +73,15 @@ async def limited(running: "Running", limits: Limits, folders: Sequence[Path]) -
 async def _watch(running: "Running", limits: Limits, folders: Sequence[Path], group: "_Group | None") -> None:
     if group is not None:
         group.add(running.pid)
+    took = 0.0
     while running.exceeded is None:
-        await asyncio.sleep(_EVERY)
-        running.exceeded = await asyncio.to_thread(_exceeded, running.pid, limits, folders, group is None)
+        await asyncio.sleep(max(_EVERY, 4 * took))
+        began = time.monotonic()
+        try:
+            running.exceeded = await asyncio.to_thread(_exceeded, running.pid, limits, folders, group is None)
+        except OSError:  # what is looked at is just ending
+            continue
+        took = time.monotonic() - began
     process.kill_tree(running.pid)
 
 
@@ -83,8 +92,11 @@ def _exceeded(pid: int, limits: Limits, folders: Sequence[Path], alone: bool) ->
             return f"{limits.processes} processes"
         if sum(_resident(each) for each in tree) > limits.memory:
             return f"{limits.memory / 1e6:.0f} MB of memory"
-    if sum(map(_used, folders)) > limits.disk:
-        return f"{limits.disk / 1e6:.0f} MB of disk"
+    try:
+        if sum(map(_used, folders)) > limits.disk:
+            return f"{limits.disk / 1e6:.0f} MB of disk"
+    except _TooDeep:
+        return f"{_DEEPEST} nested folders"
     return None
 
 
@@ -96,14 +108,37 @@ def _resident(pid: int) -> int:
     return 0
 
 
+class _TooDeep(Exception):
+    """Folders are nested deeper than any program needs."""
+
+
 def _used(folder: Path) -> int:
-    """The bytes of disk that a folder takes. What vanishes meanwhile does not count."""
+    """The bytes of disk that a folder takes. Each entry counts as a block at least, for a disk has only so many.
+
+    What vanishes meanwhile does not count, and links are not followed. Raises `_TooDeep`.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        return _used_in(opened, _DEEPEST)
+    finally:
+        os.close(opened)
+
+
+def _used_in(opened: int, depth: int) -> int:
+    if depth == 0:
+        raise _TooDeep
     total = 0
-    for place, _, names, opened in os.fwalk(folder, onerror=None):
-        del place
-        for name in names:
+    with os.scandir(opened) as entries:
+        for each in entries:
             with contextlib.suppress(OSError):
-                total += os.stat(name, dir_fd=opened, follow_symlinks=False).st_blocks * 512
+                found = os.stat(each.name, dir_fd=opened, follow_symlinks=False)
+                total += max(found.st_blocks * 512, _BLOCK)
+                if stat.S_ISDIR(found.st_mode):
+                    inner = os.open(each.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=opened)
+                    try:
+                        total += _used_in(inner, depth - 1)
+                    finally:
+                        os.close(inner)
     return total
 
 

@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from toto.base import paths, process
+from toto.base import owned, paths, process
 from toto.base.errors import InputError, TotoError
 from toto.cell.cell import HOSTS, Stage, as_user, fresh_user
 
@@ -162,11 +162,11 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
     user = fresh_user() if user is None else user
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(_PATIENCE)
-    with tempfile.TemporaryDirectory(prefix="toto-net-") as folder, ours, theirs:
-        resolver = Path(folder) / "resolv.conf"
+    with owned.folder("net", Path(tempfile.gettempdir())) as folder, ours, theirs:
+        resolver = folder / "resolv.conf"
         resolver.write_text(f"nameserver {_RESOLVER}\n")
         resolver.chmod(0o644)
-        hosts = Path(folder) / "hosts"
+        hosts = folder / "hosts"
         hosts.write_text(HOSTS)
         hosts.chmod(0o644)
         async with process.start(_holding(user), env=_BARE, stdin=theirs.fileno()) as running:

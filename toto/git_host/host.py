@@ -150,7 +150,7 @@ async def _new(path: Path) -> AsyncIterator[Path | None]:
     """A path for a new repository, moved to `path` at the end of the block; None when `path` exists. One at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.parent / ".new" / path.name
-    with (path.parent / ".lock").open("w") as lock:
+    with files.lock(path.parent / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # (a repository is made in a tenth of a second)
         if path.exists():
             yield None

@@ -10,16 +10,16 @@ import contextlib
 import itertools
 import re
 import shlex
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, process
+from toto.base import files, owned, process
 from toto.base.errors import InputError, TotoError
 from toto.base.process import Argument, CommandFailed, CommandTimeout, Completed, LineSink, Running
 
+SHORT: Final = Path("/tmp")  # noqa: S108  (for sockets whose path would be too long elsewhere)
 LOST: Final = 255  # the exit status of ssh's own errors; a remote command may exit with it too
 _LONGEST_SOCKET: Final = 80  # bytes; a socket's path may have 108, and ssh adds 17 to it for a temporary name
 _HANDSHAKE: Final = 30.0  # seconds that the authentication may take after ConnectTimeout
@@ -237,8 +237,8 @@ def _socket(directory: Path) -> Iterator[Path]:
     if len(bytes(wanted)) <= _LONGEST_SOCKET:
         yield wanted
         return
-    with tempfile.TemporaryDirectory(prefix="toto-", dir="/tmp") as short:  # private: mode 0700
-        yield Path(short, "master")
+    with owned.folder("ssh", SHORT) as short:
+        yield short / "master"
 
 
 def _path(path: Path) -> str:

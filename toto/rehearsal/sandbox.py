@@ -16,15 +16,13 @@ import itertools
 import logging
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from toto.base import process
+from toto.base import owned, process
 from toto.base.errors import InputError
 from toto.base.process import CommandTimeout, LineSink, Pushed, Running
 from toto.cell.cell import STORE, Cell
@@ -166,13 +164,12 @@ async def sandbox(
     script = _script(vm, host)
     if "," in str(state.absolute()):
         raise InputError(f"QEMU cannot keep a disk in {state}", target=host, hint="choose a path without a comma")
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The name has the owner in it from the start, for `clean_up`.
-        directory = Path(tempfile.mkdtemp(prefix=f"{process.owner()}-{host[:40]}-", dir=state)).absolute()
-    except OSError as error:
-        raise SandboxFailed(f"the folder for the sandbox cannot be made: {error}", target=host) from error
-    try:
+    with contextlib.ExitStack() as folders:
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory = folders.enter_context(owned.folder(host, state))
+        except OSError as error:
+            raise SandboxFailed(f"the folder for the sandbox cannot be made: {error}", target=host) from error
         disk = directory / "vm"
         disk.mkdir(mode=0o700)
         async with namespace() as network:
@@ -194,18 +191,12 @@ async def sandbox(
                         yield await machine.boot(stack, key, [SSH, *ports], boot_timeout)
                 finally:
                     machine.close()
-    finally:
-        _remove(directory)
 
 
 def clean_up(state: Path) -> list[Path]:
     """End the sandboxes under `state` whose owner is no longer alive; return the removed directories."""
     process.clean_up()
-    owned = [(path, re.match(r"(\d+\.\d+)-", path.name)) for path in state.glob("*-*")]
-    dead = [path for path, name in owned if name is not None and not process.lives(name[1])]
-    for path in dead:
-        _remove(path)
-    return dead
+    return owned.sweep(state)
 
 
 # --- starting --------------------------------------------------------------------------------------------------------
@@ -267,18 +258,6 @@ def _environment(
         # work"). The kernel skips this check under KVM; under TCG it needs the parameter.
         "QEMU_KERNEL_PARAMS": "no_timer_check" if accelerated == "tcg" else "",
     }
-
-
-def _remove(directory: Path) -> None:
-    for _ in range(3):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            return
-        for path in directory.rglob("*"):
-            with contextlib.suppress(OSError):
-                path.chmod(0o700)
-        time.sleep(0.05)
-    log.warning("%s could not be removed", directory)
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-It differs from Prefect's own in two ways.
+It differs from Prefect's own in three ways.
+
+It answers under its own names only, and no page of another site may open a websocket to it.
 
 The graph of a run has each edge once. Prefect's query repeats an edge once for each parameter of the step that it comes
 from, and its UI draws every one of them.
@@ -18,6 +20,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from prefect.server.api.server import create_app as prefects_own
@@ -25,9 +28,12 @@ from prefect.server.database import query_components
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import set_database_config
 from prefect.server.schemas.graph import Edge, Node
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_SERVER_API_HOST, PREFECT_UI_URL
 from pydantic import field_validator
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from starlette.datastructures import Headers
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
 
@@ -79,4 +85,28 @@ def create_app() -> FastAPI:
     url = PREFECT_API_DATABASE_CONNECTION_URL.value()
     if url and url.startswith("sqlite"):
         set_database_config(OneWriter(url))
-    return prefects_own()
+    app = prefects_own()
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts(), www_redirect=False)
+    app.add_middleware(OwnPages)
+    return app
+
+
+def hosts() -> list[str]:
+    """The names under which this server may be asked. A page of another site could have its name lead here."""
+    known = {PREFECT_SERVER_API_HOST.value(), urlsplit(PREFECT_UI_URL.value() or "").hostname or ""}
+    return sorted(known - {""} | {"127.0.0.1", "localhost", "::1"})
+
+
+class OwnPages:
+    """Refuses websockets of other sites' pages: browsers ask CORS for requests only."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            origin = urlsplit(Headers(scope=scope).get("origin", "")).hostname
+            if origin is not None and origin not in hosts():
+                await send({"type": "websocket.close", "code": 1008})
+                return
+        await self.app(scope, receive, send)

@@ -57,7 +57,7 @@ async def deploy(
     are single requests, because each start of Prefect's CLI costs 1.5 s. Raises `ServerError`, `CommandFailed`.
     """
     api = Api.of(env)
-    await ensure_pool(api, pool)
+    await ensure_pool(api, pool, root)
     for limit, slots in (limits or {}).items():
         await ensure_limit(api, limit, slots)
     await _delete_old_automation(api)
@@ -304,27 +304,17 @@ async def ensure_limit(api: Api, name: str, slots: int) -> None:
     )
 
 
-async def ensure_pool(api: Api, pool: str) -> None:
-    """Create or update the work pool, whose runs are started by `toto.server.fork_server`. Raises `ServerError`."""
-    text = {"type": "string"}
-    words = {"type": "object", "additionalProperties": text}
-    variables = {
-        "command": {
-            **text,
-            "title": "Command",
-            "default": shlex.join(
-                [sys.executable, "-I", "-S", str(ROOT / "toto" / "server" / "fork_server.py"), "run"]
-            ),
-        },
-        "env": {**words, "title": "Environment", "default": {}},
-        "labels": {**words, "title": "Labels", "default": {}},
-        "name": {"anyOf": [text, {"type": "null"}], "title": "Name", "default": None},
-        "stream_output": {"type": "boolean", "title": "Stream output", "default": True},
-        "working_dir": {"anyOf": [text, {"type": "null"}], "title": "Working directory", "default": None},
-    }
+async def ensure_pool(api: Api, pool: str, root: Path = ROOT) -> None:
+    """Create or update the work pool, whose runs are started by `toto.server.fork_server` for the flows in `root`.
+
+    Its template has no variables: no deployment and no run can change the command, its environment or its folder.
+    Raises `ServerError`.
+    """
+    starter = str(ROOT / "toto" / "server" / "fork_server.py")
+    command = shlex.join([sys.executable, "-I", "-S", starter, "run", str(root)])
     template = {
-        "job_configuration": {name: f"{{{{ {name} }}}}" for name in variables},
-        "variables": {"type": "object", "properties": variables},
+        "job_configuration": {"command": command, "stream_output": True},
+        "variables": {"type": "object", "properties": {}, "additionalProperties": False},
     }
     about = {"description": "toto's own processes, on the machine that toto runs on", "base_job_template": template}
     await _update(api, f"/work_pools/{pool}", about, "/work_pools/", {"name": pool, "type": "process"})

@@ -1,14 +1,19 @@
 """The environment of Prefect's server, its worker and their clients, with a reason for each setting."""
 
+import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from toto.base import files
+from toto.base.prefect_api import PROFILE, saved_auth
 from toto.server import orphans, prune
 
 PORT: Final = 4200
+PROFILES: Final = "profiles.toml"
 POSTGRES: Final = "postgresql+asyncpg"  # how the address of Prefect's database begins when that is PostgreSQL
 
 
@@ -25,9 +30,11 @@ def server_environment(
     """The environment of Prefect's server, its worker and their clients.
 
     `home` contains database, results and leases. It is created, with mode 0700, as the database in it would be
-    world-readable otherwise. `auth` is "user:password". `ui_url` is the UI's address in a browser, when that is not
-    host and port. `base` is the environment to start from (default: this process's). Prefect settings in it are
-    dropped, so that a profile or an API address of the user's own never gets toto's runs.
+    world-readable otherwise. `auth` is "user:password" of the API (default: the saved one). It is saved in the file of
+    Prefect's profiles, mode 0600, where server and clients find it, and is in no environment. `ui_url` is the UI's
+    address in a browser, when that is not host and port. `base` is the environment to start from (default: this
+    process's). Prefect settings in it are dropped, so that a profile or an API address of the user's own never gets
+    toto's runs.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -41,13 +48,15 @@ def server_environment(
         "TMPDIR": str(temporary),
         "TOTO_TMPDIR": source.get("TOTO_TMPDIR", source.get("TMPDIR", "")),  # where nix builds: see toto.nix.commands
         "PREFECT_HOME": str(home),
-        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_PROFILES_PATH": str(home / PROFILES),
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_HOST": host,
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_UI_URL": ui_url or address,
         "PREFECT_SERVER_UI_API_URL": f"{ui_url or address}/api",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # otherwise written beside Prefect's code
+        # The default lets in the pages of any site. UI and API are one site, by either name of the loopback.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join((ui_url or address, address, f"http://localhost:{port}")),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",  # without an API there must be an error, not a second server
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -73,6 +82,22 @@ def server_environment(
             # The server knows this from the address. Clients that ask for its settings do not, because the address is
             # masked there: `tasks.limits.side_by_side`.
             env["PREFECT_SERVER_DATABASE_DRIVER"] = POSTGRES
-    if auth is not None:
-        env |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
+    _save_profile(home, f"{address}/api", auth or saved_auth(home / PROFILES))
     return env
+
+
+def password(home: Path) -> str:
+    """The "user:password" of the API in `home`: an administrator's. A new one is made when none is saved."""
+    return saved_auth(home / PROFILES) or f"admin:{secrets.token_urlsafe(24)}"
+
+
+def _save_profile(home: Path, url: str, auth: str | None) -> None:
+    """Write the file of Prefect's profiles, by which `prefect` and notebooks find the API and its password."""
+    values = {"PREFECT_API_URL": url}
+    if auth is not None:
+        values |= {"PREFECT_API_AUTH_STRING": auth, "PREFECT_SERVER_API_AUTH_STRING": auth}
+    lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    text = f'active = "{PROFILE}"\n\n[profiles.{PROFILE}]\n{lines}'
+    file = home / PROFILES
+    if not file.exists() or file.read_text() != text:
+        files.write(file, text)

@@ -2,9 +2,9 @@
 
 A new Python needs 1.5 to 2 s on a small machine to import what a flow run needs. So `serve` imports Prefect and
 toto's flows once. Prefect's worker starts `run` for each flow run, which asks the server for a fork. The fork gets
-the caller's environment, folder and standard streams, and becomes `prefect.engine`. The caller stays, passes signals
-on and ends with the fork's exit status, so the worker takes it for the run. Caller and fork end together, and both end
-with the server. Without a server the caller becomes the engine itself, which is slow.
+the caller's environment, folder and standard streams, and becomes `toto.server.engine`. The caller stays, passes
+signals on and ends with the fork's exit status, so the worker takes it for the run. Caller and fork end together, and
+both end with the server. Without a server the caller becomes the engine itself, which is slow.
 
 (The idea is that of Android's zygote, and of multiprocessing's forkserver, which only forks for its own program.)
 
@@ -16,7 +16,7 @@ import contextlib
 import gc
 import importlib
 import os
-import runpy
+import pathlib
 import selectors
 import signal
 import socket
@@ -64,7 +64,8 @@ def run() -> NoReturn:
     except (OSError, KeyError, ValueError):
         server.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-        os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])  # noqa: S606
+        engine = os.path.join(os.path.dirname(os.path.abspath(__file__)), "engine.py")  # noqa: PTH100, PTH118, PTH120
+        os.execv(sys.executable, [sys.executable, engine, sys.argv[2]])  # noqa: S606
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: _pass_on(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
@@ -94,7 +95,7 @@ class _Forked(Exception):
 
 def serve(modules: list[str]) -> None:
     """Import `modules`, then fork for each caller, until SIGTERM. Returns only in the forks, in the caller's place."""
-    for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", *modules):
+    for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", "toto.server.engine", *modules):
         importlib.import_module(module)
     if threading.active_count() > 1:  # a fork has only one thread, and locks that others held would stay locked
         sys.exit(f"toto: flow runs will begin slowly: an import has started {threading.enumerate()}")
@@ -225,7 +226,6 @@ def _take_the_place(request: bytes, streams: list[int]) -> None:
         key, _, value = each.partition(b"=")
         os.environb[key] = value
     os.chdir(folder)
-    sys.argv = ["prefect.engine"]
     refresh_global_settings_context()
 
 
@@ -233,5 +233,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         run()
     else:
+        root = os.getcwd()  # noqa: PTH109
         serve(sys.argv[2:])
-        runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+        importlib.import_module("toto.server.engine").main(pathlib.Path(root))

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import ipaddress
 import logging
 import os
 import shutil
@@ -22,14 +23,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
-from toto.base import process
+from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.nix import daemon as nix_daemon
 from toto.server import database, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
-from toto.server.environment import PORT, server_environment
+from toto.server.environment import PORT, password, server_environment
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _refuse_taken_port(host: str, port: int) -> None:
 @contextlib.contextmanager
 def only_one(home: Path, part: str) -> Iterator[None]:
     """Hold the lock of a part ("server" or "worker") in `home`. Raises `ServerError` when it already runs there."""
-    with (home / f"{part}.lock").open("w") as lock:
+    with files.lock(home / f"{part}.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -193,7 +194,11 @@ async def serve(
     worker left. Prefect's database is at `database_url`, else in a PostgreSQL of toto's own, else (or with `sqlite`) in
     a file. Sets `ready` when everything runs. Raises `ServerError`, `DatabaseError`.
     """
-    settings = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
+    paths.private_folder(home)
+    with files.lock(home / "profiles.lock") as lock:  # server and worker may begin together, and one password is made
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        auth = auth or password(home)
+        settings = server_environment(home, port, host=host, database_url=database_url, auth=auth, ui_url=ui_url)
     home = Path(settings["PREFECT_HOME"])
     repos = repos or home / "repos"
     watched: dict[Path, process.Running] = {}
@@ -225,7 +230,11 @@ async def serve(
         if part != "server":
             working = _working(settings, home / "logs" / "worker.log", repos, root)
             watched |= await stack.enter_async_context(working)
-        _say("ready" if part == "worker" else f"ready at {settings['PREFECT_UI_URL']}")
+        _say(
+            "ready"
+            if part == "worker"
+            else f"ready at {settings['PREFECT_UI_URL']} (`toto password` prints its password)"
+        )
         if ready is not None:
             ready.set()
         try:
@@ -262,7 +271,7 @@ async def _serving(
             deployment=DEPLOYMENT,
             deployment_id=ids.get(DEPLOYMENT),
             branch=branch,
-            auth=env.get("PREFECT_API_AUTH_STRING"),
+            auth=Api.of(env).auth,
         )
         await _adopt_all(repos, served)
         async with _beside(_drain(repos)), _beside(orphans.watch(Api.of(env))):
@@ -278,7 +287,7 @@ async def _working(
     api = Api.of(env)
     if not await api.wait(PATIENCE):
         raise ServerError(f"Prefect's server does not answer at {api.url}", hint="start `toto serve --part server`")
-    await ensure_pool(api, POOL)
+    await ensure_pool(api, POOL, root)
     if settled := await orphans.settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
     if skipped := await orphans.skip_missed(api):
@@ -366,13 +375,26 @@ async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> 
             await asyncio.wait_for(stop.wait(), 1)
 
 
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`toto serve`: run toto in the foreground until SIGTERM or SIGINT; the exit status."""
-    state = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto")
+    state = paths.state_home()
     parser = argparse.ArgumentParser("toto serve", description="Run toto: Prefect's server, a worker, deployments.")
     parser.add_argument("--home", type=Path, default=state / "server", help="database, results, logs (%(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="(%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (%(default)s); another needs --behind-proxy"
+    )
+    parser.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="a proxy does TLS for everybody who connects from elsewhere; give its address by --ui-url",
+    )
     parser.add_argument("--ui-url", help="the UI's address in a browser, when that is not host and port")
     parser.add_argument("--repos", type=Path, help="folder of the bare infra repos (default: HOME/repos)")
     parser.add_argument("--branch", default="main", help="the deployed branch of a new infra repo (%(default)s)")
@@ -391,6 +413,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Secrets come from the environment: every user of the machine can see arguments.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
+    if not (chosen.behind_proxy and chosen.ui_url) and not _is_loopback(chosen.host):
+        print(
+            f"toto: {chosen.host} is not loopback, and the password would cross the network as it is\n"
+            "next: let a proxy with TLS connect to toto, and say so: --behind-proxy --ui-url https://NAME",
+            file=sys.stderr,
+        )
+        return 1
     logging.addLevelName(logging.ERROR, "error: ")
     logging.addLevelName(logging.WARNING, "")
     logging.basicConfig(level=logging.WARNING, format="toto: %(levelname)s%(message)s")
