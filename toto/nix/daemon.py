@@ -1,6 +1,6 @@
 """toto's own nix daemon: it has the store, and builds what was pushed, in a sandbox and as users of its own.
 
-    toto nix-daemon --user toto
+    toto nix-daemon --group toto
 
 It runs as root in a network namespace with an uplink (`toto.cell.namespace`): a fixed-output build, which has the
 network, reaches the internet, and neither this machine nor its neighbours. toto and the cells of evaluations are its
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SOCKET: Final = "TOTO_NIX_SOCKET"  # of toto's environment: the socket of a daemon that runs already
 GROUP: Final = "nixbld"  # as NixOS and Debian call it
+MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of root's runs, for a toto that is not
 _SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
 _PATIENCE: Final = 60.0  # seconds until the daemon answers
 _PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
@@ -41,17 +42,19 @@ class DaemonFailed(TotoError):
 
 
 def socket() -> Path:
-    """The socket of toto's nix daemon: $TOTO_NIX_SOCKET, else one below toto's state. nix.conf lies beside it.
+    """The socket of toto's nix daemon: $TOTO_NIX_SOCKET, else one of `toto serve`, else one of `toto nix-daemon`.
 
-    Raises `DaemonFailed` when there is none.
+    nix.conf lies beside it. Raises `DaemonFailed` when there is none.
     """
-    path = Path(os.environ.get(SOCKET) or home() / _SHARED / "socket")
-    if not path.is_socket():
-        raise DaemonFailed(
-            f"toto's nix daemon does not run: {path} is not there",
-            hint="`toto serve` runs it when it is root; else run `toto nix-daemon` as root",
-        )
-    return path
+    named = os.environ.get(SOCKET)
+    places = [Path(named)] if named else [each / _SHARED / "socket" for each in (home(), MACHINES)]
+    for path in places:
+        if path.is_socket():
+            return path
+    raise DaemonFailed(
+        f"toto's nix daemon does not run: there is no {' and no '.join(map(str, places))}",
+        hint="`toto serve` runs it when it is root; else run `toto nix-daemon --group NAME` as root",
+    )
 
 
 def home() -> Path:
@@ -102,19 +105,20 @@ def _shell() -> str:
 
 
 @contextlib.asynccontextmanager
-async def running(home: Path, user: str | None = None) -> AsyncIterator[Path]:
+async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
     """Have toto's nix daemon run to the end of the block; it is started again when it dies. Yields its socket.
 
-    The socket is below `home`, a folder that only its owner can enter: root, or the `user` as whom toto runs. A daemon
-    that another toto runs there is shared. Raises `DaemonFailed`, `InputError`.
+    The socket is below `home`, a folder that only root can enter, and who is in `group`. A daemon that another toto
+    runs there is shared. Raises `DaemonFailed`, `InputError`.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / _SHARED).mkdir(mode=0o755, exist_ok=True)
     (home / _SHARED).chmod(0o755)  # (for the cells of evaluations)
     files.write(home / _SHARED / "nix.conf", configuration(), 0o644)
     path = home / _SHARED / "socket"
-    if user is not None:
-        shutil.chown(home, user)
+    if group is not None:
+        shutil.chown(home, group=group)
+        home.chmod(0o710)
     keeping = asyncio.create_task(_keep(home))
     try:
         deadline = time.monotonic() + _PATIENCE
@@ -166,10 +170,8 @@ async def _once(home: Path) -> AsyncIterator[process.Running]:
         "NIX_CONF_DIR": str(home / _SHARED),
         "NIX_USER_CONF_FILES": "/dev/null",
         "NIX_DAEMON_SOCKET_PATH": str(home / _SHARED / "socket"),
-        **{name: os.environ[name] for name in ("NIX_SSL_CERT_FILE",) if name in os.environ},
+        **{name: os.environ[name] for name in ("NIX_SSL_CERT_FILE", "TMPDIR") if name in os.environ},
     }
-    if machines := os.environ.get("TOTO_TMPDIR"):  # where nix builds: its build users cannot enter toto's own folder
-        environment["TMPDIR"] = machines
     async with namespace() as network:
         await network.attach()
         resolver = Path("/etc/resolv.conf").resolve()
@@ -188,21 +190,18 @@ async def _once(home: Path) -> AsyncIterator[process.Running]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status."""
     parser = argparse.ArgumentParser("toto nix-daemon", description="Run toto's nix daemon, as root.")
-    parser.add_argument("--home", type=Path, help="folder of its socket and log (default: nix/ in toto's state)")
-    parser.add_argument("--user", help="the user as whom toto runs: only that user may use the daemon")
+    parser.add_argument("--home", type=Path, default=MACHINES, help="folder of its socket and log (%(default)s)")
+    parser.add_argument("--group", required=True, help="the group of the user as whom toto runs")
     chosen = parser.parse_args(arguments)
     if os.geteuid() != 0:
-        print("toto nix-daemon: it runs as root (`sudo toto nix-daemon --user NAME`)", file=sys.stderr)
+        print("toto nix-daemon: it runs as root (`sudo toto nix-daemon --group NAME`)", file=sys.stderr)
         return 1
-
-    if chosen.user is not None:  # toto's state is in that user's home
-        os.environ["HOME"] = str(Path(f"~{chosen.user}").expanduser())
 
     async def until_signalled() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with running(chosen.home or home(), chosen.user) as path:
+        async with running(chosen.home, chosen.group) as path:
             print(f"toto: the nix daemon answers at {path}", flush=True)
             await stop.wait()
 
