@@ -13,6 +13,8 @@ from typing import Final
 from bench.fleets import Known, bare, known, side_by_side
 from bench.row import Row
 from toto.base import process
+from toto.nix import commands as nix
+from toto.nix import hosts
 
 COUNTS: Final = (1, 5, 10)
 ROUNDS: Final = 5
@@ -72,7 +74,21 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
                 yield row
             for row in everything:
                 yield row
+    async with known(folder / "evaluation", 1) as fleet:
+        yield await _evaluation(fleet)
     yield await _process()
+
+
+async def _evaluation(fleet: Known) -> Row:
+    """One host, in its cell and by toto's daemon; beside it bare nix, which writes to the store itself."""
+    confined: list[float] = []
+    plain: list[float] = []
+    (host,) = hosts.in_files(fleet.tree)
+    root = fleet.fleet.directory / "root"
+    for _ in range(2 * ROUNDS):
+        await _timed(plain, partial(bare, fleet.files, 1))
+        await _timed(confined, partial(nix.instantiate, fleet.tree, host, "toplevel", root))
+    return Row("a host's evaluation, in its cell", confined, "nix-instantiate", plain)
 
 
 async def _nothing_due(fleet: Known, count: int) -> AsyncIterator[Row]:

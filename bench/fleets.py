@@ -16,7 +16,7 @@ from toto.infra_repo import git
 from toto.infra_repo.settings import Settings
 from toto.ledger.ledger import Ledger
 from toto.ledger.steps import verified
-from toto.nix import hosts
+from toto.nix import daemon, hosts
 from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.kinds import kind_of
@@ -76,7 +76,8 @@ async def known(folder: Path, count: int) -> AsyncIterator[Known]:
     before = dict(os.environ)
     os.environ.update(fleet.environment)
     try:
-        yield Known(fleet, commit, fleet.work)
+        async with daemon.running(daemon.home()):
+            yield Known(fleet, commit, fleet.work)
     finally:
         os.environ.clear()
         os.environ.update(before)

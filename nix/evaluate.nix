@@ -2,17 +2,18 @@
 #
 # The toplevel is evaluated exactly as the operator wrote it. toto adds its own module to the VM variant only, so the
 # rehearsed closure is the one that is copied to the machine.
-{ tree                 # absolute path of the exported commit, as a string
+{ tree                 # the exported commit: its absolute path; for a flake its locked reference (path:…?narHash=…)
 , name                 # the host
 , file ? ""            # its file relative to the tree; "" when it is nixosConfigurations.NAME of the flake
 , nixpkgs ? ""         # "" for <nixpkgs>; a different <name>; or a file of the tree that gives nixpkgs' path, or nixpkgs
-, system ? builtins.currentSystem
+, system ? builtins.currentSystem or "x86_64-linux"  # (pure evaluation has none; a flake says its own)
 , sandboxKey ? ""      # the public key that may log in to the sandbox
 , ports ? "[]"         # JSON: more ports of the sandbox that tests may use
+, rehearsal ? import ./rehearsal.nix  # toto's module (pure evaluation cannot read that file, and gets it)
 }:
 let
   root = /. + tree;
-  rehearsal = import ./rehearsal.nix { inherit sandboxKey; ports = builtins.fromJSON ports; };
+  added = rehearsal { inherit sandboxKey; ports = builtins.fromJSON ports; };
 
   searched = builtins.match "<(.+)>" nixpkgs;
   pinned = import (/. + (if builtins.substring 0 1 nixpkgs == "/" then nixpkgs else "${tree}/${nixpkgs}"));
@@ -22,13 +23,13 @@ let
     else (pinned.path or pinned) + "/nixos";
   fromFile = configuration: (import nixosOf { inherit configuration system; }).config.system.build;
 
-  flake = builtins.getFlake "path:${tree}";
+  flake = builtins.getFlake (if builtins.substring 0 1 tree == "/" then "path:${tree}" else tree);
   configured = flake.nixosConfigurations.${name};
 in
 if file != "" then {
   inherit (fromFile (root + "/${file}")) toplevel;
-  inherit (fromFile { imports = [ (root + "/${file}") rehearsal ]; }) vm;
+  inherit (fromFile { imports = [ (root + "/${file}") added ]; }) vm;
 } else {
   inherit (configured.config.system.build) toplevel;
-  inherit ((configured.extendModules { modules = [ rehearsal ]; }).config.system.build) vm;
+  inherit ((configured.extendModules { modules = [ added ]; }).config.system.build) vm;
 }

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import threading
 import warnings
@@ -16,6 +17,7 @@ import pytest
 from tests import clean_logs
 from tests.lab import kube
 from toto.base.prefect_api import Api
+from toto.nix import daemon
 from toto.server import environment
 from toto.server import serve as server
 
@@ -136,6 +138,24 @@ def _clean_logs(request: pytest.FixtureRequest) -> Iterator[None]:
     assert all(mark.kwargs["reason"] for mark in marks)
     found = list(clean_logs.faults([pattern for mark in marks for pattern in mark.args]))
     assert not found, "errors in the logs:\n" + "\n".join(found)[:20_000]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nix_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """toto's nix daemon, one a session, for whatever asks nix. (`toto serve` begins its own where none is named.)"""
+    if os.geteuid() != 0 or shutil.which("nix-daemon") is None or daemon.SOCKET in os.environ:
+        yield
+        return
+
+    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        async with daemon.running(tmp_path_factory.mktemp("nix")) as path:
+            os.environ[daemon.SOCKET] = str(path)
+            ready()
+            await stop.wait()
+
+    with background(until):
+        yield
+    del os.environ[daemon.SOCKET]
 
 
 @pytest.fixture

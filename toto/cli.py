@@ -22,6 +22,7 @@ from toto.infra_repo import git
 from toto.ledger import approvals
 from toto.ledger.ledger import REF, Ledger
 from toto.machine import keys, owners
+from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
 from toto.server import database_move, environment
@@ -34,6 +35,8 @@ def main() -> None:
         del os.environ[name]  # they may name a hook's repository and quarantine, and GitPython would use them
     if sys.argv[1:2] == ["serve"]:
         sys.exit(server.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["nix-daemon"]:
+        sys.exit(nix_daemon.main(sys.argv[2:]))
     arguments = _parser().parse_args()
     try:
         sys.exit(asyncio.run(arguments.run(arguments)))
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     verbs.add_parser("serve", help="run toto: Prefect's server, a worker, the deployments (--help says more)")
+    verbs.add_parser("nix-daemon", help="run toto's nix daemon, as root, for a `toto serve` that is not (--help)")
 
     history = verbs.add_parser("log", parents=[repo], help="show the deployment history, newest first")
     history.add_argument("-n", type=int, default=30, help="how many lines (default: 30)")

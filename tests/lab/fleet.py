@@ -31,6 +31,7 @@ from toto.base.prefect_api import saved_auth
 from toto.git_host import host as git_host
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
+from toto.nix import daemon
 from toto.plan.host import DeployedHost
 from toto.server.environment import PROFILES
 
@@ -128,7 +129,8 @@ class Fleet:
                 self.repo.parent,
                 "--sqlite",
             ],
-            env=self.environment,
+            # It runs a nix daemon of its own, whatever the session of tests has.
+            env={name: value for name, value in self.environment.items() if name != daemon.SOCKET},
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,

@@ -338,7 +338,7 @@ def make_tools(debian: Debian, tools: Path) -> None:
         if applet != "busybox":
             _link(tools / "bin" / applet, "busybox")
     _copy(debian.loader, tools, "lib/ld.so")
-    libraries: dict[str, Path] = {}
+    libraries = {"libgcc_s.so.1": debian.find("libgcc_s.so.1")}  # loaded by name, when a thread ends
     for name in TOOLS:
         path = debian.find(name, within="bin/")
         (tools / "bin" / name).unlink(missing_ok=True)

@@ -262,8 +262,10 @@ async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_a_different_name_of_the_
     files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
     plainly = (await make(repo.commit(files))).changes.changes[0].desired.identity
     monkeypatch.setenv("NIX_PATH", "")
+    monkeypatch.setenv("TOTO_CELL_READ", str(lab))
     pin: dict[str, str | None] = {"pin.nix": f'/. + "{lab}"\n', "toto.toml": '[nix]\nnixpkgs = "pin.nix"\n'}
     assert (await make(repo.commit(pin))).changes.changes[0].desired.identity == plainly
+    monkeypatch.delenv("TOTO_CELL_READ")
     monkeypatch.setenv("NIX_PATH", f"another={lab}")
     other = await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "<another>"\n'}))
     assert other.changes.changes[0].desired.identity == plainly

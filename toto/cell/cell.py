@@ -137,7 +137,7 @@ class Cell:
             words += ["--ro-bind", str(STORE), str(STORE)]
         elif self._closure:
             words += ["--ro-bind", str(_STAGE / "store"), str(STORE)]
-        for place, source in {**_shared(), **self.read}.items():
+        for place, source in {**shared(), **self.read}.items():
             words += ["--ro-bind", stage.place(source), str(place)]
         for place, source in self.write.items():
             words += ["--bind", stage.place(source, write=True), str(place)]
@@ -180,7 +180,7 @@ class Stage:
         ]
 
 
-def _shared() -> Mapping[Path, Path]:
+def shared() -> Mapping[Path, Path]:
     """The folders that the server's settings open to every cell, at their own places."""
     return {Path(each): Path(each) for each in os.environ.get(READ, "").split(os.pathsep) if each}
 

@@ -90,11 +90,16 @@ class Nix(Model):
     evaluate_timeout: Seconds = 600
     """seconds that the evaluation of one host may take"""
     evaluate_memory: Megabytes = 1700
-    """MB that an evaluation may take; it decides how many run side by side"""
+    """MB that an evaluation takes: it decides how many run side by side; one that takes twice as much is ended"""
     build_timeout: Seconds = 7200
     """seconds that a build may take"""
     signing_key: Annotated[StrictStr, AfterValidator(_check_path)] | None = None
     """the file on toto with the secret key that signs closures; when left out, nothing is signed"""
+
+    @property
+    def most_memory(self) -> int:
+        """The bytes that an evaluation may use."""
+        return 2_000_000 * self.evaluate_memory
 
 
 class Sandbox(Model):

@@ -1,13 +1,19 @@
 """The nix commands that toto needs: evaluate, build, add GC roots, inspect closures, copy, sign.
 
+What is pushed is evaluated in a cell without a network, and built by toto's own daemon (`toto.nix.daemon`).
+
 They are the old commands (nix-instantiate, nix-store) where possible: those have not changed for years, take and print
 store paths, and behave the same since nix 2.8.
 """
 
+import asyncio
+import base64
+import contextlib
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +21,27 @@ from typing import Final
 
 from toto.base import process
 from toto.base.errors import InputError, TotoError
+from toto.cell.cell import STORE, Cell, shared
+from toto.cell.limits import Limits
+from toto.cell.namespace import Namespace, namespace
+from toto.nix import daemon
 from toto.nix.hosts import Host, check_name
 
 log = logging.getLogger(__name__)
 
 EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
+MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
+FORBID_IMPORT: Final = "TOTO_FORBID_IMPORT_FROM_DERIVATION"  # of toto's environment: "1" forbids it
+# Where an evaluation's cell has the exported tree, toto's own expressions, and the daemon's socket and nix.conf.
+_TREE: Final = Path("/infra")
+_EXPRESSIONS: Final = Path("/toto")
+_DAEMON: Final = Path("/daemon")
 _NEW: Final = ("--extra-experimental-features", "nix-command")
+_FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
+_DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
+_MEMORY: Final = (
+    "if there was too little memory: raise nix.evaluate_memory in toto.toml, so that fewer evaluations run side by side"
+)
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
@@ -50,48 +71,141 @@ class CopyFailed(TotoError):
 
 
 def environment() -> dict[str, str]:
-    """The environment for nix: its messages are plain text, and builtins.getEnv finds no secret in it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_"))}
-    # A build may run as one of nix's build users, who cannot enter toto's temporary folder: use the machine's.
-    if (machines := os.environ.get("TOTO_TMPDIR")) is not None:
-        kept = {name: value for name, value in kept.items() if name != "TMPDIR"} | (
-            {"TMPDIR": machines} if machines else {}
-        )
-    # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue 4919).
-    # With a heap that is large from the start, a host of ordinary size needs none.
-    return {"GC_INITIAL_HEAP_SIZE": "2G"} | kept | {"TERM": "dumb", "NO_COLOR": "1"}
+    """The environment for nix: a client of toto's own daemon, whatever the caller's settings of nix are.
+
+    (Root's clients are trusted: a `sandbox = false` of the caller's would reach the daemon.) nix's messages are plain
+    text. Raises `DaemonFailed`.
+    """
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_", "NIX_"))
+    }
+    kept |= {name: os.environ[name] for name in ("NIX_PATH", "NIX_SSL_CERT_FILE") if name in os.environ}
+    return kept | _client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
 
 
-async def _instantiate(
-    host: Host, tree: Path, arguments: Sequence[process.Argument], timeout: float
+def _client(socket: Path) -> dict[str, str]:
+    return {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent), "NIX_USER_CONF_FILES": "/dev/null"}
+
+
+async def _evaluate(
+    host: Host, tree: Path, words: Sequence[str], limits: Limits, timeout: float, network: Namespace | None = None
 ) -> process.Completed:
-    """Run nix-instantiate. Raises `EvaluationFailed`, `CommandTimeout`."""
-    command = ["nix-instantiate", *arguments]
-    done = await process.run(command, env=environment(), check=False, timeout=timeout, target=host.name)
-    if done.status == -signal.SIGSEGV:
-        done = await process.run(
-            command, env=environment() | {"GC_DONT_GC": "1"}, check=False, timeout=timeout, target=host.name
-        )
+    """Run a nix command that evaluates what was pushed, in a cell. Raises `EvaluationFailed`, `CommandTimeout`."""
+    socket, places = daemon.socket(), _search_path()
+    cell = Cell(
+        read={
+            _TREE: tree,
+            _EXPRESSIONS: EXPRESSIONS,
+            _DAEMON: socket.parent,
+            **{place: place for _, place in places if not place.is_relative_to(STORE)},
+        },
+        store=True,
+        limits=limits,
+        network=network,
+    )
+    env = _client(_DAEMON / socket.name) | {
+        "NIX_PATH": ":".join(f"{name}={place}" if name else str(place) for name, place in places),
+        "NO_COLOR": "1",
+        # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue
+        # 4919). With a heap that is large from the start, a host of ordinary size needs none.
+        "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
+    }
+    command = [_program(words[0]), *words[1:]]
+    try:
+        done = await process.run(command, cell=cell, env=env, check=False, timeout=timeout, target=host.name)
+        if done.status == -signal.SIGSEGV:
+            done = await process.run(
+                command, cell=cell, env=env | {"GC_DONT_GC": "1"}, check=False, timeout=timeout, target=host.name
+            )
+    except process.LimitExceeded as error:
+        raise EvaluationFailed(
+            f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=_MEMORY
+        ) from None
     if done.status != 0:
         raise _evaluation_failed(done, host, tree)
     return done
 
 
-async def flake_hosts(tree: Path, *, timeout: float) -> list[Host] | None:
+def _program(name: str) -> str:
+    """A program of nix by the path that it has in a cell. Raises `CommandNotFound`."""
+    found = shutil.which(name)
+    if found is None:
+        raise process.CommandNotFound(name)
+    return str(Path(found).parent.resolve() / name)  # (a profile's folder is a link into the store)
+
+
+def _search_path() -> list[tuple[str, Path]]:
+    """NIX_PATH of toto's server: names ("" for none) and folders, by their real places."""
+    entries = [each.rpartition("=") for each in os.environ.get("NIX_PATH", "").split(":") if each]
+    return [(name, Path(folder).resolve()) for name, _, folder in entries if Path(folder).is_dir()]
+
+
+def _confined(*, pure: bool) -> list[str]:
+    """The options that keep an evaluation to the tree, nixpkgs and toto's expressions."""
+    options = {
+        "pure-eval" if pure else "restrict-eval": "true",
+        # What is pinned by its hash and in the store already is used; a cell has no network to fetch anything with.
+        "allowed-uris": "http:// https:// git+https:// github: gitlab: path:/nix/store/",
+        "allow-import-from-derivation": "false" if os.environ.get(FORBID_IMPORT) else "true",
+    }
+    readable = [] if pure else [_TREE, _EXPRESSIONS, *shared()]
+    return [
+        *(word for name, value in options.items() for word in ("--option", name, value)),
+        *(word for number, place in enumerate(readable) for word in ("-I", f"toto-{number}={place}")),
+    ]
+
+
+def _locked(tree: Path, digest: str) -> str:
+    """The reference of the tree's flake in a cell, with the hash by which pure evaluation takes it."""
+    newest = max(int(each.lstat().st_mtime) for each in (tree, *tree.rglob("*")))
+    sri = base64.b64encode(bytes.fromhex(digest)).decode()
+    return f"path:{_TREE}?lastModified={newest}&narHash=sha256-{sri}"
+
+
+async def _flake(tree: Path) -> str:
+    done = await process.run(["nix-hash", "--type", "sha256", tree], env=environment(), timeout=120)
+    return await asyncio.to_thread(_locked, tree, done.stdout.strip())
+
+
+async def _fetch_inputs(tree: Path, flake: str, limits: Limits, timeout: float) -> None:
+    """Have the inputs that flake.lock names in the store. Raises `EvaluationFailed`, `CommandTimeout`.
+
+    They are looked for without a network first, then fetched in a cell with the internet: flake.nix names them, so
+    that nothing of this machine or of its neighbours may be within reach.
+    """
+    host = Host("flake.nix", "flake.nix")
+    words = ["nix", *_FLAKES, "flake", "archive", "--no-update-lock-file", "--no-write-lock-file", flake]
+    with contextlib.suppress(EvaluationFailed):
+        await _evaluate(host, tree, words, limits, timeout)
+        return
+    async with namespace() as network:
+        await network.attach()
+        await _evaluate(host, tree, words, limits, timeout, network)
+
+
+async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> list[Host] | None:
     """The nixosConfigurations of the tree's flake, by name; None when there is no flake, or it has no such output.
 
+    Its locked inputs are fetched for it and for the evaluation of its hosts. `memory` is as in `instantiate`.
     Raises `EvaluationFailed`, `InputError` for a bad name, `CommandTimeout` after `timeout` seconds.
     """
     if not (tree / "flake.nix").is_file():
         return None
+    limits = Limits(memory=memory)
+    flake = await _flake(tree)
+    await _fetch_inputs(tree, flake, limits, timeout)
     expression = (
-        '{ tree }: let flake = builtins.getFlake "path:${tree}"; in '
-        "if flake ? nixosConfigurations then builtins.attrNames flake.nixosConfigurations else null"
+        "{ flake }: let it = builtins.getFlake flake; in "
+        "if it ? nixosConfigurations then builtins.attrNames it.nixosConfigurations else null"
     )
-    done = await _instantiate(
+    done = await _evaluate(
         Host("flake.nix", "flake.nix"),
         tree,
-        ["--eval", "--strict", "--json", "--expr", expression, "--argstr", "tree", str(tree)],
+        [
+            *("nix-instantiate", *_confined(pure=True)),
+            *("--eval", "--strict", "--json", "--expr", expression, "--argstr", "flake", flake),
+        ],
+        limits,
         timeout,
     )
     if "not writing modified lock file" in done.stderr:  # older nix refuses this, newer nix only warns
@@ -113,60 +227,78 @@ async def instantiate(
     sandbox_key: str = "",
     ports: Sequence[int] = (),
     timeout: float = 600,
+    memory: int = MEMORY,
 ) -> str:
     """The drv path of `attribute` (`toplevel` or `vm`) of a host; a GC root at `root` keeps it.
 
+    It is evaluated in a cell: without a network, and with at most `memory` bytes.
     Raises `EvaluationFailed` with nix's error and position, `CommandTimeout` after `timeout` seconds.
     """
+    pure = not host.file
     arguments = {
-        "tree": str(tree),
+        "tree": await _flake(tree) if pure else str(_TREE),
         "name": host.name,
         "file": host.file,
         "sandboxKey": sandbox_key,
         "ports": json.dumps(list(ports)),
     }
+    expression = [str(_EXPRESSIONS / "evaluate.nix")]
+    if pure:  # it reads no file but those of the flake and its inputs
+        texts = {name: (EXPRESSIONS / f"{name}.nix").read_text() for name in ("evaluate", "rehearsal")}
+        expression = ["--expr", texts["evaluate"], "--arg", "rehearsal", texts["rehearsal"]]
     if nixpkgs != "<nixpkgs>":
         arguments["nixpkgs"] = nixpkgs
     if system is not None:
         arguments["system"] = system
-    root.parent.mkdir(parents=True, exist_ok=True)
-    done = await _instantiate(
+    done = await _evaluate(
         host,
         tree,
         [
-            EXPRESSIONS / "evaluate.nix",
-            "--attr",
-            attribute,
-            "--add-root",
-            root,
-            "--indirect",
+            *("nix-instantiate", *_confined(pure=pure), *expression, "--attr", attribute),
             *(word for name, value in arguments.items() for word in ("--argstr", name, value)),
         ],
+        Limits(memory=memory),
         timeout,
     )
     for line in done.stderr.splitlines():
         if "warning:" in line and "trace" in line:
             log.warning("%s: %s", host.name, line)
-    return str(root.readlink())
+    drv = done.stdout.strip()
+    if not _DRV.fullmatch(drv):
+        raise EvaluationFailed(
+            f"`{attribute}` is not one derivation but:\n{process.tail(drv)}",
+            target=host.name,
+            hint=f"see {host.origin}",
+        )
+    await _keep_drv(drv, root)
+    return drv
+
+
+async def _keep_drv(drv: str, root: Path) -> None:
+    """Make `root` an indirect GC root that keeps a derivation. (`nix-store --realise` would build it.)"""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    await process.run(
+        [
+            *("nix-instantiate", "--add-root", root, "--indirect"),
+            *("--expr", "{ drv }: import drv", "--argstr", "drv", drv),
+        ],
+        env=environment(),
+        timeout=300,
+    )
 
 
 def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> EvaluationFailed:
     said = done.stderr.strip()
     if done.status < 0 or "out of memory" in said.lower():
         ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "ran out of memory"
-        return EvaluationFailed(
-            f"its evaluation {ended}:\n{process.tail(said)}",
-            target=host.name,
-            hint="if there was too little memory: raise nix.evaluate_memory in toto.toml, so that "
-            "fewer evaluations run side by side",
-        )
+        return EvaluationFailed(f"its evaluation {ended}:\n{process.tail(said)}", target=host.name, hint=_MEMORY)
     text = _IN_STORE.sub(lambda match: match[1] if (tree / match[1]).exists() else match[0], said)
-    text = text.replace(f"{tree}/", "").replace(str(tree), ".")
+    text = text.replace(f"{_TREE}/", "").replace(str(_TREE), ".")
     at = next((match for match in _POSITION.finditer(text) if not match[1].startswith("/")), None)
     file = _DEFINED_IN.search(text)
     where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin
     hint = f"fix {where} and push again"
-    if "requires lock file changes" in text:
+    if "requires lock file changes" in text or "cannot update flake input" in text:
         hint = _LOCK
     elif "Nix search path" in text or "evaluate.nix:" in text:
         hint = "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"

@@ -74,7 +74,8 @@ class HostKind(Kind[Host]):
 
     async def discover(self, source: Source) -> list[Found[Host]]:
         """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
-        from_flake = await nix.flake_hosts(source.tree, timeout=source.settings.nix.evaluate_timeout)
+        rules = source.settings.nix
+        from_flake = await nix.flake_hosts(source.tree, timeout=rules.evaluate_timeout, memory=rules.most_memory)
         machines = source.manifest.machines
         return [
             Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
@@ -93,6 +94,7 @@ class HostKind(Kind[Host]):
             nixpkgs=source.settings.nix.nixpkgs,
             system=machine.system if machine else None,
             timeout=source.settings.nix.evaluate_timeout,
+            memory=source.settings.nix.most_memory,
         )
         (path,) = await nix.outputs(drv)
         return DesiredHost(
@@ -113,6 +115,7 @@ class HostKind(Kind[Host]):
                 sandbox_key=await keys.public("sandbox"),
                 ports=machine.ports if machine else (),
                 timeout=source.settings.nix.evaluate_timeout,
+                memory=source.settings.nix.most_memory,
             )
         return source.order(HostOrder, change, machine=machine, vm=vm)
 

@@ -46,7 +46,6 @@ def server_environment(
     address = f"http://{host}:{port}"
     env |= {
         "TMPDIR": str(temporary),
-        "TOTO_TMPDIR": source.get("TOTO_TMPDIR", source.get("TMPDIR", "")),  # where nix builds: see toto.nix.commands
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / PROFILES),
         "PREFECT_API_URL": f"{address}/api",

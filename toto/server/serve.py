@@ -28,6 +28,7 @@ from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.machine import keys, owners
+from toto.nix import daemon as nix_daemon
 from toto.server import database, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
 from toto.server.environment import PORT, password, server_environment
@@ -211,6 +212,9 @@ async def serve(
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
         if part != "server":  # runs use the folder, and may go on while the server is restarted
             _clear_old(Path(settings["TMPDIR"]))
+        if part != "server" and os.geteuid() == 0 and nix_daemon.SOCKET not in os.environ:
+            _say("starting the nix daemon, toto's own")
+            await stack.enter_async_context(nix_daemon.running(nix_daemon.home()))
         if part != "worker":
             if not (database_url or sqlite) and (cluster := await database.choose(home)):
                 _say(f"starting PostgreSQL {cluster.programs.major}, toto's own")

@@ -1,0 +1,208 @@
+"""Evaluation: what is pushed reads its own tree, nixpkgs and its locked inputs, and reaches nothing besides."""
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from toto.base import process
+from toto.base.errors import TotoError
+from toto.nix import commands as nix
+from toto.nix.hosts import Host
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("nix-daemon") is None, reason="toto runs its nix daemon here only as root"
+)
+
+CANARY: Final = "a-canary-that-nobody-may-see"
+# Stands for nixpkgs: a host has one attribute, which its system's derivation shows.
+NIXOS: Final = """{ configuration, system }: {
+  config.system.build.toplevel = derivation {
+    name = "toplevel"; inherit system; builder = "/bin/sh"; args = [ "-c" "echo made > $out" ];
+    said = toString (import configuration).said;
+  };
+}
+"""
+HOST: Final = Host("a", "hosts/a.nix")
+
+
+@dataclass
+class Outside:
+    """What lies on this machine beside a tree: a secret file, another repo's store path, a server on the loopback."""
+
+    folder: Path
+    secret: Path
+    foreign: str
+    port: int
+    callers: int = 0
+
+    async def said(self, tree: Path, host: Host = HOST) -> str:
+        """All that comes out of an evaluation: its error, or its derivation."""
+        try:
+            drv = await nix.instantiate(tree, host, "toplevel", self.folder / "root", system="x86_64-linux", timeout=60)
+        except TotoError as error:
+            return f"failed: {error}"
+        return Path(drv).read_text()
+
+
+@pytest.fixture
+async def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Outside]:
+    (tmp_path / "nixpkgs/nixos").mkdir(parents=True)
+    (tmp_path / "nixpkgs/nixos/default.nix").write_text(NIXOS)
+    monkeypatch.setenv("NIX_PATH", f"nixpkgs={tmp_path / 'nixpkgs'}")
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("CANARY", CANARY)
+    secret = tmp_path / "secret" / "key"
+    secret.parent.mkdir()
+    secret.write_text(f'"{CANARY}"\n')
+    (secret.parent / "flake.nix").write_text(f'{{ outputs = _: {{ canary = "{CANARY}"; }}; }}\n')
+    added = await process.run(["nix-store", "--add", secret], env=nix.environment())
+    made = Outside(tmp_path, secret, added.stdout.strip(), 0)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        made.callers += 1
+        writer.write(f"HTTP/1.0 200 OK\r\n\r\n{CANARY}".encode())
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        made.port = server.sockets[0].getsockname()[1]
+        yield made
+
+
+@pytest.fixture
+def tree(tmp_path: Path, outside: Outside) -> Path:
+    folder = tmp_path / "tree"
+    (folder / "hosts").mkdir(parents=True)
+    (folder / "file").write_text("of the tree")
+    (folder / "link").symlink_to(outside.secret)
+    (folder / "up").symlink_to("../secret/key")
+    return folder
+
+
+def host(tree: Path, attempt: str) -> None:
+    (tree / "hosts" / "a.nix").write_text(f"{{ said = {attempt}; }}\n")
+
+
+BUILT: Final = (
+    'import (derivation {{ name = "built"; system = "x86_64-linux"; builder = "/bin/sh"; '
+    'args = [ "-c" "echo \\"$({0})\\" > $out" ]; }})'
+)
+
+
+@pytest.mark.parametrize("attempt", ["builtins.readFile ../file", BUILT.format('echo \\\\\\"of the tree\\\\\\"')])
+async def test_it_reads_its_tree_and_what_it_has_built(tree: Path, outside: Outside, attempt: str) -> None:
+    host(tree, attempt)
+    assert '("said","of the tree")' in await outside.said(tree)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        'builtins.readFile "{secret}"',
+        "builtins.readFile {secret}",
+        "import {secret}",
+        'builtins.unsafeDiscardStringContext (builtins.readFile "{secret}")',
+        'builtins.hashFile "sha256" {secret}',
+        'builtins.path {{ path = "{secret}"; name = "x"; }}',
+        "builtins.filterSource (_: _: true) {folder}",
+        '"${{{secret}}}"',
+        "builtins.attrNames (builtins.readDir {folder})",
+        "builtins.attrNames (builtins.readDir /nix/store)",
+        "builtins.pathExists {secret}",
+        'builtins.readFile "{foreign}"',
+        'builtins.storePath "{foreign}"',
+        'scopedImport {{ }} "{foreign}"',
+        "builtins.readFile ../link",
+        "builtins.readFile ../up",
+        "import ../up",
+        "builtins.readFile ../../secret/key",
+        'builtins.readFile "/proc/self/environ"',
+        "builtins.readFile /etc/passwd",
+        "builtins.readFile /daemon/nix.conf",
+        'builtins.getEnv "CANARY"',
+        'builtins.getEnv "HOME"',
+        'builtins.exec [ "cat" "{secret}" ]',
+        'builtins.fetchurl "http://127.0.0.1:{port}/x"',
+        'builtins.fetchTarball "http://127.0.0.1:{port}/x.tar"',
+        'builtins.readFile (import <nix/fetchurl.nix> {{ url = "http://127.0.0.1:{port}/"; sha256 = "{hash}"; }})',
+        'builtins.fetchurl "file://{secret}"',
+        'builtins.fetchGit "file://{folder}"',
+        'builtins.fetchTree {{ type = "path"; path = "{folder}"; }}',
+        '(builtins.getFlake "path:{folder}").canary',
+    ],
+)
+async def test_it_reaches_nothing_else(tree: Path, outside: Outside, attempt: str) -> None:
+    host(tree, attempt.format(secret=outside.secret, folder=outside.secret.parent, foreign=outside.foreign,
+                              port=outside.port, hash="0" * 64))  # fmt: skip
+    said = await outside.said(tree)
+    assert CANARY not in said
+    assert said.startswith("failed: ") or '("said","")' in said, said
+    assert outside.callers == 0
+
+
+@pytest.mark.parametrize("command", ["cat {secret}", "cat {foreign}", "cat /daemon/nix.conf", "ls /root"])
+async def test_what_it_builds_while_it_evaluates_reaches_nothing_either(
+    tree: Path, outside: Outside, command: str
+) -> None:
+    command = command.format(secret=outside.secret, foreign=outside.foreign, port=outside.port)
+    host(tree, f"builtins.toJSON ({BUILT.format(command + ' || echo 1')})")
+    assert '("said","1")' in await outside.said(tree)
+    assert outside.callers == 0
+
+
+async def test_the_server_may_forbid_to_build_while_it_evaluates(
+    tree: Path, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host(tree, BUILT.format("echo 7"))
+    assert '("said","7")' in await outside.said(tree)
+    monkeypatch.setenv(nix.FORBID_IMPORT, "1")
+    host(tree, BUILT.format("echo 8"))
+    assert "allow-import-from-derivation" in await outside.said(tree)
+
+
+async def test_memory_and_output_are_bounded(tree: Path, outside: Outside) -> None:
+    host(tree, 'builtins.foldl\' (text: _: text + text) "x" (builtins.genList (x: x) 34)')
+    with pytest.raises(nix.EvaluationFailed, match=r"nix\.evaluate_memory"):
+        await nix.instantiate(tree, HOST, "toplevel", outside.folder / "root", timeout=120, memory=300_000_000)
+    host(tree, 'builtins.deepSeq (map (x: builtins.trace (toString x) x) (builtins.genList (x: x) 300000)) (throw "x")')
+    assert len(await outside.said(tree)) < 30_000
+
+
+async def test_a_flake_is_evaluated_purely_and_its_inputs_are_none_of_this_machine(
+    tmp_path: Path, outside: Outside
+) -> None:
+    tree = tmp_path / "flake"
+    tree.mkdir()
+
+    def flake(said: str, inputs: str = "") -> None:
+        (tree / "flake.nix").write_text(
+            f"""{{ {inputs} nixConfig.sandbox = false; outputs = inputs: {{ nixosConfigurations.a =
+            {{ config.system.build.toplevel = derivation {{ name = "toplevel"; system = "x86_64-linux";
+               builder = "/bin/sh"; said = toString ({said}); }}; }}; }}; }}"""
+        )
+
+    flake('"of the flake"')
+    assert await nix.flake_hosts(tree, timeout=60) == [Host("a")]
+    assert '("said","of the flake")' in await outside.said(tree, Host("a"))
+    for attempt in (f"builtins.readFile {outside.secret}", f'builtins.readFile "{outside.foreign}"',
+                    "builtins.readFile /etc/passwd", "builtins.currentTime", "<nixpkgs>", "builtins.storeDir + 1",
+                    f'builtins.fetchurl "http://127.0.0.1:{outside.port}/"'):  # fmt: skip
+        flake(attempt)
+        said = await outside.said(tree, Host("a"))
+        assert said.startswith("failed: ") and CANARY not in said, said
+    flake('builtins.getEnv "CANARY"')
+    assert '("said","")' in await outside.said(tree, Host("a"))
+    flake("inputs.other.canary", f'inputs.other.url = "path:{outside.secret.parent}";')
+    await process.run(["nix", *nix._FLAKES, "flake", "lock", f"path:{tree}"], env=dict(os.environ))
+    lock = json.loads((tree / "flake.lock").read_text())
+    lock["nodes"]["other"]["locked"]["narHash"] = "sha256-" + "A" * 43 + "="  # (it is in this machine's store now)
+    (tree / "flake.lock").write_text(json.dumps(lock))
+    with pytest.raises(nix.EvaluationFailed) as caught:
+        await nix.flake_hosts(tree, timeout=60)
+    assert CANARY not in str(caught.value) and outside.callers == 0

@@ -1,0 +1,213 @@
+"""toto's own nix daemon: it has the store, and builds what was pushed, in a sandbox and as users of its own.
+
+    toto nix-daemon --group toto
+
+It runs as root in a network namespace with an uplink (`toto.cell.namespace`): a fixed-output build, which has the
+network, reaches the internet, and neither this machine nor its neighbours. toto and the cells of evaluations are its
+clients, by a socket in a folder that nobody else can enter.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import shutil
+import signal
+import socket as sockets
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from toto.base import files, paths, process
+from toto.base.errors import InputError, TotoError
+from toto.cell.cell import STORE
+from toto.cell.namespace import namespace
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = "TOTO_NIX_SOCKET"  # of toto's environment: the socket of a daemon that runs already
+GROUP: Final = "nixbld"  # as NixOS and Debian call it
+MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of root's runs, for a toto that is not
+_SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
+_PATIENCE: Final = 60.0  # seconds until the daemon answers
+_PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
+
+
+class DaemonFailed(TotoError):
+    """toto's nix daemon is not there."""
+
+
+def socket() -> Path:
+    """The socket of toto's nix daemon: $TOTO_NIX_SOCKET, else one of `toto serve`, else one of `toto nix-daemon`.
+
+    nix.conf lies beside it. Raises `DaemonFailed` when there is none.
+    """
+    named = os.environ.get(SOCKET)
+    places = [Path(named)] if named else [each / _SHARED / "socket" for each in (home(), MACHINES)]
+    for path in places:
+        if path.is_socket():
+            return path
+    raise DaemonFailed(
+        f"toto's nix daemon does not run: there is no {' and no '.join(map(str, places))}",
+        hint="`toto serve` runs it when it is root; else run `toto nix-daemon --group NAME` as root",
+    )
+
+
+def home() -> Path:
+    """The folder of the socket, nix.conf and the log of the daemon that `toto serve` runs."""
+    return paths.state_home() / "nix"
+
+
+def configuration() -> str:
+    """The daemon's nix.conf: the machine's own (its substituters and remote builders), and what keeps builds in.
+
+    Raises `InputError` when the machine has no build users or no static shell.
+    """
+    try:
+        users = grp.getgrnam(GROUP).gr_mem
+    except KeyError:
+        users = []
+    if not users:
+        raise InputError(
+            f"this machine has no group `{GROUP}` with users to build as",
+            hint="run setup/prepare; on NixOS and with Debian's nix-setup-systemd they are there",
+        )
+    machines = os.environ.get("NIX_CONF_DIR", "/etc/nix")
+    return f"""\
+# Written by toto for its own nix daemon, and its clients. The machine's settings come first; those below prevail.
+!include {machines}/nix.conf
+build-users-group = {GROUP}
+sandbox = true
+sandbox-fallback = false
+sandbox-paths = {_shell()}
+allowed-users = *
+trusted-users = root
+require-sigs = true
+allow-unsafe-native-code-during-evaluation = false
+accept-flake-config = false
+experimental-features = nix-command flakes
+"""
+
+
+def _shell() -> str:
+    """What a build has as /bin/sh: a nix from the store brings its own; for another it is Debian's static busybox."""
+    nix = shutil.which("nix-daemon")
+    if nix is not None and Path(nix).resolve().is_relative_to(STORE):
+        return ""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        raise InputError("busybox is not on PATH: it is the shell of builds", hint="apt install busybox-static")
+    return f"/bin/sh={Path(busybox).resolve()}"
+
+
+@contextlib.asynccontextmanager
+async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
+    """Have toto's nix daemon run to the end of the block; it is started again when it dies. Yields its socket.
+
+    The socket is below `home`, a folder that only root can enter, and who is in `group`. A daemon that another toto
+    runs there is shared. Raises `DaemonFailed`, `InputError`.
+    """
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (home / _SHARED).mkdir(mode=0o755, exist_ok=True)
+    (home / _SHARED).chmod(0o755)  # (for the cells of evaluations)
+    files.write(home / _SHARED / "nix.conf", configuration(), 0o644)
+    path = home / _SHARED / "socket"
+    if group is not None:
+        shutil.chown(home, group=group)
+        home.chmod(0o710)
+    keeping = asyncio.create_task(_keep(home))
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not _answers(path):
+            if keeping.done():
+                await keeping
+            if time.monotonic() > deadline:
+                raise DaemonFailed(f"toto's nix daemon did not answer within {_PATIENCE:g} s", hint=_log(home))
+            await asyncio.sleep(0.02)
+        yield path
+    finally:
+        keeping.cancel()
+        await asyncio.wait((keeping,))
+
+
+def _log(home: Path) -> str:
+    return f"see {home / 'daemon.log'}"
+
+
+def _answers(path: Path) -> bool:
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+async def _keep(home: Path) -> None:
+    """Run the daemon, and start it again when it ends; only one runs in a state, whoever began it."""
+    async with paths.alone(home / "lock"):
+        while True:
+            try:
+                async with _once(home) as daemon:
+                    while daemon.status is None:  # noqa: ASYNC110
+                        await asyncio.sleep(0.5)
+                log.error("toto's nix daemon ended with status %s and is started again: %s", daemon.status, _log(home))
+            except (TotoError, OSError) as error:
+                log.error("toto's nix daemon: %s", error)
+            await asyncio.sleep(_PAUSE)
+
+
+@contextlib.asynccontextmanager
+async def _once(home: Path) -> AsyncIterator[process.Running]:
+    environment = {
+        "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
+        "LANG": "C.UTF-8",
+        "HOME": "/root",
+        "NIX_CONF_DIR": str(home / _SHARED),
+        "NIX_USER_CONF_FILES": "/dev/null",
+        "NIX_DAEMON_SOCKET_PATH": str(home / _SHARED / "socket"),
+        **{name: os.environ[name] for name in ("NIX_SSL_CERT_FILE", "TMPDIR") if name in os.environ},
+    }
+    async with namespace() as network:
+        await network.attach()
+        resolver = Path("/etc/resolv.conf").resolve()
+        words = [
+            *network.inside,
+            # (nix mounts, makes namespaces and changes users for each build.)
+            *("bwrap", "--die-with-parent", "--cap-add", "ALL", "--dev-bind", "/", "/"),
+            *(("--ro-bind", str(network.resolver), str(resolver)) if resolver.exists() else ()),
+            *("--", "nix-daemon", "--daemon"),
+        ]
+        with (home / "daemon.log").open("ab") as sink:
+            async with process.start(words, env=environment, stdout=sink.fileno(), stderr=sink.fileno()) as daemon:
+                yield daemon
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status."""
+    parser = argparse.ArgumentParser("toto nix-daemon", description="Run toto's nix daemon, as root.")
+    parser.add_argument("--home", type=Path, default=MACHINES, help="folder of its socket and log (%(default)s)")
+    parser.add_argument("--group", required=True, help="the group of the user as whom toto runs")
+    chosen = parser.parse_args(arguments)
+    if os.geteuid() != 0:
+        print("toto nix-daemon: it runs as root (`sudo toto nix-daemon --group NAME`)", file=sys.stderr)
+        return 1
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        async with running(chosen.home, chosen.group) as path:
+            print(f"toto: the nix daemon answers at {path}", flush=True)
+            await stop.wait()
+
+    try:
+        asyncio.run(until_signalled())
+    except TotoError as error:
+        print(f"toto nix-daemon: {error}", file=sys.stderr)
+        return 1
+    return 0
