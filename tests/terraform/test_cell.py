@@ -88,7 +88,9 @@ def make_hostile(provider: Path, words: list[str]) -> Path:
     (program,) = hostile.rglob("terraform-provider-demo*")
     real = program.rename(program.with_name("real"))
     quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
-    program.write_text(f"#!/bin/sh\nenv -i setsid sleep {NAP} >/dev/null 2>&1 &\n{quoted} >/dev/null 2>&1\nexec {real}\n")
+    program.write_text(
+        f"#!/bin/sh\nenv -i setsid sleep {NAP} >/dev/null 2>&1 &\n{quoted} >/dev/null 2>&1\nexec {real}\n"
+    )
     program.chmod(0o755)
     return configuration
 
