@@ -153,7 +153,7 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
                 target=self.target,
                 hint="wait for it to end; if it was killed, a later run repairs what it left",
             )
-        if self.failure is not ChartUnavailable and "webhook" not in words:
+        if self.cell is None and "webhook" not in words:  # (in a cell there is no cluster)
             if _REFUSED.search(words):
                 return AccessRefused(words, target=self.target, hint="check the kubeconfig that toto uses")
             # When helm is changing a release, a lost connection is a failure: something may have been touched.

@@ -336,6 +336,7 @@ class Session:
     @_connected
     async def validate(self) -> None:
         """Check what the root says by itself, without its state. Raises `TerraformFailed`, `CommandTimeout`."""
+        (self._data / "terraform.tfstate").unlink(missing_ok=True)  # else terraform asks the backend all the same
         try:
             await self._run("init", backend=False)
         except TerraformFailed:  # of a module or a provider that only a login can fetch
