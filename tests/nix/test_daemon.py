@@ -67,14 +67,14 @@ async def test_a_build_is_one_of_the_build_users(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def answering(address: str) -> AsyncIterator[tuple[int, list[str]]]:
-    """A server on this machine: its port, and who has called."""
+async def answering(address: str, text: str) -> AsyncIterator[tuple[int, list[str]]]:
+    """A server on this machine that says `text`: its port, and who has called."""
     callers: list[str] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         callers.append(str(writer.get_extra_info("peername")))
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: 6\r\n\r\nfound\n")
+        writer.write(f"HTTP/1.0 200 OK\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
         await writer.drain()
         writer.close()
 
@@ -86,7 +86,8 @@ async def test_a_fixed_output_build_has_the_network_and_reaches_nothing_of_this_
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (address, *_) = own_addresses()
-    digest = (await process.run(["sha256sum"], stdin=b"found\n")).stdout.split()[0]
+    text = f"found {uuid.uuid4()}\n"  # a store path that exists already would not be fetched
+    digest = (await process.run(["sha256sum"], stdin=text.encode())).stdout.split()[0]
 
     def fetched(host: str, port: int) -> str:
         return (
@@ -95,7 +96,7 @@ async def test_a_fixed_output_build_has_the_network_and_reaches_nothing_of_this_
             "executable = false; unpack = false;"
         )
 
-    async with answering("0.0.0.0") as (port, callers):
+    async with answering("0.0.0.0", text) as (port, callers):
         places = ("127.0.0.1", "localhost", "10.0.2.2", "198.18.0.2", address)
         for failed in await asyncio.gather(
             *(built(tmp_path / place, fetched(place, port)) for place in places), return_exceptions=True
@@ -106,7 +107,7 @@ async def test_a_fixed_output_build_has_the_network_and_reaches_nothing_of_this_
         monkeypatch.setenv(ALLOWED, f"{address}/32")
         async with daemon.running(tmp_path_factory.mktemp("open")) as path:
             monkeypatch.setenv(daemon.SOCKET, str(path))
-            assert await built(tmp_path, fetched(address, port)) == "found\n"
+            assert await built(tmp_path, fetched(address, port)) == text
         assert len(callers) == 1
 
 

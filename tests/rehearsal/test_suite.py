@@ -264,7 +264,7 @@ async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
         run_body(tmp_path, "echo begun; setsid sleep 12345 & sleep 12345\n", timeout=60, on_line=lambda _: begun.set())
     )
     await asyncio.wait_for(begun.wait(), 30)
-    started = set(process.descendants(os.getpid())) - {os.getpid()}
+    started = {pid for pid in process.descendants(os.getpid()) if b"12345" in Path(f"/proc/{pid}/cmdline").read_bytes()}
     assert started
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
