@@ -3,24 +3,39 @@
 import re
 from abc import ABC
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import yaml
 from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from blocks.names import names
 from toto.base import files
 from toto.base.errors import InputError
+from toto.cell.relay import Endpoint
+
+READ_ONLY: Final = "-read-only"  # the end of the name of a block for runs that will not deploy
 
 
 class AccessBlock(TotoBlock, ABC):
     """A block that also works unsaved, with its defaults."""
 
     @classmethod
-    async def load_or_default(cls, name: str = "toto") -> Self:
-        """The saved block of this name, or the defaults when there is none. Raises `InputError`."""
-        return await cls.saved(name) or cls()
+    async def of_repo(cls, repo: Path, target: str | None = None) -> Self:
+        """The block of an infra repo, or of one of its targets: the first that is saved of `names`, else the defaults.
+
+        Raises `InputError`.
+        """
+        return await cls.saved_of(repo, target) or cls()
+
+    @classmethod
+    async def saved_of(cls, repo: Path, target: str | None = None, suffix: str = "") -> Self | None:
+        """As `of_repo`, but None where none is saved. `suffix` is at the end of each name: `READ_ONLY` or nothing."""
+        for name in names(repo, target):
+            if (block := await cls.saved(f"{name}{suffix}")) is not None:
+                return block
+        return None
 
 
 class SshIdentity(AccessBlock):
@@ -63,6 +78,23 @@ class TerraformCredentials(AccessBlock):
         description='As JSON: {"HCLOUD_TOKEN": "…", "AWS_SECRET_ACCESS_KEY": "…", "TF_VAR_password": "…"}',
     )
 
+    endpoints: list[str] = Field(
+        default_factory=list,
+        title="Endpoints",
+        description="What terraform reaches on private networks or on toto itself, as host:port: 192.168.7.5:8006. "
+        "The servers in PG_CONN_STR and TF_HTTP_ADDRESS are known without that.",
+    )
+
+    @field_validator("endpoints")
+    @classmethod
+    def _are_endpoints(cls, endpoints: list[str]) -> list[str]:
+        for each in endpoints:
+            try:
+                Endpoint.parse(each)
+            except InputError as error:
+                raise ValueError(f"{error.message}: write host:port, such as 192.168.7.5:8006") from None
+        return endpoints
+
     @field_validator("variables")
     @classmethod
     def _are_variables(cls, variables: SecretDict) -> SecretDict:
@@ -74,6 +106,10 @@ class TerraformCredentials(AccessBlock):
     def environment(self) -> dict[str, str]:
         """The variables by name. Every value is a secret."""
         return dict(self.variables.get_secret_value())
+
+    def reached(self) -> list[Endpoint]:
+        """The endpoints, parsed."""
+        return [Endpoint.parse(each) for each in self.endpoints]
 
 
 class KubeAccess(AccessBlock):

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Final
 
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
+from blocks.names import own_or_shared
 from toto.infra_repo.settings import is_mail_address, is_venue_name
 from toto.report import venues
 from toto.report.venues import Security, VenueFailed
@@ -121,30 +123,35 @@ class NtfyVenue(VenueBlock):
 KINDS: Final[tuple[type[VenueBlock], ...]] = (SlackVenue, MailVenue, WebhookVenue, NtfyVenue)
 
 
-async def pusher(address: str) -> venues.Mail:
-    """The sender for mail to a pusher: the mail venue `pusher`. Raises `VenueFailed`, `InputError`."""
-    block = await MailVenue.saved(PUSHER)
+async def pusher(address: str, repo: Path) -> venues.Mail:
+    """The sender for mail to a pusher: the mail venue `pusher` of the repo. Raises `VenueFailed`, `InputError`."""
+    found = [await MailVenue.saved(each) for each in own_or_shared(repo, PUSHER)]
+    block = next((each for each in found if each is not None), None)
     if block is None:
         raise VenueFailed(
             "there is no mail venue of this name",
             target=PUSHER,
-            hint="save a block `Toto venue: mail` under this name in the UI, or leave out venues.mail_pusher",
+            hint=f"save a block `Toto venue: mail` as {' or '.join(own_or_shared(repo, PUSHER))} in the UI, "
+            "or leave out venues.mail_pusher",
         )
     return replace(block.venue(PUSHER), to=(address,))
 
 
-async def named(name: str) -> list[venues.Venue]:
+async def named(name: str, repo: Path | None = None) -> list[venues.Venue]:
     """The senders for a venue name: one for each venue block that is saved under it.
 
+    For an infra repo these are the blocks called `REPO--NAME`, and `NAME` where it may use the shared ones.
     Raises `VenueFailed` when there is none, `InputError` when a block's values are wrong.
     """
     if not is_venue_name(name):
         raise VenueFailed("is not a venue's name: use lower-case letters, digits and '-'", target=name)
-    found = [block.venue(name) for kind in KINDS if (block := await kind.saved(name)) is not None]
-    if not found:
-        raise VenueFailed(
-            "there is no venue of this name",
-            target=name,
-            hint="save a block `Toto venue: …` under this name in the UI, under Blocks",
-        )
-    return found
+    candidates = [name] if repo is None else own_or_shared(repo, name)
+    for candidate in candidates:
+        found = [block.venue(name) for kind in KINDS if (block := await kind.saved(candidate)) is not None]
+        if found:
+            return found
+    raise VenueFailed(
+        "there is no venue of this name",
+        target=name,
+        hint=f"save a block `Toto venue: …` as {' or '.join(candidates)} in the UI, under Blocks",
+    )

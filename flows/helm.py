@@ -5,7 +5,7 @@ from typing import Literal
 from prefect import flow
 from prefect.utilities.annotations import quote
 
-from tasks.helm import compare, connect, find_drift, inspect, revert, test, upgrade
+from tasks.helm import compare, connect, find_drift, inspect, revert, test, try_to_compare, upgrade
 from tasks.record import intend, record_good, record_verified
 from toto.helm.diff import Difference
 from toto.plan.changes import Why
@@ -18,6 +18,9 @@ __all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 @flow(name="rehearse release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
     """Render the release, lint it, and compare it with what is deployed."""
+    if not order.deploys:
+        found, how = await try_to_compare(order)
+        return Verdict.told(order, summary=how, difference=str(found or ""))
     difference = await compare(order)
     return Verdict.passed(order, difference, summary=difference.summary, difference=str(difference))
 
@@ -25,6 +28,7 @@ async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
 @flow(name="roll out release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: ReleaseOrder, verdict: Verdict[Difference]) -> Literal["deployed", "recorded"]:
     """Upgrade the release, run its own tests, and record its revision. Without a difference it is only recorded."""
+    order.check_deploys()
     verdict.check(order)
     helm = await connect(order.repo, order.run)
     now = await inspect(order, helm)

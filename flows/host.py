@@ -8,7 +8,7 @@ from prefect.utilities.annotations import quote
 
 from tasks.record import intend, record_good, record_unreachable, record_verified
 from tasks.rehearse import build_system, build_vm, in_sandbox, run_tests, show_difference
-from tasks.roll_out import activate, add_gc_root, clean_up, connect, copy, endpoint_of, inspect, revert
+from tasks.roll_out import activate, add_gc_root, claim, clean_up, connect, copy, endpoint_of, inspect, revert
 from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.plan.changes import Action
 from toto.plan.host import HostOrder
@@ -38,6 +38,7 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
     intended = False
     try:
         async with connect(machine, order.repo, order.run, settings.connect_timeout) as activator:
+            await claim(order, activator)
             where = endpoint_of(machine, activator)
             smoke, post_switch = (
                 run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 
 from flows.revert import revert, settle
 from flows.stages import detect, notify, rehearse, roll_out, the_roll_out
 from tasks import names
 from tasks.approve import approve
+from tasks.limits import room_for_run
 from tasks.run import Request, Run, carry_out, conclude
 from tasks.settle import settle_soon
 from toto.infra_repo import git
@@ -69,9 +70,10 @@ async def _stages(run: Run) -> Run:
     """
     if run.finds_open_intents:
         await settle(run.repo, return_state=True)  # the roll-out below handles what could not be reverted
-    run = await detect(run)
-    if run.rehearses:
-        run = await rehearse(run)
+    async with room_for_run(run.repo, run.id, runtime.flow_run.tags, run.check_superseded):
+        run = await detect(run)
+        if run.rehearses:
+            run = await rehearse(run)
     if run.asks:
         run = await approve(run)
     if run.rolls_out:

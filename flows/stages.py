@@ -45,6 +45,7 @@ async def _detect(run: Run) -> None:
             request.only,
             override=request.override,
             force=request.force,
+            deploys=request.deploys,
             identify=identify,
         )
     )
@@ -85,10 +86,11 @@ async def _verdict(order: Order) -> Verdict[object]:
 async def the_roll_out(run: Run) -> AsyncIterator[None]:
     """Hold the only roll-out slot of the repo, and settle what dead runs left before the block begins.
 
-    Raises `Superseded`, or `Outdated` when what is deployed has changed since the plan was made.
+    Raises `Superseded`, `NotDeployable`, or `Outdated` when what is deployed has changed since the plan was made.
     """
     async with one_roll_out(run.repo, run.id):
         await run.check_superseded()
+        await run.check_deployable()  # the branch, and whose signatures count, may have changed since the start
         paths.require_room(run.repo)
         for left in await settle_first(run.repo, run.id):
             if left.error:  # toto does not deploy over a target that could not be reverted

@@ -5,7 +5,7 @@ from typing import Literal
 from prefect import flow
 
 from tasks.record import intend, record_good, record_verified
-from tasks.terraform import apply, find_drift, plan_root, revert
+from tasks.terraform import apply, find_drift, plan_root, revert, try_to_plan
 from toto.base.errors import TotoError
 from toto.plan.root import RootBefore, RootOrder
 from toto.plan.verdict import Verdict
@@ -17,6 +17,9 @@ __all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 @flow(name="rehearse root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def rehearse(order: RootOrder) -> Verdict[Planned]:
     """Plan the root and keep the plan: the roll-out applies exactly this plan."""
+    if not order.deploys:
+        attempt = await try_to_plan(order)
+        return Verdict.told(order, summary=attempt.summary, difference=str(attempt.planned or ""))
     planned = await plan_root(order)
     return Verdict.passed(
         order, planned, summary=planned.summary, difference=str(planned), question=order.question(planned)
@@ -26,6 +29,7 @@ async def rehearse(order: RootOrder) -> Verdict[Planned]:
 @flow(name="roll out root", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
 async def roll_out(order: RootOrder, verdict: Verdict[Planned]) -> Literal["deployed", "recorded"]:
     """Apply the plan of the rehearsal and record it. An empty plan is only recorded."""
+    order.check_deploys()
     verdict.check(order)
     planned = verdict.found
     if planned is None:

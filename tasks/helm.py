@@ -9,13 +9,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import KubeAccess
+from blocks.access import READ_ONLY
+from blocks.names import names
 from tasks import Done, report
 from tasks.record import record_reverted
 from tasks.reversal import Reversal
 from toto.base import runs
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
+from toto.git_host import shared
 from toto.helm import release as helm_release
 from toto.helm.cluster import Helm, Revision
+from toto.helm.command import ClusterUnreachable
 from toto.helm.diff import Difference
 from toto.helm.release import Release
 from toto.helm.revert import revert as revert_release
@@ -30,12 +34,23 @@ class TestsFailed(TotoError):
     """The chart's own tests failed. The message has their output."""
 
 
-async def connect(repo: Path, run: str) -> Helm:
-    """helm with the cluster of the block `toto`, or else of the environment's kubeconfig. Raises `InputError`."""
+async def connect(repo: Path, run: str, access: KubeAccess | None = None) -> Helm:
+    """helm with a cluster: that of `access`, else of the repo's block.
+
+    The repo that may use the shared blocks goes without one by the environment's kubeconfig. Raises `InputError`.
+    """
     directory = runs.run_directory(repo, run) / "helm"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Each gets its own folder, since releases are rehearsed side by side.
-    return Helm(kubeconfig=(await KubeAccess.load_or_default()).file(Path(tempfile.mkdtemp(dir=directory))))
+    access = access or await KubeAccess.of_repo(repo)
+    scratch = Path(tempfile.mkdtemp(dir=directory))  # of its own, since releases are rehearsed side by side
+    kubeconfig = access.file(scratch)
+    if kubeconfig is None and not shared.has_shared_blocks(repo):
+        raise InputError(
+            "this repository has no cluster",
+            target=shared.name_of(repo),
+            hint=f"save a block `Toto kube access` as {names(repo)[0]} in the UI",
+        )
+    return Helm(kubeconfig=kubeconfig, scratch=scratch)
 
 
 @task(name="render and compare", task_run_name="render and compare", cache_policy=NO_CACHE)
@@ -52,6 +67,29 @@ async def compare(order: ReleaseOrder) -> Difference:
     difference = await helm.difference(release, order.tree)
     await report.show_difference(order.label, "\n".join([*([said] if said else []), str(difference)]))
     return difference
+
+
+@task(name="render without deploying", task_run_name="render", cache_policy=NO_CACHE)
+async def try_to_compare(order: ReleaseOrder) -> tuple[Difference | None, str]:
+    """Lint and render the release in a run that will not deploy it, and compare it where a block that only reads is.
+
+    Returns the difference, and how it was found or why there is none. Raises `RenderFailed`, `ChartUnavailable`.
+    """
+    release = order.release
+    access = await KubeAccess.saved_of(order.repo, suffix=READ_ONLY)
+    helm = await connect(order.repo, order.run, access) if access else Helm()
+    for warning in await helm.lint(release, order.tree):
+        get_run_logger().warning("%s", warning)
+    await helm.render_alone(release, order.tree)
+    if access is None:
+        return None, "rendered without the cluster's credentials, which this run does not get: not compared with it"
+    try:
+        difference = await helm.difference(release, order.tree)
+    except ClusterUnreachable as error:
+        get_run_logger().warning("%s", error)
+        return None, "rendered, and not compared with the cluster: the credentials that only read do not get there"
+    await report.show_difference(order.label, str(difference))
+    return difference, f"{difference.summary} (compared with credentials that only read)"
 
 
 @dataclass(frozen=True)

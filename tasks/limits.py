@@ -1,9 +1,12 @@
-"""Limits what runs at the same time: sandboxes by memory and cores, and one roll-out for each repo. Prefect counts."""
+"""Limits what runs at the same time: sandboxes by memory and cores, runs by repo and pusher, and one roll-out a repo.
+
+Prefect counts.
+"""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -17,9 +20,10 @@ from prefect.concurrency.asyncio import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from toto.base import files, paths, resources
+from toto.base import files, paths, resources, server_rules
 from toto.ledger.ledger import owner, owner_lives
 
+USER: Final = "user:"  # the tag of a run that names its pusher begins with it
 SANDBOXES: Final = "toto-sandboxes"
 SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox counts as when the limit is created
 LEASE: Final = 60  # seconds, the shortest that Prefect grants: a dead holder keeps its slot at most that long
@@ -35,6 +39,12 @@ async def _ensure(client: PrefectClient, name: str, limit: int) -> None:
     async with paths.alone(paths.state_home() / "limits.lock"):
         if not await _is_there(client, name):
             await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+
+
+async def _set(client: PrefectClient, name: str, limit: int) -> None:
+    """Create a limit, or change it to what the server's rules say."""
+    async with paths.alone(paths.state_home() / "limits.lock"):
+        await client.upsert_global_concurrency_limit_by_name(name, limit)
 
 
 async def _is_there(client: PrefectClient, name: str) -> bool:
@@ -66,6 +76,42 @@ async def room_for_sandbox() -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def room_for_run(
+    repo: Path, run: str, tags: Sequence[str], while_waiting: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Hold a slot of the runs that the server's rules allow at once: of those of a pusher, and of those of a repo.
+
+    `tags` are the run's, which name its pusher. `while_waiting` is called every second, and may raise to give up.
+    """
+    rules = server_rules.load().runs
+    wanted = {f"toto-runs-of-{tag.removeprefix(USER)}": rules.per_pusher for tag in tags if tag.startswith(USER)}
+    wanted[f"toto-runs-in-{paths.repo_state(repo).name}"] = rules.per_repo
+    async with get_client() as client, AsyncExitStack() as held:
+        waiting = False
+        for name, limit in wanted.items():  # always in this order, so that no two runs wait for each other
+            await _set(client, name, limit)
+            while (lease := await _acquire(client, name, run)) is None:
+                if not waiting:
+                    get_run_logger().info("waiting: as many runs as the server's rules allow are at work")
+                    waiting = True
+                await while_waiting()
+                await asyncio.sleep(1)
+            await held.enter_async_context(_renewed(client, lease))
+        yield
+
+
+@asynccontextmanager
+async def _renewed(client: PrefectClient, lease: UUID) -> AsyncIterator[None]:
+    """Renew a lease to the end of the block, and then give it back."""
+    renewing = asyncio.create_task(_renew(client, lease))
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.shield(_give_back(client, lease))
+
+
+@asynccontextmanager
 async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
     """Hold the only roll-out slot of a repo, from the first touched machine to the end of a revert.
 
@@ -86,13 +132,11 @@ async def one_roll_out(repo: Path, run: str) -> AsyncIterator[None]:
             await _release_dead(client, note)
             await asyncio.sleep(1)
         files.write(note, json.dumps({"lease": str(lease), "owner": owner(), "run": run}))
-        renewing = asyncio.create_task(_renew(client, lease))
-        try:
-            yield
-        finally:
-            renewing.cancel()
-            note.unlink(missing_ok=True)
-            await asyncio.shield(_give_back(client, lease))
+        async with _renewed(client, lease):
+            try:
+                yield
+            finally:
+                note.unlink(missing_ok=True)
 
 
 async def _acquire(client: PrefectClient, name: str, run: str) -> UUID | None:

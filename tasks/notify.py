@@ -65,7 +65,7 @@ async def notify(
             settings.venues.mail_pusher,
         )
         known = await notified.read(repo, check) if listening else {}
-        heard = await _send_all(message, audience if listening else replace(audience, listening={}), known)
+        heard = await _send_all(repo, message, audience if listening else replace(audience, listening={}), known)
         if listening and heard:
             await notified.remember(repo, heard, check)
         if settings.venues.notes and check == "reconcile":
@@ -74,15 +74,15 @@ async def notify(
         get_run_logger().warning("nobody could be notified of the result: %s", _words(error))
 
 
-async def _send_all(message: Message, audience: Audience, known: Notified) -> Notified:
+async def _send_all(repo: Path, message: Message, audience: Audience, known: Notified) -> Notified:
     """Send to all venues at once. Returns what the venues that got their message know now."""
     messages = {name: notified.news(message, known.get(name, {})) or message for name in audience.asked}
     for name, targets in audience.listening.items():
         concern = message if targets is None else message.about(targets)
         if news := notified.news(concern, known.get(name, {})):
             messages[name] = news
-    mail = [_attempt(audience.mail, _mail(audience.mail, message))] if audience.mail else []
-    done = await asyncio.gather(*(_attempt(name, _send(name, each)) for name, each in messages.items()), *mail)
+    mail = [_attempt(audience.mail, _mail(repo, audience.mail, message))] if audience.mail else []
+    done = await asyncio.gather(*(_attempt(name, _send(repo, name, each)) for name, each in messages.items()), *mail)
     return {
         name: notified.after(each, known.get(name, {}))
         for (name, each), heard in zip(messages.items(), done, strict=False)
@@ -90,12 +90,12 @@ async def _send_all(message: Message, audience: Audience, known: Notified) -> No
     }
 
 
-async def _send(name: str, message: Message) -> None:
-    await asyncio.gather(*(venue.send(message) for venue in await venues.named(name)))
+async def _send(repo: Path, name: str, message: Message) -> None:
+    await asyncio.gather(*(venue.send(message) for venue in await venues.named(name, repo)))
 
 
-async def _mail(address: str, message: Message) -> None:
-    await (await venues.pusher(address)).send(message)
+async def _mail(repo: Path, address: str, message: Message) -> None:
+    await (await venues.pusher(address, repo)).send(message)
 
 
 async def _attempt(who: str, sending: Awaitable[None]) -> bool:

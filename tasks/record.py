@@ -11,6 +11,8 @@ from toto.infra_repo import git
 from toto.ledger import ledger, steps
 from toto.ledger.ledger import Before, Deployed, Entry, Intent, Ledger, Note
 from toto.ledger.target import Target
+from toto.machine import owners
+from toto.plan.host import HostKind
 from toto.plan.kinds import kind_of
 from toto.plan.order import Order
 
@@ -98,6 +100,8 @@ async def retire(repo: Path, target: Target) -> None:
     await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
     for root in kind_of(target).roots(repo, target.name):
         root.unlink(missing_ok=True)
+    if target.kind == HostKind.name:
+        await owners.release(repo, target.name)
 
 
 async def intend_to_revert(repo: Path, target: Target, run: str) -> None:

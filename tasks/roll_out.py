@@ -19,7 +19,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Intent, Ledger
-from toto.machine import keys, ssh
+from toto.machine import keys, owners, ssh
 from toto.machine.activation import Activator, MachineState, Verb
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
@@ -45,13 +45,19 @@ async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float
 
 
 async def _identity(machine: Machine, repo: Path, run: str) -> Path:
-    """The key for a machine: the manifest's, else the one of the block `toto`, else toto's own."""
+    """The key for a machine: the manifest's, else the one of the repo's block, else the repo's own."""
     if machine.ssh.identity is None:
         directory = runs.run_directory(repo, run) / "identity" / machine.name
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if (saved := (await SshIdentity.load_or_default()).file(directory)) is not None:
+        if (saved := (await SshIdentity.of_repo(repo)).file(directory)) is not None:
             return saved
-    return await keys.identity(machine.ssh.identity)
+    return await keys.identity(repo, machine.ssh.identity)
+
+
+async def claim(order: HostOrder, activator: Activator) -> None:
+    """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
+    assert order.machine is not None
+    await owners.claim(order.repo, order.machine, owners.host_keys(activator.connection.target))
 
 
 def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:

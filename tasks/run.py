@@ -17,10 +17,14 @@ from tasks.record import retire
 from tasks.retry import retry_later
 from toto.base import runs
 from toto.base.errors import TotoError
+from toto.git_host import admission
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
+from toto.machine import owners
+from toto.machine.owners import NotOwned
 from toto.plan.changes import Action
+from toto.plan.host import HostOrder
 from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
@@ -77,10 +81,19 @@ class Run:
         self.touched: list[Target] = []
 
     def planned(self, plan: Plan) -> None:
-        """Start again with a new plan: clear the report, the verdicts and the touched targets."""
+        """Start again with a new plan: clear the report, the verdicts and the touched targets.
+
+        A machine of a different repository is a failure from the start.
+        """
         self.plan = plan
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
         self.verdicts, self.touched = {}, []
+        for order in plan.orders if self.request.deploys else ():
+            if isinstance(order, HostOrder) and order.machine and order.change.action in (Action.DEPLOY, Action.VERIFY):
+                try:
+                    owners.check(self.repo, order.machine)
+                except NotOwned as error:
+                    self.report.failure(order.label, "claim", error)
 
     @property
     def repo(self) -> Path:
@@ -175,6 +188,11 @@ class Run:
         if of_a_push and (newer := await git.superseded_by(self.repo, self.request.commit)):
             raise Superseded(f"superseded by {newer[:8]}: nothing was touched")
 
+    async def check_deployable(self) -> None:
+        """Raises `NotDeployable` when the run would deploy a commit that may only be planned and rehearsed."""
+        if self.request.deploys:
+            await admission.check(self.repo, self.request.commit)
+
     async def unless_superseded(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` and return its result. When a newer push replaces this run's, end it and raise `Superseded`."""
         task = asyncio.ensure_future(work)
@@ -219,6 +237,7 @@ async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -
     async with cancelled_by_sigterm(), runs.claimed(request.repo, run.id):
         try:
             clean_up(request.repo)
+            await run.check_deployable()
             while True:
                 try:
                     await stages(run)

@@ -1,5 +1,6 @@
 """Terraform: plan in the rehearsal, apply exactly that plan in the roll-out, revert to the last good commit's root."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import task
@@ -7,11 +8,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import TerraformCredentials
+from blocks.access import READ_ONLY
 from tasks import report, sink
 from tasks.record import record_reverted
 from tasks.reversal import Reversal
 from toto.base import runs
 from toto.base.errors import TotoError
+from toto.base.process import CommandTimeout
 from toto.infra_repo import git, settings
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
@@ -21,28 +24,38 @@ from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
 from toto.terraform.plan import Planned, State
 from toto.terraform.revert import CannotGoBack, way_back
-from toto.terraform.session import PlanStale, Session
+from toto.terraform.session import PlanStale, Session, TerraformFailed
 
 
 class PlanMoved(TotoError):
     """The state has changed since the rehearsal, and the plan would be different now."""
 
 
-async def credentials(root: str) -> dict[str, str]:
-    """The secret variables for a root, from the block named after it, or else the block `toto`. Raises `InputError`."""
-    own = await TerraformCredentials.saved(report.key(root))
-    return (own or await TerraformCredentials.load_or_default()).environment()
+@dataclass(frozen=True)
+class Attempt:
+    """A plan of a run that will not deploy; None when it could not be made. `note` says how it was made, or why not."""
+
+    planned: Planned | None
+    note: str
+
+    @property
+    def summary(self) -> str:
+        return f"{self.planned.summary} ({self.note})" if self.planned else self.note
 
 
 async def _session(order: RootOrder) -> Session:
+    """Terraform for an order: with credentials where the run deploys, else with those that only read, if there are."""
+    block = await TerraformCredentials.saved_of(order.repo, order.name, "" if order.deploys else READ_ONLY)
     return Session(
         repo=order.repo,
         root=order.root,
         tree=order.tree,
         scratch=order.scratch,
         settings=order.settings.terraform,
-        env=await credentials(order.name),
+        env=block.environment() if block else {},
         on_line=sink(),
+        endpoints=block.reached() if block else (),
+        standing="deploys" if order.deploys else "reads" if block else "guest",
     )
 
 
@@ -56,6 +69,28 @@ async def plan_root(order: RootOrder) -> Planned:
     await report.show_terraform_plan(order.label, planned)
     tfplan.refuse(planned, order.root.prevent)
     return planned
+
+
+@task(name="plan without deploying", task_run_name="plan", cache_policy=NO_CACHE)
+async def try_to_plan(order: RootOrder) -> Attempt:
+    """Plan the root in a run that will not deploy it: with credentials that only read, or without any.
+
+    A plan that cannot be made for lack of them is no failure. Raises `TerraformFailed` for a root that is wrong by
+    itself, `PlanRefused`.
+    """
+    session = await _session(order)
+    reads = session.standing == "reads"
+    try:
+        planned = await session.plan()
+    except (TerraformFailed, CommandTimeout) as error:
+        await session.validate()
+        get_run_logger().warning("%s", error)
+        how = "with credentials that only read" if reads else "without credentials, which this run does not get"
+        return Attempt(None, f"not planned: it cannot be {how}")
+    await report.show_terraform_plan(order.label, planned)
+    tfplan.refuse(planned, order.root.prevent)
+    how = "with credentials that only read" if reads else "without credentials, as if nothing were there"
+    return Attempt(planned, f"planned {how}")
 
 
 @task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)
@@ -132,13 +167,15 @@ async def session_at(repo: Path, run: str, target: Target, commit: str) -> Sessi
     wanted = settings.load(tree).terraform
     for root in terraform.discover(tree, wanted):
         if root.name == target.name:
+            block = await TerraformCredentials.saved_of(repo, root.name)
             return Session(
                 repo=repo,
                 root=root,
                 tree=tree,
                 scratch=runs.run_directory(repo, run) / "back",
                 settings=wanted,
-                env=await credentials(root.name),
+                env=block.environment() if block else {},
                 on_line=sink(),
+                endpoints=block.reached() if block else (),
             )
     raise CannotGoBack(f"there is no such root at {commit[:8]}", target=target.label)

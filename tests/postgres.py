@@ -1,8 +1,11 @@
 """A PostgreSQL for tests of other things: a cluster of toto's own (`toto.server.database`), without its server.
 
+It listens on a socket; for what has only a network, this process joins a port of the loopback to that socket.
+
 It dies with the process that started it.
 """
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -23,8 +26,27 @@ class Postgres:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.url = cluster, cluster.url
         self.dsn = f"host={cluster.socket} user={USER} dbname={NAME} sslmode=disable"
+        self.network_dsn = ""
         self._running = contextlib.AsyncExitStack()
         self._server: process.Running | None = None
+
+    @contextlib.asynccontextmanager
+    async def on_loopback(self) -> AsyncIterator[None]:
+        """Have `network_dsn` lead to the server while the block lasts, on a port of the loopback."""
+        path = f"{self.cluster.socket}/.s.PGSQL.5432"
+
+        async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                answers, asks = await asyncio.open_unix_connection(path)
+            except OSError:
+                writer.close()
+                return
+            await asyncio.wait([asyncio.create_task(_copy(reader, asks)), asyncio.create_task(_copy(answers, writer))])
+
+        async with await asyncio.start_server(joined, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            self.network_dsn = f"host=127.0.0.1 port={port} user={USER} dbname={NAME} sslmode=disable"
+            yield
 
     async def start(self) -> None:
         """Start the server and wait until it answers."""
@@ -41,6 +63,14 @@ class Postgres:
         await self._running.aclose()
 
 
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while chunk := await reader.read(65_536):
+            writer.write(chunk)
+            await writer.drain()
+    writer.close()
+
+
 @contextlib.asynccontextmanager
 async def running() -> AsyncIterator[Postgres]:
     """A server for as long as the block lasts. What a killed test session left of an earlier one is removed."""
@@ -52,7 +82,8 @@ async def running() -> AsyncIterator[Postgres]:
     made = Postgres(Cluster(home, max(await Programs.installed(), key=lambda each: each.major)))
     try:
         await made.start()
-        yield made
+        async with made.on_loopback():
+            yield made
     finally:
         await made.end()
         shutil.rmtree(home, ignore_errors=True)

@@ -114,6 +114,11 @@ def install(folder: Path) -> Path:
     return configuration
 
 
+def needs(configuration: Path) -> list[Path]:
+    """The folders that terraform's cell must see for the provider that `install` has put beside its configuration."""
+    return [configuration.parent / "mirror", Path(sys.prefix), Path(sys.base_prefix).resolve(), ROOT / "tests"]
+
+
 def main() -> None:
     """Serve terraform, as it starts its providers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as providers do: terraform itself stops them

@@ -12,14 +12,16 @@ import sys
 import uuid
 from pathlib import Path
 
-from toto.base import paths, runs
+from toto.base import paths, runs, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import saved_auth
-from toto.git_host import access, receive
+from toto.git_host import access, follow, receive, shared
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.infra_repo import git
+from toto.ledger import approvals
 from toto.ledger.ledger import REF, Ledger
+from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -75,6 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     secret.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
     secret.set_defaults(run=_password)
 
+    for verb, help in (
+        ("approve", "let a run go on that asks for an approval"),
+        ("reject", "refuse what a run asks for"),
+    ):
+        answering = verbs.add_parser(verb, parents=[_where()], help=f"{help}; over ssh: ssh toto {verb} RUN")
+        answering.add_argument("flow_run", metavar="RUN", help="the run's id, as in its log")
+        answering.add_argument("--by", metavar="USER", help="the user of the git host who answers")
+        answering.set_defaults(run=_answer, approved=verb == "approve")
+
+    _machine_verbs(verbs.add_parser("machine", help="which repository may deploy which machine"))
+    key = verbs.add_parser("key", parents=[_where()], help="print the public half of a repository's key")
+    key.add_argument("name", metavar="REPO")
+    key.add_argument("key", nargs="?", metavar="NAME", help="a key that ssh.identity names (default: the machines')")
+    key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
+    key.set_defaults(run=_key)
+
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
@@ -117,8 +135,8 @@ def _database_verbs(parser: argparse.ArgumentParser) -> None:
     upgrading.set_defaults(run=_database_upgrade)
 
 
-def _repo_verbs(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+def _where() -> argparse.ArgumentParser:
+    """The option that says where the repositories are."""
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument(
         "--repos",
@@ -126,6 +144,23 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
         default=git_host.default_repos(),
         help="the folder of the repositories (default: %(default)s)",
     )
+    return where
+
+
+def _machine_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    listing = verbs.add_parser("list", help="show every machine that was deployed, and its repository")
+    listing.set_defaults(run=_machine_list)
+    moving = verbs.add_parser("move", parents=[_where()], help="let a different repository deploy a machine")
+    moving.add_argument("name", metavar="MACHINE")
+    moving.add_argument("old", metavar="FROM", help="the repository that it belongs to")
+    moving.add_argument("new", metavar="TO", help="the repository that it will belong to")
+    moving.set_defaults(run=_machine_move)
+
+
+def _repo_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    where = _where()
     policy = argparse.ArgumentParser(add_help=False, parents=[where], argument_default=argparse.SUPPRESS)
     policy.add_argument("name", metavar="NAME")
     policy.add_argument("--branch", help="the deployed branch")
@@ -142,11 +177,12 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
         "--allowed-signers",
         metavar="FILE",
         help="ssh keys that are trusted for signatures; '' for "
-        "the keys of the users who may write to the repository, which is the default",
+        "the keys of the users who may deploy or rehearse it, which is the default",
     )
     policy.add_argument("--gpg-home", metavar="DIR", help="the gpg folder whose keys are trusted; '' for none")
 
     create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
+    create.add_argument("--by", metavar="USER", help="the user who creates it; without a table it is theirs to deploy")
     create.set_defaults(run=_repo_create)
     change = verbs.add_parser("set", parents=[policy], help="change what a repository accepts, and show all of it")
     change.set_defaults(run=_repo_set)
@@ -198,6 +234,31 @@ async def _log(arguments: argparse.Namespace) -> int:
     return 0
 
 
+async def _answer(arguments: argparse.Namespace) -> int:
+    """Answer for a run of one of the repositories for which the user may; others are as if they were not there."""
+    repos, run, user = arguments.repos.absolute(), arguments.flow_run, arguments.by
+    for repo in git_host.infra_repos(repos):
+        name = repo.name.removesuffix(".git")
+        if approvals.read(repo, run) is not None and await access.may(repos, user, "read", name):
+            if not await access.may(repos, user, "approve", name):
+                raise InputError(
+                    f"{user} may not answer for runs of {name}",
+                    hint=f'ask someone who may, or someone who may deploy {access.ADMIN} for `approve = ["{user}"]` '
+                    f"in [repos.{name}]",
+                )
+            by = user or f"{getpass.getuser()} (on toto itself)"
+            asked = await approvals.answer(repo, run, approved=arguments.approved, by=by)
+            print(f"{'approved' if arguments.approved else 'rejected'} by {by}: run {run} of {name}")
+            for label, plan in asked.plans.items():
+                print(follow.clean(f"{label}:\n{plan}"))
+            return 0
+    raise InputError(
+        "there is no run of this id that asks for an approval",
+        target=f"run {run}",
+        hint="the log of the run that asks has the whole line",
+    )
+
+
 async def _database_move(arguments: argparse.Namespace) -> int:
     home = _home(arguments)
     with server.only_one(home, "server"):
@@ -231,8 +292,38 @@ def _say(text: str) -> None:
     print(f"toto: {text}", file=sys.stderr, flush=True)
 
 
+async def _machine_list(arguments: argparse.Namespace) -> int:
+    rows = [
+        {"machine": name, "repository": shared.name_of(each.repo), "address": each.address, "since": each.at}
+        for name, each in sorted(owners.read().machines.items())
+    ]
+    print(table(rows, ("machine", "repository", "address", "since")) if rows else "no machine was deployed yet")
+    return 0
+
+
+async def _machine_move(arguments: argparse.Namespace) -> int:
+    repos = arguments.repos.absolute()
+    old, new = (access.path_of(repos, access.check_name(each)) for each in (arguments.old, arguments.new))
+    await owners.move(arguments.name, old, new)
+    print(f"{arguments.name} belongs to {arguments.new}, whose key it must let in:")
+    print(await keys.public_half(await keys.of_machines(new)))
+    return 0
+
+
+async def _key(arguments: argparse.Namespace) -> int:
+    repo = git.bare(access.path_of(arguments.repos.absolute(), access.check_name(arguments.name)))
+    if arguments.file is not None:
+        await keys.import_key(repo, arguments.key or keys.MACHINES, arguments.file)
+    print(f"{await keys.public_half(await keys.identity(repo, arguments.key))} toto {arguments.name}")
+    return 0
+
+
 async def _repo_create(arguments: argparse.Namespace) -> int:
-    await git_host.make(arguments.repos.absolute(), arguments.name)
+    repos = arguments.repos.absolute()
+    if first := shared.keep_with_the_first(repos, access.check_name(arguments.name)):
+        _say(f"the blocks called toto stay with {first}: shared_blocks in {paths.state_home() / server_rules.FILE}")
+    repo = await git_host.make(repos, arguments.name, creator=arguments.by)
+    await keys.of_machines(repo)
     return await _repo_set(arguments)
 
 

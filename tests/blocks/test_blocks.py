@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +15,17 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_UI_URL, temp
 from pydantic import ValidationError
 
 import blocks
-from blocks import KubeAccess, MailVenue, NtfyVenue, SlackVenue, SshIdentity, TerraformCredentials, WebhookVenue, venues
+from blocks import (
+    KubeAccess,
+    MailVenue,
+    NtfyVenue,
+    SlackVenue,
+    SshIdentity,
+    TerraformCredentials,
+    WebhookVenue,
+    names,
+    venues,
+)
 from blocks.access import AccessBlock
 from blocks.base import TotoBlock
 from tasks.notify import notify
@@ -33,6 +44,7 @@ from toto.server import deployments
 
 POISON = "POISON-abracadabra"
 KEY = f"-----BEGIN OPENSSH PRIVATE KEY-----\n{POISON}\n-----END OPENSSH PRIVATE KEY-----"
+REPO = Path("/nowhere/infra.git")
 KINDS: list[type[TotoBlock]] = [getattr(blocks, name) for name in blocks.__all__]
 
 
@@ -91,7 +103,7 @@ async def test_a_block_of_a_kind_that_is_no_more_does_no_harm(prefect: PrefectSe
     await Former(path="/repos/infra.git").asave("toto", overwrite=True)
     try:
         await deployments.register_blocks(prefect.env)
-        assert (await TerraformCredentials.load_or_default()).environment() == {}
+        assert (await TerraformCredentials.of_repo(REPO)).environment() == {}
         assert await prefect.api.call("GET", "/block_types/slug/toto-infra-repo/block_documents") != []
     finally:
         kind = await prefect.api.call("GET", "/block_types/slug/toto-infra-repo")
@@ -129,11 +141,61 @@ async def test_a_secret_is_saved_encrypted_and_never_shown(prefect: PrefectServe
 
 
 async def test_what_is_not_saved_works_by_its_defaults(prefect: PrefectServer, tmp_path: Path) -> None:
-    assert (await SshIdentity.load_or_default("unsaved")).file(tmp_path) is None
-    assert (await KubeAccess.load_or_default("unsaved")).file(tmp_path) is None
-    assert (await TerraformCredentials.load_or_default("unsaved")).environment() == {}
-    await SshIdentity(path="/elsewhere").asave("saved", overwrite=True)
-    assert (await SshIdentity.load_or_default("saved")).file(tmp_path) == Path("/elsewhere")
+    assert (await SshIdentity.of_repo(REPO)).file(tmp_path) is None
+    assert (await KubeAccess.of_repo(REPO)).file(tmp_path) is None
+    assert (await TerraformCredentials.of_repo(REPO, "dns")).environment() == {}
+
+
+async def test_a_repo_has_blocks_of_its_own_and_one_of_them_those_that_are_shared(
+    prefect: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    infra, lab = tmp_path / "infra.git", tmp_path / "lab.git"
+    infra.mkdir()
+    saved = ["toto", "dns", "infra", "infra--dns", "lab", "lab--dns"]
+
+    async def found(repo: Path, root: str | None = None) -> str:
+        return (await TerraformCredentials.of_repo(repo, root)).environment().get("NAME", "")
+
+    async def removed(name: str) -> None:
+        kind = TerraformCredentials.get_block_type_slug()
+        there = await prefect.api.call("GET", f"/block_types/slug/{kind}/block_documents/name/{name}")
+        await prefect.api.call("DELETE", f"/block_documents/{there['id']}")
+
+    for name in saved:
+        await TerraformCredentials(variables={"NAME": name}).asave(name, overwrite=True)
+    try:
+        assert await found(infra, "dns") == "infra--dns"
+        await removed("infra--dns")
+        assert (await found(infra, "dns"), await found(infra)) == ("infra", "infra")
+        await removed("infra")
+        assert (await found(infra, "dns"), await found(infra)) == ("dns", "toto")  # as in 0.1.0: it is the only one
+        lab.mkdir()
+        assert (await found(infra, "dns"), await found(infra)) == ("", "")
+        assert (await found(lab, "dns"), await found(lab)) == ("lab--dns", "lab")
+        (tmp_path / "state" / "server.toml").write_text('shared_blocks = "infra"\n')
+        assert (await found(infra, "dns"), await found(infra)) == ("dns", "toto")
+        assert await found(infra, "lab") == "toto", "a root that is called like a repo gets nothing of that repo"
+        assert await found(infra, "lab--dns") == "toto"
+        assert await found(lab, "x") == "lab"
+    finally:
+        for name in ("toto", "dns", "lab", "lab--dns"):
+            await removed(name)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.b", "a_b"), ("A", "a"), ("a--b", "a-b"), ("a-", "a"), ("a.b", "a-b"), ("_", "__")]
+)
+def test_different_repos_never_have_a_block_in_common(one: str, other: str, tmp_path: Path) -> None:
+    for name in (one, other):
+        (tmp_path / f"{name}.git").mkdir()  # so none of them is the only one
+    for target in (None, "x", "b"):
+        for another in (None, "x", "b", "b--x"):
+            mine, theirs = (
+                set(names.names(tmp_path / f"{repo}.git", root)) for repo, root in ((one, target), (other, another))
+            )
+            assert mine and theirs and not mine & theirs
+            assert all(re.fullmatch(r"[a-z0-9]+(-{1,2}[a-z0-9]+)*", each) for each in mine | theirs)
 
 
 async def test_a_wrong_block_is_reported_with_its_field(prefect: PrefectServer) -> None:

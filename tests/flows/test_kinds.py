@@ -1,10 +1,12 @@
 """A kind is one row in each of two tables: a fourth one goes through a whole reconcile with no other file touched."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import tags
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.utilities.annotations import quote
@@ -13,11 +15,13 @@ from flows import kinds as flow_kinds
 from flows.drift import drift
 from flows.reconcile import reconcile
 from flows.stage import Stage, stage
+from flows.stages import detect
 from tasks.run import Run
 from tests.conftest import PrefectServer
-from tests.repos import InfraRepo
+from tests.repos import InfraRepo, git
 from tests.toy import steps as toy
 from tests.toy.kind import DeployedFile, FileKind
+from toto.base import paths
 from toto.ledger.history import What, events
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
@@ -63,6 +67,59 @@ async def test_a_fourth_kind_is_detected_rehearsed_rolled_out_and_recorded(files
     assert good is not None and good.size == 3
     assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
     assert (await files.reconcile()).message.endswith("nothing to do (1 file as wanted)")  # type: ignore[union-attr]
+
+
+async def test_no_more_runs_are_at_work_than_the_servers_rules_allow(
+    files: Files, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = paths.state_home() / "server.toml"
+    rules.write_text("[runs]\nper_repo = 3\nper_pusher = 2\n")
+    files.commit({"a": "one"})
+    at_work, most = 0, 0
+
+    async def counted(run: Run) -> Run:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(1)
+        at_work -= 1
+        return await detect(run)
+
+    monkeypatch.setattr("flows.reconcile.detect", counted)
+
+    async def runs(*pushers: str) -> int:
+        nonlocal most
+        most = 0
+        states = await asyncio.gather(*(one(pusher) for pusher in pushers))
+        assert all(state.is_completed() for state in states)
+        return most
+
+    async def one(pusher: str) -> State[Any]:
+        with tags(f"user:{pusher}"):
+            return await files.reconcile(rehearse_only=True)
+
+    assert await runs("alice", "alice", "alice", "alice") == 2
+    assert await runs("alice", "alice", "bob", "bob", "carol") == 3
+    rules.write_text("[runs]\nper_repo = 1\n")
+    assert await runs("alice", "bob", "carol") == 1
+
+
+async def test_a_commit_that_is_not_on_the_deployed_branch_is_planned_and_rehearsed_and_nothing_else(
+    files: Files,
+) -> None:
+    """Whatever the parameters say, and however the commit is named."""
+    files.commit({"a": "one"})
+    await files.reconcile()
+    other = files.commit({"a": "two"})
+    for words in (("update-ref", "refs/heads/main", f"{other}~1"), ("tag", "v7", other), ("branch", "side", other)):
+        git(*words, cwd=files.repo.bare)
+    for commit in (other, "v7", "side"):
+        state = await files.reconcile(commit=commit, force=True, override="now", only=["file/a"])
+        assert state.is_failed() and f"{other[:8]} is not on main, the deployed branch" in str(state.message)
+    assert (await files.reconcile(commit="v7", plan_only=True)).is_completed()
+    assert (await files.reconcile(commit="side", rehearse_only=True)).is_completed()
+    assert files.there() == {"a": "one"}
+    assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
 
 
 async def test_a_fourth_kind_is_reverted_in_reverse_order_with_its_own_record(files: Files) -> None:

@@ -28,16 +28,20 @@ create = ["alice"]
 alice = ["{key("a1")} alice@laptop", "{key("a2", "sk-ssh-ed25519@openssh.com")}"]
 bob = ["{key("b")}"]
 guest = []
+carol = ["{key("c")}"]
 
 [repos.infra]
 read = ["bob"]
 write = ["alice"]
 
 [repos.notes]
-read = ["*"]
+rehearse = ["guest"]
+approve = ["bob"]
+admin = ["carol"]
 
 [repos.{ADMIN}]
 write = ["alice"]
+read = ["guest"]
 
 [repos."*"]
 write = ["bob"]
@@ -45,51 +49,74 @@ write = ["bob"]
 
 
 @pytest.mark.parametrize(
-    ("user", "verb", "repo", "creator", "allowed"),
+    ("user", "right", "repo", "creator", "allowed"),
     [
-        ("alice", "write", "infra", None, True),
+        ("alice", "deploy", "infra", None, True),  # by the old word `write`
+        ("alice", "rehearse", "infra", None, True),
         ("alice", "read", "infra", None, True),
+        ("alice", "approve", "infra", None, False),
+        ("alice", "admin", "infra", None, False),
         ("bob", "read", "infra", None, True),
-        ("bob", "write", "infra", None, False),
+        ("bob", "rehearse", "infra", None, False),
+        ("bob", "deploy", "infra", None, False),
         ("guest", "read", "infra", None, False),
         ("guest", "read", "notes", None, True),
-        ("guest", "write", "notes", None, False),
+        ("guest", "rehearse", "notes", None, True),
+        ("guest", "deploy", "notes", None, False),
+        ("guest", "approve", "notes", None, False),
+        ("bob", "approve", "notes", None, True),
+        ("bob", "deploy", "notes", None, False),
+        ("carol", "approve", "notes", None, True),
+        ("carol", "deploy", "notes", None, True),
         ("stranger", "read", "notes", None, False),
-        ("bob", "write", "other", None, True),
+        ("bob", "deploy", "other", None, True),
         ("alice", "read", "other", None, False),
-        ("alice", "write", "other", "alice", True),
-        ("bob", "write", "infra", "bob", False),  # its own table decides, not its creator
-        ("alice", "write", ADMIN, None, True),
+        ("alice", "deploy", "other", "alice", True),
+        ("alice", "approve", "other", "alice", False),
+        ("alice", "admin", "other", "alice", False),
+        ("bob", "deploy", "infra", "bob", False),  # its own table decides, not its creator
+        ("alice", "deploy", ADMIN, None, True),
+        ("alice", "admin", ADMIN, None, True),
         ("bob", "read", ADMIN, None, False),  # never by `*`
-        ("bob", "write", ADMIN, "bob", False),
+        ("bob", "deploy", ADMIN, "bob", False),
+        ("guest", "read", ADMIN, None, True),
+        ("guest", "admin", ADMIN, None, False),
     ],
 )
 def test_a_repositorys_own_table_decides_then_its_creator_then_the_star(
-    user: str, verb: access.Verb, repo: str, creator: str | None, allowed: bool
+    user: str, right: access.Right, repo: str, creator: str | None, allowed: bool
 ) -> None:
-    assert access.parse(RULES).may(user, verb, repo, creator) is allowed
+    assert access.parse(RULES).may(user, right, repo, creator) is allowed
 
 
 def test_the_star_gives_nobody_the_rules_themselves() -> None:
-    rules = access.Rules({"bob": ()}, repos={"*": access.Allowed(write=frozenset({"*"}))})
-    assert rules.may("bob", "write", "infra") and not rules.may("bob", "read", ADMIN)
+    rules = access.Rules({"bob": ()}, repos={"*": access.Allowed(admin=frozenset({"*"}))})
+    assert rules.may("bob", "admin", "infra") and not rules.may("bob", "read", ADMIN)
 
 
-def test_who_may_create() -> None:
+def test_repositories_are_created_by_those_who_may_change_the_rules_and_those_whom_create_names() -> None:
     rules = access.parse(RULES)
-    assert [user for user in ("alice", "bob", "guest", "stranger") if rules.may_create(user)] == ["alice"]
+    assert [user for user in rules.users if rules.may_create(user)] == ["alice"]
+    rules = access.parse(RULES.replace('create = ["alice"]', 'create = ["bob"]'))
+    assert [user for user in (*rules.users, "stranger") if rules.may_create(user)] == ["alice", "bob"]
 
 
 def test_authorized_keys_run_the_shell_and_nothing_else() -> None:
     lines = access.parse(RULES).authorized_keys(["/opt/a b/python", '"x"']).splitlines()
     assert lines[0] == f"""command="'/opt/a b/python' '\\"x\\"' alice",restrict {key("a1")}"""
-    assert len(lines) == 3 and all(",restrict s" in line for line in lines)
+    assert len(lines) == 4 and all(",restrict s" in line for line in lines)
 
 
-def test_signers_are_those_who_may_write() -> None:
+def test_signers_are_those_who_have_the_right() -> None:
     rules = access.parse(RULES)
-    assert [line.split()[0] for line in rules.allowed_signers("infra").splitlines()] == ["alice", "alice"]
-    assert [line.split()[0] for line in rules.allowed_signers("other").splitlines()] == ["bob"]
+    for right, repo, users in (
+        ("deploy", "infra", ["alice", "alice"]),
+        ("deploy", "other", ["bob"]),
+        ("deploy", "notes", ["carol"]),
+        ("approve", "notes", ["bob", "carol"]),
+    ):
+        lines = rules.allowed_signers(right, repo).splitlines()  # type: ignore[arg-type]
+        assert [line.split()[0] for line in lines] == users
 
 
 ADMIN_TABLE = f'[repos.{ADMIN}]\nwrite = ["*"]\n'
@@ -100,8 +127,8 @@ ADMIN_TABLE = f'[repos.{ADMIN}]\nwrite = ["*"]\n'
     [
         ("[users\n", "access.toml:1: is not TOML: expected"),
         (ADMIN_TABLE + "\nx = ", "access.toml:4: is not TOML"),
-        ("", f"access.toml:1: nobody may write {ADMIN}"),
-        ("[users]\nalice = []\n", f"nobody may write {ADMIN}"),
+        ("", f"access.toml:1: nobody may deploy {ADMIN}"),
+        ("[users]\nalice = []\n[repos.toto-admin]\nrehearse = ['alice']\n", f"nobody may deploy {ADMIN}"),
         (ADMIN_TABLE + "[user]\n", "access.toml:3: user: is not known here"),
         (ADMIN_TABLE + "[users]\nalice = 'x'\n", "access.toml:4: alice: should be a list of public keys"),
         (ADMIN_TABLE + "[users]\n\nalice = ['x']\n", "access.toml:5: alice: 'x' is not a public key like"),

@@ -31,6 +31,7 @@ from toto.git_host import access
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.git_host.host import Served
+from toto.ledger import approvals
 from toto.server import deployments
 from toto.server import serve as server
 
@@ -226,27 +227,85 @@ def set_rules(host: Host, admin: Clone, change: Callable[[str], str], *, push: b
 # Who gets in, and where to
 
 
-def test_repository_is_made_by_its_first_push(host: Host) -> None:
+async def test_an_unknown_repository_is_made_by_the_command_that_the_refusal_prints(host: Host) -> None:
     alice, bob = host.clone("alice"), host.clone("bob")
-    assert "there is no repository infra that bob may see" in bob.refused()
-    assert not access.path_of(host.repos, "infra").exists()
+    said = bob.refused()
+    assert "there is no repository infra that bob may see" in said
+    assert "Someone who may deploy toto-admin makes it by `ssh toto repo create infra`" in said
     assert "there is no repository infra that alice may see" in host.ask("alice", "git-upload-pack 'infra'").stderr
+    said = alice.refused()
+    assert not access.path_of(host.repos, "infra").exists(), "a misspelt name makes nothing"
+    command = re.search(r"next: ssh toto (repo create infra) makes it", said)
+    assert command, said
+    assert "bob may not create repositories" in host.ask("bob", command[1]).stderr
+    assert not access.path_of(host.repos, "infra").exists()
+    done = host.ask("alice", command[1])
+    assert done.returncode == 0 and "infra.git" in done.stdout, done.stderr
     output = alice.push()
     assert "the push is accepted" in output and "nothing is deployed yet" in output
     repo = access.path_of(host.repos, "infra")
-    assert (repo / "hooks" / "pre-receive").exists()
+    assert access.creator(repo) == "alice"
     [waiting] = (repo / "toto" / "spool").glob("*.json")
     assert '"tags":["push","user:alice"]' in waiting.read_text()
+    assert host.ask("alice", "repo create private").returncode == 0
     assert host.clone("alice", "private").push()
     assert "no repository private" in host.clone("bob", "private").refused()
 
 
-async def test_reader_reads_and_does_not_write(host: Host) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_a_rehearser_pushes_branches_and_deploys_nothing(host: Host) -> None:
+    await git_host.make(host.repos, "infra")
+    admin = host.clone("alice", "admin")
+    admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
+    set_rules(host, admin, lambda text: text.replace('read = ["bob"]', 'rehearse = ["bob"]'))
+    alice, bob = host.clone("alice"), host.clone("bob")
+    alice.push("main", "skip")
+    for options in ([], ["rehearse"], ["plan"], ["skip"], ["only=web1"]):
+        assert "bob may rehearse infra, but not deploy it: main is its deployed branch" in bob.refused(
+            "+main:main", *options
+        )
+    assert "the push is accepted" in bob.push("main:refs/heads/try", "rehearse")
+    assert "try2 is not deployed" in bob.push("+main:refs/heads/try2")
+    repo = access.path_of(host.repos, "infra")
+    [waiting] = (repo / "toto" / "spool").glob("*.json")
+    assert '"rehearse_only":true' in waiting.read_text() and '"user:bob"' in waiting.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_an_approval_is_by_name_and_only_by_those_who_may(host: Host) -> None:
+    run, other, secret = (f"5a0c0000-0000-4000-8000-00000000000{number}" for number in (1, 2, 3))
+    for name, asking in (("infra", (run, other)), ("private", (secret,))):
+        repo = await git_host.make(host.repos, name)
+        host.clone("alice", name).push("main", "skip")
+        for each in asking:
+            await approvals.ask(repo, each, {"terraform/dns": "\x1b[31mdestroy"}, 60)
+    admin = host.clone("alice", "admin")
+    admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
+    set_rules(host, admin, lambda text: text.replace('read = ["bob"]', 'rehearse = ["bob"]'))
+    for verb, word in (("approve", run), ("reject", run)):
+        assert "bob may not answer for runs of infra" in host.ask("bob", verb, word).stderr
+    for word in (secret, secret.replace("3", "4")):  # there is one of them, and bob does not learn which
+        assert "there is no run of this id that asks" in host.ask("bob", "approve", word).stderr
+    assert "alice may not answer for runs of infra" in host.ask("alice", "approve", run).stderr  # who wrote it
+    set_rules(host, admin, lambda text: text.replace('write = ["alice"]', 'write = ["alice"]\napprove = ["bob"]'))
+    done = host.ask("bob", "approve", run)
+    assert done.returncode == 0 and f"approved by bob: run {run} of infra" in done.stdout, done.stderr
+    assert "�[31mdestroy" in done.stdout
+    assert "was approved by bob at" in host.ask("bob", "reject", run).stderr
+    assert "rejected by bob" in host.ask("bob", "reject", other).stdout
+    found = approvals.read(access.path_of(host.repos, "infra"), other)
+    assert found and found.answer and not found.answer.approved
+    toto = ["python", "-m", "toto.cli", "approve", secret, "--repos", str(host.repos)]
+    assert "(on toto itself): run" in (await process.run(toto)).stdout
+
+
+async def test_reader_reads_and_does_not_push(host: Host) -> None:
+    await git_host.make(host.repos, "infra")
     alice, bob = host.clone("alice"), host.clone("bob")
     alice.push("main", "skip")
     bob.git("fetch", "--quiet", "toto")
     assert bob.git("rev-parse", "toto/main") == alice.git("rev-parse", "main")
-    assert "bob may read infra, but not write it" in bob.refused()
+    assert "bob may read infra, but not push to it" in bob.refused()
     assert "no repository toto-admin that bob may see" in host.ask("bob", "git-upload-pack 'toto-admin'").stderr
 
 
@@ -261,17 +320,20 @@ async def test_a_push_of_the_rules_changes_them_at_once(host: Host) -> None:
         admin,
         lambda text: (
             text.replace("[users]", f'[users]\neve = ["{eve}"]')
-            .replace('create = ["alice"]', 'create = ["alice", "eve"]')
-            .replace('write = ["alice"]', 'write = ["alice", "eve"]')
+            .replace("\n[users]", 'create = ["eve"]\n[users]')
+            .replace('admin = ["alice"]', 'admin = ["alice", "eve"]')
         ),
     )
     assert "hello eve" in host.ask("eve").stderr
+    assert host.ask("eve", "repo create attic").returncode == 0
     host.clone("eve", "attic").push("main", "skip")
     assert access.creator(access.path_of(host.repos, "attic")) == "eve"
-    set_rules(host, admin, lambda text: text.replace(f'eve = ["{eve}"]', "").replace(', "eve"', ""))
+    set_rules(
+        host, admin, lambda text: text.replace(f'eve = ["{eve}"]', "").replace(', "eve"', "").replace('"eve"', "")
+    )
     assert "Permission denied" in host.ask("eve").stderr
     with pytest.raises(AssertionError, match=r"access\.toml:2: create: there is no user 'eve'"):
-        set_rules(host, admin, lambda text: text.replace('create = ["alice"]', 'create = ["eve"]'))
+        set_rules(host, admin, lambda text: text.replace("create = []", 'create = ["eve"]'))
     assert "hello alice" in host.ask("alice").stderr
 
 
@@ -309,10 +371,24 @@ def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
         "scp -t /tmp",
         "internal-sftp",
         "/usr/bin/git-receive-pack infra",
+        "repo create ../x",
+        "repo create -x",
+        "repo create a b",
+        "repo create toto-admin --signed",
+        "repo set infra --no-signed",
+        "repo admin eve /etc/passwd",
+        "approve",
+        "approve ..",
+        "approve ../../infra",
+        "approve --by alice",
+        "approve 5a0c0000-0000-4000-8000-000000000000/../x",
+        "approve '5a0c0000-0000-4000-8000-000000000000\n'",
+        "reject *",
+        "serve",
     ],
 )
 def test_whatever_else_is_asked_is_refused(tmp_path: Path, command: str) -> None:
-    everyone = access.Allowed(write=frozenset("*"))
+    everyone = access.Allowed(admin=frozenset("*"))
     rules = access.Rules({"alice": ()}, frozenset("*"), {"*": everyone, access.ADMIN: everyone})
     with pytest.raises(InputError):
         git_shell.admit(rules, tmp_path, "alice", command)
@@ -329,14 +405,16 @@ def test_refusals_are_in_plain_words_and_forwarding_is_closed(host: Host) -> Non
 
 
 @pytest.mark.parametrize("form", ["~/infra", "{repos}/infra.git"])
-def test_every_form_of_a_repositorys_address(host: Host, form: str) -> None:
+async def test_every_form_of_a_repositorys_address(host: Host, form: str) -> None:
+    await git_host.make(host.repos, "infra")
     alice = host.clone("alice")
     alice.git("remote", "set-url", "toto", host.url(form.format(repos=str(host.repos).lstrip("/"))))
     assert "(-o skip)" in alice.push("main", "skip")
-    assert access.path_of(host.repos, "infra").is_dir()
 
 
-async def test_two_first_pushes_at_once_make_one_repository(host: Host) -> None:
+async def test_two_pushes_at_once_to_a_new_repository(host: Host) -> None:
+    made = await asyncio.gather(*(asyncio.to_thread(host.ask, "alice", "repo create infra") for _ in range(2)))
+    assert [each.returncode for each in made] == [0, 0], made
     clones = [host.clone("alice"), host.clone("alice", "again")]
     clones[1].git("remote", "set-url", "toto", host.url("infra"))
     await asyncio.gather(
@@ -345,8 +423,9 @@ async def test_two_first_pushes_at_once_make_one_repository(host: Host) -> None:
     assert len(clones[0].git("ls-remote", "--heads", "toto").splitlines()) == 2
 
 
-def test_nothing_of_the_pushers_environment_reaches_the_hooks(host: Host) -> None:
+async def test_nothing_of_the_pushers_environment_reaches_the_hooks(host: Host) -> None:
     """Even when sshd accepts GIT_*: a pusher who could set GIT_CONFIG_PARAMETERS could run any command."""
+    await git_host.make(host.repos, "infra")
     alice = host.clone("alice")
     alice.push("main", "skip")
     pwned = host.folder / "pwned"

@@ -3,34 +3,19 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
 from tests.git_host.test_access import key
 from tests.git_host.test_host import Pusher
-from toto.base import process
+from toto.base import paths, process
 from toto.git_host import access, receive
 from toto.git_host import host as git_host
 from toto.git_host.receive import Policy
 from toto.infra_repo import git
 
 GOOD = "machines:\n  web1:\n    address: 10.0.0.1\n"
-
-
-@pytest.fixture
-async def repo(tmp_path: Path) -> Path:
-    return await git_host.create(tmp_path / "infra.git", api_url=f"http://127.0.0.1:{free_port()}/api")
-
-
-@pytest.fixture
-def pusher(tmp_path: Path, repo: Path) -> Pusher:
-    """Its pushes start nothing: there is no server. test_host.py tests that."""
-    there = Pusher(tmp_path / "clone", repo)
-    there.git("config", "push.pushOption", "skip")
-    return there
 
 
 def write(pusher: Pusher, files: dict[str, str | None]) -> str:
@@ -79,6 +64,47 @@ def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher:
     assert "toto: toto.toml:1: is not TOML" in said and "machines.yaml" not in said
     write(pusher, {"toto.toml": None})
     pusher.push()
+
+
+async def test_what_is_more_than_the_server_allows_is_refused_with_its_name(
+    pusher: Pusher, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook finds the server's rules by the repository's own config: sshd gives it no environment."""
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    (paths.state_home() / "server.toml").write_text('[most]\n"sandbox.test_timeout" = 60\n"machine.cores" = 2\n')
+    await git_host.create(repo, api_url="http://127.0.0.1:1/api")
+    monkeypatch.delenv("TOTO_STATE")
+    write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 61\nphase_timeout = 600000\n"})
+    said = refused(pusher)
+    for words in ("test_timeout: 61 is more than the 60", "phase_timeout: 600000 is more than the 14400"):
+        assert f"toto: toto.toml: sandbox.{words} that this server allows (most.sandbox." in said
+    write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 60\n", "machines.yaml": f"{GOOD}    cores: 3\n"})
+    assert "toto: machines.yaml: web1: cores: 3 is more than the 2 that this server allows" in refused(pusher)
+    write(pusher, {"machines.yaml": f"{GOOD}    cores: 2\n"})
+    pusher.push()
+
+
+async def test_a_push_that_is_too_large_or_malformed_is_refused_by_git(
+    pusher: Pusher, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    (paths.state_home() / "server.toml").write_text("[push]\nsize = 1000000\n")
+    await git_host.create(repo, api_url="http://127.0.0.1:1/api")
+    (pusher.folder / "image").write_bytes(os.urandom(1_100_000))
+    write(pusher, {})
+    assert "pack exceeds maximum allowed size" in refused_by_git(pusher, "main")
+    pusher.git("reset", "--quiet", "--hard", "HEAD~1")
+    empty = pusher.git("rev-parse", "HEAD^{tree}")
+    tree = subprocess.run(
+        ["git", "mktree"],
+        input=f"040000 tree {empty}\t.git\n",
+        text=True,
+        cwd=pusher.folder,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
+    commit = pusher.git("commit-tree", "-m", "x", tree)
+    assert "hasDotgit" in refused_by_git(pusher, f"{commit}:refs/heads/evil")
 
 
 def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -> None:
@@ -137,6 +163,73 @@ def test_only_branches_and_tags_of_the_users_own(pusher: Pusher, ref: str) -> No
     assert ref in refused(pusher, f"main:{ref}")
 
 
+@pytest.mark.parametrize(
+    ("ref", "complaint"),
+    [
+        ("refs/heads/HEAD", "no branch and no tag can have this name here"),
+        ("refs/tags/HEAD", "no branch and no tag can have this name here"),
+        ("refs/tags/FETCH_HEAD", "no branch and no tag can have this name here"),
+        ("refs/heads/refs/heads/main", "no branch and no tag can have this name here"),
+        ("refs/heads/3f1c9b2a", "no branch and no tag can have this name here"),
+        ("refs/tags/" + "a" * 40, "no branch and no tag can have this name here"),
+        ("refs/heads/toto/last-good", "belongs to toto"),
+        ("refs/tags/main", "refs/tags/main would have the same name as refs/heads/main"),
+        ("refs/heads/v1", "refs/heads/v1 would have the same name as refs/tags/v1"),
+    ],
+)
+def test_names_that_could_be_taken_for_something_else_are_refused(pusher: Pusher, ref: str, complaint: str) -> None:
+    pusher.push()
+    pusher.push("main:refs/tags/v1")
+    assert complaint in refused(pusher, f"main:{ref}")
+
+
+def test_a_branch_and_a_tag_of_one_name_cannot_come_together_and_one_can_replace_the_other(pusher: Pusher) -> None:
+    pusher.push()
+    assert "would have the same name" in refused(pusher, "main:refs/heads/x", "main:refs/tags/x")
+    pusher.push("main:refs/tags/x")
+    pusher.git("push", str(pusher.remote), ":refs/tags/x", "main:refs/heads/x")
+
+
+async def test_who_may_only_rehearse_pushes_everything_but_what_is_deployed(
+    pusher: Pusher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = await git_host.make_admin(tmp_path, "alice", key("a"))
+    work = tmp_path / "rules"
+    subprocess.run(["git", "clone", "--quiet", admin, work], check=True)
+    rules = (work / access.FILE).read_text().replace("[users]", "[users]\nbob = []\ndora = []\neve = []")
+    write(
+        Pusher(work, admin),
+        {access.FILE: rules + '[repos.infra]\nread = ["eve"]\nrehearse = ["bob"]\ndeploy = ["dora"]\n'},
+    )
+    subprocess.run(["git", "push", "--quiet", admin, "HEAD:main"], cwd=work, check=True)
+    monkeypatch.setenv(access.USER_VARIABLE, "dora")
+    pusher.push()
+    pusher.push("main:refs/tags/v1")
+    for user in ("bob", "eve", "stranger"):  # (the shell lets the other two not even begin)
+        monkeypatch.setenv(access.USER_VARIABLE, user)
+        pusher.commit()
+        for refspecs in (["main"], ["main:refs/heads/x", "main"], [":main"], ["+main:refs/heads/main"]):
+            said = refused(pusher, *refspecs)
+            assert f"{user} may rehearse infra, but not deploy it: main is its deployed branch" in said
+            assert "next: git push -o rehearse" in said
+        for refspec in ("+main:refs/tags/v1", ":refs/tags/v1"):
+            assert "v1 is a tag that is there already" in refused(pusher, refspec)
+        assert "deny updating a hidden ref" in refused_by_git(pusher, "main:refs/toto/ledger")
+    monkeypatch.setenv(access.USER_VARIABLE, "bob")
+    pusher.push("main:refs/heads/feature")
+    pusher.push("main:refs/tags/v2")
+    pusher.push(":feature")
+    monkeypatch.setenv(access.USER_VARIABLE, "dora")
+    pusher.push("+main:refs/tags/v1")
+    pusher.push()
+
+
+def refused_by_git(pusher: Pusher, refspec: str) -> str:
+    with pytest.raises(AssertionError) as failed:
+        pusher.push(refspec)
+    return str(failed.value)
+
+
 async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: Pusher, repo: Path) -> None:
     pusher.push()
     write(pusher, {"isö/an image.raw": "x" * 5000, "small": "y" * 4096})
@@ -193,17 +286,6 @@ def test_policy_is_read_as_git_writes_it() -> None:
 
 
 # Signatures
-
-
-@pytest.fixture
-def signing(tmp_path: Path) -> Iterator[Path]:
-    """A folder with the ssh keys `good` and `bad`, and the gpg homes `bob` (whose key it is) and `toto` (keyring)."""
-    for name in ("good", "bad"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", tmp_path / name], check=True)
-    yield tmp_path
-    for home in ("bob", "toto"):
-        if (tmp_path / home).exists():
-            subprocess.run(["gpgconf", "--homedir", tmp_path / home, "--kill", "all"], check=False)
 
 
 def sign(pusher: Pusher, signing: Path, name: str, *more: str) -> None:
@@ -300,7 +382,7 @@ async def test_gpg_signatures_count_when_their_key_is_in_totos_keyring_and_trust
     pusher.push()
 
 
-async def test_writers_keys_are_trusted_where_no_signers_are_named(tmp_path: Path, signing: Path) -> None:
+async def test_deployers_keys_are_trusted_where_no_signers_are_named(tmp_path: Path, signing: Path) -> None:
     """The hook reads the rules from their own repository, while it is in the quarantine of a different one."""
     await git_host.make_admin(tmp_path / "repos", "alice", (signing / "good.pub").read_text())
     repo = await git_host.make(tmp_path / "repos", "infra")
@@ -333,8 +415,8 @@ async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tm
     subprocess.run(["git", "clone", "--quiet", admin, clone], check=True)
     pusher = Pusher(clone, admin)
     good = (clone / access.FILE).read_text()
-    write(pusher, {access.FILE: good.replace('write = ["alice"]', 'write = ["alcie"]')})
-    assert "toto: access.toml:8: toto-admin: write: there is no user 'alcie' in [users]" in refused(pusher)
+    write(pusher, {access.FILE: good.replace('admin = ["alice"]', 'admin = ["alcie"]')})
+    assert "toto: access.toml:7: toto-admin: admin: there is no user 'alcie' in [users]" in refused(pusher)
     write(pusher, {access.FILE: None})
     assert "access.toml: is gone" in refused(pusher)
     assert set((await access.in_force(tmp_path / "repos")).users) == {"alice"}

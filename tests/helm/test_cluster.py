@@ -474,6 +474,68 @@ async def test_what_does_not_render_is_reported_by_the_repos_names(lab: Lab, fil
     assert await lab.helm.current(lab.release()) is None
 
 
+@both
+async def test_a_chart_does_not_see_the_cluster(lab: Lab) -> None:
+    await lab.cluster.post("/api/v1/namespaces", {"metadata": {"name": f"{lab.namespace}-other"}})
+    secret = {"metadata": {"name": "theirs"}, "stringData": {"password": POISON}}
+    await lab.cluster.post(f"/api/v1/namespaces/{lab.namespace}-other/secrets", secret)
+    lab.write(
+        {
+            "chart/templates/spy.yaml": f"""
+apiVersion: v1
+kind: ConfigMap
+metadata: {{name: spy}}
+data:
+  seen: {{{{ toJson (lookup "v1" "Secret" "{lab.namespace}-other" "theirs") | quote }}}}
+  can: {{{{ .Capabilities.APIVersions.Has "apps/v1/Deployment" | quote }}}}
+  braces: '{{{{ "{{{{" }}}} $labels }}}}'
+"""
+        }
+    )
+    await lab.upgrade()
+    assert (await lab.get("configmaps", "spy"))["data"] == {"seen": "{}", "can": "true", "braces": "{{ $labels }}"}
+
+
+async def test_a_schema_fetches_nothing(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            for where in (f"http://127.0.0.1:{server.server_port}/x.json", f"file://{tmp_path}/schema.json"):
+                lab.write({"chart/values.schema.json": json.dumps({"$ref": where})})
+                with pytest.raises(RenderFailed):
+                    await lab.helm.render_alone(lab.release(), lab.tree)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked == []
+
+
+async def test_crds_of_a_chart_are_installed(lab: Lab) -> None:
+    name = f"p{uuid.uuid4().hex[:8]}"
+    kind = {"plural": f"{name}s", "singular": name, "kind": name.capitalize()}
+    version = {"name": "v1", "served": True, "storage": True}
+    schema = {"schema": {"openAPIV3Schema": {"type": "object", "description": "{{ not a template }}"}}}
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{name}s.example.org"},
+        "spec": {"group": "example.org", "scope": "Namespaced", "names": kind, "versions": [version | schema]},
+    }
+    lab.write({"chart/crds/crd.yaml": json.dumps(crd)})
+    await lab.upgrade()
+    made = await lab.cluster.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}s.example.org")
+    assert made["spec"]["group"] == "example.org"
+
+
 async def test_lint_warns_and_refuses(lab: Lab) -> None:
     lab.write({"chart/Chart.yaml": CHART + "dependencies: [{name: x}]\n"})
     (warning,) = await lab.helm.lint(lab.release(), lab.tree)
@@ -633,6 +695,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        monkeypatch.setenv("TOTO_CELL_ENDPOINTS", f"127.0.0.1:{server.server_port}")
         yield f"https://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
@@ -647,6 +710,15 @@ async def test_remote_chart_is_fetched_once(lab: Lab, repository: str, tmp_path:
     assert await lab.text() == "remote"
     with pytest.raises(ChartUnavailable, match="helm/page: "):
         await lab.helm.render(lab.release(chart="page", repo=repository, version="0.2.0"), lab.tree)
+
+
+async def test_a_chart_of_a_private_network_is_not_fetched(
+    lab: Lab, repository: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOTO_CELL_ENDPOINTS")
+    release = lab.release(chart="page", repo=repository, version="0.1.0")
+    with pytest.raises(ChartUnavailable, match="connection refused"):
+        await lab.helm.render_alone(release, lab.tree)
 
 
 async def test_helm_that_is_too_old_or_absent_is_reported(tmp_path: Path) -> None:

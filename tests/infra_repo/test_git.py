@@ -96,6 +96,16 @@ def test_what_is_no_repo_is_refused_in_plain_words(tmp_path: Path) -> None:
         toto_git.resolve(tmp_path, "main")
 
 
+def test_a_branch_comes_before_a_tag_of_its_name_and_nothing_is_taken_for_head(repo: InfraRepo) -> None:
+    first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
+    for ref in ("tags/main", "heads/HEAD", "tags/HEAD", f"heads/{second[:8]}", f"heads/{second}", "tags/v1"):
+        git("update-ref", f"refs/{ref}", first, cwd=repo.bare)
+    for revision in ("main", "HEAD", second, "refs/heads/main"):
+        assert toto_git.resolve(repo.bare, revision) == second
+    for revision in ("v1", "main~1", "HEAD~1", "refs/tags/main", first[:8]):
+        assert toto_git.resolve(repo.bare, revision) == first
+
+
 async def test_whatever_the_branch_points_to_now_supersedes(repo: InfraRepo) -> None:
     first, second = repo.commit({"a": "1"}), repo.commit({"a": "2"})
     assert await toto_git.superseded_by(repo.bare, first) == second

@@ -72,7 +72,7 @@ def test_every_field_is_read(tmp_path: Path) -> None:
             wave: 3
             deploy: pull
             activation: test
-            ssh: {user: root, port: 2222, identity: /var/lib/toto/key, host_key: ssh-ed25519 AAAAC3Nza me@there}
+            ssh: {user: root, port: 2222, identity: attic, host_key: ssh-ed25519 AAAAC3Nza me@there}
             ports: [80, 443]
             tags: [edge]
             venues: [slack]

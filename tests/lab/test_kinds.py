@@ -152,21 +152,30 @@ class World(Fleet):
         self.control.mkdir()
         self.quick()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return super().environment | {"TOTO_CELL_READ": str(self.control)}
+
     def quick(self) -> None:
         """What terraform's provisioner does: nothing, until a test sets something else."""
         (self.control / "apply.sh").write_text("true\n")
 
     def waits(self) -> None:
         """The provisioner says that it has begun, and waits until it is let go."""
-        for name in ("begun", "go"):
-            (self.control / name).unlink(missing_ok=True)
+        (self.control / "go").unlink(missing_ok=True)
+        for begun in self._begun:
+            begun.unlink()
         (self.control / "apply.sh").write_text(
-            f"touch {self.control}/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n"
+            f"touch /state/begun\nwhile [ ! -e {self.control}/go ]; do sleep 0.1; done\n"
         )
+
+    @property
+    def _begun(self) -> list[Path]:
+        return list(self.state.glob("repos/*/terraform/dns/begun"))
 
     async def begun(self) -> None:
         async with asyncio.timeout(PATIENCE):
-            while not (self.control / "begun").exists():
+            while not self._begun:
                 await asyncio.sleep(0.1)
 
     def common(self, text: str) -> str:
@@ -313,11 +322,16 @@ async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) 
         run = world.push() if word is False else world.request("reconcile/reconcile")
         await world.until(run, {"PAUSED"})
         assert world.value() == "one", "nothing is touched while it waits"
-        world.api("POST", f"/flow_runs/{run}/resume", {"run_input": {"approve": word, "by": "the operator"}})
+        verb = "approve" if word else "reject"
+        subprocess.run(
+            [sys.executable, "-m", "toto.cli", verb, run, "--repos", world.repo.parent],
+            env=world.environment,
+            check=True,
+        )
         ended = await world.ended(run)
         assert ended.state == state, ended.message
     assert world.value() == "two"
-    await world.log_line(run, "approved by the operator")
+    await world.log_line(run, "(on toto itself)")
     await world.deploy("without", {"toto.toml": SETTINGS})
 
 

@@ -85,7 +85,8 @@ async def test_the_api_lets_nobody_in_and_starts_only_what_toto_registered(
         # A run of what toto registered is started.
         create = f"/deployments/{deployment}/create_flow_run"
         run = await api.call("POST", create, {"parameters": {"repo": "x"}})
-        assert (await ended(api, run["id"]))["state_type"] == "COMPLETED"
+        first = await ended(api, run["id"])
+        assert first["state_type"] == "COMPLETED", first["state"]["message"]
 
         # The caller's command, environment and folder are refused, or do nothing.
         touch = {"command": f"touch {tmp_path}/command", "working_dir": str(tmp_path)}
@@ -162,11 +163,7 @@ def test_a_deployment_must_be_as_it_was_registered(tiny_project: Path, change: d
     ],
 )
 def test_it_listens_on_loopback_only_unless_a_proxy_does_tls(
-    arguments: list[str],
-    refused: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path))
     assert server.main(["--home", str(tmp_path / "home"), *arguments]) == 1

@@ -1,5 +1,6 @@
 """Terraform's tasks in real flows: exactly the plan of the rehearsal is applied, or none."""
 
+import contextlib
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,12 +9,17 @@ import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from blocks import TerraformCredentials
+from flows.terraform import rehearse, roll_out
 from tasks.terraform import PlanMoved, apply, plan_root
 from tests.conftest import PrefectServer
-from tests.repos import InfraRepo
+from tests.repos import InfraRepo, git
+from toto.base.errors import InputError
 from toto.plan import make as plan
 from toto.plan.root import RootOrder
+from toto.plan.verdict import Verdict
 from toto.terraform.plan import Planned
+from toto.terraform.session import TerraformFailed
 
 pytestmark = pytest.mark.skipif(shutil.which("terraform") is None, reason="NOT TESTED: terraform is not on PATH")
 
@@ -47,6 +53,59 @@ async def planned(of: RootOrder) -> Planned:
 @flow(persist_result=False)
 async def applied(of: RootOrder, what: Planned) -> int:
     return (await apply(of, what)).serial
+
+
+@flow(persist_result=False)
+async def tried(of: RootOrder) -> Verdict[Planned]:
+    return await rehearse(of)
+
+
+async def on_a_branch(repo: InfraRepo, run: str, text: str) -> RootOrder:
+    """The order of a run for a commit that is not on the deployed branch."""
+    git("checkout", "--quiet", "-B", "side", cwd=repo.work)
+    (repo.work / "terraform/main.tf").write_text(text)
+    git("commit", "--quiet", "--all", "-m", "side", cwd=repo.work)
+    git("push", "--quiet", "--force", "origin", "side", cwd=repo.work)
+    (made,) = (await plan.make(repo.bare, git("rev-parse", "side", cwd=repo.work), run)).orders
+    git("checkout", "--quiet", "main", cwd=repo.work)
+    assert isinstance(made, RootOrder)
+    return made
+
+
+async def test_a_branch_that_is_not_deployed_gets_no_credentials(repo: InfraRepo) -> None:
+    first = await order(repo, "first", "1", "1")
+    assert first.deploys
+    await applied(first, await planned(first))
+    text = (
+        'variable "password" {\n  default = "none"\n}\nresource "terraform_data" "a" {\n  input = "1"\n}\n'
+        'resource "terraform_data" "b" {\n  input = "<${var.password}>"\n}\n'
+    )
+    await TerraformCredentials(variables={"TF_VAR_password": "the-deployers"}).asave("toto", overwrite=True)
+    try:
+        side = await on_a_branch(repo, "guest", text)
+        assert not side.deploys
+        guest = await tried(side)
+        assert guest.summary == "2 to create (planned without credentials, as if nothing were there)"
+        assert '"<none>"' in guest.difference and guest.found is None
+        readers = TerraformCredentials(variables={"TF_VAR_password": "the-readers"})
+        await readers.asave("main-read-only", overwrite=True)
+        reads = await tried(await on_a_branch(repo, "reads", text))
+        assert reads.summary == "1 to update (planned with credentials that only read)"
+        with pytest.raises(InputError, match="is not on the deployed branch, and gets no credentials"):
+            await roll_out(side, guest)
+    finally:
+        for name in ("toto", "main-read-only"):
+            with contextlib.suppress(ValueError):
+                await TerraformCredentials.adelete(name)
+
+
+async def test_a_plan_that_lacks_credentials_is_no_failure_and_a_wrong_root_is(repo: InfraRepo) -> None:
+    await order(repo, "first", "1", "1")
+    closed = 'terraform {\n  backend "http" {\n    address = "http://127.0.0.1:9/"\n    retry_max = 0\n  }\n}\n'
+    found = await tried(await on_a_branch(repo, "closed", closed))
+    assert found.summary == "not planned: it cannot be without credentials, which this run does not get"
+    with pytest.raises(TerraformFailed, match="Unsupported argument"):
+        await tried(await on_a_branch(repo, "wrong", closed + 'resource "terraform_data" "a" {\n  no = 1\n}\n'))
 
 
 async def test_a_plan_that_would_be_different_by_now_is_not_applied(repo: InfraRepo) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from toto.infra_repo import git, settings
 from toto.infra_repo.settings import SettingsError
 from toto.terraform import session as terraform
 from toto.terraform.plan import Action, Planned, PlanRefused, State, refuse
-from toto.terraform.session import ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
+from toto.terraform.session import STATE, ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
 pytestmark = pytest.mark.minutes(1)
 
@@ -54,9 +53,20 @@ def file(name: str, path: Path, content: str, more: str = "") -> str:
     )
 
 
-def slow_after_a(folder: Path) -> str:
-    """A resource that is not done before it is ended; the process id of terraform goes to `began`."""
-    return data("slow", "1", "  depends_on = [terraform_data.a]\n" + shell(f"echo $PPID > {folder}/began; sleep 1000"))
+def slow_after_a() -> str:
+    """A resource that is not done before it is ended; it says by `began` that it has begun."""
+    return data("slow", "1", "  depends_on = [terraform_data.a]\n" + shell("echo > /state/began; sleep 1000"))
+
+
+def terraform_of(pid: int) -> int:
+    """The process id of the terraform that applies, in a cell that a process has started."""
+    (found,) = [
+        each
+        for each in process.descendants(pid)
+        if b"\0apply\0" in Path(f"/proc/{each}/cmdline").read_bytes()
+        and Path(f"/proc/{each}/comm").read_text() == "terraform\n"
+    ]
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -130,14 +140,11 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, provider: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+def fleet(tmp_path: Path, provider: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("TF_CLI_CONFIG_FILE", str(provider))
-    monkeypatch.setenv("HOME", str(provider.parent))  # the provider framework writes there
-    # A provider makes its socket in TMPDIR, and the path of a socket has at most 107 characters.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tf-") as short:
-        monkeypatch.setenv("TMPDIR", short)
-        yield Fleet(tmp_path)
+    monkeypatch.setenv("TOTO_CELL_READ", ":".join(map(str, terraform_provider.needs(provider))))
+    return Fleet(tmp_path)
 
 
 async def appears(path: Path) -> str:
@@ -521,28 +528,12 @@ async def test_two_runs_may_plan_a_root_at_once(fleet: Fleet) -> None:
 
 
 @needs_terraform
-@pytest.mark.parametrize(
-    ("backend", "words"),
-    [
-        ('terraform {\n  backend "local" {}\n}\n', "keeps the state beside the configuration"),
-        (
-            'terraform {\n  backend "local" {\n    path = "x.tfstate"\n  }\n}\n',
-            "keeps the state beside the configuration",
-        ),
-    ],
-)
-async def test_a_state_that_would_be_lost_with_the_tree_is_refused(fleet: Fleet, backend: str, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        await (await fleet.session(backend + data("a", "1"))).plan()
-
-
-@needs_terraform
-async def test_a_local_backend_elsewhere_is_fine(fleet: Fleet) -> None:
-    backend = f'terraform {{\n  backend "local" {{\n    path = "{fleet.folder}/kept.tfstate"\n  }}\n}}\n'
-    await fleet.applied(backend + data("a", "1"))
-    assert (fleet.folder / "kept.tfstate").exists() and not (fleet.home() / "terraform.tfstate").exists()
-    # A later commit without the block has a state of its own, whatever the run did before.
-    assert (await (await fleet.session(data("a", "1"))).plan()).before.empty
+@pytest.mark.parametrize("path", ["", 'path = "x.tfstate"', 'path = "/var/lib/kept.tfstate"', 'path = "/state/x"'])
+async def test_a_state_in_a_file_of_its_own_is_refused(fleet: Fleet, path: str) -> None:
+    session = await fleet.session(f'terraform {{\n  backend "local" {{\n    {path}\n  }}\n}}\n' + data("a", "1"))
+    with pytest.raises(InputError, match="its backend keeps the state in a file of its own") as caught:
+        await session.plan()
+    assert f"toto keeps the state in {fleet.home()}/terraform.tfstate" in str(caught.value)
 
 
 @needs_terraform
@@ -561,10 +552,10 @@ async def test_a_state_that_is_committed_is_not_passed_over(fleet: Fleet) -> Non
 
 @needs_terraform
 async def test_a_locked_state_is_waited_for_and_then_its_holder_is_named(fleet: Fleet, tmp_path: Path) -> None:
-    text = data("a", "1") + data("slow", "1", shell(f"echo > {tmp_path}/began; sleep 1000"))
+    text = data("a", "1") + data("slow", "1", shell("echo > /state/began; sleep 1000"))
     session = await fleet.session(text, lock_timeout=1)
     planned = await session.plan()
-    async with applying(await fleet.session(text, run="2"), tmp_path / "began"):
+    async with applying(await fleet.session(text, run="2"), fleet.home() / "began"):
         for refused in (session.plan(), session.apply(planned)):
             with pytest.raises(StateLocked) as caught:
                 await refused
@@ -589,9 +580,9 @@ async def test_a_locked_state_is_waited_for_and_then_its_holder_is_named(fleet: 
 
 @needs_terraform
 async def test_a_killed_terraform_is_reported_as_a_partial_apply(fleet: Fleet, tmp_path: Path) -> None:
-    session = await fleet.session(data("a", "1") + slow_after_a(tmp_path))
-    async with applying(session, tmp_path / "began") as task:
-        os.kill(int((tmp_path / "began").read_text()), signal.SIGKILL)
+    session = await fleet.session(data("a", "1") + slow_after_a())
+    async with applying(session, fleet.home() / "began") as task:
+        os.kill(terraform_of(os.getpid()), signal.SIGKILL)
         with pytest.raises(ApplyFailed, match="terraform was ended by SIGKILL") as caught:
             await task
     assert caught.value.partial
@@ -601,7 +592,7 @@ async def test_a_killed_terraform_is_reported_as_a_partial_apply(fleet: Fleet, t
 
 @needs_terraform
 async def test_what_a_killed_toto_has_applied_is_in_the_state_of_the_next(fleet: Fleet, tmp_path: Path) -> None:
-    session = await fleet.session(data("a", "1") + slow_after_a(tmp_path))
+    session = await fleet.session(data("a", "1") + slow_after_a())
     program = (
         "import asyncio, pathlib\nfrom toto.infra_repo.settings import Terraform\n"
         "from toto.terraform.session import Root, Session\n"
@@ -610,7 +601,8 @@ async def test_what_a_killed_toto_has_applied_is_in_the_state_of_the_next(fleet:
         "async def main() -> None:\n    await session.apply(await session.plan())\nasyncio.run(main())\n"
     )
     async with process.start([sys.executable, "-c", program]) as toto:
-        pid = int(await appears(tmp_path / "began"))
+        await appears(fleet.home() / "began")
+        pid = terraform_of(toto.pid)
         os.kill(toto.pid, signal.SIGKILL)
         async with asyncio.timeout(60):
             while process.started(pid) is not None:
@@ -640,15 +632,15 @@ async def test_an_apply_that_takes_too_long_is_ended_and_may_be_partial(fleet: F
 
 @needs_terraform
 async def test_a_failed_apply_says_whether_it_changed_anything(fleet: Fleet, tmp_path: Path) -> None:
-    good, bad = file("a", tmp_path / "a", "1"), file("b", tmp_path / "b", "fail", "  depends_on = [demo_file.a]\n")
+    good, bad = file("a", STATE / "a", "1"), file("b", STATE / "b", "fail", "  depends_on = [demo_file.a]\n")
     session = await fleet.session(DEMO + good + bad)
     with pytest.raises(ApplyFailed) as caught:
         await session.apply(await session.plan())
-    assert caught.value.partial and (tmp_path / "a").read_text() == "1" and not (tmp_path / "b").exists()
+    assert caught.value.partial and (fleet.home() / "a").read_text() == "1" and not (fleet.home() / "b").exists()
     assert str(caught.value).startswith("terraform/main: Error: cannot write the file\n")
     assert "with demo_file.b" in str(caught.value) and "on terraform/main.tf line 10" in str(caught.value)
-    assert f"no room for 'fail' in {tmp_path}/b" in " ".join(str(caught.value).split())
-    (tmp_path / "a.locked").touch()
+    assert "no room for 'fail' in /state/b" in " ".join(str(caught.value).split())
+    (fleet.home() / "a.locked").touch()
     back = await session.plan(destroy=True)
     assert back.before.resources == ("demo_file.a",)
     with pytest.raises(ApplyFailed, match="cannot delete the file") as held:
@@ -658,22 +650,22 @@ async def test_a_failed_apply_says_whether_it_changed_anything(fleet: Fleet, tmp
 
 @needs_terraform
 async def test_what_was_changed_behind_terraforms_back_is_drift(fleet: Fleet, tmp_path: Path) -> None:
-    text = DEMO + file("a", tmp_path / "a", "1") + file("b", tmp_path / "b", "1")
+    text = DEMO + file("a", STATE / "a", "1") + file("b", STATE / "b", "1")
     await fleet.applied(text)
     session = await fleet.session(text, run="2")
     untouched = await session.plan()
     assert untouched.empty and untouched.drift == ()
-    (tmp_path / "a").write_text("another")
-    (tmp_path / "b").unlink()
+    (fleet.home() / "a").write_text("another")
+    (fleet.home() / "b").unlink()
     planned = await session.plan()
     assert [change.lines for change in planned.drift] == [
         ["~ demo_file.a", '    content: "1" → "another"', "    size: 1 → 7"],
         ["- demo_file.b"],
     ]
     assert planned.addresses(Action.UPDATE) == ("demo_file.a",) and planned.created == ("demo_file.b",)
-    assert (tmp_path / "a").read_text() == "another"
+    assert (fleet.home() / "a").read_text() == "another"
     await session.apply(planned)
-    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("1", "1")
+    assert ((fleet.home() / "a").read_text(), (fleet.home() / "b").read_text()) == ("1", "1")
 
 
 @needs_terraform
@@ -706,7 +698,7 @@ async def test_no_secret_is_shown_anywhere(fleet: Fleet, tmp_path: Path) -> None
         'resource "terraform_data" "b" {\n  input = nonsensitive(var.secret)\n'
         + shell('echo "$TF_VAR_open"; echo "$TF_VAR_secret" >&2')
         + "}\n"
-        f'resource "demo_file" "f" {{\n  path = "{tmp_path}/f"\n  content = "x"\n  token = var.secret\n}}\n'
+        'resource "demo_file" "f" {\n  path = "/state/f"\n  content = "x"\n  token = var.secret\n}\n'
         'output "s" {\n  value = var.secret\n  sensitive = true\n}\noutput "o" {\n  value = "${var.open}"\n}\n'
     )
     env = {
@@ -749,10 +741,10 @@ async def test_nothing_of_totos_own_environment_reaches_terraform(
 ) -> None:
     for name in ("PREFECT_API_KEY", "TOTO_SECRET", "AWS_SECRET_ACCESS_KEY", "TF_VAR_a", "TF_LOG", "TF_CLI_ARGS"):
         monkeypatch.setenv(name, "own-poison")
-    await fleet.applied(data("a", "1", shell(f"env > {tmp_path}/env")), env={"AWS_REGION": "x"})
-    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    await fleet.applied(data("a", "1", shell("env > /state/env")), env={"AWS_REGION": "x"})
+    names = {line.partition("=")[0] for line in (fleet.home() / "env").read_text().splitlines()}
     assert {"PATH", "HOME", "AWS_REGION", "TF_DATA_DIR"} <= names
-    assert "own-poison" not in (tmp_path / "env").read_text()
+    assert "own-poison" not in (fleet.home() / "env").read_text()
 
 
 # A state elsewhere
@@ -767,11 +759,11 @@ async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(
         "toto.toml": '[terraform.roots.main]\npath = "terraform"\nbackend_config = ["pg.hcl"]\n',
         "pg.hcl": 'schema_name = "locks"\n',
         "terraform/main.tf": pg()
-        + data("a", "1", shell(f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")),
+        + data("a", "1", shell("echo > /state/began; while [ ! -e /state/go ]; do sleep 0.05; done")),
     }
-    env = {"PG_CONN_STR": database.dsn}
+    env = {"PG_CONN_STR": database.network_dsn}
     said: list[str] = []
-    async with applying(await fleet.session(files, env=env), tmp_path / "began") as task:
+    async with applying(await fleet.session(files, env=env), fleet.home() / "began") as task:
         with pytest.raises(StateLocked, match="the backend does not say who") as caught:
             await (await fleet.session(files, env=env, run="2", lock_timeout=1)).plan()
         assert caught.value.holder == {}
@@ -779,7 +771,7 @@ async def test_a_lock_whose_backend_names_nobody_is_reported_as_such(
         async with asyncio.timeout(60):
             while not any("Acquiring state lock" in line for line in said):
                 await asyncio.sleep(0.02)
-        (tmp_path / "go").touch()
+        (fleet.home() / "go").touch()
         assert (await task).resources == ("terraform_data.a",)
         assert (await patient).empty
     assert not fleet.home().joinpath("terraform.tfstate").exists()
@@ -791,14 +783,11 @@ async def test_a_cancelled_apply_saves_its_state_and_unlocks_it(
     fleet: Fleet, tmp_path: Path, database: postgres.Postgres
 ) -> None:
     text = (
-        pg("cancelled")
-        + data("a", "1")
-        + slow_after_a(tmp_path)
-        + data("never", "1", "  depends_on = [terraform_data.slow]\n")
+        pg("cancelled") + data("a", "1") + slow_after_a() + data("never", "1", "  depends_on = [terraform_data.slow]\n")
     )
-    session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})
-    async with applying(session, tmp_path / "began") as task:
-        pid = int((tmp_path / "began").read_text())
+    session = await fleet.session(text, env={"PG_CONN_STR": database.network_dsn})
+    async with applying(session, fleet.home() / "began") as task:
+        pid = terraform_of(os.getpid())
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -816,17 +805,17 @@ async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run
     fleet: Fleet, tmp_path: Path, own_database: postgres.Postgres, cancelled: bool
 ) -> None:
     text = pg(f"lost{cancelled}") + data(
-        "a", "1", shell(f"echo > {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+        "a", "1", shell("echo > /state/began; while [ ! -e /state/go ]; do sleep 0.05; done")
     )
-    session = await fleet.session(text, env={"PG_CONN_STR": own_database.dsn})
-    async with applying(session, tmp_path / "began") as task:
+    session = await fleet.session(text, env={"PG_CONN_STR": own_database.network_dsn})
+    async with applying(session, fleet.home() / "began") as task:
         await own_database.crash()
         try:
             if cancelled:
                 task.cancel()
                 await asyncio.wait([task])
             else:
-                (tmp_path / "go").touch()
+                (fleet.home() / "go").touch()
                 with pytest.raises(ApplyFailed, match="Failed to save state") as caught:
                     await task
         finally:
@@ -837,7 +826,7 @@ async def test_a_state_that_could_not_be_saved_is_kept_and_saved_by_the_next_run
         assert f"terraform could not save the state: toto keeps it in {kept}" in str(caught.value)
     assert kept.stat().st_mode & 0o777 == 0o600 and not (session.tree / "terraform/errored.tfstate").exists()
     shutil.rmtree(session.tree)
-    planned = await (await fleet.session(text, env={"PG_CONN_STR": own_database.dsn}, run="2")).plan()
+    planned = await (await fleet.session(text, env={"PG_CONN_STR": own_database.network_dsn}, run="2")).plan()
     assert planned.before.resources == ("terraform_data.a",) and planned.empty is not cancelled and not kept.exists()
 
 
@@ -857,10 +846,10 @@ async def test_a_state_that_was_not_saved_is_not_passed_over(fleet: Fleet) -> No
 async def test_a_kill_with_a_remote_state_may_lose_what_was_done_and_is_reported_as_partial(
     fleet: Fleet, tmp_path: Path, database: postgres.Postgres
 ) -> None:
-    text = pg("killed") + data("a", "1") + slow_after_a(tmp_path)
-    session = await fleet.session(text, env={"PG_CONN_STR": database.dsn})
-    async with applying(session, tmp_path / "began") as task:
-        os.kill(int((tmp_path / "began").read_text()), signal.SIGKILL)
+    text = pg("killed") + data("a", "1") + slow_after_a()
+    session = await fleet.session(text, env={"PG_CONN_STR": database.network_dsn})
+    async with applying(session, fleet.home() / "began") as task:
+        os.kill(terraform_of(os.getpid()), signal.SIGKILL)
         with pytest.raises(ApplyFailed) as caught:
             await task
     assert caught.value.partial  # whatever the state says: terraform writes it there every 20 s only

@@ -1,4 +1,6 @@
-"""The steps of the tests' fourth kind. A file that holds `bad` fails its rehearsal, one with `late` its roll-out."""
+"""The steps of the tests' fourth kind. A file that holds `bad` fails its rehearsal, one with `late` its roll-out.
+
+One with `ask` waits for an approval."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +17,9 @@ from toto.infra_repo import git
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
-from toto.plan.verdict import Verdict
+from toto.plan.verdict import Question, Verdict
+
+PATIENCE = 60.0  # seconds for an approval
 
 
 @flow(name="rehearse file", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
@@ -24,7 +28,8 @@ async def rehearse(order: FileOrder) -> Verdict[int]:
     text = (order.tree / order.path).read_text()
     if "bad" in text:
         raise TotoError("it is bad", target=order.label)
-    return Verdict.passed(order, len(text), summary=f"{len(text)} bytes", difference=f"+{text}")
+    question = Question(f"it will hold {text!r}", PATIENCE) if "ask" in text else None
+    return Verdict.passed(order, len(text), summary=f"{len(text)} bytes", difference=f"+{text}", question=question)
 
 
 @flow(name="roll out file", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

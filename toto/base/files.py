@@ -14,11 +14,16 @@ def write(file: Path, text: str, mode: int = 0o600) -> Path:
     The file has the permissions `mode` from the start, whatever the umask; by default only its owner can read it. A
     reader finds either the old text or the new one. A symbolic link is replaced, not followed. Raises OSError.
     """
+    return write_bytes(file, text.encode(), mode)
+
+
+def write_bytes(file: Path, data: bytes, mode: int = 0o600) -> Path:
+    """The same with `data` as it is."""
     fresh = file.with_name(f".{file.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as sink:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as sink:
             os.fchmod(sink.fileno(), mode)
-            sink.write(text)
+            sink.write(data)
         fresh.replace(file)
     except BaseException:
         fresh.unlink(missing_ok=True)

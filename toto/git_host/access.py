@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from toto.base import files
 from toto.base.errors import InputError
@@ -32,7 +32,19 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}")
 _KEY: Final = re.compile(r"((?:ssh|ecdsa|sk)-[a-z0-9@.-]+) ([A-Za-z0-9+/]+=*)(?: [^\x00-\x1f\x7f]*)?")
 
-Verb: TypeAlias = Literal["read", "write"]
+USER_VARIABLE: Final = "TOTO_USER"  # tells the hooks who pushes; without it somebody pushes on toto itself
+
+Right: TypeAlias = Literal["read", "rehearse", "deploy", "approve", "admin"]
+RIGHTS: Final[tuple[Right, ...]] = get_args(Right)
+_GIVEN_BY: Final[Mapping[Right, tuple[Right, ...]]] = {
+    "read": RIGHTS,
+    "rehearse": ("rehearse", "deploy", "admin"),
+    "deploy": ("deploy", "admin"),
+    "approve": ("approve", "admin"),
+    "admin": ("admin",),
+}
+_OF_A_CREATOR: Final[tuple[Right, ...]] = ("read", "rehearse", "deploy")
+_OLD_DEPLOY: Final = "write"  # the name of `deploy` in 0.1.0
 
 
 class AccessError(InputError):
@@ -45,42 +57,56 @@ class AccessError(InputError):
 
 @dataclass(frozen=True)
 class Allowed:
-    """The users who may read a repository, and those who may write it; a writer may also read."""
+    """The users who are given each right to a repository.
+
+    `rehearse`: push any branch but the deployed one, and have it rehearsed or planned. `deploy`: push the deployed
+    branch. `approve`: answer for a run that asks. `admin`: all of it, and what the repository accepts.
+    """
 
     read: frozenset[str] = frozenset()
-    write: frozenset[str] = frozenset()
+    rehearse: frozenset[str] = frozenset()
+    deploy: frozenset[str] = frozenset()
+    approve: frozenset[str] = frozenset()
+    admin: frozenset[str] = frozenset()
+
+    def having(self, right: Right) -> frozenset[str]:
+        """The users who have a right, also by a right that includes it."""
+        return frozenset().union(*(getattr(self, each) for each in _GIVEN_BY[right]))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """`users` has the public keys of each user; `create` names those who may create a repository by its first push.
+    """`users` has the public keys of each user; `repos` says by repository who may do what with it.
 
-    `repos` says by repository who may read and write it.
+    `create` names those who may create repositories besides those who may change these rules.
     """
 
     users: Mapping[str, tuple[str, ...]]
     create: frozenset[str] = frozenset()
     repos: Mapping[str, Allowed] = field(default_factory=dict)
 
-    def may(self, user: str, verb: Verb, repo: str, creator: str | None = None) -> bool:
-        """Whether `user` may read or write `repo`.
+    def may(self, user: str, right: Right, repo: str, creator: str | None = None) -> bool:
+        """Whether `user` has a right to `repo`.
 
-        The repository's own table decides. Without one its `creator` may do both, and the table `*` decides for
-        everybody else; but it does not count for the repository of the rules.
+        The repository's own table decides. Without one its `creator` may deploy, and the table `*` decides for
+        everybody else; but it does not count for the repository of the rules. Who may deploy that one administers it:
+        they could give themselves every right.
         """
+        if user not in self.users:
+            return False
         allowed = self.repos.get(repo)
-        if allowed is None:
-            if repo == ADMIN:
-                return False
-            if user in self.users and user == creator:
+        if repo == ADMIN:
+            right = "deploy" if right in ("admin", "approve") else right
+            allowed = allowed or Allowed()
+        elif allowed is None:
+            if user == creator and right in _OF_A_CREATOR:
                 return True
             allowed = self.repos.get(EVERYONE, Allowed())
-        names = allowed.write if verb == "write" else allowed.write | allowed.read
-        return user in self.users and bool(names & {user, EVERYONE})
+        return bool(allowed.having(right) & {user, EVERYONE})
 
     def may_create(self, user: str) -> bool:
-        """Whether `user` may create a repository by pushing to it."""
-        return user in self.users and bool(self.create & {user, EVERYONE})
+        """Whether `user` may create repositories."""
+        return self.may(user, "admin", ADMIN) or (user in self.users and bool(self.create & {user, EVERYONE}))
 
     def authorized_keys(self, command: Iterable[str]) -> str:
         """The lines of an authorized_keys file: each key may only run `command` with the name of its user."""
@@ -89,12 +115,12 @@ class Rules:
             f'command="{shell} {user}",restrict {key}\n' for user, keys in self.users.items() for key in keys
         )
 
-    def allowed_signers(self, repo: str, creator: str | None = None) -> str:
-        """The lines of an ssh allowed-signers file: the keys of those who may write `repo`."""
+    def allowed_signers(self, right: Right, repo: str, creator: str | None = None) -> str:
+        """The lines of an ssh allowed-signers file: the keys of those who have a right to `repo`."""
         return "".join(
             f'{user} namespaces="git" {key}\n'
             for user, keys in self.users.items()
-            if self.may(user, "write", repo, creator)
+            if self.may(user, right, repo, creator)
             for key in keys
         )
 
@@ -190,10 +216,11 @@ class _Reading:
         users = dict(self.users(data.get("users", {})))
         create = self.names(data.get("create", []), "create", users)
         repos = dict(self.repos(data.get("repos", {}), users))
-        if not repos.get(ADMIN, Allowed()).write:
+        if not repos.get(ADMIN, Allowed()).having("deploy"):
             self.problem(
                 "[repos",
-                f"nobody may write {ADMIN}, so nobody could change these rules again: give [repos.{ADMIN}] its `write`",
+                f"nobody may deploy {ADMIN}, so nobody could change these rules again: "
+                f"give [repos.{ADMIN}] its `admin`",
             )
         return Rules(users, create, repos)
 
@@ -226,15 +253,13 @@ class _Reading:
                 self.problem(repo, f"{repo!r}: does not name a repository", "[repos")
                 continue
             found = dict(self.table(fields, f"repos.{name}"))
-            for key in found.keys() - {"read", "write"}:
-                self.problem(key, f"{name}: {key}: is not known here; known are read and write", name)
-            yield (
-                name,
-                Allowed(
-                    self.names(found.get("read", []), "read", users, name),
-                    self.names(found.get("write", []), "write", users, name),
-                ),
-            )
+            for key in found.keys() - {*RIGHTS, _OLD_DEPLOY}:
+                self.problem(
+                    key, f"{name}: {key}: is not known here; known are {', '.join(RIGHTS[:-1])} and {RIGHTS[-1]}", name
+                )
+            given = {right: self.names(found.get(right, []), right, users, name) for right in (*RIGHTS, _OLD_DEPLOY)}
+            given["deploy"] |= given.pop(_OLD_DEPLOY)
+            yield name, Allowed(**given)
 
     def names(self, value: object, what: str, users: Mapping[str, object], repo: str = "") -> frozenset[str]:
         label = f"{repo}: {what}" if repo else what
@@ -253,9 +278,20 @@ class _Reading:
 
 
 def creator(repo: Path) -> str | None:
-    """The user who created a repository by its first push, or None."""
+    """The user who created a repository, or None when it was created on toto itself."""
     file = repo / "toto" / "creator"
     return file.read_text() if file.exists() else None
+
+
+async def may(repos: Path, user: str | None, right: Right, name: str) -> bool:
+    """Whether `user` has a right to the repository `name`; None, who works on toto itself, has all of them.
+
+    Raises `AccessError` when there are no rules.
+    """
+    if user is None:
+        return True
+    rules = remembered(repos) or await in_force(repos)
+    return rules.may(user, right, name, creator(path_of(repos, name)))
 
 
 def remembered(repos: Path) -> Rules | None:

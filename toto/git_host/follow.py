@@ -116,15 +116,15 @@ class _Watched:
         if not self.closed and time.monotonic() < self.ended + LAST_WORDS:
             return None
         message = found["state"].get("message") or ""
-        said = _clean(message) in self.logged  # (then it is not repeated)
-        self.say(f"toto: {ENDS[found['state_type']]}" + (f": {_clean(message)}" if message and not said else ""))
+        said = clean(message) in self.logged  # (then it is not repeated)
+        self.say(f"toto: {ENDS[found['state_type']]}" + (f": {clean(message)}" if message and not said else ""))
         return str(found["state_type"])
 
     def say_once(self, text: str) -> None:
         """Say a line, if it was not said before."""
         if text not in self.said:
             self.said.add(text)
-            self.say(f"{time.monotonic() - self.began:5.0f} s  {_clean(text)}")
+            self.say(f"{time.monotonic() - self.began:5.0f} s  {clean(text)}")
 
     async def _subflows(self) -> None:
         """The stages of the run, and the targets within them, by the names that the UI shows."""
@@ -165,13 +165,14 @@ class _Watched:
             for line in fresh:
                 self.closed |= run == self.run and line["message"].startswith("Finished in state ")
                 if not _CHATTER.match(line["message"]):
-                    self.logged.add(_clean(line["message"]))
-                    self.say(_clean(line["message"]))
+                    self.logged.add(clean(line["message"]))
+                    self.say(clean(line["message"]))
             if len(fresh) < 200:
                 return
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """`text` without what a terminal would obey."""
     return _CONTROL.sub("�", text.rstrip())
 
 

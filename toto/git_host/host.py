@@ -7,6 +7,7 @@ commands that read a repository are in `toto.infra_repo.git`; `flows/` has what 
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, paths, process
+from toto.base import files, paths, process, server_rules
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.base.without_git import without_git
@@ -26,16 +27,15 @@ from toto.git_host.access import git
 HOOKS: Final = Path(__file__).parent / "hooks"
 RULES: Final = """\
 # Who may do what on this git host: docs/git-host.md. A push to the branch main changes it, at once.
-create = ["{user}"]
 
 [users]
 {user} = ["{key}"]
 
 [repos.{admin}]
-write = ["{user}"]
+admin = ["{user}"]
 
 [repos."*"]
-write = ["{user}"]
+admin = ["{user}"]
 """
 DEPLOYMENT: Final = "reconcile/reconcile"
 OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks from then still use
@@ -233,7 +233,10 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
         "toto.branch": branch,
         "toto.python": sys.executable,
         "toto.root": str(HOOKS.parents[2]),
+        "toto.state": os.environ.get("TOTO_STATE"),
         "receive.hideRefs": "refs/toto",
+        "receive.fsckObjects": "true",
+        "receive.maxInputSize": str(server_rules.load().push.size),
         "receive.advertisePushOptions": "true",
     }.items():
         await _configure(path, key, value)

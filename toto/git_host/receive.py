@@ -19,7 +19,7 @@ from toto.base import process
 from toto.base.errors import TotoError
 from toto.base.process import Completed, LineSink
 from toto.base.without_git import without_git
-from toto.git_host import access
+from toto.git_host import access, signatures
 
 OPTIONS: Final[Mapping[str, str]] = {
     "plan": "print what would change, and start nothing",
@@ -35,17 +35,10 @@ MAX_FILE_SIZE: Final = 100 << 20  # bytes
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
 # git sets these for a hook, so that git in the hook finds the repository and the pushed objects.
 _QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES")
+_TWIN: Final[Mapping[str, str]] = {"heads": "tags", "tags": "heads"}
+_RESERVED: Final = re.compile(r"@|([A-Z]+_)*HEAD|refs/.*|[0-9a-f]{7,64}")  # git's own names, and those of commits
 _at_once: Final = asyncio.Semaphore(8)  # git processes; a push may have a thousand branches
 _MOST_NAMED: Final = 5  # commits or files of one kind; the rest is counted
-_SIGNATURE: Final[Mapping[str, str]] = {  # git's %G?
-    "N": "is not signed",
-    "B": "has a bad signature: it was changed after it was signed",
-    "U": "is signed with a key that is not trusted here",
-    "E": "is signed with a key that is not known here",
-    "X": "has a signature that has expired",
-    "Y": "is signed with a key that has expired",
-    "R": "is signed with a key that was revoked",
-}
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,8 @@ class Policy:
     """What a repository accepts, by the keys `toto.*` of its git config.
 
     `branch` is the deployed branch. `max_file_size` is in bytes; 0 means no limit. ssh signatures are trusted by the
-    file `allowed_signers`, or without it if they are by a user who may write the repository. gpg signatures are
-    trusted by the keyring in `gpg_home`, if gpg trusts the key; without it none is.
+    file `allowed_signers`, or without it if they are by a user who may deploy (on the deployed branch) or rehearse (on
+    the others). gpg signatures are trusted by the keyring in `gpg_home`, if gpg trusts the key; without it none is.
     """
 
     branch: str | None = None
@@ -136,7 +129,7 @@ def main() -> NoReturn:
         for number in range(int(os.environ.get("GIT_PUSH_OPTION_COUNT", "0")))
     ]
     try:
-        refusals = asyncio.run(judge(Path.cwd(), updates, options))
+        refusals = asyncio.run(judge(Path.cwd(), updates, options, os.environ.get(access.USER_VARIABLE)))
     except (TotoError, ValueError, OSError) as error:
         refusals = [str(error)]
     for line in "\n".join(refusals).splitlines():
@@ -146,14 +139,19 @@ def main() -> NoReturn:
     sys.exit(bool(refusals))
 
 
-async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str]) -> list[str]:
-    """Why the push is refused, in words for the pusher; empty when it is accepted. `repo` is the hook's repository."""
+async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str], user: str | None = None) -> list[str]:
+    """Why the push is refused, in words for the pusher; empty when it is accepted. `repo` is the hook's repository.
+
+    `user` is the pusher, who may push at all; None on toto itself, where everything is allowed.
+    """
     done = await _git("config", "--null", "--get-regexp", "^toto[.]", check=False)
     policy = Policy.of(done.stdout)
     if wrong := list(wrong_options(options)):
         return wrong
     if options and policy.rules:
         return [f"a push to {access.ADMIN} takes no option: it deploys nothing"]
+    if forbidden := await _beyond_rights(updates, policy, repo, user) or await _misleading(updates):
+        return forbidden
     checks = [_too_large(updates, policy)] if policy.max_file_size else []
     for update in updates:
         if not update.ref.startswith(("refs/heads/", "refs/tags/")):
@@ -188,6 +186,48 @@ def wrong_options(options: Sequence[str]) -> Iterator[str]:
         yield from (f"  -o {option:<15} {meaning}" for option, meaning in OPTIONS.items())
 
 
+async def _beyond_rights(updates: Sequence[Update], policy: Policy, repo: Path, user: str | None) -> list[str]:
+    """What only those may push who may deploy: the deployed branch, and tags that are there already.
+
+    (People start runs by the names of tags, so a tag stays what it was. A push option gives no right: what it starts
+    besides a deployment of the deployed branch only plans or rehearses.)
+    """
+    name = repo.name.removesuffix(".git")
+    for update in updates:
+        deployed = update.branch is not None and update.branch == policy.branch
+        moved_tag = update.ref.startswith("refs/tags/") and not update.creates
+        if (deployed or moved_tag) and not await access.may(repo.parent, user, "deploy", name):
+            what = "its deployed branch" if deployed else "a tag that is there already"
+            return [
+                f"{user} may rehearse {name}, but not deploy it: {update.ref.split('/', 2)[2]} is {what}",
+                "next: git push -o rehearse toto HEAD:refs/heads/SOMETHING-ELSE, "
+                f"or ask someone who may deploy {name} to push it",
+            ]
+    return []
+
+
+async def _misleading(updates: Sequence[Update]) -> list[str]:
+    """New branches and tags that could be taken for something else when a run is asked for their name."""
+    if all(update.deletes for update in updates):
+        return []
+    done = await _git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags")
+    after = {*done.lines, *(update.ref for update in updates)} - {each.ref for each in updates if each.deletes}
+    for update in updates:
+        kind, _, name = update.ref.removeprefix("refs/").partition("/")
+        if update.deletes or kind not in _TWIN:
+            continue
+        if _RESERVED.fullmatch(name):
+            return [f"{update.ref}: no branch and no tag can have this name here", "next: use a different name"]
+        if update.branch is not None and name.startswith("toto/"):
+            return [f"{update.ref} belongs to toto: it could be taken for a tag that says what was deployed"]
+        if update.creates and (twin := f"refs/{_TWIN[kind]}/{name}") in after:
+            return [
+                f"{update.ref} would have the same name as {twin}",
+                f"next: use a different name, or first delete the other: git push --delete toto {twin}",
+            ]
+    return []
+
+
 async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
     """Refuse to move the deployed branch other than forward, unless the policy allows it."""
     if policy.allow_force:
@@ -212,7 +252,7 @@ async def _wrong_files(update: Update) -> list[str]:
     there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # the run follows links
     if not there:
         return wrong
-    from toto.infra_repo import manifest, settings  # noqa: PLC0415
+    from toto.infra_repo import limits, manifest, settings  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
         await _git(
@@ -228,9 +268,9 @@ async def _wrong_files(update: Update) -> list[str]:
         for name in there:
             try:
                 if name == MANIFEST:
-                    manifest.load(Path(folder, name))
+                    limits.check_machines(manifest.load(Path(folder, name)))
                 else:
-                    settings.load(Path(folder))
+                    limits.within(settings.load(Path(folder)))
             except TotoError as error:
                 wrong.append(str(error))
     return wrong
@@ -250,36 +290,20 @@ async def _wrong_rules(update: Update) -> list[str]:
 
 async def _untrusted(update: Update, policy: Policy, repo: Path) -> list[str]:
     """Those of a branch's new commits whose signature is missing or not trusted."""
+    deployed = update.branch == policy.branch
     known = [] if update.creates else [update.old]
-    if policy.branch and update.branch != policy.branch and await _is_there(f"refs/heads/{policy.branch}"):
+    if policy.branch and not deployed and await _is_there(f"refs/heads/{policy.branch}"):
         known.append(f"refs/heads/{policy.branch}")
-    with tempfile.TemporaryDirectory(prefix="toto-receive-") as folder:
-        signers = policy.allowed_signers
-        if signers is None:
-            signers = f"{folder}/allowed_signers"
-            rules = await access.in_force(repo.parent)
-            Path(signers).write_text(rules.allowed_signers(repo.name.removesuffix(".git"), access.creator(repo)))
-        elif not os.access(signers, os.R_OK):
-            return [f"the signatures cannot be verified: {signers} cannot be read on toto"]
-        done = await _git(
-            "-c",
-            f"gpg.ssh.allowedSignersFile={signers}",
-            "log",
-            "--no-show-signature",
-            "--format=%H %G? %GK",
-            update.new,
-            "--not",
-            *known,
-            extra={"GNUPGHOME": policy.gpg_home or f"{folder}/no-gnupg"},
-            timeout=600,
-        )
-    verdicts = [line.split(" ", 2) for line in done.lines]
-    bad = [
-        f"{commit[:8]} {_SIGNATURE.get(verdict, 'has a signature that cannot be verified')}"
-        + (f": {key}" if key else "")
-        for commit, verdict, key in verdicts
-        if verdict != "G"
-    ]
+    bad = await signatures.untrusted(
+        _git,
+        repo,
+        "deploy" if deployed else "rehearse",
+        update.new,
+        "--not",
+        *known,
+        allowed_signers=policy.allowed_signers,
+        gpg_home=policy.gpg_home,
+    )
     return _some(bad, "commits") + (
         [
             "next: sign them with a key that toto trusts: git rebase --exec 'git commit --amend --no-edit -S' "

@@ -1,5 +1,7 @@
 """The only program that the keys of the git host's users may run: it starts git for a push or a fetch.
 
+It also starts `toto` itself for the few commands in `COMMANDS`, under the name of the user.
+
     python -m toto.git_host.shell --repos DIR shell USER     the forced command of USER's keys (`toto-shell`)
     python -m toto.git_host.shell --repos DIR keys           all keys, as sshd's AuthorizedKeysCommand prints them
 
@@ -9,6 +11,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,19 +21,23 @@ from typing import Final, Literal, NoReturn
 from toto.base.errors import InputError, TotoError
 from toto.base.without_git import without_git
 from toto.git_host import access
-from toto.git_host.access import Rules, Verb
+from toto.git_host.access import ADMIN, USER_VARIABLE, Right, Rules
 
-VERBS: Final[Mapping[str, Verb]] = {"upload-pack": "read", "receive-pack": "write"}
-USER_VARIABLE: Final = "TOTO_USER"  # tells the hooks who pushes
-PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # and which process started this session
+# A push needs `rehearse`; the hook knows which refs it moves, and which of those need `deploy`.
+SERVICES: Final[Mapping[str, Right]] = {"upload-pack": "read", "receive-pack": "rehearse"}
+COMMANDS: Final = ("approve RUN", "reject RUN", "repo create NAME")
+PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
+_RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def invocation(repos: Path, mode: Literal["shell", "keys"]) -> list[str]:
     """The command line with which sshd runs this module: it needs nothing from the environment."""
+    state = os.environ.get("TOTO_STATE")
     root = Path(__file__).resolve().parents[2]
     return [
         "/usr/bin/env",
         f"PYTHONPATH={root}",
+        *([f"TOTO_STATE={state}"] if state else []),
         sys.executable,
         "-P",
         "-m",
@@ -63,71 +70,81 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str]:
-    """The argv to run for `user`, who asked for `command`. A first push makes the repository, if the rules allow it.
+    """The argv to run for `user`, who asked for `command`: git, or `toto`.
 
     Raises `InputError` with words for the user when they may not. A user who may not read a repository does not learn
     whether it exists.
     """
     if user not in rules.users:
-        raise InputError(f"there is no user {user} any more", hint=f"ask someone who may write {access.ADMIN}")
-    service, argument = _asked(command, user)
+        raise InputError(f"there is no user {user} any more", hint=f"ask someone who may deploy {ADMIN}")
+    match words := _words(command):
+        case ["repo", "create", name]:
+            if not rules.may_create(user):
+                raise InputError(
+                    f"{user} may not create repositories", hint=f"ask someone who may deploy {ADMIN}: {_create(name)}"
+                )
+            return _toto(repos, user, "repo", "create", access.check_name(name))
+        case ["approve" | "reject" as verb, run]:
+            if not _RUN.fullmatch(run):
+                raise InputError(
+                    f"{ascii(run)[:60]} is not the id of a run", hint="the log of the run that asks has the whole line"
+                )
+            return _toto(repos, user, verb, run)
+    service, argument = _asked(words, user)
     name = access.repo_name(argument, repos)
     repo = access.path_of(repos, name)
-    if not repo.exists():
-        if VERBS[service] == "read" or not (rules.may_create(user) and rules.may(user, "write", name, creator=user)):
-            raise _unknown(name, user)
-        _make(repos, name, user)
-        return ["git", service, str(repo)]
-    creator = access.creator(repo)
-    if not rules.may(user, "read", name, creator):
-        raise _unknown(name, user)
-    if not rules.may(user, VERBS[service], name, creator):
-        raise InputError(f"{user} may read {name}, but not write it", hint=f"ask someone who may write {access.ADMIN}")
-    if VERBS[service] == "write" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
+    creator = access.creator(repo) if repo.exists() else None
+    if not (repo.exists() and rules.may(user, "read", name, creator)):
+        raise InputError(
+            f"there is no repository {name} that {user} may see",
+            hint=f"{_create(name)} makes it"
+            if rules.may_create(user)
+            else f"is the name right? Someone who may deploy {ADMIN} makes it by `{_create(name)}`, "
+            "or gives you access",
+        )
+    if not rules.may(user, SERVICES[service], name, creator):
+        raise InputError(
+            f"{user} may read {name}, but not push to it",
+            hint=f"ask someone who may deploy {ADMIN} for `rehearse` or `deploy`",
+        )
+    if service == "receive-pack" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
         raise InputError(f"{name} does not have toto's hooks", hint=f"run on toto: toto repo create {name}")
     return ["git", service, str(repo)]
 
 
-# The functions below run rarely, and their imports take longer than the rest of a login.
+def _create(name: str) -> str:
+    return f"ssh toto repo create {access.check_name(name)}"
+
+
+def _toto(repos: Path, user: str, *words: str) -> list[str]:
+    """The command `toto` on behalf of a user."""
+    return [sys.executable, "-P", "-m", "toto.cli", *words, "--by", user, "--repos", str(repos)]
 
 
 def _asked_of_git(repos: Path) -> Rules:
-    import asyncio  # noqa: PLC0415
+    import asyncio  # noqa: PLC0415  (it takes longer than the rest of a login, and is rarely needed)
 
     return asyncio.run(access.in_force(repos))
 
 
-def _make(repos: Path, name: str, creator: str) -> None:
-    import asyncio  # noqa: PLC0415
-
-    from toto.git_host import host as git_host  # noqa: PLC0415
-
-    asyncio.run(git_host.make(repos, name, creator=creator))
-
-
-def _asked(command: str | None, user: str) -> tuple[str, str]:
-    """The service and the repository that git asks for."""
-    if not command:
-        raise InputError(
-            f"hello {user}: this is a git host, it runs nothing but git", hint="git clone toto:NAME, git push toto:NAME"
-        )
+def _words(command: str | None) -> list[str]:
     try:
-        words = shlex.split(command)
+        return shlex.split(command or "")
     except ValueError:
-        words = []
+        return []
+
+
+def _asked(words: list[str], user: str) -> tuple[str, str]:
+    """The service and the repository that git asks for."""
+    hint = f"git clone toto:NAME, git push toto:NAME; or ssh toto {', '.join(COMMANDS)}"
     match words:
-        case ["git", service, repo] if service in VERBS:
+        case ["git", service, repo] if service in SERVICES:
             return service, repo
-        case [program, repo] if program.removeprefix("git-") in VERBS and program.startswith("git-"):
+        case [program, repo] if program.removeprefix("git-") in SERVICES and program.startswith("git-"):
             return program.removeprefix("git-"), repo
-    raise InputError("only git's push and fetch are allowed here", hint="git clone toto:NAME, git push toto:NAME")
-
-
-def _unknown(name: str, user: str) -> InputError:
-    return InputError(
-        f"there is no repository {name} that {user} may see",
-        hint=f"ask someone who may write {access.ADMIN} to make it, or to give you access",
-    )
+        case []:
+            raise InputError(f"hello {user}: this is a git host, it runs nothing but git", hint=hint)
+    raise InputError("only git's push and fetch are allowed here", hint=hint)
 
 
 def _environment(user: str) -> dict[str, str]:

@@ -2,23 +2,32 @@
 
 `toto.helm.release` reads what a commit wants, `toto.helm.diff` compares manifests. What a method returns or raises
 contains nothing of a Secret, and no value whose key sounds like one; only `render` returns everything.
+
+Pushed charts never meet the cluster: helm renders them in a cell. What it rendered becomes the text of a chart of
+toto's own, and that one is compared, checked by the cluster, and deployed.
 """
 
 import contextlib
 import hashlib
 import json
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from toto.base import paths, process
+import yaml
+
+from toto.base import files, paths, process
 from toto.base.errors import TotoError
+from toto.cell import folders, tool
+from toto.cell.cell import Cell
 from toto.helm import diff as manifests
 from toto.helm.command import (
+    IN_CELL,
     ChartUnavailable,
     ClusterUnreachable,
     Command,
@@ -33,6 +42,13 @@ from toto.helm.diff import Difference, Key, Resource
 from toto.helm.release import Release, sensitive
 
 PATIENCE: Final = 30.0  # seconds that reading from the cluster may take
+LARGEST: Final = 64_000_000  # bytes of a remote chart
+
+# Places in a cell.
+_REPO: Final = Path("/repo")
+_CHART: Final = Path("/chart.tgz")
+_PULLED: Final = Path("/pulled")
+_LOGINS: Final = Path("/logins")
 
 _INSTALL: Final = ("--install", "--reset-values")  # without it helm may reuse the values of the revision before
 _ROLLED_BACK: Final = "Rollback to "
@@ -46,6 +62,19 @@ _STORED: Final = (
     "{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t"
     '{{printf "%x" .Manifest}}{{end}}{{end}}'
 )
+
+# A chart that tells what the cluster can do, for charts that are rendered without it.
+_CAPABILITIES: Final = {
+    "Chart.yaml": "apiVersion: v2\nname: capabilities\nversion: 0.0.0\n",
+    "templates/capabilities.yaml": """\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: capabilities}
+data:
+  kube: {{ .Capabilities.KubeVersion.Version | quote }}
+  apis: {{ toJson .Capabilities.APIVersions | quote }}
+""",
+}
 
 # A chart that reads live resources with helm's own client, which understands everything in a kubeconfig.
 _LIVE: Final = {
@@ -129,15 +158,19 @@ class _Stored:
 class Helm:
     """helm and one cluster. With `kubeconfig` None it is the cluster that the environment names.
 
-    `state` is the folder for charts and helm's caches (None: in toto's state directory). `patience` is how many seconds
-    reading from the cluster may take. Every method that connects to the cluster raises `ClusterUnreachable`.
+    `state` is the folder for charts and helm's caches (None: in toto's state directory). `scratch` is the run's own
+    folder, which holds what a release renders to, Secrets included, while helm works on it (None: `state`). `patience`
+    is how many seconds reading from the cluster may take. Every method that connects to the cluster raises
+    `ClusterUnreachable`.
     """
 
     binary: str = "helm"
     kubeconfig: Path | None = None
     state: Path | None = None
     patience: float = PATIENCE
+    scratch: Path | None = None
     _major: int = field(default=0, init=False)
+    _able: tuple[str, ...] | None = field(default=None, init=False)
 
     async def major(self) -> int:
         """helm's major version, 3 or 4. Raises `HelmError` when helm is older than 3.13, `CommandNotFound`."""
@@ -186,9 +219,8 @@ class Helm:
 
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
         """The warnings of `helm lint`. Raises `RenderFailed`, `ChartUnavailable`."""
-        chart = await self._chart(release, tree)
-        command = self._command(release, failure=RenderFailed, secrets=sensitive(release, tree))
-        done = await command.attempt(["lint", chart, "--quiet", *_values(release, tree)])
+        command, chart = await self._in_cell(release, tree)
+        done = await command.attempt(["lint", chart, "--quiet", *_values(release)])
         said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
         if done.status != 0:
             raise RenderFailed(said, target=release.label, hint=f"fix {release.chart} or its values, and push again")
@@ -197,19 +229,24 @@ class Helm:
     async def render(self, release: Release, tree: Path) -> str:
         """Everything that the chart renders to, with hooks, tests and Secrets. Do not show or store it.
 
-        It is rendered as an upgrade would do it, with the cluster's capabilities, and the cluster checks it. When the
-        cluster does not answer, helm's default capabilities are used. Raises `RenderFailed`, `ChartUnavailable`.
+        It is rendered with the cluster's capabilities, and the cluster checks it. When the cluster does not answer,
+        helm's default capabilities are used. Raises `RenderFailed`, `ChartUnavailable`.
         """
         stored = None
         with contextlib.suppress(ClusterUnreachable):
             stored = await self._stored(release)
-        return await self._rendered(release, tree, stored)
+        async with self._checked(release, tree, stored) as (_, rendered):
+            return rendered
+
+    async def render_alone(self, release: Release, tree: Path) -> str:
+        """The same without asking the cluster anything. Raises `RenderFailed`, `ChartUnavailable`."""
+        return await self._rendered(release, tree, new=True, able=())
 
     async def difference(self, release: Release, tree: Path) -> Difference:
         """What an upgrade would change in the release's manifests. Raises what `render` raises."""
         stored = await self._stored(release)
-        rendered = manifests.parse(await self._rendered(release, tree, stored))
-        return manifests.compare(stored.everything if stored else {}, rendered)
+        async with self._checked(release, tree, stored) as (_, rendered):
+            return manifests.compare(stored.everything if stored else {}, manifests.parse(rendered))
 
     async def drift(self, release: Release) -> Difference:
         """Where the live resources differ from the release's manifests; `removed` are those that do not exist."""
@@ -246,25 +283,24 @@ class Helm:
         Raises `ReleaseFailed`; before anything is touched `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
         """
         stored = await self._stored(release)
-        rendered = manifests.parse(await self._rendered(release, tree, stored))
-        command = self._changing(release, [*manifests.secrets(rendered.values()), *sensitive(release, tree)])
         try:
-            await command.run(
-                [
-                    "upgrade",
-                    release.name,
-                    await self._chart(release, tree),
-                    "--namespace",
-                    release.namespace,
-                    *_values(release, tree),
-                    *_INSTALL,
-                    *_waiting(release),
-                    *(["--create-namespace"] if release.create_namespace else []),
-                    "--description",
-                    description,
-                    *_forced(stored),
-                ]
-            )
+            async with self._checked(release, tree, stored) as (chart, rendered):
+                secrets = [*manifests.secrets(manifests.parse(rendered).values()), *sensitive(release, tree)]
+                await self._changing(release, secrets).run(
+                    [
+                        "upgrade",
+                        release.name,
+                        chart,
+                        "--namespace",
+                        release.namespace,
+                        *_INSTALL,
+                        *_waiting(release),
+                        *(["--create-namespace"] if release.create_namespace else []),
+                        "--description",
+                        description,
+                        *_forced(stored),
+                    ]
+                )
         except ReleaseFailed as error:
             pods: list[str] = []
             with contextlib.suppress(TotoError):
@@ -414,36 +450,117 @@ class Helm:
         clean = process.mask(deployed.description, stored.secrets)
         return replace(stored, deployed=replace(deployed, description=clean))
 
-    async def _rendered(self, release: Release, tree: Path, stored: _Stored | None) -> str:
-        words = [
-            release.name,
-            await self._chart(release, tree),
-            "--namespace",
-            release.namespace,
-            *_values(release, tree),
-        ]
-        command = self._command(
-            release,
-            timeout=2 * self.patience,
-            failure=RenderFailed,
-            secrets=[*(stored.secrets if stored else ()), *sensitive(release, tree)],
-        )
+    @contextlib.asynccontextmanager
+    async def _checked(self, release: Release, tree: Path, stored: _Stored | None) -> AsyncIterator[tuple[Path, str]]:
+        """A chart of toto's own that holds what the release's chart renders to, and that text.
+
+        The cluster has checked it, if it answers. Raises `RenderFailed`, `ChartUnavailable`.
+        """
+        able: Sequence[str] = ()
+        with contextlib.suppress(ClusterUnreachable):
+            able = await self._capabilities(release)
+        rendered = await self._rendered(release, tree, new=stored is None, able=able)
+        with self._own_chart("rendered") as chart:
+            await self._wrap(release, tree, rendered, chart)
+            if able:
+                secrets = [*(stored.secrets if stored else ()), *sensitive(release, tree)]
+                await self._check(release, chart, secrets)
+            yield chart, rendered
+
+    async def _capabilities(self, release: Release) -> Sequence[str]:
+        """The words that tell helm what the cluster can do. Raises `ClusterUnreachable`."""
+        if self._able is None:
+            with self._own_chart("capabilities", _CAPABILITIES) as chart:
+                output = await self._command(release, timeout=2 * self.patience).run(
+                    [
+                        *("upgrade", "toto-capabilities", chart, "--namespace", release.namespace),
+                        *_INSTALL,
+                        *("--dry-run=server", "--output", "json"),
+                    ]
+                )
+            (said,) = manifests.parse(json.loads(output)["manifest"]).values()
+            apis = json.loads(said["data"]["apis"])
+            self._able = (
+                *("--kube-version", said["data"]["kube"]),
+                *(word for each in apis for word in ("--api-versions", each)),
+            )
+        return self._able
+
+    async def _rendered(self, release: Release, tree: Path, *, new: bool, able: Sequence[str]) -> str:
+        """What the release's chart renders to, in a cell."""
+        command, chart = await self._in_cell(release, tree)
+        words = ["template", release.name, chart, "--namespace", release.namespace, *_values(release), *able]
         try:
-            try:
-                output = await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
-                done = json.loads(output)
-                return "\n---\n".join([done["manifest"], *(hook["manifest"] for hook in done.get("hooks") or ())])
-            except ReleaseBusy:  # then helm does not even simulate an upgrade
-                checks = ["--dry-run=server", "--is-upgrade", *(["--validate"] if await self.major() == 3 else [])]
-            except ClusterUnreachable:
-                checks = []
-            return (await command.run(["template", *words, *checks])).decode()
+            return (await command.run([*words, *([] if new else ["--is-upgrade"])])).decode()
         except RenderFailed as error:
             raise RenderFailed(
                 _by_names_of_the_repo(error.message, release, tree),
                 target=error.target,
                 hint=f"fix {release.chart} or its values, and push again",
             ) from None
+
+    async def _check(self, release: Release, chart: Path, secrets: Sequence[str]) -> None:
+        """Have the cluster check a chart of toto's own. Raises `RenderFailed`."""
+        command = self._command(release, timeout=2 * self.patience, failure=RenderFailed, secrets=secrets)
+        words = [release.name, chart, "--namespace", release.namespace]
+        try:
+            with contextlib.suppress(ClusterUnreachable):
+                try:
+                    await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
+                except ReleaseBusy:  # then helm does not even simulate an upgrade
+                    validate = ["--validate"] if await self.major() == 3 else []
+                    await command.run(["template", *words, "--dry-run=server", "--is-upgrade", *validate])
+        except RenderFailed as error:
+            raise RenderFailed(
+                error.message, target=error.target, hint=f"fix {release.chart} or its values, and push again"
+            ) from None
+
+    @contextlib.contextmanager
+    def _own_chart(self, name: str, texts: Mapping[str, str] | None = None) -> Iterator[Path]:
+        """A folder for a chart of toto's own, with its files, while the block lasts."""
+        place = self.scratch or self._state
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=place) as made:
+            for file, text in (texts or {}).items():
+                Path(made, file).parent.mkdir(exist_ok=True)
+                Path(made, file).write_text(text)
+            yield Path(made)
+
+    async def _wrap(self, release: Release, tree: Path, rendered: str, chart: Path) -> None:
+        """Write a chart that renders to exactly `rendered`, under the name and version of the release's chart."""
+        command, place = await self._in_cell(release, tree)
+        (said, *_) = manifests.load((await command.run(["show", "chart", place])).decode())
+        facts = {key: said[key] for key in ("name", "version", "appVersion") if key in said}
+        crds = (await command.run(["show", "crds", place])).decode()
+        for name, text in {
+            "Chart.yaml": yaml.safe_dump({"apiVersion": "v2"} | facts),
+            "templates/all.yaml": rendered.replace("{{", '{{ "{{" }}'),
+            **({"crds/all.yaml": crds} if crds.strip() else {}),
+        }.items():
+            (chart / name).parent.mkdir(exist_ok=True)
+            (chart / name).write_text(text)
+
+    async def _in_cell(self, release: Release, tree: Path) -> tuple[Command, Path]:
+        """helm in a cell that sees the commit's files, and the path of the release's chart there.
+
+        The cell has no network, no kubeconfig and no cluster. Raises `ChartUnavailable`.
+        """
+        helm, chart = await tool.tool(self.binary), await self._chart(release, tree)
+        cell = Cell(
+            read={**helm.read, _REPO: tree, **({_CHART: chart} if release.remote else {})},
+            store=helm.store,
+            limits=tool.limits(),
+        )
+        command = Command(
+            helm.program,
+            IN_CELL,
+            timeout=2 * self.patience,
+            failure=RenderFailed,
+            target=release.label,
+            secrets=sensitive(release, tree),
+            cell=cell,
+        )
+        return command, _CHART if release.remote else _REPO / release.chart
 
     async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
         """The live resource for each of `wanted`, in the same order; {} for one that does not exist."""
@@ -456,11 +573,7 @@ class Helm:
             }
             for each in wanted
         ]
-        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="live.", dir=self._state) as chart:
-            for name, text in _LIVE.items():
-                Path(chart, name).parent.mkdir(exist_ok=True)
-                Path(chart, name).write_text(text)
+        with self._own_chart("live", _LIVE) as chart:
             output = await self._command(release, timeout=2 * self.patience).run(
                 ["template", "live", chart, "--namespace", release.namespace, "--dry-run=server", "--values", "-"],
                 json.dumps({"wanted": asked}).encode(),
@@ -489,14 +602,44 @@ class Helm:
         kept = store / hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
         if not any(kept.glob("*.tgz")):
             store.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="new.", dir=store) as fresh:
-                await self._command(release, timeout=4 * self.patience, failure=ChartUnavailable).run(
-                    ["pull", *words, "--destination", fresh]
-                )
-                kept.mkdir(exist_ok=True)
-                for archive in Path(fresh).iterdir():
-                    archive.replace(kept / archive.name)
+            archive = await self._pulled(release, words)
+            kept.mkdir(exist_ok=True)
+            files.write_bytes(kept / "chart.tgz", archive, 0o644)
         return next(kept.glob("*.tgz"))
+
+    async def _pulled(self, release: Release, words: Sequence[str]) -> bytes:
+        """A remote chart, fetched in a cell that has the internet and toto's logins to registries."""
+        helm = await tool.tool(self.binary)
+        async with tool.internet() as network:
+            with tempfile.TemporaryDirectory(prefix="new.", dir=self._state / "charts") as fresh:
+                pulled, logins = Path(fresh) / "pulled", Path(fresh) / "logins"
+                pulled.mkdir()
+                if (ours := self._state / "config").is_dir():
+                    shutil.copytree(ours, logins)
+                logins.mkdir(exist_ok=True)
+                folders.own(Path(fresh), network.user)
+                cell = Cell(
+                    read={**helm.read, _LOGINS: logins},
+                    write={_PULLED: pulled},
+                    store=helm.store,
+                    network=network,
+                    limits=tool.limits(),
+                    user=network.user,
+                )
+                await Command(
+                    helm.program,
+                    {**helm.env, **IN_CELL, "HELM_CONFIG_HOME": str(_LOGINS)},
+                    timeout=4 * self.patience,
+                    failure=ChartUnavailable,
+                    target=release.label,
+                    cell=cell,
+                ).run(["pull", *words, "--destination", _PULLED])
+                for each in pulled.iterdir():
+                    if (archive := folders.read_regular(pulled, each.name, most=LARGEST)) is not None:
+                        return archive
+        raise ChartUnavailable(
+            f"helm pulled no chart, or one of more than {LARGEST / 1e6:.0f} MB", target=release.label
+        )
 
 
 def _forced(stored: _Stored | None) -> list[str]:
@@ -508,9 +651,9 @@ def _waiting(release: Release) -> list[str]:
     return ["--timeout", f"{release.timeout:g}s", *(["--wait", "--wait-for-jobs"] if release.wait else [])]
 
 
-def _values(release: Release, tree: Path) -> list[str]:
+def _values(release: Release) -> list[str]:
     # Helm splits the argument at commas outside of quotes, like a line of CSV.
-    files = [str(tree / each).replace('"', '""') for each in release.values]
+    files = [str(_REPO / each).replace('"', '""') for each in release.values]
     return [word for each in files for word in ("--values", f'"{each}"')]
 
 
@@ -536,7 +679,7 @@ def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
         path = f"{release.chart}/{match[1]}"
         return path if (tree / path).exists() else match[0]
 
-    return re.sub(r"[\w.-]+/((?:charts/[\w.-]+/)*templates/[\w./-]+)", ours, text.replace(f"{tree}/", ""))
+    return re.sub(r"[\w.-]+/((?:charts/[\w.-]+/)*templates/[\w./-]+)", ours, text.replace(f"{_REPO}/", ""))
 
 
 def _why_not_ready(status: dict[str, Any]) -> str:

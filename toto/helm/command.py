@@ -1,5 +1,7 @@
 """Runs helm as a process: pyhelm3's commands through `toto.base.process`, and errors from helm's own messages.
 
+A chart that is pushed is a program. Helm renders it in a cell, which has neither a cluster nor a kubeconfig.
+
 pyhelm3 (https://github.com/azimuth-cloud/pyhelm3) itself starts a shell; a cancel would end the shell and leave helm
 running. Toto does not use its Client, which refuses names with dots, also gets helm's version through a shell, and
 repairs a release by rolling it back to the revision before, good or bad.
@@ -10,6 +12,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +20,7 @@ import pyhelm3  # type: ignore[import-untyped]
 
 from toto.base import process
 from toto.base.errors import InputError, TotoError
+from toto.cell.cell import HOME, Cell
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +75,15 @@ def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
     return ours if kubeconfig is None else ours | {"KUBECONFIG": str(kubeconfig)}
 
 
+# In a cell helm keeps nothing, and finds no plugin and no login.
+IN_CELL: Final = {f"HELM_{what.upper()}_HOME": f"{HOME}/helm/{what}" for what in ("cache", "config", "data")}
+
+
 class Command(pyhelm3.Command):  # type: ignore[misc]
     """pyhelm3's commands, with helm itself as the process: in its own process group, with a timeout, ended by a cancel.
 
     `timeout` is in seconds. A failure that helm's message does not explain is raised as `failure`. `secrets` are masked
-    in every message.
+    in every message. With a `cell` helm runs there, and `environment` is all that it gets.
     """
 
     def __init__(
@@ -87,10 +95,12 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         failure: type[TotoError],
         target: str | None = None,
         secrets: Sequence[str] = (),
+        cell: Cell | None = None,
     ) -> None:
         super().__init__(executable=binary)
         self.binary, self.environment, self.timeout = binary, environment, timeout
         self.failure, self.target, self.secrets = failure, target, secrets
+        self.cell = cell
 
     async def run(self, command: list[Any], input: bytes | None = None) -> bytes:
         """Run helm; return its output. Raises `ReleaseMissing`, `ClusterUnreachable`, `ReleaseBusy`, or `failure`."""
@@ -108,7 +118,8 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
         `ClusterUnreachable` when it takes longer than `timeout`, `HelmError` when it prints too much.
         """
         try:
-            done = await process.run(
+            run = process.run if self.cell is None else partial(process.run, cell=self.cell)
+            done = await run(
                 [self.binary, *map(str, command)],
                 env=self.environment,
                 stdin=input,
@@ -142,7 +153,7 @@ class Command(pyhelm3.Command):  # type: ignore[misc]
                 target=self.target,
                 hint="wait for it to end; if it was killed, a later run repairs what it left",
             )
-        if self.failure is not ChartUnavailable and "webhook" not in words:
+        if self.cell is None and "webhook" not in words:  # (in a cell there is no cluster)
             if _REFUSED.search(words):
                 return AccessRefused(words, target=self.target, hint="check the kubeconfig that toto uses")
             # When helm is changing a release, a lost connection is a failure: something may have been touched.

@@ -69,6 +69,16 @@ def _check_word(text: str) -> str:
     return text
 
 
+def check_key_name(name: str) -> str:
+    """Return `name` if it can name one of a repo's ssh keys; else raise ValueError."""
+    if "/" in name or name.startswith("~"):
+        raise ValueError(
+            f"names a key that this repository has on toto, not a file: run `toto key REPO NAME --import {name[:200]}` "
+            "there, and write NAME here"
+        )
+    return check_name(name)
+
+
 def check_host_key(text: str) -> str:
     """Return `text` if it is an ssh public key on one line; else raise ValueError."""
     if not re.fullmatch(_HOST_KEY, text):

@@ -6,6 +6,7 @@ other git command. Both use an environment without the GIT_DIR and the quarantin
 
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -88,10 +89,18 @@ def bare(path: Path) -> Path:
 
 
 def resolve(repo: Path, revision: str) -> str:
-    """The full hash of the commit that `revision` (branch, tag or hash) names. Raises `NoSuchCommit`."""
+    """The full hash of the commit that `revision` names: a branch, a tag, or a hash. Raises `NoSuchCommit`.
+
+    A branch comes before a tag of the same name, and both before a shortened hash. `HEAD` is the deployed branch.
+    """
     if not revision or revision.startswith("-") or "\n" in revision:
         raise NoSuchCommit(f"{revision!r} does not name a commit", target=str(repo))
+    name = re.split(r"[~^@:]", revision)[0]
+    plain = name == "HEAD" or name.startswith("refs/") or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name)
     with open_repo(repo) as opened:
+        for prefix in () if plain else ("refs/heads/", "refs/tags/"):
+            with suppress(BadName, BadObject, ValueError, IndexError, NotImplementedError):
+                return str(opened.commit(f"{prefix}{revision}").hexsha)
         try:
             return str(opened.commit(revision).hexsha)
         except (BadName, BadObject, ValueError, IndexError, NotImplementedError) as error:
@@ -196,6 +205,11 @@ async def superseded_by(repo: Path, commit: str) -> str | None:
         if newest := done.stdout.strip():
             return newest if newest != commit else None
     return None
+
+
+async def on_deployed_branch(repo: Path, commit: str) -> bool:
+    """Whether a commit is the tip of the deployed branch (the bare repo's HEAD), or one before it."""
+    return (await git(repo, "merge-base", "--is-ancestor", commit, "HEAD", check=False)).status == 0
 
 
 async def mark(repo: Path, tag: str, commit: str) -> None:

@@ -25,6 +25,7 @@ from toto.infra_repo.fields import (
     Word,
     check_address,
     check_host_key,
+    check_key_name,
     check_system,
     check_user,
 )
@@ -43,8 +44,8 @@ class SSH(Fields):
     """the user that toto logs in as"""
     port: Port = 22
     """the port of the machine's SSH server"""
-    identity: Word | None = None
-    """a private key: a path on toto, or the name of one of toto's own keys"""
+    identity: Annotated[StrictStr, AfterValidator(check_key_name)] | None = None
+    """the name of one of the repository's private keys on toto; when left out, its key for the machines"""
     host_key: Annotated[StrictStr, AfterValidator(check_host_key)] | None = None
     """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""
 

@@ -26,7 +26,8 @@ OrderT = TypeVar("OrderT", bound=Order)
 class Source:
     """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans.
 
-    `override` is the reason for which the run rolls out in spite of a freeze or a closed window.
+    `override` is the reason for which the run rolls out in spite of a freeze or a closed window, `deploys` whether it
+    will roll out the deployed branch.
     """
 
     repo: Path
@@ -36,6 +37,7 @@ class Source:
     settings: Settings
     manifest: Manifest
     override: str | None = None
+    deploys: bool = True
 
     def order(self, kind: type[OrderT], change: Change, **own: Any) -> OrderT:
         """The order of a changed target; `own` are the fields that its kind adds."""
@@ -46,6 +48,7 @@ class Source:
             change=change,
             settings=self.settings,
             override=self.override,
+            deploys=self.deploys,
             **own,
         )
 

@@ -10,7 +10,7 @@ from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.base.resources import at_once
 from toto.base.runs import run_directory
-from toto.infra_repo import git, manifest
+from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger
@@ -42,18 +42,24 @@ async def make(
     *,
     override: str | None = None,
     force: bool = False,
+    deploys: bool = True,
     identify: Identify = identify,
 ) -> Plan:
     """The plan of a commit, compared with the ledger as it is now.
 
     `run` is the id of the run that plans, `only` the names, tags and kinds that it is limited to, `override` the reason
-    to ignore freezes and windows. With `force` it also has targets that have not changed. `identify` may wrap this
-    module's own. A target that does not evaluate is a failure in the plan and does not stop the others.
+    to ignore freezes and windows. With `force` it also has targets that have not changed. `deploys` says whether the
+    run is to roll out; its orders deploy only where the commit is on the deployed branch as well. `identify` may wrap
+    this module's own. A target that does not evaluate is a failure in the plan and does not stop the others.
     Raises `InputError` for mistakes in the manifest, the settings or `only`, and `NoSuchCommit`.
     """
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
-        source = Source(repo, commit, run, tree, settings, fleet, override)
+        settings = limits.within(settings)
+        limits.check_machines(fleet)
+        source = Source(
+            repo, commit, run, tree, settings, fleet, override, deploys and await git.on_deployed_branch(repo, commit)
+        )
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
         found, after = await _discover(source, only)
         wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
+from toto.base.errors import InputError
 from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
@@ -17,7 +18,8 @@ class Order(BaseModel):
     """Everything that the rehearsal and the roll-out of a target need to know. Each kind adds fields of its own.
 
     `run` is the flow run's id, `position` the target's place in the roll-out order. `override` is the reason to roll it
-    out in spite of a freeze or a closed window.
+    out in spite of a freeze or a closed window. `deploys` says whether the run will roll out the deployed branch: only
+    then does what it runs for the target get credentials.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,6 +31,16 @@ class Order(BaseModel):
     settings: Settings
     position: int = 0
     override: str | None = None
+    deploys: bool = True
+
+    def check_deploys(self) -> None:
+        """Raises `InputError` when the commit is not on the deployed branch: it must not be rolled out."""
+        if not self.deploys:
+            raise InputError(
+                f"the commit {self.commit[:8]} is not on the deployed branch, and gets no credentials",
+                target=self.label,
+                hint="push it to the deployed branch",
+            )
 
     @property
     def desired(self) -> Desired:

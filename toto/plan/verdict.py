@@ -63,6 +63,11 @@ class Verdict(Generic[F]):
         )
 
     @classmethod
+    def told(cls, order: Order, *, summary: str, difference: str = "") -> Self:
+        """The verdict in a run that will not deploy: what is known about the target, and nothing to roll out."""
+        return cls(order.target, order.desired.identity, "passed", None, summary, difference)
+
+    @classmethod
     def waived(cls, order: Order, *, by: str, why: str) -> Self:
         """The verdict on a target that may be rolled out without a rehearsal, because `by` says so."""
         return cls(order.target, order.desired.identity, "waived", by=by, why=why)

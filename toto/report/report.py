@@ -13,7 +13,7 @@ from toto.base.errors import TotoError
 from toto.plan.changes import ChangeSet
 from toto.plan.kinds import KINDS
 
-Stage: TypeAlias = Literal["evaluation", "rehearsal", "approval", "settling", "roll-out", "drift check"]
+Stage: TypeAlias = Literal["evaluation", "claim", "rehearsal", "approval", "settling", "roll-out", "drift check"]
 
 
 @dataclass(frozen=True)

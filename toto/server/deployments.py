@@ -96,6 +96,7 @@ async def deploy(
             {key: known.parameters.get(key) for key in changed},
         )
     began = datetime.now(UTC).isoformat()
+    listed["pull"] = []  # by default Prefect would add a step, and a run with steps is refused: `toto.server.engine`
     file = Path(env["PREFECT_HOME"]) / "prefect.yaml"
     file.write_text(yaml.safe_dump(listed, allow_unicode=True))
     await process.run(

@@ -27,6 +27,7 @@ from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
+from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.server import database, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
@@ -335,6 +336,12 @@ async def _adopt_all(repos: Path, served: git_host.Served) -> None:
         log.error("%s", error)
     for repo in git_host.infra_repos(repos):
         await _adopt(repo, served)
+    try:
+        known = git_host.infra_repos(repos)
+        for line in (*await owners.adopt(known), *keys.with_the_old_key(known)):
+            log.warning("%s", line)
+    except TotoError as error:
+        log.error("%s", error)
 
 
 async def _adopt(repo: Path, served: git_host.Served) -> None:

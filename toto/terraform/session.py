@@ -1,8 +1,11 @@
 """Terraform: finds the root modules of the infra repo, computes their identities, and plans and applies one of them.
 
 A root is planned into a file, and toto applies exactly that file. python-terraform builds the command lines and
-`toto.base.process` runs them; it sends SIGINT first, on which terraform saves its state and unlocks it.
+`toto.base.process` runs them in cells; it sends SIGINT first, on which terraform saves its state and unlocks it.
 `toto.terraform.plan` reads what a plan says. Toto waits for state locks and reports them; it never breaks one.
+
+Configurations, providers and provisioners are programs of whoever pushes. Their cell sees the commit's files, and
+writes to a copy of the root's folder, to the run's data, to the root's own state and to the repo's cache of providers.
 """
 
 import hashlib
@@ -11,26 +14,30 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import python_terraform  # type: ignore[import-untyped]
 
-from toto.base import paths, process
+from toto.base import files, paths, process
 from toto.base.after import in_order
 from toto.base.errors import InputError, TotoError
 from toto.base.model import Model, shown
 from toto.base.process import CommandTimeout, Completed, LineSink
+from toto.cell import folders, tool
+from toto.cell.cell import Cell
+from toto.cell.namespace import Namespace
+from toto.cell.relay import Endpoint
 from toto.infra_repo import fields, git
 from toto.infra_repo.settings import Approve, Prevent, SettingsError, Terraform, TerraformRoot, problem
+from toto.terraform import endpoints as backends
 from toto.terraform import hcl
 from toto.terraform import plan as tfplan
 from toto.terraform.plan import Planned, State
@@ -41,28 +48,18 @@ GRACE: Final = 60.0  # seconds that an interrupted terraform has to save the sta
 LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
 SHORTEST: Final = 4  # characters of a secret that is masked; masking shorter ones would leave nothing readable
 
-# The variables of toto's own environment that terraform, its providers and its provisioners get.
-_PASSED_ON: Final = (
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "LOGNAME",
-    "NIX_SSL_CERT_FILE",
-    "PATH",
-    "SSH_AUTH_SOCK",
-    "SSL_CERT_DIR",
-    "SSL_CERT_FILE",
-    "TF_CLI_CONFIG_FILE",
-    "TMPDIR",
-    "TZ",
-    "USER",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-)
+# Places in a cell. They are the same in every run, since a configuration may use its own path.
+REPO: Final = Path("/repo")  # the commit's files, read-only but for the root's folder
+STATE: Final = Path("/state")  # the state of a root without a backend
+_DATA: Final = Path("/data")
+_PROVIDERS: Final = Path("/providers")
+_CELL: Final = "@cell"  # the end of the holder's name in a lock that a terraform in a cell holds
+
+Standing: TypeAlias = Literal["deploys", "reads", "guest"]
+"""what a run may have: credentials and the state; credentials that only read, and a copy of the state; or neither"""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 # Its constructor reads the state in the working directory; this one has none.
 _COMMANDS: Final = python_terraform.Terraform(working_dir=os.devnull)
 _FLAG: Final = python_terraform.IsFlagged
@@ -241,13 +238,31 @@ def _called(tree: Path, folder: Path) -> Iterator[Path]:
             yield target
 
 
+def _connected(
+    method: "Callable[Concatenate[Session, P], Awaitable[T]]",
+) -> "Callable[Concatenate[Session, P], Coroutine[Any, Any, T]]":
+    """Have a method's cells share one network, which ends with it."""
+
+    @wraps(method)
+    async def connected(self: "Session", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.network is not None:
+            return await method(self, *args, **kwargs)
+        user = self._ready()
+        async with tool.internet([*self.endpoints, *backends.of_backends(self.env)], user=user) as network:
+            return await method(replace(self, network=network), *args, **kwargs)
+
+    return connected
+
+
 @dataclass(frozen=True)
 class Session:
     """Terraform for one root of an exported commit, `tree`.
 
     `scratch` is the run's own directory: it holds the plans, which contain secrets, and what terraform downloads. A
     root without a backend keeps its state in toto's state directory for `repo`. `env` are the secrets that terraform
-    gets (`TF_VAR_…`, `AWS_…`); they are masked in all of its output, also in what `on_line` gets.
+    gets (`TF_VAR_…`, `AWS_…`); they are masked in all of its output, also in what `on_line` gets. `endpoints` are what
+    it reaches besides the internet and the backend that `env` names. `standing` says whether its plan may be applied:
+    one that may not leaves nothing behind, neither in the state nor in the cache of providers.
     """
 
     repo: Path
@@ -257,7 +272,11 @@ class Session:
     settings: Terraform
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     on_line: LineSink | None = None
+    endpoints: Sequence[Endpoint] = ()
+    standing: Standing = "deploys"
+    network: Namespace | None = None
 
+    @_connected
     async def plan(self, *, destroy: bool = False) -> Planned:
         """Make the root ready (see `init`) and plan it. With `destroy`, the plan destroys all of it.
 
@@ -265,17 +284,20 @@ class Session:
         """
         await self.init()
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
+        if (user := self._user) is not None:
+            os.fchown(handle, user, user)
         os.close(handle)
+        inside = _DATA / Path(name).name
         done = await self._run(
             "plan",
             ok=(0, 2),
-            out=name,
+            out=inside,
             detailed_exitcode=_FLAG,
-            lock_timeout=self._patience,
+            **self._locking,
             destroy=_FLAG if destroy else None,
-            var_file=[str(self.tree / file) for file in self.root.var_files],
+            var_file=[str(REPO / file) for file in self.root.var_files],
         )
-        document = json.loads((await self._run("show", name, private=True, json=_FLAG)).stdout)
+        document = json.loads((await self._run("show", inside, private=True, json=_FLAG)).stdout)
         # The state is read last: if it changes in between, the plan is stale, and terraform refuses to apply it.
         return Planned(
             root=self.root.name,
@@ -288,6 +310,7 @@ class Session:
             drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets),
         )
 
+    @_connected
     async def apply(self, planned: Planned) -> State:
         """Apply exactly a saved plan of this session's tree and scratch; return the state that it leaves.
 
@@ -295,7 +318,7 @@ class Session:
         Raises `PlanStale` or `StateLocked` (nothing was done), or `ApplyFailed`.
         """
         try:
-            await self._run("apply", planned.file, lock_timeout=self._patience)
+            await self._run("apply", _DATA / planned.file.name, **self._locking)
         except (PlanStale, StateLocked):
             raise
         except (TerraformFailed, CommandTimeout) as error:
@@ -304,31 +327,43 @@ class Session:
             self._rescue()
         return await self.state()
 
+    @_connected
     async def state(self) -> State:
         """The state as it is now. Call `plan` or `init` first. Raises `TerraformFailed`, `CommandTimeout`."""
         text = (await self._run("state pull", private=True)).stdout
         return tfplan.state_of(json.loads(text) if text.strip() else None, self._secrets)
 
-    async def init(self) -> None:
-        """Make the tree ready: backend, providers, modules, workspace.
+    @_connected
+    async def validate(self) -> None:
+        """Check what the root says by itself, without its state. Raises `TerraformFailed`, `CommandTimeout`."""
+        (self._data / "terraform.tfstate").unlink(missing_ok=True)  # else terraform asks the backend all the same
+        try:
+            await self._run("init", backend=False)
+        except TerraformFailed:  # of a module or a provider that only a login can fetch
+            return
+        await self._run("validate")
 
-        Only one session at a time does this, because all share one cache of providers. Raises `InputError` for a state
-        that would be lost with the tree, `TerraformFailed`, `CommandTimeout`.
+    @_connected
+    async def init(self) -> None:
+        """Make the root ready: a fresh copy of its folder, backend, providers, modules, workspace.
+
+        Only one session at a time does this, because a repo's roots share one cache of providers. Raises `InputError`
+        for a state that would be lost with the tree, `TerraformFailed`, `CommandTimeout`.
         """
-        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        override, marker = self._folder / OVERRIDE, self._data / "terraform.tfstate"
-        async with paths.alone(_plugins().with_suffix(".lock")):
-            if not override.exists():
-                marker.unlink(missing_ok=True)  # of an earlier tree's backend
-                await self._init(*(each if "=" in each else self.tree / each for each in self.root.backend_config))
-                if marker.exists():
-                    self._check_backend(json.loads(marker.read_text())["backend"])
-                else:
-                    self._check_no_state_beside()
-                    override.write_text('{"terraform": {"backend": {"local": {}}}}\n')
-            if override.exists():
-                await self._init(f"path={self._home}/terraform.tfstate", f"workspace_dir={self._home}/workspaces")
+        override, marker = self._copy / OVERRIDE, self._data / "terraform.tfstate"
+        async with paths.alone(self._providers.with_suffix(".lock")):
+            if self._copy.exists():
+                shutil.rmtree(self._copy)
+            shutil.copytree(self._folder, self._copy, symlinks=True)
+            folders.own(self._copy, self._user)
+            marker.unlink(missing_ok=True)  # of an earlier tree's backend
+            await self._init(*(each if "=" in each else REPO / each for each in self.root.backend_config))
+            if (told := folders.read_regular(self._data, marker.name, most=LARGEST)) is not None:
+                self._check_backend(json.loads(told))
+            else:
+                self._check_no_state_beside()
+                files.write(override, '{"terraform": {"backend": {"local": {}}}}\n', 0o644)
+                await self._init(f"path={STATE}/terraform.tfstate", f"workspace_dir={STATE}/workspaces")
         if self.root.workspace != "default":
             await self._run("workspace select", self.root.workspace, or_create=_FLAG)
         for file in sorted(self._home.glob("errored-*.tfstate")):
@@ -337,19 +372,17 @@ class Session:
     async def _init(self, *backend_config: str | Path) -> None:
         await self._run("init", reconfigure=_FLAG, backend_config=list(backend_config))
 
-    def _check_backend(self, backend: Any) -> None:
-        config = backend["config"]
-        kept = [config.get("path"), *([config.get("workspace_dir")] if self.root.workspace != "default" else [])]
-        if backend["type"] == "local" and not all(path and Path(path).is_absolute() for path in kept):
+    def _check_backend(self, told: Any) -> None:
+        if told["backend"]["type"] == "local":
             raise InputError(
-                "its backend keeps the state beside the configuration, which is deleted after the run",
+                "its backend keeps the state in a file of its own, where terraform does not reach it from its cell",
                 target=self.root.label,
-                hint=f"leave the backend block out, and toto keeps the state in "
-                f"{self._home}; or use a different backend",
+                hint=f"leave the backend block out, and toto keeps the state in {self._kept}/terraform.tfstate (move "
+                "it there, if there is one); or use a different backend",
             )
 
     def _check_no_state_beside(self) -> None:
-        kept = self._home / "terraform.tfstate"
+        kept = self._kept / "terraform.tfstate"
         if (self._folder / "terraform.tfstate").exists() and not kept.exists():
             raise InputError(
                 "a state is committed beside the configuration, and toto keeps this root's elsewhere",
@@ -377,7 +410,7 @@ class Session:
     async def _save_late(self, file: Path) -> None:
         """Save a state that an earlier apply could not save. Terraform refuses when the state has changed since."""
         try:
-            await self._run("state push", file, lock_timeout=self._patience)
+            await self._run("state push", STATE / file.name, **self._locking)
         except StateLocked:
             raise
         except TerraformFailed as error:
@@ -389,13 +422,14 @@ class Session:
         file.unlink()
 
     def _rescue(self) -> Path | None:
-        """Move a state that terraform could not save out of the tree, before the tree is deleted."""
-        left = self._folder / "errored.tfstate"
-        if not left.exists():
+        """Move a state that terraform could not save out of the copy of the folder, which is deleted with the run."""
+        left = self._copy / "errored.tfstate"
+        state = folders.read_regular(self._copy, left.name, most=LARGEST)
+        if state is None:
             return None
-        kept = self._home / f"errored-{git.now()}.tfstate"
-        shutil.move(left, kept)
-        kept.chmod(0o600)
+        kept = files.write_bytes(self._home / f"errored-{git.now()}.tfstate", state)
+        folders.own(self._home, self._user)
+        left.unlink()
         return kept
 
     async def _run(
@@ -405,14 +439,16 @@ class Session:
 
         Raises `TerraformFailed` or a subclass when the exit status is not in `ok`, and `CommandTimeout`.
         """
-        argv = _COMMANDS.generate_cmd_string(command, *map(str, arguments), no_color=_FLAG, **options)
+        _, *words = _COMMANDS.generate_cmd_string(command, *map(str, arguments), no_color=_FLAG, **options)
+        terraform = await tool.tool("terraform")
         sink = None if private else self.on_line
         began = datetime.now(UTC)
         try:
             done = await process.run(
-                argv,
-                env=self._environment(),
-                cwd=self._folder,
+                [terraform.program, *words],
+                cell=self._cell(terraform),
+                env=self._environment(terraform),
+                cwd=REPO / self._place,
                 check=False,
                 on_line=sink,
                 on_error_line=sink,
@@ -438,7 +474,7 @@ class Session:
         if "Error acquiring the state lock" in said:
             holder = dict(_LOCK.findall(said))
             # Some backends (pg) do not know who holds a lock; terraform then prints what it would have written itself.
-            ours = holder.get("Who", "").endswith(f"@{socket.gethostname()}")
+            ours = holder.get("Who", "").endswith(_CELL)
             if ours and holder.get("Created", "") >= began.strftime("%Y-%m-%d %H:%M:%S.%f"):
                 holder = {}
             return StateLocked(holder, target=self.root.label, waited=self.settings.lock_timeout)
@@ -453,59 +489,131 @@ class Session:
 
     def _in_repo(self, text: str) -> str:
         """Terraform's text, with positions as paths in the repo instead of the root's folder."""
-        return _POSITION.sub(
-            lambda found: (
-                f"on {os.path.normpath(f'{self.root.path}/{found[1]}')} line {found[2]}"
-                if (self._folder / found[1]).exists()
-                else found[0]
-            ),
-            text,
-        )
+
+        def ours(found: re.Match[str]) -> str:
+            name = os.path.normpath(f"{self.root.path}/{found[1]}")
+            inside = not name.startswith(("/", "..")) and (self.tree / name).exists()
+            return f"on {name} line {found[2]}" if inside else found[0]
+
+        return _POSITION.sub(ours, text)
 
     @cached_property
     def _secrets(self) -> tuple[str, ...]:
         return tuple(_spellings(self.env.values()))
 
     @property
+    def _place(self) -> Path:
+        """The root's folder, as a path in the repo without links."""
+        return self._folder.resolve().relative_to(self.tree.resolve())
+
+    @property
     def _folder(self) -> Path:
         return self.tree / self.root.path
 
     @property
-    def _home(self) -> Path:
-        """The files that outlive a run."""
+    def _kept(self) -> Path:
+        """The files of this root that outlive a run."""
         return paths.repo_state(self.repo) / "terraform" / self.root.name
 
     @property
-    def _data(self) -> Path:
+    def _home(self) -> Path:
+        """What the cell sees of them: themselves, or a folder of the run for a plan that may not be applied."""
+        return self._kept if self.standing == "deploys" else self._own / "state"
+
+    @property
+    def _own(self) -> Path:
         """The files that are deleted after the run. Each run has its own, so two runs may plan a root at once."""
         return self.scratch / "terraform" / self.root.name / self.root.workspace
 
     @property
-    def _patience(self) -> str:
-        return f"{self.settings.lock_timeout:.3f}s"
+    def _data(self) -> Path:
+        """Plans, and what terraform remembers and downloads for this root."""
+        return self._own / "data"
 
-    def _environment(self) -> dict[str, str]:
-        ours = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        if not Path(ours.get("TF_CLI_CONFIG_FILE", "")).is_file():  # terraform warns of a missing one each time
-            ours.pop("TF_CLI_CONFIG_FILE", None)
+    @property
+    def _copy(self) -> Path:
+        """A copy of the root's folder, in which terraform and the configuration may write."""
+        return self._own / "folder"
+
+    @property
+    def _providers(self) -> Path:
+        """The cache of providers. All that deploys this repo writes to it, so no other plan and no other repo may."""
+        return (
+            paths.repo_state(self.repo) / "terraform-providers"
+            if self.standing == "deploys"
+            else self._own / "providers"
+        )
+
+    @property
+    def _user(self) -> int | None:
+        """The user of the cells: one for all that deploys this repo, since they share a state; else the run's own."""
+        return folders.user_of(self._providers)
+
+    def _ready(self) -> int | None:
+        """Make the folders that a cell writes to, and return the cells' user, whose they are."""
+        user = folders.shared(self._providers)
+        for folder in (self._home, self._data):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folders.own(self._data, user)
+        if self.standing == "reads":
+            self._copy_state()
+        folders.own(self._home, user)
+        return user
+
+    def _copy_state(self) -> None:
+        within = () if self.root.workspace == "default" else ("workspaces", self.root.workspace)
+        state = folders.read_regular(self._kept, *within, "terraform.tfstate", most=LARGEST)
+        if state is not None:
+            place = self._home.joinpath(*within)
+            place.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(place / "terraform.tfstate", state)
+
+    def _cell(self, terraform: tool.Tool) -> Cell:
+        return Cell(
+            read={**terraform.read, **_configuration_file(), REPO: self.tree},
+            write={REPO / self._place: self._copy, STATE: self._home, _DATA: self._data, _PROVIDERS: self._providers},
+            store=terraform.store,
+            network=self.network,
+            limits=tool.limits(),
+            user=self._user,
+        )
+
+    @property
+    def _locking(self) -> dict[str, Any]:
+        """How a command locks the state; credentials that only read cannot."""
+        return {"lock": False} if self.standing == "reads" else {"lock_timeout": f"{self.settings.lock_timeout:.3f}s"}
+
+    def _environment(self, terraform: tool.Tool) -> dict[str, str]:
+        configured = [("TF_CLI_CONFIG_FILE", str(file)) for file in _configuration_file()]
         return {
-            **ours,
+            **terraform.env,
+            **dict(configured),
             **self.env,
             "TF_IN_AUTOMATION": "1",
             "TF_INPUT": "0",
             "CHECKPOINT_DISABLE": "1",
-            "TF_DATA_DIR": str(self._data),
-            "TF_PLUGIN_CACHE_DIR": str(_plugins()),
+            "TF_DATA_DIR": str(_DATA),
+            "TF_PLUGIN_CACHE_DIR": str(_PROVIDERS),
             # Without a lock file in the repo every run would download its providers again.
             "TF_PLUGIN_CACHE_MAY_BREAK_DEPENDENCY_LOCK_FILE": "1",
         }
 
 
-def _plugins() -> Path:
-    """The cache of providers, shared by all roots."""
-    folder = paths.state_home() / "terraform-plugins"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+def _configuration_file() -> dict[Path, Path]:
+    """Terraform's own configuration on this server, as a mount; none where there is none.
+
+    Raises `InputError` when it has credentials: whatever is pushed would read them.
+    """
+    file = Path(os.environ.get("TF_CLI_CONFIG_FILE", ""))
+    if not file.is_file():  # terraform warns of a missing one each time
+        return {}
+    if re.search(r"^\s*credentials", file.read_text(errors="replace"), re.MULTILINE):
+        raise InputError(
+            "it has credentials, and whatever is pushed reads this file",
+            target=str(file),
+            hint="put each token into the block of the root, as TF_TOKEN_app_terraform_io, and remove it here",
+        )
+    return {file: file.resolve()}
 
 
 def _errors(text: str) -> str:

@@ -1,0 +1,121 @@
+"""Each repo has a key of its own for its machines; the one key of version 0.1.0 stays with who has deployed by it."""
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.ledger.test_ledger import deployed
+from tests.machine.test_ssh import keygen
+from toto.base import paths
+from toto.base.errors import InputError
+from toto.git_host import host as git_host
+from toto.infra_repo import git
+from toto.ledger import steps
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.machine import keys
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    return paths.state_home()
+
+
+async def made(repos: Path, *names: str) -> list[Path]:
+    return [await git_host.make(repos, name) for name in names]
+
+
+async def has_deployed(repo: Path, name: str) -> None:
+    await Ledger(repo).write(Target("host", name), steps.verified(deployed("drv")), "good")
+
+
+async def test_each_repo_has_a_key_of_its_own_and_nobody_else_reads_it(tmp_path: Path) -> None:
+    infra, lab = await made(tmp_path / "repos", "infra", "lab")
+    first, again, other = [await keys.of_machines(each) for each in (infra, infra, lab)]
+    assert first == again and first.read_text() != other.read_text()
+    assert first.stat().st_mode & 0o777 == 0o600 and first.parent.stat().st_mode & 0o777 == 0o700
+    assert first.with_suffix(".pub").read_text().startswith(await keys.public_half(first))
+    assert first.with_suffix(".pub").read_text().endswith("toto infra\n")
+
+
+async def test_of_many_that_need_it_at_once_one_makes_the_key(tmp_path: Path) -> None:
+    [infra] = await made(tmp_path / "repos", "infra")
+    found = await asyncio.gather(*(keys.of_machines(infra) for _ in range(5)))
+    assert len({(each, each.read_text()) for each in found}) == 1
+    assert sorted(each.name for each in found[0].parent.iterdir()) == ["machines", "machines.pub"]
+
+
+async def test_the_old_key_stays_with_the_repo_whose_ledger_has_the_machines(tmp_path: Path, state: Path) -> None:
+    (state / "keys").mkdir()
+    await keygen(state / "keys" / "machines")
+    old = (state / "keys" / "machines").read_text()
+    infra, lab, more = await made(tmp_path / "repos", "infra", "lab", "more")
+    await has_deployed(infra, "web1")
+    [theirs, its_own] = [(await keys.of_machines(each)).read_text() for each in (infra, lab)]
+    assert theirs == old and its_own != old
+    assert keys.with_the_old_key([infra, lab, more]) == []
+    await has_deployed(more, "db1")
+    [said] = keys.with_the_old_key([infra, lab, more])
+    assert "infra and more log in to their machines by the same key" in said
+    fresh = tmp_path / "fresh"
+    await keygen(fresh)
+    await keys.import_key(more, keys.MACHINES, fresh)
+    assert (await keys.of_machines(more)).read_text() == fresh.read_text()
+    assert keys.with_the_old_key([infra, lab, more]) == []
+
+
+async def test_the_only_repo_keeps_the_old_key_before_it_has_deployed_anything(tmp_path: Path, state: Path) -> None:
+    (state / "keys").mkdir()
+    await keygen(state / "keys" / "machines")
+    [infra] = await made(tmp_path / "repos", "infra")
+    key = await keys.of_machines(infra)
+    assert key.read_text() == (state / "keys" / "machines").read_text()
+    assert key.with_suffix(".pub").exists()
+    key.with_suffix(".pub").unlink()  # as a kill between the two
+    assert (await keys.of_machines(infra)) == key
+
+
+async def test_a_manifest_names_keys_of_its_own_repo_only(tmp_path: Path, state: Path) -> None:
+    infra, lab = await made(tmp_path / "repos", "infra", "lab")
+    await keygen(tmp_path / "attic")
+    await keys.import_key(infra, "attic", tmp_path / "attic")
+    assert (await keys.identity(infra, "attic")).read_text() == (tmp_path / "attic").read_text()
+    assert await keys.identity(infra, None) == await keys.of_machines(infra)
+    with pytest.raises(InputError, match="this repository has no key attic") as missing:
+        await keys.identity(lab, "attic")
+    assert "next: on toto: toto key lab attic --import FILE" in str(missing.value)
+    await keys.private("sandbox")
+    (state / "keys" / "machines").write_text("old")
+    for name in ("sandbox", "machines.pub"):
+        with pytest.raises(InputError):
+            await keys.identity(lab, name)
+    (tmp_path / "text").write_text("no key")
+    for file in ("text", "none", "attic.pub"):
+        with pytest.raises(InputError):
+            await keys.import_key(infra, "x", tmp_path / file)
+    with pytest.raises(InputError):
+        await keys.import_key(infra, "../x", tmp_path / "attic")
+
+
+async def test_the_operators_commands(tmp_path: Path) -> None:
+    repos = tmp_path / "repos"
+    await keygen(tmp_path / "attic")
+
+    def toto(*words: str | Path) -> str:
+        done = subprocess.run(["toto", *words, "--repos", repos], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    toto("repo", "create", "infra")
+    infra = repos / "infra.git"
+    assert (paths.repo_state(infra) / "keys" / "machines").exists(), "it is made with the repository"
+    assert toto("key", "infra") == f"{await keys.public_half(await keys.of_machines(infra))} toto infra\n"
+    attic = " ".join((tmp_path / "attic.pub").read_text().split()[:2])
+    assert toto("key", "infra", "attic", "--import", tmp_path / "attic") == f"{attic} toto infra\n"
+    assert "this repository has no key other" in toto("key", "infra", "other")
+    assert "the blocks called toto stay with infra" in toto("repo", "create", "lab")
+    assert (paths.state_home() / "server.toml").read_text().startswith('shared_blocks = "infra"')
+    assert "shared_blocks" not in toto("repo", "create", "third")
+    assert git.bare(repos / "third.git")

@@ -1,0 +1,145 @@
+"""Which repo may deploy which machine: the first one, until it gives the machine up."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ledger.test_ledger import deployed, intent
+from tests.repos import InfraRepo, git
+from toto import cli
+from toto.base import paths
+from toto.base.errors import InputError, TotoError
+from toto.infra_repo.manifest import SSH, Machine
+from toto.ledger import steps
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.machine import owners
+from toto.machine.owners import NotOwned
+from toto.machine.ssh import SshTarget
+
+KEY, OTHER = "ssh-ed25519 AAAA", "ssh-ed25519 BBBB"
+
+
+@pytest.fixture(autouse=True)
+def repos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    for name in ("infra", "lab"):
+        git("init", "--quiet", "--bare", f"{name}.git", cwd=tmp_path)
+    return tmp_path / "infra.git", tmp_path / "lab.git"
+
+
+def machine(name: str = "web1", address: str = "10.0.0.1", port: int = 22) -> Machine:
+    return Machine(name=name, address=address, ssh=SSH(port=port))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "key", "refused"),
+    [
+        (machine(), KEY, "belongs to the repository infra"),
+        (machine(address="10.9.9.9"), OTHER, "belongs to the repository infra"),  # the name
+        (machine("front"), OTHER, "its address 10.0.0.1, that of web1, belongs to"),
+        (machine("front", "web1.lan"), KEY, "its host key, that of web1, belongs to"),
+        (machine("front", port=2222), OTHER, ""),
+        (machine("front", "10.0.0.2"), OTHER, ""),
+    ],
+)
+async def test_what_a_machine_is_known_by_belongs_to_the_first(
+    repos: tuple[Path, Path], theirs: Machine, key: str, refused: str
+) -> None:
+    infra, lab = repos
+    await owners.claim(infra, machine(), [KEY])
+    await owners.claim(infra, theirs, [key])  # the same repo may do as it likes
+    await owners.release(infra, theirs.name)
+    await owners.claim(infra, machine(), [KEY])
+    if not refused:
+        await owners.claim(lab, theirs, [key])
+        return
+    with pytest.raises(NotOwned, match=refused) as error:
+        await owners.claim(lab, theirs, [key])
+    assert "next: if it is to move, on toto: toto machine move web1 infra lab" in str(error.value)
+    assert owners.read().machines["web1"].repo == infra
+
+
+async def test_of_two_repos_at_once_one_gets_the_machine(repos: tuple[Path, Path]) -> None:
+    results = await asyncio.gather(
+        *(owners.claim(repos[number % 2], machine(), [KEY]) for number in range(8)), return_exceptions=True
+    )
+    assert sum(isinstance(each, NotOwned) for each in results) == 4
+
+
+async def test_a_machine_is_moved_retired_and_listed(
+    repos: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infra, lab = repos
+
+    def toto(*words: str) -> tuple[Any, str]:
+        monkeypatch.setattr("sys.argv", ["toto", "machine", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    await owners.claim(infra, machine(), [KEY])
+    where = ("--repos", str(infra.parent))
+    for words, complaint in (
+        (("web1", "lab", "infra"), "does not belong to lab: it belongs to infra"),
+        (("web2", "infra", "lab"), "does not belong to infra: nobody has deployed it"),
+        (("web1", "infra", "none"), "there is no such repository"),
+        (("web1", "infra", "../x"), "does not name a repository"),
+    ):
+        status, said = await asyncio.to_thread(toto, "move", *words, *where)
+        assert status == 2 and complaint in said, said
+    web1 = Target("host", "web1")
+    await Ledger(infra).write(web1, steps.intend(intent("run-1")), "intent")
+    status, said = await asyncio.to_thread(toto, "move", "web1", "infra", "lab", *where)
+    assert status == 2 and "infra is deploying it, or has left it half done" in said
+    await Ledger(infra).write(web1, lambda _: None, "retired")
+    await owners.move("web1", infra, lab)
+    with pytest.raises(NotOwned, match="belongs to the repository lab"):
+        owners.check(infra, machine())
+    assert "lab" in (await asyncio.to_thread(toto, "list"))[1]
+    await owners.release(infra, "web1")
+    assert "web1" in owners.read().machines
+    await owners.release(lab, "web1")
+    await owners.claim(infra, machine(), [OTHER])
+    with pytest.raises(InputError):
+        await owners.move("web1", lab, infra)
+
+
+async def test_the_ledgers_of_an_older_toto_say_who_owns_what_and_the_last_one_counts(tmp_path: Path) -> None:
+    manifest = "machines:\n  web1: {address: 10.0.0.1}\n  %s: {address: %s}\n"
+    infra, lab = InfraRepo(tmp_path / "a"), InfraRepo(tmp_path / "b")
+    for each, name, address, at in (
+        (infra, "web2", "10.0.0.2", "2026-01-01T00:00:00Z"),
+        (lab, "db1", "10.0.0.2", "2026-02-01T00:00:00Z"),
+    ):
+        commit = each.commit({"machines.yaml": manifest % (name, address)})
+        for host in ("web1", name):
+            good = deployed("drv").model_copy(update={"commit": commit, "at": at})
+            await Ledger(each.bare).write(Target("host", host), steps.verified(good), "good")
+    (paths.repo_state(lab.bare) / "known_hosts").write_text(f"web1 {OTHER}\ndb1 {KEY}\n")
+    bares = [infra.bare, lab.bare]
+    said = await owners.adopt(bares)
+    assert len(said) == 2 and all("toto machine move" in each for each in said), said
+    found = owners.read()
+    assert {name: owner.repo for name, owner in found.machines.items()} == {"web1": lab.bare, "db1": lab.bare}
+    assert found.machines["db1"].host_keys == (KEY,)
+    assert await owners.adopt(bares) == [] and owners.read() == found
+
+
+async def test_a_file_that_cannot_be_read_lets_nobody_deploy(repos: tuple[Path, Path]) -> None:
+    (paths.state_home() / owners.FILE).write_text("{")
+    with pytest.raises(TotoError, match=r"machines\.json: cannot be read"):
+        await owners.claim(repos[0], machine(), [KEY])
+
+
+def test_host_keys_are_the_manifests_or_those_that_were_seen(tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    target = SshTarget("web1", "10.0.0.1", known_hosts=known)
+    assert owners.host_keys(target) == []
+    known.write_text(f"web1 {KEY} comment\nweb2 {OTHER}\n")
+    assert owners.host_keys(target) == [KEY]
+    assert owners.host_keys(replace(target, host_key=f"{OTHER} me")) == [OTHER]

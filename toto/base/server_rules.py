@@ -1,0 +1,58 @@
+"""What the server allows, in `server.toml` in toto's state: a file of the administrator's, which no push changes.
+
+Every rule has a default, so the file may be missing. It is read each time that a rule is needed.
+"""
+
+import tomllib
+from typing import Annotated, Final
+
+from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from toto.base import paths
+from toto.base.errors import InputError
+from toto.base.model import Model, explain
+
+FILE: Final = "server.toml"
+
+
+class Runs(Model):
+    """How many runs may be at work at once; further ones wait."""
+
+    per_repo: Annotated[StrictInt, Field(ge=1, le=1000)] = 8
+    """runs of one repository"""
+    per_pusher: Annotated[StrictInt, Field(ge=1, le=1000)] = 4
+    """runs that one user's pushes have started, of all repositories"""
+
+
+class Push(Model):
+    """What a push may bring."""
+
+    size: Annotated[StrictInt, Field(ge=1_000_000)] = 1_000_000_000
+    """bytes of a push"""
+
+
+class ServerRules(Model):
+    """Everything in `server.toml`."""
+
+    resume_button: StrictBool = False
+    """whether the Resume button in the UI approves too; toto does not know who presses it"""
+    shared_blocks: StrictStr | None = None
+    """the one repository that also uses the blocks called `toto`, and those called like its terraform roots"""
+    runs: Runs = Runs()
+    push: Push = Push()
+    most: dict[StrictStr, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """the most that a `toto.toml` may set a number to, by the setting's name, such as `nix.build_timeout`"""
+
+
+def load() -> ServerRules:
+    """The rules of this server. Raises `InputError` with all mistakes in the file."""
+    file = paths.state_home() / FILE
+    try:
+        return ServerRules.model_validate(tomllib.loads(file.read_text()))
+    except FileNotFoundError:
+        return ServerRules()
+    except ValidationError as error:
+        wrong = [f"{FILE}: {'.'.join(map(str, where))}: {what}" for where, what in explain(error, ServerRules)]
+        raise InputError("\n".join(wrong), hint=f"fix {file}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"cannot be read: {error}", target=str(file)) from None

@@ -1,0 +1,67 @@
+"""Folders that cells write to: they belong to a cell's user, and toto reads them as a stranger's.
+
+What a cell has written may be anything: a link to a file of toto's, a pipe that nobody writes to, a file without end.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from toto.cell.cell import fresh_user
+
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def user_of(folder: Path) -> int | None:
+    """The cells' user whose a folder is that `shared` made; None unless toto is root."""
+    return folder.lstat().st_uid if os.geteuid() == 0 else None
+
+
+def shared(folder: Path) -> int | None:
+    """Make a folder that one cells' user has for good, when it is missing; return that user. None unless root."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (user := fresh_user()) is None:
+        return None
+    with folder.with_name(f"{folder.name}.user").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.lstat().st_uid == os.geteuid():
+            own(folder, user)
+        return folder.lstat().st_uid
+
+
+def own(folder: Path, user: int | None) -> None:
+    """Make a folder and all that is in it the cells' user's, without following a link; nothing when `user` is None."""
+    if user is None:
+        return
+    for _, _, names, opened in os.fwalk(folder):
+        os.fchown(opened, user, user)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(name, user, user, dir_fd=opened, follow_symlinks=False)
+
+
+def read_regular(folder: Path, *names: str, most: int) -> bytes | None:
+    """What is in the file that `names` lead to, from a folder that is toto's, one name a step; no link is followed.
+
+    None when it is not there, is no regular file, or has more than `most` bytes.
+    """
+    *folders, last = names
+    opened: list[int] = []
+    try:
+        opened.append(os.open(folder, _FOLDER))
+        for name in folders:
+            opened.append(os.open(name, _FOLDER, dir_fd=opened[-1]))
+        with os.fdopen(os.open(last, _FILE, dir_fd=opened[-1]), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            data = file.read(most + 1)
+    except OSError:
+        return None
+    finally:
+        for each in opened:
+            os.close(each)
+    return data if len(data) <= most else None

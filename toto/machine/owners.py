@@ -1,0 +1,198 @@
+"""Which infra repo may deploy which machine: the first that does so owns it, until it retires it or it is moved.
+
+The owners are in `machines.json` in toto's state, by the machines' names, where no push reaches them. A machine is told
+apart by its name, by its address and port, and by its host key: none of them may be that of a different repo's machine.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toto.base import files, paths
+from toto.base.errors import InputError, TotoError
+from toto.git_host.shared import name_of
+from toto.infra_repo import git, manifest
+from toto.infra_repo.manifest import Machine
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.machine.ssh import SshTarget
+
+FILE: Final = "machines.json"
+
+
+class NotOwned(TotoError):
+    """The machine belongs to a different repository."""
+
+
+class Owner(BaseModel):
+    """The repo that owns a machine, since when (UTC), and what the machine is known by."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repo: Path
+    at: str
+    address: str
+    port: int
+    host_keys: tuple[str, ...] = ()
+
+
+class Owners(BaseModel):
+    """The owners of machines, by the machines' names. `adopted`: those of version 0.1.0's ledgers are among them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    machines: dict[str, Owner] = {}
+    adopted: bool = False
+
+
+def read() -> Owners:
+    """The owners of all machines. Raises `TotoError` when the file cannot be read."""
+    file = paths.state_home() / FILE
+    try:
+        return Owners.model_validate_json(file.read_text())
+    except FileNotFoundError:
+        return Owners()
+    except (OSError, ValueError, ValidationError) as error:
+        raise TotoError(f"cannot be read: {error}", target=str(file), hint="restore it from the backup") from None
+
+
+def check(repo: Path, machine: Machine, host_keys: Sequence[str] = ()) -> None:
+    """Raise `NotOwned` when the machine, or what it is known by, belongs to a different repo."""
+    _check(read(), repo, machine, host_keys)
+
+
+async def claim(repo: Path, machine: Machine, host_keys: Sequence[str]) -> None:
+    """Make `repo` the owner of a machine that it is about to deploy. Raises `NotOwned`."""
+    async with paths.alone(_lock()):
+        owners = read()
+        _check(owners, repo, machine, host_keys)
+        before = owners.machines.get(machine.name)
+        owner = _owner(repo, machine, host_keys, before.at if before else git.now())
+        if owner != before:
+            _write(owners, {**owners.machines, machine.name: owner})
+
+
+async def release(repo: Path, name: str) -> None:
+    """Give up a machine that left the repo's manifest; nothing happens when the repo does not own it."""
+    async with paths.alone(_lock()):
+        owners = read()
+        if name in owners.machines and owners.machines[name].repo == repo.resolve():
+            _write(owners, {each: owner for each, owner in owners.machines.items() if each != name})
+
+
+async def move(name: str, old: Path, new: Path) -> None:
+    """Make `new` the owner of a machine in place of `old`.
+
+    Raises `InputError` when that is not its owner, or has left the machine half done: only `old` can revert it.
+    """
+    if old.is_dir() and Target("host", name) in Ledger(old).read().open_intents:
+        raise InputError(
+            f"{name_of(old)} is deploying it, or has left it half done",
+            target=name,
+            hint="wait for the run, or start settle/settle for that repository",
+        )
+    async with paths.alone(_lock()):
+        owners = read()
+        owner = owners.machines.get(name)
+        if owner is None or owner.repo != old.resolve():
+            whose = f"it belongs to {name_of(owner.repo)}" if owner else "nobody has deployed it"
+            raise InputError(f"does not belong to {name_of(old)}: {whose}", target=name, hint="see `toto machine list`")
+        if not new.is_dir():
+            raise InputError("there is no such repository", target=str(new))
+        _write(owners, {**owners.machines, name: owner.model_copy(update={"repo": new.resolve(), "at": git.now()})})
+
+
+async def adopt(repos: Iterable[Path]) -> list[str]:
+    """Once, after an upgrade from version 0.1.0: the owners are the repos whose ledgers have the machines.
+
+    Returns a line for each machine that several have; the one that deployed it last owns it.
+    """
+    if read().adopted:
+        return []
+    found = sorted(
+        [each for repo in repos async for each in _deployed(repo)], key=lambda each: each[2].at, reverse=True
+    )
+    said: list[str] = []
+    async with paths.alone(_lock()):
+        owners = read()
+        for repo, machine, owner in found:
+            try:
+                _check(owners, repo, machine, owner.host_keys)
+            except NotOwned as error:
+                said.append(str(error))
+            else:
+                owners = owners.model_copy(update={"machines": {machine.name: owner, **owners.machines}})
+        _write(owners.model_copy(update={"adopted": True}), owners.machines)
+    return said
+
+
+def host_keys(target: SshTarget) -> list[str]:
+    """The host keys by which toto knows a machine: the manifest's, or those that were seen at the first connection."""
+    if target.host_key is not None:
+        return [_plain(target.host_key)]
+    return list(_known(target.known_hosts, target.name)) if target.known_hosts else []
+
+
+def _check(owners: Owners, repo: Path, machine: Machine, keys: Sequence[str]) -> None:
+    for name, owner in owners.machines.items():
+        if owner.repo == repo.resolve():
+            continue
+        if name == machine.name:
+            what = ""
+        elif (owner.address.lower(), owner.port) == (machine.address.lower(), machine.ssh.port):
+            what = f"its address {machine.address}, that of {name}, "
+        elif set(owner.host_keys) & set(keys):
+            what = f"its host key, that of {name}, "
+        else:
+            continue
+        raise NotOwned(
+            f"{what}belongs to the repository {name_of(owner.repo)} since {owner.at}: "
+            f"{name_of(repo)} must not deploy it",
+            target=machine.name,
+            hint=f"if it is to move, on toto: toto machine move {name} {name_of(owner.repo)} {name_of(repo)}",
+        )
+
+
+async def _deployed(repo: Path) -> AsyncIterator[tuple[Path, Machine, Owner]]:
+    """The machines that a repo's ledger has, as the manifest of their last commit knows them."""
+    for target, entry in Ledger(repo).read().entries.items():
+        last = entry.good or (entry.intent.desired if entry.intent else None)
+        if target.kind != "host" or last is None:
+            continue
+        done = await git.git(repo, "show", f"{last.commit}:{manifest.FILE}", check=False)
+        try:
+            machine = manifest.parse(done.stdout).machines.get(target.name)
+        except InputError:
+            machine = None
+        if machine is None:
+            continue
+        pinned = machine.ssh.host_key
+        keys = [_plain(pinned)] if pinned else list(_known(paths.repo_state(repo) / "known_hosts", target.name))
+        yield repo, machine, _owner(repo, machine, keys, last.at)
+
+
+def _owner(repo: Path, machine: Machine, keys: Sequence[str], at: str) -> Owner:
+    return Owner(repo=repo.resolve(), at=at, address=machine.address, port=machine.ssh.port, host_keys=tuple(keys))
+
+
+def _known(known_hosts: Path, name: str) -> Iterator[str]:
+    lines = known_hosts.read_text().splitlines() if known_hosts.exists() else []
+    for line in lines:
+        match line.split():
+            case [names, kind, key, *_] if name in names.split(","):
+                yield f"{kind} {key}"
+
+
+def _plain(key: str) -> str:
+    return " ".join(key.split()[:2])
+
+
+def _lock() -> Path:
+    return paths.state_home() / f"{FILE}.lock"
+
+
+def _write(owners: Owners, machines: dict[str, Owner]) -> None:
+    text = owners.model_copy(update={"machines": machines}).model_dump_json(indent=1)
+    files.write(paths.state_home() / FILE, f"{text}\n")
