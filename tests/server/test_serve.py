@@ -26,7 +26,6 @@ from tests.git_host.test_host import Pusher
 from toto.base import process
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
-from toto.nix import commands
 from toto.server import deployments, environment, orphans
 from toto.server import serve as server
 
@@ -244,19 +243,6 @@ def test_environment_keeps_foreign_settings_out(tmp_path: Path) -> None:
     assert (tmp_path / "h" / environment.PROFILES).stat().st_mode & 0o777 == 0o600
     again = environment.server_environment(tmp_path / "h", 1, base={})
     assert Api.of(again).auth == environment.password(tmp_path / "h") == "a:b"
-
-
-@pytest.mark.parametrize(("before", "nixs"), [({}, None), ({"TMPDIR": "/var/tmp"}, "/var/tmp")])
-def test_nix_builds_where_it_would_without_toto(
-    tmp_path: Path, before: dict[str, str], nixs: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    env = environment.server_environment(tmp_path / "h", 1, base=before)
-    again = environment.server_environment(tmp_path / "h", 1, base=env)
-    for each in (env, again):
-        assert each["TMPDIR"] == str(tmp_path / "h" / "tmp")
-        for name in ("TMPDIR",):
-            monkeypatch.setenv(name, each[name])
-        assert commands.environment().get("TMPDIR") == nixs
 
 
 def _tree(root: int) -> set[int]:

@@ -119,7 +119,8 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
     if group is not None:
         shutil.chown(home, group=group)
         home.chmod(0o710)
-    keeping = asyncio.create_task(_keep(home))
+    ready = asyncio.Event()
+    keeping = asyncio.create_task(_keep(home, ready))
     try:
         deadline = time.monotonic() + _PATIENCE
         while not _answers(path):
@@ -128,6 +129,7 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
             if time.monotonic() > deadline:
                 raise DaemonFailed(f"toto's nix daemon did not answer within {_PATIENCE:g} s", hint=_log(home))
             await asyncio.sleep(0.02)
+        ready.set()
         yield path
     finally:
         keeping.cancel()
@@ -147,8 +149,11 @@ def _answers(path: Path) -> bool:
     return True
 
 
-async def _keep(home: Path) -> None:
-    """Run the daemon, and start it again when it ends; only one runs in a state, whoever began it."""
+async def _keep(home: Path, ready: asyncio.Event) -> None:
+    """Run the daemon, and start it again when it ends; only one runs in a state, whoever began it.
+
+    What fails before it was `ready` is raised; later it is logged, and tried again.
+    """
     async with paths.alone(home / "lock"):
         while True:
             try:
@@ -157,6 +162,8 @@ async def _keep(home: Path) -> None:
                         await asyncio.sleep(0.5)
                 log.error("toto's nix daemon ended with status %s and is started again: %s", daemon.status, _log(home))
             except (TotoError, OSError) as error:
+                if not ready.is_set():
+                    raise
                 log.error("toto's nix daemon: %s", error)
             await asyncio.sleep(_PAUSE)
 
