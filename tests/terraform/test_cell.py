@@ -78,7 +78,7 @@ def secret_places(fleet: Fleet) -> list[Path]:
     other = paths.repo_state(InfraRepo(fleet.folder / "other").bare) / "terraform-providers"
     other.mkdir()
     (other / "a-provider").write_text("")
-    return [key, state, state / "repos", other, Path.home(), fleet.bare, fleet.repo.work]
+    return [key, state, state / "repos", other, fleet.bare, fleet.repo.work]
 
 
 def make_hostile(provider: Path, words: list[str]) -> Path:
@@ -115,16 +115,14 @@ async def test_a_hostile_provider_reaches_nothing_of_totos(
         outside = tmp_path / "outside"
         await process.run(["python3", "-c", PROBE, str(outside), places, str(port), name], timeout=60)
         assert {KEY, "a-provider", "TOTO_SECRET"} < set(json.loads(outside.read_text()))
-        assert len(json.loads(outside.read_text())) == 10, "the probe finds everything where there is no cell"
+        assert len(json.loads(outside.read_text())) == 9, "the probe finds everything where there is no cell"
         probe = ["/usr/bin/python3", "-c", PROBE, f"{STATE}/probe", places, str(port), name]
         hostile = make_hostile(provider, probe)
         monkeypatch.setenv("TF_CLI_CONFIG_FILE", str(hostile))
         monkeypatch.setenv("TOTO_CELL_READ", ":".join(map(str, terraform_provider.needs(hostile))))
         session = await of(fleet, DEMO + file("a", STATE / "a", "1"), standing)
         await session.plan()
-    seen = json.loads((session._home / "probe").read_text())
-    # (A home that has a mount in it is a folder in the cell, with nothing else in it.)
-    assert not [each for each in seen if each not in (".pyenv .cache", ".cache .pyenv", ".cache", ".pyenv", "")], seen
+    assert json.loads((session._home / "probe").read_text()) == []
     assert not napping(), "what a provider leaves behind ends with its call"
 
 

@@ -336,7 +336,8 @@ class Session:
     @_connected
     async def validate(self) -> None:
         """Check what the root says by itself, without its state. Raises `TerraformFailed`, `CommandTimeout`."""
-        (self._data / "terraform.tfstate").unlink(missing_ok=True)  # else terraform asks the backend all the same
+        with suppress(OSError):
+            (self._data / "terraform.tfstate").unlink()  # else terraform asks the backend all the same
         try:
             await self._run("init", backend=False)
         except TerraformFailed:  # of a module or a provider that only a login can fetch
@@ -356,10 +357,11 @@ class Session:
                 shutil.rmtree(self._copy)
             shutil.copytree(self._folder, self._copy, symlinks=True)
             folders.own(self._copy, self._user)
-            marker.unlink(missing_ok=True)  # of an earlier tree's backend
+            with suppress(OSError):
+                marker.unlink()  # of an earlier tree's backend
             await self._init(*(each if "=" in each else REPO / each for each in self.root.backend_config))
             if (told := folders.read_regular(self._data, marker.name, most=LARGEST)) is not None:
-                self._check_backend(json.loads(told))
+                self._check_backend(told)
             else:
                 self._check_no_state_beside()
                 files.write(override, '{"terraform": {"backend": {"local": {}}}}\n', 0o644)
@@ -372,8 +374,12 @@ class Session:
     async def _init(self, *backend_config: str | Path) -> None:
         await self._run("init", reconfigure=_FLAG, backend_config=list(backend_config))
 
-    def _check_backend(self, told: Any) -> None:
-        if told["backend"]["type"] == "local":
+    def _check_backend(self, told: bytes) -> None:
+        try:
+            kind = json.loads(told)["backend"]["type"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise TerraformFailed("`terraform init` left no settings of its backend", target=self.root.label) from None
+        if kind == "local":
             raise InputError(
                 "its backend keeps the state in a file of its own, where terraform does not reach it from its cell",
                 target=self.root.label,
