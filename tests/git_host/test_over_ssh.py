@@ -278,7 +278,7 @@ async def test_an_approval_is_by_name_and_only_by_those_who_may(host: Host) -> N
         repo = await git_host.make(host.repos, name)
         host.clone("alice", name).push("main", "skip")
         for each in asking:
-            await approvals.ask(repo, each, {"terraform/dns": "\x1b[31mdestroy"}, 60)
+            await approvals.ask(repo, each, {"terraform/dns": "\x1b[31mdestroy"}, 3600)
     admin = host.clone("alice", "admin")
     admin.git("remote", "set-url", "toto", host.url(access.ADMIN))
     set_rules(host, admin, lambda text: text.replace('read = ["bob"]', 'rehearse = ["bob"]'))

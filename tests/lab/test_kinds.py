@@ -316,7 +316,7 @@ async def test_a_plan_that_destroys_what_it_must_not_stops_before_anything_is_to
 
 
 async def test_an_approval_is_waited_for_and_a_no_touches_nothing(world: World) -> None:
-    ask: dict[str, str | None] = {"toto.toml": SETTINGS + '[terraform]\napprove = "always"\napprove_timeout = 120\n'}
+    ask: dict[str, str | None] = {"toto.toml": SETTINGS + '[terraform]\napprove = "always"\napprove_timeout = 900\n'}
     world.commit("with an approval", world.root("two") | ask)
     for word, state in ((False, "FAILED"), (True, "COMPLETED")):
         run = world.push() if word is False else world.request("reconcile/reconcile")

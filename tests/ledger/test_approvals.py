@@ -21,8 +21,8 @@ def repo(tmp_path: Path) -> Path:
 
 async def test_an_answer_is_recorded_once_with_who_and_what(repo: Path) -> None:
     assert approvals.read(repo, RUN) is None
-    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 60)
-    await approvals.ask(repo, OTHER, {"terraform/dns": "+2"}, 60)
+    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 3600)
+    await approvals.ask(repo, OTHER, {"terraform/dns": "+2"}, 3600)
     asked = await approvals.answer(repo, RUN, approved=True, by="alice")
     assert asked == approvals.read(repo, RUN)
     assert asked.answer and (asked.answer.approved, asked.answer.by) == (True, "alice")
@@ -35,7 +35,7 @@ async def test_an_answer_is_recorded_once_with_who_and_what(repo: Path) -> None:
 
 
 async def test_of_two_answers_at_once_one_counts(repo: Path) -> None:
-    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 60)
+    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 3600)
     results = await asyncio.gather(
         *(approvals.answer(repo, RUN, approved=who == "alice", by=who) for who in ("alice", "bob", "carol")),
         return_exceptions=True,
@@ -44,15 +44,15 @@ async def test_of_two_answers_at_once_one_counts(repo: Path) -> None:
 
 
 async def test_an_answer_to_an_earlier_plan_does_not_count_for_a_new_one(repo: Path) -> None:
-    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 60)
+    await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, 3600)
     await approvals.answer(repo, RUN, approved=True, by="alice")
-    assert (await approvals.ask(repo, RUN, {"terraform/dns": "-9"}, 60)).answer is None
+    assert (await approvals.ask(repo, RUN, {"terraform/dns": "-9"}, 3600)).answer is None
 
 
 async def test_who_does_not_wait_any_more_gets_no_answer(repo: Path) -> None:
     await approvals.withdraw(repo, RUN)
     await approvals.ask(repo, RUN, {"terraform/dns": "+1"}, -1)
-    await approvals.ask(repo, OTHER, {"terraform/dns": "+1"}, 60)
+    await approvals.ask(repo, OTHER, {"terraform/dns": "+1"}, 3600)
     await approvals.withdraw(repo, OTHER)
     for run in (RUN, OTHER):
         with pytest.raises(NothingAsked, match="does not any more"):

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import contextlib
 import json
+import sqlite3
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 import websockets
+from cryptography.fernet import Fernet
 
 from tests.conftest import free_port
-from toto.base import files
+from toto.base import files, process
 from toto.base.prefect_api import Api, ServerError
 from toto.server import deployments, engine, environment
 from toto.server import serve as server
@@ -173,3 +176,37 @@ def test_it_listens_on_loopback_only_unless_a_proxy_does_tls(
 def test_a_lock_can_be_held_by_nobody_else(tmp_path: Path) -> None:
     with files.lock(tmp_path / "lock"):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+
+
+SAVE = "from prefect.blocks.system import Secret; Secret(value='the-secret').save('s', overwrite=True)"
+LOAD = "from prefect.blocks.system import Secret; print(Secret.load('s').get())"
+
+
+async def test_the_key_of_the_blocks_is_not_in_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state in which Prefect's own key is in the database: it is encrypted anew at the next start."""
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    env = environment.server_environment(tmp_path / "home", free_port(), auth=AUTH)
+
+    async def ran(program: str) -> str:
+        return (await process.run([sys.executable, "-c", program], env=env, timeout=120)).stdout.strip()
+
+    def stored() -> tuple[list[Any], list[Any]]:
+        with contextlib.closing(sqlite3.connect(tmp_path / "home" / "prefect.db")) as database:
+            keys = database.execute("SELECT key FROM configuration WHERE key = 'ENCRYPTION_KEY'").fetchall()
+            return keys, database.execute("SELECT data FROM block_document WHERE name = 's'").fetchall()
+
+    async with server.running_server(env, tmp_path / "home" / "server.log"):
+        await ran(SAVE)
+    keys, [[before]] = stored()
+    assert len(keys) == 1
+    key = environment.block_key_file()
+    assert key == environment.block_key_file() and key.stat().st_mode & 0o777 == 0o600
+    for _ in range(2):
+        async with server.running_server(env | {environment.BLOCK_KEY: str(key)}, tmp_path / "home" / "server.log"):
+            assert await ran(LOAD) == "the-secret"
+            keys, [[after]] = stored()
+    assert keys == [] and after != before
+    assert "the-secret" in Fernet(key.read_bytes()).decrypt(json.loads(after).encode()).decode()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "toto-blocks").write_bytes(Fernet.generate_key())
+    assert environment.block_key_file() == tmp_path / "toto-blocks"

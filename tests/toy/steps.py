@@ -19,7 +19,7 @@ from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
 from toto.plan.verdict import Question, Verdict
 
-PATIENCE = 60.0  # seconds for an approval
+PATIENCE = 600.0  # seconds for an approval
 
 
 @flow(name="rehearse file", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import grp
+import hashlib
 import logging
 import os
 import shutil
@@ -33,6 +34,7 @@ SOCKET: Final = "TOTO_NIX_SOCKET"  # of toto's environment: the socket of a daem
 GROUP: Final = "nixbld"  # as NixOS and Debian call it
 MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of root's runs, for a toto that is not
 _SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
+_LONGEST: Final = 107  # bytes
 _PATIENCE: Final = 60.0  # seconds until the daemon answers
 _PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
 
@@ -58,8 +60,14 @@ def socket() -> Path:
 
 
 def home() -> Path:
-    """The folder of the socket, nix.conf and the log of the daemon that `toto serve` runs."""
-    return paths.state_home() / "nix"
+    """The folder of the socket, nix.conf and the log of the daemon that `toto serve` runs: in toto's state.
+
+    Where that is too long for the path of a socket (107 bytes), it is in /run.
+    """
+    folder = paths.state_home() / "nix"
+    if len(os.fsencode(folder / _SHARED / "socket")) <= _LONGEST:
+        return folder
+    return Path("/run") / f"toto-nix-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
 
 
 def configuration() -> str:
@@ -134,6 +142,8 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
     finally:
         keeping.cancel()
         await asyncio.wait((keeping,))
+        if home.is_relative_to("/run") and not _answers(path):  # (else another toto runs it)
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def _log(home: Path) -> str:

@@ -1,6 +1,8 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-It differs from Prefect's own in three ways.
+It differs from Prefect's own in four ways.
+
+The key of its blocks is not in the database (`toto.server.block_key`).
 
 It answers under its own names only, and no page of another site may open a websocket to it.
 
@@ -13,13 +15,15 @@ timeout is (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). Events
 automations and the UI's feed. Here every transaction takes the write lock when it begins, and waits for it in this
 process, in order. (SQLite itself waits by polling, in which an unlucky transaction sleeps up to 0.1 s each time.)
 
-Only this module and `toto.server.fork_server` import Prefect in `toto/`: they run as its processes.
+Only this module, `block_key` and `fork_server` import Prefect in `toto/`: they run as its processes.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -34,6 +38,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from toto.server import block_key
+from toto.server.environment import BLOCK_KEY
 
 _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
 
@@ -88,6 +95,8 @@ def create_app() -> FastAPI:
     app = prefects_own()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts(), www_redirect=False)
     app.add_middleware(OwnPages)
+    if file := os.environ.get(BLOCK_KEY):
+        block_key.install(app, Path(file))
     return app
 
 

@@ -1,5 +1,7 @@
 """The environment of Prefect's server, its worker and their clients, with a reason for each setting."""
 
+import base64
+import contextlib
 import json
 import os
 import secrets
@@ -8,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from toto.base import files
+from toto.base import files, paths
 from toto.base.prefect_api import PROFILE, saved_auth
 from toto.server import orphans, prune
 
 PORT: Final = 4200
 PROFILES: Final = "profiles.toml"
+BLOCK_KEY: Final = "TOTO_BLOCK_KEY"
 POSTGRES: Final = "postgresql+asyncpg"  # how the address of Prefect's database begins when that is PostgreSQL
 
 
@@ -83,6 +86,23 @@ def server_environment(
             env["PREFECT_SERVER_DATABASE_DRIVER"] = POSTGRES
     _save_profile(home, f"{address}/api", auth or saved_auth(home / PROFILES))
     return env
+
+
+def block_key_file() -> Path:
+    """The file with the key of the blocks' secrets: systemd's credential `toto-blocks`, else one in toto's state.
+
+    That one is made when it is missing. Whoever loses it loses the secrets in the blocks.
+    """
+    given = os.environ.get("CREDENTIALS_DIRECTORY")
+    if given and (credential := Path(given) / "toto-blocks").is_file():
+        return credential
+    file = paths.private_folder(paths.state_home() / "keys") / "blocks"
+    if not file.exists():
+        fresh = files.write(file.with_name(f".blocks.{os.getpid()}"), base64.urlsafe_b64encode(os.urandom(32)).decode())
+        with contextlib.suppress(FileExistsError):  # the process that links it first has made the key
+            file.hardlink_to(fresh)
+        fresh.unlink()
+    return file
 
 
 def password(home: Path) -> str:

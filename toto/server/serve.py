@@ -31,7 +31,7 @@ from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.server import database, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
-from toto.server.environment import PORT, password, server_environment
+from toto.server.environment import BLOCK_KEY, PORT, block_key_file, password, server_environment
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,8 @@ async def _serving(
 ) -> AsyncIterator[dict[Path, process.Running]]:
     """Run the server, register deployments and hooks, and start runs for pushes whose hooks could not."""
     _say("starting Prefect's server (the first start creates its tables: up to 20 s)")
-    async with running_server(env, log_file) as server:
+    # (The worker and its runs do not get the file's place; they have no use for it.)
+    async with running_server({**env, BLOCK_KEY: str(block_key_file())}, log_file) as server:
         _say("registering the deployments")
         ids = await deploy(env, root=root)
         await register_blocks(env)
