@@ -152,12 +152,13 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str], u
         return [f"a push to {access.ADMIN} takes no option: it deploys nothing"]
     if forbidden := await _beyond_rights(updates, policy, repo, user) or await _misleading(updates):
         return forbidden
-    checks = [_too_large(updates, policy)] if policy.max_file_size else []
     for update in updates:
         if not update.ref.startswith(("refs/heads/", "refs/tags/")):
             return [f"{update.ref} is neither a branch nor a tag"]  # refs/replace would replace the content of commits
         if update.ref.startswith("refs/tags/toto/"):
             return [f"{update.ref} belongs to toto: it names what was deployed"]
+    checks = [_too_large(updates, policy)] if policy.max_file_size else []
+    for update in updates:
         if update.branch is not None and update.branch == policy.branch:
             checks += [_taken_away(update, policy, repo)] if not update.creates else []
             if not update.deletes:
