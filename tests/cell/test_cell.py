@@ -13,6 +13,7 @@ from tests.lab.fleet import command_of, processes
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.base.process import CommandFailed, CommandNotFound, CommandTimeout, LimitExceeded, Pushed
+from toto.cell import cell as cells
 from toto.cell.cell import Cell
 from toto.cell.limits import Limits
 
@@ -253,6 +254,23 @@ async def test_it_sees_a_closure_and_no_other_store_path(tmp_path: Path) -> None
     assert (await said(cell, "sh", "-c", "touch /nix/store/x || touch /nix/store/*/x")).status != 0
     everything = (await said(Cell(store=True), "ls", "-A", "/nix/store")).lines
     assert Path(paths[0]).name in everything
+
+
+async def test_programs_may_be_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NixOS: their store paths are named, and the folders of toto's PATH that are among them are searched."""
+    if not (found := sorted(Path("/nix/store").glob("*-lab-tools/bin/busybox"))):
+        pytest.skip("the lab's tools are not in the store")
+    (tmp_path / "tools").write_text(f"{found[0].parents[1]}\n")
+    monkeypatch.setenv("TOTO_TOOLS", str(tmp_path / "tools"))
+    monkeypatch.setenv("PATH", f"{found[0].parent}:{os.environ['PATH']}")
+    for each in (cells.system_closure, cells.search_path):
+        each.cache_clear()
+    try:
+        done = await said(Cell(), "/bin/sh", "-c", "command -v busybox; ls /nix/store")
+        assert done.lines == [str(found[0]), found[0].parents[1].name], done
+    finally:
+        for each in (cells.system_closure, cells.search_path):
+            each.cache_clear()
 
 
 async def test_what_is_pushed_runs_nowhere_else(tmp_path: Path) -> None:

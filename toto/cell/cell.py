@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from toto.cell.namespace import Namespace
 
 HOME: Final = "/tmp"  # noqa: S108  (the cell's own)
+TOOLS: Final = "TOTO_TOOLS"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STORE: Final = Path("/nix/store")
 READ: Final = "TOTO_CELL_READ"  # of toto's environment: folders that every cell may read, such as a provider mirror
@@ -85,7 +86,7 @@ class Cell:
 
     def environment(self, env: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of a process in the cell: `env`, and what every program expects."""
-        return {"PATH": PATH, "HOME": HOME, "TMPDIR": HOME, "LANG": "C.UTF-8", "TERM": "dumb"} | dict(env)
+        return {"PATH": search_path(), "HOME": HOME, "TMPDIR": HOME, "LANG": "C.UTF-8", "TERM": "dumb"} | dict(env)
 
     def command(self, argv: Sequence[str], cwd: str | None = None) -> list[str]:
         """The command line that runs `argv` in the cell, in its folder `cwd`.
@@ -234,8 +235,20 @@ def _system() -> Sequence[str]:
 
 @cache
 def system_closure() -> Sequence[str]:
-    """The store paths that the machine's own programs need: on NixOS they are in the store, on Debian in /usr."""
-    return ()
+    """The store paths of the machine's own programs: on NixOS they are in the store, on Debian in /usr.
+
+    The server's environment names a file with them, a line each: TOTO_TOOLS.
+    """
+    file = os.environ.get(TOOLS)
+    return tuple(Path(file).read_text().split()) if file else ()
+
+
+@cache
+def search_path() -> str:
+    """The PATH of a cell: those folders of toto's own that are in the store and in a cell, then the usual ones."""
+    inside = set(system_closure())
+    places = [Path(each).resolve() for each in os.environ.get("PATH", "").split(os.pathsep) if each]
+    return ":".join([*(str(each) for each in places if str(Path(*each.parts[:4])) in inside), PATH])
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from toto.base.model import Model
 from toto.cell import relay as relays
-from toto.cell.cell import PATH, Cell, python
+from toto.cell.cell import Cell, python, search_path
 from toto.cell.namespace import Namespace, namespace
 from toto.machine.ssh import Connection
 from toto.rehearsal import on_host
@@ -68,7 +68,7 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
             interpreter, mounts = python()
             await stack.enter_async_context(on_host.serving(folder, endpoint.connection, interpreter, network.user))
             env = {
-                "PATH": f"{PLACE}/bin:{PATH}",
+                "PATH": f"{PLACE}/bin:{search_path()}",
                 "TOTO_HOST": host,
                 "TOTO_PHASE": str(phase),
                 "TOTO_ADDRESS": address,
