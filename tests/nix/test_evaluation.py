@@ -135,6 +135,10 @@ async def test_it_reads_its_tree_and_what_it_has_built(tree: Path, outside: Outs
         'builtins.fetchGit "file://{folder}"',
         'builtins.fetchTree {{ type = "path"; path = "{folder}"; }}',
         '(builtins.getFlake "path:{folder}").canary',
+        'builtins.readFile (builtins.fetchTree {{ type = "path"; path = "{foreign}"; }})',
+        'builtins.readFile (builtins.fetchTree "path:{foreign}")',
+        'builtins.attrNames (builtins.readDir (builtins.fetchTree {{ type = "path"; path = "/daemon"; }}))',
+        'builtins.attrNames (builtins.readDir (builtins.fetchTree {{ type = "path"; path = "/nix/store"; }}))',
     ],
 )
 async def test_it_reaches_nothing_else(tree: Path, outside: Outside, attempt: str) -> None:
@@ -192,7 +196,9 @@ async def test_a_flake_is_evaluated_purely_and_its_inputs_are_none_of_this_machi
     assert '("said","of the flake")' in await outside.said(tree, Host("a"))
     for attempt in (f"builtins.readFile {outside.secret}", f'builtins.readFile "{outside.foreign}"',
                     "builtins.readFile /etc/passwd", "builtins.currentTime", "<nixpkgs>", "builtins.storeDir + 1",
-                    f'builtins.fetchurl "http://127.0.0.1:{outside.port}/"'):  # fmt: skip
+                    f'builtins.fetchurl "http://127.0.0.1:{outside.port}/"',
+                    'builtins.fetchTree { type = "path"; path = "/daemon"; }',
+                    f'builtins.readFile (builtins.fetchTree "path:{outside.foreign}")'):  # fmt: skip
         flake(attempt)
         said = await outside.said(tree, Host("a"))
         assert said.startswith("failed: ") and CANARY not in said, said

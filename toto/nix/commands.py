@@ -142,10 +142,13 @@ def _search_path() -> list[tuple[str, Path]]:
 
 def _confined(*, pure: bool) -> list[str]:
     """The options that keep an evaluation to the tree, nixpkgs and toto's expressions."""
+    # What is pinned by its hash and in the store already is used; a cell has no network to fetch anything with.
+    pinned = "http:// https:// git+https:// github: gitlab:"
     options = {
         "pure-eval" if pure else "restrict-eval": "true",
-        # What is pinned by its hash and in the store already is used; a cell has no network to fetch anything with.
-        "allowed-uris": "http:// https:// git+https:// github: gitlab: path:/nix/store/",
+        "allowed-uris": f"{pinned} path:/nix/store/" if pure else pinned,
+        # With flakes there is fetchTree, which copies any folder that the process may read, whatever is restricted.
+        "experimental-features": "nix-command flakes" if pure else "nix-command",
         "allow-import-from-derivation": "false" if os.environ.get(FORBID_IMPORT) else "true",
     }
     readable = [] if pure else [_TREE, _EXPRESSIONS, *shared()]
