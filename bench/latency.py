@@ -49,7 +49,7 @@ async def measure(folder: Path, database_url: str | None = None) -> Latency:
     async with server.running_server(env, folder / "server.log"):
         api = Api.of(env)
         ids = await deployments.deploy(env, root=folder)
-        async with server.running_worker(env, folder / "worker.log"):
+        async with server.running_worker(env, folder / "worker.log", root=folder):
             hooked = await git_host.create(
                 folder / "infra.git", api_url=api.url, ui_url="http://ui", deployment_id=ids["reconcile/reconcile"]
             )

@@ -469,7 +469,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
                 "parameter_openapi_schema": own["parameter_openapi_schema"],
             },
         )
-        async with server.running_worker(prefect_server.env, folder / "worker.log", name="here"):
+        async with server.running_worker(prefect_server.env, folder / "worker.log", name="here", root=folder):
             ready()
             await stop.wait()
 

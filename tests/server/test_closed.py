@@ -35,7 +35,7 @@ async def closed(tiny_project: Path, home: Path) -> AsyncIterator[tuple[Api, str
         [deployment] = (await deployments.deploy(env, root=tiny_project)).values()
         async with (
             server.running_fork_server(env, home / "runs.log", root=tiny_project),
-            server.running_worker(env, home / "worker.log", name="here"),
+            server.running_worker(env, home / "worker.log", name="here", root=tiny_project),
         ):
             yield Api.of(env), deployment
 

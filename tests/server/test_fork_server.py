@@ -92,7 +92,7 @@ def warm(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
         log = home / "runs.log"
         async with (
             server.running_fork_server(env, log, root=project) as forks,
-            server.running_worker(env, home / "worker.log", name="warm"),
+            server.running_worker(env, home / "worker.log", name="warm", root=project),
         ):
             async with asyncio.timeout(60):
                 while not (home / fork_server.NAME).exists():
@@ -166,7 +166,7 @@ async def test_a_fork_server_that_does_not_answer_is_none(tmp_path: Path) -> Non
         silent.bind(str(tmp_path / fork_server.NAME))
         silent.listen()
         program = (
-            "import sys; sys.argv = ['', 'run']; sys.path.append("
+            f"import sys; sys.argv = ['', 'run', {str(tmp_path)!r}]; sys.path.append("
             f"{str(Path(fork_server.__file__).parent)!r}); import fork_server; fork_server.PATIENCE = 0.3; "
             "fork_server.run()"
         )
@@ -174,9 +174,9 @@ async def test_a_fork_server_that_does_not_answer_is_none(tmp_path: Path) -> Non
             [sys.executable, "-c", program],
             check=False,
             timeout=60,
-            env=os.environ | {"PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "no id"},
+            env=environment.server_environment(tmp_path, free_port()) | {"PREFECT__FLOW_RUN_ID": "a-run"},
         )
-    assert done.status == 1 and "Invalid flow run id" in done.stdout + done.stderr
+    assert done.status == 1 and "run a-run: toto does not start it: no answer" in done.stderr, done
 
 
 def test_the_caller_of_a_worker_imports_little() -> None:

@@ -62,7 +62,8 @@ async def has_spoken(api: Api, run: str) -> None:
 async def deployed(prefect_server: PrefectServer, tiny_project: Path) -> AsyncIterator[str]:
     """The id of the stand-in's deployment, with a worker at work."""
     ids = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
-    async with server.running_worker(prefect_server.env, prefect_server.home / "worker.log", name="here"):
+    log = prefect_server.home / "worker.log"
+    async with server.running_worker(prefect_server.env, log, name="here", root=tiny_project):
         yield ids["reconcile/reconcile"]
 
 
@@ -351,7 +352,9 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
 @pytest.mark.logs(
     r"(httpx|httpcore)\S*(ConnectError|ReadError|RemoteProtocolError|ReadTimeout|ConnectTimeout)",
     r"Failed the last \d+ attempts",
-    reason="the server is stopped while the worker asks it",
+    r"ConnectionRefusedError",
+    r"prefect/workers/base\.py.*CancelledError",
+    reason="the server is stopped while the worker asks it, and the worker while it asks",
 )
 async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_path: Path) -> None:
     """As units of their own: the server is stopped and started again, and the worker goes on."""

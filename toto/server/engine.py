@@ -5,6 +5,7 @@ Here the run's deployment must be as prefect.yaml in `root` says, without pull s
 that prefect.yaml names, whatever the deployment says by the time the engine reads it.
 """
 
+import contextlib
 import os
 import runpy
 import sys
@@ -46,7 +47,8 @@ def main(root: Path) -> None:
     except (NotRegistered, ServerError) as error:
         message = f"toto does not start it: {error}. Start toto again: it registers its deployments anew."
         state = {"type": "CRASHED", "name": "Refused", "message": message}
-        api.ask("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True})
+        with contextlib.suppress(ServerError):
+            api.ask("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True})
         sys.exit(f"toto: run {run}: {message}")
     os.chdir(root)
     sys.path.insert(0, str(root))

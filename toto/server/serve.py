@@ -95,9 +95,12 @@ async def _until_answers(running: process.Running, api: Api, log_file: Path, tim
 
 @contextlib.asynccontextmanager
 async def running_worker(
-    env: Mapping[str, str], log_file: Path, *, pool: str = POOL, name: str | None = None
+    env: Mapping[str, str], log_file: Path, *, pool: str = POOL, name: str | None = None, root: Path = ROOT
 ) -> AsyncIterator[process.Running]:
-    """Run a process worker of `pool` to the end of the block; its flow runs end with it."""
+    """Run a process worker of `pool` to the end of the block; its flow runs end with it.
+
+    It runs in `root`, where it finds the flows whose hooks it calls when a run crashes.
+    """
     argv = [
         sys.executable,
         "-m",
@@ -113,7 +116,7 @@ async def running_worker(
         "--install-policy",
         "never",
     ]
-    async with _logged(argv, env, log_file, grace=15) as running:
+    async with _logged(argv, env, log_file, grace=15, cwd=root) as running:
         yield running
 
 
@@ -297,7 +300,10 @@ async def _working(
             "skipped %d runs of schedules that came due while toto was down; the newest are started", len(skipped)
         )
     await orphans.have_settled(api, settled, repos)
-    async with _beside(_keep_warm(env, log_file.with_name("runs.log"), root)), running_worker(env, log_file) as worker:
+    async with (
+        _beside(_keep_warm(env, log_file.with_name("runs.log"), root)),
+        running_worker(env, log_file, root=root) as worker,
+    ):
         yield {log_file: worker}
 
 
