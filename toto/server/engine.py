@@ -45,7 +45,8 @@ def main(root: Path) -> None:
         deployment = found["deployment_id"] and api.ask("GET", f"/deployments/{found['deployment_id']}")
         os.environ["PREFECT__FLOW_ENTRYPOINT"] = entrypoint(deployment, root)
     except (NotRegistered, ServerError) as error:
-        message = f"toto does not start it: {error}. Start toto again: it registers its deployments anew."
+        next_step = "" if isinstance(error, ServerError) else "; start toto again: it registers its deployments anew"
+        message = f"toto does not start it: {error}{next_step}"
         state = {"type": "CRASHED", "name": "Refused", "message": message}
         with contextlib.suppress(ServerError):
             api.ask("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True})
