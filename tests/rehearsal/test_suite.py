@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.lab.fleet import command_of
 from toto.base import process
 from toto.base.errors import InputError
 from toto.base.process import LineSink
-from toto.cell.cell import Cell
-from toto.rehearsal.phase_run import INFRA, Bench
+from toto.cell.cell import INFRA, Cell
+from toto.rehearsal.phase_run import Bench
 from toto.rehearsal.results import PhaseResult, ScriptResult
 from toto.rehearsal.run import run_phase, run_script
 from toto.rehearsal.suite import Phase, Script, find
@@ -264,8 +265,11 @@ async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
         run_body(tmp_path, "echo begun; setsid sleep 12345 & sleep 12345\n", timeout=60, on_line=lambda _: begun.set())
     )
     await asyncio.wait_for(begun.wait(), 30)
-    started = {pid for pid in process.descendants(os.getpid()) if b"12345" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-    assert started
+    started: set[int] = set()
+    async with asyncio.timeout(30):  # both sleeps begin a moment after the line
+        while len(started) < 2:
+            started = {pid for pid in process.descendants(os.getpid()) if command_of(pid).startswith(b"sleep\x0012345")}
+            await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
