@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from toto.base.process import Running
     from toto.cell.namespace import Namespace
 
+INFRA: Final = Path("/infra")  # in a cell of the commit: where it is exported
 HOME: Final = "/tmp"  # noqa: S108  (the cell's own)
 TOOLS: Final = "TOTO_TOOLS"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -132,7 +133,7 @@ class Cell:
         of_network = {} if self.network is None else {"hosts": self.network.hosts}
         for name in _FILES:
             words += ["--ro-bind", stage.place(of_network.get(name, etc / name)), f"/etc/{name}"]
-        if self.network is not None and self.network.resolver is not None:
+        if self.network is not None:
             words += ["--ro-bind", stage.place(self.network.resolver), "/etc/resolv.conf"]
         if self.store is True:
             words += ["--ro-bind", str(STORE), str(STORE)]
@@ -182,8 +183,15 @@ class Stage:
 
 
 def shared() -> Mapping[Path, Path]:
-    """The folders that the server's settings open to every cell, at their own places."""
-    return {Path(each): Path(each) for each in os.environ.get(READ, "").split(os.pathsep) if each}
+    """The folders that the server's settings open to every cell, by their own places.
+
+    Raises `InputError` for one that does not exist.
+    """
+    folders = [Path(each) for each in os.environ.get(READ, "").split(os.pathsep) if each]
+    for folder in folders:
+        if not folder.is_absolute() or not folder.exists():
+            raise InputError(f"there is no {folder}", target=READ, hint="name whole paths that exist")
+    return {folder: folder.resolve() for folder in folders}
 
 
 def python() -> tuple[Path, Mapping[Path, Path]]:
@@ -196,8 +204,9 @@ def python() -> tuple[Path, Mapping[Path, Path]]:
 
 
 def as_user(user: int | None, groups: Sequence[int] = ()) -> list[str]:
-    """The words that make root's command run as `user`, with no way back."""
-    assert user is not None
+    """The words that make root's command run as `user`, with no way back; none for None: toto is not root."""
+    if user is None:
+        return []
     more = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
     return [
         *(_programs()["setpriv"], "--reuid", str(user), "--regid", str(user), *more),

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from toto.base import files
 from toto.cell.cell import fresh_user
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,7 +27,7 @@ def shared(folder: Path) -> int | None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (user := fresh_user()) is None:
         return None
-    with folder.with_name(f"{folder.name}.user").open("w") as lock:
+    with files.lock(folder.with_name(f"{folder.name}.user")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.lstat().st_uid == os.geteuid():
             own(folder, user)

@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from toto.base import owned, paths, process
+from toto.base import files, owned, paths, process
 from toto.base.errors import InputError, TotoError
 from toto.cell.cell import HOSTS, Stage, as_user, fresh_user
 
@@ -116,7 +116,7 @@ class Namespace:
         await self._uplink.aclose()
 
     def _own(self) -> list[str]:
-        return [*(as_user(self.user) if os.geteuid() == 0 else ()), *self.entry]
+        return [*as_user(self.user), *self.entry]
 
     @asynccontextmanager
     async def _slirp(self) -> AsyncIterator[None]:
@@ -125,7 +125,7 @@ class Namespace:
             *("slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", f"--cidr={_UPLINK}"),
             *("--enable-sandbox", "--enable-seccomp", f"--ready-fd={told}", str(self.pid), _CARD),
         ]
-        argv = [*_with_tun(), *(as_user(self.user) if os.geteuid() == 0 else ()), *words]
+        argv = [*_with_tun(), *as_user(self.user), *words]
         try:
             async with process.start(argv, env=_BARE, pass_fds=[told]) as running:
                 os.close(told)
@@ -163,12 +163,8 @@ async def namespace(user: int | None = None) -> AsyncIterator[Namespace]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(_PATIENCE)
     with owned.folder("net", Path(tempfile.gettempdir())) as folder, ours, theirs:
-        resolver = folder / "resolv.conf"
-        resolver.write_text(f"nameserver {_RESOLVER}\n")
-        resolver.chmod(0o644)
-        hosts = folder / "hosts"
-        hosts.write_text(HOSTS)
-        hosts.chmod(0o644)
+        resolver = files.write(folder / "resolv.conf", f"nameserver {_RESOLVER}\n", 0o644)
+        hosts = files.write(folder / "hosts", HOSTS, 0o644)
         async with process.start(_holding(user), env=_BARE, stdin=theirs.fileno()) as running:
             theirs.close()
             try:

@@ -2,7 +2,6 @@
 
 The server's own settings are environment variables of toto:
 
-TOTO_CELL_READ       folders that cells of tools see, read-only, at their own place: a mirror of providers; by colons
 TOTO_CELL_ENDPOINTS  what on private networks or on this machine cells with an uplink reach, as host:port; by commas
 TOTO_CELL_MEMORY     MB of memory that all of one cell may use
 TOTO_CELL_DISK       MB that all of one cell may write to the disk
@@ -41,14 +40,10 @@ class Tool:
 
 
 async def tool(name: str) -> Tool:
-    """A program of PATH, or by its path, with the folders and certificates that the server lets cells see.
-
-    Raises `CommandNotFound`; `InputError` for a folder that does not exist.
-    """
+    """A program of PATH, or by its path, with the certificates that it needs. Raises `CommandNotFound`."""
     if (found := shutil.which(name)) is None:
         raise process.CommandNotFound(name)
     read, env = _certificates()
-    read |= {folder: folder.resolve() for folder in _folders()}
     env |= {each: os.environ[each] for each in _PROXIES if "@" not in os.environ.get(each, "@")}
     real = Path(found).resolve()
     if real.is_relative_to(STORE):
@@ -84,14 +79,6 @@ def _certificates() -> tuple[dict[Path, Path], dict[str, str]]:
     env = {name: os.environ[name] for name in _CERTIFICATES if Path(os.environ.get(name, "")).is_absolute()}
     places = {Path(each) for each in env.values() if Path(each).exists() and not _in_every_cell(Path(each))}
     return {place: place.resolve() for place in places}, env
-
-
-def _folders() -> list[Path]:
-    folders = [Path(text) for text in os.environ.get("TOTO_CELL_READ", "").split(os.pathsep) if text]
-    for folder in folders:
-        if not folder.is_absolute() or not folder.exists():
-            raise InputError(f"there is no {folder}", target="TOTO_CELL_READ", hint="name whole paths that exist")
-    return folders
 
 
 def _in_every_cell(path: Path) -> bool:

@@ -12,6 +12,7 @@ from toto.base.errors import TotoError
 from toto.base.process import Completed
 from toto.base.without_git import without_git
 from toto.git_host import access, host, signatures
+from toto.git_host.receive import Policy
 
 
 class NotDeployable(TotoError):
@@ -21,10 +22,9 @@ class NotDeployable(TotoError):
 async def check(repo: Path, commit: str) -> None:
     """Raise `NotDeployable` unless `commit` (a full hash) may be deployed from `repo` now."""
     policy = await host.policy_of(repo)
-    branch = f"refs/heads/{policy.branch}" if policy.branch else await _head(repo)
+    branch = await _deployed(repo, policy)
     name = branch.removeprefix("refs/heads/")
-    done = await access.git(repo, "merge-base", "--is-ancestor", commit, branch, check=False)
-    if done.status != 0:
+    if not await _is_on(repo, commit, branch):
         raise NotDeployable(
             f"{commit[:8]} is not on {name}, the deployed branch: it may be planned and rehearsed, and nothing else",
             target=repo.name.removesuffix(".git"),
@@ -49,6 +49,17 @@ async def check(repo: Path, commit: str) -> None:
         )
 
 
-async def _head(repo: Path) -> str:
-    """The branch that HEAD names: the deployed one of a repository that toto did not make."""
+async def on_deployed_branch(repo: Path, commit: str) -> bool:
+    """Whether a commit is the tip of the deployed branch, or one before it."""
+    return await _is_on(repo, commit, await _deployed(repo, await host.policy_of(repo)))
+
+
+async def _deployed(repo: Path, policy: Policy) -> str:
+    """The deployed branch, as a ref; of a repository that toto did not make it is the one that HEAD names."""
+    if policy.branch:
+        return f"refs/heads/{policy.branch}"
     return (await access.git(repo, "symbolic-ref", "HEAD", check=False)).stdout.strip() or "HEAD"
+
+
+async def _is_on(repo: Path, commit: str, branch: str) -> bool:
+    return (await access.git(repo, "merge-base", "--is-ancestor", commit, branch, check=False)).status == 0

@@ -207,11 +207,6 @@ async def superseded_by(repo: Path, commit: str) -> str | None:
     return None
 
 
-async def on_deployed_branch(repo: Path, commit: str) -> bool:
-    """Whether a commit is the tip of the deployed branch (the bare repo's HEAD), or one before it."""
-    return (await git(repo, "merge-base", "--is-ancestor", commit, "HEAD", check=False)).status == 0
-
-
 async def mark(repo: Path, tag: str, commit: str) -> None:
     """Point a lightweight tag at a commit; move it if it exists. Raises `GitError`."""
     if (done := await update_ref(repo, f"refs/tags/{tag}", commit, message=f"toto: {tag}")).status != 0:

@@ -21,7 +21,7 @@ from typing import Final
 
 from toto.base import process
 from toto.base.errors import InputError, TotoError
-from toto.cell.cell import STORE, Cell, shared
+from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace, namespace
 from toto.nix import daemon
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
 MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
 FORBID_IMPORT: Final = "TOTO_FORBID_IMPORT_FROM_DERIVATION"  # of toto's environment: "1" forbids it
-# Where an evaluation's cell has the exported tree, toto's own expressions, and the daemon's socket and nix.conf.
-_TREE: Final = Path("/infra")
+# Where an evaluation's cell has toto's own expressions, and the daemon's socket and nix.conf.
 _EXPRESSIONS: Final = Path("/toto")
 _DAEMON: Final = Path("/daemon")
 _NEW: Final = ("--extra-experimental-features", "nix-command")
@@ -94,7 +93,7 @@ async def _evaluate(
     socket, places = daemon.socket(), _search_path()
     cell = Cell(
         read={
-            _TREE: tree,
+            INFRA: tree,
             _EXPRESSIONS: EXPRESSIONS,
             _DAEMON: socket.parent,
             **{place: place for _, place in places if not place.is_relative_to(STORE)},
@@ -151,7 +150,7 @@ def _confined(*, pure: bool) -> list[str]:
         "experimental-features": "nix-command flakes" if pure else "nix-command",
         "allow-import-from-derivation": "false" if os.environ.get(FORBID_IMPORT) else "true",
     }
-    readable = [] if pure else [_TREE, _EXPRESSIONS, *shared()]
+    readable = [] if pure else [INFRA, _EXPRESSIONS, *shared()]
     return [
         *(word for name, value in options.items() for word in ("--option", name, value)),
         *(word for number, place in enumerate(readable) for word in ("-I", f"toto-{number}={place}")),
@@ -162,7 +161,7 @@ def _locked(tree: Path, digest: str) -> str:
     """The reference of the tree's flake in a cell, with the hash by which pure evaluation takes it."""
     newest = max(int(each.lstat().st_mtime) for each in (tree, *tree.rglob("*")))
     sri = base64.b64encode(bytes.fromhex(digest)).decode()
-    return f"path:{_TREE}?lastModified={newest}&narHash=sha256-{sri}"
+    return f"path:{INFRA}?lastModified={newest}&narHash=sha256-{sri}"
 
 
 async def _flake(tree: Path) -> str:
@@ -239,7 +238,7 @@ async def instantiate(
     """
     pure = not host.file
     arguments = {
-        "tree": await _flake(tree) if pure else str(_TREE),
+        "tree": await _flake(tree) if pure else str(INFRA),
         "name": host.name,
         "file": host.file,
         "sandboxKey": sandbox_key,
@@ -296,7 +295,7 @@ def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> Evalu
         ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "ran out of memory"
         return EvaluationFailed(f"its evaluation {ended}:\n{process.tail(said)}", target=host.name, hint=_MEMORY)
     text = _IN_STORE.sub(lambda match: match[1] if (tree / match[1]).exists() else match[0], said)
-    text = text.replace(f"{_TREE}/", "").replace(str(_TREE), ".")
+    text = text.replace(f"{INFRA}/", "").replace(str(INFRA), ".")
     at = next((match for match in _POSITION.finditer(text) if not match[1].startswith("/")), None)
     file = _DEFINED_IN.search(text)
     where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin

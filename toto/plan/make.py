@@ -10,6 +10,7 @@ from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.base.resources import at_once
 from toto.base.runs import run_directory
+from toto.git_host import admission
 from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.tree import read_tree
@@ -58,7 +59,14 @@ async def make(
         settings = limits.within(settings)
         limits.check_machines(fleet)
         source = Source(
-            repo, commit, run, tree, settings, fleet, override, deploys and await git.on_deployed_branch(repo, commit)
+            repo,
+            commit,
+            run,
+            tree,
+            settings,
+            fleet,
+            override,
+            deploys and await admission.on_deployed_branch(repo, commit),
         )
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
         found, after = await _discover(source, only)

@@ -4,25 +4,22 @@
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
+from toto.base import files, owned
 from toto.base.model import Model
 from toto.cell import relay as relays
-from toto.cell.cell import Cell, python, search_path
+from toto.cell.cell import INFRA, Cell, python, search_path
 from toto.cell.namespace import Namespace, namespace
 from toto.machine.ssh import Connection
 from toto.rehearsal import on_host
 from toto.rehearsal.on_host import PLACE
 from toto.rehearsal.results import PhaseResult
 from toto.rehearsal.suite import Phase
-
-INFRA: Final = Path("/infra")  # the exported commit, in a script's cell
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
     `tree` is the exported commit; toto's own files for it are in a new folder in `scratch`. Raises
     `NamespaceFailed`, `InputError`, OSError.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"{phase}-", dir=scratch))
-    try:
+    with owned.folder(phase, scratch) as folder:
         folder.chmod(0o755)  # in a folder that only toto may enter
         async with AsyncExitStack() as stack:
             if (network := endpoint.network) is None:
@@ -81,14 +77,11 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
                 env["TOTO_SSH_CONFIG"] = str(PLACE / "ssh_config")
             cell = Cell(read={INFRA: tree, PLACE: folder, **mounts}, network=network, user=network.user)
             yield Bench(cell, env)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _give(key: Path, copy: Path, user: int | None) -> None:
     """Copy a key for a cell's user: ssh takes one only from its owner."""
-    with os.fdopen(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o400), "wb") as sink:
-        sink.write(key.read_bytes())
+    files.write_bytes(copy, key.read_bytes(), 0o400)
     if user is not None:
         os.chown(copy, user, user)
 

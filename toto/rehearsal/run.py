@@ -9,8 +9,9 @@ from typing import Final
 from toto.base.bounded import Bounded
 from toto.base.errors import TotoError
 from toto.base.process import CommandNotFound, CommandTimeout, LineSink, Pushed, run
+from toto.cell.cell import INFRA
 from toto.rehearsal import tap
-from toto.rehearsal.phase_run import INFRA, Bench
+from toto.rehearsal.phase_run import Bench
 from toto.rehearsal.results import PhaseResult, ScriptResult
 from toto.rehearsal.suite import Phase, Script, Suite, shown
 
