@@ -176,6 +176,20 @@ async def test_a_real_machines_ports_are_relayed_and_nothing_else_is_reached(
             assert (await said(place, "bash", "-c", f"exec 3<>/dev/tcp/{address}; cat <&3")).status != 0
 
 
+async def test_the_ports_of_a_machine_with_an_ipv6_address_are_on_the_loopback(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"by IPv6\n")
+        writer.close()
+
+    port, target = free_port(), SshTarget("web1", "::1", throwaway=True)
+    there = Endpoint(plain(target, tmp_path / "v6"), {80: port})
+    async with await asyncio.start_server(answer, "::1", port), at(there, tmp_path) as place:
+        read = 'exec 3<>"/dev/tcp/$TOTO_ADDRESS/$TOTO_PORT_80"; cat <&3'
+        assert (await said(place, "bash", "-c", read)).stdout == "by IPv6\n"
+
+
 async def test_abstract_sockets_of_the_machine_are_not_there(endpoint: Endpoint, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0toto-test-abstract")

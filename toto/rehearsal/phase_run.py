@@ -57,8 +57,15 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
             if (network := endpoint.network) is None:
                 network = await stack.enter_async_context(namespace())
                 address = endpoint.connection.target.address
-                ports = {relays.Endpoint(address, port) for port in endpoint.ports.values()}
-                await stack.enter_async_context(relays.reach(network, ports))
+                ports = set(endpoint.ports.values())
+                if ":" in address:  # cells have no IPv6: the ports are on their loopback
+                    leads = {("127.0.0.1", port): (address, port) for port in ports}
+                    address = "127.0.0.1"
+                    await stack.enter_async_context(relays.relay(network, leads))
+                else:
+                    await stack.enter_async_context(
+                        relays.reach(network, {relays.Endpoint(address, port) for port in ports})
+                    )
             else:
                 address = "127.0.0.1"
             interpreter, mounts = python()
