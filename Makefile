@@ -35,8 +35,13 @@ prepare:
 demo: prepare
 	@$(run) python -m tests.lab.demo
 
+ifeq ($(TESTS)$(K),)
+test: test-fast
+	@$(run) python -m pytest -m slow $(beside)
+else
 test: prepare
-	@$(run) python -m pytest $(if $(TESTS)$(K),$(TESTS) $(if $(K),-k '$(K)'),$(beside))
+	@$(run) python -m pytest $(TESTS) $(if $(K),-k '$(K)')
+endif
 
 test-fast: prepare
 	@$(run) python -m pytest -q -m 'not slow' $(beside) --cov --cov-report=term:skip-covered

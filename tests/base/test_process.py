@@ -276,6 +276,16 @@ def test_the_death_of_toto_ends_its_child(tmp_path: Path, monkeypatch: pytest.Mo
     assert gone(pid) or pid in process.clean_up()
 
 
+def test_processes_that_end_just_then_are_no_trouble() -> None:
+    churn = subprocess.Popen(["sh", "-c", "while :; do (true & true & wait); done"])
+    try:
+        for _ in range(2000):
+            assert churn.pid in process.descendants(os.getpid())
+    finally:
+        churn.kill()
+        churn.wait()
+
+
 def test_a_process_is_identified_by_its_start_as_well() -> None:
     assert process.lives(process.owner())
     assert not process.lives(f"{os.getpid()}.1")

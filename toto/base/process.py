@@ -450,9 +450,10 @@ def descendants(pid: int) -> list[int]:
     """A process and all that it and its children have started, as far as they live."""
     found = [pid]
     for each in found:
-        for task in Path(f"/proc/{each}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found.extend(map(int, task.read_text().split()))
+        with contextlib.suppress(OSError):  # (it has just ended; Path.glob would raise too)
+            for task in os.listdir(f"/proc/{each}/task"):
+                with contextlib.suppress(OSError):
+                    found.extend(map(int, Path(f"/proc/{each}/task/{task}/children").read_text().split()))
     return found
 
 
