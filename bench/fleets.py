@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.lab import setup
+from tests.lab import nix_daemon, setup
 from tests.lab.fleet import EXAMPLE, Fleet
 from toto.base import resources, runs
 from toto.infra_repo import git
 from toto.infra_repo.settings import Settings
 from toto.ledger.ledger import Ledger
 from toto.ledger.steps import verified
-from toto.nix import daemon, hosts
+from toto.nix import hosts
 from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.kinds import kind_of
@@ -68,19 +68,19 @@ def example(folder: Path, count: int) -> Path:
 @contextlib.asynccontextmanager
 async def known(folder: Path, count: int) -> AsyncIterator[Known]:
     """A fleet of `count` hosts without running machines. This process's environment is set for it."""
-    await asyncio.to_thread(setup.setup)
-    fleet = Fleet(folder)
-    await fleet.prepare(example(folder / "example", count))
-    commit = fleet.commit("the fleet")
-    fleet.git("push", "--quiet", str(fleet.repo), f"HEAD:refs/heads/{BRANCH}")
-    before = dict(os.environ)
-    os.environ.update(fleet.environment)
-    try:
-        async with daemon.running(daemon.home()):
+    async with nix_daemon.running(folder / "nix"):
+        await asyncio.to_thread(setup.setup)
+        fleet = Fleet(folder)
+        await fleet.prepare(example(folder / "example", count))
+        commit = fleet.commit("the fleet")
+        fleet.git("push", "--quiet", str(fleet.repo), f"HEAD:refs/heads/{BRANCH}")
+        before = dict(os.environ)
+        os.environ.update(fleet.environment)
+        try:
             yield Known(fleet, commit, fleet.work)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 async def bare(files: Sequence[Path], at_once: int) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 import threading
 import warnings
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 
 from tests import clean_logs
-from tests.lab import kube
+from tests.lab import kube, nix_daemon
 from toto.base.prefect_api import Api
-from toto.nix import daemon
 from toto.server import environment
 from toto.server import serve as server
 
@@ -143,19 +141,17 @@ def _clean_logs(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _nix_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """toto's nix daemon, one a session, for whatever asks nix. (`toto serve` begins its own where none is named.)"""
-    if os.geteuid() != 0 or shutil.which("nix-daemon") is None or daemon.SOCKET in os.environ:
+    if not nix_daemon.possible():
         yield
         return
 
     async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        async with daemon.running(tmp_path_factory.mktemp("nix")) as path:
-            os.environ[daemon.SOCKET] = str(path)
+        async with nix_daemon.running(tmp_path_factory.mktemp("nix")):
             ready()
             await stop.wait()
 
     with background(until):
         yield
-    del os.environ[daemon.SOCKET]
 
 
 @pytest.fixture

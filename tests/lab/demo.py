@@ -5,16 +5,17 @@ cluster. A claim that does not hold ends it with status 1. With KEEP set it leav
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from tests.lab import setup
+from tests.lab import nix_daemon, setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
 from tests.lab.parts import while_all_live
@@ -214,10 +215,11 @@ async def main(start_only: bool = False) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     title("Setting up: the lab's packages, a Prefect server (SQLite, loopback), a worker, three machines")
-    await asyncio.to_thread(setup.setup)
     directory = Path(tempfile.mkdtemp(prefix="demo-", dir=_state()))
     try:
         async with (
+            nix_daemon.by_sudo(),
+            _lab(),
             cluster_or_stand_in(directory / "kube", lambda text: say(f"   {text}")) as cluster,
             fleet(directory, kubeconfig=cluster.kubeconfig) as whole,
         ):
@@ -249,6 +251,12 @@ async def main(start_only: bool = False) -> int:
     if failure is not None:
         return 1
     return 130 if stop.is_set() and not keep else 0
+
+
+@contextlib.asynccontextmanager
+async def _lab() -> AsyncIterator[None]:
+    await asyncio.to_thread(setup.setup)
+    yield
 
 
 def clean_logs(whole: Fleet) -> None:

@@ -129,8 +129,8 @@ class Fleet:
                 self.repo.parent,
                 "--sqlite",
             ],
-            # It runs a nix daemon of its own, whatever the session of tests has.
-            env={name: value for name, value in self.environment.items() if name != daemon.SOCKET},
+            # As root it runs a nix daemon of its own, whatever the session of tests has.
+            env={name: value for name, value in self.environment.items() if name != daemon.SOCKET or os.geteuid() != 0},
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,

@@ -9,7 +9,7 @@ says they load, so no soname is written down here) and added to the store:
     lab-tools   what builders run: static busybox, mksquashfs, mke2fs
 
 The result is `<cache>/nixpkgs`: a copy of `nix/lab` with `pinned.nix` beside it, for NIX_PATH or a flake input.
-Needed on this machine: apt, dpkg-deb and nix (single user). A second run takes half a second.
+Needed on this machine: apt, dpkg-deb and nix. A second run takes half a second.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
+
+from toto.nix import daemon
 
 SOURCE: Final = Path(__file__).resolve().parents[2] / "nix" / "lab"
 
@@ -93,8 +95,14 @@ def nixpkgs() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with nix configured for the lab."""
-    return {**os.environ, "NIX_CONFIG": NIX_CONFIG, "NIX_PATH": f"nixpkgs={nixpkgs()}"}
+    """This process's environment, with nix configured for the lab.
+
+    Root has the store; any other user asks toto's nix daemon (`tests.lab.nix_daemon`).
+    """
+    lab = {**os.environ, "NIX_CONFIG": NIX_CONFIG, "NIX_PATH": f"nixpkgs={nixpkgs()}"}
+    if os.geteuid() != 0 and (socket := os.environ.get(daemon.SOCKET)):
+        lab |= {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(Path(socket).parent), "NIX_CONFIG": ""}
+    return lab
 
 
 def setup() -> Path:

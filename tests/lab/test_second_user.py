@@ -1,25 +1,29 @@
 """The demo's start as a different user of a machine on which root has run it before: nothing is in its way."""
 
+import contextlib
+import grp
 import os
 import pwd
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import postgres
 from tests.lab import setup
+from toto.nix import daemon
 from toto.server.deployments import ROOT
 
 pytestmark = [pytest.mark.lab, pytest.mark.minutes(3), pytest.mark.xdist_group("127.0.1")]
 USER = "nobody"
 
-# In a mount namespace of its own: an empty /nix that belongs to the user; and, where they lie below root's home, the
-# programs and the checkout, at their own paths, in a home that can be entered. Arguments: /nix's folder, paths, --.
+# In a mount namespace of its own: where they lie below root's home, the programs and the checkout, at their own paths,
+# in a home that can be entered. Arguments: a folder, paths, --.
 MOUNTS = """
 set -eu
-nix=$1 stage=$2; shift 2
+stage=$1; shift
 mount -t tmpfs -o mode=755 stage "$stage"
 number=0
 for path; do
@@ -32,15 +36,27 @@ while [ "$1" != -- ]; do
     number=$((number + 1)); mkdir -p "$1"; mount --bind "$stage/$number" "$1"; shift
 done
 shift
-mount --bind "$nix" /nix
 exec "$@"
 """
+
+
+@contextlib.contextmanager
+def nix_daemon(home: Path, group: str) -> Iterator[None]:
+    """`toto nix-daemon` as a unit of root's would run it."""
+    argv = [sys.executable, "-m", "toto.cli", "nix-daemon", "--lifeline", "--home", str(home), "--group", group]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdin is not None and running.stdout is not None
+        assert b"answers" in running.stdout.readline()
+        yield
+        running.stdin.close()
+        assert running.wait(30) == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
 def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     setup.setup()  # root has been here, and left what it leaves
     user = pwd.getpwnam(USER)
+    nix = Path(f"/run/toto-nix-{USER}-{os.getpid()}")
     Path("/tmp/runner_storage").mkdir(mode=0o700, exist_ok=True)  # as Prefect's own worker makes it, for one user
     folder = Path(
         subprocess.run(
@@ -48,7 +64,7 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
         ).stdout.strip()
     )
     try:
-        for name in ("home", "nix", "stage", "home/lab"):
+        for name in ("home", "stage", "home/lab"):
             (folder / name).mkdir()
         # What apt downloaded may be taken over; it is read only.
         subprocess.run(["cp", "-r", setup.cache() / "debs", folder / "home" / "lab" / "debs"], check=True)
@@ -65,6 +81,7 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
             "TOTO_LAB_CACHE": str(folder / "home" / "lab"),
             "TOTO_STATE": str(folder / "home" / "state"),
             "DO_NOT_TRACK": "1",
+            daemon.SOCKET: str(nix / "client" / "socket"),
         }
         argv = [
             "unshare",
@@ -75,7 +92,6 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
             "-c",
             MOUNTS,
             "sh",
-            folder / "nix",
             folder / "stage",
             *sorted(seen),
             "--",
@@ -91,17 +107,19 @@ def test_demo_starts_for_a_second_user_of_the_machine(tmp_path_factory: pytest.T
             "tests.lab.demo",
             "--start-only",
         ]
-        done = subprocess.run(
-            [str(each) for each in argv],
-            cwd="/",
-            env=os.environ | {"HOME": str(Path.home())},
-            timeout=600,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        with nix_daemon(nix, grp.getgrgid(user.pw_gid).gr_name):
+            done = subprocess.run(
+                [str(each) for each in argv],
+                cwd="/",
+                env=os.environ | {"HOME": str(Path.home())},
+                timeout=600,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+        assert not nix.exists()
         assert done.returncode == 0, done.stdout
         assert "no error, no traceback" in done.stdout, done.stdout
         left = [

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.lab import setup
+from tests.lab import nix_daemon, setup
 from tests.lab.fleet import command_of
 from tests.lab.test_whole import GOOD, Whole
 
@@ -109,4 +109,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     chosen = parser.parse_args()
-    sys.exit(asyncio.run(main(chosen.rounds, chosen.seed)))
+
+    async def whole() -> int:
+        async with nix_daemon.by_sudo():
+            return await main(chosen.rounds, chosen.seed)
+
+    sys.exit(asyncio.run(whole()))

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Final
 
 import pytest
 
+from tests.lab import nix_daemon
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.nix import commands as nix
 from toto.nix.hosts import Host
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("nix-daemon") is None, reason="toto runs its nix daemon here only as root"
-)
+pytestmark = pytest.mark.skipif(not nix_daemon.possible(), reason="toto's nix daemon needs root or sudo")
 
 CANARY: Final = "a-canary-that-nobody-may-see"
 # Stands for nixpkgs: a host has one attribute, which its system's derivation shows.

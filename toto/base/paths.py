@@ -15,6 +15,7 @@ import anyio
 from toto.base import files
 from toto.base.errors import InputError, TotoError
 
+STATE: Final = "TOTO_STATE"  # of toto's environment: the state directory
 LEAST_FREE: Final = 200_000_000  # bytes: for the ledger, logs and exports of a run, and what else runs meanwhile
 
 
@@ -23,7 +24,7 @@ def state_home() -> Path:
 
     Raises `InputError` when its name has white space.
     """
-    home = Path(os.environ.get("TOTO_STATE") or Path.home() / ".local/state/toto").absolute()
+    home = Path(os.environ.get(STATE) or Path.home() / ".local/state/toto").absolute()
     if re.search(r"\s", str(home)):
         # ssh options and NixOS's run-NAME-vm split at white space.
         raise InputError(f"the state directory {home} has white space in its name", hint="set TOTO_STATE")

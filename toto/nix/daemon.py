@@ -204,20 +204,30 @@ async def _once(home: Path) -> AsyncIterator[process.Running]:
                 yield daemon
 
 
+def _unless_read(stop: asyncio.Event) -> None:
+    """Set `stop` at the end of standard input."""
+    if not os.read(sys.stdin.fileno(), 4096):
+        stop.set()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status."""
     parser = argparse.ArgumentParser("toto nix-daemon", description="Run toto's nix daemon, as root.")
     parser.add_argument("--home", type=Path, default=MACHINES, help="folder of its socket and log (%(default)s)")
     parser.add_argument("--group", required=True, help="the group of the user as whom toto runs")
+    parser.add_argument("--lifeline", action="store_true", help="end when standard input does: with who started it")
     chosen = parser.parse_args(arguments)
     if os.geteuid() != 0:
         print("toto nix-daemon: it runs as root (`sudo toto nix-daemon --group NAME`)", file=sys.stderr)
         return 1
+    os.environ[paths.STATE] = str(chosen.home)  # (nothing of root's comes into the state of the user it serves)
 
     async def until_signalled() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        if chosen.lifeline:
+            asyncio.get_running_loop().add_reader(sys.stdin, _unless_read, stop)
         async with running(chosen.home, chosen.group) as path:
             print(f"toto: the nix daemon answers at {path}", flush=True)
             await stop.wait()
