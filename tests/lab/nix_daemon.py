@@ -40,9 +40,7 @@ async def by_sudo() -> AsyncIterator[None]:
         yield
         return
     home = Path(f"/run/toto-nix-{os.getuid()}-{os.getpid()}")
-    kept = {
-        name: os.environ[name] for name in ("PATH", "PYTHONPATH", "NIX_CONF_DIR", "NIX_CONFIG") if name in os.environ
-    }
+    names = {"PATH", "PYTHONPATH", "NIX_CONF_DIR", "NIX_CONFIG"} & os.environ.keys()
     argv = [
         *("sudo", "--", "env", "-i", *(f"{name}={os.environ[name]}" for name in sorted(names))),
         *(sys.executable, "-m", "toto.cli", "nix-daemon", "--lifeline", "--home", str(home)),
