@@ -22,23 +22,37 @@ def possible() -> bool:
 async def running(home: Path) -> AsyncIterator[None]:
     """Have a nix daemon of toto's run to the end of the block, for this process and what it starts.
 
-    `home` is its folder when this user is root. Nothing, where one runs. Raises `TotoError`.
+    `home` is its folder when this user is root. One that is named in the environment is used. Raises `TotoError`.
     """
-    if os.geteuid() == 0 and daemon.SOCKET not in os.environ:
-        async with daemon.running(home) as socket:
-            with _named(socket):
-                yield
-    else:
+    if os.geteuid() != 0:
         async with by_sudo():
             yield
+    elif daemon.SOCKET in os.environ:
+        yield
+    else:
+        async with daemon.running(home) as socket:
+            with _environment({daemon.SOCKET: str(socket)}):
+                yield
 
 
 @contextlib.asynccontextmanager
 async def by_sudo() -> AsyncIterator[None]:
-    """The same for a user who is not root. (For root nothing: the `toto serve` of root's runs one by itself.)"""
-    if os.geteuid() == 0 or daemon.SOCKET in os.environ:
+    """The same for a user who is not root; who asks nix directly asks that daemon too, for the store is root's.
+
+    For root it does nothing: the `toto serve` of root's runs a daemon by itself.
+    """
+    if os.geteuid() == 0:
         yield
         return
+    named = os.environ.get(daemon.SOCKET)
+    async with contextlib.nullcontext(Path(named)) if named else _sudo() as socket:
+        names = {daemon.SOCKET: str(socket), "NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent)}
+        with _environment(names):
+            yield
+
+
+@contextlib.asynccontextmanager
+async def _sudo() -> AsyncIterator[Path]:
     home = Path(f"/run/toto-nix-{os.getuid()}-{os.getpid()}")
     names = {"PATH", "PYTHONPATH", "NIX_CONF_DIR", "NIX_CONFIG"} & os.environ.keys()
     argv = [
@@ -56,17 +70,21 @@ async def by_sudo() -> AsyncIterator[None]:
             raise TotoError(
                 "toto's nix daemon does not start by sudo", hint="run this as root, or as a user who may use sudo"
             )
-        with _named(home / "client" / "socket"):
-            yield
+        yield home / "client" / "socket"
     finally:
         sudo.stdin.close()
         await asyncio.wait_for(sudo.wait(), 30)
 
 
 @contextlib.contextmanager
-def _named(socket: Path) -> Iterator[None]:
-    os.environ[daemon.SOCKET] = str(socket)
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
     try:
         yield
     finally:
-        del os.environ[daemon.SOCKET]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

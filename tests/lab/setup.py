@@ -26,8 +26,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from toto.nix import daemon
-
 SOURCE: Final = Path(__file__).resolve().parents[2] / "nix" / "lab"
 
 NIX_CONFIG: Final = """\
@@ -95,14 +93,9 @@ def nixpkgs() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with nix configured for the lab.
-
-    Root has the store; any other user asks toto's nix daemon (`tests.lab.nix_daemon`).
-    """
-    lab = {**os.environ, "NIX_CONFIG": NIX_CONFIG, "NIX_PATH": f"nixpkgs={nixpkgs()}"}
-    if os.geteuid() != 0 and (socket := os.environ.get(daemon.SOCKET)):
-        lab |= {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(Path(socket).parent), "NIX_CONFIG": ""}
-    return lab
+    """This process's environment, with nix configured for the lab, unless a daemon has the store and its own settings."""
+    own = {} if "NIX_REMOTE" in os.environ else {"NIX_CONFIG": NIX_CONFIG}
+    return {**os.environ, **own, "NIX_PATH": f"nixpkgs={nixpkgs()}"}
 
 
 def setup() -> Path:
