@@ -93,7 +93,7 @@ def nixpkgs() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with nix configured for the lab, unless a daemon has the store and its own settings."""
+    """This process's environment, with nix configured for the lab, unless a daemon that has the store is asked."""
     own = {} if "NIX_REMOTE" in os.environ else {"NIX_CONFIG": NIX_CONFIG}
     return {**os.environ, **own, "NIX_PATH": f"nixpkgs={nixpkgs()}"}
 
