@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import getpass
 import os
+import pwd
 import shlex
 import sys
 import uuid
@@ -25,7 +26,7 @@ from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
-from toto.server import database_move, environment
+from toto.server import database_move, environment, migrate
 from toto.server import serve as server
 
 
@@ -93,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
     key.set_defaults(run=_key)
 
+    migrating = verbs.add_parser("migrate", help="take the state of a toto that ran as root to a user of its own")
+    migrating.add_argument("--user", required=True, help="the user as whom toto will run")
+    migrating.add_argument("--to", type=Path, default=Path("/var/lib/toto"), help="the new state (%(default)s)")
+    migrating.add_argument("--home", type=Path, help="the server's home, where that is not `server` in the state")
+    migrating.add_argument("--repos", type=Path, help="the repositories, where they are not `repos` in that home")
+    migrating.add_argument("--dry-run", action="store_true", help="change nothing: tell all that would be done")
+    migrating.set_defaults(run=_migrate)
+
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
@@ -104,6 +113,22 @@ async def _password(arguments: argparse.Namespace) -> int:
             "there is no password yet", target=str(arguments.home), hint="start `toto serve`: it makes one"
         )
     print(auth)
+    return 0
+
+
+async def _migrate(arguments: argparse.Namespace) -> int:
+    try:
+        user = pwd.getpwnam(arguments.user)
+    except KeyError:
+        raise InputError(
+            "there is no such user",
+            target=arguments.user,
+            hint=f"useradd --system --user-group --home-dir {arguments.to} --shell /bin/sh {arguments.user}",
+        ) from None
+    old = paths.state_home()
+    home = (arguments.home or old / "server").absolute()
+    repos = (arguments.repos or home / "repos").absolute()
+    await migrate.migrate(migrate.Migration(user, old, home, repos, arguments.to.absolute(), dry=arguments.dry_run))
     return 0
 
 

@@ -46,8 +46,7 @@ async def by_sudo() -> AsyncIterator[None]:
         return
     named = os.environ.get(daemon.SOCKET)
     async with contextlib.nullcontext(Path(named)) if named else _sudo() as socket:
-        names = {daemon.SOCKET: str(socket), "NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent)}
-        with _environment(names):
+        with _environment({daemon.SOCKET: str(socket), **daemon.client(socket)}):
             yield
 
 

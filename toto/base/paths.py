@@ -40,12 +40,17 @@ def private_folder(path: Path) -> Path:
 
 
 def repo_state(repo: Path) -> Path:
-    """The directory for one infra repo, made when missing. Its name is the repo's name and a hash of its path."""
-    real = repo.resolve()
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
-    path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
+    """The directory for one infra repo, made when missing."""
+    path = state_home() / "repos" / repo_folder(repo)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def repo_folder(repo: Path) -> str:
+    """The name of the directory for one infra repo: the repo's name and a hash of its path."""
+    real = repo.resolve()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
+    return f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
 
 
 def require_room(repo: Path) -> None:

@@ -4,7 +4,8 @@ The owners are in `machines.json` in toto's state, by the machines' names, where
 apart by its name, by its address and port, and by its host key: none of them may be that of a different repo's machine.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from toto.ledger.target import Target
 from toto.machine.ssh import SshTarget
 
 FILE: Final = "machines.json"
+_FILE_IDENTITY: Final = re.compile(r"(\bidentity:\s*[\"']?)([~/][^\s\"',}]*)")
 
 
 class NotOwned(TotoError):
@@ -111,21 +113,42 @@ async def adopt(repos: Iterable[Path]) -> list[str]:
     """
     if read().adopted:
         return []
+    async with paths.alone(_lock()):
+        owners, said = await _adopted(read(), repos)
+        _write(owners.model_copy(update={"adopted": True}), owners.machines)
+    return said
+
+
+async def conflicts(repos: Iterable[Path]) -> list[str]:
+    """What `adopt` would say."""
+    owners = read()
+    return [] if owners.adopted else (await _adopted(owners, repos))[1]
+
+
+async def _adopted(owners: Owners, repos: Iterable[Path]) -> tuple[Owners, list[str]]:
     found = sorted(
         [each for repo in repos async for each in _deployed(repo)], key=lambda each: each[2].at, reverse=True
     )
     said: list[str] = []
-    async with paths.alone(_lock()):
-        owners = read()
-        for repo, machine, owner in found:
-            try:
-                _check(owners, repo, machine, owner.host_keys)
-            except NotOwned as error:
-                said.append(str(error))
-            else:
-                owners = owners.model_copy(update={"machines": {machine.name: owner, **owners.machines}})
-        _write(owners.model_copy(update={"adopted": True}), owners.machines)
-    return said
+    for repo, machine, owner in found:
+        try:
+            _check(owners, repo, machine, owner.host_keys)
+        except NotOwned as error:
+            said.append(str(error))
+        else:
+            owners = owners.model_copy(update={"machines": {machine.name: owner, **owners.machines}})
+    return owners, said
+
+
+def relocate(state: Path, moved: Callable[[Path], Path]) -> None:
+    """Give the owners in `state` the paths that their repositories have by now."""
+    file = state / FILE
+    if file.exists():
+        owners = Owners.model_validate_json(file.read_text())
+        machines = {
+            name: owner.model_copy(update={"repo": moved(owner.repo)}) for name, owner in owners.machines.items()
+        }
+        files.write(file, f"{owners.model_copy(update={'machines': machines}).model_dump_json(indent=1)}\n")
 
 
 def host_keys(target: SshTarget) -> list[str]:
@@ -155,22 +178,40 @@ def _check(owners: Owners, repo: Path, machine: Machine, keys: Sequence[str]) ->
         )
 
 
+async def identity_files(repo: Path) -> list[Path]:
+    """The key files that `ssh.identity` of a repo's deployed machines named, as version 0.1.0 allowed it."""
+    return list(dict.fromkeys([Path(file).expanduser() async for _, _, file in _known_by_ledger(repo) if file]))
+
+
 async def _deployed(repo: Path) -> AsyncIterator[tuple[Path, Machine, Owner]]:
     """The machines that a repo's ledger has, as the manifest of their last commit knows them."""
+    async for machine, at, _ in _known_by_ledger(repo):
+        pinned = machine.ssh.host_key
+        keys = [_plain(pinned)] if pinned else list(_known(paths.repo_state(repo) / "known_hosts", machine.name))
+        yield repo, machine, _owner(repo, machine, keys, at)
+
+
+async def _known_by_ledger(repo: Path) -> AsyncIterator[tuple[Machine, str, str | None]]:
+    """The machines that a repo's ledger has, since when, and the key file that the manifest named for it."""
     for target, entry in Ledger(repo).read().entries.items():
         last = entry.good or (entry.intent.desired if entry.intent else None)
         if target.kind != "host" or last is None:
             continue
         done = await git.git(repo, "show", f"{last.commit}:{manifest.FILE}", check=False)
+        named: list[str] = []
+
+        def without(found: re.Match[str], named: list[str] = named) -> str:
+            named.append(found[2])
+            return f"{found[1]}file-{len(named) - 1}"
+
         try:
-            machine = manifest.parse(done.stdout).machines.get(target.name)
+            machine = manifest.parse(_FILE_IDENTITY.sub(without, done.stdout)).machines.get(target.name)
         except InputError:
             machine = None
         if machine is None:
             continue
-        pinned = machine.ssh.host_key
-        keys = [_plain(pinned)] if pinned else list(_known(paths.repo_state(repo) / "known_hosts", target.name))
-        yield repo, machine, _owner(repo, machine, keys, last.at)
+        number = re.fullmatch(r"file-(\d+)", machine.ssh.identity or "")
+        yield machine, last.at, named[int(number[1])] if number and int(number[1]) < len(named) else None
 
 
 def _owner(repo: Path, machine: Machine, keys: Sequence[str], at: str) -> Owner:

@@ -79,11 +79,7 @@ def environment() -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_", "NIX_"))
     }
     kept |= {name: os.environ[name] for name in ("NIX_PATH", "NIX_SSL_CERT_FILE") if name in os.environ}
-    return kept | _client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
-
-
-def _client(socket: Path) -> dict[str, str]:
-    return {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent), "NIX_USER_CONF_FILES": "/dev/null"}
+    return kept | daemon.client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
 
 
 async def _evaluate(
@@ -102,7 +98,7 @@ async def _evaluate(
         limits=limits,
         network=network,
     )
-    env = _client(_DAEMON / socket.name) | {
+    env = daemon.client(_DAEMON / socket.name) | {
         "NIX_PATH": ":".join(f"{name}={place}" if name else str(place) for name, place in places),
         "NO_COLOR": "1",
         # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue

@@ -59,6 +59,16 @@ def socket() -> Path:
     )
 
 
+def client(socket: Path) -> dict[str, str]:
+    """The environment that makes nix a client of the daemon at `socket`, with its settings."""
+    return {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent), "NIX_USER_CONF_FILES": "/dev/null"}
+
+
+def of_the_machine() -> bool:
+    """Whether the machine has a nix daemon of its own, as NixOS has: what is in the store was built in its sandbox."""
+    return Path("/etc/NIXOS").exists() or Path("/nix/var/nix/daemon-socket/socket").exists()
+
+
 def home() -> Path:
     """The folder of the socket, nix.conf and the log of the daemon that `toto serve` runs: in toto's state.
 

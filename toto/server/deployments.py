@@ -20,8 +20,9 @@ from typing import Any, Final
 
 import yaml
 
-from toto.base import process
+from toto.base import paths, process
 from toto.base.prefect_api import Api, ServerError
+from toto.server import moves
 
 POOL: Final = "toto"
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -80,8 +81,8 @@ async def deploy(
             or written.get(ALIASES.get(name, ""))
             or Written((*_slugs(there), *_slugs(old or {})), there["parameters"])
         )
-        parameters = _renamed(name, there["parameters"])
-        changed = {key: value for key, value in parameters.items() if known.parameters.get(key) != value}
+        parameters, before_that = (_renamed(name, each) for each in (there["parameters"], known.parameters))
+        changed = {key: value for key, value in parameters.items() if before_that.get(key) != value}
         each["parameters"] = each.get("parameters", {}) | changed
         each["paused"] = there["paused"]
         if limit := there["global_concurrency_limit"]:
@@ -110,6 +111,7 @@ async def deploy(
     for name, new in added.items():
         if new:
             await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
+    await _rename_in_waiting_runs(api, after)
     for name, each in after.items():
         await _rename_in_schedules(api, name, each)
         if any(schedule["active"] for schedule in each["schedules"]):
@@ -213,9 +215,21 @@ async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any
             )
 
 
+async def _rename_in_waiting_runs(api: Api, deployments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Rename parameters in the runs that have not begun, as `_renamed` does."""
+    names = {each["id"]: name for name, each in deployments.items()}
+    wanted = {"deployment_id": {"any_": list(names)}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+    for run in await api.call("POST", "/flow_runs/filter", {"flow_runs": wanted}):
+        if (renamed := _renamed(names[run["deployment_id"]], run["parameters"])) != run["parameters"]:
+            await api.call("PATCH", f"/flow_runs/{run['id']}", {"parameters": renamed})
+
+
 def _renamed(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that an operator has saved, under their new names: `force` of reconcile was called `again`."""
+    """Parameters that an operator has saved, as they are called by now: `force` of reconcile was called `again`, and
+    a repository may have moved with toto's state."""
     renamed = dict(parameters)
+    if isinstance(repo := renamed.get("repo"), str):
+        renamed["repo"] = str(moves.moved(Path(repo), moves.read(paths.state_home())))
     if name.startswith("reconcile/") and "again" in renamed:
         again = renamed.pop("again")
         renamed["force"] = renamed.get("force") or again

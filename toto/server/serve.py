@@ -29,7 +29,7 @@ from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
-from toto.server import database, orphans
+from toto.server import database, moves, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
 from toto.server.environment import BLOCK_KEY, PORT, block_key_file, password, server_environment
 
@@ -198,6 +198,7 @@ async def serve(
     worker left. Prefect's database is at `database_url`, else in a PostgreSQL of toto's own, else (or with `sqlite`) in
     a file. Sets `ready` when everything runs. Raises `ServerError`, `DatabaseError`.
     """
+    moves.refuse_old(paths.state_home())
     paths.private_folder(home)
     with files.lock(home / "profiles.lock") as lock:  # server and worker may begin together, and one password is made
         fcntl.flock(lock, fcntl.LOCK_EX)
