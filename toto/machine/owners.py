@@ -119,10 +119,10 @@ async def adopt(repos: Iterable[Path]) -> list[str]:
     return said
 
 
-async def conflicts(repos: Iterable[Path]) -> list[str]:
-    """What `adopt` would say."""
+async def adoption(repos: Iterable[Path]) -> tuple[Owners, list[str]]:
+    """The owners as they would be after `adopt`, and what it would say."""
     owners = read()
-    return [] if owners.adopted else (await _adopted(owners, repos))[1]
+    return (owners, []) if owners.adopted else await _adopted(owners, repos)
 
 
 async def _adopted(owners: Owners, repos: Iterable[Path]) -> tuple[Owners, list[str]]:

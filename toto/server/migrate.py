@@ -19,6 +19,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -33,10 +34,6 @@ from toto.server import moves
 from toto.server.serve import only_one
 
 _UNFINISHED: Final = ".migrating"  # in the new state, until all of it is there
-# What is made anew, by its place in the state: what runs leave, sockets, locks.
-_PASSING: Final = re.compile(
-    r"(nix|cells|sandboxes|repos/[^/]+/runs|server/(tmp|ui)|server/postgres/\d+/socket)(/.*)?|(.*/)?[^/]*\.lock"
-)
 _STORE: Final = "/nix/store/"
 _DAEMON: Final = Path("/run/toto-nix-migrate")
 _AT_ONCE: Final = 500  # store paths on one command line
@@ -57,15 +54,35 @@ class Migration:
     dry: bool = False
     say: Say = field(default=print, repr=False)
 
-    @property
+    @cached_property
     def moves(self) -> Mapping[Path, Path]:
-        """The folders that are copied, and where to: the state, and what of the server is not in it."""
+        """The folders that are copied, and where to: the state, what of the server is not in it, and what toto keeps of
+        a repo, which is called after the repo's path."""
         folders = {self.old: self.new}
         if not self.home.is_relative_to(self.old):
             folders[self.home] = self.new / "server"
         if not any(self.repos.is_relative_to(each) for each in folders):
             folders[self.repos] = self.new / "server" / "repos"
+        for repo in git_host.infra_repos(self.repos):
+            old, new = (paths.repo_folder(each) for each in (repo, moves.moved(repo.resolve(), folders)))
+            if (self.old / "repos" / old).is_dir():
+                folders[self.old / "repos" / old] = self.new / "repos" / new
         return folders
+
+    @property
+    def outermost(self) -> list[Path]:
+        """The old folders that are in no other."""
+        return [each for each in self.moves if not any(above in self.moves for above in each.parents)]
+
+    def passes(self, path: Path) -> bool:
+        """Whether something of the old toto is made anew: what runs leave, sockets, locks."""
+        return (
+            path.suffix == ".lock"
+            or (path.parent == self.old and path.name in {"nix", "cells", "sandboxes"})
+            or (path.parent == self.home and path.name in {"tmp", "ui"})
+            or (path.parent.parent == self.old / "repos" and path.name in {"runs", "runs.new"})
+            or (path.parent.parent == self.home / "postgres" and path.name == "socket")
+        )
 
     def moved(self, path: Path) -> Path:
         """Where something of the old toto is in the new one."""
@@ -88,11 +105,13 @@ async def migrate(migration: Migration) -> None:
         for repo in repos:
             await _identities(migration, repo)
             if not migration.dry:
-                _state_of_repo(migration, repo)
                 _waiting_pushes(migration, repo)
         if not migration.dry:
             owners.relocate(new, migration.moved)
-        for line in keys.with_the_old_key(repos) + await owners.conflicts(repos):
+        owning, conflicts = await owners.adoption(repos)
+        for name, owner in owning.machines.items():
+            say(f"{name_of(owner.repo)} owns the machine {name}")
+        for line in keys.with_the_old_key(repos) + conflicts:
             say(f"look at this: {line}")
         await _store(migration)
         if migration.dry:
@@ -103,7 +122,7 @@ async def migrate(migration: Migration) -> None:
         _own(new, migration.user)
         (new / _UNFINISHED).unlink(missing_ok=True)
         moves.mark(migration.old, new)
-    say(_NEXT.format(user=migration.user.pw_name, new=new, old=" ".join(map(str, migration.moves))))
+    say(_NEXT.format(user=migration.user.pw_name, new=new, old=" ".join(map(str, migration.outermost))))
 
 
 _NEXT: Final = """\
@@ -144,7 +163,7 @@ def _check(migration: Migration, repos: Iterable[Path]) -> None:
                 target=name_of(repo),
                 hint="start the old toto once more, and run settle/settle",
             )
-    size = sum(each.lstat().st_size for folder in migration.moves for each in folder.rglob("*") if each.is_file())
+    size = sum(each.lstat().st_size for folder in migration.outermost for each in folder.rglob("*") if each.is_file())
     above = next(each for each in (new, *new.parents) if each.exists())
     if (free := shutil.disk_usage(above).free) < size + paths.LEAST_FREE:
         raise InputError(f"only {free / 1e6:.0f} MB are free, and the state has {size / 1e6:.0f} MB", target=str(above))
@@ -181,10 +200,10 @@ def _copy(migration: Migration, old: Path, new: Path) -> tuple[int, int, list[Pa
     while folders:
         folder = folders.pop()
         if not migration.dry:
-            (new / folder).mkdir(mode=0o700, exist_ok=True)
+            (new / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         for entry in os.scandir(old / folder):
             place, found = folder / entry.name, entry.stat(follow_symlinks=False)
-            if _PASSING.fullmatch(str(place)) or old / place in migration.moves:
+            if migration.passes(old / place) or old / place in migration.moves:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(place)
@@ -220,15 +239,6 @@ def _copy_file(old: Path, new: Path, found: os.stat_result) -> None:
     fresh.replace(new)
 
 
-def _state_of_repo(migration: Migration, repo: Path) -> Path:
-    """Rename what toto keeps of a repo: it is called after the repo's path. Return its new folder."""
-    folder = migration.new / "repos"
-    old, new = (folder / paths.repo_folder(each) for each in (repo, migration.moved(repo.resolve())))
-    if old.exists() and not new.exists():
-        old.rename(new)
-    return new
-
-
 def _waiting_pushes(migration: Migration, repo: Path) -> None:
     """Have the requests of pushes that wait for a start of toto name the repo by its new path."""
     new = migration.moved(repo)
@@ -249,7 +259,7 @@ async def _identities(migration: Migration, repo: Path) -> None:
         name = re.sub(r"[^A-Za-z0-9_-]", "-", file.name).strip("-") or "key"
         migration.say(f"{name_of(repo)}: {file} becomes its key {name}; write `identity: {name}` in its machines.yaml")
         if not migration.dry:
-            folder = _state_of_repo(migration, repo) / "keys"
+            folder = migration.new / "repos" / paths.repo_folder(migration.moved(repo.resolve())) / "keys"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.write_bytes(folder / name, file.read_bytes())
 
@@ -262,7 +272,7 @@ async def _store(migration: Migration) -> None:
     built = await unverified()
     migration.say(f"the nix store: {len(built)} paths were built here, maybe without a sandbox; they are built anew")
     if built and not migration.dry:
-        for folder in migration.moves:
+        for folder in migration.outermost:
             for link in _store_links(folder):
                 link.unlink()
         async with daemon.running(_DAEMON) as socket:
