@@ -14,8 +14,7 @@ import pytest_asyncio
 from tests.conftest import free_port
 from tests.git_host.test_over_ssh import Clone, Host, set_rules
 from tests.lab import setup
-from tests.lab.fleet import PATIENCE
-from tests.lab.test_whole import BAD, GOOD, Whole
+from tests.lab.test_whole import BAD, Whole
 from tests.machine.test_ssh import keygen
 from tests.repos import git
 from toto.base import process
@@ -124,10 +123,9 @@ async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers)
 
 async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_a_time(pushers: Pushers) -> None:
     """Twenty without a pause; a smoke test looks whether it is alone, and the first's lasts until all are pushed."""
-    whole, place = pushers.whole, pushers.whole.control.directory
-    whole.control["smoke"] = (
-        f"mkdir {place}/alone || echo two >> {place}/overlap\n"
-        f"until [ -e {place}/pushed ]; do sleep 0.2; done; rmdir {place}/alone\n{GOOD}"
+    whole, machine = pushers.whole, pushers.whole.machines["web1"]
+    whole.control.waits(
+        "smoke", before="on-host mkdir /tmp/alone || on-host touch /tmp/overlap", after="on-host rmdir /tmp/alone"
     )
     pushers.bob.git("fetch", "--quiet", "toto", "main")
     pushers.bob.git("reset", "--quiet", "--hard", "FETCH_HEAD")
@@ -137,12 +135,10 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
         commits.append(pushers.change(clone, {0: "first", PUSHES - 1: "C"}.get(number, "AB"[number // 2 % 2])))
         await asyncio.to_thread(clone.push)
         if number == 0:
-            async with asyncio.timeout(PATIENCE):
-                while not (place / "alone").exists():
-                    await asyncio.sleep(0.2)
+            await whole.control.begun()
         other.git("fetch", "--quiet", "toto", "main")
         other.git("reset", "--quiet", "--hard", "FETCH_HEAD")
-    (place / "pushed").touch()
+    whole.control.go()
     runs = [await asyncio.to_thread(whole.run_of, commit) for commit in commits]
     ends = [await whole.ended(run) for run in runs]
     assert {end.state for end in ends} <= {"COMPLETED", "CANCELLED"}, [end.message for end in ends]
@@ -150,8 +146,8 @@ async def test_many_pushes_of_two_users_end_with_the_newest_and_one_roll_out_at_
     assert all("superseded" in end.message for end in ends if end.state == "CANCELLED")
     good = whole.entry("web1").good
     assert good is not None and good.commit == git("rev-parse", "main", cwd=whole.repo)
-    assert (await whole.machines["web1"].ssh("cat", "/etc/variant")).out.strip() == "C"
-    assert not (place / "overlap").exists(), "two runs were on the machine at once"
+    assert (await machine.ssh("cat", "/etc/variant")).out.strip() == "C"
+    assert (await machine.ssh("ls", "/tmp/overlap")).status != 0, "two runs were on the machine at once"
     fresh = whole.history()[: len(whole.history()) - before]
     assert sum(line.startswith("web1: good") for line in fresh) > 1, "there was nothing that could overlap"
     await whole.settled()

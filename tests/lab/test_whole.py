@@ -53,9 +53,10 @@ class Control:
     def __setitem__(self, phase: str, script: str) -> None:
         (self.directory / phase).write_text(script)
 
-    def waits(self, phase: str) -> None:
-        """The script waits until it is let go (then it passes)."""
-        self[phase] = f"sh -c 'while [ ! -e {self.directory}/go ]; do sleep 0.1; done' {self.waiting}\n" + GOOD
+    def waits(self, phase: str, *, before: str = ":", after: str = ":") -> None:
+        """The script waits until it is let go (then it passes); `before` and `after` that it runs a command."""
+        wait = f"sh -c 'while [ ! -e {self.directory}/go ]; do sleep 0.1; done' {self.waiting}"
+        self[phase] = "\n".join([before, wait, after, GOOD])
         (self.directory / "go").unlink(missing_ok=True)
 
     @property

@@ -354,6 +354,8 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
     r"Failed the last \d+ attempts",
     r"ConnectionRefusedError",
     r"prefect/workers/base\.py.*CancelledError",
+    r"FlowRunCancellingObserver\._handle_polling_task_done",
+    r"in _handle_polling_task_done.*CancelledError",
     reason="the server is stopped while the worker asks it, and the worker while it asks",
 )
 async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_path: Path) -> None:
