@@ -258,6 +258,23 @@ def test_it_is_quiet_when_no_tool_activates(machine: Machine) -> None:
     assert machine.verb("quiet", "0") == "quiet", "a lock that nobody holds"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_the_lock_of_a_user_who_may_not_activate_holds_nothing_up(machine: Machine) -> None:
+    lock = machine.root / "switching"
+    lock.touch(0o644)
+    with lock.open() as file:  # (in a folder that only root may enter, in this test)
+        holds = f"flock {file.fileno()} && echo held && exec sleep 600"
+        argv = ["setpriv", "--reuid=65534", "--clear-groups", "sh", "-c", holds]
+        holder = subprocess.Popen(argv, stdout=subprocess.PIPE, pass_fds=[file.fileno()], cwd="/")
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert machine.verb("quiet", "0") == "quiet"
+        assert lock.stat().st_mode & 0o777 == 0o600
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
 def test_an_activation_outlives_the_connection_that_asked_for_it(machine: Machine) -> None:
     new = machine.system("new", "sleep 0.6")
     with machine.start("begin", "run.test.1", "test", new, machine.old, machine.old, "10", "0") as asking:

@@ -146,7 +146,23 @@ names() {
 	return 0
 }
 
+# The lock is a file that everybody may open, and so hold, and with it every activation. A file in its place that only
+# root may open is a different lock.
+only_roots() {
+	[ -e "$switching" ] || return 0
+	inode=$(stat -c %i "$switching")
+	while read -r _ _ _ _ pid file _; do
+		if [ "${file##*:}" = "$inode" ] && [ "$(stat -c %u "/proc/$pid" 2>/dev/null)" != 0 ]; then
+			rm -f "$switching"
+			break
+		fi
+	done </proc/locks
+	(umask 077 && : >>"$switching")
+	chmod 600 "$switching"
+}
+
 quiet() {
+	only_roots
 	waited=0
 	while systemctl is-active --quiet "$rebuilding" 2>/dev/null ||
 		{ [ -e "$switching" ] && command -v flock >/dev/null && ! flock -n "$switching" true; }; do
