@@ -47,7 +47,9 @@ class Machine:
         self._program("bin/nix-env", 'ln -sfn "$4" "$2"')
         self._program("bin/sync", ":")  # the real one waits for every disk of this machine
         self._program(
-            "bin/systemctl", f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]'
+            "bin/systemctl",
+            f'[ "$1" != list-units ] || {{ cat {root}/broken 2>/dev/null; exit 0; }}\n'
+            f'[ -e {root}/unit ] && [ "$3" = nixos-rebuild-switch-to-configuration.service ]',
         )
         self.old = self.system("old")
         self.current.symlink_to(self.old)
@@ -171,7 +173,7 @@ def test_what_nobody_confirms_is_reverted_with_its_profile(machine: Machine) -> 
     machine.begin("run.switch.1", "switch", new, confirm=1)
     assert machine.reverted("run.switch.1")
     assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
-    assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new switch", "old boot", "old test"]
+    assert [line.rsplit(" ", 1)[0] for line in machine.log] == ["new switch", "old test", "old boot"]
     assert machine.verb("confirm", "run.switch.1") == "back", "a late confirmation is not believed"
 
 
@@ -216,6 +218,60 @@ def test_two_activations_of_a_run_do_not_take_each_others_confirmation(machine: 
 def test_a_failed_activation_says_so_and_waits_for_toto(machine: Machine) -> None:
     machine.begin("run.test.1", "test", machine.system("bad", "exit 4"))
     assert machine.result("run.test.1") == "done 4"
+
+
+def test_units_that_were_broken_before_are_no_failure(machine: Machine) -> None:
+    (machine.root / "broken").write_text("nfs.mount loaded failed failed a dead server\n")
+    new = machine.system("new", f"echo 'web.service loaded activating auto-restart' >> {machine.root}/broken")
+    machine.begin("run.test.1", "test", machine.system("old news", "exit 4"))
+    assert machine.result("run.test.1") == "done 0"
+    (new / "bin/switch-to-configuration").open("a").write("exit 4\n")
+    machine.begin("run.test.2", "test", new)
+    said = machine.verb("result", "run.test.2", "10")
+    assert said.startswith("done 4") and "broken since this activation: web.service" in said
+    assert "nfs.mount" not in said
+
+
+def test_a_disk_that_is_dead_does_not_stand_in_the_way_back(machine: Machine) -> None:
+    machine._program("bin/sync", "exec sleep 600")
+    machine.begin("run.switch.1", "switch", machine.system("new"), confirm=1)
+    assert machine.reverted("run.switch.1")
+    assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
+
+
+def test_the_watchdog_counts_seconds_and_not_its_own_naps(machine: Machine) -> None:
+    machine._program("bin/sleep", 'exec /bin/sleep "$(( ${1%%.*} + 1 ))"')  # a machine so busy that a nap takes seconds
+    machine.begin("run.test.1", "test", machine.system("new"), confirm=4)
+    assert machine.result("run.test.1") == "done 0"
+    ended = time.monotonic()
+    assert machine.reverted("run.test.1")
+    assert time.monotonic() - ended < 15, "twenty naps would be longer"
+
+
+def test_whoever_still_has_a_way_in_has_it_revert_at_once(machine: Machine) -> None:
+    machine.begin("run.switch.1", "switch", machine.system("new"), confirm=600)
+    assert machine.result("run.switch.1") == "done 0"
+    assert machine.verb("back", "run.switch.1") == ""
+    assert machine.reverted("run.switch.1")
+    assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
+    assert machine.verb("confirm", "run.switch.1") == "back"
+
+
+def test_a_boot_loader_that_fails_does_not_leave_the_rejected_system_running(machine: Machine) -> None:
+    machine.system("old", '[ "$1" != boot ] || { echo "no room on /boot"; exit 1; }')
+    machine.begin("run.switch.1", "switch", machine.system("new"), confirm=1)
+    until(lambda: machine.result("run.switch.1") == "back 1")
+    assert (machine.runs(), machine.profile.resolve()) == (machine.old, machine.old)
+
+
+def test_an_activation_waits_for_another_tools_and_does_not_count_its_time(machine: Machine) -> None:
+    new = machine.system("new")
+    with (machine.root / "switching").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert machine.verb("begin", "run.test.1", "test", new, machine.old, machine.old, "10", "2") == "busy"
+        assert machine.verb("result", "run.test.1", "0") == "unknown" and machine.log == []
+    machine.begin("run.test.1", "test", new)
+    assert machine.result("run.test.1") == "done 0"
 
 
 def test_an_activation_that_hangs_is_ended(machine: Machine) -> None:

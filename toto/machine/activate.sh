@@ -4,9 +4,11 @@
 # (The idea is deploy-rs's "magic rollback"; this one reverts to the store path that toto recorded.)
 #
 #   facts                                               print what the machine runs and boots
-#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation and its watchdog
+#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation and its watchdog; print busy, and start
+#                                                       none, while another tool activates
 #   result NAME SECONDS                                 wait for an activation to end; print how it ended, and its log
 #   confirm NAME                                        stop the watchdog: toto can connect
+#   back NAME                                           have the watchdog revert at once: toto cannot connect anew
 #   names RUN                                           print the names of the run's activations that left files here
 #   quiet SECONDS                                       wait until no tool activates anything; print quiet or busy
 #   clean-up RUN                                        remove the files of a run, once no activation is under way
@@ -34,6 +36,32 @@ use_run() {
 	dir=$state/$1
 }
 
+# Seconds since the boot: the clock may be wrong, and a busy machine sleeps longer than it is asked to.
+now() {
+	read -r uptime _ </proc/uptime
+	echo "${uptime%%.*}"
+}
+
+# Wait up to so many seconds until a command succeeds.
+within() {
+	end=$(($(now) + $1))
+	shift
+	until "$@"; do
+		[ "$(now)" -lt "$end" ] || return 1
+		sleep 0.2
+	done
+}
+
+# Run a command in the background; its exit status comes to a file, unless there is one by then.
+to_file() {
+	file=$1
+	shift
+	(
+		"$@" >>"$dir/log" 2>&1
+		echo $? >"$file.$$.new" && ln "$file.$$.new" "$file" 2>/dev/null
+	) 9>&- &
+}
+
 facts() {
 	echo "system=$(readlink -f /run/current-system)"
 	if [ -L "$profile" ]; then echo "profile=$(readlink -f "$profile")"; else echo "profile="; fi
@@ -41,6 +69,7 @@ facts() {
 
 begin() {
 	use_run "$1"
+	[ "$(quiet 0)" = quiet ] || { echo "busy"; return; }
 	mkdir "$dir" || die "cannot make $dir"
 	# The guard runs a copy of this file: a shell reads its script while it runs, and a new run replaces this file.
 	cp "$0" "$dir/guard.sh.new" && mv "$dir/guard.sh.new" "$dir/guard.sh" || die "cannot write to $dir"
@@ -51,12 +80,7 @@ begin() {
 		setsid /bin/sh "$dir/guard.sh" guard "$@" </dev/null >/dev/null 2>&1 &
 	fi
 	# Wait until it runs: before that, the end of this connection could still end it.
-	waited=0
-	while [ ! -e "$dir/begun" ]; do
-		[ "$waited" -lt 100 ] || die "the activation did not begin"
-		sleep 0.1
-		waited=$((waited + 1))
-	done
+	within 20 [ -e "$dir/begun" ] || die "the activation did not begin"
 }
 
 # The process that outlives the connection: it runs the activation, and is its watchdog.
@@ -73,48 +97,70 @@ guard() {
 	mkdir -p "$roots"
 	ln -sfn "$system" "$roots/toto-before"
 	ln -sfn "$path" "$roots/toto-after"
-	activate "$action" "$path" >"$dir/log" 2>&1 9>&-
-	echo $? >"$dir/status.new" && mv "$dir/status.new" "$dir/status"
+	broken_units >"$dir/broken"
+	# Nothing that can hang stands between the activation and the way back: a process that waits for a dead disk or a
+	# dead server cannot even be killed, and then holds the lock.
+	to_file "$dir/status" activate "$action" "$path"
+	if ! within $((finish + 30)) [ -e "$dir/status" ]; then
+		echo "toto: it hangs, and cannot be ended" >>"$dir/log"
+		to_file "$dir/status" sh -c 'exit 124'
+		rm -f "$switching"
+	fi
 	[ "$confirm" -gt 0 ] || exit 0
-	waited=0
-	while [ "$waited" -lt $((confirm * 5)) ]; do
-		[ -d "$dir/decided" ] && exit 0
-		sleep 0.2
-		waited=$((waited + 1))
-	done
+	within "$confirm" to_decide
+	[ -d "$dir/decided" ] && exit 0
 	mkdir "$dir/decided" 2>/dev/null || exit 0
-	revert >>"$dir/log" 2>&1 9>&-
-	echo $? >"$dir/back.new" && mv "$dir/back.new" "$dir/back"
+	to_file "$dir/back" revert
+	within $((finish * 2 + 60)) [ -e "$dir/back" ] || to_file "$dir/back" sh -c 'exit 124'
 }
+
+to_decide() { [ -d "$dir/decided" ] || [ -e "$dir/lost" ]; }
 
 activate() {
 	case $1 in
-	switch | boot) nix-env --profile "$profile" --set "$2" || return ;;
+	switch | boot) timeout -k 10 60 nix-env --profile "$profile" --set "$2" || return ;;
 	esac
 	(umask 022 && exec timeout -k 10 "$finish" "$2/bin/switch-to-configuration" "$1")
 	code=$?
-	sync
+	if [ "$code" = 4 ] && [ -e "$dir/broken" ] && command -v systemctl >/dev/null; then
+		broken_units >"$dir/broken.now"
+		fresh=$(grep -vxF -f "$dir/broken" "$dir/broken.now" | tr '\n' ' ')
+		if [ -n "$fresh" ]; then
+			echo "toto: broken since this activation: $fresh"
+		elif [ -s "$dir/broken.now" ]; then
+			echo "toto: the units that failed were broken before"
+			code=0
+		fi
+	fi
+	(
+		sync
+		: >"$dir/synced"
+	) &
+	within 10 [ -e "$dir/synced" ] || echo "toto: not all is on the disk yet"
 	return $code
 }
 
+# The units that failed, or that are started again and again.
+broken_units() {
+	timeout 10 systemctl list-units --all --plain --no-legend --no-pager --state=failed,auto-restart 2>/dev/null |
+		while read -r unit _; do echo "$unit"; done
+}
+
+# What runs goes back first, and whatever fails, the rest is done.
 revert() {
 	echo "toto: not confirmed within $confirm s, reverting to $system"
 	reverted=0
+	[ "$action" = boot ] || activate test "$system" || reverted=$?
 	if [ "$action" != test ] && [ -n "$profile_before" ] && [ "$(readlink -f "$profile")" != "$profile_before" ]; then
 		activate boot "$profile_before" || reverted=$?
 	fi
-	[ "$action" = boot ] || activate test "$system" || reverted=$?
 	return $reverted
 }
 
 result() {
 	use_run "$1"
 	[ -d "$dir" ] || { echo "unknown"; return; }
-	waited=0
-	while [ ! -e "$dir/status" ] && [ "$waited" -lt $(($2 * 5)) ]; do
-		sleep 0.2
-		waited=$((waited + 1))
-	done
+	within "$2" [ -e "$dir/status" ]
 	if [ -e "$dir/back" ]; then
 		echo "back $(cat "$dir/back")"
 	elif [ -e "$dir/status" ]; then
@@ -136,6 +182,12 @@ confirm() {
 	else
 		echo "back"
 	fi
+}
+
+back() {
+	use_run "$1"
+	[ -d "$dir" ] || { echo "unknown"; return; }
+	: >"$dir/lost"
 }
 
 names() {
@@ -161,15 +213,14 @@ only_roots() {
 	chmod 600 "$switching"
 }
 
+no_tool_activates() {
+	! systemctl is-active --quiet "$rebuilding" 2>/dev/null &&
+		{ [ ! -e "$switching" ] || ! command -v flock >/dev/null || flock -n "$switching" true; }
+}
+
 quiet() {
 	only_roots
-	waited=0
-	while systemctl is-active --quiet "$rebuilding" 2>/dev/null ||
-		{ [ -e "$switching" ] && command -v flock >/dev/null && ! flock -n "$switching" true; }; do
-		[ "$waited" -lt $(($1 * 5)) ] || { echo "busy"; return; }
-		sleep 0.2
-		waited=$((waited + 1))
-	done
+	within "$1" no_tool_activates || { echo "busy"; return; }
 	echo "quiet"
 }
 
@@ -186,7 +237,7 @@ clean_up() {
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | names | quiet) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | back | names | quiet) "$verb" "$@" ;;
 clean-up) clean_up "$@" ;;
 *) die "no such verb: $verb" ;;
 esac
