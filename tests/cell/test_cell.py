@@ -63,6 +63,50 @@ async def test_its_environment_is_made_from_nothing(monkeypatch: pytest.MonkeyPa
     assert not {line for line in done.lines if line.startswith("PWD=") and line not in {"PWD=/", "PWD=/tmp"}}
 
 
+# In a mount namespace of its own: links in /run to the programs, and links to links to the certificates in the store.
+LIKE_NIXOS = """
+set -e
+mount -t tmpfs none /run
+mount -t tmpfs none /nix/store
+mount -t tmpfs none /etc/ssl
+mkdir -p /run/current-system/bin /etc/ssl/certs /etc/ssl/static /nix/store/x-cacert
+for each in bwrap setpriv nsenter; do ln -s "$(command -v $each)" /run/current-system/bin/$each; done
+echo certificate > /nix/store/x-cacert/ca-bundle.crt
+ln -s /nix/store/x-cacert/ca-bundle.crt /etc/ssl/static/ca-bundle.crt
+ln -s /etc/ssl/static/ca-bundle.crt /etc/ssl/certs/ca-certificates.crt
+PATH=/run/current-system/bin:$PATH exec "$@"
+"""
+READS_THEM = """
+import asyncio
+from toto.base import process
+from toto.cell.cell import Cell
+print(asyncio.run(process.run(["cat", "/etc/ssl/certs/ca-certificates.crt"], cell=Cell(), timeout=60)).stdout)
+"""
+
+
+@as_root
+@pytest.mark.skipif(not Path("/nix/store").is_dir(), reason="there is no /nix/store here")
+async def test_programs_and_certificates_may_be_links_as_on_nixos() -> None:
+    done = await process.run(
+        [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            LIKE_NIXOS,
+            "sh",
+            sys.executable,
+            "-c",
+            READS_THEM,
+        ],
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.strip() == "certificate", done
+
+
 @as_root
 async def test_it_is_another_user_of_the_machine_in_each_cell() -> None:
     seen = set()

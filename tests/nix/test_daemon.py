@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import socket as sockets
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ import pytest
 from tests.lab import nix_daemon
 from tests.lab.fleet import command_of, processes
 from toto.base import process
+from toto.base.errors import InputError
 from toto.cell.namespace import ALLOWED, own_addresses
 from toto.nix import commands as nix
 from toto.nix import daemon
@@ -143,3 +146,23 @@ async def test_it_is_started_again_when_it_dies_and_ends_with_toto(tmp_path_fact
             while not running() or not daemon._answers(path):
                 await asyncio.sleep(0.1)
     assert running() == []
+
+
+async def test_it_tells_systemd_when_it_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = tmp_path_factory.mktemp("told")
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as systemd:
+        systemd.bind(str(home / "notify"))
+        systemd.settimeout(60)
+        command = [sys.executable, "-m", "toto.cli", "nix-daemon", "--home", home / "nix", "--group", "nogroup"]
+        async with process.start(command, env={**os.environ, "NOTIFY_SOCKET": str(home / "notify")}):
+            assert await asyncio.to_thread(systemd.recv, 100) == b"READY=1"
+            assert daemon._answers(home / "nix" / "client" / "socket")
+
+
+def test_its_shell_is_busybox_wherever_nix_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    assert f"sandbox-paths = /bin/sh={Path(busybox).resolve()}\n" in daemon.configuration()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match="busybox is not on PATH"):
+        daemon.configuration()

@@ -49,7 +49,8 @@ _FIRST_USER: Final = 2_000_000_000
 _USERS: Final = 1 << 27
 # What programs of the machine need besides /usr. A link, such as Debian's /bin, is made a link in the cell.
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_ETC: Final = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
+_ETC: Final = ("/etc/alternatives", "/etc/ld.so.cache")
+_CERTIFICATES: Final = Path("/etc/ssl/certs")
 HOSTS: Final = "127.0.0.1 localhost\n"
 _FILES: Final = {
     "passwd": f"cell:x:{_UID}:{_UID}::{HOME}:/bin/sh\n",
@@ -224,7 +225,8 @@ def _programs() -> dict[str, str]:
             f"{missing[0]} is not on PATH: toto keeps what is pushed in cells, and makes none without it",
             hint="on Debian: apt install bubblewrap util-linux; on NixOS: nix/toto.nix brings it",
         )
-    return {name: path for name, path in found.items() if path is not None}
+    # (By their real places: the first mount namespace has no /run, where NixOS has links to the machine's programs.)
+    return {name: os.path.realpath(path) for name, path in found.items() if path is not None}
 
 
 @cache
@@ -239,7 +241,17 @@ def _system() -> Sequence[str]:
     for path in map(Path, _ETC):
         if path.exists():
             words += ["--ro-bind", str(path.resolve()), str(path)]
-    return [*words, "--proc", "/proc", "--dev", "/dev"]
+    return [*words, *_certificates(), "--proc", "/proc", "--dev", "/dev"]
+
+
+def _certificates() -> list[str]:
+    """The words that mount the machine's certificates. On NixOS they are links, by way of /etc/static, to the store."""
+    if not _CERTIFICATES.exists():
+        return []
+    pairs = [(_CERTIFICATES.resolve(), _CERTIFICATES)]
+    if (_CERTIFICATES / "ca-certificates.crt").resolve().is_relative_to(STORE):
+        pairs = [(each.resolve(), each) for each in _CERTIFICATES.iterdir() if each.exists()]
+    return [word for source, place in pairs for word in ("--ro-bind", str(source), str(place))]
 
 
 @cache

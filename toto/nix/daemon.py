@@ -25,7 +25,6 @@ from typing import Final
 
 from toto.base import files, paths, process
 from toto.base.errors import InputError, TotoError
-from toto.cell.cell import STORE
 from toto.cell.namespace import namespace
 
 log = logging.getLogger(__name__)
@@ -112,13 +111,13 @@ experimental-features = nix-command flakes
 
 
 def _shell() -> str:
-    """What a build has as /bin/sh: a nix from the store brings its own; for another it is Debian's static busybox."""
-    nix = shutil.which("nix-daemon")
-    if nix is not None and Path(nix).resolve().is_relative_to(STORE):
-        return ""
+    """What a build has as /bin/sh: a static busybox. (A nix from the store has one built in, and no way to name it.)"""
     busybox = shutil.which("busybox")
     if busybox is None:
-        raise InputError("busybox is not on PATH: it is the shell of builds", hint="apt install busybox-static")
+        raise InputError(
+            "busybox is not on PATH: it is the shell of builds",
+            hint="on Debian: apt install busybox-static; on NixOS: nix/toto.nix brings it",
+        )
     return f"/bin/sh={Path(busybox).resolve()}"
 
 
@@ -220,6 +219,14 @@ def _unless_read(stop: asyncio.Event) -> None:
         stop.set()
 
 
+def _tell_systemd() -> None:
+    """Say that the daemon is ready, as sd_notify(3) does, where a unit of Type=notify asks for it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status."""
     parser = argparse.ArgumentParser("toto nix-daemon", description="Run toto's nix daemon, as root.")
@@ -240,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.get_running_loop().add_reader(sys.stdin, _unless_read, stop)
         async with running(chosen.home, chosen.group) as path:
             print(f"toto: the nix daemon answers at {path}", flush=True)
+            _tell_systemd()
             await stop.wait()
 
     try:

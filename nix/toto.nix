@@ -1,0 +1,393 @@
+# The server of toto on NixOS, as a user who may do nothing on this machine: docs/operations.md says how to use it.
+#
+#   imports = [ ./toto/nix/toto.nix ];   (or nixosModules.toto of the flake)
+#   services.toto = { enable = true; firstAdmin = { name = "alice"; key = "ssh-ed25519 AAAA…"; }; };
+#
+# Two units: `toto`, the server, and `toto-nix-daemon`, the only thing of toto's that runs as root. sshd lets pushers in.
+{ config, lib, pkgs, ... }:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.toto;
+  state = "/var/lib/toto";
+  repos = "${state}/server/repos";
+
+  # On PATH of toto, of its commands and of its cells, which see the closure of all this, and of nothing else.
+  programs = [
+    config.nix.package
+    cfg.package.python
+    # making cells, and their networks
+    pkgs.bubblewrap
+    pkgs.slirp4netns
+    pkgs.nftables
+    pkgs.iproute2
+    pkgs.util-linux
+    # rehearsing (a host's VM brings its own QEMU; this one tells whether KVM works)
+    pkgs.qemu_kvm
+    # the git host, its hooks, and the machines
+    pkgs.git
+    pkgs.gnupg
+    pkgs.curl
+    config.programs.ssh.package
+    # what every script expects
+    pkgs.bash
+    pkgs.coreutils
+    pkgs.diffutils
+    pkgs.findutils
+    pkgs.gawk
+    pkgs.gnugrep
+    pkgs.gnused
+    pkgs.gnutar
+    pkgs.gzip
+    pkgs.xz
+    cfg.helm
+  ] ++ lib.optional (cfg.terraform != null) terraform ++ cfg.programs;
+
+  # toto calls it `terraform`, whichever it is.
+  terraform = pkgs.runCommand "terraform" { } ''
+    mkdir -p $out/bin
+    ln -s ${lib.getExe cfg.terraform} $out/bin/terraform
+  '';
+
+  # /bin/sh and /usr/bin/env, which cells have as well, are links into the store.
+  links = pkgs.writeText "toto-links" "${config.environment.binsh} ${toString config.environment.usrbinenv}";
+
+  # Of toto's daemon, too: builds that fetch use the same kind of uplink.
+  networks = lib.optionalAttrs (cfg.allowedNetworks != [ ]) {
+    TOTO_ALLOWED_NETWORKS = lib.concatStringsSep "," cfg.allowedNetworks;
+  };
+
+  environment = networks // lib.optionalAttrs (cfg.nixPath != [ ]) {
+    NIX_PATH = lib.concatStringsSep ":" cfg.nixPath;
+  } // cfg.environment // {
+    HOME = state;
+    TOTO_STATE = state;
+    TOTO_TOOLS = "${pkgs.writeClosure (programs ++ [ links ])}";
+    NIX_REMOTE = "unix:///run/toto-nix/client/socket";
+  };
+
+  # `toto` for the administrator: in the environment of the server, as its user.
+  command = pkgs.writeShellScriptBin "toto" ''
+    case $(id -un) in
+      toto) ;;
+      root) exec ${pkgs.util-linux}/bin/runuser -u toto -- "$0" "$@" ;;
+      *) exec sudo -u toto -- "$0" "$@" ;;
+    esac
+    ${lib.concatStrings (lib.mapAttrsToList (name: value: "export ${name}=${lib.escapeShellArg value}\n") environment)}
+    export PATH=${lib.makeBinPath programs}:$PATH
+    exec ${lib.getExe cfg.package} "$@"
+  '';
+
+  refused = lib.intersectLists (lib.attrNames cfg.environment);
+in
+{
+  options.services.toto = {
+    enable = lib.mkEnableOption "toto, the deployment server of a NixOS fleet";
+
+    package = mkOption {
+      type = types.package;
+      default = pkgs.callPackage ./package.nix { };
+      defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
+      description = "The package of toto.";
+    };
+
+    firstAdmin = mkOption {
+      type = types.nullOr (types.submodule {
+        options = {
+          name = mkOption {
+            type = types.strMatching "[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}";
+            example = "alice";
+            description = "The name of the user on the git host.";
+          };
+          key = mkOption {
+            type = types.strMatching "(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n]*)?";
+            example = "ssh-ed25519 AAAA… alice@laptop";
+            description = "Their public ssh key.";
+          };
+        };
+      });
+      default = null;
+      description = ''
+        Who may do everything on the git host when it is made, at the first start. From then on a push to
+        `toto-admin` changes who may do what, and this option does nothing.
+      '';
+    };
+
+    gitHost = mkOption {
+      type = types.bool;
+      default = true;
+      description = "Whether sshd lets the users of `access.toml` push and fetch, as the user `toto`.";
+    };
+
+    port = mkOption {
+      type = types.port;
+      default = 4200;
+      description = "The port of the UI and the API, on the loopback.";
+    };
+
+    uiUrl = mkOption {
+      type = types.nullOr (types.strMatching "https://[^[:space:]]+");
+      default = null;
+      example = "https://toto.example.org";
+      description = ''
+        The address of the UI in a browser, where a proxy on this machine does TLS for it and connects to the port on the
+        loopback. Without one the UI is reached on this machine only, such as by `ssh -L`.
+      '';
+    };
+
+    blockKey = {
+      file = mkOption {
+        type = types.nullOr (types.strMatching "/.+");
+        default = null;
+        example = "/etc/toto/blocks.cred";
+        description = ''
+          The file with the key of the secrets in Prefect's blocks, 32 bytes in URL-safe base64. The unit gets it as the
+          credential `toto-blocks`. Without a file, toto makes a key in ${state}/keys.
+        '';
+      };
+      encrypted = mkOption {
+        type = types.bool;
+        default = true;
+        description = "Whether the file is what `systemd-creds encrypt --name=toto-blocks` has made.";
+      };
+    };
+
+    environment = mkOption {
+      type = types.attrsOf types.str;
+      default = { };
+      example = { TOTO_CELL_MEMORY = "8000"; };
+      description = "More variables of toto's environment: docs/operations.md lists them. All users can read them.";
+    };
+
+    environmentFile = mkOption {
+      type = types.nullOr (types.strMatching "/.+");
+      default = null;
+      description = "A file with variables that are secret, which only root can read, such as `TOTO_DATABASE_URL=…`.";
+    };
+
+    allowedNetworks = mkOption {
+      type = types.listOf (types.strMatching "[0-9.]+/[0-9]+");
+      default = [ ];
+      example = [ "192.168.7.0/24" ];
+      description = "What cells and builds with an uplink reach besides the internet; see docs/security.md.";
+    };
+
+    nixPath = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = lib.literalExpression ''[ "nixpkgs=''${pkgs.path}" ]'';
+      description = "The NIX_PATH of evaluations, for hosts without a flake. All who may push can read what it names.";
+    };
+
+    terraform = mkOption {
+      type = types.nullOr types.package;
+      default = pkgs.opentofu;
+      defaultText = lib.literalExpression "pkgs.opentofu";
+      example = lib.literalExpression "pkgs.terraform";
+      description = "What plans and applies terraform roots; null for nothing. (`pkgs.terraform` is not free.)";
+    };
+
+    helm = mkOption {
+      type = types.package;
+      default = pkgs.kubernetes-helm;
+      defaultText = lib.literalExpression "pkgs.kubernetes-helm";
+      description = "What renders and upgrades helm releases.";
+    };
+
+    postgresql = mkOption {
+      type = types.nullOr types.package;
+      default = pkgs.postgresql_16;
+      defaultText = lib.literalExpression "pkgs.postgresql_16";
+      description = ''
+        What a PostgreSQL of toto's own is run with; null for SQLite, for trying out. Take a newer major version only
+        together with `toto database upgrade`.
+      '';
+    };
+
+    programs = mkOption {
+      type = types.listOf types.package;
+      default = [ ];
+      example = lib.literalExpression "[ pkgs.jq pkgs.dnsutils ]";
+      description = "Programs that test scripts may run besides those that are always there.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = config.nix.enable;
+        message = "services.toto: it needs nix, and nix.enable is false.";
+      }
+      {
+        assertion = config.security.allowUserNamespaces;
+        message = "services.toto: cells are user namespaces, and security.allowUserNamespaces is false.";
+      }
+      {
+        assertion = (config.boot.kernelPackages.kernel.isHardened or false) -> config.security.unprivilegedUsernsClone;
+        message = "services.toto: on a hardened kernel, cells need security.unprivilegedUsernsClone = true.";
+      }
+      {
+        assertion = cfg.blockKey.file != null && !cfg.blockKey.encrypted -> !lib.hasPrefix builtins.storeDir cfg.blockKey.file;
+        message = "services.toto: every user can read the nix store, and blockKey.file is there, not encrypted.";
+      }
+      {
+        assertion = cfg.environmentFile == null || !lib.hasPrefix builtins.storeDir cfg.environmentFile;
+        message = "services.toto: every user can read the nix store, and environmentFile is there.";
+      }
+      {
+        assertion = refused [ "TOTO_AUTH" "TOTO_DATABASE_URL" ] == [ ];
+        message = "services.toto: every user can read what environment says; secrets belong into environmentFile.";
+      }
+      {
+        assertion = refused [ "HOME" "PATH" "NIX_REMOTE" "TOTO_STATE" "TOTO_TOOLS" "TOTO_NIX_SOCKET" "TOTO_ALLOWED_NETWORKS" ] == [ ];
+        message = "services.toto: environment names a variable that the module sets.";
+      }
+    ] ++ lib.optionals cfg.gitHost [
+      {
+        assertion = config.services.openssh.enable;
+        message = "services.toto: the git host is reached by sshd: set services.openssh.enable, or gitHost = false.";
+      }
+      {
+        assertion = let allowed = config.services.openssh.settings.AllowUsers or null; in allowed == null || lib.elem "toto" allowed;
+        message = "services.toto: services.openssh.settings.AllowUsers does not let in toto, as whom everybody pushes.";
+      }
+      {
+        assertion = let allowed = config.services.openssh.settings.AllowGroups or null; in allowed == null || lib.elem "toto" allowed;
+        message = "services.toto: services.openssh.settings.AllowGroups does not let in toto, as whom everybody pushes.";
+      }
+    ];
+
+    users.users.toto = {
+      isSystemUser = true;
+      group = "toto";
+      home = state;
+      description = "toto";
+      shell = pkgs.bash;  # (sshd runs the forced command with it.)
+    };
+    users.groups.toto = { };
+
+    # git is looked for on the PATH of whoever pushes.
+    environment.systemPackages = [ command pkgs.git ];
+
+    # An uplink needs a tap device, and nftables without the right to load its modules.
+    boot.kernelModules = [ "tun" "nf_tables" "nft_ct" "nft_reject_inet" ];
+
+    services.openssh.extraConfig = lib.mkIf cfg.gitHost (lib.mkAfter ''
+      Match User toto
+        AuthorizedKeysFile none
+        AuthorizedKeysCommand /etc/ssh/toto-keys
+        AuthorizedKeysCommandUser toto
+        AuthenticationMethods publickey
+        AcceptEnv GIT_PROTOCOL
+      Match All
+    '');
+
+    # (A file of its own: sshd runs no command in a folder that a group may write to, such as the store. `mode` says so.)
+    environment.etc."ssh/toto-keys" = lib.mkIf cfg.gitHost {
+      mode = "0755";
+      text = ''
+        #!${pkgs.runtimeShell}
+        PATH=${lib.makeBinPath [ pkgs.git pkgs.coreutils ]} TOTO_STATE=${state} exec ${cfg.package}/bin/toto-git-shell --repos ${repos} keys
+      '';
+    };
+
+    systemd.services.toto = {
+      description = "toto, the deployment server";
+      wantedBy = [ "multi-user.target" ];
+      wants = [ "network-online.target" "toto-nix-daemon.service" ];
+      after = [ "network-online.target" "toto-nix-daemon.service" ];
+      path = programs ++ lib.optional (cfg.postgresql != null) cfg.postgresql;
+      inherit environment;
+      preStart = lib.mkIf (cfg.firstAdmin != null) ''
+        if [ ! -e ${repos}/toto-admin.git ]; then
+          ${lib.getExe cfg.package} repo admin ${cfg.firstAdmin.name} ${pkgs.writeText "first-admin.pub" "${cfg.firstAdmin.key}\n"}
+        fi
+      '';
+      serviceConfig = {
+        ExecStart = lib.escapeShellArgs ([ (lib.getExe cfg.package) "serve" "--port" (toString cfg.port) ]
+          ++ lib.optionals (cfg.uiUrl != null) [ "--behind-proxy" "--ui-url" cfg.uiUrl ]
+          ++ lib.optional (cfg.postgresql == null) "--sqlite");
+        User = "toto";
+        Group = "toto";
+        SupplementaryGroups = [ "kvm" ];
+        StateDirectory = "toto";
+        StateDirectoryMode = "0700";
+        WorkingDirectory = state;
+        UMask = "0077";
+        EnvironmentFile = lib.mkIf (cfg.environmentFile != null) cfg.environmentFile;
+        LoadCredential = lib.mkIf (cfg.blockKey.file != null && !cfg.blockKey.encrypted) "toto-blocks:${cfg.blockKey.file}";
+        LoadCredentialEncrypted = lib.mkIf (cfg.blockKey.file != null && cfg.blockKey.encrypted) "toto-blocks:${cfg.blockKey.file}";
+        Restart = "always";
+        RestartSec = 5;
+        KillMode = "mixed";
+        TimeoutStopSec = 120;  # toto's PostgreSQL may take a minute to stop
+        OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
+
+        # What keeps toto from the machine. setup/systemd/toto.service, for Debian, has the same lines.
+        CapabilityBoundingSet = "";
+        AmbientCapabilities = "";
+        NoNewPrivileges = true;
+        ProtectSystem = "strict";
+        ProtectHome = true;
+        PrivateTmp = true;
+        PrivateIPC = true;
+        DevicePolicy = "closed";
+        DeviceAllow = [ "/dev/kvm rw" "/dev/net/tun rw" ];
+        ProtectClock = true;
+        ProtectControlGroups = true;
+        ProtectKernelModules = true;
+        LockPersonality = true;
+        RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" "AF_NETLINK" ];
+        RestrictRealtime = true;
+        RestrictSUIDSGID = true;
+        SystemCallArchitectures = "native";
+        SystemCallFilter = "~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap";
+        SystemCallErrorNumber = "EPERM";
+        # What is not there, since cells end with it:
+        # - RestrictNamespaces, SystemCallFilter=@system-service: a cell is namespaces and mounts.
+        # - ProtectKernelTunables, ProtectKernelLogs, ProtectProc, ProcSubset: they cover a part of /proc, and then the
+        #   kernel lets no cell mount a /proc of its own.
+        # - ProtectHostname: a cell has a host name of its own.
+        # - PrivateDevices: /dev/kvm and /dev/net/tun would be gone. PrivateNetwork: so would the network.
+        # - MemoryDenyWriteExecute: QEMU without KVM writes the code that it runs.
+        # - PrivateUsers: it adds nothing here (toto has no capability), and was not tried with cells.
+      };
+    };
+
+    # As root: it owns the store, and changes to nix's build users. Nobody's input is in its command line or environment.
+    systemd.services.toto-nix-daemon = {
+      description = "the nix daemon of toto";
+      wantedBy = [ "multi-user.target" ];
+      unitConfig.RequiresMountsFor = "/nix/store";
+      path = [
+        config.nix.package
+        pkgs.bubblewrap
+        pkgs.slirp4netns
+        pkgs.nftables
+        pkgs.iproute2
+        pkgs.util-linux
+        pkgs.gzip
+        pkgs.busybox-sandbox-shell  # /bin/sh of builds
+        config.programs.ssh.package  # remote builders
+      ];
+      environment = networks // { TOTO_STATE = "/var/lib/toto-nix"; };
+      stopIfChanged = false;
+      serviceConfig = {
+        Type = "notify";
+        ExecStart = "${lib.getExe cfg.package} nix-daemon --group toto";
+        StateDirectory = "toto-nix";
+        StateDirectoryMode = "0700";
+        Restart = "always";
+        RestartSec = 5;
+        KillMode = "mixed";
+        OOMPolicy = "continue";
+        LimitNOFILE = 1048576;
+        # Builds mount, make namespaces and devices, change owners and users, and mount a /proc of their own. So it keeps
+        # its capabilities, and nothing is hidden from it but this:
+        PrivateTmp = true;
+        ProtectSystem = "full";
+        ProtectClock = true;
+        RestrictRealtime = true;
+      };
+    };
+  };
+}
