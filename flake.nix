@@ -1,8 +1,10 @@
+# nixosModules.toto: the server, on NixOS (docs/operations.md). packages.SYSTEM.toto: its package.
+#
 # `nix develop`: the programs that setup/debian-packages.txt names on Debian, for a machine that has Nix and no apt.
 # `setup/prepare` then makes the Python environment from requirements.lock, as everywhere.
 # (The demo's and the tests' virtual machines are made of Debian's packages: those need apt even so.)
 {
-  description = "toto, the deployment server of a NixOS fleet: a shell to work on it";
+  description = "toto, the deployment server of a NixOS fleet";
 
   inputs.nixpkgs.url = "nixpkgs/nixos-24.11"; # by way of the flake registry
 
@@ -16,13 +18,21 @@
       };
     in
     {
+      nixosModules.toto = ./nix/toto.nix;
+      nixosModules.default = ./nix/toto.nix;
+
+      packages = lib.genAttrs systems (system: rec {
+        toto = (packages system).callPackage ./nix/package.nix { };
+        default = toto;
+      });
+
       devShells = lib.genAttrs systems (system:
         let
           pkgs = packages system;
           # The program alone: its applets would come before the real ones.
           busybox = pkgs.runCommand "busybox-alone" { } ''
             mkdir -p $out/bin
-            ln -s ${lib.getExe pkgs.pkgsStatic.busybox} $out/bin/busybox
+            ln -s ${lib.getExe' pkgs.pkgsStatic.busybox "busybox"} $out/bin/busybox
           '';
         in
         {
@@ -34,6 +44,12 @@
               git
               gnumake
               xz
+              # cells
+              bubblewrap
+              slirp4netns
+              nftables
+              iproute2
+              util-linux
               # the virtual machines of the rehearsal and of the lab
               qemu
               squashfsTools
@@ -43,7 +59,6 @@
               # reaching them, and the post-receive hook
               openssh
               curl
-              util-linux
               # what toto deploys besides hosts, and what its tests deploy it to
               terraform
               kubernetes-helm
@@ -51,7 +66,6 @@
               # toto's own database
               postgresql
               # what some tests look with
-              iproute2
               procps
             ]);
             # The wheels of requirements.lock are built for a distribution with these in /usr/lib.

@@ -1,0 +1,47 @@
+# A whole machine for toto: `nixos-rebuild switch -I nixos-config=…/examples/toto.nix`, or import it from a flake's host.
+# Change what is marked; docs/operations.md, "On NixOS", goes on from here.
+{ pkgs, ... }:
+{
+  imports = [
+    ../nix/toto.nix
+    # ./hardware-configuration.nix  # of `nixos-generate-config`, in place of the next lines
+  ];
+  boot.loader.systemd-boot.enable = true;
+  boot.loader.efi.canTouchEfiVariables = true;
+  fileSystems."/" = { device = "/dev/disk/by-label/nixos"; fsType = "ext4"; };
+  fileSystems."/boot" = { device = "/dev/disk/by-label/boot"; fsType = "vfat"; };
+
+  networking.hostName = "toto";  # change
+  networking.firewall.allowedTCPPorts = [ 22 ];
+  system.stateVersion = "24.11";
+
+  # Who looks after this machine.
+  users.users.alice = {  # change
+    isNormalUser = true;
+    extraGroups = [ "wheel" ];
+    openssh.authorizedKeys.keys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f alice@laptop" ];  # change
+  };
+
+  services.openssh = {
+    enable = true;
+    settings.PasswordAuthentication = false;
+  };
+
+  services.toto = {
+    enable = true;
+    # The first user of the git host, who may do everything there.
+    firstAdmin = {
+      name = "alice";  # change
+      key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f alice@laptop";  # change
+    };
+    # Made by the command that docs/operations.md has. Without it the key lies in /var/lib/toto/keys.
+    # blockKey.file = "/etc/toto/blocks.cred";
+    # For hosts without a flake: the nixpkgs of this machine.
+    # nixPath = [ "nixpkgs=${pkgs.path}" ];
+    # What test scripts run besides the usual programs.
+    programs = [ pkgs.jq ];
+  };
+
+  # Rehearsals build whole systems: keep room.
+  nix.gc = { automatic = true; dates = "weekly"; options = "--delete-older-than 30d"; };
+}
