@@ -111,7 +111,9 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     await set_step(order, verb, f"activation {verb}")
     settings = order.settings.roll_out
     if settings.method == "nixos-rebuild":
-        await activator.nixos_rebuild(verb, order.host.path, timeout=settings.activation_timeout, on_line=sink())
+        await activator.nixos_rebuild(
+            verb, order.host.path, before, timeout=settings.activation_timeout, on_line=sink()
+        )
     else:
         await activator.activate(
             verb, order.host.path, before, finish=settings.activation_timeout, confirm=settings.confirm_timeout

@@ -374,6 +374,24 @@ async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole
     await whole.deploy("let us in again", whole.web1("A"))
 
 
+async def test_a_machine_that_refuses_totos_key_goes_back_at_once_and_says_what_ssh_said(whole: Whole) -> None:
+    before = await whole.systems()
+    refusing = "users.users.toto.openssh.authorizedKeys.keyFiles = lib.mkForce [ ];\n"
+    files = {
+        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
+        for name, text in whole.web1("B", refusing).items()
+    }
+    settings = (whole.work / "toto.toml").read_text()
+    patient = settings.replace("confirm_timeout = 15", "confirm_timeout = 300")  # the watchdog would take so long
+    run = await whole.deploy("forget the key", {**files, "toto.toml": patient})
+    assert run.state == "FAILED" and run.seconds < 280, run
+    assert "let in no new connection" in run.message and "web1 reverted" in run.message, run.message
+    assert "Permission denied" in whole.logs(run.id)
+    assert await whole.systems() == before
+    await whole.settled()
+    await whole.deploy("know it again", {**whole.web1("A"), "toto.toml": settings})
+
+
 async def test_a_power_cut_between_test_and_switch_boots_the_old_generation(whole: Whole) -> None:
     before = await whole.systems()
     whole.control.waits("smoke")

@@ -9,8 +9,8 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -19,7 +19,7 @@ import anyio
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Before
-from toto.machine.ssh import Connection, Unreachable
+from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 from toto.nix import commands as nix
 
 Verb: TypeAlias = Literal["test", "switch", "boot"]
@@ -27,6 +27,12 @@ Verb: TypeAlias = Literal["test", "switch", "boot"]
 _SCRIPT: Final = Path(__file__).with_name("activate.sh")
 UNITS_FAILED: Final = 4  # the exit status of switch-to-configuration when it worked, but units failed
 _ON_MACHINE: Final = "/run/toto/activate.sh"
+# What an exit status of switch-to-configuration calls for.
+_HINTS: Final[Mapping[int, str]] = {
+    100: "NixOS holds that the change needs a reboot (a switch inhibitor): set `activation: boot` for this machine"
+}
+_RESTART: Final = 20.0  # seconds that sshd and the network may take to be there again after an activation
+_GRACE: Final = 60.0  # seconds that activate.sh may take besides the activation
 
 
 class ActivationFailed(TotoError):
@@ -35,6 +41,10 @@ class ActivationFailed(TotoError):
 
 class WentBack(TotoError):
     """The machine reverted by itself: toto did not connect in time after an activation, or the machine rebooted."""
+
+
+class LockedOut(WentBack):
+    """The activation shut toto out: no new connection was let in, so it was reverted over the old one."""
 
 
 class NotWhatItShouldBe(TotoError):
@@ -58,6 +68,7 @@ class Activator:
     connection: Connection
     run: str
     connect_timeout: float = 15
+    _refusals: dict[str, float] = field(default_factory=dict)
 
     async def install(self) -> None:
         """Copy the script to the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
@@ -70,9 +81,12 @@ class Activator:
             stdin=_SCRIPT.read_bytes(),
         )
 
-    async def facts(self) -> MachineState:
-        """What the machine runs now. Raises `Unreachable`, or `NotWhatItShouldBe` when it is not NixOS."""
-        done = await self._verb("facts")
+    async def facts(self, *, fresh: bool = False) -> MachineState:
+        """What the machine runs now; `fresh` is as in `Connection.run`.
+
+        Raises `Unreachable`, or `NotWhatItShouldBe` when it is not NixOS.
+        """
+        done = await self._verb("facts", fresh=fresh)
         facts = dict(line.partition("=")[::2] for line in done.lines)
         if not facts.get("system", "").startswith("/nix/store/"):
             raise NotWhatItShouldBe(
@@ -85,30 +99,33 @@ class Activator:
     async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
         """Activate `path`, then confirm over a new connection.
 
-        The activation may take `finish` seconds; `confirm` seconds after it the watchdog reverts the machine to
-        `before`. `switch` and `boot` set the system profile first. toto also confirms an activation that fails, since
-        it can connect and decides itself what comes next.
+        An activation by another tool is waited for first, for up to `finish` seconds. Then the activation may take as
+        long; `confirm` seconds after it the watchdog reverts the machine to `before`. `switch` and `boot` set the
+        system profile first. toto also confirms an activation that fails, since it can connect and decides itself what
+        comes next. When the machine lets in no new connection, it is reverted over the old one, at once.
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
         name = self._new_name(verb)
-        await self._verb("begin", name, verb, path, before.system, before.profile, f"{finish:.0f}", f"{confirm:.0f}")
-        deadline = time.monotonic() + finish + confirm
+        await self._begin(name, verb, path, before, finish, confirm)
+        deadline = time.monotonic() + finish + _GRACE + confirm
         code, log = await self._ended(name, deadline)
         await self._confirm(name, deadline)
         if code != 0:
             raise ActivationFailed(
                 f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
                 target=self.connection.target.name,
+                hint=_HINTS.get(code),
             )
-        await self.check(path, profile=verb != "test", running=verb != "boot")
+        await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
 
     async def nixos_rebuild(
-        self, verb: Verb, path: str, *, timeout: float, on_line: process.LineSink | None = None
+        self, verb: Verb, path: str, before: MachineState, *, timeout: float, on_line: process.LineSink | None = None
     ) -> None:
         """Activate with nixos-rebuild-ng instead, without a watchdog: only toto can revert the machine then.
 
-        nixos-rebuild is ended after `timeout` seconds; what it began on the machine goes on: see `take_charge`.
-        Raises `ActivationFailed`, `CommandTimeout`, `CommandNotFound`, `NotWhatItShouldBe`.
+        nixos-rebuild is ended after `timeout` seconds; what it began on the machine goes on: see `take_charge`. When
+        the machine lets in no new connection afterwards, toto reverts it to `before` over the old one.
+        Raises `ActivationFailed`, `WentBack`, `CommandTimeout`, `CommandNotFound`, `NotWhatItShouldBe`.
         """
         name = self.connection.target.name
         sudo = [] if self.connection.target.user == "root" else ["--sudo"]
@@ -130,7 +147,18 @@ class Activator:
                 target=name,
                 hint=hint if "--store-path" in error.tail else None,
             ) from None
-        await self.check(path, profile=verb != "test", running=verb != "boot")
+        ended = time.monotonic()
+        while True:
+            try:
+                await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
+                return
+            except Unreachable as error:
+                if await self._old_lives() and self._shut_out(error, ended):
+                    await self._revert_by_old(verb, before, timeout)
+                    raise self._locked_out(error) from None
+                if time.monotonic() > ended + _RESTART:
+                    raise
+            await anyio.sleep(1)
 
     async def take_charge(self, *, patience: float) -> None:
         """Wait for every activation of this run to end, and disarm their watchdogs, within `patience` seconds.
@@ -156,11 +184,7 @@ class Activator:
                 await anyio.sleep(0.5)
         while (await self._verb("quiet", "20")).stdout.strip() != "quiet":
             if time.monotonic() > deadline:
-                raise ActivationFailed(
-                    "an activation that toto did not start has not ended",
-                    target=self.connection.target.name,
-                    hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration",
-                )
+                raise self._busy()
 
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot `to`, by profile and activation, and check that it does.
@@ -171,17 +195,21 @@ class Activator:
         Raises `ActivationFailed`, `Unreachable`, `NotWhatItShouldBe`.
         """
         facts = await self.facts()
-        if to.profile and (boot or facts.profile != to.profile):
-            await self._revert_to("switch" if to.profile == to.system != facts.system else "boot", to.profile, finish)
-        if (await self.facts()).system != to.system:
+        # What runs goes back first: a boot loader that fails must not leave the rejected system running.
+        if facts.system != to.system:
             await self._revert_to("test", to.system, finish)
+        if to.profile and (boot or facts.profile != to.profile):
+            await self._revert_to("boot", to.profile, finish)
         await self.check(to.system)
         if to.profile:
             await self.check(to.profile, profile=True, running=False)
 
-    async def check(self, path: str, *, profile: bool = False, running: bool = True) -> None:
-        """Check that the machine runs `path`; with `profile`, that it boots it next. Raises `NotWhatItShouldBe`."""
-        facts = await self.facts()
+    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
+        """Check that the machine runs `path`; with `profile`, that it boots it next. `fresh` is as in `facts`.
+
+        Raises `NotWhatItShouldBe`, `Unreachable`.
+        """
+        facts = await self.facts(fresh=fresh)
         for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
             if wanted and found != path:
                 raise NotWhatItShouldBe(
@@ -197,8 +225,8 @@ class Activator:
     async def _revert_to(self, verb: Verb, path: str, finish: float) -> None:
         """Activate without a watchdog, which would have nothing to revert to."""
         name = self._new_name("back")
-        await self._verb("begin", name, verb, path, path, "", f"{finish:.0f}", "0")
-        code, log = await self._ended(name, time.monotonic() + finish + 60)
+        await self._begin(name, verb, path, MachineState(system=path), finish, 0)
+        code, log = await self._ended(name, time.monotonic() + finish + _GRACE)
         if code == UNITS_FAILED:
             logging.getLogger(__name__).warning(
                 "%s: units failed while it was reverted:\n%s", self.connection.target.name, process.tail(log)
@@ -209,16 +237,25 @@ class Activator:
                 target=self.connection.target.name,
             )
 
+    async def _begin(
+        self, name: str, verb: Verb, path: str, before: MachineState, finish: float, confirm: float
+    ) -> None:
+        """Begin an activation, once no other tool activates."""
+        words = ("begin", name, verb, path, before.system, before.profile, f"{finish:.0f}", f"{confirm:.0f}")
+        deadline = time.monotonic() + finish
+        while (await self._verb(*words)).stdout.strip() == "busy":
+            if time.monotonic() > deadline:
+                raise self._busy()
+            await anyio.sleep(1)
+
     async def _ended(self, name: str, deadline: float) -> tuple[int, str]:
         """Wait until the activation has ended, over several connections if need be; return its status and log."""
         host = self.connection.target.name
         while True:
             try:
                 done = await self._verb("result", name, "20", fresh=True)
-            except Unreachable:
-                if time.monotonic() > deadline:
-                    raise
-                await anyio.sleep(1)  # its network may be restarting
+            except Unreachable as error:
+                await self._unreachable(name, error, deadline)
                 continue
             word, _, code = done.lines[0].partition(" ") if done.lines else ("unknown", "", "")
             log = "\n".join(done.lines[1:])
@@ -237,15 +274,81 @@ class Activator:
             try:
                 answer = (await self._verb("confirm", name, fresh=True)).stdout.strip()
                 break
-            except Unreachable:
-                if time.monotonic() > deadline:
-                    raise
-                await anyio.sleep(1)
+            except Unreachable as error:
+                await self._unreachable(name, error, deadline)
         if answer != "confirmed":
             raise WentBack(
                 "answered too late after the activation: its watchdog had begun to revert it",
                 target=self.connection.target.name,
             )
+
+    async def _unreachable(self, name: str, error: Unreachable, deadline: float) -> None:
+        """No new connection is let in: wait a moment, since the network may be restarting.
+
+        When the activation has ended and the old connection lives, have the machine revert itself over that one; raise
+        `LockedOut` when it has. Raises `error` after the deadline: then the watchdog has reverted it, or will.
+        """
+        said = await self._by_old("result", name, "0")
+        if said and said[0].startswith("done") and self._shut_out(error, self._first_refusal(name)):
+            logging.getLogger(__name__).warning("%s; reverting it over the connection from before", error)
+            await self._by_old("back", name)
+            while (said := await self._by_old("result", name, "20")) and said[0].startswith("done"):
+                if time.monotonic() > deadline + _GRACE:
+                    break
+                await anyio.sleep(0.5)
+            raise self._locked_out(error) from None
+        if time.monotonic() > deadline:
+            raise error
+        await anyio.sleep(1)
+
+    def _first_refusal(self, name: str) -> float:
+        """When an activation that has ended first let in no new connection."""
+        return self._refusals.setdefault(name, time.monotonic())
+
+    @staticmethod
+    def _shut_out(error: Unreachable, since: float) -> bool:
+        """Whether an error will stay: a refused key does at once, no answer when sshd had the time to restart."""
+        return isinstance(error, AuthenticationFailed | HostKeyChanged) or time.monotonic() > since + _RESTART
+
+    def _locked_out(self, error: Unreachable) -> LockedOut:
+        return LockedOut(
+            f"let in no new connection after the activation, and was reverted over the old one: {error.words}",
+            target=self.connection.target.name,
+            hint=error.hint or "see that sshd runs in the new configuration, and lets toto in",
+        )
+
+    async def _old_lives(self) -> bool:
+        """Whether the connection from before the activation still carries commands."""
+        return await self._by_old("facts") is not None
+
+    async def _by_old(self, *words: str) -> list[str] | None:
+        """The lines that a verb prints over the connection from before; None when that does not live."""
+        master = self.connection.master
+        if master is None or master.status is not None:
+            return None
+        try:
+            return (await self._verb(*words)).lines
+        except (TotoError, OSError):
+            return None
+
+    async def _revert_by_old(self, verb: Verb, before: MachineState, finish: float) -> None:
+        """Revert over the connection from before what `verb` has done."""
+        steps: list[tuple[Verb, str]] = [("test", before.system)] if verb != "boot" else []
+        steps += [("boot", before.profile)] if verb != "test" and before.profile else []
+        for action, path in steps:
+            name = self._new_name("back")
+            await self._begin(name, action, path, MachineState(system=path), finish, 0)
+            deadline = time.monotonic() + finish + _GRACE
+            while (said := await self._by_old("result", name, "20")) and said[0] == "running":
+                if time.monotonic() > deadline:
+                    break
+
+    def _busy(self) -> ActivationFailed:
+        return ActivationFailed(
+            "an activation that toto did not start has not ended",
+            target=self.connection.target.name,
+            hint="on the machine: systemctl status nixos-rebuild-switch-to-configuration",
+        )
 
     def _new_name(self, verb: str) -> str:
         return f"{self.run}.{verb}.{secrets.token_hex(4)}"
