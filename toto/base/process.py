@@ -451,9 +451,9 @@ def descendants(pid: int) -> list[int]:
     found = [pid]
     for each in found:
         with contextlib.suppress(OSError):  # (it has just ended; Path.glob would raise too)
-            for task in os.listdir(f"/proc/{each}/task"):
+            for task in Path(f"/proc/{each}/task").iterdir():
                 with contextlib.suppress(OSError):
-                    found.extend(map(int, Path(f"/proc/{each}/task/{task}/children").read_text().split()))
+                    found.extend(map(int, (task / "children").read_text().split()))
     return found
 
 

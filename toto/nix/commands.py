@@ -35,6 +35,7 @@ FORBID_IMPORT: Final = "TOTO_FORBID_IMPORT_FROM_DERIVATION"  # of toto's environ
 # Where an evaluation's cell has toto's own expressions, and the daemon's socket and nix.conf.
 _EXPRESSIONS: Final = Path("/toto")
 _DAEMON: Final = Path("/daemon")
+_LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
@@ -368,27 +369,58 @@ async def add_gc_root(path: str, root: Path) -> None:
     )
 
 
-async def sign(path: str, key: Path) -> None:
-    """Sign a closure with a secret key file, so that machines accept it from any user. Raises `CopyFailed`."""
+async def new_key(name: str) -> str:
+    """A new secret key for `sign`, in nix's form `NAME:BASE64`. Raises `CommandFailed`."""
+    return (await process.run(["nix", *_NEW, "key", "generate-secret", "--key-name", name], timeout=60)).stdout
+
+
+async def public_key(secret: str) -> str:
+    """The public half of a secret key, as `nix.settings.trusted-public-keys` has it. Raises `CommandFailed`."""
+    done = await process.run(["nix", *_NEW, "key", "convert-secret-to-public"], stdin=secret.encode(), timeout=60)
+    return done.stdout.strip()
+
+
+async def sign(path: str, key: Path, folder: Path) -> None:
+    """Sign a closure with a secret key file, for `copy`: `folder` becomes a nix database that has it with signatures.
+
+    toto's nix daemon takes signatures of clients that it trusts with everything else as well, and would keep them for
+    whoever copies the same paths. So they are in a database of their own, over the store as it is. Raises `CopyFailed`.
+    """
+    env = environment()
+    own = _with_database(env, folder)
     try:
-        await process.run(
-            ["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=environment(), timeout=300
-        )
+        paths = await closure(path)
+        known = await process.run(["nix-store", "--dump-db", *paths], env=env, timeout=300, keep=_LARGEST_DUMP)
+        await process.run(["nix-store", "--load-db"], env=own, stdin=known.stdout.encode(), timeout=300)
+        await process.run(["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=own, timeout=300)
     except process.CommandFailed as error:
         raise CopyFailed(f"could not sign {path}: {error.message}", hint="see nix.signing_key in toto.toml") from None
 
 
+def _with_database(env: dict[str, str], folder: Path) -> dict[str, str]:
+    return env | {"NIX_REMOTE": "local", "NIX_STATE_DIR": str(folder), "NIX_LOG_DIR": str(folder)}
+
+
 async def copy(
-    path: str, alias: str, ssh_config: Path, *, timeout: float, target: str, on_line: process.LineSink | None = None
+    path: str,
+    alias: str,
+    ssh_config: Path,
+    *,
+    timeout: float,
+    target: str,
+    signed: Path | None = None,
+    on_line: process.LineSink | None = None,
 ) -> None:
     """Copy a closure to the machine that `ssh_config` calls `alias`; paths that it has are not sent.
 
+    `signed` is the folder that `sign` has filled, when the closure is to have signatures there.
     Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
     """
     try:
         await process.run(
             ["nix", *_NEW, "copy", "--to", f"ssh://{alias}", path],
-            env=environment() | {"NIX_SSHOPTS": f"-F {ssh_config}"},
+            env=(environment() if signed is None else _with_database(environment(), signed))
+            | {"NIX_SSHOPTS": f"-F {ssh_config}"},
             timeout=timeout,
             on_error_line=on_line,
             target=target,

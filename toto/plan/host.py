@@ -75,6 +75,8 @@ class HostKind(Kind[Host]):
     async def discover(self, source: Source) -> list[Found[Host]]:
         """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
         rules = source.settings.nix
+        if rules.signing_key is not None:
+            keys.signing(source.repo, rules.signing_key)  # else only the copy to a machine would miss it
         from_flake = await nix.flake_hosts(source.tree, timeout=rules.evaluate_timeout, memory=rules.most_memory)
         machines = source.manifest.machines
         return [
