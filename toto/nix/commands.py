@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from toto.base import process
+from toto.base import process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
 MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
-FORBID_IMPORT: Final = "TOTO_FORBID_IMPORT_FROM_DERIVATION"  # of toto's environment: "1" forbids it
 # Where an evaluation's cell has toto's own expressions, and the daemon's socket and nix.conf.
 _EXPRESSIONS: Final = Path("/toto")
 _DAEMON: Final = Path("/daemon")
@@ -42,6 +41,7 @@ _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
 _MEMORY: Final = (
     "if there was too little memory: raise nix.evaluate_memory in toto.toml, so that fewer evaluations run side by side"
 )
+_BUILDS: Final = re.compile(r"building '/nix/store/[^']+\.drv'")  # what nix says of each build that it begins
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
@@ -90,7 +90,10 @@ def _client(socket: Path) -> dict[str, str]:
 async def _evaluate(
     host: Host, tree: Path, words: Sequence[str], limits: Limits, timeout: float, network: Namespace | None = None
 ) -> process.Completed:
-    """Run a nix command that evaluates what was pushed, in a cell. Raises `EvaluationFailed`, `CommandTimeout`."""
+    """Run a nix command that evaluates what was pushed, in a cell, with as many builds as the server allows.
+
+    Raises `EvaluationFailed`, `CommandTimeout`.
+    """
     socket, places = daemon.socket(), _search_path()
     cell = Cell(
         read={
@@ -111,16 +114,39 @@ async def _evaluate(
         "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
     }
     command = [_program(words[0]), *words[1:]]
-    try:
-        done = await process.run(command, cell=cell, env=env, check=False, timeout=timeout, target=host.name)
-        if done.status == -signal.SIGSEGV:
-            done = await process.run(
-                command, cell=cell, env=env | {"GC_DONT_GC": "1"}, check=False, timeout=timeout, target=host.name
+    most, builds = server_rules.load().evaluation.builds, 0
+
+    async def evaluate(more: dict[str, str]) -> process.Completed:
+        async with asyncio.timeout(None) as allowed:
+
+            def count(line: str) -> None:
+                nonlocal builds
+                builds += bool(_BUILDS.match(line))
+                if builds > most:
+                    allowed.reschedule(0)  # at once
+
+            return await process.run(
+                command, cell=cell, env=env | more, check=False, timeout=timeout, target=host.name, on_error_line=count
             )
+
+    try:
+        done = await evaluate({})
+        if done.status == -signal.SIGSEGV:
+            done = await evaluate({"GC_DONT_GC": "1"})
+    except TimeoutError:
+        done = None
     except process.LimitExceeded as error:
         raise EvaluationFailed(
             f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=_MEMORY
         ) from None
+    if done is None or builds > most:  # (it may have ended by itself just then)
+        raise EvaluationFailed(
+            f"its evaluation was ended: it began more than the {most} builds that this server allows in an evaluation "
+            "(import from derivation)",
+            target=host.name,
+            hint=f"have fewer files of the configuration built, or raise evaluation.builds in toto's "
+            f"{server_rules.FILE}",
+        )
     if done.status != 0:
         raise _evaluation_failed(done, host, tree)
     return done
@@ -149,7 +175,7 @@ def _confined(*, pure: bool) -> list[str]:
         "allowed-uris": f"{pinned} path:/nix/store/" if pure else pinned,
         # With flakes there is fetchTree, which copies any folder that the process may read, whatever is restricted.
         "experimental-features": "nix-command flakes" if pure else "nix-command",
-        "allow-import-from-derivation": "false" if os.environ.get(FORBID_IMPORT) else "true",
+        "allow-import-from-derivation": "true" if server_rules.load().evaluation.builds else "false",
     }
     readable = [] if pure else [INFRA, _EXPRESSIONS, *shared()]
     return [
