@@ -20,6 +20,7 @@ from toto.ledger.ledger import Ledger
 from toto.nix import commands as nix
 
 MACHINES: Final = "machines"
+INPUTS: Final = "inputs"  # reads the private inputs of flakes
 Use: TypeAlias = Literal["ssh", "signing"]
 USES: Final[tuple[Use, ...]] = get_args(Use)
 _WORDS: Final[dict[Use, str]] = {"ssh": "a private ssh key", "signing": "a secret key of nix"}
@@ -94,6 +95,21 @@ async def identity(repo: Path, name: str | None) -> Path:
 def signing(repo: Path, name: str) -> Path:
     """The secret key of an infra repo that `nix.signing_key` names. Raises `InputError` when it is missing."""
     return named(repo, name, "signing", "toto.toml: nix.signing_key")
+
+
+def of_inputs(repo: Path) -> tuple[Path, Path]:
+    """The ssh key by which an infra repo reads private inputs of its flake, and the file with the host keys it trusts.
+
+    Raises `InputError` when the key is missing: toto does not make it.
+    """
+    key = _folder(repo) / INPUTS
+    if not key.is_file():
+        raise InputError(
+            f"has inputs that are read by ssh, and this repository has no key `{INPUTS}` for that",
+            target="flake.lock",
+            hint=f"on toto: toto key {shared.name_of(repo)} {INPUTS} --new ssh; let that key read there, and only read",
+        )
+    return named(repo, INPUTS, "ssh", "flake.lock: an input"), paths.repo_state(repo) / "inputs_known_hosts"
 
 
 def named(repo: Path, name: str, use: Use | None, where: str) -> Path:

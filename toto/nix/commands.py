@@ -80,10 +80,11 @@ def environment() -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TOTO_", "AWS_", "NIX_"))
     }
     kept |= {name: os.environ[name] for name in ("NIX_PATH", "NIX_SSL_CERT_FILE") if name in os.environ}
-    return kept | _client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
+    return kept | client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
 
 
-def _client(socket: Path) -> dict[str, str]:
+def client(socket: Path) -> dict[str, str]:
+    """The variables that make nix a client of the daemon at `socket`, with the nix.conf beside it and no other."""
     return {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent), "NIX_USER_CONF_FILES": "/dev/null"}
 
 
@@ -106,14 +107,14 @@ async def _evaluate(
         limits=limits,
         network=network,
     )
-    env = _client(_DAEMON / socket.name) | {
+    env = client(_DAEMON / socket.name) | {
         "NIX_PATH": ":".join(f"{name}={place}" if name else str(place) for name, place in places),
         "NO_COLOR": "1",
         # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue
         # 4919). With a heap that is large from the start, a host of ordinary size needs none.
         "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
     }
-    command = [_program(words[0]), *words[1:]]
+    command = [program(words[0]), *words[1:]]
     most, builds = server_rules.load().evaluation.builds, 0
 
     async def evaluate(more: dict[str, str]) -> process.Completed:
@@ -152,7 +153,7 @@ async def _evaluate(
     return done
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """A program of nix by the path that it has in a cell. Raises `CommandNotFound`."""
     found = shutil.which(name)
     if found is None:
