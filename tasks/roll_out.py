@@ -84,22 +84,33 @@ async def inspect(activator: Activator, expected: str | None = None) -> MachineS
 )
 async def copy(order: HostOrder, activator: Activator) -> Done:
     """Copy exactly the rehearsed closure to the machine. Raises `CopyFailed`, `Unreachable`."""
-    path, settings = order.host.path, order.settings.nix
-    if settings.signing_key is not None:
-        await nix.sign(path, Path(settings.signing_key))
+    settings = order.settings.nix
+    key = None if settings.signing_key is None else keys.signing(order.repo, settings.signing_key)
     try:
-        await nix.copy(
-            path,
-            activator.connection.target.name,
-            activator.connection.config,
-            timeout=settings.build_timeout,
-            target=order.name,
-            on_line=sink(),
-        )
+        await _copy(order.host.path, activator, order.repo, key, timeout=settings.build_timeout, on_line=sink())
     except nix.CopyFailed:
         await activator.connection.run(["true"], fresh=True, timeout=60)  # raises Unreachable when that was why
         raise
     return Done()
+
+
+async def _copy(
+    path: str,
+    activator: Activator,
+    repo: Path,
+    key: Path | None,
+    *,
+    timeout: float,
+    on_line: process.LineSink | None = None,
+) -> None:
+    """Copy a closure to a machine, signed with a secret key when there is one. Raises `CopyFailed`."""
+    name, signed = activator.connection.target.name, None
+    if key is not None:
+        signed = runs.run_directory(repo, activator.run) / "signed" / name
+        await nix.sign(path, key, signed)
+    await nix.copy(
+        path, name, activator.connection.config, timeout=timeout, target=name, signed=signed, on_line=on_line
+    )
 
 
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)
@@ -184,13 +195,18 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         armed = Activator(activator.connection, intent.desired.run, settings.connect_timeout)
         await armed.take_charge(patience=settings.activation_timeout * 2 + settings.confirm_timeout)
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
-            await nix.copy(
-                to.system,
-                machine.name,
-                activator.connection.config,
-                timeout=settings.activation_timeout,
-                target=machine.name,
-            )
+            key = _signing_key_now(reversal)
+            await _copy(to.system, activator, reversal.repo, key, timeout=settings.activation_timeout)
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
         await armed.clean_up()
         await activator.clean_up()
+
+
+def _signing_key_now(reversal: Reversal) -> Path | None:
+    """The key that signs what a revert copies. Without it the machine may accept the closure all the same."""
+    name = reversal.settings.nix.signing_key
+    try:
+        return None if name is None else keys.signing(reversal.repo, name)
+    except TotoError as error:
+        get_run_logger().warning("what is copied is not signed: %s", error)
+        return None

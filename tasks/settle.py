@@ -103,7 +103,7 @@ async def manifest_of(repo: Path, commit: str) -> tuple[Settings, Manifest]:
     """Settings and manifest of the commit that was being deployed: they say how to connect to its machines."""
     with tempfile.TemporaryDirectory() as directory:
         await git.checkout(repo, commit, Path(directory, "tree"))
-        return tree.read_tree(Path(directory, "tree"))
+        return tree.read_tree(Path(directory, "tree"), deployed=True)
 
 
 async def was_cancelled(run: UUID) -> bool:

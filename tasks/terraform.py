@@ -164,7 +164,7 @@ async def session_at(repo: Path, run: str, target: Target, commit: str) -> Sessi
     """Terraform for a root as it is at a commit. Raises `CannotGoBack` when the commit does not have it."""
     tree = runs.run_directory(repo, run) / "back" / f"terraform-{target.name}"
     await git.checkout(repo, commit, tree)
-    wanted = settings.load(tree).terraform
+    wanted = settings.load(tree, deployed=True).terraform
     for root in terraform.discover(tree, wanted):
         if root.name == target.name:
             block = await TerraformCredentials.saved_of(repo, root.name)

@@ -20,6 +20,7 @@ from toto.git_host import access, follow, receive, shared
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.infra_repo import git
+from toto.infra_repo.fields import check_key_name
 from toto.ledger import approvals
 from toto.ledger.ledger import REF, Ledger
 from toto.machine import keys, owners
@@ -88,9 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         answering.set_defaults(run=_answer, approved=verb == "approve")
 
     _machine_verbs(verbs.add_parser("machine", help="which repository may deploy which machine"))
-    key = verbs.add_parser("key", parents=[_where()], help="print the public half of a repository's key")
+    key = verbs.add_parser("key", parents=[_where()], help="print the public half of a key of a repository's")
     key.add_argument("name", metavar="REPO")
-    key.add_argument("key", nargs="?", metavar="NAME", help="a key that ssh.identity names (default: the machines')")
+    key.add_argument("key", nargs="?", metavar="NAME", help="which key (default: the one for its machines)")
+    key.add_argument("--new", choices=keys.USES, help="first make the key, when it is missing")
     key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
     key.set_defaults(run=_key)
 
@@ -337,9 +339,16 @@ async def _machine_move(arguments: argparse.Namespace) -> int:
 
 async def _key(arguments: argparse.Namespace) -> int:
     repo = git.bare(access.path_of(arguments.repos.absolute(), access.check_name(arguments.name)))
+    try:
+        name = check_key_name(arguments.key or keys.MACHINES)
+    except ValueError as error:
+        raise InputError(str(error), target=arguments.key) from None
     if arguments.file is not None:
-        await keys.import_key(repo, arguments.key or keys.MACHINES, arguments.file)
-    print(f"{await keys.public_half(await keys.identity(repo, arguments.key))} toto {arguments.name}")
+        await keys.import_key(repo, name, arguments.file)
+    if arguments.new is not None or name == keys.MACHINES:
+        await keys.make(repo, name, arguments.new or "ssh")
+    key = keys.named(repo, name, None, "toto key: the command line")
+    print(await keys.public_half(key, f"toto {arguments.name}"))
     return 0
 
 

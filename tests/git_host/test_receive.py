@@ -58,7 +58,7 @@ def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher:
     said = refused(pusher)
     assert "toto: machines.yaml:3: web1: adress: is not a known field; did you mean 'address'?" in said
     assert "toto: machines.yaml:4: 'we b'" in said
-    assert "toto: toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?" in said
+    assert "toto: toto.toml:2: sandbox.memroy: is not a known field; did you mean 'memory'?" in said
     write(pusher, {"machines.yaml": GOOD, "toto.toml": "x = \n"})
     said = refused(pusher)
     assert "toto: toto.toml:1: is not TOML" in said and "machines.yaml" not in said

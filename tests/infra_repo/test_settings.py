@@ -38,46 +38,48 @@ def test_settings_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sandboxes = 1", "toto.toml: sandboxes: is not a known field; did you mean 'sandbox'?"),
-        ("[sandbox]\nmemroy = 1", "toto.toml: sandbox.memroy: is not a known field; did you mean 'memory'?"),
-        ("[nix]\nbuild_timeout = true", "toto.toml: nix.build_timeout: should be a number, not true"),
-        ("[nix]\nbuild_timeout = -1", "toto.toml: nix.build_timeout: should be more than 0, not -1"),
+        ("sandboxes = 1", "toto.toml:1: sandboxes: is not a known field; did you mean 'sandbox'?"),
+        ("[sandbox]\nmemroy = 1", "toto.toml:2: sandbox.memroy: is not a known field; did you mean 'memory'?"),
+        ("[nix]\nbuild_timeout = true", "toto.toml:2: nix.build_timeout: should be a number, not true"),
+        ("[nix]\nbuild_timeout = -1", "toto.toml:2: nix.build_timeout: should be more than 0, not -1"),
         (
             "[terraform.roots.'a..b']",
-            "toto.toml: terraform.roots.'a..b': should be 1 to 63 letters, digits, '-', '_' and "
+            "toto.toml:1: terraform.roots.'a..b': should be 1 to 63 letters, digits, '-', '_' and "
             "single dots, begin with a letter or digit and not end in a dot, not 'a..b'",
         ),
         (
             "[terraform.roots.a]\nwathc = 1",
-            "toto.toml: terraform.roots.a.wathc: is not a known field; did you mean 'watch'?",
+            "toto.toml:2: terraform.roots.a.wathc: is not a known field; did you mean 'watch'?",
         ),
         (
             "[terraform]\nprevent = ['all']",
-            "toto.toml: terraform.prevent.0: should be 'destroy' or 'replace', not 'all'",
+            "toto.toml:2: terraform.prevent.0: should be 'destroy' or 'replace', not 'all'",
         ),
         (
             "[terraform.roots.a]\nvar_files = ['../x']",
-            "toto.toml: terraform.roots.a.var_files.0: should be a path in the repo, without '..', not '../x'",
+            "toto.toml:2: terraform.roots.a.var_files.0: should be a path in the repo, without '..', not '../x'",
         ),
         (
             "[terraform.roots.a]\nbackend_config = ['k=v v', 'a/b.hcl', '/etc/x']",
-            "toto.toml: terraform.roots.a.backend_config.2: should be a path in the repo, without '..', not '/etc/x'",
+            "toto.toml:2: terraform.roots.a.backend_config.2: should be a path in the repo, without '..', not '/etc/x'",
         ),
-        ("nix = 5", "toto.toml: nix: should be a mapping of fields, not 5"),
-        ("[roll_out]\npolicy = 'some'", "toto.toml: roll_out.policy: should be 'all' or 'partial', not 'some'"),
+        ("nix = 5", "toto.toml:1: nix: should be a mapping of fields, not 5"),
+        ("[roll_out]\npolicy = 'some'", "toto.toml:2: roll_out.policy: should be 'all' or 'partial', not 'some'"),
         (
             "[nix]\nnixpkgs = '../x'",
-            "toto.toml: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in the repo, not '../x'",
+            "toto.toml:2: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in the repo, "
+            "not '../x'",
         ),
         (
             "[venues]\nfleet = ['Ops Room']",
-            "toto.toml: venues.fleet.0: should be a venue's name of lower-case letters, digits and '-', not 'Ops Room'",
+            "toto.toml:2: venues.fleet.0: should be a venue's name of lower-case letters, digits and '-', "
+            "not 'Ops Room'",
         ),
         (
             "[venues]\nmail_pusher = ['a@b@c']",
-            "toto.toml: venues.mail_pusher.0: should be a mail address or a domain like 'example.org', not 'a@b@c'",
+            "toto.toml:2: venues.mail_pusher.0: should be a mail address or a domain like 'example.org', not 'a@b@c'",
         ),
-        ("[venues]\nfleet = 'ops'", "toto.toml: venues.fleet: should be a list, not 'ops'"),
+        ("[venues]\nfleet = 'ops'", "toto.toml:2: venues.fleet: should be a list, not 'ops'"),
         ("a = 1\nb = = 2", "toto.toml:2: is not TOML: invalid value"),
         ("a = 1\na = 2", "toto.toml:2: is not TOML: cannot overwrite a value"),
         ("a = [", "toto.toml:1: is not TOML: invalid value"),
@@ -86,7 +88,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
         (
             "'a\\nb' = 1\n",
-            "toto.toml: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues",
+            "toto.toml:1: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues",
         ),
     ],
 )
@@ -114,6 +116,43 @@ def test_a_mistake_is_reported_with_its_key(tmp_path: Path, text: str | bytes, m
 def test_a_wrong_value_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match=r"^toto\.toml:"):
         read(tmp_path, text)
+
+
+def test_a_key_is_named_and_not_its_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path, "# ours\n\n[nix]\nsigning_key = '/root/cache \\x1b'\n[sandbox]\nmemory = 512\n")
+    assert str(caught.value) == (
+        "toto.toml:4: nix.signing_key: names a key that this repository has on toto, not a file: "
+        r"run `toto key REPO NAME --import '/root/cache \\x1b'` there, and write NAME here"
+    )
+    # What was deployed with such a setting can be reverted.
+    assert load(tmp_path, deployed=True) == read(tmp_path, "[sandbox]\nmemory = 512\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[sandbox]\nmemory = 'a'", 2),
+        ("sandbox.memory = 'a'\r\n", 1),
+        ("\nsandbox = { boot_timeout = 1, memory = 'a' }", 2),
+        ("#memory = 'a'\nx = ' memory '\n[sandbox] # memory\n'memory'='a'", 4),
+        ("[nix]\nnixpkgs = '''\n[sandbox]\nmemory = 'b'\n'''\n[sandbox]\n\"mem\\u006fry\" = 'a'", None),
+        ("[sandbox]\nmemory = [\n1]", None),
+        ("#" * 30_000 + "\n[sandbox]\nmemory = 'a'", None),
+    ],
+)
+def test_a_mistake_is_told_with_its_line_where_it_has_one(tmp_path: Path, text: str, line: int | None) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path, text)
+    where = "toto.toml: " if line is None else f"toto.toml:{line}: "
+    assert [each for each in caught.value.problems if each.startswith(f"{where}sandbox.memory: should be")]
+
+
+def test_a_file_full_of_mistakes_is_told_within_a_minute(tmp_path: Path) -> None:
+    text = "".join(f"x{number} = 1\n" for number in range(1_500))
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path, text)
+    assert len(caught.value.problems) == 1_500
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:

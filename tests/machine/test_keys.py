@@ -100,6 +100,34 @@ async def test_a_manifest_names_keys_of_its_own_repo_only(tmp_path: Path, state:
         await keys.import_key(infra, "../x", tmp_path / "attic")
 
 
+async def test_a_repo_names_keys_that_sign_and_each_key_has_one_use(tmp_path: Path) -> None:
+    infra, lab = await made(tmp_path / "repos", "infra", "lab")
+    first, again = [await keys.make(infra, "cache.1", "signing") for _ in range(2)]
+    assert first == again == keys.signing(infra, "cache.1") and first.stat().st_mode & 0o777 == 0o600
+    assert sorted(each.name for each in first.parent.iterdir()) == ["cache.1"]
+    assert (public := await keys.public_half(first)).startswith("infra-cache.1:") and len(public) == 58
+    await keys.import_key(lab, "theirs", first)
+    assert await keys.public_half(keys.signing(lab, "theirs")) == public
+    with pytest.raises(InputError, match=r"this repository has no key cache\.1, which nix\.sig") as missing:
+        keys.signing(lab, "cache.1")
+    assert "toto.toml: " in str(missing.value)
+    assert "next: on toto: toto key lab cache.1 --import FILE, or --new signing" in str(missing.value)
+    reader = await keys.make(infra, "read.only", "ssh")
+    assert (await keys.public_half(reader)).startswith("ssh-ed25519 ") and Path(f"{reader}.pub").exists()
+    for use, name in (("signing", "read.only"), ("ssh", "cache.1"), ("signing", "read.only.pub")):
+        with pytest.raises(InputError, match=f"names the key {name}, which is not a"):
+            keys.named(infra, name, "ssh" if use == "ssh" else "signing", "toto.toml: x")
+    with pytest.raises(InputError, match=r"which is not a private ssh key"):
+        await keys.identity(infra, "cache.1")
+    with pytest.raises(InputError):  # the machines' key lets toto in
+        await keys.make(infra, keys.MACHINES, "signing")
+    with pytest.raises(InputError, match=r"is not a private ssh key$"):
+        await keys.import_key(infra, keys.MACHINES, first)
+    (tmp_path / "short").write_text("name:AAAA==")
+    with pytest.raises(InputError, match="is not a private ssh key or a secret key of nix"):
+        await keys.import_key(infra, "x", tmp_path / "short")
+
+
 async def test_the_operators_commands(tmp_path: Path) -> None:
     repos = tmp_path / "repos"
     await keygen(tmp_path / "attic")
@@ -115,6 +143,11 @@ async def test_the_operators_commands(tmp_path: Path) -> None:
     attic = " ".join((tmp_path / "attic.pub").read_text().split()[:2])
     assert toto("key", "infra", "attic", "--import", tmp_path / "attic") == f"{attic} toto infra\n"
     assert "this repository has no key other" in toto("key", "infra", "other")
+    assert "should be 1 to 63 letters" in toto("key", "infra", "..") and "not a file" in toto("key", "infra", "a/b")
+    made = toto("key", "infra", "cache", "--new", "signing")
+    assert made.startswith("infra-cache:") and made == toto("key", "infra", "cache")
+    assert "which is not a private ssh key" in toto("key", "infra", "cache", "--new", "ssh")
+    assert toto("key", "infra", "reader", "--new", "ssh").endswith("toto infra\n")
     assert "the blocks called toto stay with infra" in toto("repo", "create", "lab")
     assert (paths.state_home() / "server.toml").read_text().startswith('shared_blocks = "infra"')
     assert "shared_blocks" not in toto("repo", "create", "third")

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/run/c
 needs_sshd = pytest.mark.skipif(SSHD is None, reason="there is no sshd on this machine: install openssh-server")
 
 
-def free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -46,20 +47,27 @@ class Server:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with sshd(tmp_path) as made:
+        yield made
+
+
+@asynccontextmanager
+async def sshd(tmp_path: Path, address: str = "127.0.0.1", *more: str) -> AsyncIterator[Server]:
+    """An sshd of this machine, at an address of its own; `more` are further lines of its settings."""
     directory = tmp_path / "a server's 100% own"
     directory.mkdir()
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     host_key = await keygen(directory / "host")
-    port = free_port()
+    port = free_port(address)
     await keygen(directory / "user %h")
     plain = tmp_path / "plain"  # sshd_config takes no blanks
     plain.symlink_to(directory)
     (directory / "authorized").write_text((directory / "user %h.pub").read_text())
     (directory / "config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {plain}/host\nAuthorizedKeysFile {plain}/authorized\n"
+        f"Port {port}\nListenAddress {address}\nHostKey {plain}/host\nAuthorizedKeysFile {plain}/authorized\n"
         "StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n"
+        "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n" + "".join(f"{line}\n" for line in more)
     )
     journal = directory / "journal"
     assert SSHD is not None
@@ -72,7 +80,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
             directory,
             SshTarget(
                 "web1.lan",
-                "127.0.0.1",
+                address,
                 port,
                 getpass.getuser(),
                 directory / "user %h",

@@ -155,7 +155,7 @@ async def test_it_tells_systemd_when_it_answers(tmp_path_factory: pytest.TempPat
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as systemd:
         systemd.bind(str(home / "notify"))
         systemd.settimeout(60)
-        command = [sys.executable, "-m", "toto.cli", "nix-daemon", "--home", home / "nix", "--group", "nogroup"]
+        command = [sys.executable, "-m", "toto.cli", "nix-daemon", "--home", str(home / "nix"), "--group", "nogroup"]
         async with process.start(command, env={**os.environ, "NOTIFY_SOCKET": str(home / "notify")}):
             assert await asyncio.to_thread(systemd.recv, 100) == b"READY=1"
             assert daemon._answers(home / "nix" / "client" / "socket")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Final
 
 import pytest
 
-from tests.lab import nix_daemon
-from toto.base import process
+from tests.lab import nix_daemon, setup
+from tests.lab.fleet import command_of, processes
+from toto.base import paths, process, server_rules
 from toto.base.errors import TotoError
 from toto.nix import commands as nix
 from toto.nix.hosts import Host
@@ -158,14 +160,61 @@ async def test_what_it_builds_while_it_evaluates_reaches_nothing_either(
     assert outside.callers == 0
 
 
-async def test_the_server_may_forbid_to_build_while_it_evaluates(
-    tree: Path, outside: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def rule(builds: int) -> None:
+    (paths.state_home() / server_rules.FILE).write_text(f"[evaluation]\nbuilds = {builds}\n")
+
+
+async def test_the_server_may_forbid_to_build_while_it_evaluates(tree: Path, outside: Outside) -> None:
     host(tree, BUILT.format("echo 7"))
     assert '("said","7")' in await outside.said(tree)
-    monkeypatch.setenv(nix.FORBID_IMPORT, "1")
+    rule(0)
     host(tree, BUILT.format("echo 8"))
     assert "allow-import-from-derivation" in await outside.said(tree)
+
+
+def chain(length: int, once: str) -> str:
+    """Builds that each need the one before, the last of which an evaluation reads; each says a word to stderr."""
+    return f"""import (builtins.foldl' (before: number: derivation {{
+        name = "built-${{toString number}}"; system = "x86_64-linux"; builder = "/bin/sh"; inherit before;
+        args = [ "-c" "echo 'building nothing' >&2; echo '\\"{once}\\"' > $out" ];
+    }}) "{once}" (builtins.genList (number: number) {length}))"""
+
+
+async def test_an_evaluation_that_builds_too_much_is_ended(tree: Path, outside: Outside) -> None:
+    rule(3)
+    once = str(uuid.uuid4())
+    host(tree, chain(3, once))
+    assert f'("said","{once}")' in await outside.said(tree)
+    host(tree, f"[ ({chain(3, once)}) ({chain(2, str(uuid.uuid4()))}) ]")  # what is there already is not built again
+    assert "failed" not in await outside.said(tree)
+    word = str(uuid.uuid4())
+    # What it prints itself hides no build.
+    noise = f'builtins.trace (builtins.concatStringsSep "" (builtins.genList (_: "x") 200000)) ({chain(40, word)})'
+    for attempt in (chain(4, str(uuid.uuid4())), noise):
+        host(tree, attempt)
+        said = await outside.said(tree)
+        assert said.startswith("failed: a: its evaluation was ended: it began more than the 3 builds that"), said
+        assert "or raise evaluation.builds in toto's server.toml" in said
+    async with asyncio.timeout(60):  # and it builds no more
+        while any(word.encode() in command_of(each) for each in processes()):
+            await asyncio.sleep(0.05)
+    built = [each.read_text() for each in Path("/nix/store").glob("*-built-*") if each.is_file()]
+    assert len([text for text in built if word in text and "Derive" not in text]) < 20
+
+
+@pytest.mark.parametrize("most", [3, 2])
+async def test_a_whole_system_whose_text_is_built_keeps_to_the_limit(
+    tmp_path: Path, outside: Outside, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    setup.setup()
+    monkeypatch.setenv("NIX_PATH", setup.environment()["NIX_PATH"])
+    (tmp_path / "infra/hosts").mkdir(parents=True)
+    (tmp_path / "infra/hosts/a.nix").write_text(
+        f"""{{ networking.hostName = "a"; environment.etc."text".text = {chain(3, str(uuid.uuid4()))}; }}"""
+    )
+    rule(most)
+    said = await outside.said(tmp_path / "infra")
+    assert said.startswith("Derive(" if most == 3 else "failed: a: its evaluation was ended: it began more than"), said
 
 
 async def test_memory_and_output_are_bounded(tree: Path, outside: Outside) -> None:

@@ -15,6 +15,7 @@ from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
+from toto.machine import keys
 from toto.nix import closure
 from toto.nix import commands as nix
 from toto.plan import make as plan
@@ -84,6 +85,16 @@ async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make)
     assert [(change.label, change.why) for change in first.changes.changes] == [("a", Why.NEW), ("b", Why.NEW)]
     await good(repo, first)
     assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+
+
+async def test_a_signing_key_that_is_not_there_is_told_before_anything_is_evaluated(
+    repo: InfraRepo, make: Make
+) -> None:
+    pushed = repo.commit({"machines.yaml": machines("a"), "toto.toml": "[nix]\nsigning_key = 'cache'\n"})
+    with pytest.raises(InputError, match=r"this repository has no key cache, which nix\.signing_key names"):
+        await make(pushed)
+    await keys.make(repo.bare, "cache", "signing")
+    assert (await make(pushed)).changes.empty
 
 
 async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:

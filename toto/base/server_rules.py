@@ -31,6 +31,13 @@ class Push(Model):
     """bytes of a push"""
 
 
+class Evaluation(Model):
+    """What an evaluation may do."""
+
+    builds: Annotated[StrictInt, Field(ge=0, le=1_000_000)] = 50
+    """derivations that one evaluation may have built (import from derivation); 0 forbids it"""
+
+
 class ServerRules(Model):
     """Everything in `server.toml`."""
 
@@ -40,6 +47,7 @@ class ServerRules(Model):
     """the one repository that also uses the blocks called `toto`, and those called like its terraform roots"""
     runs: Runs = Runs()
     push: Push = Push()
+    evaluation: Evaluation = Evaluation()
     most: dict[StrictStr, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     """the most that a `toto.toml` may set a number to, by the setting's name, such as `nix.build_timeout`"""
 

@@ -70,11 +70,11 @@ def _check_word(text: str) -> str:
 
 
 def check_key_name(name: str) -> str:
-    """Return `name` if it can name one of a repo's ssh keys; else raise ValueError."""
+    """Return `name` if it can name one of a repo's keys; else raise ValueError."""
     if "/" in name or name.startswith("~"):
         raise ValueError(
-            f"names a key that this repository has on toto, not a file: run `toto key REPO NAME --import {name[:200]}` "
-            "there, and write NAME here"
+            f"names a key that this repository has on toto, not a file: run "
+            f"`toto key REPO NAME --import {shown(name, 200)}` there, and write NAME here"
         )
     return check_name(name)
 
@@ -122,6 +122,7 @@ def _check_distinct(values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
 
 
 Name = Annotated[StrictStr, AfterValidator(check_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
+KeyName = Annotated[StrictStr, AfterValidator(check_key_name)]
 Word = Annotated[StrictStr, AfterValidator(_check_word)]
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 Distinct = AfterValidator(_check_distinct)

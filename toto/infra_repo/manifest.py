@@ -19,13 +19,13 @@ from toto.base.yaml_file import FileError, Reading, quoted, read_text
 from toto.infra_repo.fields import (
     Distinct,
     Freeze,
+    KeyName,
     Name,
     OpenIn,
     Port,
     Word,
     check_address,
     check_host_key,
-    check_key_name,
     check_system,
     check_user,
 )
@@ -44,7 +44,7 @@ class SSH(Fields):
     """the user that toto logs in as"""
     port: Port = 22
     """the port of the machine's SSH server"""
-    identity: Annotated[StrictStr, AfterValidator(check_key_name)] | None = None
+    identity: KeyName | None = None
     """the name of one of the repository's private keys on toto; when left out, its key for the machines"""
     host_key: Annotated[StrictStr, AfterValidator(check_host_key)] | None = None
     """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""

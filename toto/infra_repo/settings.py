@@ -5,6 +5,7 @@ It holds no secrets and no settings of the server: those are in Prefect blocks a
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -12,11 +13,13 @@ from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, Va
 
 from toto.base.errors import InputError
 from toto.base.model import Location, Model, explain, shown
-from toto.infra_repo.fields import Distinct, Freeze, Name, OpenIn, Word
+from toto.infra_repo.fields import Distinct, Freeze, KeyName, Name, OpenIn, Word
 
 FILE: Final = "toto.toml"
 LARGEST: Final = 1 << 20  # bytes of a file
 
+_LONG: Final = 20_000  # characters of a file: in a longer one no lines are looked for
+_LOCATED: Final = 10  # mistakes whose lines are looked for, and lines that are tried for each
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _VENUE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _MAIL: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
@@ -34,12 +37,6 @@ def _check_nixpkgs(text: str) -> str:
     searched = re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9+._/-]*>", text)
     if not searched and (not re.fullmatch(r"[A-Za-z0-9._/][A-Za-z0-9+._/-]*", text) or ".." in text.split("/")):
         raise ValueError(f"should be like '<nixpkgs>', or the path of an expression in the repo, not {shown(text)}")
-    return text
-
-
-def _check_path(text: str) -> str:
-    if not text.strip() or text.startswith("-") or _CONTROL.search(text):
-        raise ValueError(f"should be a path, not {shown(text)}")
     return text
 
 
@@ -93,8 +90,8 @@ class Nix(Model):
     """MB that an evaluation takes: it decides how many run side by side; one that takes twice as much is ended"""
     build_timeout: Seconds = 7200
     """seconds that a build may take"""
-    signing_key: Annotated[StrictStr, AfterValidator(_check_path)] | None = None
-    """the file on toto with the secret key that signs closures; when left out, nothing is signed"""
+    signing_key: KeyName | None = None
+    """the name of the repository's key on toto that signs closures; when left out, nothing is signed"""
 
     @property
     def most_memory(self) -> int:
@@ -201,46 +198,87 @@ class Settings(Model):
     venues: Venues = Venues()
 
 
-def load(tree: Path) -> Settings:
+def load(tree: Path, *, deployed: bool = False) -> Settings:
     """The settings of an infra repo checked out at `tree`; the defaults when it has no `toto.toml`.
 
+    With `deployed` they are of a commit that was deployed already, perhaps by an older version, and that toto has to
+    understand in order to revert: a value that only older versions accept counts as left out.
     Raises `SettingsError` with all mistakes, or with the line that is not TOML.
     """
-    data = _toml(tree / FILE)
+    text = _read(tree / FILE)
+    data = _toml(text)
+    if deployed and isinstance(nix := data.get("nix"), dict) and "/" in str(nix.get("signing_key")):
+        del nix["signing_key"]  # version 0.1.0's path of a key file
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise SettingsError([problem(location, what) for location, what in explain(error, Settings)]) from None
+        raise SettingsError(
+            [
+                problem(location, what, _line(text, location) if number < _LOCATED else None)
+                for number, (location, what) in enumerate(explain(error, Settings))
+            ]
+        ) from None
 
 
-def problem(location: Location, what: str) -> str:
-    """One line of a `SettingsError`: what is wrong with the setting at `location`."""
-    return f"{FILE}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
+def problem(location: Location, what: str, line: int | None = None) -> str:
+    """One line of a `SettingsError`: what is wrong with the setting at `location`, and in which line it is."""
+    where = FILE if line is None else f"{FILE}:{line}"
+    return f"{where}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _line(text: str, location: Location) -> int | None:
+    """The line that sets `location`, when that is one line: the file has it with this line, and not without it."""
+    path = [part for part in location if part != "[key]"]
+    key = next((part for part in reversed(path) if isinstance(part, str)), "")
+    word = re.compile(rf"(?<![\w-]){re.escape(key)}(?![\w-])")
+    lines = text.split("\n") if len(text) < _LONG else []
+    for number in [each for each, line in enumerate(lines) if word.search(line)][:_LOCATED]:
+        try:
+            before, after = (tomllib.loads("\n".join(lines[:end])) for end in (number, number + 1))
+        except (ValueError, RecursionError):  # (a value of several lines)
+            continue
+        if _has(after, path) and not _has(before, path):
+            return number + 1
+    return None
+
+
+def _has(data: Any, path: Sequence[str | int]) -> bool:
+    for part in path:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True
+
+
+def _read(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
             raise SettingsError([f"{FILE}: this is not a file"])
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
     except FileNotFoundError:
-        return {}
+        return ""
     except OSError as error:
         raise SettingsError([f"{FILE}: cannot be read: {error.strerror}"]) from None
     if len(data) > LARGEST:
         raise SettingsError([f"{FILE}: is larger than {LARGEST >> 20} MiB"])
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise SettingsError([f"{FILE}:{line}: is not UTF-8 from here on"]) from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         raise SettingsError([f"{FILE}: is nested too deeply"]) from None
     except ValueError as error:
         # A TOMLDecodeError, or what Python's int() raises for a number that is too long.
         found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
-        line = (int(found[2]) if found[2] else data.count(b"\n") + 1) if found else 1
+        line = (int(found[2]) if found[2] else text.count("\n") + 1) if found else 1
         what = " ".join((found[1] if found else str(error)).split())
         raise SettingsError([f"{FILE}:{line}: is not TOML: {what[:1].lower()}{what[1:]}"]) from None
 

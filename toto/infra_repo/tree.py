@@ -8,7 +8,10 @@ from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 
 
-def read_tree(tree: Path) -> tuple[Settings, Manifest]:
-    """The settings and the manifest of an exported commit. Raises `SettingsError`, `ManifestError`."""
-    settings = settings_of.load(tree)
+def read_tree(tree: Path, *, deployed: bool = False) -> tuple[Settings, Manifest]:
+    """The settings and the manifest of an exported commit. Raises `SettingsError`, `ManifestError`.
+
+    `deployed` is as in `settings.load`.
+    """
+    settings = settings_of.load(tree, deployed=deployed)
     return settings, manifest.load(tree / manifest.FILE)

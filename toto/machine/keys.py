@@ -1,21 +1,29 @@
-"""toto's ssh keys: one of each infra repo for its machines, and toto's own for the sandboxes.
+"""toto's keys: one ssh key of each infra repo for its machines, and toto's own for the sandboxes.
 
 They are made when first needed, and their private halves are never shown. A repo may have more keys, by names that
-`ssh.identity` in its manifest uses. No repo can name a key of a different one.
+`ssh.identity` in its manifest and `nix.signing_key` in its settings use: ssh keys, and nix's keys that sign closures.
+No repo can name a key of a different one.
 """
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, Literal, TypeAlias, get_args
 
 from toto.base import files, paths, process
 from toto.base.errors import InputError
 from toto.git_host import shared
 from toto.infra_repo.fields import check_key_name
 from toto.ledger.ledger import Ledger
+from toto.nix import commands as nix
 
-MACHINES = "machines"
+MACHINES: Final = "machines"
+INPUTS: Final = "inputs"  # reads the private inputs of flakes
+Use: TypeAlias = Literal["ssh", "signing"]
+USES: Final[tuple[Use, ...]] = get_args(Use)
+_WORDS: Final[dict[Use, str]] = {"ssh": "a private ssh key", "signing": "a secret key of nix"}
 
 
 async def private(name: str) -> Path:
@@ -81,32 +89,96 @@ async def identity(repo: Path, name: str | None) -> Path:
     """
     if name is None or name == MACHINES:
         return await of_machines(repo)
-    key = _folder(repo) / check_key_name(name)
+    return named(repo, name, "ssh", "machines.yaml: ssh.identity")
+
+
+def signing(repo: Path, name: str) -> Path:
+    """The secret key of an infra repo that `nix.signing_key` names. Raises `InputError` when it is missing."""
+    return named(repo, name, "signing", "toto.toml: nix.signing_key")
+
+
+def of_inputs(repo: Path) -> tuple[Path, Path]:
+    """The ssh key by which an infra repo reads private inputs of its flake, and the file with the host keys it trusts.
+
+    Raises `InputError` when the key is missing: toto does not make it.
+    """
+    key = _folder(repo) / INPUTS
     if not key.is_file():
         raise InputError(
-            f"this repository has no key {name}, which ssh.identity names",
-            target="machines.yaml",
-            hint=f"on toto: toto key {shared.name_of(repo)} {name} --import FILE",
+            f"has inputs that are read by ssh, and this repository has no key `{INPUTS}` for that",
+            target="flake.lock",
+            hint=f"on toto: toto key {shared.name_of(repo)} {INPUTS} --new ssh; let that key read there, and only read",
+        )
+    return named(repo, INPUTS, "ssh", "flake.lock: an input"), paths.repo_state(repo) / "inputs_known_hosts"
+
+
+def named(repo: Path, name: str, use: Use | None, where: str) -> Path:
+    """The private key of an infra repo by its name, for one use, or for any. `where` is what names it: `FILE: SETTING`.
+
+    Raises `InputError` when there is none, or when it is for a different use.
+    """
+    key, (file, _, setting) = _folder(repo) / check_key_name(name), where.partition(": ")
+    here = f"on toto: toto key {shared.name_of(repo)}"
+    try:
+        found = _use(key.read_text())
+    except (OSError, ValueError):
+        raise InputError(
+            f"this repository has no key {name}, which {setting} names",
+            target=file,
+            hint=f"{here} {name} --import FILE, or --new {use or 'ssh'}",
+        ) from None
+    if found is None or use not in (None, found):
+        raise InputError(
+            f"{setting} names the key {name}, which is not {_WORDS[use or 'ssh']}",
+            target=file,
+            hint=f"{here} OTHER-NAME --new {use or 'ssh'}, and name that one",
         )
     return key
 
 
+async def make(repo: Path, name: str, use: Use) -> Path:
+    """A key of an infra repo by its name, which is made when missing. Raises `InputError`."""
+    key, of = _folder(repo) / check_key_name(name), shared.name_of(repo)
+    if name == MACHINES:
+        await of_machines(repo)
+    if not key.exists():
+        await _made(key, f"toto {of}" if use == "ssh" else f"{of}-{name}", use)
+    return named(repo, name, use, "toto key: the command line")
+
+
 async def import_key(repo: Path, name: str, file: Path) -> Path:
-    """Copy a private key to an infra repo's keys, under a name; return its path. Raises `InputError`."""
+    """Copy a private key, of ssh or of nix, to an infra repo's keys, under a name; return its path.
+
+    Raises `InputError`.
+    """
     try:
         key = _folder(repo) / check_key_name(name)
         text = file.expanduser().read_text()
     except (ValueError, OSError) as error:
         raise InputError(str(error), target=str(file)) from None
-    if "PRIVATE KEY-----" not in text:
-        raise InputError("is not a private ssh key", target=str(file))
+    use = _use(text)
+    if use is None or (use != "ssh" and name == MACHINES):
+        raise InputError(f"is not {' or '.join(_WORDS.values() if use is None else [_WORDS['ssh']])}", target=str(file))
     return files.write(key, text)
 
 
-async def public_half(key: Path) -> str:
-    """The public half of a private key, as one line without its comment. Raises `CommandFailed`."""
+def _use(text: str) -> Use | None:
+    """What a private key is for, by its text."""
+    if "PRIVATE KEY-----" in text:
+        return "ssh"
+    return "signing" if re.fullmatch(r"[A-Za-z0-9._-]{1,200}:[A-Za-z0-9+/]{86}==\n?", text) else None
+
+
+async def public_half(key: Path, comment: str = "") -> str:
+    """The public half of a private key, as one line: an ssh key with a comment, `NAME:BASE64` of one of nix.
+
+    Raises `CommandFailed`.
+    """
+    text = key.read_text()
+    if _use(text) == "signing":
+        return await nix.public_key(text)
     done = await process.run(["ssh-keygen", "-y", "-P", "", "-f", key], timeout=60)
-    return " ".join(done.stdout.split()[:2])
+    return " ".join([*done.stdout.split()[:2], *comment.split()])
 
 
 def _folder(repo: Path) -> Path:
@@ -115,18 +187,22 @@ def _folder(repo: Path) -> Path:
     return folder
 
 
-async def _made(key: Path, comment: str) -> Path:
-    """The private key `key`, which is made when missing."""
+async def _made(key: Path, comment: str, use: Use = "ssh") -> Path:
+    """The private key `key`, which is made when missing; a key of nix is called by its `comment`."""
     if key.exists():
         return key
     key.parent.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=key.parent) as directory:
         fresh = Path(directory, key.name)
-        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", fresh], timeout=60)
+        if use == "ssh":
+            await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", fresh], timeout=60)
+        else:
+            files.write(fresh, await nix.new_key(comment))
         # The process that links it first has made the key; the others use that one.
         try:
             key.hardlink_to(fresh)
         except FileExistsError:
             return key
-        fresh.with_suffix(".pub").replace(key.with_suffix(".pub"))
+        if use == "ssh":
+            Path(f"{fresh}.pub").replace(f"{key}.pub")
     return key

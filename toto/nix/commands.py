@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from toto.base import process
+from toto.base import process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
@@ -31,16 +31,17 @@ log = logging.getLogger(__name__)
 
 EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
 MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
-FORBID_IMPORT: Final = "TOTO_FORBID_IMPORT_FROM_DERIVATION"  # of toto's environment: "1" forbids it
 # Where an evaluation's cell has toto's own expressions, and the daemon's socket and nix.conf.
 _EXPRESSIONS: Final = Path("/toto")
 _DAEMON: Final = Path("/daemon")
+_LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
 _MEMORY: Final = (
     "if there was too little memory: raise nix.evaluate_memory in toto.toml, so that fewer evaluations run side by side"
 )
+_BUILDS: Final = re.compile(r"building '/nix/store/[^']+\.drv'")  # what nix says of each build that it begins
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
@@ -85,7 +86,10 @@ def environment() -> dict[str, str]:
 async def _evaluate(
     host: Host, tree: Path, words: Sequence[str], limits: Limits, timeout: float, network: Namespace | None = None
 ) -> process.Completed:
-    """Run a nix command that evaluates what was pushed, in a cell. Raises `EvaluationFailed`, `CommandTimeout`."""
+    """Run a nix command that evaluates what was pushed, in a cell, with as many builds as the server allows.
+
+    Raises `EvaluationFailed`, `CommandTimeout`.
+    """
     socket, places = daemon.socket(), _search_path()
     cell = Cell(
         read={
@@ -105,23 +109,46 @@ async def _evaluate(
         # 4919). With a heap that is large from the start, a host of ordinary size needs none.
         "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
     }
-    command = [_program(words[0]), *words[1:]]
-    try:
-        done = await process.run(command, cell=cell, env=env, check=False, timeout=timeout, target=host.name)
-        if done.status == -signal.SIGSEGV:
-            done = await process.run(
-                command, cell=cell, env=env | {"GC_DONT_GC": "1"}, check=False, timeout=timeout, target=host.name
+    command = [program(words[0]), *words[1:]]
+    most, builds = server_rules.load().evaluation.builds, 0
+
+    async def evaluate(more: dict[str, str]) -> process.Completed:
+        async with asyncio.timeout(None) as allowed:
+
+            def count(line: str) -> None:
+                nonlocal builds
+                builds += bool(_BUILDS.match(line))
+                if builds > most:
+                    allowed.reschedule(0)  # at once
+
+            return await process.run(
+                command, cell=cell, env=env | more, check=False, timeout=timeout, target=host.name, on_error_line=count
             )
+
+    try:
+        done = await evaluate({})
+        if done.status == -signal.SIGSEGV:
+            done = await evaluate({"GC_DONT_GC": "1"})
+    except TimeoutError:
+        done = None
     except process.LimitExceeded as error:
         raise EvaluationFailed(
             f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=_MEMORY
         ) from None
+    if done is None or builds > most:  # (it may have ended by itself just then)
+        raise EvaluationFailed(
+            f"its evaluation was ended: it began more than the {most} builds that this server allows in an evaluation "
+            "(import from derivation)",
+            target=host.name,
+            hint=f"have fewer files of the configuration built, or raise evaluation.builds in toto's "
+            f"{server_rules.FILE}",
+        )
     if done.status != 0:
         raise _evaluation_failed(done, host, tree)
     return done
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """A program of nix by the path that it has in a cell. Raises `CommandNotFound`."""
     found = shutil.which(name)
     if found is None:
@@ -144,7 +171,7 @@ def _confined(*, pure: bool) -> list[str]:
         "allowed-uris": f"{pinned} path:/nix/store/" if pure else pinned,
         # With flakes there is fetchTree, which copies any folder that the process may read, whatever is restricted.
         "experimental-features": "nix-command flakes" if pure else "nix-command",
-        "allow-import-from-derivation": "false" if os.environ.get(FORBID_IMPORT) else "true",
+        "allow-import-from-derivation": "true" if server_rules.load().evaluation.builds else "false",
     }
     readable = [] if pure else [INFRA, _EXPRESSIONS, *shared()]
     return [
@@ -364,27 +391,58 @@ async def add_gc_root(path: str, root: Path) -> None:
     )
 
 
-async def sign(path: str, key: Path) -> None:
-    """Sign a closure with a secret key file, so that machines accept it from any user. Raises `CopyFailed`."""
+async def new_key(name: str) -> str:
+    """A new secret key for `sign`, in nix's form `NAME:BASE64`. Raises `CommandFailed`."""
+    return (await process.run(["nix", *_NEW, "key", "generate-secret", "--key-name", name], timeout=60)).stdout
+
+
+async def public_key(secret: str) -> str:
+    """The public half of a secret key, as `nix.settings.trusted-public-keys` has it. Raises `CommandFailed`."""
+    done = await process.run(["nix", *_NEW, "key", "convert-secret-to-public"], stdin=secret.encode(), timeout=60)
+    return done.stdout.strip()
+
+
+async def sign(path: str, key: Path, folder: Path) -> None:
+    """Sign a closure with a secret key file, for `copy`: `folder` becomes a nix database that has it with signatures.
+
+    toto's nix daemon takes signatures of clients that it trusts with everything else as well, and would keep them for
+    whoever copies the same paths. So they are in a database of their own, over the store as it is. Raises `CopyFailed`.
+    """
+    env = environment()
+    own = _with_database(env, folder)
     try:
-        await process.run(
-            ["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=environment(), timeout=300
-        )
+        paths = await closure(path)
+        known = await process.run(["nix-store", "--dump-db", *paths], env=env, timeout=300, keep=_LARGEST_DUMP)
+        await process.run(["nix-store", "--load-db"], env=own, stdin=known.stdout.encode(), timeout=300)
+        await process.run(["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=own, timeout=300)
     except process.CommandFailed as error:
         raise CopyFailed(f"could not sign {path}: {error.message}", hint="see nix.signing_key in toto.toml") from None
 
 
+def _with_database(env: dict[str, str], folder: Path) -> dict[str, str]:
+    return env | {"NIX_REMOTE": "local", "NIX_STATE_DIR": str(folder), "NIX_LOG_DIR": str(folder)}
+
+
 async def copy(
-    path: str, alias: str, ssh_config: Path, *, timeout: float, target: str, on_line: process.LineSink | None = None
+    path: str,
+    alias: str,
+    ssh_config: Path,
+    *,
+    timeout: float,
+    target: str,
+    signed: Path | None = None,
+    on_line: process.LineSink | None = None,
 ) -> None:
     """Copy a closure to the machine that `ssh_config` calls `alias`; paths that it has are not sent.
 
+    `signed` is the folder that `sign` has filled, when the closure is to have signatures there.
     Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
     """
     try:
         await process.run(
             ["nix", *_NEW, "copy", "--to", f"ssh://{alias}", path],
-            env=environment() | {"NIX_SSHOPTS": f"-F {ssh_config}"},
+            env=(environment() if signed is None else _with_database(environment(), signed))
+            | {"NIX_SSHOPTS": f"-F {ssh_config}"},
             timeout=timeout,
             on_error_line=on_line,
             target=target,

@@ -9,7 +9,7 @@ from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry
 from toto.ledger.target import HOST, Target
 from toto.machine import keys
-from toto.nix import closure, hosts
+from toto.nix import closure, hosts, inputs
 from toto.nix import commands as nix
 from toto.nix.hosts import Host
 from toto.plan.changes import Action, Change, Desired, Why, deploy
@@ -75,6 +75,10 @@ class HostKind(Kind[Host]):
     async def discover(self, source: Source) -> list[Found[Host]]:
         """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
         rules = source.settings.nix
+        if rules.signing_key is not None:
+            keys.signing(source.repo, rules.signing_key)  # else only the copy to a machine would miss it
+        if lacking := await inputs.lacking(source.tree):
+            await inputs.fetch(lacking, *keys.of_inputs(source.repo), timeout=rules.evaluate_timeout)
         from_flake = await nix.flake_hosts(source.tree, timeout=rules.evaluate_timeout, memory=rules.most_memory)
         machines = source.manifest.machines
         return [
