@@ -114,6 +114,18 @@ async def test_a_write_that_changes_nothing_makes_no_commit(book: Ledger) -> Non
     assert book.read().commit == before
 
 
+async def test_what_the_ledger_names_outlives_a_forced_push_and_a_garbage_collection(tmp_path: Path) -> None:
+    repo = InfraRepo(tmp_path / "infra")
+    first = repo.commit({"a": "1"})
+    ledger = Ledger(repo.bare)
+    good = deployed("/nix/store/a").model_copy(update={"commit": first})
+    await ledger.write(Target("host", "web1"), lambda _: Entry(good=good), "web1: good")
+    git("commit", "--amend", "--quiet", "-m", "amended", cwd=repo.work)
+    git("push", "--quiet", "--force", str(repo.bare), "HEAD:main", cwd=repo.work)
+    git("-c", "gc.reflogExpireUnreachable=now", "gc", "--quiet", "--prune=now", cwd=repo.bare)
+    assert git("show", f"{first}:a", cwd=repo.bare) == "1"
+
+
 async def test_a_retired_target_leaves_the_ledger_but_not_its_history(book: Ledger) -> None:
     await book.write(WEB1, steps.rehearsed_only(deployed("/nix/store/x")), "one")
     await book.write(WEB1, lambda _: None, "web1: retired")

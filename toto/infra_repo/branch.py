@@ -8,7 +8,7 @@ push to.
 """
 
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -21,6 +21,7 @@ from toto.infra_repo import git
 from toto.infra_repo.git import GitError
 
 TRIES: Final = 50  # a try fails when a different writer was first, so this many may write at the same time
+KEPT: Final = "refs/toto/kept"  # commits that toto's branches name
 CRASH_REPORTS: Final = "fast_import_crash_*"  # git leaves them in the repository when it cannot write
 
 Texts: TypeAlias = Mapping[str, str]
@@ -40,11 +41,21 @@ class NotWritten(GitError):
         self.why = why
 
 
-async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message: str) -> None:
+async def change(
+    repo: Path,
+    ref: str,
+    paths: Sequence[str],
+    edit: Edit,
+    message: str,
+    *,
+    named: Callable[[], Iterable[str]] = tuple,
+) -> None:
     """Change files of the branch `ref` in one commit; the branch is made when it is missing.
 
     `edit` gets the text of each of `paths` that exists, and returns new texts by path (None removes the file). It is
     called again when a different writer was first. No commit is made when it changes nothing, nor when it raises.
+    The commits of the repo that the new texts name, which `named` returns after `edit`, are kept by refs of their own:
+    a forced push could take them from every branch, and git would collect them.
     Raises `NotWritten`, and what `edit` raises.
     """
 
@@ -57,7 +68,11 @@ async def change(repo: Path, ref: str, paths: Sequence[str], edit: Edit, message
             if text != old.get(path)
         )
 
-    await _swap(repo, ref, step, message)
+    def kept() -> bytes:
+        there = [each for each in dict.fromkeys(named()) if _tip(repo, each) == each]
+        return b"".join(f"reset {KEPT}/{each}\nfrom {each}\n\n".encode() for each in there)
+
+    await _swap(repo, ref, step, message, kept)
 
 
 async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
@@ -72,7 +87,7 @@ async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], s
     await _swap(repo, ref, step, "toto's notes")
 
 
-async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
+async def _swap(repo: Path, ref: str, step: _Step, message: str, kept: Callable[[], bytes] = bytes) -> None:
     for attempt in range(TRIES):
         tip = _tip(repo, ref)
         changes = await step(tip)
@@ -81,7 +96,9 @@ async def _swap(repo: Path, ref: str, step: _Step, message: str) -> None:
         # fast-import only fast-forwards the ref from `tip`: that makes this a compare-and-swap.
         stream = b"".join(
             (
-                f"feature done\ncommit {ref}\ncommitter toto <toto@localhost> now\n".encode(),
+                b"feature done\n",
+                kept(),
+                f"commit {ref}\ncommitter toto <toto@localhost> now\n".encode(),
                 _data(message),
                 f"from {tip}\n".encode() if tip else b"",
                 changes,

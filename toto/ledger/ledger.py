@@ -170,6 +170,14 @@ def owner_lives(who: str) -> bool | None:
     return boot == owner().split("/")[1] and process.lives(pid)
 
 
+def _commits(entry: Entry | None) -> list[str]:
+    """The commits that an entry names: what is deployed, and what a revert has to read, by these."""
+    if entry is None:
+        return []
+    records = [entry.good, entry.intent.desired if entry.intent else None]
+    return [record.commit for record in records if record is not None]
+
+
 Change: TypeAlias = Callable[[Entry], Entry | None]
 
 
@@ -220,7 +228,7 @@ class Ledger:
             return {path: json.dumps(new.model_dump(exclude_none=True), indent=1, sort_keys=True) + "\n"}
 
         try:
-            await branch.change(self.repo, REF, [path], edit, message)
+            await branch.change(self.repo, REF, [path], edit, message, named=lambda: _commits(written))
         except branch.NotWritten as error:
             raise LedgerError(
                 f"the ledger could not be written: {error.why}", target=str(target), hint=error.hint
