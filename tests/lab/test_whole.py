@@ -330,13 +330,15 @@ async def test_a_machine_that_leaves_the_manifest_is_forgotten_and_left_alone(wh
 async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> None:
     before = await whole.systems()
     web1 = whole.machines["web1"]
+    whole.control.waits("post-switch", after=f"{BAD}exit")
+    begun = whole.begin_other("unhappy")
+    await whole.control.begun()
     # Another tool activates meanwhile, as nixos-rebuild does when toto has given up on it: that is let end first.
     await web1.check(
         "sudo systemd-run --unit=nixos-rebuild-switch-to-configuration "
         "sh -c 'until [ -e /run/let-go ]; do sleep 0.2; done'"
     )
-    whole.control["post-switch"] = BAD
-    begun = whole.begin_other("unhappy")
+    whole.control.go()
     async with asyncio.timeout(PATIENCE):
         while (await web1.ssh("ps | grep -q '[a]ctivate.sh quiet'")).status != 0:
             await asyncio.sleep(0.2)
