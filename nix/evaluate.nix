@@ -21,15 +21,34 @@ let
     if nixpkgs == "" then <nixpkgs/nixos>
     else if searched != null then builtins.findFile builtins.nixPath "${builtins.head searched}/nixos"
     else (pinned.path or pinned) + "/nixos";
-  fromFile = configuration: (import nixosOf { inherit configuration system; }).config.system.build;
+  fromFile = configuration: (import nixosOf { inherit configuration system; }).config;
+
+  # What the VM asks for, in MB, in the name of a derivation that is never built: its memory, and all its disks. 0 where
+  # the host does not say.
+  sizesOf = config:
+    let
+      of = config.virtualisation.vmVariant.virtualisation or { };
+      number = value: if builtins.isInt value then value else 0;
+      disks = map (disk: number (disk.size or disk)) (of.emptyDiskImages or [ ]);
+      disk = builtins.foldl' builtins.add (number (of.diskSize or 0)) disks;
+    in
+    derivation {
+      name = "vm-sizes-${toString (number (of.memorySize or 0))}-${toString disk}";
+      system = "none";
+      builder = "none";
+    };
 
   flake = builtins.getFlake (if builtins.substring 0 1 tree == "/" then "path:${tree}" else tree);
   configured = flake.nixosConfigurations.${name};
 in
-if file != "" then {
-  inherit (fromFile (root + "/${file}")) toplevel;
-  inherit (fromFile { imports = [ (root + "/${file}") added ]; }) vm;
-} else {
-  inherit (configured.config.system.build) toplevel;
-  inherit ((configured.extendModules { modules = [ added ]; }).config.system.build) vm;
+let
+  plain = if file != "" then fromFile (root + "/${file}") else configured.config;
+  rehearsed =
+    if file != "" then fromFile { imports = [ (root + "/${file}") added ]; }
+    else (configured.extendModules { modules = [ added ]; }).config;
+in
+{
+  inherit (plain.system.build) toplevel;
+  inherit (rehearsed.system.build) vm;
+  sizes = sizesOf rehearsed;
 }

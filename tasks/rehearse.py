@@ -124,6 +124,8 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
                 ports=ports,
                 memory=(machine and machine.memory) or settings.memory,
                 cores=machine.cores if machine else None,
+                most_memory=order.vm_memory,
+                most_disk=order.vm_disk,
                 boot_timeout=settings.boot_timeout,
                 on_console=on_console,
             ) as guest:

@@ -45,7 +45,7 @@ class Outside:
     async def said(self, tree: Path, host: Host = HOST) -> str:
         """All that comes out of an evaluation: its error, or its derivation."""
         try:
-            drv = await nix.instantiate(tree, host, "toplevel", self.folder / "root", system="x86_64-linux", timeout=60)
+            drv = await nix.instantiate(tree, host, self.folder / "root", system="x86_64-linux", timeout=60)
         except TotoError as error:
             return f"failed: {error}"
         return Path(drv).read_text()
@@ -220,7 +220,7 @@ async def test_a_whole_system_whose_text_is_built_keeps_to_the_limit(
 async def test_memory_and_output_are_bounded(tree: Path, outside: Outside) -> None:
     host(tree, 'builtins.foldl\' (text: _: text + text) "x" (builtins.genList (x: x) 34)')
     with pytest.raises(nix.EvaluationFailed, match=r"nix\.evaluate_memory"):
-        await nix.instantiate(tree, HOST, "toplevel", outside.folder / "root", timeout=120, memory=300_000_000)
+        await nix.instantiate(tree, HOST, outside.folder / "root", timeout=120, memory=300_000_000)
     host(tree, 'builtins.deepSeq (map (x: builtins.trace (toString x) x) (builtins.genList (x: x) 300000)) (throw "x")')
     assert len(await outside.said(tree)) < 30_000
 

@@ -141,7 +141,7 @@ async def test_it_is_fetched_with_the_key_of_the_repo_and_evaluated_without(
     await fleet.fetch()
     assert await inputs.lacking(fleet.tree) == []
     assert await nix.flake_hosts(fleet.tree, timeout=60) == [Host("a")]
-    drv = await nix.instantiate(fleet.tree, Host("a"), "toplevel", tmp_path / "root", timeout=60)
+    drv = await nix.instantiate(fleet.tree, Host("a"), tmp_path / "root", timeout=60)
     assert f'("said","{fleet.word}a file")' in Path(drv).read_text()
     assert not [each for each in Path(tempfile.gettempdir()).glob("toto-*-inputs-*") if process.owner() in each.name]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab import setup
 from tests.repos import InfraRepo
-from toto.base import process
+from toto.base import paths, process, server_rules
 from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
 from toto.ledger.ledger import Entry, Ledger
@@ -95,6 +95,31 @@ async def test_a_signing_key_that_is_not_there_is_told_before_anything_is_evalua
         await make(pushed)
     await keys.make(repo.bare, "cache", "signing")
     assert (await make(pushed)).changes.empty
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("virtualisation.memorySize = 2000;", "virtualisation.memorySize: 2000 is more than the 1000 that this server"),
+        ("virtualisation.vmVariant.virtualisation.memorySize = 2000;", "most.vm.memory in its server.toml"),
+        ("virtualisation.diskSize = 5000;", "virtualisation.diskSize: 5000 is more than the 4000 that this server"),
+    ],
+)
+async def test_a_vm_that_asks_for_more_than_the_server_allows_is_refused_by_name(
+    repo: InfraRepo, make: Make, asked: str, said: str
+) -> None:
+    (paths.state_home() / server_rules.FILE).write_text('[most]\n"vm.memory" = 1000\n"vm.disk" = 4000\n')
+    big = f'{{ networking.hostName = "big"; {asked} }}'
+    files: dict[str, str | None] = {"hosts/a.nix": host("a"), "hosts/big.nix": big}
+    made = await make(repo.commit(files | {"machines.yaml": machines("a", "big")}))
+    [failed] = made.changes.failed
+    assert failed.target.name == "big" and said in failed.message
+    assert "next: set a lower one in virtualisation.vmVariant of the host" in failed.message
+    [order] = made.orders
+    assert isinstance(order, HostOrder) and (order.vm_memory, order.vm_disk) == (384, 1024), "what the lab's hosts say"
+    if "memorySize" in asked:  # the memory that a person chose counts in its place
+        made = await make(repo.commit({"toto.toml": "[sandbox]\nmemory = 700\n"}))
+        assert [each.vm_memory for each in made.orders if isinstance(each, HostOrder)] == [700, 700]
 
 
 async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:

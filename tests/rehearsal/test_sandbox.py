@@ -91,6 +91,27 @@ async def test_a_vm_that_never_boots_is_a_timeout_with_its_console(tmp_path: Pat
     assert left(state) == []
 
 
+@needs_qemu
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ("-m 1G -object memory-backend-ram,id=m,size=1G,prealloc=on -machine memory-backend=m", "300 MB of memory"),
+        ("", "31 MB of disk"),
+    ],
+)
+async def test_a_vm_that_uses_more_than_it_asked_for_is_ended(
+    tmp_path: Path, state: Path, tcg: None, monkeypatch: pytest.MonkeyPatch, asked: str, what: str
+) -> None:
+    monkeypatch.setattr(sandbox, "_OVERHEAD", 100_000_000)  # (of QEMU itself)
+    monkeypatch.setattr(sandbox, "_SPARE", 10_000_000)
+    script = NOTHING_BOOTS.replace("EXTRA", asked)
+    if "disk" in what:
+        script = script.replace("exec qemu", "head -c 60000000 /dev/zero > more; sleep 1\nexec qemu")
+    with pytest.raises(SandboxFailed, match=f"the VM was ended: it used more than {what}"):
+        await boots(make_vm(tmp_path, script), state, most_memory=191, most_disk=20, boot_timeout=60.0)
+    assert left(state) == [] and machines(tmp_path) == set()
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -78,15 +78,17 @@ async def _watch(running: "Running", limits: Limits, folders: Sequence[Path], gr
         await asyncio.sleep(max(_EVERY, 4 * took))
         began = time.monotonic()
         try:
-            running.exceeded = await asyncio.to_thread(_exceeded, running.pid, limits, folders, group is None)
+            running.exceeded = await asyncio.to_thread(_exceeded, running.pid, limits, folders, group)
         except OSError:  # what is looked at is just ending
             continue
         took = time.monotonic() - began
     process.kill_tree(running.pid)
 
 
-def _exceeded(pid: int, limits: Limits, folders: Sequence[Path], alone: bool) -> str | None:
-    if alone:
+def _exceeded(pid: int, limits: Limits, folders: Sequence[Path], group: "_Group | None") -> str | None:
+    if group is not None and group.out_of_memory():
+        return f"{limits.memory / 1e6:.0f} MB of memory"
+    if group is None:
         tree = process.descendants(pid)
         if len(tree) > limits.processes + 8:  # (bwrap's own)
             return f"{limits.processes} processes"

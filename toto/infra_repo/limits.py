@@ -15,7 +15,8 @@ from toto.infra_repo.manifest import Manifest, ManifestError
 from toto.infra_repo.settings import Settings, SettingsError
 
 HOUR: Final = 3600.0
-# Seconds, MB, bytes and processors, as in the settings; `machine.` are fields of a machine in the manifest.
+# Seconds, MB, bytes and processors, as in the settings; `machine.` are fields of a machine in the manifest, `vm.` are
+# what a host's configuration asks for.
 MOST: Final[dict[str, float]] = {
     "nix.evaluate_timeout": HOUR,
     "nix.evaluate_memory": 16_384,
@@ -33,6 +34,8 @@ MOST: Final[dict[str, float]] = {
     "terraform.approve_timeout": 7 * 24 * HOUR,
     "machine.memory": 16_384,
     "machine.cores": 32,
+    "vm.memory": 16_384,
+    "vm.disk": 32_768,
 }
 
 
@@ -75,6 +78,25 @@ def check_machines(fleet: Manifest) -> None:
     ]
     if problems:
         raise ManifestError(problems)
+
+
+def of_vm(host: str, memory: int, disk: int) -> tuple[int, int]:
+    """The MB of memory and of disks that a host's VM may use: what its configuration asks for.
+
+    Where it asks for nothing (0), it is the most that the server allows. Raises `InputError` when it asks for more.
+    """
+    most = load()
+    for option, value, name, more in (
+        ("memorySize", memory, "vm.memory", ", or the machine's memory in machines.yaml"),
+        ("diskSize", disk, "vm.disk", " (its virtualisation.emptyDiskImages count as well)"),
+    ):
+        if value > most[name]:
+            raise InputError(
+                f"virtualisation.{option}: {_words(value, most[name], name)}",
+                target=host,
+                hint=f"set a lower one in virtualisation.vmVariant of the host{more}",
+            )
+    return memory or int(most["vm.memory"]), disk or int(most["vm.disk"])
 
 
 def _above(part: BaseModel, section: str, most: dict[str, float]) -> Iterator[tuple[str, float, float]]:

@@ -16,8 +16,9 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict, Unpack
 
 from toto.base import process, server_rules
 from toto.base.errors import InputError, TotoError
@@ -38,6 +39,7 @@ _LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
+_SIZES: Final = re.compile(r"-vm-sizes-([0-9]{1,18})-([0-9]{1,18})\.drv$")  # as evaluate.nix names it
 _MEMORY: Final = (
     "if there was too little memory: raise nix.evaluate_memory in toto.toml, so that fewer evaluations run side by side"
 )
@@ -241,11 +243,47 @@ async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> li
     return None if names is None else [Host(check_name(name, "flake.nix")) for name in sorted(names)]
 
 
-async def instantiate(
+class _How(TypedDict, total=False):
+    nixpkgs: str
+    system: str | None
+    sandbox_key: str
+    ports: Sequence[int]
+    timeout: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A host's VM for its rehearsal: its drv, and the MB of memory and of disks that it asks for; 0 when unknown."""
+
+    drv: str
+    memory: int = 0
+    disk: int = 0
+
+
+async def instantiate(tree: Path, host: Host, root: Path, **how: Unpack[_How]) -> str:
+    """The drv path of a host's toplevel; a GC root at `root` keeps it.
+
+    It is evaluated in a cell: without a network, and with at most `memory` bytes.
+    Raises `EvaluationFailed` with nix's error and position, `CommandTimeout` after `timeout` seconds.
+    """
+    [drv] = await _instantiate(tree, host, ["toplevel"], **how)
+    await _keep_drv(drv, root)
+    return drv
+
+
+async def instantiate_vm(tree: Path, host: Host, root: Path, **how: Unpack[_How]) -> Vm:
+    """A host's VM, with toto's module; a GC root at `root` keeps its drv. It is evaluated as in `instantiate`."""
+    drv, sizes = await _instantiate(tree, host, ["vm", "sizes"], **how)
+    await _keep_drv(drv, root)
+    found = _SIZES.search(sizes)
+    return Vm(drv, *map(int, found.groups())) if found else Vm(drv)
+
+
+async def _instantiate(
     tree: Path,
     host: Host,
-    attribute: str,
-    root: Path,
+    attributes: Sequence[str],
     *,
     nixpkgs: str = "<nixpkgs>",
     system: str | None = None,
@@ -253,12 +291,8 @@ async def instantiate(
     ports: Sequence[int] = (),
     timeout: float = 600,
     memory: int = MEMORY,
-) -> str:
-    """The drv path of `attribute` (`toplevel` or `vm`) of a host; a GC root at `root` keeps it.
-
-    It is evaluated in a cell: without a network, and with at most `memory` bytes.
-    Raises `EvaluationFailed` with nix's error and position, `CommandTimeout` after `timeout` seconds.
-    """
+) -> list[str]:
+    """The drv path of each of `attributes` of evaluate.nix."""
     pure = not host.file
     arguments = {
         "tree": await _flake(tree) if pure else str(INFRA),
@@ -279,7 +313,8 @@ async def instantiate(
         host,
         tree,
         [
-            *("nix-instantiate", *_confined(pure=pure), *expression, "--attr", attribute),
+            *("nix-instantiate", *_confined(pure=pure), *expression),
+            *(word for attribute in attributes for word in ("--attr", attribute)),
             *(word for name, value in arguments.items() for word in ("--argstr", name, value)),
         ],
         Limits(memory=memory),
@@ -288,15 +323,14 @@ async def instantiate(
     for line in done.stderr.splitlines():
         if "warning:" in line and "trace" in line:
             log.warning("%s: %s", host.name, line)
-    drv = done.stdout.strip()
-    if not _DRV.fullmatch(drv):
+    drvs = done.stdout.split()
+    if len(drvs) != len(attributes) or not all(map(_DRV.fullmatch, drvs)):
         raise EvaluationFailed(
-            f"`{attribute}` is not one derivation but:\n{process.tail(drv)}",
+            f"`{attributes[0]}` is not one derivation but:\n{process.tail(done.stdout)}",
             target=host.name,
             hint=f"see {host.origin}",
         )
-    await _keep_drv(drv, root)
-    return drv
+    return drvs
 
 
 async def _keep_drv(drv: str, root: Path) -> None:

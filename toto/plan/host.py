@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toto.base import process, runs
+from toto.infra_repo import limits
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry
 from toto.ledger.target import HOST, Target
@@ -40,10 +41,15 @@ class DeployedHost(Deployed):
 
 
 class HostOrder(Order):
-    """One host's part of a plan. `vm` is the drv of the VM for its rehearsal; "" when it is not rehearsed."""
+    """One host's part of a plan. `vm` is the drv of the VM for its rehearsal; "" when it is not rehearsed.
+
+    `vm_memory` and `vm_disk` are the MB that the VM may use.
+    """
 
     machine: Machine | None
     vm: str = ""
+    vm_memory: int = 0
+    vm_disk: int = 0
 
     @property
     def host(self) -> DesiredHost:
@@ -93,7 +99,6 @@ class HostKind(Kind[Host]):
         drv = await nix.instantiate(
             source.tree,
             host,
-            "toplevel",
             source.roots / host.name / "toplevel.drv",
             nixpkgs=source.settings.nix.nixpkgs,
             system=machine.system if machine else None,
@@ -106,13 +111,15 @@ class HostKind(Kind[Host]):
         )
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
-        """Evaluate the host's VM, when it will be rehearsed. Raises what `identify` raises."""
-        machine, vm = source.manifest.machines.get(found.target.name), ""
+        """Evaluate the host's VM, when it will be rehearsed. Raises what `identify` raises.
+
+        Raises `InputError` too when the VM asks for more than the server allows.
+        """
+        machine, vm = source.manifest.machines.get(found.target.name), nix.Vm("")
         if change.action is not Action.RECORD:  # evaluations are most of what a push costs
-            vm = await nix.instantiate(
+            vm = await nix.instantiate_vm(
                 source.tree,
                 found.subject,
-                "vm",
                 source.roots / found.target.name / "vm.drv",
                 nixpkgs=source.settings.nix.nixpkgs,
                 system=machine.system if machine else None,
@@ -121,7 +128,9 @@ class HostKind(Kind[Host]):
                 timeout=source.settings.nix.evaluate_timeout,
                 memory=source.settings.nix.most_memory,
             )
-        return source.order(HostOrder, change, machine=machine, vm=vm)
+        chosen = (machine.memory if machine else None) or source.settings.sandbox.memory
+        memory, disk = limits.of_vm(found.target.name, 0 if chosen else vm.memory, vm.disk)
+        return source.order(HostOrder, change, machine=machine, vm=vm.drv, vm_memory=chosen or memory, vm_disk=disk)
 
     def change(self, desired: Desired, entry: Entry, manifest: Manifest) -> Change | None:
         """What a run does with the host; None when the host is what the commit wants.

@@ -50,10 +50,14 @@ _INET: Final = f"-netdev user,id=inet -device virtio-net-pci,netdev=inet,id=inet
 _CARDS: Final = {"user.0": "restrict=on", "inet": "restrict=off"}
 
 _DISK: Final = Path("/vm")  # the folder of the VM's disk, in its cell
-_MEMORY: Final = 16_000_000_000  # bytes for a guest whose own configuration says how much memory it has
+_MEMORY: Final = 16_384  # MB for a guest of which nothing else is said
+_DISKS: Final = 32_768  # MB for its disks
+_MB: Final = 1_048_576
+_SPARE: Final = 8_000_000_000  # bytes on the disk for what NixOS's script makes besides, such as an image of the store
 _OVERHEAD: Final = 3_000_000_000  # bytes for QEMU itself: TCG translates into up to 1 GB, and page tables
 _SECCOMP: Final = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
+_NOTICED: Final = 0.6  # seconds until it is known that a limit has ended QEMU
 _REFUSALS: Final = 5  # refused logins, a second apart: a machine that still boots may refuse one
 
 
@@ -150,14 +154,17 @@ async def sandbox(
     ports: Sequence[int] = (),
     memory: int | None = None,
     cores: int | None = None,
+    most_memory: int = _MEMORY,
+    most_disk: int = _DISKS,
     boot_timeout: float = 300.0,
     on_console: LineSink | None = None,
 ) -> AsyncIterator[Sandbox]:
     """Boot the host's VM without internet, yield it when it answers SSH, and end it with the block.
 
     `vm` is the store path of `system.build.vm`, `key` the private key whose public half is in it, and `ports` the
-    guest's ports to forward besides SSH. `memory` (MB) and `cores` override the host's own. `boot_timeout` is in
-    seconds; `on_console` gets each line of the console. All files are in a new directory under `state`. Raises
+    guest's ports to forward besides SSH. `memory` (MB) and `cores` override the host's own; `most_memory` and
+    `most_disk` (MB) are what the guest and its disks may use, whatever it says. `boot_timeout` is in seconds;
+    `on_console` gets each line of the console. All files are in a new directory under `state`. Raises
     `BootTimeout`, `SandboxFailed`, and `InputError` for a `vm` without a script to run.
     """
     accelerated = await acceleration(state)
@@ -173,7 +180,7 @@ async def sandbox(
         disk = directory / "vm"
         disk.mkdir(mode=0o700)
         async with namespace() as network:
-            cell = await _cell(vm, disk, network, accelerated, memory)
+            cell = await _cell(vm, disk, network, accelerated, memory or most_memory, most_disk)
             pipe = asyncio.subprocess.PIPE
             async with process.start(
                 [Pushed(script)],
@@ -214,8 +221,9 @@ def _script(vm: Path, host: str) -> Path:
             )
 
 
-async def _cell(vm: Path, disk: Path, network: Namespace, accelerated: Acceleration, memory: int | None) -> Cell:
+async def _cell(vm: Path, disk: Path, network: Namespace, accelerated: Acceleration, memory: int, disks: int) -> Cell:
     """QEMU's cell: the closure of the host's VM, the folder of its disk, and /dev/kvm where that is used."""
+    room = _SPARE + disks * _MB
     stored = vm.is_relative_to(STORE)
     kvm = Path("/dev/kvm")
     cell = Cell(
@@ -226,7 +234,7 @@ async def _cell(vm: Path, disk: Path, network: Namespace, accelerated: Accelerat
         user=network.user,
         devices=[kvm] if accelerated == "kvm" else (),
         groups=[kvm.stat().st_gid] if accelerated == "kvm" and os.geteuid() == 0 else (),
-        limits=Limits(memory=_OVERHEAD + (memory * 1_048_576 if memory else _MEMORY)),
+        limits=Limits(memory=_OVERHEAD + memory * _MB, disk=room, file_size=room),
     )
     cell.give()
     return cell
@@ -321,6 +329,10 @@ class _Vm:
         doing, watching = asyncio.create_task(work), asyncio.create_task(self._trouble())
         try:
             await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
+            if (
+                doing.done() and not doing.cancelled() and isinstance(doing.exception(), OSError)
+            ):  # QEMU has ended under a connection
+                await asyncio.wait([watching], timeout=5)
             if watching.done():
                 raise watching.result()
             return await doing
@@ -333,8 +345,13 @@ class _Vm:
         while self.running.status is None and self.console.fatal is None:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         await asyncio.wait([self.reading], timeout=1)  # for its last lines
+        if self.running.status not in (None, 0) and self.running.exceeded is None:
+            await asyncio.sleep(_NOTICED)
         if self.console.fatal is not None:
             why, hint = f"the VM crashed: {self.console.fatal}", "read its console"
+        elif self.running.exceeded is not None:
+            why = f"the VM was ended: it used more than {self.running.exceeded}"
+            hint = "raise virtualisation.memorySize or diskSize of the host, up to what the server allows"
         elif self.running.status == 0:
             why, hint = "the VM switched itself off", "read its console"
         else:

@@ -24,7 +24,11 @@ let
       };
     in
     {
-      inherit (eval) config options;
+      # As with NixOS's option, whoever reads `virtualisation.vmVariant` finds the VM's configuration.
+      config = eval.config // {
+        virtualisation = eval.config.virtualisation // { vmVariant = variant.config; };
+      };
+      inherit (eval) options;
       inherit pkgs lib;
       extendModules = { modules ? [ ], specialArgs ? { }, ... }:
         evaluate { modules = given.modules ++ modules; specialArgs = given.specialArgs // specialArgs; };
