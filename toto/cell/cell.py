@@ -43,6 +43,7 @@ READ: Final = "TOTO_CELL_READ"  # of toto's environment: folders that every cell
 _STAGE: Final = Path("/run/cell")
 _MOUNTS: Final = Path(__file__).with_name("mounts.py")
 _PYTHON: Final = Path("/opt/python")
+_PYTHON_PROGRAM: Final = f"bin/python{sys.version_info.major}.{sys.version_info.minor}"
 _UID: Final = 1000  # inside of a cell
 # No user of systemd's ranges (https://systemd.io/UIDS-GIDS) has such a number. One of 2^27 is not met twice.
 _FIRST_USER: Final = 2_000_000_000
@@ -195,13 +196,20 @@ def shared() -> Mapping[Path, Path]:
     return {folder: folder.resolve() for folder in folders}
 
 
-def python() -> tuple[Path, Mapping[Path, Path]]:
-    """The Python in a cell, and what its cell has to `read` for that: nothing, when it is one of the machine's."""
-    version = f"bin/python{sys.version_info.major}.{sys.version_info.minor}"
+def python() -> tuple[list[str], Mapping[Path, Path]]:
+    """The words by which env(1) runs Python in a cell, and what its cell has to `read` for that."""
     base = Path(sys.base_prefix)
     if base == Path("/usr") or base.is_relative_to(STORE):
-        return base / version, {}
-    return _PYTHON / version, {_PYTHON: base}
+        return [f"{base}/{_PYTHON_PROGRAM}"], {}
+    return python_at(_PYTHON), {_PYTHON: base}
+
+
+def python_at(place: Path | str) -> list[str]:
+    """The words by which env(1) runs toto's Python from `place`, where its folder is mounted.
+
+    It would look for a shared library of its own, such as pyenv's can have, only where it was built.
+    """
+    return [f"LD_LIBRARY_PATH={place}/lib", f"{place}/{_PYTHON_PROGRAM}"]
 
 
 def as_user(user: int | None, groups: Sequence[int] = ()) -> list[str]:

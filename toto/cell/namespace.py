@@ -22,7 +22,7 @@ from typing import Final
 
 from toto.base import files, owned, paths, process
 from toto.base.errors import InputError, TotoError
-from toto.cell.cell import HOSTS, Stage, as_user, fresh_user
+from toto.cell.cell import HOSTS, Stage, as_user, fresh_user, python_at
 
 ALLOWED: Final = "TOTO_ALLOWED_NETWORKS"  # of toto's environment: networks (CIDR) that an uplink leads to besides
 _HOLDER: Final = Path(__file__).with_name("holder.py")
@@ -187,14 +187,13 @@ def _holding(user: int | None) -> list[str]:
         *("bwrap", "--unshare-user", "--uid", "0", "--gid", "0", "--unshare-net", "--unshare-ipc", "--die-with-parent"),
         *("--dev-bind", "/", "/", "--cap-drop", "ALL", "--cap-add", "CAP_NET_BIND_SERVICE", "--"),
     ]
-    python = [f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}", str(_HOLDER)]
+    place, holder = sys.base_prefix, str(_HOLDER)
     stage: list[str] = []
     if os.geteuid() == 0:
         first = Stage()
-        place = first.place(Path(sys.base_prefix))
-        python = [f"{place}/bin/{Path(python[0]).name}", first.place(_HOLDER)]
+        place, holder = first.place(Path(sys.base_prefix)), first.place(_HOLDER)
         stage = ["bwrap", *first.words(mounts=False), "--", *as_user(user)]
-    return [*stage, *bwrap, python[0], "-I", "-S", python[1]]
+    return [*stage, *bwrap, "env", *python_at(place), "-I", "-S", holder]
 
 
 def _with_tun() -> list[str]:

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ LONGEST: Final = 1_000_000  # bytes of a request
 AT_ONCE: Final = 32  # commands; more wait
 
 CLIENT: Final = '''\
-#!{python} -IS
+#!/usr/bin/env -S {python} -IS
 """on-host WORD...: runs a command on the machine under test, with the same words as here.
 
 on-host 'LINE': a single argument is run as a line by the machine's shell.
@@ -53,14 +53,14 @@ sys.exit(int(status) if status else 255)
 
 
 @asynccontextmanager
-async def serving(folder: Path, connection: Connection, python: Path, user: int | None) -> AsyncIterator[None]:
+async def serving(folder: Path, connection: Connection, python: Sequence[str], user: int | None) -> AsyncIterator[None]:
     """Serve `on-host` from `folder`, which scripts see at `PLACE`, while the block runs.
 
-    `python` is the interpreter in their cell, and `user` the machine's user who may ask, when toto is root.
+    `python` runs the interpreter in their cell, and `user` the machine's user who may ask, when toto is root.
     """
     client = folder / "bin" / "on-host"
     client.parent.mkdir(mode=0o755)
-    client.write_text(CLIENT.format(python=python, socket=PLACE / SOCKET))
+    client.write_text(CLIENT.format(python=" ".join(python), socket=PLACE / SOCKET))
     client.chmod(0o755)
     at_once = asyncio.Semaphore(AT_ONCE)
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
