@@ -11,7 +11,7 @@ let
   project = (lib.importTOML ../pyproject.toml).project;
   lock = ../requirements.lock;
 
-  # What `download` leaves, as a whole. When they are wrong, tests/nix/test_package.py prints the right ones.
+  # What `download` leaves, as a whole. When they are wrong, tests/nix/test_module.py prints the right ones.
   hashes = {
     x86_64-linux = "sha256-fiTIMGcbMCt1YdiyYukwFbHHlMORZ/5leFczhuv0TKQ=";
     aarch64-linux = "sha256-BVK5ZyOXp3aagiuSeKg6U6PUN5ZCDp5vBtjgzHbC+Pk=";
@@ -58,9 +58,8 @@ stdenvNoCC.mkDerivation {
   # As in a checkout: toto finds prefect.yaml and nix/ beside its code.
   src = lib.fileset.toSource {
     root = ../.;
-    fileset = lib.fileset.difference
-      (lib.fileset.unions [ ../blocks ../flows ../tasks ../toto ../prefect.yaml ./evaluate.nix ./rehearsal.nix ])
-      (lib.fileset.unions (map (lib.fileset.fileFilter (file: file.hasExt "pyc")) [ ../blocks ../flows ../tasks ../toto ]));
+    fileset = lib.fileset.unions ([ ../prefect.yaml ./evaluate.nix ./rehearsal.nix ]
+      ++ map (lib.fileset.fileFilter (file: !file.hasExt "pyc")) [ ../blocks ../flows ../tasks ../toto ]);
   };
   dontConfigure = true;
   buildPhase = "${environment}/bin/python3 -m compileall -q --invalidation-mode unchecked-hash blocks flows tasks toto";
