@@ -87,7 +87,7 @@ async def _evaluation(fleet: Known) -> Row:
     root = fleet.fleet.directory / "root"
     for _ in range(2 * ROUNDS):
         await _timed(plain, partial(bare, fleet.files, 1))
-        await _timed(confined, partial(nix.instantiate, fleet.tree, host, "toplevel", root))
+        await _timed(confined, partial(nix.instantiate, fleet.tree, host, root))
     return Row("a host's evaluation, in its cell", confined, "nix-instantiate", plain)
 
 

@@ -40,9 +40,7 @@ def private_folder(path: Path) -> Path:
 
 def repo_state(repo: Path) -> Path:
     """The directory for one infra repo, made when missing. Its name is the repo's name and a hash of its path."""
-    real = repo.resolve()
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
-    path = state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
+    path = repo_state_of(repo)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
@@ -60,6 +58,13 @@ def require_room(repo: Path) -> None:
                 target=str(place),
                 hint="look at `df -h`, make room (nix-collect-garbage, prune/prune), and push again",
             )
+
+
+def repo_state_of(repo: Path) -> Path:
+    """The path of `repo_state`, which is not made."""
+    real = repo.resolve()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", real.name.removesuffix(".git")) or "repo"
+    return state_home() / "repos" / f"{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
 
 
 @asynccontextmanager
