@@ -10,7 +10,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
-from blocks.names import names
+from blocks.names import names, used
 from toto.base import files
 from toto.base.errors import InputError
 from toto.cell.relay import Endpoint
@@ -34,6 +34,7 @@ class AccessBlock(TotoBlock, ABC):
         """As `of_repo`, but None where none is saved. `suffix` is at the end of each name: `READ_ONLY` or nothing."""
         for name in names(repo, target):
             if (block := await cls.saved(f"{name}{suffix}")) is not None:
+                used(repo, name)
                 return block
         return None
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
-from blocks.names import own_or_shared
+from blocks.names import own_or_shared, used
 from toto.infra_repo.settings import is_mail_address, is_venue_name
 from toto.report import venues
 from toto.report.venues import Security, VenueFailed
@@ -149,6 +149,8 @@ async def named(name: str, repo: Path | None = None) -> list[venues.Venue]:
     for candidate in candidates:
         found = [block.venue(name) for kind in KINDS if (block := await kind.saved(candidate)) is not None]
         if found:
+            if repo is not None:
+                used(repo, candidate)
             return found
     raise VenueFailed(
         "there is no venue of this name",

@@ -210,6 +210,9 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
 
     create = verbs.add_parser("create", parents=[policy], help="make a repository, or bring its hooks up to date")
     create.add_argument("--by", metavar="USER", help="the user who creates it; without a table it is theirs to deploy")
+    create.add_argument(
+        "--inherit", action="store_true", help="let it have what is left of a repository that had its name before"
+    )
     create.set_defaults(run=_repo_create)
     change = verbs.add_parser("set", parents=[policy], help="change what a repository accepts, and show all of it")
     change.set_defaults(run=_repo_set)
@@ -354,9 +357,13 @@ async def _key(arguments: argparse.Namespace) -> int:
 
 async def _repo_create(arguments: argparse.Namespace) -> int:
     repos = arguments.repos.absolute()
-    if first := shared.keep_with_the_first(repos, access.check_name(arguments.name)):
+    path = access.path_of(repos, access.check_name(arguments.name))
+    if not arguments.inherit:
+        shared.require_new(path)
+    if first := shared.keep_with_the_first(repos, arguments.name):
         _say(f"the blocks called toto stay with {first}: shared_blocks in {paths.state_home() / server_rules.FILE}")
     repo = await git_host.make(repos, arguments.name, creator=arguments.by)
+    shared.claim(repo, shared.block_name(arguments.name), take=arguments.inherit)
     await keys.of_machines(repo)
     return await _repo_set(arguments)
 

@@ -48,6 +48,12 @@ REPO = Path("/nowhere/infra.git")
 KINDS: list[type[TotoBlock]] = [getattr(blocks, name) for name in blocks.__all__]
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of its own: it has the repos that names of blocks belong to."""
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+
+
 @pytest.fixture
 async def prefect(prefect_server: PrefectServer, tmp_path: Path) -> AsyncIterator[PrefectServer]:
     """The session's server, for the client in this process."""

@@ -293,6 +293,7 @@ def test_the_operators_commands(
             cli.main()
         return ended.value.code, *capsys.readouterr()
 
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     (tmp_path / "key.pub").write_text(f"{key('a')} alice@laptop\n")
     assert toto("admin", "alice", tmp_path / "key.pub")[0] == 0
     status, said, _ = toto("create", "infra", "--signed", "--max-file-size", "5m", "--gpg-home", tmp_path)

@@ -24,7 +24,7 @@ from tests.git_host.test_access import key
 from tests.git_host.test_host import Pusher
 from tests.machine.test_ssh import SSHD, keygen, needs_sshd
 from tests.server.test_serve import until
-from toto.base import process
+from toto.base import paths, process
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api
 from toto.git_host import access
@@ -195,8 +195,10 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             ready()
             await stop.wait()
 
-    with background(serve):
-        yield host
+    with pytest.MonkeyPatch.context() as own:
+        own.setenv("TOTO_STATE", str(host.folder / "state"))
+        with background(serve):
+            yield host
 
 
 @pytest.fixture
@@ -209,6 +211,8 @@ async def host(sshd: Host) -> AsyncIterator[Host]:
     await access.git(admin, "update-ref", "refs/heads/main", rules)
     for repo in git_host.infra_repos(sshd.repos):
         shutil.rmtree(repo)
+        shutil.rmtree(paths.repo_state(repo))
+    (paths.state_home() / "names.json").unlink(missing_ok=True)
     for clone in sshd.folder.glob("*-*"):
         shutil.rmtree(clone)
 

@@ -1,11 +1,14 @@
 """Each repo has a key of its own for its machines; the one key of version 0.1.0 stays with who has deployed by it."""
 
 import asyncio
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from blocks.names import names as block_names
+from blocks.names import own_or_shared, used
 from tests.ledger.test_ledger import deployed
 from tests.machine.test_ssh import keygen
 from toto.base import paths
@@ -152,3 +155,45 @@ async def test_the_operators_commands(tmp_path: Path) -> None:
     assert (paths.state_home() / "server.toml").read_text().startswith('shared_blocks = "infra"')
     assert "shared_blocks" not in toto("repo", "create", "third")
     assert git.bare(repos / "third.git")
+
+
+async def test_nobody_inherits_by_the_name_of_a_repository(tmp_path: Path) -> None:
+    repos = tmp_path / "repos"
+
+    def create(*words: str) -> str:
+        done = subprocess.run(
+            ["toto", "repo", "create", *words, "--repos", repos], capture_output=True, text=True, check=False
+        )
+        return done.stdout + done.stderr
+
+    create("infra")
+    create("lab")
+    infra, lab = repos / "infra.git", repos / "lab.git"
+    key = (await keys.of_machines(infra)).read_text()
+    assert block_names(infra, "dns") == ["infra--dns", "infra", "dns", "toto"]
+    used(infra, "dns")  # (a block of that name was there)
+    assert "branch" in create("infra"), "one that is there is brought up to date"
+    for name in ("dns", "toto"):
+        assert "or a block of a different one has it" in create(name)
+    shutil.rmtree(infra)
+    refused = create("infra", "--by", "mallory")
+    assert "a repository of this name was there before" in refused
+    assert "next: choose a different name, or, if that is meant, on toto: toto repo create infra --inherit" in refused
+    assert not infra.exists()
+    # A different one, by whatever way it came there.
+    infra.mkdir()
+    for ask in (block_names, lambda repo: own_or_shared(repo, "ops")):
+        with pytest.raises(InputError, match="belong to a different repository, or to one of this name that was there"):
+            ask(infra)
+    shutil.rmtree(infra)
+    # The only one that is left has no blocks of the former one's, whatever they are called.
+    rules = paths.state_home() / "server.toml"
+    rules.rename(tmp_path / "rules")
+    assert block_names(lab, "dns") == ["lab--dns", "lab", "toto"] and block_names(lab, "infra")[2:] == ["toto"]
+    (tmp_path / "rules").rename(rules)
+    assert "branch" in create("infra", "--inherit")
+    assert block_names(infra, "dns") == ["infra--dns", "infra", "dns", "toto"]
+    assert (await keys.of_machines(infra)).read_text() == key
+    # The name of a repository moves with its folder, and the blocks of its new name are its own.
+    lab.rename(repos / "moved.git")
+    assert block_names(repos / "moved.git") == ["moved"]

@@ -41,9 +41,14 @@ def private_folder(path: Path) -> Path:
 
 def repo_state(repo: Path) -> Path:
     """The directory for one infra repo, made when missing."""
-    path = state_home() / "repos" / repo_folder(repo)
+    path = repo_state_of(repo)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def repo_state_of(repo: Path) -> Path:
+    """The path of `repo_state`, which is not made."""
+    return state_home() / "repos" / repo_folder(repo)
 
 
 def repo_folder(repo: Path) -> str:
@@ -68,8 +73,7 @@ def require_room(repo: Path) -> None:
             )
 
 
-@asynccontextmanager
-async def alone(lock: Path) -> AsyncIterator[None]:
+def alone(lock: Path) -> AsyncIterator[None]:
     """Hold the file `lock` for this block; wait first while any other block, in any process, holds it.
 
     The lock ends with the process that holds it, however that process ends.

@@ -204,7 +204,7 @@ only_roots() {
 	[ -e "$switching" ] || return 0
 	inode=$(stat -c %i "$switching")
 	while read -r _ _ _ _ pid file _; do
-		if [ "${file##*:}" = "$inode" ] && [ "$(stat -c %u "/proc/$pid" 2>/dev/null)" != 0 ]; then
+		if [ "${file##*:}" = "$inode" ] && [ "$(stat -c %u "/proc/$pid" 2>/dev/null)" != "$(id -u)" ]; then
 			rm -f "$switching"
 			break
 		fi

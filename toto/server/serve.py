@@ -27,6 +27,7 @@ from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
+from toto.git_host import shared
 from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
@@ -344,6 +345,11 @@ async def _adopt_all(repos: Path, served: git_host.Served) -> None:
         log.error("%s", error)
     for repo in git_host.infra_repos(repos):
         await _adopt(repo, served)
+        try:
+            paths.repo_state(repo)
+            shared.claim(repo, shared.block_name(shared.name_of(repo)))
+        except TotoError as error:
+            log.warning("%s", error)
     try:
         known = git_host.infra_repos(repos)
         for line in (*await owners.adopt(known), *keys.with_the_old_key(known)):
