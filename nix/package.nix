@@ -11,7 +11,7 @@ let
   project = (lib.importTOML ../pyproject.toml).project;
   lock = ../requirements.lock;
 
-  # What `download` leaves, as a whole. When they are wrong, tests/nix/test_package.py prints the right ones.
+  # What `download` leaves, as a whole. When they are wrong, tests/nix/test_module.py prints the right ones.
   hashes = {
     x86_64-linux = "sha256-fiTIMGcbMCt1YdiyYukwFbHHlMORZ/5leFczhuv0TKQ=";
     aarch64-linux = "sha256-BVK5ZyOXp3aagiuSeKg6U6PUN5ZCDp5vBtjgzHbC+Pk=";

@@ -349,7 +349,7 @@ in
         # - ProtectHostname: a cell has a host name of its own.
         # - PrivateDevices: /dev/kvm and /dev/net/tun would be gone. PrivateNetwork: so would the network.
         # - MemoryDenyWriteExecute: QEMU without KVM writes the code that it runs.
-        # - PrivateUsers: it adds nothing here (toto has no capability), and was not tried with cells.
+        # PrivateUsers would not end them, and adds nothing: toto has no capability, whose user it is.
       };
     };
 
@@ -381,11 +381,10 @@ in
         KillMode = "mixed";
         OOMPolicy = "continue";
         LimitNOFILE = 1048576;
-        # Builds mount, make namespaces and devices, change owners and users, and mount a /proc of their own. So it keeps
-        # its capabilities, and nothing is hidden from it but this:
+        # Builds mount, make namespaces and devices, change owners, users and personalities, and have a /proc of their
+        # own. So it keeps its capabilities and devices (ProtectClock would take of both), and this is all:
         PrivateTmp = true;
         ProtectSystem = "full";
-        ProtectClock = true;
         RestrictRealtime = true;
       };
     };
