@@ -1,6 +1,9 @@
-# A whole machine for toto: `nixos-rebuild switch -I nixos-config=…/examples/toto.nix`, or import it from a flake's host.
+# A whole machine for toto: `nixos-rebuild switch -I nixos-config=…/examples/toto.nix`, or a host of a flake.
 # Change what is marked; docs/operations.md, "On NixOS", goes on from here.
 { pkgs, ... }:
+let
+  alice = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f alice@laptop";  # change
+in
 {
   imports = [
     ../nix/toto.nix
@@ -19,7 +22,7 @@
   users.users.alice = {  # change
     isNormalUser = true;
     extraGroups = [ "wheel" ];
-    openssh.authorizedKeys.keys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f alice@laptop" ];  # change
+    openssh.authorizedKeys.keys = [ alice ];
   };
 
   services.openssh = {
@@ -30,10 +33,7 @@
   services.toto = {
     enable = true;
     # The first user of the git host, who may do everything there.
-    firstAdmin = {
-      name = "alice";  # change
-      key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f alice@laptop";  # change
-    };
+    firstAdmin = { name = "alice"; key = alice; };  # change
     # Made by the command that docs/operations.md has. Without it the key lies in /var/lib/toto/keys.
     # blockKey.file = "/etc/toto/blocks.cred";
     # For hosts without a flake: the nixpkgs of this machine.

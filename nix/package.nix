@@ -58,9 +58,8 @@ stdenvNoCC.mkDerivation {
   # As in a checkout: toto finds prefect.yaml and nix/ beside its code.
   src = lib.fileset.toSource {
     root = ../.;
-    fileset = lib.fileset.difference
-      (lib.fileset.unions [ ../blocks ../flows ../tasks ../toto ../prefect.yaml ./evaluate.nix ./rehearsal.nix ])
-      (lib.fileset.unions (map (lib.fileset.fileFilter (file: file.hasExt "pyc")) [ ../blocks ../flows ../tasks ../toto ]));
+    fileset = lib.fileset.unions ([ ../prefect.yaml ./evaluate.nix ./rehearsal.nix ]
+      ++ map (lib.fileset.fileFilter (file: !file.hasExt "pyc")) [ ../blocks ../flows ../tasks ../toto ]);
   };
   dontConfigure = true;
   buildPhase = "${environment}/bin/python3 -m compileall -q --invalidation-mode unchecked-hash blocks flows tasks toto";

@@ -3,7 +3,7 @@
 #   imports = [ ./toto/nix/toto.nix ];   (or nixosModules.toto of the flake)
 #   services.toto = { enable = true; firstAdmin = { name = "alice"; key = "ssh-ed25519 AAAA…"; }; };
 #
-# Two units: `toto`, the server, and `toto-nix-daemon`, the only thing of toto's that runs as root. sshd lets pushers in.
+# Two units: `toto`, the server, and `toto-nix-daemon`, the only part that runs as root. sshd lets pushers in.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -42,6 +42,8 @@ let
     cfg.helm
   ] ++ lib.optional (cfg.terraform != null) terraform ++ cfg.programs;
 
+  database = lib.optional (cfg.postgresql != null) cfg.postgresql;
+
   # toto calls it `terraform`, whichever it is.
   terraform = pkgs.runCommand "terraform" { } ''
     mkdir -p $out/bin
@@ -56,13 +58,15 @@ let
     TOTO_ALLOWED_NETWORKS = lib.concatStringsSep "," cfg.allowedNetworks;
   };
 
-  environment = networks // lib.optionalAttrs (cfg.nixPath != [ ]) {
-    NIX_PATH = lib.concatStringsSep ":" cfg.nixPath;
-  } // cfg.environment // {
+  own = {
     HOME = state;
     TOTO_STATE = state;
     TOTO_TOOLS = "${pkgs.writeClosure (programs ++ [ links ])}";
     NIX_REMOTE = "unix:///run/toto-nix/client/socket";
+  };
+
+  environment = networks // own // cfg.environment // lib.optionalAttrs (cfg.nixPath != [ ]) {
+    NIX_PATH = lib.concatStringsSep ":" cfg.nixPath;
   };
 
   # `toto` for the administrator: in the environment of the server, as its user.
@@ -73,11 +77,16 @@ let
       *) exec sudo -u toto -- "$0" "$@" ;;
     esac
     ${lib.concatStrings (lib.mapAttrsToList (name: value: "export ${name}=${lib.escapeShellArg value}\n") environment)}
-    export PATH=${lib.makeBinPath programs}:$PATH
+    export PATH=${lib.makeBinPath (programs ++ database)}:$PATH
     exec ${lib.getExe cfg.package} "$@"
   '';
 
-  refused = lib.intersectLists (lib.attrNames cfg.environment);
+  # For the assertions.
+  isInStore = lib.hasPrefix builtins.storeDir;
+  sets = lib.any (name: cfg.environment ? ${name});
+  letsIn = setting:
+    let allowed = config.services.openssh.settings.${setting} or null;
+    in allowed == null || lib.elem "toto" allowed;
 in
 {
   options.services.toto = {
@@ -129,8 +138,8 @@ in
       default = null;
       example = "https://toto.example.org";
       description = ''
-        The address of the UI in a browser, where a proxy on this machine does TLS for it and connects to the port on the
-        loopback. Without one the UI is reached on this machine only, such as by `ssh -L`.
+        The address of the UI in a browser, where a proxy on this machine does TLS for it and connects to the port on
+        the loopback. Without one the UI is reached on this machine only, such as by `ssh -L`.
       '';
     };
 
@@ -222,23 +231,24 @@ in
         message = "services.toto: cells are user namespaces, and security.allowUserNamespaces is false.";
       }
       {
-        assertion = (config.boot.kernelPackages.kernel.isHardened or false) -> config.security.unprivilegedUsernsClone;
+        assertion = (config.boot.kernelPackages.kernel.isHardened or false)
+          -> config.security.unprivilegedUsernsClone;
         message = "services.toto: on a hardened kernel, cells need security.unprivilegedUsernsClone = true.";
       }
       {
-        assertion = cfg.blockKey.file != null && !cfg.blockKey.encrypted -> !lib.hasPrefix builtins.storeDir cfg.blockKey.file;
+        assertion = cfg.blockKey.file == null || cfg.blockKey.encrypted || !isInStore cfg.blockKey.file;
         message = "services.toto: every user can read the nix store, and blockKey.file is there, not encrypted.";
       }
       {
-        assertion = cfg.environmentFile == null || !lib.hasPrefix builtins.storeDir cfg.environmentFile;
+        assertion = cfg.environmentFile == null || !isInStore cfg.environmentFile;
         message = "services.toto: every user can read the nix store, and environmentFile is there.";
       }
       {
-        assertion = refused [ "TOTO_AUTH" "TOTO_DATABASE_URL" ] == [ ];
+        assertion = !sets [ "TOTO_AUTH" "TOTO_DATABASE_URL" ];
         message = "services.toto: every user can read what environment says; secrets belong into environmentFile.";
       }
       {
-        assertion = refused [ "HOME" "PATH" "NIX_REMOTE" "TOTO_STATE" "TOTO_TOOLS" "TOTO_NIX_SOCKET" "TOTO_ALLOWED_NETWORKS" ] == [ ];
+        assertion = !sets ([ "PATH" "TOTO_NIX_SOCKET" "TOTO_ALLOWED_NETWORKS" ] ++ lib.attrNames own);
         message = "services.toto: environment names a variable that the module sets.";
       }
     ] ++ lib.optionals cfg.gitHost [
@@ -247,12 +257,12 @@ in
         message = "services.toto: the git host is reached by sshd: set services.openssh.enable, or gitHost = false.";
       }
       {
-        assertion = let allowed = config.services.openssh.settings.AllowUsers or null; in allowed == null || lib.elem "toto" allowed;
-        message = "services.toto: services.openssh.settings.AllowUsers does not let in toto, as whom everybody pushes.";
+        assertion = letsIn "AllowUsers";
+        message = "services.toto: services.openssh.settings.AllowUsers lacks toto, as whom everybody pushes.";
       }
       {
-        assertion = let allowed = config.services.openssh.settings.AllowGroups or null; in allowed == null || lib.elem "toto" allowed;
-        message = "services.toto: services.openssh.settings.AllowGroups does not let in toto, as whom everybody pushes.";
+        assertion = letsIn "AllowGroups";
+        message = "services.toto: services.openssh.settings.AllowGroups lacks toto, as whom everybody pushes.";
       }
     ];
 
@@ -262,6 +272,7 @@ in
       home = state;
       description = "toto";
       shell = pkgs.bash;  # (sshd runs the forced command with it.)
+      packages = database;  # pg_dump, for backups
     };
     users.groups.toto = { };
 
@@ -286,7 +297,8 @@ in
       mode = "0755";
       text = ''
         #!${pkgs.runtimeShell}
-        PATH=${lib.makeBinPath [ pkgs.git pkgs.coreutils ]} TOTO_STATE=${state} exec ${cfg.package}/bin/toto-git-shell --repos ${repos} keys
+        export PATH=${lib.makeBinPath [ pkgs.git pkgs.coreutils ]} TOTO_STATE=${state}
+        exec ${cfg.package}/bin/toto-git-shell --repos ${repos} keys
       '';
     };
 
@@ -295,11 +307,11 @@ in
       wantedBy = [ "multi-user.target" ];
       wants = [ "network-online.target" "toto-nix-daemon.service" ];
       after = [ "network-online.target" "toto-nix-daemon.service" ];
-      path = programs ++ lib.optional (cfg.postgresql != null) cfg.postgresql;
+      path = programs ++ database;
       inherit environment;
       preStart = lib.mkIf (cfg.firstAdmin != null) ''
         if [ ! -e ${repos}/toto-admin.git ]; then
-          ${lib.getExe cfg.package} repo admin ${cfg.firstAdmin.name} ${pkgs.writeText "first-admin.pub" "${cfg.firstAdmin.key}\n"}
+          ${lib.getExe cfg.package} repo admin ${cfg.firstAdmin.name} ${pkgs.writeText "key.pub" cfg.firstAdmin.key}
         fi
       '';
       serviceConfig = {
@@ -314,8 +326,8 @@ in
         WorkingDirectory = state;
         UMask = "0077";
         EnvironmentFile = lib.mkIf (cfg.environmentFile != null) cfg.environmentFile;
-        LoadCredential = lib.mkIf (cfg.blockKey.file != null && !cfg.blockKey.encrypted) "toto-blocks:${cfg.blockKey.file}";
-        LoadCredentialEncrypted = lib.mkIf (cfg.blockKey.file != null && cfg.blockKey.encrypted) "toto-blocks:${cfg.blockKey.file}";
+        ${if cfg.blockKey.encrypted then "LoadCredentialEncrypted" else "LoadCredential"} =
+          lib.mkIf (cfg.blockKey.file != null) "toto-blocks:${cfg.blockKey.file}";
         Restart = "always";
         RestartSec = 5;
         KillMode = "mixed";
@@ -353,7 +365,7 @@ in
       };
     };
 
-    # As root: it owns the store, and changes to nix's build users. Nobody's input is in its command line or environment.
+    # As root: it owns the store, and changes to nix's build users.
     systemd.services.toto-nix-daemon = {
       description = "the nix daemon of toto";
       wantedBy = [ "multi-user.target" ];

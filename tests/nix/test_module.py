@@ -196,7 +196,7 @@ def test_sshd_lets_pushers_in_and_nobody_else_differently(tmp_path: Path) -> Non
     match = said["conf"][said["conf"].index("Match User toto") :]
     assert said["keys"]["mode"] == "0755"  # (with a mode it is a file of /etc, and no link into the store)
     assert re.search(
-        r"TOTO_STATE=/var/lib/toto exec \S+/bin/toto-git-shell --repos /var/lib/toto/server/repos keys\n$",
+        r" TOTO_STATE=/var/lib/toto\nexec \S+/bin/toto-git-shell --repos /var/lib/toto/server/repos keys\n$",
         said["keys"]["text"],
     )
     assert "Match User toto" not in of_host("config.services.openssh.extraConfig", "services.toto.gitHost = false;")
