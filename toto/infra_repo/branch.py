@@ -42,13 +42,7 @@ class NotWritten(GitError):
 
 
 async def change(
-    repo: Path,
-    ref: str,
-    paths: Sequence[str],
-    edit: Edit,
-    message: str,
-    *,
-    named: Callable[[], Iterable[str]] = tuple,
+    repo: Path, ref: str, paths: Sequence[str], edit: Edit, message: str, *, named: Callable[[], Iterable[str]] = tuple
 ) -> None:
     """Change files of the branch `ref` in one commit; the branch is made when it is missing.
 
