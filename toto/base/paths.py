@@ -73,7 +73,8 @@ def require_room(repo: Path) -> None:
             )
 
 
-def alone(lock: Path) -> AsyncIterator[None]:
+@asynccontextmanager
+async def alone(lock: Path) -> AsyncIterator[None]:
     """Hold the file `lock` for this block; wait first while any other block, in any process, holds it.
 
     The lock ends with the process that holds it, however that process ends.
