@@ -105,6 +105,7 @@ async def _evaluate(
     env = _client(_DAEMON / socket.name) | {
         "NIX_PATH": ":".join(f"{name}={place}" if name else str(place) for name, place in places),
         "NO_COLOR": "1",
+        "GIT_ALLOW_PROTOCOL": "https:http",  # no git repository that is pushed as files, with settings of its own
         # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue
         # 4919). With a heap that is large from the start, a host of ordinary size needs none.
         "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
@@ -308,8 +309,25 @@ def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> Evalu
     if len(lines) > 36:
         lines = [*lines[:15], "…", *lines[-20:]]
     return EvaluationFailed(
-        f"does not evaluate ({where}):\n" + process.tail("\n".join(lines), 36), target=host.name, hint=hint
+        f"does not evaluate ({where}):\n" + _without_hashes(process.tail("\n".join(lines), 36)),
+        target=host.name,
+        hint=hint,
     )
+
+
+def _without_hashes(text: str) -> str:
+    """nix's message without the hash of a file or folder of the cell.
+
+    Who knows that hash may read it (fetchTree in a flake), and a copy of the whole store is such a folder.
+    """
+    lines, local = text.splitlines(), 0
+    for number, line in enumerate(lines):
+        if "hash mismatch" in line and ("path:" in line or "file:" in line):
+            local = 4  # nix spreads the message over so many lines
+        if local:
+            lines[number] = re.sub(r"\bgot:?\s+\S+", "got …", line)
+            local -= 1
+    return "\n".join(lines)
 
 
 async def outputs(drv: str) -> list[str]:
