@@ -1,0 +1,2 @@
+# says: program 'git' failed|forbidden in restricted mode
+builtins.fetchGit { url = "@VICTIM@/repos/vault.git"; ref = "main"; }

@@ -1,0 +1,2 @@
+# says: program 'git' failed
+builtins.fetchGit "file://@VICTIM@/repos/vault.git"

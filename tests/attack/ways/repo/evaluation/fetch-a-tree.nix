@@ -1,0 +1,2 @@
+# says: attribute 'fetchTree' missing
+builtins.fetchTree { type = "path"; path = "/nix/store"; }

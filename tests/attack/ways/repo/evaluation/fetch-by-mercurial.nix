@@ -1,0 +1,2 @@
+# says: hg|forbidden in restricted mode
+builtins.fetchMercurial "@VICTIM@/repos"
