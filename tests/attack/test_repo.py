@@ -423,6 +423,25 @@ async def test_a_commit_of_its_own_reaches_nothing(red: Red, repo: str, way: Way
         assert await red.harm() == []
 
 
+@pytest.mark.skipif(not ALL, reason="it boots a VM: `make attack`")
+async def test_a_machine_that_is_toto_itself_is_not_deployed(red: Red) -> None:
+    """A host that passes its rehearsal, and a machine that is a service of this machine's loopback."""
+    clone = red.clone_of("red", "machine")
+    machines = "machines:\n" + "".join(
+        f"  - {{name: {name}, address: {address}, ssh: {{port: {red.victim.tcp}}}, ports: [{red.port}]}}\n"
+        for name, address in (("here", "127.0.0.1"), ("there", red.words["ADDRESS"]))
+    )
+    host = "{ ... }: { imports = [ ../lab.nix ]; }\n"
+    write(clone.folder, BASE | {"machines.yaml": machines, "hosts/here.nix": host, "hosts/there.nix": host})
+    clone.git("add", "--all")
+    clone.commit()
+    said = await asyncio.to_thread(clone.push, "HEAD:main", "wait")
+    red.said.append(said)
+    for name in ("here", "there"):
+        assert re.search(rf"{name}: its address \S+ is one of the machine that toto runs on", said), said
+    assert await red.harm() == []
+
+
 async def test_nothing_of_it_is_left(red: Red) -> None:
     async with asyncio.timeout(60):
         while any(SURVIVOR in command_of(pid) for pid in processes()):

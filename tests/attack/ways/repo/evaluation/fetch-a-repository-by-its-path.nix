@@ -1,2 +1,2 @@
-# says: program 'git' failed|forbidden in restricted mode
+# says: forbidden in restricted mode
 builtins.fetchGit { url = "@VICTIM@/repos/vault.git"; ref = "main"; }

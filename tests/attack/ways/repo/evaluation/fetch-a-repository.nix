@@ -1,2 +1,2 @@
-# says: program 'git' failed
+# says: forbidden in restricted mode
 builtins.fetchGit "file://@VICTIM@/repos/vault.git"

@@ -1,2 +1,3 @@
-# says: hg|forbidden in restricted mode
-builtins.fetchMercurial "@VICTIM@/repos"
+# says: hg failed|executing .*hg
+# Its settings name hooks; a commit may have such a folder.
+builtins.fetchMercurial "/infra"
