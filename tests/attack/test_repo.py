@@ -143,9 +143,9 @@ def _way(path: Path) -> Way:
 
 
 def ways(*kinds: str) -> list[Way]:
-    """All ways of some kinds for `make attack`, else every fourth."""
+    """All ways of some kinds for `make attack`, else some."""
     found = [_way(path) for kind in kinds for path in sorted((WAYS / kind).iterdir())]
-    return found if ALL else found[::4]
+    return found if ALL else found[::6]
 
 
 TOGETHER: Final = ways("evaluation", "build", "terraform", "helm", "host")
@@ -270,7 +270,8 @@ class Red(Fleet):
 
     async def harm(self) -> list[str]:
         """What has been reached, in words."""
-        found = self.victim.harm(*(text for text in self.said for secret in self.secrets if secret in text))
+        found = self.victim.harm()
+        found += [f"a secret is in {text[:300]!r}" for text in self.said if any(each in text for each in self.secrets)]
         new = [STORE / each.name for each in STORE.iterdir() if each.name not in self.paths and not each.is_symlink()]
         logs = [self.directory / name for name in ("journal", "toto.log")]
         for path in await asyncio.to_thread(
@@ -386,8 +387,8 @@ async def test_the_ways_that_go_together_reach_nothing(red: Red, repo: str, how:
         for way in TOGETHER
         if how in way.when and not re.search(way.says, told := way.told(messages))
     ]
-    assert not short, "\n\n".join(short)
     assert await red.harm() == []
+    assert not short, "\n\n".join(short)
 
 
 @pytest.mark.parametrize("repo", ["infra", "red"])
@@ -395,7 +396,7 @@ async def test_the_ways_that_go_together_reach_nothing(red: Red, repo: str, how:
 async def test_a_commit_of_its_own_reaches_nothing(red: Red, repo: str, way: Way) -> None:
     if way.rehearser_only and repo == "red":
         pytest.skip("she may do that to her own repository")
-    for how in ("plan", "rehearse") if repo == "infra" else ("deploy",):
+    for how in ("deploy",) if repo == "red" else ("plan", "rehearse") if ALL else ("rehearse",):
         clone = red.clone_of(repo, way.name)
         write(clone.folder, BASE)
         clone.git("add", "--all")
@@ -419,8 +420,8 @@ async def test_a_commit_of_its_own_reaches_nothing(red: Red, repo: str, way: Way
             messages = [text for _, text in await red.messages(run)]
             red.said += messages
             said += "\n".join(messages)
-        assert re.search(way.says, said), said
         assert await red.harm() == []
+        assert re.search(way.says, said), said
 
 
 @pytest.mark.skipif(not ALL, reason="it boots a VM: `make attack`")
