@@ -1,2 +1,2 @@
-# says: attribute 'fetchTree' missing
+# says: experimental Nix feature 'flakes' is disabled
 builtins.fetchTree { type = "path"; path = "/nix/store"; }
