@@ -2,18 +2,21 @@
 
 import asyncio
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.repos import InfraRepo, git
+from toto.base import paths
 from toto.base.errors import InputError
 from toto.infra_repo import git as toto_git
 
 
 @pytest.fixture
-def repo(tmp_path: Path) -> InfraRepo:
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InfraRepo:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "toto"))
     return InfraRepo(tmp_path / "repo")
 
 
@@ -62,6 +65,66 @@ async def test_a_link_out_of_the_tree_is_refused_by_name(repo: InfraRepo, tmp_pa
     with pytest.raises(InputError, match=r"hosts/web1\.nix: is a link that leads out"):
         async with toto_git.exported(repo.bare, commit, tmp_path / "state"):
             pass
+
+
+async def test_a_link_into_the_store_is_left_out(repo: InfraRepo, tmp_path: Path) -> None:
+    """What it names may be built after this look at it, and be a link to any file of this machine."""
+    outside = tmp_path / "secret"
+    outside.write_text("secret")
+    there = next(each for each in Path("/nix/store").iterdir() if each.is_dir())
+    missing = "/nix/store/00000000000000000000000000000000-built-later"
+    for name, target in (("result", there), ("later", missing), ("by/way", "../later"), ("further", f"{missing}/x")):
+        (repo.work / name).parent.mkdir(exist_ok=True)
+        (repo.work / name).symlink_to(target)
+    commit = repo.commit({"a": "1"})
+    async with toto_git.exported(repo.bare, commit, tmp_path / "state") as tree:
+        assert [each.name for each in tree.rglob("*") if not each.is_dir()] == ["a"]
+    (repo.work / "up").symlink_to(f"{missing}/../../../{outside}")
+    commit = repo.commit({})
+    with pytest.raises(InputError, match="up: is a link that leads out"):
+        async with toto_git.exported(repo.bare, commit, tmp_path / "state"):
+            pass
+
+
+def stored(repo: Path, stream: str) -> str:
+    """A commit that git fast-import makes of a stream; its hash."""
+    head = "blob\nmark :1\ndata 1\nx\ncommit refs/heads/stored\ncommitter a <a@b> 0 +0000\ndata 1\nm\n"
+    subprocess.run(["git", "fast-import", "--quiet"], input=f"{head}{stream}\n".encode(), cwd=repo, check=True)
+    return git("rev-parse", "refs/heads/stored", cwd=repo)
+
+
+async def test_a_commit_that_is_too_much_for_this_machine_is_refused_before_it_is_written(
+    repo: InfraRepo, tmp_path: Path
+) -> None:
+    fine = repo.commit({"a": "1"})
+    deep = stored(repo.bare, f"M 100644 :1 {'a/' * 1900}a")
+    many = git("hash-object", "-w", "a", cwd=repo.work)
+    git("push", "origin", "HEAD:refs/heads/x", cwd=repo.work)
+    for _ in range(10):  # 10 in each of 10, and so on: 10,000,000,000 files
+        kind = "blob" if _ == 0 else "tree"
+        lines = "".join(f"{'100644' if _ == 0 else '040000'} {kind} {many}\t{number}\n" for number in range(10))
+        many = subprocess.run(
+            ["git", "mktree"], input=lines, cwd=repo.bare, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    many = git("-c", "user.name=a", "-c", "user.email=a@b", "commit-tree", "-m", "many", many, cwd=repo.bare)
+    (paths.state_home() / "server.toml").parent.mkdir(parents=True, exist_ok=True)
+    (paths.state_home() / "server.toml").write_text("[push]\nunpacked = 1000000\n")
+    large = repo.commit({name: "x" * 400_000 for name in "bcd"})
+    for commit, why in ((deep, "nested more than 64"), (many, "more than 100000 files"), (large, "1000000 bytes")):
+        with pytest.raises(InputError, match=why):
+            await toto_git.checkout(repo.bare, commit, tmp_path / "tree")
+        await toto_git.checkout(repo.bare, fine, tmp_path / "tree")
+        assert [each.name for each in (tmp_path / "tree").iterdir()] == ["a"]
+
+
+async def test_no_filter_of_this_machines_user_runs(
+    repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".gitconfig").write_text(f'[filter "lfs"]\nsmudge = touch {tmp_path}/ran; cat\n')
+    commit = repo.commit({".gitattributes": "* filter=lfs\n", "a": "1"})
+    await toto_git.checkout(repo.bare, commit, tmp_path / "tree")
+    assert (tmp_path / "tree/a").read_text() == "1" and not (tmp_path / "ran").exists()
 
 
 async def test_a_link_within_the_tree_is_fine(repo: InfraRepo, tmp_path: Path) -> None:

@@ -127,6 +127,25 @@ async def test_nobodys_settings_open_the_sandbox(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the daemon of this process is root's")
+async def test_no_build_gets_the_machines_logins(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nix writes the netrc-file into the folder of a `builtin:fetchurl`, which may then fetch that file."""
+    (tmp_path / "netrc").write_text(f"machine cache.example.org login a password {uuid.uuid4()}\n")
+    (tmp_path / "nix.conf").write_text(f"netrc-file = {tmp_path}/netrc\nsubstituters =\n")
+    monkeypatch.setenv("NIX_CONF_DIR", str(tmp_path))
+    digest = (await process.run(["sha256sum", tmp_path / "netrc"])).stdout.split()[0]
+    fetched = (
+        'system = "builtin"; builder = "builtin:fetchurl"; url = "file:///build/netrc"; outputHashMode = "flat"; '
+        f'outputHashAlgo = "sha256"; outputHash = "{digest}"; executable = false; unpack = false;'
+    )
+    async with daemon.running(tmp_path_factory.mktemp("logins")) as path:
+        monkeypatch.setenv(daemon.SOCKET, str(path))
+        with pytest.raises(nix.BuildFailed, match="file:///build/netrc"):
+            await built(tmp_path, fetched)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the daemon of this process is root's")
 async def test_it_is_started_again_when_it_dies_and_ends_with_toto(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("own")
 

@@ -29,6 +29,10 @@ class Push(Model):
 
     size: Annotated[StrictInt, Field(ge=1_000_000)] = 1_000_000_000
     """bytes of a push"""
+    files: Annotated[StrictInt, Field(ge=1)] = 100_000
+    """files of a commit that is planned, rehearsed or deployed"""
+    unpacked: Annotated[StrictInt, Field(ge=1_000_000)] = 4_000_000_000
+    """bytes of all files of such a commit"""
 
 
 class Evaluation(Model):

@@ -264,7 +264,13 @@ async def _wrong_files(update: Update) -> list[str]:
             "--worktree",
             "--",
             *there,
-            extra={"GIT_WORK_TREE": folder, "GIT_INDEX_FILE": f"{folder}/.index"},
+            # (No filter of this machine's or user's that a pushed .gitattributes names.)
+            extra={
+                "GIT_WORK_TREE": folder,
+                "GIT_INDEX_FILE": f"{folder}/.index",
+                "GIT_CONFIG_GLOBAL": os.devnull,
+                "GIT_CONFIG_NOSYSTEM": "1",
+            },
         )
         for name in there:
             try:

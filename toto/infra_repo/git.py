@@ -4,10 +4,10 @@ GitPython reads objects (it keeps its own `git cat-file` running while a repo is
 other git command. Both use an environment without the GIT_DIR and the quarantine of a hook.
 """
 
+import asyncio
 import os
 import random
 import re
-import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -19,11 +19,12 @@ import anyio
 import git as gitpython
 from gitdb.exc import BadName, BadObject
 
-from toto.base import paths, process
+from toto.base import owned, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.without_git import without_git
 
 STALE: Final = 20  # seconds; git needs a ref's lock for milliseconds only
+DEEPEST: Final = 64  # nested folders of a commit
 
 
 class GitError(TotoError):
@@ -45,8 +46,12 @@ class Commit:
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for git, with `extra`: no GIT_* of a hook is in it, nothing asks for a password."""
-    return without_git() | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"} | (extra or {})
+    """This process's environment for git, with `extra`: no GIT_* of a hook is in it, nothing asks for a password.
+
+    Nor is the configuration of this machine and user: a commit's .gitattributes could ask for its filters.
+    """
+    own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0"}
+    return without_git() | own | (extra or {})
 
 
 async def git(
@@ -148,10 +153,11 @@ async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Pa
 async def checkout(repo: Path, commit: str, destination: Path) -> None:
     """Write the files of a commit to `destination`, and nothing else: it is emptied first.
 
-    Raises `InputError` for a link that leads out of the tree, `CommandFailed`.
+    Links into the nix store are left out. Raises `InputError` for a link that leads out of the tree, and for a commit
+    that has more files, or larger ones, than the server allows; `CommandFailed`.
     """
-    if destination.exists():
-        shutil.rmtree(destination)
+    await _check_size(repo, commit)
+    owned.remove(destination)
     destination.mkdir(parents=True)
     index = destination.with_name(f"{destination.name}.index")
     index.unlink(missing_ok=True)
@@ -162,7 +168,7 @@ async def checkout(repo: Path, commit: str, destination: Path) -> None:
         await git(repo, "checkout-index", "--all", "--force", "--quiet", extra=extra)
     finally:
         index.unlink(missing_ok=True)
-    _refuse_links_out(destination)
+    _close_links(destination)
     # A flake's self.lastModified is the newest time in its tree. It has to be the same in every checkout, for the drv.
     for directory, folders, files in os.walk(destination, topdown=False):
         for name in (*files, *folders):
@@ -179,19 +185,60 @@ def _readable(mode: int) -> int:
     return 0o755 if mode & 0o100 else 0o644
 
 
-def _refuse_links_out(tree: Path) -> None:
+async def _check_size(repo: Path, commit: str) -> None:
+    """Raise `InputError` when the files of a commit are too many, too large in sum, or nested too deep.
+
+    (A push of a few kilobytes can have a billion files, since git stores what is the same once.)
+    """
+    most, files, size = server_rules.load().push, 0, 0
+    async with process.start(
+        ["git", f"--git-dir={repo}", "ls-tree", "-r", "-l", "-z", "--full-tree", commit],
+        env=environment(),
+        stdout=asyncio.subprocess.PIPE,
+    ) as running:
+        assert running.process.stdout is not None
+        rest, wrong = b"", ""
+        while not wrong and (chunk := await running.process.stdout.read(65_536)):
+            *entries, rest = (rest + chunk).split(b"\0")
+            for each in entries:
+                about, _, path = each.partition(b"\t")
+                length = about.rpartition(b" ")[2]
+                files, size = files + 1, size + (int(length) if length.isdigit() else 0)
+                if path.count(b"/") > DEEPEST:
+                    wrong = f"has a file that is nested more than {DEEPEST} folders deep"
+            if files > most.files:
+                wrong = f"has more than {most.files} files"
+            elif size > most.unpacked:
+                wrong = f"has files of more than {most.unpacked} bytes in all"
+    while await running.process.stdout.read(65_536):  # (the pipe is closed when all of it has been read)
+        pass
+    if wrong:
+        raise InputError(wrong, target=commit[:12], hint="see `push` in the server's server.toml: docs/operations.md")
+
+
+def _close_links(tree: Path) -> None:
+    """Remove the links into the nix store; raise `InputError` for other links that lead out of the tree.
+
+    (`result` is such a link. Nothing that may read the tree may follow it, and what a commit builds itself could be a
+    link to any file of this machine.)
+    """
     root = os.path.realpath(tree)
+    into_store: list[Path] = []
     for directory, folders, files in os.walk(tree):
         for name in (*folders, *files):
             path = Path(directory, name)
             if path.is_symlink():
                 leads = os.path.realpath(path)
-                if not (leads == root or leads.startswith((root + os.sep, "/nix/store/"))):
+                if leads.startswith("/nix/store/"):
+                    into_store.append(path)
+                elif not (leads == root or leads.startswith(root + os.sep)):
                     raise InputError(
                         f"is a link that leads out of the repo, to {path.readlink()}",
                         target=str(path.relative_to(tree)),
                         hint="commit the file itself",
                     )
+    for path in into_store:
+        path.unlink()
 
 
 async def superseded_by(repo: Path, commit: str) -> str | None:

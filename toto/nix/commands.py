@@ -49,6 +49,7 @@ _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
 # nix evaluates a flake from its copy in the store, and errors have the paths of that copy.
 _IN_STORE: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source/([^\s:'`\"]+)")
+_COPY: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source")
 _TRANSIENT: Final = re.compile(
     r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
     r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS",
@@ -107,6 +108,7 @@ async def _evaluate(
     env = daemon.client(_DAEMON / socket.name) | {
         "NIX_PATH": ":".join(f"{name}={place}" if name else str(place) for name, place in places),
         "NO_COLOR": "1",
+        "GIT_ALLOW_PROTOCOL": "https:http",  # no git repository that is pushed as files, with settings of its own
         # A garbage collection during an evaluation takes time, and can crash with Debian's libgc (NixOS/nix issue
         # 4919). With a heap that is large from the start, a host of ordinary size needs none.
         "GC_INITIAL_HEAP_SIZE": os.environ.get("GC_INITIAL_HEAP_SIZE", "2G"),
@@ -365,8 +367,25 @@ def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> Evalu
     if len(lines) > 36:
         lines = [*lines[:15], "…", *lines[-20:]]
     return EvaluationFailed(
-        f"does not evaluate ({where}):\n" + process.tail("\n".join(lines), 36), target=host.name, hint=hint
+        f"does not evaluate ({where}):\n" + _without_hashes(process.tail("\n".join(lines), 36)),
+        target=host.name,
+        hint=hint,
     )
+
+
+def _without_hashes(text: str) -> str:
+    """nix's message without the hash of a file or folder of the cell, and without the store path of its copy.
+
+    Who knows one of them may read it, by fetchTree or in a build, and the whole store is such a folder.
+    """
+    lines, local = text.splitlines(), 0
+    for number, line in enumerate(lines):
+        if "hash mismatch" in line and ("path:" in line or "file:" in line):
+            local = 4  # nix spreads the message over so many lines
+        if local:
+            lines[number] = _COPY.sub("…", re.sub(r"\bgot:?\s+\S+", "got …", line))
+            local -= 1
+    return "\n".join(lines)
 
 
 async def outputs(drv: str) -> list[str]:

@@ -82,6 +82,7 @@ def home() -> Path:
 def configuration() -> str:
     """The daemon's nix.conf: the machine's own (its substituters and remote builders), and what keeps builds in.
 
+    The logins of the machine's netrc-file are not used: nix hands that file to whatever build asks for it.
     Raises `InputError` when the machine has no build users or no static shell.
     """
     try:
@@ -101,6 +102,7 @@ build-users-group = {GROUP}
 sandbox = true
 sandbox-fallback = false
 sandbox-paths = {_shell()}
+netrc-file = {os.devnull}
 allowed-users = *
 trusted-users = root
 require-sigs = true
