@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import free_port
+from tests.repos import git
 from tests.tasks.test_names import called
 from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
@@ -320,6 +321,14 @@ async def test_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters" / "mum.txt").write_text("dear")
     with pytest.raises(InputError, match="not a bare git repository"):
         await git_host.create(tmp_path / "letters", api_url="http://127.0.0.1:1/api")
+
+
+async def test_a_repository_with_sha256_names_is_refused_and_left_alone(tmp_path: Path) -> None:
+    repo = tmp_path / "infra.git"
+    git("init", "--quiet", "--bare", "--object-format=sha256", repo, cwd=tmp_path)
+    with pytest.raises(InputError, match="SHA-256"):
+        await git_host.create(repo, api_url="http://127.0.0.1:1/api")
+    assert "toto" not in (repo / "config").read_text() and not (repo / "hooks" / "post-receive").exists()
 
 
 @pytest.mark.parametrize(

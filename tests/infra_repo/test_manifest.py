@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toto.infra_repo.manifest import SSH, Machine, Manifest, ManifestError, json_schema, load
+from toto.infra_repo.manifest import SSH, Machine, Manifest, ManifestError, check_distinct, json_schema, load, parse
 from toto.infra_repo.window import Window
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -297,6 +297,18 @@ def test_a_machine_after_one_of_a_later_wave_is_refused(tmp_path: Path) -> None:
     text = "machines:\n  a: {address: x, wave: 2}\n  b:\n    address: x\n    after:\n      - a\n"
     assert problems(tmp_path, text) == (
         "machines.yaml:6: b: after: a is in wave 2, which comes after this machine's wave 0",
+    )
+
+
+def test_two_names_of_one_machine_are_refused() -> None:
+    fleet = parse(
+        "machines:\n  a: {address: X.example.org}\n  b: {address: x.example.org., ssh: {port: 22}}\n"
+        "  c: {address: x.example.org, ssh: {port: 2222}}\n  d: {address: x.example.org, role: other}\n"
+    )
+    with pytest.raises(ManifestError) as wrong:
+        check_distinct(fleet)
+    assert wrong.value.problems == (
+        "machines.yaml: b: address: x.example.org., port 22, is a's: one machine has one name",
     )
 
 

@@ -225,7 +225,13 @@ async def _install(path: Path, branch: str, settings: Mapping[str, str | None]) 
     """Make a bare repository if there is none; write toto's hooks and their settings into it."""
     if not (path / "HEAD").exists():
         path.mkdir(parents=True, exist_ok=True)
-        await git(path, "init", "--quiet", "--bare", f"--initial-branch={branch}")
+        await git(path, "init", "--quiet", "--bare", "--object-format=sha1", f"--initial-branch={branch}")
+    elif (await git(path, "rev-parse", "--show-object-format")).stdout.strip() != "sha1":
+        raise InputError(
+            "its objects have SHA-256 names, which toto does not know",
+            target=path.name,
+            hint="make a new one (`toto repo create NAME`), and push to that from a clone that `git init` has made",
+        )
     # A run that is given no commit uses HEAD.
     await git(path, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
     for key, value in {

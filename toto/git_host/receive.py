@@ -275,7 +275,9 @@ async def _wrong_files(update: Update) -> list[str]:
         for name in there:
             try:
                 if name == MANIFEST:
-                    limits.check_machines(manifest.load(Path(folder, name)))
+                    fleet = manifest.load(Path(folder, name))
+                    manifest.check_distinct(fleet)
+                    limits.check_machines(fleet)
                 else:
                     limits.within(settings.load(Path(folder)))
             except TotoError as error:

@@ -143,6 +143,24 @@ def parse(text: str) -> Manifest:
     return _read(FILE, lambda: text)
 
 
+def check_distinct(fleet: Manifest) -> None:
+    """Raise `ManifestError` when two names are one machine: a commit that says so is not deployed.
+
+    (`load` bears it, for what is deployed already has to be understood.)
+    """
+    problems: list[str] = []
+    known: dict[tuple[str, int], str] = {}
+    for name, machine in fleet.machines.items():
+        place = (machine.address.lower().rstrip("."), machine.ssh.port)
+        if machine.deployed and (other := known.setdefault(place, name)) != name:
+            problems.append(
+                f"{FILE}: {name}: address: {machine.address}, port {machine.ssh.port}, is {other}'s: "
+                "one machine has one name"
+            )
+    if problems:
+        raise ManifestError(problems)
+
+
 def _read(name: str, text: Callable[[], str]) -> Manifest:
     reading = _Reading(name)
     with reading.reporting(ManifestError):

@@ -57,6 +57,7 @@ async def make(
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
         settings = limits.within(settings)
+        manifest.check_distinct(fleet)
         limits.check_machines(fleet)
         source = Source(
             repo,
