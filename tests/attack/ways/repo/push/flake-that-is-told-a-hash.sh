@@ -3,7 +3,7 @@
 flake() {
     cat > flake.nix <<NIX
 { outputs = _: { nixosConfigurations.x.config.system.build.toplevel = throw ("read " + builtins.readFile ("\${
-    builtins.fetchTree { type = "path"; path = "/daemon"; narHash = "$1"; }}/nix.conf")); }; }
+    builtins.fetchTree { type = "path"; path = "/toto"; narHash = "$1"; }}/evaluate.nix")); }; }
 NIX
     git add . && git commit -qm "hash $1"
 }
