@@ -29,7 +29,10 @@ from toto.rehearsal.phase_run import Endpoint
 
 @asynccontextmanager
 async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
-    """Connect to a machine; the result has the activation verbs. Raises `Unreachable` after `connect_timeout` s."""
+    """Connect to a machine; the result has the activation verbs.
+
+    Raises `Unreachable` after `connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
+    """
     target = ssh.SshTarget(
         name=machine.name,
         address=machine.address,
@@ -39,6 +42,7 @@ async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float
         host_key=machine.ssh.host_key,
         known_hosts=paths.repo_state(repo) / "known_hosts",
         connect_timeout=max(1, round(connect_timeout)),
+        ip=await owners.located(repo, machine, connect_timeout),
     )
     async with ssh.connection(target, runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
         yield Activator(connection, run, connect_timeout)

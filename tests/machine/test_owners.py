@@ -12,13 +12,14 @@ from tests.repos import InfraRepo, git
 from toto import cli
 from toto.base import paths
 from toto.base.errors import InputError, TotoError
+from toto.cell.namespace import own_addresses
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
 from toto.machine import owners
 from toto.machine.owners import NotOwned
-from toto.machine.ssh import SshTarget
+from toto.machine.ssh import SshTarget, Unreachable
 
 KEY, OTHER = "ssh-ed25519 AAAA", "ssh-ed25519 BBBB"
 
@@ -143,3 +144,30 @@ def test_host_keys_are_the_manifests_or_those_that_were_seen(tmp_path: Path) -> 
     known.write_text(f"web1 {KEY} comment\nweb2 {OTHER}\n")
     assert owners.host_keys(target) == [KEY]
     assert owners.host_keys(replace(target, host_key=f"{OTHER} me")) == [OTHER]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.1.2.3", "localhost", "127.1", "2130706433", "0x7f000001", "0", "0.0.0.0", "::1", "::"),
+        *("::ffff:127.0.0.1", "169.254.169.254", "fe80::1", *own_addresses()[:1]),
+    ],
+)
+async def test_only_the_repo_with_the_shared_blocks_deploys_the_machine_of_toto(
+    repos: tuple[Path, Path], address: str
+) -> None:
+    infra, lab = repos
+    paths.state_home().mkdir(exist_ok=True)
+    (paths.state_home() / "server.toml").write_text('shared_blocks = "infra"\n')
+    with pytest.raises(NotOwned, match="lab must not deploy it"):
+        await owners.located(lab, machine(address=address), 1)
+    assert await owners.located(infra, machine(address=address), 1)
+
+
+async def test_a_machine_is_looked_up_once(repos: tuple[Path, Path]) -> None:
+    _, lab = repos
+    assert await owners.located(lab, machine(address="198.51.100.7"), 1) == "198.51.100.7"
+    with pytest.raises(Unreachable, match=r"nowhere\.invalid has no address"):
+        await owners.located(lab, machine(address="nowhere.invalid"), 1)
+    target = SshTarget("web1", "web1.example.org", ip="198.51.100.7", throwaway=True)
+    assert "HostName 198.51.100.7\n" in target.write_config(lab / "ssh").read_text()

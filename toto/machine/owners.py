@@ -4,6 +4,10 @@ The owners are in `machines.json` in toto's state, by the machines' names, where
 apart by its name, by its address and port, and by its host key: none of them may be that of a different repo's machine.
 """
 
+import asyncio
+import contextlib
+import ipaddress
+import socket as sockets
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toto.base import files, paths
 from toto.base.errors import InputError, TotoError
+from toto.git_host import shared
 from toto.git_host.shared import name_of
 from toto.infra_repo import git, manifest
 from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
-from toto.machine.ssh import SshTarget
+from toto.machine.ssh import SshTarget, Unreachable
 
 FILE: Final = "machines.json"
 
@@ -72,6 +77,50 @@ async def claim(repo: Path, machine: Machine, host_keys: Sequence[str]) -> None:
         owner = _owner(repo, machine, host_keys, before.at if before else git.now())
         if owner != before:
             _write(owners, {**owners.machines, machine.name: owner})
+
+
+async def located(repo: Path, machine: Machine, patience: float) -> str:
+    """The IP address of a machine: of several that its name has, the first that accepts a connection in `patience` s.
+
+    It is looked up once, and used from then on: a name that leads elsewhere the next time would pass what is checked.
+    Raises `NotOwned` when it is the machine that toto runs on, or a link-local address, where clouds keep their
+    secrets: only the repo that also has the shared blocks may deploy those. Raises `Unreachable` for an unknown name.
+    """
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            machine.address, machine.ssh.port, type=sockets.SOCK_STREAM
+        )
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"{machine.address} has no address: {error}", target=machine.name) from None
+    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+    if (wrong := [each for each in addresses if _is_close(each)]) and not shared.has_shared_blocks(repo):
+        raise NotOwned(
+            f"its address {wrong[0]} is one of the machine that toto runs on, or of its link alone: "
+            f"{name_of(repo)} must not deploy it",
+            target=machine.name,
+            hint="the repository that `shared_blocks` in the server's server.toml names may deploy it",
+        )
+    for each in addresses if len(addresses) > 1 else []:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(patience):
+                _, writer = await asyncio.open_connection(each, machine.ssh.port)
+            writer.close()
+            return each
+    return addresses[0]
+
+
+def _is_close(address: str) -> bool:
+    """Whether an address is one of this machine's own (any that it can listen at), or link-local."""
+    found = ipaddress.ip_address(address)
+    real = (found.ipv4_mapped if found.version == 6 else None) or found
+    if real.is_link_local or real.is_loopback or real.is_unspecified:
+        return True
+    with sockets.socket(sockets.AF_INET if real.version == 4 else sockets.AF_INET6) as probe:
+        try:
+            probe.bind((str(real), 0))
+        except OSError:
+            return False
+    return True
 
 
 async def release(repo: Path, name: str) -> None:

@@ -50,6 +50,7 @@ class HostKeyChanged(Unreachable):
 class SshTarget:
     """A machine for ssh: configs and known_hosts have its `name`, and ssh connects to its `address`.
 
+    `ip` is where that has been found to be, if it has been looked up; then ssh does not look it up again.
     The expected host key is `host_key` ("ssh-ed25519 AAAA…") if that is set, else the one that was seen first, which
     is kept in `known_hosts`. A `throwaway` machine (a sandbox) has a new key every time, so it is not checked.
     `connect_timeout` is in seconds. Raises `InputError` for values that an ssh_config cannot hold.
@@ -64,11 +65,13 @@ class SshTarget:
     known_hosts: Path | None = None
     throwaway: bool = False
     connect_timeout: int = 10
+    ip: str | None = None
 
     def __post_init__(self) -> None:
         for what, value, form in (
             ("name", self.name, _NAME),
             ("address", self.address, _ADDRESS),
+            ("address", self.ip, _ADDRESS),
             ("user", self.user, _NAME),
             ("host key", self.host_key, _HOST_KEY),
         ):
@@ -88,7 +91,7 @@ class SshTarget:
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         options: dict[str, str] = {
-            "HostName": self.address.replace("%", "%%"),
+            "HostName": (self.ip or self.address).replace("%", "%%"),
             "Port": str(self.port),
             "User": self.user,
             "BatchMode": "yes",

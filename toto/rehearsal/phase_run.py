@@ -56,15 +56,18 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
         async with AsyncExitStack() as stack:
             if (network := endpoint.network) is None:
                 network = await stack.enter_async_context(namespace())
-                address = endpoint.connection.target.address
+                target = endpoint.connection.target
+                address, place = target.address, target.ip or target.address
                 ports = set(endpoint.ports.values())
-                if ":" in address:  # cells have no IPv6: the ports are on their loopback
-                    leads = {("127.0.0.1", port): (address, port) for port in ports}
+                if ":" in place:  # cells have no IPv6: the ports are on their loopback
+                    leads = {("127.0.0.1", port): (place, port) for port in ports}
                     address = "127.0.0.1"
                     await stack.enter_async_context(relays.relay(network, leads))
                 else:
+                    if place != address:
+                        network.name({address: place})
                     await stack.enter_async_context(
-                        relays.reach(network, {relays.Endpoint(address, port) for port in ports})
+                        relays.reach(network, {relays.Endpoint(place, port) for port in ports})
                     )
             else:
                 address = "127.0.0.1"
