@@ -38,6 +38,8 @@ class Qmp:
         qmp = cls(reader, writer)
         try:
             await reader.readline()  # the greeting
+        except OSError:
+            raise SandboxError("QEMU ended before it greeted") from None
         except ValueError:
             raise SandboxError("what listens at qmp.sock is not QEMU") from None
         await qmp.execute("qmp_capabilities")
