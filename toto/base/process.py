@@ -451,7 +451,7 @@ def descendants(pid: int) -> list[int]:
     found = [pid]
     for each in found:
         with contextlib.suppress(OSError):  # (it has just ended; Path.glob would raise too)
-            for task in os.listdir(f"/proc/{each}/task"):
+            for task in os.listdir(f"/proc/{each}/task"):  # noqa: PTH208
                 with contextlib.suppress(OSError):
                     found.extend(map(int, Path(f"/proc/{each}/task/{task}/children").read_text().split()))
     return found

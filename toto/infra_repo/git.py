@@ -210,6 +210,8 @@ async def _check_size(repo: Path, commit: str) -> None:
                 wrong = f"has more than {most.files} files"
             elif size > most.unpacked:
                 wrong = f"has files of more than {most.unpacked} bytes in all"
+    while await running.process.stdout.read(65_536):  # (the pipe is closed when all of it has been read)
+        pass
     if wrong:
         raise InputError(wrong, target=commit[:12], hint="see `push` in the server's server.toml: docs/operations.md")
 

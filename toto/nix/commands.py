@@ -46,6 +46,7 @@ _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
 # nix evaluates a flake from its copy in the store, and errors have the paths of that copy.
 _IN_STORE: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source/([^\s:'`\"]+)")
+_COPY: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source")
 _TRANSIENT: Final = re.compile(
     r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
     r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS",
@@ -316,16 +317,16 @@ def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> Evalu
 
 
 def _without_hashes(text: str) -> str:
-    """nix's message without the hash of a file or folder of the cell.
+    """nix's message without the hash of a file or folder of the cell, and without the store path of its copy.
 
-    Who knows that hash may read it (fetchTree in a flake), and a copy of the whole store is such a folder.
+    Who knows one of them may read it, by fetchTree or in a build, and the whole store is such a folder.
     """
     lines, local = text.splitlines(), 0
     for number, line in enumerate(lines):
         if "hash mismatch" in line and ("path:" in line or "file:" in line):
             local = 4  # nix spreads the message over so many lines
         if local:
-            lines[number] = re.sub(r"\bgot:?\s+\S+", "got …", line)
+            lines[number] = _COPY.sub("…", re.sub(r"\bgot:?\s+\S+", "got …", line))
             local -= 1
     return "\n".join(lines)
 
