@@ -21,9 +21,13 @@ CANARY: Final = "canary-7f3a91c0"
 
 @dataclass
 class Victim:
-    """A toto with secrets, and services on this machine's loopback. `callers` has who has reached one."""
+    """A toto with secrets, and services on this machine's loopback. `callers` has who has reached one.
+
+    `within` are the files and folders of its home that are to stay as they are.
+    """
 
     home: Path
+    within: tuple[str, ...] = (".",)
     tcp: int = 0
     udp: int = 0
     callers: list[str] = field(default_factory=list)
@@ -58,7 +62,8 @@ class Victim:
 
     def _files(self) -> dict[str, str]:
         files = {}
-        for path in sorted(self.home.rglob("*")):
+        kept = [self.home / each for each in self.within]
+        for path in sorted({*kept, *(path for each in kept for path in each.rglob("*"))}):
             if path.is_file() and not path.is_symlink():
                 files[str(path.relative_to(self.home))] = hashlib.sha256(path.read_bytes()).hexdigest()
         return files
@@ -77,6 +82,13 @@ async def victim(home: Path) -> AsyncIterator[Victim]:
         repo = InfraRepo(home / f"{name}-work")
         repo.commit({"access.toml": f"# {CANARY}\n", "hosts/secret.nix": f'"{CANARY}"'})
     (home / "ledger.json").write_text(CANARY)
+    async with serving(there):
+        yield there
+
+
+@contextlib.asynccontextmanager
+async def serving(there: Victim) -> AsyncIterator[None]:
+    """The victim's services listen while the block runs."""
 
     async def called(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there.callers.append("service on 127.0.0.1")
@@ -95,7 +107,7 @@ async def victim(home: Path) -> AsyncIterator[Victim]:
     abstract.bind(f"\0toto-victim-{os.getpid()}")
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Packets, ("127.0.0.1", 0))
     there.udp = transport.get_extra_info("sockname")[1]
-    os.symlink(home, short := Path(f"/tmp/victim-{os.getpid()}"))  # noqa: PTH211  (a socket's path is short)
+    os.symlink(there.home, short := Path(f"/tmp/victim-{os.getpid()}"))  # noqa: PTH211  (a socket's path is short)
     try:
         async with (
             await asyncio.start_server(called, "0.0.0.0", 0) as server,
@@ -103,7 +115,7 @@ async def victim(home: Path) -> AsyncIterator[Victim]:
             await asyncio.start_unix_server(unix, sock=abstract),
         ):
             there.tcp = server.sockets[0].getsockname()[1]
-            yield there
+            yield
     finally:
         transport.close()
         short.unlink()

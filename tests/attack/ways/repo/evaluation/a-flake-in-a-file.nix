@@ -1,0 +1,2 @@
+# says: attribute 'getFlake' missing
+(builtins.getFlake "path:@VICTIM@/state").outPath

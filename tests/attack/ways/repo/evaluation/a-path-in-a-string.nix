@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+builtins.toFile "x" "${@VICTIM@/state/keys/machines}"

@@ -1,0 +1,2 @@
+# says: was not found in the Nix search path
+<toto/state/canary>

@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+builtins.path { path = "@VICTIM@/state/keys"; name = "keys"; filter = _: _: true; }

@@ -1,0 +1,2 @@
+# says: got false
+builtins.pathExists "@VICTIM@/state/keys/machines" || builtins.pathExists "@FOREIGN@"

@@ -1,0 +1,2 @@
+# says: attribute 'exec' missing
+builtins.exec [ "cat" "@VICTIM@/state/canary" ]

@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+builtins.fetchGit { url = "@VICTIM@/repos/vault.git"; ref = "main"; }

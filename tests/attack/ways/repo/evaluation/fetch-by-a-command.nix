@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+builtins.fetchGit { url = "ext::sh -c \"cat @VICTIM@/state/canary >&2\""; }

@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+import @VICTIM@/state/canary

@@ -1,0 +1,2 @@
+# says: attribute 'importNative' missing
+builtins.importNative "@VICTIM@/x.so" "x"

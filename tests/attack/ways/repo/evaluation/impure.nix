@@ -1,0 +1,5 @@
+# says: 'impure-derivations' is disabled
+builtins.readFile (derivation {
+  name = "way"; once = "@ONCE@"; system = "x86_64-linux"; builder = "/bin/sh";
+  __impure = true; args = [ "-c" "cat @VICTIM@/state/canary @FOREIGN@ > $out 2>&1; echo ended >> $out" ];
+})

@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+builtins.readFile "/proc/1/environ"

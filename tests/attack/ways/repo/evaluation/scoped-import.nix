@@ -1,0 +1,2 @@
+# says: forbidden in restricted mode
+scopedImport { builtins = { }; } "@VICTIM@/repos/vault.git/config"

@@ -1,0 +1,2 @@
+# says: unable to download|Couldn.t (connect|resolve)
+builtins.fetchTarball "http://localhost:@TCP@/x.tar.gz"

@@ -1,0 +1,2 @@
+# says: is not in the repo
+module "out" { source = "../../../../../.." }
