@@ -129,9 +129,13 @@ def main() -> None:
 
     tried = toto(*words, "--dry-run")
     assert tried.returncode == 0 and "nothing was changed" in tried.stdout, tried.stdout
-    assert "infra: /srv/keys/id_web becomes its key id_web" in tried.stdout, tried.stdout
+    assert "infra: /srv/keys/id_web becomes its key id_web-" in tried.stdout, tried.stdout
     assert "4 paths were built here" in tried.stdout, tried.stdout
     assert not NEW.exists() and snapshot(OLD) == before
+    (OLD / "server/repos/elsewhere.git").symlink_to("/srv/keys")
+    linked = toto(*words)
+    assert linked.returncode == 2 and "elsewhere.git: is a link to /srv/keys" in linked.stdout, linked.stdout
+    (OLD / "server/repos/elsewhere.git").unlink()
     for wrong, why in (
         (("migrate", "--user", "root", "--to", NEW), "is root"),
         (("migrate", "--user", "no-such-user", "--to", NEW), "useradd --system"),
@@ -193,7 +197,8 @@ async def there(port: int) -> None:
     machines = json.loads((NEW / "machines.json").read_text())["machines"]
     assert {name: each["repo"] for name, each in machines.items()} == {"web1": str(REPO)}
     (folder,) = (NEW / "repos").glob("infra-*")
-    assert (folder / "keys/id_web").read_bytes() == Path("/srv/keys/id_web").read_bytes()
+    (key_file,) = (folder / "keys").glob("id_web-????")
+    assert key_file.read_bytes() == Path("/srv/keys/id_web").read_bytes()
     assert (folder / "known_hosts").exists()
     environment = {**os.environ, "TOTO_STATE": str(NEW), "HOME": str(NEW)}
     key = [*second_user.AS_USER, sys.executable, "-m", "toto.cli", "key", "infra"]

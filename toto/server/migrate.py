@@ -11,6 +11,7 @@ is needed; what something else still needs is built once more in the sandbox, an
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -150,13 +151,17 @@ def _check(migration: Migration, repos: Iterable[Path]) -> None:
     if user.pw_uid == 0:
         raise InputError("is root: choose a user that only toto uses", target=user.pw_name)
     if not old.is_dir():
-        raise InputError("there is no such state", target=str(old), hint="name it: TOTO_STATE=…, or --from")
+        raise InputError("there is no such state", target=str(old), hint="name it: TOTO_STATE=…")
     moves.refuse_old(old)
     if new.is_relative_to(old) or old.is_relative_to(new) or re.search(r"\s", str(new)):
         raise InputError("is no place for it: choose a folder of its own, without white space", target=str(new))
     if new.is_dir() and any(new.iterdir()) and not (new / _UNFINISHED).exists():
         raise InputError("is not empty", target=str(new), hint="choose a different --to, or empty it")
     for repo in repos:
+        if not any(repo.resolve().is_relative_to(each) for each in migration.outermost):
+            raise InputError(
+                f"is a link to {repo.resolve()}, which is not copied", target=str(repo), hint="move the repository here"
+            )
         if left := Ledger(repo).read().open_intents:
             raise InputError(
                 f"{', '.join(each.label for each in left)} was left half done: that is settled first",
@@ -256,7 +261,9 @@ async def _identities(migration: Migration, repo: Path) -> None:
         if any(file.is_relative_to(each) for each in migration.moves) or not file.is_file():
             migration.say(f"look at this: {name_of(repo)} names the key {file}, which is not taken over")
             continue
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", file.name).strip("-") or "key"
+        # (Two files of one name, in different folders, are two keys.)
+        digest = hashlib.sha256(os.fsencode(file)).hexdigest()[:4]
+        name = f"{re.sub(r'[^A-Za-z0-9_-]', '-', file.name).strip('-') or 'key'}-{digest}"
         migration.say(f"{name_of(repo)}: {file} becomes its key {name}; write `identity: {name}` in its machines.yaml")
         if not migration.dry:
             folder = migration.new / "repos" / paths.repo_folder(migration.moved(repo.resolve())) / "keys"
@@ -300,7 +307,8 @@ async def remove_or_verify(built: Mapping[str, str | None], client: Mapping[str,
     dead = [path for path in built if path not in live]
     for begin in range(0, len(dead), _AT_ONCE):
         some = [path for path in dead[begin : begin + _AT_ONCE] if Path(path).exists()]  # (some go with others)
-        await process.run(["nix-store", "--delete", *some], timeout=3600)
+        if some:
+            await process.run(["nix-store", "--delete", *some], timeout=3600)
         say(f"  removed {min(begin + _AT_ONCE, len(dead))} of {len(dead)}")
     bad = []
     for path in sorted(live & built.keys()):
