@@ -27,7 +27,7 @@ GOOD = "echo 1..1\necho ok 1 - as it should be\n"
 BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
 SETTINGS = """
 [roll_out]
-confirm_timeout = 15
+confirm_timeout = 90
 activation_timeout = 180
 connect_timeout = 15
 [sandbox]
@@ -384,7 +384,7 @@ async def test_a_machine_that_refuses_totos_key_goes_back_at_once_and_says_what_
         for name, text in whole.web1("B", refusing).items()
     }
     settings = (whole.work / "toto.toml").read_text()
-    patient = settings.replace("confirm_timeout = 15", "confirm_timeout = 300")  # the watchdog would take so long
+    patient = settings.replace("confirm_timeout = 90", "confirm_timeout = 300")  # the watchdog would take so long
     run = await whole.deploy("forget the key", {**files, "toto.toml": patient})
     assert run.state == "FAILED" and run.seconds < 280, run
     assert "let in no new connection" in run.message and "web1 reverted" in run.message, run.message
