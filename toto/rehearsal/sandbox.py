@@ -329,9 +329,8 @@ class _Vm:
         doing, watching = asyncio.create_task(work), asyncio.create_task(self._trouble())
         try:
             await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
-            if (
-                doing.done() and not doing.cancelled() and isinstance(doing.exception(), OSError)
-            ):  # QEMU has ended under a connection
+            failed = doing.exception() if doing.done() and not doing.cancelled() else None
+            if isinstance(failed, OSError) or type(failed) is SandboxError:  # QEMU has ended under a connection
                 await asyncio.wait([watching], timeout=5)
             if watching.done():
                 raise watching.result()
