@@ -278,7 +278,9 @@ class Red(Fleet):
         for path in await asyncio.to_thread(
             having, self.secrets, [self.state, self.home, self.host.repos, *logs, *new]
         ):
-            own = path.name in OWN and path.stat().st_mode & 0o077 == 0
+            # (A repository's own keys: `infra` has inherited the one of a toto that had but one.)
+            keys = path.parent.name == "keys" and path.is_relative_to(self.state / "repos")
+            own = (path.name in OWN or keys) and path.stat().st_mode & 0o077 == 0
             kept = (self.state / "keys", self.state / "canary", self.host.repos / "vault.git")
             found += [] if own or any(path.is_relative_to(each) for each in kept) else [f"a secret is in {path}"]
         for repo in REPOS:
