@@ -361,9 +361,7 @@ async def red(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Red]:
     red = Red(tmp_path_factory.mktemp("red"))
     try:
         await red.make_users()
-        with pytest.MonkeyPatch.context() as own:
-            own.setenv("TOTO_STATE", str(red.state))  # what sshd starts has it, too
-            sshd = await red.host.sshd()
+        sshd = await red.host.sshd(red.state)
         async with process.start([*sshd, "-E", red.host.folder / "journal"]), serving(red.victim):
             await red.start_server()
             await red.make_repositories()

@@ -125,9 +125,12 @@ class Host:
         there.git("remote", "add", "toto", self.url(name))
         return there
 
-    async def sshd(self) -> list[str]:
-        """The command line of the server, in the foreground."""
-        keys = git_shell.invocation(self.repos, "keys")
+    async def sshd(self, state: Path | None = None) -> list[str]:
+        """The command line of the server, in the foreground; what it starts has `state` (default: this process's)."""
+        with pytest.MonkeyPatch.context() as own:
+            if state is not None:
+                own.setenv("TOTO_STATE", str(state))
+            keys = git_shell.invocation(self.repos, "keys")
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
             lines = [

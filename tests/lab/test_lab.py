@@ -1,5 +1,6 @@
 """The lab is what the other tests stand on: its modules, its machines, and that they behave as NixOS does."""
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -19,6 +20,12 @@ def lab() -> Path:
     if shutil.which("nix-build") is None or shutil.which("apt-get") is None:
         pytest.skip("the lab needs nix and apt")
     return setup()
+
+
+async def comes_to_be(machine: Machine, path: str) -> None:
+    """Returns when there is such a file on the machine; however long a busy one takes (the test's own time ends it)."""
+    while (await machine.ssh("test", "-e", path)).status != 0:
+        await asyncio.sleep(0.2)
 
 
 async def value(modules: str, expression: str) -> str:
@@ -227,16 +234,17 @@ async def test_failures_have_the_exit_status_of_nixos(machine: Machine, key: Pat
     await machine.wait_ssh()
 
     # An activation survives the loss of the connection over which it was asked for.
-    await machine.ssh("sudo systemd-run --unit=slow --pipe sh -c 'sleep 4; touch /survived'", timeout=2)
+    slow = "touch /began; while [ ! -e /run/go-on ]; do sleep 0.2; done; touch /survived"
+    lost = asyncio.create_task(machine.ssh(f"sudo systemd-run --unit=slow --pipe sh -c '{slow}'", timeout=600))
+    await comes_to_be(machine, "/began")
     await machine.network(False)
     assert (await machine.ssh("true", timeout=4)).status == 255
+    lost.cancel()  # (its ssh is ended with it: the connection is gone for good)
+    await asyncio.wait([lost])
     await machine.network(True)
     await machine.wait_ssh()
-    for _ in range(10):
-        if (await machine.ssh("test", "-e", "/survived")).status == 0:
-            break
-    else:
-        pytest.fail("the command died with its connection")
+    assert (await machine.ssh("sudo", "touch", "/run/go-on")).status == 0
+    await comes_to_be(machine, "/survived")
 
     # A full disk is an error of the copy; nothing is half there.
     await machine.fill_disk(leave_bytes=100_000)

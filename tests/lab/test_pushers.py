@@ -72,10 +72,7 @@ async def pushers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pus
             ),
             push=False,
         )
-        with pytest.MonkeyPatch.context() as own:
-            own.setenv("TOTO_STATE", str(whole.state))  # what sshd starts has it, too
-            sshd = await host.sshd()
-        async with process.start([*sshd, "-E", host.folder / "journal"]):
+        async with process.start([*await host.sshd(whole.state), "-E", host.folder / "journal"]):
             await asyncio.gather(whole.start_server(), whole.start_machines(["web1"]))
             clones = [host.clone(name) for name in ("alice", "bob")]
             for clone in clones:

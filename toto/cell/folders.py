@@ -34,15 +34,19 @@ def shared(folder: Path) -> int | None:
         return folder.lstat().st_uid
 
 
-def own(folder: Path, user: int | None) -> None:
-    """Make a folder and all that is in it the cells' user's, without following a link; nothing when `user` is None."""
+def own(folder: Path, user: int | None, group: int | None = None) -> None:
+    """Make a folder and all that is in it a user's, such as a cell's, without following a link; the folder itself last.
+
+    `group` is the user's, by default the one with the same number. Nothing when `user` is None.
+    """
     if user is None:
         return
-    for _, _, names, opened in os.fwalk(folder):
-        os.fchown(opened, user, user)
-        for name in names:
+    group = user if group is None else group
+    for _, folders, names, opened in os.fwalk(folder, topdown=False):
+        for name in (*folders, *names):
             with contextlib.suppress(FileNotFoundError):
-                os.chown(name, user, user, dir_fd=opened, follow_symlinks=False)
+                os.chown(name, user, group, dir_fd=opened, follow_symlinks=False)
+    os.chown(folder, user, group, follow_symlinks=False)
 
 
 def read_regular(folder: Path, *names: str, most: int) -> bytes | None:

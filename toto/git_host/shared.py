@@ -51,7 +51,7 @@ def claim(repo: Path, name: str, *, take: bool = False) -> None:
 
     Raises `InputError` when it is a different one's, unless the repository may `take` it.
     """
-    if is_free(repo, name) and name in _names():
+    if _names().get(name) == _id(repo):
         return
     with files.lock(paths.state_home() / f"{_NAMES}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

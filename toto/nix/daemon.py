@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid() != 0:
         print("toto nix-daemon: it runs as root (`sudo toto nix-daemon --group NAME`)", file=sys.stderr)
         return 1
-    os.environ[paths.STATE] = str(chosen.home)  # (nothing of root's comes into the state of the user it serves)
+    os.environ.setdefault(paths.STATE, str(chosen.home))
 
     async def until_signalled() -> None:
         stop = asyncio.Event()

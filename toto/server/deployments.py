@@ -111,22 +111,23 @@ async def deploy(
     for name, new in added.items():
         if new:
             await api.call("POST", f"/deployments/{after[name]['id']}/schedules", [_schedule(each) for each in new])
-    await _rename_in_waiting_runs(api, after)
+    if moves.read(paths.state_home()):
+        await _rename_in_waiting_runs(api, after)
     for name, each in after.items():
         await _rename_in_schedules(api, name, each)
         if any(schedule["active"] for schedule in each["schedules"]):
             # Prefect has deleted the future runs, and would not create one again that is due right now.
             await _make_runs(api, each, began)
-    moves = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
+    taken_over = [(after[alias], after[name]) for name, alias in ALIASES.items() if name in after and alias in after]
     if due := [
         (old["id"], new["id"])
-        for old, new in moves
+        for old, new in taken_over
         if old["schedules"] or any(MOVING in each["parameters"] for each in new["schedules"])
     ]:
         for old, new in due:
             await move_schedules(api, old, new)
         await asyncio.sleep(IN_FLIGHT)
-    await _take_runs_away(api, [old["id"] for old, _ in moves])
+    await _take_runs_away(api, [old["id"] for old, _ in taken_over])
     await _write_written(
         api,
         written | {name: Written(of.schedules, after[name]["parameters"] | of.parameters) for name, of in ours.items()},
@@ -216,7 +217,7 @@ async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any
 
 
 async def _rename_in_waiting_runs(api: Api, deployments: Mapping[str, Mapping[str, Any]]) -> None:
-    """Rename parameters in the runs that have not begun, as `_renamed` does."""
+    """Rename parameters in the runs that have not begun, as `_renamed` does: those from before toto's state moved."""
     names = {each["id"]: name for name, each in deployments.items()}
     wanted = {"deployment_id": {"any_": list(names)}, "state": {"type": {"any_": ["SCHEDULED"]}}}
     for run in await api.call("POST", "/flow_runs/filter", {"flow_runs": wanted}):

@@ -26,6 +26,7 @@ from typing import Final
 
 from toto.base import files, paths, process
 from toto.base.errors import InputError, TotoError
+from toto.cell import folders
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 from toto.ledger.ledger import Ledger
@@ -59,16 +60,16 @@ class Migration:
     def moves(self) -> Mapping[Path, Path]:
         """The folders that are copied, and where to: the state, what of the server is not in it, and what toto keeps of
         a repo, which is called after the repo's path."""
-        folders = {self.old: self.new}
+        found = {self.old: self.new}
         if not self.home.is_relative_to(self.old):
-            folders[self.home] = self.new / "server"
-        if not any(self.repos.is_relative_to(each) for each in folders):
-            folders[self.repos] = self.new / "server" / "repos"
+            found[self.home] = self.new / "server"
+        if not any(self.repos.is_relative_to(each) for each in found):
+            found[self.repos] = self.new / "server" / "repos"
         for repo in git_host.infra_repos(self.repos):
-            old, new = (paths.repo_folder(each) for each in (repo, moves.moved(repo.resolve(), folders)))
+            old, new = (paths.repo_folder(each) for each in (repo, moves.moved(repo.resolve(), found)))
             if (self.old / "repos" / old).is_dir():
-                folders[self.old / "repos" / old] = self.new / "repos" / new
-        return folders
+                found[self.old / "repos" / old] = self.new / "repos" / new
+        return found
 
     @property
     def outermost(self) -> list[Path]:
@@ -120,7 +121,7 @@ async def migrate(migration: Migration) -> None:
             return
         await _gc_roots(migration)
         moves.write(new, migration.moves)
-        _own(new, migration.user)
+        folders.own(new, migration.user.pw_uid, migration.user.pw_gid)
         (new / _UNFINISHED).unlink(missing_ok=True)
         moves.mark(migration.old, new)
     say(_NEXT.format(user=migration.user.pw_name, new=new, old=" ".join(map(str, migration.outermost))))
@@ -201,9 +202,9 @@ def _copy(migration: Migration, old: Path, new: Path) -> tuple[int, int, list[Pa
     What is there already, of the same size and time, is not copied again. Links are copied, and not followed.
     """
     count, size, left = 0, 0, []
-    folders = [Path()]
-    while folders:
-        folder = folders.pop()
+    left_to_do = [Path()]
+    while left_to_do:
+        folder = left_to_do.pop()
         if not migration.dry:
             (new / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         for entry in os.scandir(old / folder):
@@ -211,7 +212,7 @@ def _copy(migration: Migration, old: Path, new: Path) -> tuple[int, int, list[Pa
             if migration.passes(old / place) or old / place in migration.moves:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                folders.append(place)
+                left_to_do.append(place)
             elif entry.is_symlink():
                 if not migration.dry:
                     _link(new / place, migration.moved((old / place).readlink()))
@@ -336,13 +337,5 @@ async def _gc_roots(migration: Migration) -> None:
 
 
 def _store_links(folder: Path) -> list[Path]:
-    entries = [Path(above, name) for above, folders, names in os.walk(folder) for name in (*folders, *names)]
+    entries = [Path(above, name) for above, inner, names in os.walk(folder) for name in (*inner, *names)]
     return [each for each in entries if each.is_symlink() and str(each.readlink()).startswith(_STORE)]
-
-
-def _own(folder: Path, user: pwd.struct_passwd) -> None:
-    """Make a folder, with all that is in it, the user's; the folder itself last. No link is followed."""
-    for _, folders, names, opened in os.fwalk(folder, topdown=False):
-        for name in (*folders, *names):
-            os.chown(name, user.pw_uid, user.pw_gid, dir_fd=opened, follow_symlinks=False)
-    os.chown(folder, user.pw_uid, user.pw_gid)
