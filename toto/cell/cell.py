@@ -107,7 +107,7 @@ class Cell:
         words = [programs["bwrap"], *stage.words(mounts=bool(closure)), "--", *words]
         if os.geteuid() != 0:
             words = [*entry, *words]
-        return [programs["setpriv"], "--pdeathsig", "KILL", "--", *words]
+        return words
 
     @asynccontextmanager
     async def held(self, running: "Running") -> AsyncIterator[None]:
@@ -131,12 +131,13 @@ class Cell:
             words += ["--dev-bind", str(device), str(device)]
         for memory in ("/dev/shm", "/tmp"):  # noqa: S108
             words += ["--perms", "1777", "--size", str(self.scratch), "--tmpfs", memory]
-        etc = _etc()
-        of_network = {} if self.network is None else {"hosts": self.network.hosts}
-        for name in _FILES:
-            words += ["--ro-bind", stage.place(of_network.get(name, etc / name)), f"/etc/{name}"]
+        etc = stage.place(_etc())
+        files_of_etc = {name: f"{etc}/{name}" for name in _FILES}
         if self.network is not None:
-            words += ["--ro-bind", stage.place(self.network.resolver), "/etc/resolv.conf"]
+            files_of_etc["hosts"] = stage.place(self.network.hosts)
+            files_of_etc["resolv.conf"] = stage.place(self.network.resolver)
+        for name, source in files_of_etc.items():
+            words += ["--ro-bind", source, f"/etc/{name}"]
         if self.store is True:
             words += ["--ro-bind", str(STORE), str(STORE)]
         elif self._closure:
@@ -171,7 +172,7 @@ class Stage:
         """What follows bwrap, up to the command. With `mounts` the command may mount."""
         user, capabilities = ["--unshare-user", "--uid", "0", "--gid", "0"], ["CAP_SYS_ADMIN", "CAP_SETFCAP"]
         if os.geteuid() == 0:
-            user, capabilities = [], ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", *(["CAP_SYS_ADMIN"] if mounts else [])]
+            user, capabilities = [], ["CAP_SETUID", "CAP_SETGID", *(["CAP_SYS_ADMIN"] if mounts else [])]
         return [
             *user,
             # With process ids of its own: when their first process dies, the kernel ends all the others. (By
@@ -219,7 +220,7 @@ def as_user(user: int | None, groups: Sequence[int] = ()) -> list[str]:
     more = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
     return [
         *(_programs()["setpriv"], "--reuid", str(user), "--regid", str(user), *more),
-        *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"),
+        *("--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all"),
         *("--pdeathsig", "KILL", "--"),
     ]
 
@@ -284,7 +285,9 @@ def search_path() -> str:
 def _etc() -> Path:
     """The folder with the files of a cell's /etc."""
     folder = paths.state_home() / "cells" / "etc"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)  # (every cell's user reads it)
     for name, text in _FILES.items():
         if not (folder / name).is_file() or (folder / name).read_text() != text:
             files.write(folder / name, text, 0o644)

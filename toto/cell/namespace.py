@@ -207,7 +207,7 @@ def _with_tun() -> list[str]:
         os.mknod(fresh, stat.S_IFCHR | 0o666, _TUN.stat().st_rdev)
         fresh.chmod(0o666)
         fresh.replace(node)
-    capabilities = [word for each in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP") for word in ("--cap-add", each)]
+    capabilities = [word for each in ("CAP_SETUID", "CAP_SETGID") for word in ("--cap-add", each)]
     return [
         "bwrap",
         "--die-with-parent",
