@@ -136,8 +136,7 @@ class Cell:
         if self.network is not None:
             files_of_etc["hosts"] = stage.place(self.network.hosts)
             files_of_etc["resolv.conf"] = stage.place(self.network.resolver)
-        for name, source in files_of_etc.items():
-            words += ["--ro-bind", source, f"/etc/{name}"]
+        words += [word for name, where in files_of_etc.items() for word in ("--ro-bind", where, f"/etc/{name}")]
         if self.store is True:
             words += ["--ro-bind", str(STORE), str(STORE)]
         elif self._closure:
