@@ -8,7 +8,18 @@ from prefect.utilities.annotations import quote
 
 from tasks.record import intend, record_good, record_unreachable, record_verified
 from tasks.rehearse import build_system, build_vm, in_sandbox, run_tests, show_difference
-from tasks.roll_out import activate, add_gc_root, claim, clean_up, connect, copy, endpoint_of, inspect, revert
+from tasks.roll_out import (
+    activate,
+    add_gc_root,
+    claim,
+    clean_up,
+    connect,
+    copy,
+    endpoint_of,
+    inspect,
+    revert,
+    try_way_in,
+)
 from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.plan.changes import Action
 from toto.plan.host import HostOrder
@@ -50,8 +61,9 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 return "verified"
             copied = await copy(order, activator)
             before = await inspect(activator, wait_for=[copied])
+            tried = await try_way_in(order, activator, before)
             intended = True
-            step: object = await intend(order, before)
+            step: object = await intend(order, before, wait_for=[tried])
             if machine.activation == "boot":
                 step = await activate.with_options(task_run_name="set for the next boot")(
                     order, activator, "boot", quote(before), wait_for=[step]

@@ -19,7 +19,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Intent, Ledger
-from toto.machine import keys, owners, ssh
+from toto.machine import keys, owners, ssh, way_in
 from toto.machine.activation import Activator, MachineState, Verb
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
@@ -115,6 +115,13 @@ async def _copy(
     await nix.copy(
         path, name, activator.connection.config, timeout=timeout, target=name, signed=signed, on_line=on_line
     )
+
+
+@task(name="try the way in", task_run_name="try the way in", cache_policy=NO_CACHE)
+async def try_way_in(order: HostOrder, activator: Activator, before: MachineState) -> Done:
+    """Log in as the new configuration would let toto in, before it is activated. Raises `WouldLockOut`."""
+    await way_in.check(activator, order.host.path, before.system, address=order.settings.roll_out.check_address)
+    return Done()
 
 
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)

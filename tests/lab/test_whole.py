@@ -18,7 +18,7 @@ import pytest_asyncio
 from tests.lab import setup
 from tests.lab.fleet import PATIENCE, Fleet, Run, command_of, mounts_of, processes
 from tests.repos import git
-from toto.ledger.ledger import REF
+from toto.ledger.ledger import REF, Ledger
 from toto.machine.activation import MachineState
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(16)]
@@ -121,6 +121,13 @@ class Whole(Fleet):
 
     def next_variant(self) -> str:
         return "B" if '"A"' in (self.work / "hosts/web1.nix").read_text() else "A"
+
+    def with_lib(self, variant: str, more: str) -> dict[str, str | None]:
+        """`web1` with configuration that uses `lib` and `pkgs`."""
+        return {
+            name: (text or "").replace("{ imports", "{ lib, pkgs, ... }: { imports", 1)
+            for name, text in self.web1(variant, more).items()
+        }
 
     def made_by(self, script: str) -> str:
         """Configuration with a file that a derivation of its own makes, by a shell script."""
@@ -359,17 +366,15 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
 
 async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole: Whole) -> None:
     before = await whole.systems()
+    # (What can be seen before, such as sshd's settings, is refused before: this sshd is another program.)
     broken = (
-        'services.openssh.extraConfig = "ListenAddress 10.255.255.1";\n'
-        '  virtualisation.vmVariant.services.openssh.extraConfig = lib.mkForce "";'
+        'systemd.services.sshd.serviceConfig.ExecStart = lib.mkForce "${pkgs.base}/bin/sleep 100000";\n'
+        "  virtualisation.vmVariant.systemd.services.sshd.serviceConfig.ExecStart ="
+        ' lib.mkOverride 10 "${pkgs.base}/bin/sshd -D -e -f /etc/ssh/sshd_config";'
     )
-    files = {
-        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
-        for name, text in whole.web1("B", broken).items()
-    }
-    run = await whole.deploy("lock ourselves out", dict(files))
+    run = await whole.deploy("lock ourselves out", whole.with_lib("B", broken))
     assert run.state == "FAILED"
-    assert "web1 reverted" in run.message, run.message
+    assert re.search(r"; web1\b.* reverted", run.message), run.message
     await whole.machines["web1"].wait_ssh()
     assert await whole.systems() == before
     await whole.settled()
@@ -378,20 +383,33 @@ async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole
 
 async def test_a_machine_that_refuses_totos_key_goes_back_at_once_and_says_what_ssh_said(whole: Whole) -> None:
     before = await whole.systems()
-    refusing = "users.users.toto.openssh.authorizedKeys.keyFiles = lib.mkForce [ ];\n"
-    files = {
-        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
-        for name, text in whole.web1("B", refusing).items()
-    }
+    # (Of this toto learns only by the activation.)
+    refusing = (
+        'system.activationScripts.zz.text = lib.mkForce "rm -f /etc/ssh/authorized_keys.d/toto";\n'
+        '  virtualisation.vmVariant.system.activationScripts.zz.text = lib.mkOverride 10 "";'
+    )
     settings = (whole.work / "toto.toml").read_text()
     patient = settings.replace("confirm_timeout = 90", "confirm_timeout = 300")  # the watchdog would take so long
-    run = await whole.deploy("forget the key", {**files, "toto.toml": patient})
+    run = await whole.deploy("forget the key", {**whole.with_lib("B", refusing), "toto.toml": patient})
     assert run.state == "FAILED", run
-    assert "let in no new connection" in run.message and "web1 reverted" in run.message, run.message
+    assert re.search(r"let in no new connection.*; web1\b.* reverted", run.message), run.message
     assert "Permission denied" in whole.logs(run.id)
     assert await whole.systems() == before
     await whole.settled()
     await whole.deploy("know it again", {**whole.web1("A"), "toto.toml": settings})
+
+
+async def test_a_configuration_without_totos_key_is_not_activated(whole: Whole) -> None:
+    before = await whole.systems()
+    ledger = Ledger(whole.repo).read()
+    refusing = "users.users.toto.openssh.authorizedKeys.keyFiles = lib.mkForce [ ];"
+    run = await whole.deploy("a configuration without the key", whole.with_lib("B", refusing))
+    assert run.state == "FAILED", run
+    assert "does not let toto in" in run.message and "reverted" not in run.message, run.message
+    assert "Permission denied" in whole.logs(run.id)
+    assert await whole.systems() == before
+    assert Ledger(whole.repo).read() == ledger  # nothing was touched
+    await whole.deploy("with it again", whole.web1("A"))
 
 
 async def test_a_power_cut_between_test_and_switch_boots_the_old_generation(whole: Whole) -> None:
@@ -497,11 +515,7 @@ async def test_a_toto_killed_in_the_middle_of_an_activation_waits_for_its_end_an
         'system.activationScripts.slow.text = "sleep 20";\n'
         '  virtualisation.vmVariant.system.activationScripts.slow.text = lib.mkForce "";'
     )
-    files = {
-        name: (text or "").replace("{ imports", "{ lib, ... }: { imports", 1)
-        for name, text in whole.web1("S", slow).items()
-    }
-    whole.commit("a slow activation", dict(files))
+    whole.commit("a slow activation", whole.with_lib("S", slow))
     whole.push()
     async with asyncio.timeout(PATIENCE):
         while (await whole.machines["web1"].ssh("sudo", "sh", "-c", "ls -d /run/toto/*.test.*")).status != 0:

@@ -127,6 +127,8 @@ class RollOut(Model):
     """seconds that an activation may take"""
     connect_timeout: Seconds = 15
     """seconds until a machine that does not answer is unreachable"""
+    check_address: StrictBool = False
+    """`true`: the address of the manifest must be one that the new configuration sets itself"""
     freeze: Freeze = False
     """`true` or a reason: nothing is rolled out, everything is rehearsed"""
     window: OpenIn | None = None

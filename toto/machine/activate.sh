@@ -12,6 +12,10 @@
 #   names RUN                                           print the names of the run's activations that left files here
 #   quiet SECONDS                                       wait until no tool activates anything; print quiet or busy
 #   clean-up RUN                                        remove the files of a run, once no activation is under way
+#   login SYSTEM                                        serve one login on standard input and output, as SYSTEM's sshd
+#                                                       would, with its keys and its sudoers
+#   listening SYSTEM                                    print where SYSTEM's sshd would listen
+#   addresses SYSTEM                                    print the addresses that SYSTEM configures
 #
 # NAME is RUN.VERB.NUMBER, new for every activation. ACTION is test, switch or boot. SYSTEM and PROFILE are what the
 # watchdog reverts to. FINISH and CONFIRM are in seconds; CONFIRM 0 starts no watchdog. All state is in /run, so it is
@@ -234,10 +238,74 @@ clean_up() {
 	rm -f "$roots/toto-before" "$roots/toto-after"
 }
 
+# Set `config` and `sshd` to those of `system`.
+use_sshd() {
+	config=$system/etc/ssh/sshd_config
+	[ -e "$config" ] || die "it has no sshd"
+	sshd=$(grep -ho '/nix/store/[^ "]*/bin/sshd' "$system"/etc/systemd/system/sshd*.service 2>/dev/null | head -n 1)
+	[ -x "$sshd" ] || sshd=$system/sw/bin/sshd
+	[ -x "$sshd" ] || die "it has no sshd"
+}
+
+# The host keys that there are: those of a new configuration may not be made yet.
+host_keys() {
+	for each in /etc/ssh/ssh_host_*_key; do
+		[ -f "$each" ] && printf -- '-h %s ' "$each"
+	done
+}
+
+# What the new configuration puts into /etc is mounted there, where only this login sees it.
+login() {
+	system=$1
+	use_sshd
+	exec unshare --mount --propagation private /bin/sh "$0" login-inside "$system"
+}
+
+login_inside() {
+	system=$1
+	use_sshd
+	etc=$state/login
+	umask 022
+	{
+		mkdir -p "$etc" && mount -t tmpfs -o mode=0755 toto "$etc" && mkdir "$etc/ssh" && cp -a /etc/ssh/. "$etc/ssh"
+		rm -rf "$etc/ssh/authorized_keys.d"
+		[ ! -d "$system/etc/ssh/authorized_keys.d" ] || cp -rL "$system/etc/ssh/authorized_keys.d" "$etc/ssh/"
+		mount -o bind "$etc/ssh" /etc/ssh || die "it cannot be tried"
+		if [ -e /etc/sudoers ]; then
+			(umask 077 && cat "$system/etc/sudoers" >"$etc/sudoers")
+			chmod 440 "$etc/sudoers"
+			mount -o bind "$etc/sudoers" /etc/sudoers || die "it cannot be tried"
+		fi
+	} </dev/null >&2
+	exec "$sshd" -i -e -f "$config" $(host_keys)
+}
+
+listening() {
+	system=$1
+	if [ -e "$system/etc/systemd/system/sshd.socket" ]; then
+		sed -n 's/^ListenStream=//p' "$system/etc/systemd/system/sshd.socket"
+		return
+	fi
+	use_sshd
+	"$sshd" -T -f "$config" $(host_keys) -C user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22 |
+		sed -n 's/^listenaddress //p'
+}
+
+addresses() {
+	cat "$1"/etc/systemd/network/*.network 2>/dev/null | sed -n 's/^Address=//p'
+	for unit in "$1"/etc/systemd/system/network-addresses-*.service; do
+		[ -e "$unit" ] || continue
+		for script in $(grep -o '/nix/store/[^ "]*' "$unit"); do
+			[ -f "$script" ] && grep -oE '[0-9]+(\.[0-9]+){3}/[0-9]+|[0-9a-f:]*:[0-9a-f:]+/[0-9]+' "$script"
+		done
+	done | sort -u
+}
+
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | back | names | quiet) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | back | names | quiet | login | listening | addresses) "$verb" "$@" ;;
 clean-up) clean_up "$@" ;;
+login-inside) login_inside "$@" ;;
 *) die "no such verb: $verb" ;;
 esac

@@ -72,8 +72,9 @@ class Activator:
 
     async def install(self) -> None:
         """Copy the script to the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
-        await self._root(
+        await self._run(
             [
+                *self._sudo,
                 "/bin/sh",
                 "-c",
                 f"mkdir -p -m 700 /run/toto && cat > {_ON_MACHINE}.new && mv {_ON_MACHINE}.new {_ON_MACHINE}",
@@ -353,15 +354,20 @@ class Activator:
     def _new_name(self, verb: str) -> str:
         return f"{self.run}.{verb}.{secrets.token_hex(4)}"
 
-    async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:
-        return await self._root(["/bin/sh", _ON_MACHINE, *words], fresh=fresh)
+    def words(self, *verb: str) -> list[str]:
+        """The command on the machine for a verb of `activate.sh`."""
+        return [*self._sudo, "/bin/sh", _ON_MACHINE, *verb]
 
-    async def _root(self, argv: Sequence[str], *, stdin: bytes | None = None, fresh: bool = False) -> process.Completed:
-        sudo = [] if self.connection.target.user == "root" else ["sudo", "-n"]
+    @property
+    def _sudo(self) -> list[str]:
+        return [] if self.connection.target.user == "root" else ["sudo", "-n"]
+
+    async def _verb(self, *words: str, fresh: bool = False) -> process.Completed:
+        return await self._run(self.words(*words), fresh=fresh)
+
+    async def _run(self, argv: Sequence[str], *, stdin: bytes | None = None, fresh: bool = False) -> process.Completed:
         try:
-            return await self.connection.run(
-                [*sudo, *argv], stdin=stdin, fresh=fresh, timeout=self.connect_timeout + 60
-            )
+            return await self.connection.run(argv, stdin=stdin, fresh=fresh, timeout=self.connect_timeout + 60)
         except process.CommandFailed as error:
             raise self._explained(error) from None
 
