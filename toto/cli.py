@@ -9,6 +9,7 @@ import getpass
 import os
 import pwd
 import shlex
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -39,14 +40,21 @@ def main() -> None:
         sys.exit(server.main(sys.argv[2:]))
     if sys.argv[1:2] == ["nix-daemon"]:
         sys.exit(nix_daemon.main(sys.argv[2:]))
-    arguments = _parser().parse_args()
     try:
-        sys.exit(asyncio.run(arguments.run(arguments)))
+        try:
+            arguments = _parser().parse_args()
+            status = asyncio.run(arguments.run(arguments))
+        finally:
+            sys.stdout.flush()
+        sys.exit(status)
     except TotoError as error:
         print(f"toto: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `toto log | head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # (Python flushes once more as it ends)
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _parser() -> argparse.ArgumentParser:
