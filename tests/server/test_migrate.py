@@ -22,7 +22,7 @@ from tests import second_user
 from tests.conftest import free_port
 from toto.base import process
 from toto.base.prefect_api import Api
-from toto.server import migrate, moves
+from toto.server import database, migrate, moves
 from toto.server.migrate import Migration
 
 STATE: Final = Path(__file__).with_name("state-0.1.0.tar.xz")
@@ -157,7 +157,35 @@ def main() -> None:
     assert again.returncode == 2 and f"toto has moved to {NEW}" in again.stdout, again.stdout
     assert "toto has moved" in toto("serve", "--sqlite").stdout
     asyncio.run(goes_on())
+    a_cluster_moves()
     print("all is there")
+
+
+def a_cluster_moves() -> None:
+    """A PostgreSQL that toto as root had becomes the user's, with all that is in it."""
+    old, new = Path("/srv/o"), Path("/srv/p")
+    (old / "server").mkdir(parents=True)
+    asyncio.run(table_of(old / "server", "CREATE TABLE kept AS SELECT 'a canary' AS word"))
+    moved = toto("migrate", "--user", second_user.USER, "--to", new, state=old)
+    assert moved.returncode == 0, moved.stdout
+    environment = {**os.environ, "TOTO_STATE": str(new), "HOME": str(new)}
+    asking = [*second_user.AS_USER, sys.executable, "-m", __spec__.name, str(new / "server"), "SELECT word FROM kept"]
+    said = subprocess.run(
+        asking, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert said.stdout == "a canary\n", said.stdout
+
+
+async def table_of(home: Path, query: str) -> str:
+    """What a query to the cluster of a home gives."""
+    cluster = await database.choose(home)
+    assert cluster is not None
+    async with cluster.running(home / "logs" / "database.log"):
+        connection = await cluster.connect()
+        try:
+            return str(await connection.fetchval(query))
+        finally:
+            await connection.close()
 
 
 async def goes_on() -> None:
@@ -229,4 +257,7 @@ async def pushed(api: Api) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        print(asyncio.run(table_of(Path(sys.argv[1]), sys.argv[2])))
+    else:
+        main()

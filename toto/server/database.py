@@ -113,12 +113,9 @@ class Cluster:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         fresh.chmod(0o750)  # whatever the umask
-        (fresh / "data").mkdir(mode=0o700)
-        (fresh / "socket").mkdir(mode=0o700)
         if owner := _other_user(fresh):
             os.chown(fresh, 0, owner.pw_gid)
-            for each in (fresh / "data", fresh / "socket"):
-                os.chown(each, owner.pw_uid, owner.pw_gid)
+        _own_folder(fresh / "data")
         # No locale: an index that is sorted by libc's rules breaks when a new libc changes them.
         try:
             await process.run(
@@ -160,6 +157,8 @@ class Cluster:
                 hint="choose a shorter --home, or --sqlite",
             )
         await self.make()
+        if not self.socket.exists():  # (a copy or a backup may leave it out)
+            _own_folder(self.socket)
         self._let_in()
         # Settings on the command line, and not in its files, are the same for clusters of any age.
         settings = {
@@ -259,6 +258,13 @@ async def choose(home: Path) -> Cluster | None:
         hint=f"put PostgreSQL {made[-1]} on PATH, or name its bin folder: "
         f"`toto database upgrade --home {home} --from DIR`",
     )
+
+
+def _own_folder(folder: Path) -> None:
+    """Make a folder of the cluster's user's."""
+    folder.mkdir(mode=0o700)
+    if owner := _other_user(folder.parent):
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
 
 
 def _other_user(folder: Path) -> pwd.struct_passwd | None:
