@@ -7,13 +7,14 @@
 , file ? ""            # its file relative to the tree; "" when it is nixosConfigurations.NAME of the flake
 , nixpkgs ? ""         # "" for <nixpkgs>; a different <name>; or a file of the tree that gives nixpkgs' path, or nixpkgs
 , system ? builtins.currentSystem or "x86_64-linux"  # (pure evaluation has none; a flake says its own)
+, builder ? builtins.currentSystem or "x86_64-linux"  # the system of this machine, which runs the VM
 , sandboxKey ? ""      # the public key that may log in to the sandbox
 , ports ? "[]"         # JSON: more ports of the sandbox that tests may use
 , rehearsal ? import ./rehearsal.nix  # toto's module (pure evaluation cannot read that file, and gets it)
 }:
 let
   root = /. + tree;
-  added = rehearsal { inherit sandboxKey; ports = builtins.fromJSON ports; };
+  added = rehearsal { inherit sandboxKey; ports = builtins.fromJSON ports; inherit builder; };
 
   searched = builtins.match "<(.+)>" nixpkgs;
   pinned = import (/. + (if builtins.substring 0 1 nixpkgs == "/" then nixpkgs else "${tree}/${nixpkgs}"));

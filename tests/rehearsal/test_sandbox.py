@@ -362,7 +362,14 @@ class Lab:
     key: Path
 
 
-HOST = """{ networking.hostName = "web1"; }"""
+# What a host forces does not keep toto out of its VM.
+HOST = """{ lib, ... }: {
+  networking.hostName = "web1";
+  users.users.root.openssh.authorizedKeys.keys = lib.mkForce [ ];
+  services.openssh.enable = lib.mkForce false;
+  services.openssh.settings = { PermitRootLogin = "no"; AllowUsers = "alice"; };
+  networking.interfaces.toto-mgmt.useDHCP = lib.mkForce false;
+}"""
 
 EXPRESSION = """
 { host, rehearsal, sandboxKey }: (import <nixpkgs/nixos> {

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import signal
@@ -302,6 +303,7 @@ async def _instantiate(
         "file": host.file,
         "sandboxKey": sandbox_key,
         "ports": json.dumps(list(ports)),
+        "builder": f"{platform.machine()}-linux",
     }
     expression = [str(_EXPRESSIONS / "evaluate.nix")]
     if pure:  # it reads no file but those of the flake and its inputs

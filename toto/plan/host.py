@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toto.base import process, runs
+from toto.base.errors import InputError
 from toto.infra_repo import limits
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry
@@ -205,8 +206,22 @@ def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None
 
 
 async def build_toplevel(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
-    """Build a host's system; a GC root keeps it until the run ends. Raises `BuildFailed`."""
-    return await _build(order, order.desired.identity, "toplevel", on_line)
+    """Build a host's system; a GC root keeps it until the run ends.
+
+    Raises `BuildFailed`, and `InputError` for one that could never be activated on the machine.
+    """
+    path = await _build(order, order.desired.identity, "toplevel", on_line)
+    if (
+        order.machine is not None
+        and order.machine.role == "nixos"
+        and not (path / "bin/switch-to-configuration").exists()
+    ):
+        raise InputError(
+            "its system has no bin/switch-to-configuration, so nothing can activate it",
+            target=order.label,
+            hint="set system.switch.enable = true",
+        )
+    return path
 
 
 async def build_vm(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
