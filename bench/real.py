@@ -1,6 +1,6 @@
 """Hosts such as people have, evaluated with a real nixpkgs: what their VM is, and what the evaluation takes.
 
-    python -m bench.real /path/of/nixpkgs [CASE…]
+    python bench/real.py /path/of/nixpkgs [CASE…]
 
 Each case is a host of a few lines that once stood in a rehearsal's way. A case fails when toto could not log in to its
 VM, or when the VM could not be built on this machine. (Nothing is built: only the derivations are made.)
