@@ -11,7 +11,7 @@ from tasks import names
 from tasks.approve import approve
 from tasks.limits import room_for_run
 from tasks.run import Request, Run, carry_out, conclude
-from tasks.settle import settle_soon
+from tasks.settle import left_over, settle_soon
 from toto.infra_repo import git
 from toto.report.venues import Origin
 
@@ -69,7 +69,8 @@ async def _stages(run: Run) -> Run:
     Raises `Superseded` or `Outdated`; then nothing was touched.
     """
     if run.finds_open_intents:
-        await settle(run.repo, return_state=True)  # the roll-out below handles what could not be reverted
+        await settle(run.repo, return_state=True)
+        run.stuck = await left_over(run.repo, run.id)
     async with room_for_run(run.repo, run.id, runtime.flow_run.tags, run.check_superseded):
         run = await detect(run)
         if run.rehearses:
@@ -80,8 +81,8 @@ async def _stages(run: Run) -> Run:
         async with the_roll_out(run):
             for kind in run.kinds_due:
                 run = await roll_out(kind, run)
-            if run.report.failed_roll_out:
+            if run.to_revert:
                 run = await revert(run)
-            else:
+            if not run.report.failed_roll_out:
                 await conclude(run)
     return await notify(run)

@@ -189,6 +189,72 @@ async def test_a_fourth_kind_that_fails_its_rehearsal_touches_nothing(files: Fil
     assert files.there() == {}
 
 
+async def logged(server: PrefectServer, run: str, text: str) -> list[str]:
+    """What the run has logged, as soon as `text` is there: its lines come in batches."""
+    async with asyncio.timeout(60):
+        while True:
+            found = await server.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+            lines = [line["message"] for line in found]
+            if any(text in line for line in lines):
+                return lines
+            await asyncio.sleep(0.2)
+
+
+async def stuck(files: Files) -> None:
+    """Have file/a be half done: its roll-out failed, and so did its revert."""
+    files.commit({"a": "one", "b": "one", "z": "one"})
+    await files.reconcile()
+    files.commit({"a": "stuck, too late"})
+    state = await files.reconcile()
+    assert state.is_failed() and str(state.message).endswith("file/a COULD NOT BE REVERTED")
+    assert files.there()["a"] == "stuck, too late" and files.entry("a").intent is not None
+
+
+async def test_a_commit_that_goes_on_from_what_cannot_be_put_back_is_deployed(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two"})
+    state = await files.reconcile()
+    assert state.is_completed(), state.message
+    assert files.there() == {"a": "two", "b": "one", "z": "one"}
+    assert files.entry("a").intent is None
+    good = DeployedFile.of(files.entry("a").good)
+    assert good is not None and good.size == 3
+
+
+@pytest.mark.parametrize("fix", ["bad", "still stuck, too late"])
+async def test_what_cannot_be_put_back_blocks_only_itself_and_what_comes_after_it(
+    files: Files, prefect_server: PrefectServer, fix: str
+) -> None:
+    """z comes after a. Whether the fix does not pass its rehearsal or its roll-out, b is deployed."""
+    await stuck(files)
+    files.commit({"a": fix, "b": "two", "z": "two"})
+    state = await files.reconcile()
+    assert state.is_failed()
+    assert files.there() == {"a": fix if "stuck" in fix else "stuck, too late", "b": "two", "z": "one"}
+    assert files.entry("a").intent is not None and files.entry("z").intent is None
+    lines = await logged(prefect_server, str(state.state_details.flow_run_id), "ssh toto accept file/a --repo ")
+    assert any("file/b deployed" in line or "the others were rolled out" in line for line in lines), lines
+    files.commit({"a": "three"})
+    assert (await files.reconcile()).is_completed()
+    assert files.there() == {"a": "three", "b": "two", "z": "two"}
+
+
+async def test_what_fails_of_a_target_that_is_well_still_stops_the_others(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two", "b": "bad", "z": "two"})
+    state = await files.reconcile()
+    assert state.is_failed() and files.there() == {"a": "stuck, too late", "b": "one", "z": "one"}
+
+
+async def test_a_target_that_went_forward_is_put_back_with_the_others_when_one_fails(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two", "z": "too late"})
+    state = await files.reconcile()
+    assert state.is_failed() and "file/z: roll-out failed" in str(state.message)
+    assert str(state.message).endswith("file/z, file/a reverted")
+    assert files.there()["z"] == "one" and not Ledger(files.repo.bare).read().open_intents
+
+
 async def test_a_fourth_kind_can_be_selected_retired_and_looked_at_for_drift(files: Files) -> None:
     files.commit({"a": "one", "b": "one"})
     await files.reconcile(only=["file/a"])

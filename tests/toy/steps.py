@@ -1,6 +1,6 @@
 """The steps of the tests' fourth kind. A file that holds `bad` fails its rehearsal, one with `late` its roll-out.
 
-One with `ask` waits for an approval."""
+One with `ask` waits for an approval, and one with `stuck` cannot be put back."""
 
 import tempfile
 from pathlib import Path
@@ -51,6 +51,8 @@ async def revert(reversal: Reversal) -> str:
     intent = steps.require_intent(entry, reversal.run)
     before = FileBefore.of(intent.before)
     to = (await _folder_at(reversal.repo, intent.desired.commit)) / reversal.target.name
+    if "stuck" in to.read_text():
+        raise TotoError("it is stuck", target=reversal.target.label)
     if before.text is None:
         to.unlink()
     else:

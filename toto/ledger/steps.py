@@ -3,11 +3,14 @@
 from toto.ledger.ledger import REF, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
 
 
-def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
+def intend(intent: Intent, over: Intent | None = None) -> Change:
+    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first.
+
+    It takes the place of `over`, which the run has taken over and could not put back.
+    """
 
     def change(entry: Entry) -> Entry:
-        if entry.intent is not None:
+        if entry.intent is not None and entry.intent != over:
             raise TargetBusy(
                 f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
                 hint="wait for it to end, or run settle/settle",

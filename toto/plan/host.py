@@ -7,7 +7,7 @@ from typing import Any
 from toto.base import process, runs
 from toto.infra_repo import limits
 from toto.infra_repo.manifest import Machine, Manifest
-from toto.ledger.ledger import Deployed, Entry
+from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import HOST, Target
 from toto.machine import keys
 from toto.nix import closure, hosts, inputs
@@ -168,6 +168,10 @@ class HostKind(Kind[Host]):
     def deployed(self, desired: Desired, **facts: Any) -> DeployedHost:
         assert isinstance(desired, DesiredHost)
         return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **facts)
+
+    def before(self, first: Before, now: Before) -> Before:
+        """What the machine ran before toto first touched it: what it runs now was never good."""
+        return first
 
     def after(self, source: Source, found: Sequence[Found[Host]]) -> Mapping[str, tuple[str, ...]]:
         """The order of the machines in the manifest, also of those that have no host file yet."""
