@@ -100,9 +100,9 @@ async def record_unreachable(order: Order, why: str) -> None:
 
 
 @task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
-async def retire(repo: Path, target: Target) -> None:
+async def retire(repo: Path, target: Target, how: str = "retired") -> None:
     """Remove the ledger entry and the GC roots of a target that left the commit. The target itself is not touched."""
-    await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
+    await Ledger(repo).write(target, lambda _: None, f"{target.label}: {how}")
     for root in kind_of(target).roots(repo, target.name):
         root.unlink(missing_ok=True)
     if target.kind == HostKind.name:

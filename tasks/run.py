@@ -16,7 +16,7 @@ from tasks.notify import notify
 from tasks.record import retire
 from tasks.retry import retry_later
 from toto.base import runs
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
 from toto.git_host import admission
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
@@ -57,6 +57,22 @@ class Request:
     override: str | None
     force: bool
     venues: tuple[str, ...]
+    accept: tuple[str, ...] = ()
+    reason: str | None = None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it takes present states as good. Raises `InputError` in a run that must not change anything."""
+        if self.accept and not self.deploys:
+            raise InputError(
+                "a run that plans or rehearses accepts nothing", hint="leave `accept` out, or let it deploy"
+            )
+        return bool(self.accept)
+
+    @property
+    def somebody(self) -> str:
+        """Who requested it, where that is not known by name."""
+        return "somebody on toto itself" if self.origin == "push" else "somebody in the UI"
 
     @property
     def deploys(self) -> bool:
