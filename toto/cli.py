@@ -242,7 +242,7 @@ async def _plan(arguments: argparse.Namespace) -> int:
     run = f"plan-{uuid.uuid4()}"
     async with runs.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
-        print(table(made.changes.rows(await plan.previews(made.orders, build=not arguments.no_build))))
+        print(made.changes.text(await plan.previews(made.orders, build=not arguments.no_build)))
     return 1 if made.changes.failed else 0
 
 

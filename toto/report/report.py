@@ -129,6 +129,8 @@ class Report:
         commit = self.commit[:8]
         if self.failures:
             return f"{self.cause}; {self.aftermath()}"
+        if self.changes.nothing and not (self.outcome or self.held):
+            return f"{commit}: {self.changes.nothing}"
         if not self.outcome and not self.rehearsals and not self.held:
             plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
@@ -196,6 +198,7 @@ class Report:
         rows = []
         failures = {each.target: each for each in self.failures}
         reverted = {each.target: each for each in self.reverted}
+        told = {each.place: each.what for each in self.changes.told}
         for change in self.changes.changes:
             name = change.label
             if name in failures:
@@ -214,7 +217,7 @@ class Report:
             (each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
             for each in self.changes.failed
         ]
-        rows += [(name, "waiting", "no host file yet") for name in self.changes.waiting]
+        rows += [(name, "waiting", told.get(f"host/{name}", "no host file yet")) for name in self.changes.waiting]
         return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
 
 
