@@ -14,6 +14,7 @@ from tests.conftest import PrefectServer
 from tests.lab.machine import SSH_PORT, Machine
 from tests.lab.test_lab import lab
 from tests.repos import InfraRepo
+from toto.infra_repo.settings import Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Entry, Intent, Ledger
 from toto.ledger.target import Target
@@ -75,9 +76,8 @@ async def test_what_a_machine_runs_is_accepted_and_what_is_away_is_not(infra: tu
     of_web2 = good.model_copy(update={"path": system})
     await Ledger(repo.bare).write(WEB2, lambda _: Entry(good=of_web2), "good")
     wanted = DesiredHost(target=WEB1, file="hosts/web1.nix", identity="y", path="/nix/store/y", tests="")
-    order = HostOrder.model_construct(
-        repo=repo.bare, change=Change(desired=wanted, why=Why.CHANGED, action=Action.DEPLOY), machine=None
-    )
+    change = Change(desired=wanted, why=Why.CHANGED, action=Action.DEPLOY)
+    order = HostOrder(repo=repo.bare, run="r", commit=good.commit, change=change, settings=Settings(), machine=None)
     assert whose(system, order) == [], "it is web1's own as well"
     await Ledger(repo.bare).write(WEB1, lambda _: None, "forgotten")
     assert whose(system, order) == ["web2"]
