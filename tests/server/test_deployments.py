@@ -372,6 +372,8 @@ async def test_again_reaches_reconcile_as_force(monkeypatch: pytest.MonkeyPatch,
         "override": "why",
         "force": any(old.values()),
         "venues": None,
+        "accept": None,
+        "reason": None,
     }
 
 
