@@ -171,5 +171,9 @@ def _is_among(serving: tuple[str, str], listening: Sequence[str]) -> bool:
 
 
 async def _lines(activator: Activator, *words: str) -> list[str]:
-    done = await activator.connection.run(activator.words(*words), check=False, timeout=_SECONDS)
+    """The lines that a verb prints; none when it does not end."""
+    try:
+        done = await activator.connection.run(activator.words(*words), check=False, timeout=_SECONDS)
+    except process.CommandTimeout:
+        return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
