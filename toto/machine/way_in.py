@@ -17,6 +17,7 @@ from typing import Final
 
 from toto.base import process
 from toto.base.errors import TotoError
+from toto.cell.cell import STORE
 from toto.machine.activation import Activator
 
 _SECONDS: Final = 120.0  # for a login on a slow machine
@@ -123,6 +124,10 @@ def _users(closure: str) -> tuple[set[str], bool] | None:
 
 
 def _read(path: Path) -> str:
+    """A file of the store. Raises OSError, and ValueError for a link that leads out of it."""
+    path = path.resolve(strict=True)
+    if not path.is_relative_to(STORE):
+        raise ValueError(path)
     with path.open("rb") as file:
         return file.read(_MOST).decode(errors="replace")
 
