@@ -1,13 +1,16 @@
 """The changes to a target's ledger entry at each step of a run: intent, good, revert and so on. Each is pure."""
 
-from toto.ledger.ledger import REF, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
+from toto.ledger.ledger import REF, Before, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
 
 
 def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
+    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first.
+
+    One that this run has taken over, and could not settle, is replaced: the run goes on from what is there.
+    """
 
     def change(entry: Entry) -> Entry:
-        if entry.intent is not None:
+        if entry.intent is not None and entry.intent.run != intent.run:
             raise TargetBusy(
                 f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
                 hint="wait for it to end, or run settle/settle",
@@ -40,6 +43,11 @@ def require_intent(entry: Entry, run: str) -> Intent:
 def set_step(entry: Entry, run: str, step: str) -> Entry:
     """Record how far the roll-out of a target is. Raises `LostTarget`."""
     return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"step": step})})
+
+
+def set_before(entry: Entry, run: str, before: Before) -> Entry:
+    """Record more of what the target was before, and what was done to it since. Raises `LostTarget`."""
+    return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"before": before})})
 
 
 def good(deployed: Deployed, run: str) -> Change:

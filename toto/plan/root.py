@@ -11,23 +11,32 @@ from toto.plan.kind import Found, Kind, Source
 from toto.plan.order import Order
 from toto.plan.verdict import Question
 from toto.terraform import session as terraform
-from toto.terraform.plan import Planned, wants_approval
+from toto.terraform.plan import Deed, Planned, wants_approval
 from toto.terraform.session import Root
 
 _SERIAL = Field(default=0, validation_alias=AliasChoices("serial", "revision"))  # older ledgers say revision
 
 
 class DeployedRoot(Deployed):
-    """What a root is, by toto's own roll-out. `serial` is that of the terraform state that the roll-out left."""
+    """What a root is, by toto's own roll-out: the state that the roll-out left.
+
+    It has the serial and the lineage of that state, and the addresses in it. Older versions recorded only the serial.
+    """
 
     serial: int = _SERIAL
+    lineage: str = ""
+    resources: tuple[str, ...] = ()
 
 
 class RootBefore(Before):
-    """What a root was before a roll-out: the serial of its terraform state, and the addresses in it."""
+    """What a root was before a roll-out: the serial of its terraform state, and the addresses in it.
+
+    `deeds` is what the roll-out's plan does to them; None in an intent of an older version, which did not record that.
+    """
 
     serial: int = _SERIAL
     resources: tuple[str, ...] = ()
+    deeds: tuple[Deed, ...] | None = None
 
 
 class RootOrder(Order):

@@ -44,6 +44,7 @@ from toto.terraform.plan import Planned, State
 
 FOLDER: Final = "terraform"
 OVERRIDE: Final = "toto_override.tf.json"  # terraform merges files with such a name over the others
+BACK: Final = "toto_way_back.tf.json"
 GRACE: Final = 60.0  # seconds that an interrupted terraform has to save the state and unlock it
 LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
 SHORTEST: Final = 4  # characters of a secret that is masked; masking shorter ones would leave nothing readable
@@ -277,12 +278,16 @@ class Session:
     network: Namespace | None = None
 
     @_connected
-    async def plan(self, *, destroy: bool = False) -> Planned:
-        """Make the root ready (see `init`) and plan it. With `destroy`, the plan destroys all of it.
+    async def plan(self, *, blocks: str = "{}", destroy: Sequence[str] = ()) -> Planned:
+        """Make the root ready (see `init`) and plan it.
 
+        `blocks` is the text of a `.tf.json` file that the configuration gets besides. With `destroy`, the plan destroys
+        the resources of these addresses, and what depends on them.
         Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
         """
         await self.init()
+        if blocks != "{}":
+            files.write(self._copy / BACK, blocks, 0o644)
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
         if (user := self._user) is not None:
             os.fchown(handle, user, user)
@@ -295,19 +300,23 @@ class Session:
             detailed_exitcode=_FLAG,
             **self._locking,
             destroy=_FLAG if destroy else None,
+            target=list(destroy) or None,
             var_file=[str(REPO / file) for file in self.root.var_files],
         )
         document = json.loads((await self._run("show", inside, private=True, json=_FLAG)).stdout)
         # The state is read last: if it changes in between, the plan is stale, and terraform refuses to apply it.
+        before = await self.state()
+        entries = document.get("resource_changes", ())
         return Planned(
             root=self.root.name,
             file=Path(name),
-            before=await self.state(),
+            before=before,
             empty=done.status == 0,
             terraform=document["terraform_version"],
-            changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
+            changes=tfplan.changes_of(entries, self._secrets),
             outputs=tfplan.outputs_of(document.get("output_changes", {}), self._secrets),
             drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets),
+            deeds=tfplan.deeds_of(entries, before, self._secrets),
         )
 
     @_connected
@@ -325,6 +334,15 @@ class Session:
             raise await self._apply_failed(planned, error) from None
         finally:
             self._rescue()
+        return await self.state()
+
+    @_connected
+    async def forget(self, addresses: Sequence[str]) -> State:
+        """Take resources out of the state, and leave them in the world. Call `plan` or `init` first.
+
+        Raises `TerraformFailed` (also as `StateLocked`), `CommandTimeout`.
+        """
+        await self._run("state rm", *addresses, **self._locking)
         return await self.state()
 
     @_connected
