@@ -195,7 +195,10 @@ async def revert(reversal: Reversal) -> str:
 async def _plan_back(session: Session, way: WayBack) -> Planned:
     if way.commit:
         return await session.plan(blocks=way.blocks)
-    return way.with_forgotten(await session.plan(destroy=way.destroy) if way.destroy else None)
+    whole = set(way.destroy) == set(way.now.resources)
+    return way.with_forgotten(
+        await session.plan(destroy=True, only=() if whole else way.destroy) if way.destroy else None
+    )
 
 
 async def _check_back(reversal: Reversal, session: Session, before: RootBefore, way: WayBack, planned: Planned) -> None:

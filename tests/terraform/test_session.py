@@ -23,6 +23,7 @@ from toto.infra_repo import git, settings
 from toto.infra_repo.settings import SettingsError
 from toto.terraform import session as terraform
 from toto.terraform.plan import Action, Planned, PlanRefused, State, refuse
+from toto.terraform.revert import seen, way_back
 from toto.terraform.session import STATE, ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
 pytestmark = pytest.mark.minutes(1)
@@ -679,9 +680,12 @@ async def test_a_revert_says_what_cannot_come_back_as_it_was(fleet: Fleet) -> No
     back = await revert.plan()
     assert back.created == ("terraform_data.again", "terraform_data.gone")
     assert back.destroyed == ("terraform_data.again", "terraform_data.new")
-    refuse(back, ["destroy"], allowed=forward.created)
-    with pytest.raises(PlanRefused, match=r"the settings protect: terraform_data.again\n"):
-        refuse(back, ["destroy"], allowed=["terraform_data.new"])
+    with pytest.raises(PlanRefused, match=r"the settings protect: terraform_data.again, terraform_data.new\n"):
+        refuse(back, ["destroy"])
+    state = await session.state()
+    way = way_back("0123456789", forward.before, seen(forward.deeds, state), state, target="terraform/main")
+    assert way is not None and way.wrong(back) == []
+    assert way.words(back).endswith("; created anew, without their old data: terraform_data.again, terraform_data.gone")
     assert (await revert.apply(back)).resources == last.resources
 
 

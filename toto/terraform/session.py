@@ -278,11 +278,11 @@ class Session:
     network: Namespace | None = None
 
     @_connected
-    async def plan(self, *, blocks: str = "{}", destroy: Sequence[str] = ()) -> Planned:
+    async def plan(self, *, blocks: str = "{}", destroy: bool = False, only: Sequence[str] = ()) -> Planned:
         """Make the root ready (see `init`) and plan it.
 
         `blocks` is the text of a `.tf.json` file that the configuration gets besides. With `destroy`, the plan destroys
-        the resources of these addresses, and what depends on them.
+        all of it, or `only` the resources of these addresses, and what depends on them.
         Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
         """
         await self.init()
@@ -300,7 +300,7 @@ class Session:
             detailed_exitcode=_FLAG,
             **self._locking,
             destroy=_FLAG if destroy else None,
-            target=list(destroy) or None,
+            target=list(only) or None,
             var_file=[str(REPO / file) for file in self.root.var_files],
         )
         document = json.loads((await self._run("show", inside, private=True, json=_FLAG)).stdout)
