@@ -27,7 +27,7 @@ from toto.plan.root import DeployedRoot, RootBefore, RootOrder
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
 from toto.terraform.plan import Planned, PlanRefused, State
-from toto.terraform.revert import CannotGoBack, WayBack, seen, way_back
+from toto.terraform.revert import CannotGoBack, WayBack, apply_back, plan_back, seen, way_back
 from toto.terraform.session import ApplyFailed, PlanStale, Session, StateLocked, TerraformFailed
 
 
@@ -174,7 +174,7 @@ async def revert(reversal: Reversal) -> str:
         if way is None:
             await record_reverted(repo, target, good, intent.desired, run, why)
             return "as it was: nothing had been applied, according to its state"
-        planned = await _plan_back(session, way)
+        planned = await plan_back(session, way)
         await report.show_terraform_plan(target.label, planned, back=True)
         await _check_back(reversal, session, before, way, planned)
     except StateLocked:
@@ -184,21 +184,9 @@ async def revert(reversal: Reversal) -> str:
     await approve_back(
         repo, intent.left_by or run, target.label, _both(before, planned), _asks(reversal, session, planned)
     )
-    if way.commit or way.destroy:
-        state = await session.apply(planned)
-    if not way.commit and way.forget:
-        state = await session.forget(way.forget)
+    state = await apply_back(session, way, planned)
     await record_reverted(repo, target, good and good.model_copy(update=facts(state)), intent.desired, run, why)
     return way.words(planned)
-
-
-async def _plan_back(session: Session, way: WayBack) -> Planned:
-    if way.commit:
-        return await session.plan(blocks=way.blocks)
-    whole = set(way.destroy) == set(way.now.resources)
-    return way.with_forgotten(
-        await session.plan(destroy=True, only=() if whole else way.destroy) if way.destroy else None
-    )
 
 
 async def _check_back(reversal: Reversal, session: Session, before: RootBefore, way: WayBack, planned: Planned) -> None:

@@ -130,6 +130,7 @@ class World:
         self.sessions += 1
         tree = self.folder / f"colleague{self.sessions}"
         await repos.checkout(self.repo.bare, git("rev-parse", "main", cwd=self.repo.bare), tree)
+        (tree / "terraform/dns").mkdir(parents=True, exist_ok=True)
         (tree / "terraform/dns/main.tf").write_text(head(self.backend) + "".join(blocks))
         (root,) = terraform.discover(tree, settings.load(tree).terraform)
         session = Session(
@@ -235,7 +236,7 @@ async def test_what_a_colleague_applied_meanwhile_is_never_destroyed(anywhere: W
 
     world.meanwhile = meanwhile
     message = await world.fail(*new)
-    assert "terraform/dns could not be reverted" in message
+    assert "terraform/dns COULD NOT BE REVERTED" in message
     assert sorted(world.volumes().values()) == ["created", "kept", "theirs"]
     assert (intent := world.of().intent) is not None
     world.meanwhile = None
@@ -270,7 +271,7 @@ async def test_a_created_one_that_a_colleague_has_replaced_is_theirs(world: Worl
         await world.colleague(volume("kept"), volume("created", "by the colleague"))
 
     world.meanwhile = meanwhile
-    assert "could not be reverted" in await world.fail(volume("kept"), volume("created"))
+    assert "terraform/dns COULD NOT BE REVERTED" in await world.fail(volume("kept"), volume("created"))
     assert sorted(world.volumes().values()) == ["by the colleague", "kept"]
 
 
@@ -289,7 +290,7 @@ async def test_a_root_that_was_there_before_toto_loses_nothing_in_its_first_depl
     before = world.volumes()
     assert "terraform/dns reverted" in await world.fail(volume("theirs"), volume("changed"), volume("created"))
     assert world.volumes() == before
-    assert "could not be reverted" in await world.fail(volume("theirs"), volume("changed", "anew"))
+    assert "terraform/dns COULD NOT BE REVERTED" in await world.fail(volume("theirs"), volume("changed", "anew"))
     assert world.volumes().keys() == before.keys() and world.of().intent is not None
 
 
@@ -301,13 +302,13 @@ async def test_what_was_forgotten_and_cannot_be_imported_is_not_made_a_second_ti
     message = await world.fail(
         volume("kept"), "removed {\n  from = demo_file.f\n  lifecycle {\n    destroy = false\n  }\n}\n"
     )
-    assert "could not be reverted" in message and (world.home / "f").read_text() == "2"
+    assert "terraform/dns COULD NOT BE REVERTED" in message and (world.home / "f").read_text() == "2"
 
 
 async def test_a_way_back_is_held_to_prevent(world: World, caplog: pytest.LogCaptureFixture) -> None:
     await world.push(volume("kept"))
     message = await world.fail(volume("kept"), volume("created"), toto_toml='[terraform]\nprevent = ["destroy"]\n')
-    assert "could not be reverted" in message
+    assert "terraform/dns COULD NOT BE REVERTED" in message
     assert (
         "cannot go back by itself: the plan would destroy what the settings protect: demo_volume.created" in caplog.text
     )
@@ -319,7 +320,7 @@ async def test_a_way_back_waits_for_its_approval_without_holding_anything(
 ) -> None:
     await world.push(volume("kept"))
     message = await world.fail(volume("kept"), volume("created"), toto_toml='[terraform]\napprove = "destroy"\n')
-    assert "could not be reverted" in message
+    assert "terraform/dns COULD NOT BE REVERTED" in message
     intent = world.of().intent
     assert (
         intent is not None and f"`ssh toto approve {intent.run}` (or reject), then start settle/settle" in caplog.text
@@ -368,7 +369,7 @@ async def test_an_intent_of_an_older_version_is_never_reverted_by_destroying(
         )
     )
     await Ledger(world.repo.bare).write(ROOT, old, "an older version died here")
-    assert "deeds" not in git("show", "refs/toto/ledger:terraform/dns.json", cwd=world.repo.bare)
+    assert (left := world.of().intent) is not None and "deeds" not in left.before.model_dump(exclude_none=True)
     await world.colleague(*new)
     assert (await settle(world.repo.bare, return_state=True)).is_failed()
     assert sorted(world.volumes().values()) == ["created", "kept"]
@@ -384,7 +385,7 @@ async def test_a_provider_whose_state_has_moved_on_keeps_no_fix_from_going_forwa
     await world.push(volume("kept"))
     before = world.volumes()
     message = await world.fail(volume("kept"), volume("created"), version="2.0.0")
-    assert "could not be reverted" in message
+    assert "terraform/dns COULD NOT BE REVERTED" in message
     assert "cannot go back by itself: Error: Resource instance managed by newer provider version" in caplog.text
     assert (state := await world.push(volume("kept"), version="2.0.0")).is_completed(), state.message
     assert world.volumes() == before and world.of().intent is None

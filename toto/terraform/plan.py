@@ -220,6 +220,7 @@ def _id(instance: Any, lineage: str, secrets: Sequence[str]) -> str:
     secret = any(path[:1] == [{"type": "get_attr", "value": "id"}] for path in instance.get("sensitive_attributes", ()))
     if (
         isinstance(given, str | int)
+        and given != ""
         and not secret
         and len(str(given)) <= LONGEST
         and mask(str(given), secrets) == str(given)

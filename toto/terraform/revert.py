@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from toto.base.errors import TotoError
 from toto.terraform.plan import HASHED, Action, Change, Deed, Planned, State
+from toto.terraform.session import Session
 
 _KEY: Final = re.compile(r'\[(?:\d+|"(?:[^"\\]|\\.)*")\]')
 _CREATES: Final = (Action.CREATE, Action.REPLACE)
@@ -168,6 +169,24 @@ class WayBack:
         for what, addresses in found.items():
             if addresses:
                 yield f"{what}: {', '.join(sorted(addresses))}"
+
+
+async def plan_back(session: Session, way: WayBack) -> Planned:
+    """The plan of a way back. Raises `TerraformFailed` (also as `StateLocked`), `CommandTimeout`."""
+    if way.commit:
+        return await session.plan(blocks=way.blocks)
+    whole = set(way.destroy) == set(way.now.resources)
+    destroys = await session.plan(destroy=True, only=() if whole else way.destroy) if way.destroy else None
+    return way.with_forgotten(destroys)
+
+
+async def apply_back(session: Session, way: WayBack, planned: Planned) -> State:
+    """Apply the plan of a way back; the state that it leaves. Raises `ApplyFailed`, `StateLocked`, `PlanStale`."""
+    if not planned.empty and (way.commit or way.destroy):
+        await session.apply(planned)
+    if not way.commit and way.forget:
+        await session.forget(way.forget)
+    return await session.state()
 
 
 def seen(deeds: Sequence[Deed], now: State) -> tuple[Deed, ...]:
