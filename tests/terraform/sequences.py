@@ -179,8 +179,7 @@ class World:
             case _:
                 return ""
         # What is imported must be configured, and what fails is not theirs.
-        imports = [each for each in wanted.blocks if not each.startswith("import")]
-        theirs.blocks = [each for each in imports if '"demo_file"' not in each]
+        theirs.blocks = [each for each in wanted.blocks if not each.startswith("import") and '"demo_file"' not in each]
         await self.applied(theirs)
         return ", another applies"
 
