@@ -93,7 +93,7 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
         await run.check_deployable()  # the branch, and whose signatures count, may have changed since the start
         paths.require_room(run.repo)
         for left in await settle_first(run.repo, run.id):
-            if left.error and not run.goes_on_from(left.target):  # toto does not deploy over what could not be reverted
+            if left.error:  # toto does not deploy over a target that could not be reverted
                 run.report.failure(left.target, "settling", TotoError(left.error))
         run.check_plan()
         run.hold_back()

@@ -28,7 +28,6 @@ from toto.plan.host import HostOrder
 from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
-from toto.plan.root import RootKind
 from toto.plan.verdict import Verdict
 from toto.report.report import Report
 from toto.report.venues import Origin
@@ -149,11 +148,6 @@ class Run:
         for kind in KINDS:
             if self.due(kind) and not self.report.failed_roll_out:
                 yield kind
-
-    def goes_on_from(self, label: str) -> bool:
-        """Whether this run deploys a target although it could not be reverted: a root has a plan from what is there."""
-        verdict = self.verdicts.get(label)
-        return verdict is not None and verdict.target.kind == RootKind.name and verdict.found is not None
 
     @property
     def finds_open_intents(self) -> bool:

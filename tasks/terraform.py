@@ -230,12 +230,10 @@ def _lines(before: RootBefore) -> str:
 
 
 def _cannot(target: Target, error: TotoError, before: RootBefore) -> CannotGoBack:
-    """The error of a root that toto leaves as it is, with what its run did, and the choices."""
+    """The error of a root that toto leaves as it is, with what its run did."""
     return CannotGoBack(
         f"cannot go back by itself: {error.message}\nthe plan of the run:\n{_lines(before)}",
         target=target.label,
-        hint=f"push a commit that says what it shall be, and toto goes on from what is there; or put it right by hand, "
-        f"then `toto accept {target.label}`",
     )
 
 

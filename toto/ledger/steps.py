@@ -4,13 +4,10 @@ from toto.ledger.ledger import REF, Before, Change, Deployed, Entry, Intent, Los
 
 
 def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first.
-
-    One that this run has taken over, and could not settle, is replaced: the run goes on from what is there.
-    """
+    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
 
     def change(entry: Entry) -> Entry:
-        if entry.intent is not None and entry.intent.run != intent.run:
+        if entry.intent is not None:
             raise TargetBusy(
                 f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
                 hint="wait for it to end, or run settle/settle",
