@@ -28,6 +28,8 @@ async def reconcile(
     override: str | None = None,
     force: bool = False,
     venues: list[str] | None = None,
+    accept: list[str] | None = None,
+    reason: str | None = None,
     again: bool = False,
 ) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
@@ -42,8 +44,20 @@ async def reconcile(
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
         force: also deploy targets that have not changed, to undo what was changed outside.
         venues: names of venue blocks that are notified of the result besides the usual ones.
+        accept: targets that cannot be put back: first of all, their present states are taken as good.
+        reason: why they are; it is recorded.
         again: the old name of `force`.
     """
     return await new.reconcile.fn(
-        repo, commit, origin, only, plan_only, rehearse_only, override, force=force or again, venues=venues
+        repo,
+        commit,
+        origin,
+        only,
+        plan_only,
+        rehearse_only,
+        override,
+        force=force or again,
+        venues=venues,
+        accept=accept,
+        reason=reason,
     )

@@ -44,12 +44,12 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)
             )
             if order.change.action is Action.VERIFY:
-                before = await inspect(activator, expected=order.last.path if order.last else None)
+                before = await inspect(order, activator, expected=order.last.path if order.last else None)
                 done = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[before])
                 await record_verified(order, wait_for=[done])
                 return "verified"
             copied = await copy(order, activator)
-            before = await inspect(activator, wait_for=[copied])
+            before = await inspect(order, activator, wait_for=[copied])
             intended = True
             step: object = await intend(order, before)
             if machine.activation == "boot":

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from flows import helm, host, terraform
+from tasks import accept
+from tasks.accept import Reader
 from tasks.reversal import Reversal
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Deployed
@@ -24,7 +26,7 @@ class Steps:
     everything that the order contains. `roll_out` also gets the verdict of the rehearsal: nothing is rolled out without
     one. `revert` closes the open intent on the target and returns what the target is now, in words. `drift` returns
     what was changed outside toto since the last good, one line for each change; it is None when toto does not check the
-    kind for drift. Each raises `TotoError`.
+    kind for drift. `present` reads the present state, for a person who takes it as good. Each raises `TotoError`.
     """
 
     stage: str
@@ -32,12 +34,15 @@ class Steps:
     roll_out: Callable[[Any, Verdict[Any]], Awaitable[Outcome]]
     revert: Callable[[Reversal], Awaitable[str]]
     drift: Callable[[Path, str, Target, Deployed], Awaitable[list[str]]] | None = None
+    present: Reader | None = None
 
 
 STEPS: Final[dict[str, Steps]] = {
-    "host": Steps("hosts", host.rehearse, host.roll_out, host.revert),
-    "terraform": Steps("terraform", terraform.rehearse, terraform.roll_out, terraform.revert, terraform.find_drift),
-    "helm": Steps("helm", helm.rehearse, helm.roll_out, helm.revert, helm.find_drift),
+    "host": Steps("hosts", host.rehearse, host.roll_out, host.revert, present=accept.host),
+    "terraform": Steps(
+        "terraform", terraform.rehearse, terraform.roll_out, terraform.revert, terraform.find_drift, accept.root
+    ),
+    "helm": Steps("helm", helm.rehearse, helm.roll_out, helm.revert, helm.find_drift, accept.release),
 }
 
 

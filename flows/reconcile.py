@@ -5,13 +5,14 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 
+from flows.accept import accept_present
 from flows.revert import revert, settle
 from flows.stages import detect, notify, rehearse, roll_out, the_roll_out
 from tasks import names
 from tasks.approve import approve
-from tasks.limits import room_for_run
+from tasks.limits import one_roll_out, room_for_run
 from tasks.run import Request, Run, carry_out, conclude
-from tasks.settle import settle_soon
+from tasks.settle import left_over, settle_soon
 from toto.infra_repo import git
 from toto.report.venues import Origin
 
@@ -33,6 +34,8 @@ async def reconcile(
     override: str | None = None,
     force: bool = False,
     venues: list[str] | None = None,
+    accept: list[str] | None = None,
+    reason: str | None = None,
 ) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
@@ -46,6 +49,8 @@ async def reconcile(
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
         force: also deploy targets that have not changed, to undo what was changed outside.
         venues: names of venue blocks that are notified of the result besides the usual ones.
+        accept: targets that cannot be put back: first of all, their present states are taken as good.
+        reason: why they are; it is recorded.
     """
     return await carry_out(
         Request(
@@ -58,6 +63,8 @@ async def reconcile(
             override=override,
             force=force,
             venues=tuple(venues or ()),
+            accept=tuple(accept or ()),
+            reason=reason,
         ),
         _stages,
     )
@@ -68,8 +75,12 @@ async def _stages(run: Run) -> Run:
 
     Raises `Superseded` or `Outdated`; then nothing was touched.
     """
+    if run.request.accepts:
+        async with one_roll_out(run.repo, run.id):
+            await accept_present(run.repo, run.id, run.request.accept, run.request.reason, run.request.somebody)
     if run.finds_open_intents:
-        await settle(run.repo, return_state=True)  # the roll-out below handles what could not be reverted
+        await settle(run.repo, return_state=True)
+        run.stuck = await left_over(run.repo, run.id)
     async with room_for_run(run.repo, run.id, runtime.flow_run.tags, run.check_superseded):
         run = await detect(run)
         if run.rehearses:
@@ -80,8 +91,8 @@ async def _stages(run: Run) -> Run:
         async with the_roll_out(run):
             for kind in run.kinds_due:
                 run = await roll_out(kind, run)
-            if run.report.failed_roll_out:
+            if run.to_revert:
                 run = await revert(run)
-            else:
+            if not run.report.failed_roll_out:
                 await conclude(run)
     return await notify(run)

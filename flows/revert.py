@@ -18,10 +18,20 @@ from tasks.limits import one_roll_out
 from tasks.record import intend_to_revert
 from tasks.reversal import Reversal
 from tasks.run import Run
-from tasks.settle import dead_intents, died_at, healing_for, manifest_of, notify_of_death, retry_settle, take_over
+from tasks.settle import (
+    dead_intents,
+    died_at,
+    healing_for,
+    manifest_of,
+    notify_of_death,
+    retry_settle,
+    take_over,
+    with_choices,
+)
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Ledger, LostTarget
+from toto.machine.ssh import Unreachable
 from toto.report.message import names
 from toto.report.report import Reverted, revert_words
 
@@ -85,7 +95,9 @@ async def _revert(reversals: Sequence[Reversal], results: list[Reverted]) -> Non
         try:
             results.append(Reverted(label, to=await revert_target.with_options(task_run_name=f"revert {label}")(each)))
         except Exception as error:  # whatever it was, the others are reverted
-            results.append(Reverted(label, error=str(error) or repr(error)))
+            results.append(
+                Reverted(label, error=with_choices(each.repo, each.target, error), away=isinstance(error, Unreachable))
+            )
 
 
 @task(name="revert", task_run_name="revert", cache_policy=NO_CACHE)
@@ -143,7 +155,7 @@ async def _settle(repo: Path, run: str) -> list[Reverted]:
                 results,
             )
         except TotoError as error:
-            results.append(Reverted(target.label, error=str(error)))
+            results.append(Reverted(target.label, error=with_choices(repo, target, error)))
     for each in results:
         if each.error:
             get_run_logger().error("%s COULD NOT BE REVERTED: %s", each.target, each.error)

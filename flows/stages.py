@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from prefect.logging import get_run_logger
 from prefect.utilities.annotations import quote
 
 from flows.kinds import STEPS, steps_of
@@ -16,7 +17,6 @@ from tasks.notify import notify as send
 from tasks.record import record_rehearsed, record_verified
 from tasks.run import Run
 from toto.base import paths
-from toto.base.errors import TotoError
 from toto.plan import make
 from toto.plan.changes import Action
 from toto.plan.kinds import KINDS
@@ -92,9 +92,11 @@ async def the_roll_out(run: Run) -> AsyncIterator[None]:
         await run.check_superseded()
         await run.check_deployable()  # the branch, and whose signatures count, may have changed since the start
         paths.require_room(run.repo)
-        for left in await settle_first(run.repo, run.id):
-            if left.error:  # toto does not deploy over a target that could not be reverted
-                run.report.failure(left.target, "settling", TotoError(left.error))
+        for each in await settle_first(run.repo, run.id):
+            if each.error:
+                run.left(each)
+                if each.target in run.forward:
+                    get_run_logger().warning("%s goes on from what is there, since it cannot go back", each.target)
         run.check_plan()
         run.hold_back()
         yield
@@ -126,7 +128,7 @@ async def _roll_out(kind: str, run: Run) -> None:
                         quote(order), run.verdict_before_touching(order)
                     )
             except Exception as error:  # whatever it was, what was touched is reverted
-                run.report.failure(order.label, "roll-out", error)
+                run.report.failure(order.label, "going forward" if order.label in run.forward else "roll-out", error)
 
     due: list[Order] = []
     for order in run.due(kind):

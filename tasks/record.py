@@ -34,11 +34,16 @@ async def intend(order: Order, before: Before) -> Done:
 
     Raises `TargetBusy`.
     """
+    left = Ledger(order.repo).read().get(order.target).intent
+    if left is not None and left.run == order.run and left.left_by:  # it goes on from what it could not put back
+        before = kind_of(order.target).before(left.before, before)
+    else:
+        left = None
     intent = Intent(desired=deployed(order), before=before, run=order.run, owner=ledger.owner(), at=git.now())
     in_spite = f"; held back, but: {order.override}" if order.override else ""
     await Ledger(order.repo).write(
         order.target,
-        steps.intend(intent),
+        steps.intend(intent, left),
         f"{order.label}: intent to deploy {order.commit[:8]} ({order.change.why}{in_spite})",
     )
     return Done()
@@ -102,9 +107,9 @@ async def record_unreachable(order: Order, why: str) -> None:
 
 
 @task(name="retire", task_run_name="retire", cache_policy=NO_CACHE)
-async def retire(repo: Path, target: Target) -> None:
+async def retire(repo: Path, target: Target, how: str = "retired") -> None:
     """Remove the ledger entry and the GC roots of a target that left the commit. The target itself is not touched."""
-    await Ledger(repo).write(target, lambda _: None, f"{target.label}: retired")
+    await Ledger(repo).write(target, lambda _: None, f"{target.label}: {how}")
     for root in kind_of(target).roots(repo, target.name):
         root.unlink(missing_ok=True)
     if target.kind == HostKind.name:

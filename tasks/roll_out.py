@@ -61,7 +61,8 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
 async def claim(order: HostOrder, activator: Activator) -> None:
     """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
     assert order.machine is not None
-    await owners.claim(order.repo, order.machine, owners.host_keys(activator.connection.target))
+    target = activator.connection.target
+    await owners.claim(order.repo, order.machine, owners.host_keys(target), target.ip or "")
 
 
 def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
@@ -70,17 +71,41 @@ def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
-async def inspect(activator: Activator, expected: str | None = None) -> MachineState:
+async def inspect(order: HostOrder, activator: Activator, expected: str | None = None) -> MachineState:
     """What the machine runs and boots now. A revert goes back to this if toto has never deployed the machine.
 
+    A warning says so when that is the system of a different host: the address may be wrong.
     Raises `NotWhatItShouldBe` when it does not run `expected`, and `Unreachable`.
     """
     await activator.install()
     facts = await activator.facts()
+    for other in whose(facts.system, order):
+        get_run_logger().warning(
+            "%s runs the system of %s: is its address %s right?",
+            order.label,
+            other,
+            order.machine.address if order.machine else "",
+        )
     if expected is not None:
         await activator.check(expected)
     get_run_logger().info("it runs %s, and boots %s next", facts.system, facts.profile or "what it was installed with")
     return facts
+
+
+def whose(system: str, order: HostOrder) -> list[str]:
+    """The other hosts whose system it is: that was deployed to them from this repo, or it has their names."""
+    ledger = Ledger(order.repo).read()
+    deployed = {
+        target.name
+        for target, entry in ledger.entries.items()
+        for record in (entry.good, entry.intent.desired if entry.intent else None)
+        if target.kind == order.target.kind and record and getattr(record, "path", None) == system
+    }
+    if order.name in deployed:
+        return []
+    names = {target.name for target in ledger.entries if target.kind == order.target.kind} - {order.name}
+    called = {name for name in names if f"-nixos-system-{name}-" in system}
+    return sorted((deployed | called) - {order.name})
 
 
 @task(

@@ -16,7 +16,7 @@ from tasks.notify import notify
 from tasks.record import retire
 from tasks.retry import retry_later
 from toto.base import runs
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
 from toto.git_host import admission
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
@@ -29,7 +29,7 @@ from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
 from toto.plan.verdict import Verdict
-from toto.report.report import Report
+from toto.report.report import Report, Reverted
 from toto.report.venues import Origin
 
 T = TypeVar("T")
@@ -57,6 +57,22 @@ class Request:
     override: str | None
     force: bool
     venues: tuple[str, ...]
+    accept: tuple[str, ...] = ()
+    reason: str | None = None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it takes present states as good. Raises `InputError` in a run that must not change anything."""
+        if self.accept and not self.deploys:
+            raise InputError(
+                "a run that plans or rehearses accepts nothing", hint="leave `accept` out, or let it deploy"
+            )
+        return bool(self.accept)
+
+    @property
+    def somebody(self) -> str:
+        """Who requested it, where that is not known by name."""
+        return "somebody on toto itself" if self.origin == "push" else "somebody in the UI"
 
     @property
     def deploys(self) -> bool:
@@ -70,7 +86,7 @@ class Run:
     (It has slots, so that Prefect shows it as `<Run>` among a stage's parameters and does not store all of it.)
     """
 
-    __slots__ = ("__weakref__", "id", "plan", "report", "request", "stage", "touched", "verdicts")
+    __slots__ = ("__weakref__", "forward", "id", "plan", "report", "request", "stage", "stuck", "touched", "verdicts")
 
     def __init__(self, request: Request, run: str) -> None:
         self.request, self.id = request, run
@@ -79,6 +95,8 @@ class Run:
         self.stage = ""  # the id of the subflow that is at work
         self.verdicts: dict[str, Verdict[Any]] = {}
         self.touched: list[Target] = []
+        self.stuck: set[str] = set()  # the labels of what was half done before the run, and could not be put back
+        self.forward: set[str] = set()  # those of them that this run rolls out all the same
 
     def planned(self, plan: Plan) -> None:
         """Start again with a new plan: clear the report, the verdicts and the touched targets.
@@ -87,7 +105,7 @@ class Run:
         """
         self.plan = plan
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
-        self.verdicts, self.touched = {}, []
+        self.verdicts, self.touched, self.forward = {}, [], set()
         for order in plan.orders if self.request.deploys else ():
             if isinstance(order, HostOrder) and order.machine and order.change.action in (Action.DEPLOY, Action.VERIFY):
                 try:
@@ -121,8 +139,16 @@ class Run:
 
     @property
     def stops(self) -> bool:
-        """Whether the run must not roll anything out because something failed before."""
-        return self.report.failed and (self.plan.settings.roll_out.policy == "all" or not self.verdicts)
+        """Whether the run must not roll anything out because something failed before.
+
+        A target that is stuck blocks only itself, and what comes after it.
+        """
+        failed = [
+            each
+            for each in self.report.failures
+            if each.target not in self.stuck or each.stage not in ("evaluation", "rehearsal")
+        ]
+        return bool(failed) and (self.plan.settings.roll_out.policy == "all" or not self.verdicts)
 
     @property
     def asks(self) -> bool:
@@ -160,6 +186,18 @@ class Run:
         if verdict.how != "waived":
             self.report.rehearsals[order.label] = str(verdict)
 
+    def left(self, reverted: Reverted) -> None:
+        """Decide about a target that was half done before the run, and could not be put back just now.
+
+        When this commit has a plan that starts from what is there, it is rolled out. Otherwise the target has failed.
+        """
+        self.stuck.add(reverted.target)
+        due = {each.label for kind in KINDS for each in self.due(kind) if each.change.action is Action.DEPLOY}
+        if reverted.target in due and not reverted.away:
+            self.forward.add(reverted.target)
+        else:
+            self.report.failure(reverted.target, "settling", TotoError(reverted.error))
+
     def hold_back(self) -> None:
         """Hold back what is frozen, or outside its window, as the roll-out begins."""
         for order in (each for kind in KINDS for each in self.due(kind)):
@@ -179,8 +217,17 @@ class Run:
 
     @property
     def to_revert(self) -> list[Target]:
-        """The targets that were touched, in order, without those that were only recorded or did not answer."""
-        return [each for each in self.touched if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
+        """The targets that were touched, in order, without those that were only recorded or did not answer.
+
+        They are all reverted when a roll-out fails; otherwise only those that failed to go forward.
+        """
+        failed = self.report.failed_targets
+        return [
+            each
+            for each in self.touched
+            if self.report.outcome.get(each.label) not in ("recorded", "unreachable")
+            and (self.report.failed_roll_out or each.label in failed)
+        ]
 
     async def check_superseded(self) -> None:
         """Raises `Superseded` when a newer push has replaced the one that started this run."""

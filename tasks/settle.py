@@ -17,12 +17,15 @@ from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
 from tasks.notify import notify
+from toto.base.errors import TotoError
+from toto.git_host.shared import name_of
 from toto.infra_repo import git, tree
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import RollOut, Settings
 from toto.ledger import ledger, steps
 from toto.ledger.ledger import Intent, Ledger
 from toto.ledger.target import Target
+from toto.machine.ssh import Unreachable
 from toto.plan.kinds import place
 from toto.report.report import Reverted, RunDied
 from toto.server.orphans import SETTLE
@@ -70,6 +73,11 @@ async def dead_intents(repo: Path, run: str) -> dict[Target, Intent]:
     return {target: intent for target, intent in found if await _dead(intent, run)}
 
 
+async def left_over(repo: Path, run: str) -> set[str]:
+    """The labels of the targets that were left half done and could not be put back."""
+    return {target.label for target in await dead_intents(repo, run)}
+
+
 async def _dead(intent: Intent, run: str) -> bool:
     """Whether nobody works on an intent: its process is dead, or its run is over (a notebook's process lives on)."""
     if intent.run == run or ledger.owner_lives(intent.owner) is False:
@@ -86,6 +94,19 @@ def healing_for(intent: Intent, settings: RollOut) -> float:
     """Seconds for which the machine of a dead run may still be reverting itself; 0 when that time is over."""
     opened = calendar.timegm(time.strptime(intent.at, "%Y-%m-%dT%H:%M:%SZ"))
     return max(0.0, opened + settings.activation_timeout + settings.confirm_timeout - time.time())
+
+
+def with_choices(repo: Path, target: Target, error: Exception) -> str:
+    """The text of an error that a revert ended with, and what can be done with the target now."""
+    text, hint = str(error) or repr(error), ""
+    if isinstance(error, TotoError) and error.hint:
+        text, hint = text.removesuffix(f"\nnext: {error.hint}"), f"{error.hint}; or "
+    if isinstance(error, Unreachable):
+        return f"{text}\nnext: {hint}wait until it answers: every run tries again"
+    return (
+        f"{text}\nnext: {hint}push a commit that goes on from what is there; or take what is there as good: "
+        f"ssh toto accept {target.label} --repo {name_of(repo)} --reason WHY"
+    )
 
 
 @task(name="take over", task_run_name="take over", cache_policy=NO_CACHE)

@@ -232,8 +232,7 @@ def _lines(before: RootBefore) -> str:
 def _cannot(target: Target, error: TotoError, before: RootBefore) -> CannotGoBack:
     """The error of a root that toto leaves as it is, with what its run did."""
     return CannotGoBack(
-        f"cannot go back by itself: {error.message}\nthe plan of the run:\n{_lines(before)}",
-        target=target.label,
+        f"cannot go back by itself: {error.message}\nthe plan of the run:\n{_lines(before)}", target=target.label
     )
 
 

@@ -10,6 +10,7 @@ import os
 import pwd
 import shlex
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from toto.git_host import shell as git_shell
 from toto.infra_repo import git
 from toto.infra_repo.fields import check_key_name
 from toto.ledger import approvals
-from toto.ledger.ledger import REF, Ledger
+from toto.ledger.ledger import REF, Entry, Ledger
+from toto.ledger.target import Target
 from toto.machine import keys, owners
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
@@ -87,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         answering.add_argument("flow_run", metavar="RUN", help="the run's id, as in its log")
         answering.add_argument("--by", metavar="USER", help="the user of the git host who answers")
         answering.set_defaults(run=_answer, approved=verb == "approve")
+
+    accepting = verbs.add_parser(
+        "accept",
+        parents=[_where()],
+        help="take what is there as good, where a target cannot be put back; over ssh: ssh toto accept TARGET …",
+    )
+    accepting.add_argument("target", metavar="TARGET", help="such as web1, terraform/dns, helm/grafana")
+    accepting.add_argument("--reason", required=True, metavar="WHY", help="it is recorded")
+    accepting.add_argument("--repo", metavar="NAME", help="its repository, where several have such a target")
+    accepting.add_argument("--by", metavar="USER", help="the user of the git host who accepts it")
+    accepting.set_defaults(run=_accept)
 
     _machine_verbs(verbs.add_parser("machine", help="which repository may deploy which machine"))
     key = verbs.add_parser("key", parents=[_where()], help="print the public half of a key of a repository's")
@@ -229,7 +242,7 @@ async def _plan(arguments: argparse.Namespace) -> int:
     run = f"plan-{uuid.uuid4()}"
     async with runs.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
-        print(table(made.changes.rows(await plan.previews(made.orders, build=not arguments.no_build))))
+        print(made.changes.text(await plan.previews(made.orders, build=not arguments.no_build)))
     return 1 if made.changes.failed else 0
 
 
@@ -237,6 +250,8 @@ async def _status(arguments: argparse.Namespace) -> int:
     rows = []
     for target, entry in sorted(Ledger(git.bare(arguments.repo)).read().entries.items()):
         state = "good" if entry.good else "rehearsed only" if entry.rehearsed else "not deployed"
+        if entry.accepted:
+            state = f"accepted by {entry.accepted.by}: {entry.accepted.why}"
         if entry.reverted:
             state = f"reverted {entry.reverted.at}: {entry.reverted.why}"
         if entry.unreachable:
@@ -287,6 +302,43 @@ async def _answer(arguments: argparse.Namespace) -> int:
         target=f"run {run}",
         hint="the log of the run that asks has the whole line",
     )
+
+
+async def _accept(arguments: argparse.Namespace) -> int:
+    """Start a run that accepts, in the repository of the user's that has the target, and follow it to its end."""
+    repos, target, user = arguments.repos.absolute(), Target.of(arguments.target), arguments.by
+    found = []
+    for repo in git_host.infra_repos(repos):
+        name = repo.name.removesuffix(".git")
+        entry = Ledger(repo).read().get(target) if arguments.repo in (None, name) else Entry()
+        if (entry.good or entry.intent) and await access.may(repos, user, "read", name):
+            found.append((repo, name))
+    if len(found) != 1:
+        raise InputError(
+            f"is in {', '.join(name for _, name in found)}" if found else "no repository of yours has deployed it",
+            target=target.label,
+            hint="say which: --repo NAME" if found else "see `toto status`",
+        )
+    [(repo, name)] = found
+    if not await access.may(repos, user, "deploy", name):
+        raise InputError(f"{user} may not deploy {name}, so not accept what is there either", target=target.label)
+    api = await git_host.api_of(repo)
+    deployment = await api.call("GET", f"/deployments/name/{git_host.ACCEPT}")
+    run = await api.call(
+        "POST",
+        f"/deployments/{deployment['id']}/create_flow_run",
+        {
+            "parameters": {
+                "repo": str(repo.resolve()),
+                "target": str(target),
+                "reason": arguments.reason,
+                "by": user or f"{getpass.getuser()} (on toto itself)",
+            },
+            "tags": [f"user:{user}"] if user else [],
+        },
+    )
+    print(f"toto: accepting {target.label} of {name} in run {run['id']}", flush=True)
+    return await follow.to_the_end(repo, [run["id"]], time.monotonic() + follow.AT_MOST)
 
 
 async def _database_move(arguments: argparse.Namespace) -> int:

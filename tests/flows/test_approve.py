@@ -9,7 +9,7 @@ import pytest
 from prefect.client.schemas.objects import State
 
 from tests.conftest import PrefectServer
-from tests.flows.test_kinds import Files, files
+from tests.flows.test_kinds import Files, files, logged
 from tests.repos import git
 from toto.base import paths
 from toto.ledger import approvals
@@ -36,16 +36,6 @@ def has_approvals(repo: Path) -> bool:
 async def until(server: PrefectServer, run: str, met: Callable[[dict[str, Any]], bool]) -> None:
     async with asyncio.timeout(60):
         while not met(await server.api.call("GET", f"/flow_runs/{run}")):
-            await asyncio.sleep(0.2)
-
-
-async def logged(server: PrefectServer, run: str, text: str) -> None:
-    """Wait until the run has logged `text`: its lines come in batches."""
-    async with asyncio.timeout(60):
-        while True:
-            lines = await server.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
-            if any(text in line["message"] for line in lines):
-                return
             await asyncio.sleep(0.2)
 
 

@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.utilities.annotations import quote
 
 from flows import kinds as flow_kinds
+from flows.accept import accept
 from flows.drift import drift
 from flows.reconcile import reconcile
 from flows.stage import Stage, stage
@@ -187,6 +188,140 @@ async def test_a_fourth_kind_that_fails_its_rehearsal_touches_nothing(files: Fil
     state = await files.reconcile()
     assert state.is_failed() and "nothing was touched" in str(state.message)
     assert files.there() == {}
+
+
+async def logged(server: PrefectServer, run: str, text: str) -> list[str]:
+    """What the run has logged, as soon as `text` is there: its lines come in batches."""
+    async with asyncio.timeout(60):
+        while True:
+            found = await server.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+            lines = [line["message"] for line in found]
+            if any(text in line for line in lines):
+                return lines
+            await asyncio.sleep(0.2)
+
+
+async def stuck(files: Files) -> None:
+    """Have file/a be half done: its roll-out failed, and so did its revert."""
+    files.commit({"a": "one", "b": "one", "z": "one"})
+    await files.reconcile()
+    files.commit({"a": "stuck, too late"})
+    state = await files.reconcile()
+    assert state.is_failed() and str(state.message).endswith("file/a COULD NOT BE REVERTED")
+    assert files.there()["a"] == "stuck, too late" and files.entry("a").intent is not None
+
+
+async def test_a_commit_that_goes_on_from_what_cannot_be_put_back_is_deployed(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two"})
+    state = await files.reconcile()
+    assert state.is_completed(), state.message
+    assert files.there() == {"a": "two", "b": "one", "z": "one"}
+    assert files.entry("a").intent is None
+    good = DeployedFile.of(files.entry("a").good)
+    assert good is not None and good.size == 3
+
+
+@pytest.mark.parametrize("fix", ["bad", "still stuck, too late"])
+async def test_what_cannot_be_put_back_blocks_only_itself_and_what_comes_after_it(
+    files: Files, prefect_server: PrefectServer, fix: str
+) -> None:
+    """z comes after a. Whether the fix does not pass its rehearsal or its roll-out, b is deployed."""
+    await stuck(files)
+    files.commit({"a": fix, "b": "two", "z": "two"})
+    state = await files.reconcile()
+    assert state.is_failed()
+    assert files.there() == {"a": fix if "stuck" in fix else "stuck, too late", "b": "two", "z": "one"}
+    assert files.entry("a").intent is not None and files.entry("z").intent is None
+    lines = await logged(prefect_server, str(state.state_details.flow_run_id), "ssh toto accept file/a --repo ")
+    assert any("file/b deployed" in line or "the others were rolled out" in line for line in lines), lines
+    files.commit({"a": "three"})
+    assert (await files.reconcile()).is_completed()
+    assert files.there() == {"a": "three", "b": "two", "z": "two"}
+
+
+async def test_the_present_state_of_what_cannot_be_put_back_is_accepted_by_name_and_reason(
+    files: Files, prefect_server: PrefectServer
+) -> None:
+    await stuck(files)
+    with tags("user:alice"):
+        state = await accept(files.repo.bare, "file/a", "the disk is new\n\x1b[31m", return_state=True)
+    assert state.is_completed(), state.message
+    assert state.message == "file/a: it holds 'stuck, too late': taken as good"
+    entry = files.entry("a")
+    assert entry.intent is None and entry.accepted is not None
+    assert (entry.accepted.by, entry.accepted.why) == ("alice", "the disk is new")
+    good = DeployedFile.of(entry.good)
+    assert good is not None and good.size == len("stuck, too late")
+    newest = events(files.repo.bare)[-1]
+    assert (newest.what, newest.why) == (What.ACCEPTED, "alice: the disk is new")
+    assert files.there()["a"] == "stuck, too late", "nothing of it is touched"
+    files.commit({"a": "two", "z": "too late"})
+    assert str((await files.reconcile()).message).endswith("file/z, file/a reverted")
+    assert files.there() == {"a": "stuck, too late", "b": "one", "z": "one"}, "later runs go back to what was accepted"
+    assert not Ledger(files.repo.bare).read().open_intents
+
+
+async def test_a_push_accepts_what_is_there_before_its_commit_is_planned(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "still stuck, too late", "b": "two"})
+    refused = await files.reconcile(accept=["file/a"], reason="it is well", rehearse_only=True)
+    assert refused.is_failed() and "accepts nothing" in str(refused.message) and files.entry("a").intent is not None
+    files.commit({"a": "two", "b": "two"})
+    with tags("user:bob"):
+        assert (await files.reconcile(accept=["file/a"], reason="it is well")).is_completed()
+    assert files.there() == {"a": "two", "b": "two", "z": "one"}
+    said = [each.why for each in events(files.repo.bare) if each.what is What.ACCEPTED]
+    assert said == ["bob: it is well"]
+
+
+@pytest.mark.parametrize(
+    ("target", "why", "says"),
+    [
+        ("file/a", " \n", "takes a reason"),
+        ("file/y", "so", "toto has deployed nothing of it"),
+        ("web9", "so", "toto has deployed nothing of it"),
+        ("file/../../a", "so", "toto has deployed nothing of it"),
+        ("tape/a", "so", "no kind of target 'tape'"),
+    ],
+)
+async def test_what_cannot_be_accepted_is_said_and_changes_nothing(
+    files: Files, target: str, why: str, says: str
+) -> None:
+    await stuck(files)
+    before = Ledger(files.repo.bare).read().commit
+    state = await accept(files.repo.bare, target, why, "root", return_state=True)
+    assert state.is_failed() and says in str(state.message)
+    assert Ledger(files.repo.bare).read().commit == before
+
+
+async def test_what_cannot_be_asked_is_accepted_only_when_it_has_left_the_commit(files: Files) -> None:
+    await stuck(files)
+    (files.to / "a").unlink()
+    state = await accept(files.repo.bare, "file/a", "it burnt down", "root", return_state=True)
+    assert state.is_failed() and "cannot be read, so it is not accepted: it is away" in str(state.message)
+    assert files.entry("a").intent is not None
+    files.commit({"a": None})
+    state = await accept(files.repo.bare, "file/a", "it burnt down", "root", return_state=True)
+    assert state.is_completed() and "the record of it is gone" in str(state.message), state.message
+    assert Target("file", "a") not in Ledger(files.repo.bare).read().entries
+    assert (await files.reconcile()).is_completed()
+
+
+async def test_what_fails_of_a_target_that_is_well_still_stops_the_others(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two", "b": "bad", "z": "two"})
+    state = await files.reconcile()
+    assert state.is_failed() and files.there() == {"a": "stuck, too late", "b": "one", "z": "one"}
+
+
+async def test_a_target_that_went_forward_is_put_back_with_the_others_when_one_fails(files: Files) -> None:
+    await stuck(files)
+    files.commit({"a": "two", "z": "too late"})
+    state = await files.reconcile()
+    assert state.is_failed() and "file/z: roll-out failed" in str(state.message)
+    assert str(state.message).endswith("file/z, file/a reverted")
+    assert files.there()["z"] == "one" and not Ledger(files.repo.bare).read().open_intents
 
 
 async def test_a_fourth_kind_can_be_selected_retired_and_looked_at_for_drift(files: Files) -> None:

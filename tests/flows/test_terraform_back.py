@@ -257,8 +257,8 @@ async def test_an_error_that_cannot_go_back_has_both_plans_and_the_next_command(
         "demo_volume.theirs, which this run did not create",
         "the way back:\n- demo_volume.created",
         "the plan of the run:\n+ demo_volume.created",
-        "next: push a commit that says what it shall be, and toto goes on from what is there; or put it right by hand, "
-        "then `toto accept terraform/dns`",
+        "next: push a commit that goes on from what is there; or take what is there as good: ssh toto accept "
+        "terraform/dns --repo infra --reason WHY",
     ):
         assert words in caplog.text
 
@@ -374,7 +374,7 @@ async def test_an_intent_of_an_older_version_is_never_reverted_by_destroying(
     assert (await settle(world.repo.bare, return_state=True)).is_failed()
     assert sorted(world.volumes().values()) == ["created", "kept"]
     assert "an older version of toto has not recorded what its run did" in caplog.text
-    assert "- demo_volume.created" in caplog.text and "or put it right by hand, then `toto accept" in caplog.text
+    assert "- demo_volume.created" in caplog.text and "or take what is there as good: ssh toto accept" in caplog.text
     assert (state := await world.push(*new)).is_completed(), state.message
     assert world.of().intent is None and sorted(world.volumes().values()) == ["created", "kept"]
 

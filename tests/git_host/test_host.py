@@ -149,6 +149,16 @@ def test_hook_names_a_run_as_the_flow_would(
     assert f" in run {body['name']}\n" in output
 
 
+def test_a_push_says_what_it_accepts_and_why(pusher: Pusher, repo: Path, stand: Stand) -> None:
+    why = "it's new: größer, $(id) `id` %s {}"
+    options = ("-o", "accept=web1", "-o", f"reason={why}", "-o", "accept=terraform/dns")
+    output = pusher.git("push", *options, str(repo), "main")
+    assert ", accepting what is there of web1,terraform/dns, in run" in output
+    [body] = stand.bodies
+    assert body["parameters"]["accept"] == ["web1", "terraform/dns"]
+    assert body["parameters"]["reason"] == why
+
+
 async def test_same_commit_pushed_again_after_going_back_is_a_new_request(
     pusher: Pusher, repo: Path, stand: Stand
 ) -> None:

@@ -31,7 +31,11 @@ from toto.git_host import access
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 from toto.git_host.host import Served
-from toto.ledger import approvals
+from toto.ledger import approvals, steps
+from toto.ledger.ledger import Intent, Ledger
+from toto.ledger.target import Target
+from toto.machine.activation import MachineState
+from toto.plan.host import DeployedHost
 from toto.server import deployments
 from toto.server import serve as server
 
@@ -69,9 +73,21 @@ async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", on
         return Failed(message="web1: rehearsal failed; nothing was touched")
     return Completed(message="web1 deployed")
 '''
+ACCEPT = '''
+from prefect import flow, get_run_logger
+from prefect.states import Completed, Failed
+
+@flow
+async def accept(repo: str, target: str, reason: str, by: str | None = None):
+    """Stands in for the real one."""
+    if reason == "fail":
+        return Failed(message="web1: roll-out failed")
+    return Completed(message=f"{target} because of: {reason}, says {by}")
+'''
 PROJECT = """
 name: tiny
 deployments:
+  - {name: accept, entrypoint: "flows/accept.py:accept", work_pool: {name: toto}}
   - {name: reconcile, entrypoint: "flows/reconcile.py:reconcile", work_pool: {name: toto}}
 """
 
@@ -306,6 +322,43 @@ async def test_an_approval_is_by_name_and_only_by_those_who_may(host: Host) -> N
     assert "(on toto itself): run" in (await process.run(toto)).stdout
 
 
+async def deployed_host(repos: Path, name: str, host: str) -> Path:
+    """A repository whose ledger says that the host is half done."""
+    repo = await git_host.make(repos, name)
+    deployed = DeployedHost(identity="drv", path="/nix/store/x", commit="0" * 40, run="r", at="2026-01-01T00:00:00Z")
+    intent = Intent(desired=deployed, before=MachineState(), run="r", owner="o", at="2026-01-01T00:00:00Z")
+    await Ledger(repo).write(Target("host", host), steps.intend(intent), "intent")
+    return repo
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_accepting_is_by_name_and_only_by_those_who_may_deploy(host: Host, deployed: Served) -> None:
+    await git_host.remember(host.repos, deployed)
+    repo = await deployed_host(host.repos, "infra", "web1")
+    await deployed_host(host.repos, "private", "web2")
+    for each in ("web1", "web2", "web3"):  # (web2 is in a repository that bob does not see)
+        said = host.ask("bob", "accept", each, "--reason", "so").stderr
+        assert ("bob may not deploy infra" if each == "web1" else "no repository of yours has deployed it") in said
+    done = host.ask("alice", "accept", "web1", "--repo", "infra", "--reason", "it's", "new $(id)")
+    assert done.returncode == 0, done.stderr
+    run = re.search(r"accepting web1 of infra in run (\S+)", done.stdout)
+    assert run and "host/web1 because of: it's new $(id), says alice" in done.stdout, done.stdout
+    found = await Api(deployed.api_url, git_host._read_auth(repo / "toto" / "auth.curl")).call(
+        "GET", f"/flow_runs/{run[1]}"
+    )
+    assert found["tags"] == ["user:alice"] and found["parameters"]["repo"] == str(repo)
+    assert "is in infra, private" in await two_have_it(host)
+    assert "web1: roll-out failed" in host.ask("alice", "accept", "web1", "--reason", "fail").stdout
+
+
+async def two_have_it(host: Host) -> str:
+    await deployed_host(host.repos, "private", "web3")
+    await deployed_host(host.repos, "infra", "web3")
+    done = host.ask("alice", "accept", "host/web3", "--reason", "so")
+    assert done.returncode == 2
+    return done.stderr
+
+
 async def test_reader_reads_and_does_not_push(host: Host) -> None:
     await git_host.make(host.repos, "infra")
     alice, bob = host.clone("alice"), host.clone("bob")
@@ -384,6 +437,16 @@ def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
         "repo create toto-admin --signed",
         "repo set infra --no-signed",
         "repo admin eve /etc/passwd",
+        "accept",
+        "accept web1",
+        "accept web1 --reason",
+        "accept --reason so",
+        "accept --by=alice web1 --reason so",
+        "accept web1 --by alice --reason so",
+        "accept web1 --repo ../x --reason so",
+        "accept web1 --repo --reason so",
+        "accept ../web1 --reason so",
+        "accept host/../web1 --reason so",
         "approve",
         "approve ..",
         "approve ../../infra",
@@ -459,6 +522,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "flows").mkdir()
     (folder / "flows" / "reconcile.py").write_text(FLOW)
+    (folder / "flows" / "accept.py").write_text(ACCEPT)
     (folder / "prefect.yaml").write_text(PROJECT)
     found: dict[str, str] = {}
 

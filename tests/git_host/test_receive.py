@@ -257,6 +257,20 @@ async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: P
         (["pl\x1ban"], "'pl\\x1ban' is not known"),
         (["skip", "only=web1"], "no other option goes with it"),
         (["plan", "rehearse"], "do not go together"),
+        (["accept=web1"], "accept=TARGET and reason=TEXT go together"),
+        (["reason=so"], "accept=TARGET and reason=TEXT go together"),
+        (["accept=web1", "reason=so", "reason=or so"], "with one reason"),
+        (["accept=web1", "reason=so", "plan"], "not with plan or rehearse"),
+        (["accept=web1", "reason=so", "rehearse"], "not with plan or rehearse"),
+        (["accept=web1", "reason=so", "skip"], "no other option goes with it"),
+        (['accept=web1","x":"', "reason=so"], "is not known"),
+        (["accept=web1", 'reason="'], "should be one line"),
+        (["accept=web1", "reason=\\"], "should be one line"),
+        (["accept=web1", "reason= "], "should be one line"),
+        (["accept=web1", "reason=a\x1b[31m"], "should be one line"),
+        (["accept=web1", f"reason={'x' * 301}"], "should be one line"),
+        (["accept=web1", "reason=\udcff"], "should be one line"),
+        (["accept=web1,terraform/dns", "reason=it's new: größer, $(id) `id`", "wait"], ""),
         (["plan", "only=web1,tag:x", "only=web2", "wait"], ""),
         (["skip"], ""),
         ([], ""),
@@ -407,6 +421,14 @@ async def test_push_of_many_branches_at_once(pusher: Pusher, repo: Path, signing
 
 
 # The rules' own repository
+
+
+def test_accepting_goes_with_a_push_of_the_deployed_branch(pusher: Pusher) -> None:
+    pusher.git("config", "--unset", "push.pushOption")
+    options = ("-o", "accept=web1", "-o", "reason=so")
+    with pytest.raises(AssertionError, match="accept goes with a push of the deployed branch, main"):
+        pusher.git("push", *options, str(pusher.remote), "main:refs/heads/other", "main:refs/tags/v1")
+    assert "nothing is deployed yet" in pusher.git("push", *options, str(pusher.remote), "main")
 
 
 async def test_broken_rules_are_refused_with_their_line_and_the_old_ones_stay(tmp_path: Path, signing: Path) -> None:

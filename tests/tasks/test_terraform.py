@@ -4,19 +4,24 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from blocks import TerraformCredentials
+from flows.accept import accept
+from flows.reconcile import reconcile
 from flows.terraform import rehearse, roll_out
 from tasks.terraform import PlanMoved, apply, plan_root
 from tests.conftest import PrefectServer
 from tests.repos import InfraRepo, git
 from toto.base.errors import InputError
+from toto.ledger import steps
+from toto.ledger.ledger import Intent, Ledger
 from toto.plan import make as plan
-from toto.plan.root import RootOrder
+from toto.plan.root import DeployedRoot, RootBefore, RootOrder
 from toto.plan.verdict import Verdict
 from toto.terraform.plan import Planned
 from toto.terraform.session import TerraformFailed
@@ -132,3 +137,24 @@ async def test_a_plan_that_would_be_the_same_is_made_again_and_applied(repo: Inf
     assert await applied(back, await planned(back)) > serial
     assert await applied(ours, rehearsed) > serial + 1
     assert (await planned(ours)).empty
+
+
+async def test_the_present_state_of_a_root_is_accepted_and_later_runs_go_on_from_it(repo: InfraRepo) -> None:
+    """A run died in an apply; toto cannot put the root back, and what it left is good enough."""
+    await order(repo, "first", "1", "1")
+    assert (await reconcile(repo.bare, return_state=True)).is_completed()
+    ((target, entry),) = Ledger(repo.bare).read().entries.items()
+    assert entry.good is not None
+    half = await order(repo, "half", "1", "2")
+    await applied(half, await planned(half))
+    desired = DeployedRoot(identity="x", commit=half.commit, run=str(uuid4()), at=entry.good.at)
+    left = Intent(desired=desired, before=RootBefore(), run=desired.run, owner="elsewhere/0/1-1", at=desired.at)
+    await Ledger(repo.bare).write(target, steps.intend(left), "intent")
+    state = await accept(repo.bare, str(target), "it is well", "alice", return_state=True)
+    assert state.is_completed() and "with 2 resources: taken as good" in str(state.message), state.message
+    entry = Ledger(repo.bare).read().get(target)
+    good = DeployedRoot.of(entry.good)
+    assert good is not None and good.serial > 0 and good.commit == half.commit and entry.intent is None
+    state = await reconcile(repo.bare, return_state=True)
+    assert str(state.message).endswith(f"{target.label} recorded"), "its plan is empty: nothing is applied"
+    assert Ledger(repo.bare).read().get(target).accepted is None

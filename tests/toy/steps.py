@@ -1,6 +1,6 @@
 """The steps of the tests' fourth kind. A file that holds `bad` fails its rehearsal, one with `late` its roll-out.
 
-One with `ask` waits for an approval."""
+One with `ask` waits for an approval, and one with `stuck` cannot be put back."""
 
 import tempfile
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Literal
 from prefect import flow
 
 from flows.kinds import Steps
+from tasks.accept import ACCEPTED, Asked, Present
 from tasks.record import intend, record_good, record_reverted
 from tasks.reversal import Reversal
 from tests.toy.kind import DeployedFile, FileBefore, FileOrder
@@ -51,6 +52,8 @@ async def revert(reversal: Reversal) -> str:
     intent = steps.require_intent(entry, reversal.run)
     before = FileBefore.of(intent.before)
     to = (await _folder_at(reversal.repo, intent.desired.commit)) / reversal.target.name
+    if "stuck" in to.read_text():
+        raise TotoError("it is stuck", target=reversal.target.label)
     if before.text is None:
         to.unlink()
     else:
@@ -75,4 +78,14 @@ async def _folder_at(repo: Path, commit: str) -> Path:
         return _folder(Path(directory, "tree"))
 
 
-STEPS = Steps("files", rehearse, roll_out, revert, find_drift)
+async def present(asked: Asked) -> Present:
+    """What it holds."""
+    file = (await _folder_at(asked.repo, asked.last.commit)) / asked.target.name
+    if not file.exists():
+        raise TotoError("it is away", target=asked.target.label)
+    held = file.read_text()
+    about = {"commit": asked.last.commit, "run": asked.run, "at": git.now()}
+    return Present(DeployedFile(identity=ACCEPTED + held, size=len(held), **about), f"it holds {held!r}")
+
+
+STEPS = Steps("files", rehearse, roll_out, revert, find_drift, present)

@@ -22,6 +22,7 @@ from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
 
+AT_MOST: Final = 3600.0  # seconds
 PAUSE: Final = 0.5  # seconds between two checks
 LAST_WORDS: Final = 5.0  # seconds to wait for a run's last lines after its end: they come in batches
 INFO: Final = 20
@@ -40,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("toto.git_host.follow", description="Print the progress of runs until they end.")
     parser.add_argument("repo", type=Path, help="the bare repo whose hook started them")
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--at-most", type=float, default=3600, help="seconds (%(default)g)")
+    parser.add_argument("--at-most", type=float, default=AT_MOST, help="seconds (%(default)g)")
     chosen = parser.parse_args(arguments)
     signal.alarm(int(chosen.at_most) + 60)  # in case that printing blocks, because nobody reads
     try:
-        return asyncio.run(_all(chosen.repo, chosen.runs, time.monotonic() + chosen.at_most))
+        return asyncio.run(to_the_end(chosen.repo, chosen.runs, time.monotonic() + chosen.at_most))
     except TotoError as error:
         print(f"toto: {error}", flush=True)
         return 2
@@ -53,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-async def _all(repo: Path, runs: Sequence[str], deadline: float) -> int:
+async def to_the_end(repo: Path, runs: Sequence[str], deadline: float) -> int:
+    """Print the progress of runs of a repo, one after the other, until `deadline` of the monotonic clock.
+
+    Returns the status of `main`.
+    """
     api = await git_host.api_of(repo)
     pause = Listener().gone_within
     status = 0

@@ -27,11 +27,14 @@ OPTIONS: Final[Mapping[str, str]] = {
     "only=web1,web2": "limit it to these hosts or tags",
     "skip": "accept the push, and start nothing",
     "rehearse": "rehearse, and roll nothing out; works for every branch",
+    "accept=web1": "first take what is there of it as good: it cannot be put back",
+    "reason=TEXT": "why that is accepted",
 }
 MANIFEST: Final = "machines.yaml"
 SETTINGS: Final = "toto.toml"
 LINK: Final = "120000"  # git's mode of a symbolic link
 MAX_FILE_SIZE: Final = 100 << 20  # bytes
+_LONGEST_REASON: Final = 300  # characters
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
 # git sets these for a hook, so that git in the hook finds the repository and the pushed objects.
 _QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES")
@@ -146,10 +149,8 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str], u
     """
     done = await _git("config", "--null", "--get-regexp", "^toto[.]", check=False)
     policy = Policy.of(done.stdout)
-    if wrong := list(wrong_options(options)):
+    if wrong := list(wrong_options(options)) or _out_of_place(options, updates, policy):
         return wrong
-    if options and policy.rules:
-        return [f"a push to {access.ADMIN} takes no option: it deploys nothing"]
     if forbidden := await _beyond_rights(updates, policy, repo, user) or await _misleading(updates):
         return forbidden
     for update in updates:
@@ -174,17 +175,37 @@ def wrong_options(options: Sequence[str]) -> Iterator[str]:
         option
         for option in options
         if option not in {"plan", "wait", "skip", "rehearse"}
-        and not (option.startswith("only=") and _ONLY.fullmatch(option.removeprefix("only=")))
+        and not (option.startswith(("only=", "accept=")) and _ONLY.fullmatch(option.partition("=")[2]))
+        and not option.startswith("reason=")
     ]
+    reasons = [option.removeprefix("reason=") for option in options if option.startswith("reason=")]
+    accepts = any(option.startswith("accept=") for option in options)
     for option in wrong:
         yield f"the push option {process.shorten(ascii(option), 80)} is not known"
     if "skip" in options and len(set(options)) > 1:
         yield "the push option skip starts nothing: no other option goes with it"
     elif {"plan", "rehearse"} <= set(options):
         yield "the push options plan and rehearse do not go together: a rehearsal begins with a plan"
+    elif accepts != bool(reasons) or len(reasons) > 1:
+        yield "the push options accept=TARGET and reason=TEXT go together, with one reason"
+    elif accepts and {"plan", "rehearse"} & set(options):
+        yield "the push option accept goes with a push that is deployed, not with plan or rehearse"
+    for reason in reasons:
+        if not (reason.strip() and reason.isprintable() and len(reason) <= _LONGEST_REASON) or {'"', "\\"} & {*reason}:
+            yield f'the reason should be one line of up to {_LONGEST_REASON} characters, without " and \\'
     if wrong:
         yield "known are:"
         yield from (f"  -o {option:<15} {meaning}" for option, meaning in OPTIONS.items())
+
+
+def _out_of_place(options: Sequence[str], updates: Sequence[Update], policy: Policy) -> list[str]:
+    """What is wrong with options that are right elsewhere."""
+    if options and policy.rules:
+        return [f"a push to {access.ADMIN} takes no option: it deploys nothing"]
+    deploys = any(each.branch is not None and each.branch == policy.branch and not each.deletes for each in updates)
+    if not deploys and any(option.startswith("accept=") for option in options):
+        return [f"the push option accept goes with a push of the deployed branch, {policy.branch}"]
+    return []
 
 
 async def _beyond_rights(updates: Sequence[Update], policy: Policy, repo: Path, user: str | None) -> list[str]:

@@ -25,8 +25,9 @@ from toto.git_host.access import ADMIN, USER_VARIABLE, Right, Rules
 
 # A push needs `rehearse`; the hook knows which refs it moves, and which of those need `deploy`.
 SERVICES: Final[Mapping[str, Right]] = {"upload-pack": "read", "receive-pack": "rehearse"}
-COMMANDS: Final = ("approve RUN", "reject RUN", "repo create NAME")
+COMMANDS: Final = ("approve RUN", "reject RUN", "accept TARGET --reason WHY", "repo create NAME")
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
+_TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -90,6 +91,8 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
                     f"{ascii(run)[:60]} is not the id of a run", hint="the log of the run that asks has the whole line"
                 )
             return _toto(repos, user, verb, run)
+        case ["accept", *rest]:
+            return _toto(repos, user, "accept", *_accepting(rest))
     service, argument = _asked(words, user)
     name = access.repo_name(argument, repos)
     repo = access.path_of(repos, name)
@@ -112,6 +115,24 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
     return ["git", service, str(repo)]
 
 
+def _accepting(words: list[str]) -> list[str]:
+    """The arguments of `toto accept`. ssh has joined the words, so that those after `--reason` are the reason."""
+    target, where, why = words[:1], [], []
+    rest = words[1:]
+    if "--repo" in rest[:-1]:
+        at = rest.index("--repo")
+        where = [f"--repo={access.check_name(rest[at + 1])}"]
+        del rest[at : at + 2]
+    if rest[:1] == ["--reason"]:
+        why = [f"--reason={' '.join(rest[1:])}"]
+    if not (target and why and rest[1:] and _TARGET.fullmatch(target[0])):
+        raise InputError(
+            "that does not say what to accept, and why",
+            hint="ssh toto accept TARGET --reason WHY, where TARGET is like web1, terraform/dns or helm/grafana",
+        )
+    return [*target, *where, *why]
+
+
 def _create(name: str) -> str:
     return f"ssh toto repo create {access.check_name(name)}"
 
@@ -130,8 +151,8 @@ def _asked_of_git(repos: Path) -> Rules:
 def _words(command: str | None) -> list[str]:
     try:
         return shlex.split(command or "")
-    except ValueError:
-        return []
+    except ValueError:  # a reason has an apostrophe, and ssh has taken its quotes away
+        return command.split() if command and command.startswith("accept ") else []
 
 
 def _asked(words: list[str], user: str) -> tuple[str, str]:

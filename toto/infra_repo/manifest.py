@@ -57,6 +57,8 @@ class Machine(Fields):
     """the machine's name; it runs the host of the same name in `hosts/`"""
     address: Annotated[StrictStr, AfterValidator(check_address)]
     """host name or IP address"""
+    was: Annotated[StrictStr, AfterValidator(check_address)] | None = None
+    """the address at which it was deployed, as `address` or `address:port`, when it has a new one now"""
     system: Annotated[StrictStr, AfterValidator(check_system)] = "x86_64-linux"
     """its platform, by nix's name"""
     role: Literal["nixos", "other"] = "nixos"

@@ -19,6 +19,7 @@ class What(StrEnum):
     BEGUN = "begun"  # an intent was opened
     GOOD = "good"  # the roll-out passed all its tests
     VERIFIED = "verified"  # the target was what it should be, and nothing was touched
+    ACCEPTED = "accepted"  # a person took its present state as good
     REVERTED = "reverted"
     UNREACHABLE = "unreachable"
     RETIRED = "retired"
@@ -54,14 +55,10 @@ def events(repo: Path, most: int = 10_000) -> list[Event]:
                 target = Target(kind, name)
                 blob = None if diff.deleted_file else diff.b_blob
                 new = Entry() if blob is None else Entry.model_validate_json(blob.data_stream.read())
-                event = _event(
-                    target,
-                    entries.get(target, Entry()),
-                    new,
-                    blob is None,
-                    commit.committed_datetime,
-                    begun.get(target),
-                )
+                at = commit.committed_datetime
+                event = _event(target, entries.get(target, Entry()), new, at, begun.get(target))
+                if blob is None:
+                    event = Event(at, target, What.RETIRED, "", "")
                 entries[target] = new
                 if event is not None:
                     found.append(event)
@@ -71,10 +68,11 @@ def events(repo: Path, most: int = 10_000) -> list[Event]:
     return found
 
 
-def _event(target: Target, old: Entry, new: Entry, gone: bool, at: datetime, begun: datetime | None) -> Event | None:
+def _event(target: Target, old: Entry, new: Entry, at: datetime, begun: datetime | None) -> Event | None:
     seconds = (at - begun).total_seconds() if begun else None
-    if gone:
-        return Event(at, target, What.RETIRED, "", "")
+    if new.accepted is not None and new.accepted != old.accepted:
+        commit = new.good.commit if new.good else ""
+        return Event(at, target, What.ACCEPTED, commit, new.accepted.run, f"{new.accepted.by}: {new.accepted.why}")
     if old.intent is None and new.intent is not None:
         return Event(at, target, What.BEGUN, new.intent.desired.commit, new.intent.run)
     if old.intent is not None and new.intent is None and new.reverted is not None:

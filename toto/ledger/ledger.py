@@ -108,6 +108,16 @@ class Note(_Record):
     why: str
 
 
+class Accepted(_Record):
+    """Who took the present state of a target as good, `what` that was, and why."""
+
+    by: str
+    why: str
+    what: str
+    run: str
+    at: str
+
+
 class Entry(_Record):
     """Everything that the ledger says about one target.
 
@@ -123,6 +133,8 @@ class Entry(_Record):
     reverted: Note | None = None
     unreachable: Note | None = None
     rehearsed: SerializeAsAny[Deployed] | None = None
+    accepted: Accepted | None = None
+    """how `good` came to be, when that was not by a roll-out"""
 
     def touched_by(self, run: str) -> bool:
         """Whether a run is changing the target, or has made it what it is."""

@@ -1,13 +1,28 @@
 """The changes to a target's ledger entry at each step of a run: intent, good, revert and so on. Each is pure."""
 
-from toto.ledger.ledger import REF, Before, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
+from toto.ledger.ledger import (
+    REF,
+    Accepted,
+    Before,
+    Change,
+    Deployed,
+    Entry,
+    Intent,
+    LostTarget,
+    Note,
+    TargetBusy,
+    owner,
+)
 
 
-def intend(intent: Intent) -> Change:
-    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first."""
+def intend(intent: Intent, over: Intent | None = None) -> Change:
+    """Open an intent. Raises `TargetBusy` when one is open: it knows what the target was, and must be settled first.
+
+    It takes the place of `over`, which the run has taken over and could not put back.
+    """
 
     def change(entry: Entry) -> Entry:
-        if entry.intent is not None:
+        if entry.intent is not None and entry.intent != over:
             raise TargetBusy(
                 f"run {entry.intent.run} has worked on it since {entry.intent.at}, or left it half done",
                 hint="wait for it to end, or run settle/settle",
@@ -62,7 +77,23 @@ def verified(deployed: Deployed) -> Change:
     def change(entry: Entry) -> Entry:
         if entry.intent is not None:
             raise TargetBusy(f"run {entry.intent.run} is working on it")
-        return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None})
+        return entry.model_copy(update={"good": deployed, "reverted": None, "unreachable": None, "accepted": None})
+
+    return change
+
+
+def accepted(deployed: Deployed | None, by: Accepted, seen: Entry) -> Change:
+    """Take the present state of a target as good, and close its intent; None: nothing of it is there.
+
+    Raises `LostTarget` when its entry is not any more what was `seen` before its state was read.
+    """
+
+    def change(entry: Entry) -> Entry:
+        if entry != seen:
+            raise LostTarget(
+                "a different run has worked on it meanwhile", hint="see git log " + REF + ", and ask again"
+            )
+        return Entry(good=deployed, rehearsed=entry.rehearsed, accepted=by)
 
     return change
 

@@ -1,7 +1,7 @@
 """A target: one thing that is deployed, by kind and name. `toto.plan.kinds` lists the kinds."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 HOST: Final = "host"  # the kind whose targets have labels without the kind
 
@@ -12,6 +12,12 @@ class Target:
 
     kind: str
     name: str
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The target that a person means by `web1`, `host/web1` or `terraform/dns`."""
+        kind, slash, name = text.partition("/")
+        return cls(kind, name) if slash else cls(HOST, text)
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}"

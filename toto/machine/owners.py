@@ -20,12 +20,13 @@ from toto.base.errors import InputError, TotoError
 from toto.git_host import shared
 from toto.git_host.shared import name_of
 from toto.infra_repo import git, manifest
-from toto.infra_repo.manifest import Machine
+from toto.infra_repo.manifest import Machine, Manifest, ManifestError
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
 from toto.machine.ssh import SshTarget, Unreachable
 
 FILE: Final = "machines.json"
+LOOK_UP: Final = 5.0  # seconds
 _FILE_IDENTITY: Final = re.compile(r"(\bidentity:\s*[\"']?)([~/][^\s\"',}]*)")
 
 
@@ -42,6 +43,7 @@ class Owner(BaseModel):
     at: str
     address: str
     port: int
+    ip: str = ""
     host_keys: tuple[str, ...] = ()
 
 
@@ -65,18 +67,88 @@ def read() -> Owners:
         raise TotoError(f"cannot be read: {error}", target=str(file), hint="restore it from the backup") from None
 
 
+async def check_distinct(fleet: Manifest) -> None:
+    """Raise `ManifestError` when the addresses of two deployed machines lead to one port of one machine.
+
+    (`manifest.check_distinct` compares their texts, and looks nothing up.)
+    """
+    deployed = [each for each in fleet.machines.values() if each.deployed]
+    if all(_is_ip(each.address) for each in deployed):
+        return
+    places = await asyncio.gather(*(_places(each.address) for each in deployed))
+    problems: list[str] = []
+    known: dict[tuple[str, int], str] = {}
+    for machine, found in zip(deployed, places, strict=True):
+        others = {known.setdefault((place, machine.ssh.port), machine.name) for place in found} - {machine.name}
+        if others:
+            problems.append(
+                f"{manifest.FILE}: {machine.name}: address: {machine.address}, port {machine.ssh.port}, leads to "
+                f"{', '.join(sorted(others))}: one machine has one name"
+            )
+    if problems:
+        raise ManifestError(problems)
+
+
+async def moved(repo: Path, machine: Machine) -> str:
+    """The address at which a machine was deployed, when it has a new one now and its `was` says so; else "".
+
+    Raises `InputError` when it does not say so: what was deployed would be left behind, or a second one would appear.
+    """
+    owner = read().machines.get(machine.name)
+    if owner is None or owner.repo != repo.resolve():
+        return ""
+    old, new = (owner.address.lower(), owner.port), (machine.address.lower(), machine.ssh.port)
+    if old == new:
+        return ""
+    if owner.port == machine.ssh.port:
+        there = await asyncio.gather(_places(owner.address), _places(machine.address))
+        if (there[0] | {owner.ip}) & there[1]:
+            return ""
+    place = owner.address if owner.port == machine.ssh.port else f"{owner.address}:{owner.port}"
+    if machine.was is not None and machine.was.lower() in (
+        owner.address.lower(),
+        f"{owner.address.lower()}:{owner.port}",
+    ):
+        return place
+    raise InputError(
+        f"is deployed at {place}, and {manifest.FILE} says {machine.address}, port {machine.ssh.port}",
+        target=machine.name,
+        hint=f"write `was: {place}` next to its address, to deploy it there; what runs at {place} stays as it is, if "
+        "that is a different machine",
+    )
+
+
+async def _places(address: str) -> set[str]:
+    """The IP addresses that an address leads to; none when that is not known within a few seconds."""
+    if _is_ip(address):
+        return {address.lower()}
+    with contextlib.suppress(OSError, UnicodeError, TimeoutError):
+        async with asyncio.timeout(LOOK_UP):
+            found = await asyncio.get_running_loop().getaddrinfo(address, None, type=sockets.SOCK_STREAM)
+        return {str(each[4][0]) for each in found}
+    return set()
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
 def check(repo: Path, machine: Machine, host_keys: Sequence[str] = ()) -> None:
     """Raise `NotOwned` when the machine, or what it is known by, belongs to a different repo."""
     _check(read(), repo, machine, host_keys)
 
 
-async def claim(repo: Path, machine: Machine, host_keys: Sequence[str]) -> None:
-    """Make `repo` the owner of a machine that it is about to deploy. Raises `NotOwned`."""
+async def claim(repo: Path, machine: Machine, host_keys: Sequence[str], ip: str = "") -> None:
+    """Make `repo` the owner of a machine that it is about to deploy, and that was found at `ip`. Raises `NotOwned`."""
     async with paths.alone(_lock()):
         owners = read()
-        _check(owners, repo, machine, host_keys)
+        _check(owners, repo, machine, host_keys, ip)
         before = owners.machines.get(machine.name)
-        owner = _owner(repo, machine, host_keys, before.at if before else git.now())
+        owner = _owner(repo, machine, host_keys, before.at if before else git.now(), ip)
         if owner != before:
             _write(owners, {**owners.machines, machine.name: owner})
 
@@ -207,13 +279,14 @@ def host_keys(target: SshTarget) -> list[str]:
     return list(_known(target.known_hosts, target.name)) if target.known_hosts else []
 
 
-def _check(owners: Owners, repo: Path, machine: Machine, keys: Sequence[str]) -> None:
+def _check(owners: Owners, repo: Path, machine: Machine, keys: Sequence[str], ip: str = "") -> None:
+    place = {machine.address.lower(), ip} - {""}
     for name, owner in owners.machines.items():
         if owner.repo == repo.resolve():
             continue
         if name == machine.name:
             what = ""
-        elif (owner.address.lower(), owner.port) == (machine.address.lower(), machine.ssh.port):
+        elif owner.port == machine.ssh.port and {owner.address.lower(), owner.ip} & place:
             what = f"its address {machine.address}, that of {name}, "
         elif set(owner.host_keys) & set(keys):
             what = f"its host key, that of {name}, "
@@ -263,8 +336,10 @@ async def _known_by_ledger(repo: Path) -> AsyncIterator[tuple[Machine, str, str 
         yield machine, last.at, named[int(number[1])] if number and int(number[1]) < len(named) else None
 
 
-def _owner(repo: Path, machine: Machine, keys: Sequence[str], at: str) -> Owner:
-    return Owner(repo=repo.resolve(), at=at, address=machine.address, port=machine.ssh.port, host_keys=tuple(keys))
+def _owner(repo: Path, machine: Machine, keys: Sequence[str], at: str, ip: str = "") -> Owner:
+    return Owner(
+        repo=repo.resolve(), at=at, address=machine.address, port=machine.ssh.port, ip=ip, host_keys=tuple(keys)
+    )
 
 
 def _known(known_hosts: Path, name: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The hosts of a commit. `toto.nix.commands` evaluates them; the ledger knows what is deployed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,22 +26,25 @@ def check_name(name: str, where: str) -> str:
     return fields.require_name(name, "a host's name", where, hint="rename it")
 
 
+def named(tree: Path) -> Iterator[Host]:
+    """The files that can be hosts, `hosts/NAME.nix` and `hosts/NAME/default.nix`, whatever their names."""
+    folder = tree / "hosts"
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith("."):
+            continue
+        if entry.suffix == ".nix" and entry.is_file():
+            yield Host(entry.name.removesuffix(".nix"), f"hosts/{entry.name}")
+        elif (entry / "default.nix").is_file():
+            yield Host(entry.name, f"hosts/{entry.name}/default.nix")
+
+
 def in_files(tree: Path) -> list[Host]:
     """The hosts `hosts/NAME.nix` and `hosts/NAME/default.nix`, by name.
 
     Raises `InputError` for a bad name, and for a name that is defined twice.
     """
     found: dict[str, Host] = {}
-    folder = tree / "hosts"
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if entry.name.startswith("."):
-            continue
-        if entry.suffix == ".nix" and entry.is_file():
-            host = Host(entry.name.removesuffix(".nix"), f"hosts/{entry.name}")
-        elif (entry / "default.nix").is_file():
-            host = Host(entry.name, f"hosts/{entry.name}/default.nix")
-        else:
-            continue
+    for host in named(tree):
         check_name(host.name, host.file)
         if host.name in found:
             raise InputError(

@@ -23,6 +23,7 @@ class Why(StrEnum):
     FILES = "files changed"  # the files that a terraform root's or a release's identity is computed from
     TESTS = "tests changed"
     INTENT = "intent left open"
+    MOVED = "at a new address"
     UNREACHABLE = "unreachable last time"
     REVERTED = "reverted last time"
     FORCED = "forced"
@@ -91,6 +92,13 @@ class MachineChange(_Value):
     what: str
 
 
+class Told(_Value):
+    """Something in a commit that is not deployed although it looks as if it were: where, what, and what to do."""
+
+    place: str
+    what: str
+
+
 class ChangeSet(_Value):
     """Everything that a commit would change, and what it would not change and why. It prints as a table.
 
@@ -107,6 +115,9 @@ class ChangeSet(_Value):
     retired: tuple[Target, ...] = ()
     failed: tuple[Failure, ...] = ()
     machines: tuple[MachineChange, ...] = ()
+    told: tuple[Told, ...] = ()
+    nothing: str = ""
+    """why the commit deploys nothing at all, whatever changes; "" when it does"""
 
     @property
     def empty(self) -> bool:
@@ -133,11 +144,17 @@ class ChangeSet(_Value):
         rows += [
             _row(f"host/{name}", "none", "waiting", f"in the manifest, but there is no hosts/{name}.nix yet")
             for name in self.waiting
+            if f"host/{name}" not in {each.place for each in self.told}
         ]
+        rows += [_row(each.place, "none", "not found", each.what) for each in self.told]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
 
+    def text(self, differences: Mapping[str, str] | None = None) -> str:
+        """The rows as a table, below a line that says so when nothing is deployed at all."""
+        return "\n".join(filter(None, (self.nothing, table(self.rows(differences)))))
+
     def __str__(self) -> str:
-        return table(self.rows())
+        return self.text()
 
 
 def _row(target: Target | str, action: str, why: str, what: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Hosts as a kind of target: nix evaluates them, and the drv of its toplevel identifies a host."""
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 from toto.base import process, runs
 from toto.infra_repo import limits
 from toto.infra_repo.manifest import Machine, Manifest
-from toto.ledger.ledger import Deployed, Entry
+from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import HOST, Target
-from toto.machine import keys
+from toto.machine import keys, owners
 from toto.nix import closure, hosts, inputs
 from toto.nix import commands as nix
 from toto.nix.hosts import Host
-from toto.plan.changes import Action, Change, Desired, Why, deploy
+from toto.plan.changes import Action, Change, Desired, Told, Why, deploy
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.order import Order
 from toto.plan.window import Rules
@@ -23,11 +24,13 @@ from toto.rehearsal import suite
 class DesiredHost(Desired):
     """What a commit wants a host to be.
 
-    `path` is the output path of the toplevel, which is activated. `tests` is the digest of the test scripts.
+    `path` is the output path of the toplevel, which is activated. `tests` is the digest of the test scripts. `moved`
+    is the address at which its machine was deployed, when it has a new one now.
     """
 
     path: str
     tests: str
+    moved: str = ""
 
 
 class DeployedHost(Deployed):
@@ -92,9 +95,41 @@ class HostKind(Kind[Host]):
             for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)
         ]
 
+    def is_deployed(self, found: Found[Host], manifest: Manifest) -> bool:
+        machine = manifest.machines.get(found.target.name)
+        return machine is not None and machine.role == "nixos" and machine.deploy == "push"
+
+    def told(self, source: Source, found: Sequence[Found[Host]], deployed: Collection[str]) -> list[Told]:
+        """Files that are no hosts because of a flake, and machines whose host is not there."""
+        names, machines = {each.target.name for each in found}, source.manifest.machines
+        files = [each for each in hosts.named(source.tree) if each.name not in names]
+        told = []
+        if (source.tree / "flake.nix").is_file() and any(each.subject.file for each in found):
+            what = "has no nixosConfigurations: the hosts are the files in hosts/; name them there to change that"
+            told.append(Told(place="flake.nix", what=what))
+        elif (source.tree / "flake.nix").is_file() and not found and not files:
+            told.append(Told(place="flake.nix", what="has no nixosConfigurations, and there is no hosts/"))
+        for file in files:
+            what = f"is no host, since flake.nix says what is: add nixosConfigurations.{file.name} there, or remove it"
+            told.append(Told(place=file.file, what=what))
+        for name, machine in machines.items():
+            if machine.role != "nixos" or name in names:
+                continue
+            if name in deployed:
+                what = (
+                    "its host is gone from the commit: it runs on as it was deployed; "
+                    "put it back, or remove the machine from machines.yaml"
+                )
+                told.append(Told(place=f"host/{name}", what=what))
+            elif close := difflib.get_close_matches(name, names - machines.keys(), n=1):
+                what = f"no host has this machine's name: did you mean {close[0]}? (or `role: other`: not toto's)"
+                told.append(Told(place=f"host/{name}", what=what))
+        return told
+
     async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
         """Evaluate the host's toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
         host, machine = found.subject, source.manifest.machines.get(found.target.name)
+        moved = await owners.moved(source.repo, machine) if machine and machine.deployed else ""
         tests = suite.find(source.tree, host.name)
         drv = await nix.instantiate(
             source.tree,
@@ -107,7 +142,12 @@ class HostKind(Kind[Host]):
         )
         (path,) = await nix.outputs(drv)
         return DesiredHost(
-            target=found.target, file=host.file, identity=drv, path=path, tests=tests.digest(list(suite.Phase))
+            target=found.target,
+            file=host.file,
+            identity=drv,
+            path=path,
+            tests=tests.digest(list(suite.Phase)),
+            moved=moved,
         )
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
@@ -147,6 +187,14 @@ class HostKind(Kind[Host]):
                 "no machine in the manifest" if machine is None else f"role {machine.role}, deploy {machine.deploy}",
             )
         last = DeployedHost.of(entry.good)
+        if desired.moved and entry.intent is None:
+            return Change(
+                desired=desired,
+                why=Why.MOVED,
+                note=f"it was at {desired.moved}: what runs there stays, if that is a different machine",
+                last=last,
+                action=Action.DEPLOY,
+            )
         tests_differ = last is not None and last.tests != desired.tests
         if entry.intent is None and last is not None and last.path == desired.path:
             if last.identity != desired.identity:
@@ -168,6 +216,10 @@ class HostKind(Kind[Host]):
     def deployed(self, desired: Desired, **facts: Any) -> DeployedHost:
         assert isinstance(desired, DesiredHost)
         return DeployedHost(identity=desired.identity, path=desired.path, tests=desired.tests, **facts)
+
+    def before(self, first: Before, now: Before) -> Before:
+        """What the machine ran before toto first touched it: what it runs now was never good."""
+        return first
 
     def after(self, source: Source, found: Sequence[Found[Host]]) -> Mapping[str, tuple[str, ...]]:
         """The order of the machines in the manifest, also of those that have no host file yet."""

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
-from toto.ledger.ledger import Deployed, Entry
+from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import Target
-from toto.plan.changes import Change, Desired, Why, deploy
+from toto.plan.changes import Change, Desired, Told, Why, deploy
 from toto.plan.order import Order
 
 S = TypeVar("S")
@@ -110,6 +110,21 @@ class Kind(ABC, Generic[S]):
 
         `facts` are the other fields of `Deployed` and the kind's own fields.
         """
+
+    def before(self, first: Before, now: Before) -> Before:
+        """What a revert goes back to, when a target is rolled out over a change that could not be put back.
+
+        `first` is what it was before that change, `now` what it is now.
+        """
+        return now
+
+    def is_deployed(self, found: Found[S], manifest: Manifest) -> bool:
+        """Whether toto ever rolls out a target of a commit."""
+        return True
+
+    def told(self, source: Source, found: Sequence[Found[S]], deployed: Collection[str]) -> list[Told]:
+        """What in a commit looks like a target and is none; `deployed` are the names of this kind in the ledger."""
+        return []
 
     def after(self, source: Source, found: Sequence[Found[S]]) -> Mapping[str, tuple[str, ...]]:
         """For each label, the labels of the targets that are rolled out before it."""

@@ -14,10 +14,11 @@ from toto.git_host import admission
 from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.tree import read_tree
-from toto.ledger.ledger import Ledger
-from toto.ledger.target import Target
+from toto.ledger.ledger import Ledger, Snapshot
+from toto.ledger.target import HOST, Target
+from toto.machine import owners
 from toto.plan import changes
-from toto.plan.changes import Change, Desired, Failure
+from toto.plan.changes import Change, Desired, Failure, Told
 from toto.plan.compare import compare
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.kinds import KINDS, kind_of
@@ -70,9 +71,12 @@ async def make(
             deploys and await admission.on_deployed_branch(repo, commit),
         )
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
+        await owners.check_distinct(fleet)
         found, after = await _discover(source, only)
         wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
-        compared = compare(commit, wanted.made.values(), wanted.failures, fleet, Ledger(repo).read(), force=force)
+        ledger = Ledger(repo).read()
+        compared = compare(commit, wanted.made.values(), wanted.failures, fleet, ledger, force=force)
+        told = _told(source, found, ledger)
         changed = {each.target: each for each in compared.changes}
         ordered = await _each(
             [each for each in found if each.target in changed],
@@ -90,8 +94,14 @@ async def make(
             "changes": tuple(order.change for order in orders),
             "failed": (*compared.failed, *ordered.failures),
             "machines": changes.of_machines(await _last_manifest(repo), fleet),
+            "told": told,
+            "nothing": _nothing(found, fleet),
             # A run that is limited to some targets says nothing about the others.
-            **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {}),
+            **(
+                {"waiting": (), "retired": (), "machines": (), "told": (), "nothing": "", "whole": False}
+                if only
+                else {}
+            ),
         }
     )
     if orders:
@@ -119,6 +129,32 @@ async def _discover(source: Source, only: Sequence[str]) -> tuple[list[Found[Any
         taken += found
     selector.check()
     return taken, after
+
+
+def _told(source: Source, found: Sequence[Found[Any]], ledger: Snapshot) -> tuple[Told, ...]:
+    """What each kind has to say about the commit besides its targets."""
+    return tuple(
+        each
+        for name, kind in KINDS.items()
+        for each in kind.told(
+            source,
+            [target for target in found if target.target.kind == name],
+            [target.name for target, entry in ledger.entries.items() if target.kind == name and entry.good],
+        )
+    )
+
+
+def _nothing(found: Sequence[Found[Any]], fleet: Manifest) -> str:
+    """Why a commit deploys nothing at all; "" when it has something to deploy."""
+    if any(kind_of(each.target).is_deployed(each, fleet) for each in found):
+        return ""
+    many = " and no ".join(kind.many for name, kind in KINDS.items() if name != HOST)
+    if not found:
+        return f"NOTHING TO DEPLOY: this commit has no {HOST}s and no {many}"
+    return (
+        f"NOTHING TO DEPLOY: no host of this commit has a machine of its name in {manifest.FILE} "
+        f"with role: nixos and deploy: push, and there are no {many}"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from toto.base.errors import TotoError
 from toto.plan.changes import ChangeSet
 from toto.plan.kinds import KINDS
 
-Stage: TypeAlias = Literal["evaluation", "claim", "rehearsal", "approval", "settling", "roll-out", "drift check"]
+Stage: TypeAlias = Literal[
+    "evaluation", "claim", "rehearsal", "approval", "settling", "roll-out", "going forward", "drift check"
+]
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reverted:
-    """One target of a revert: `to` says what it is now, and what could not be restored; `error` why it failed."""
+    """One target of a revert: `to` says what it is now, and what could not be restored; `error` why it failed.
+
+    `away` says that it could not be reached, so that nothing else can be done with it either.
+    """
 
     target: str
     to: str = ""
     error: str = ""
+    away: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class Report:
     @property
     def cause(self) -> str:
         """One line: what failed first; the first failed roll-out, when there is one."""
-        first = next((each for each in self.failures if each.stage == "roll-out"), self.failures[0])
+        rolled_out = [each for each in self.failures if each.stage in ("roll-out", "going forward")]
+        first = (rolled_out or self.failures)[0]
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
         what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
         return f"{self.commit[:8]}: {first.target}: {what}{more}"
@@ -122,6 +129,8 @@ class Report:
         commit = self.commit[:8]
         if self.failures:
             return f"{self.cause}; {self.aftermath()}"
+        if self.changes.nothing and not (self.outcome or self.held):
+            return f"{commit}: {self.changes.nothing}"
         if not self.outcome and not self.rehearsals and not self.held:
             plan = [change.label for change in self.changes.changes]
             return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
@@ -155,9 +164,10 @@ class Report:
 
     def aftermath(self) -> str:
         """What a failure did to the fleet: what was reverted, what could not be, or that nothing was touched."""
-        if not self.failed_roll_out:
-            return "nothing was touched" if not self.outcome else "the others were rolled out"
-        return revert_words(self.reverted)
+        if self.failed_roll_out:
+            return revert_words(self.reverted)
+        others = "the others were rolled out" if self.outcome else "nothing was touched" if not self.reverted else ""
+        return "; ".join(filter(None, (others, revert_words(self.reverted) if self.reverted else "")))
 
     @contextlib.contextmanager
     def timed(self, target: str, step: str) -> Iterator[None]:
@@ -188,6 +198,7 @@ class Report:
         rows = []
         failures = {each.target: each for each in self.failures}
         reverted = {each.target: each for each in self.reverted}
+        told = {each.place: each.what for each in self.changes.told}
         for change in self.changes.changes:
             name = change.label
             if name in failures:
@@ -206,7 +217,7 @@ class Report:
             (each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
             for each in self.changes.failed
         ]
-        rows += [(name, "waiting", "no host file yet") for name in self.changes.waiting]
+        rows += [(name, "waiting", told.get(f"host/{name}", "no host file yet")) for name in self.changes.waiting]
         return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
 
 
