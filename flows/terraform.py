@@ -37,9 +37,9 @@ async def roll_out(order: RootOrder, verdict: Verdict[Planned]) -> Literal["depl
         raise TotoError("its rehearsal left no plan, and toto applies nothing else", target=order.label)
     half_done = order.change.why is Why.INTENT  # toto could not go back: this run goes on from what is there
     if planned.empty and not half_done:
-        await record_verified(order, **facts(planned.before))
+        await record_verified(order, **facts(planned.before, planned.place))
         return "recorded"
-    intended = await intend(order, before_of(planned))
+    intended = await intend(order, before_of(order, planned))
     state = planned.before if planned.empty else await apply(order, planned, wait_for=[intended])
-    await record_good(order, **facts(state), wait_for=[state])
+    await record_good(order, **facts(state, planned.place), wait_for=[state])
     return "deployed"

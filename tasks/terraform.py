@@ -23,16 +23,30 @@ from toto.infra_repo.settings import Approve, Prevent, TerraformRoot
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
 from toto.ledger.target import Target
-from toto.plan.root import DeployedRoot, RootBefore, RootOrder
+from toto.plan.root import DeployedRoot, RootBefore, RootKind, RootOrder
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
 from toto.terraform.plan import Planned, PlanRefused, State
 from toto.terraform.revert import CannotGoBack, WayBack, apply_back, plan_back, seen, way_back
-from toto.terraform.session import ApplyFailed, PlanStale, Session, StateLocked, TerraformFailed
+from toto.terraform.session import ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
 
 class PlanMoved(TotoError):
     """The state has changed since the rehearsal, and the plan would be different now."""
+
+
+class PlaceChanged(TotoError):
+    """A root's state is at a new place, while the old one still holds something: a second one would be created."""
+
+    def __init__(self, root: Root, old: str, new: str, held: str, was: str) -> None:
+        moved = was != root.name
+        meant = "to go on with its state" if moved else "to leave there what it holds, and begin anew"
+        super().__init__(
+            f"its place changed from {old} to {new} while {old} still holds {held}",
+            target=root.label,
+            hint=f"put it back, in {root.path} or toto.toml{'' if moved else ', or move the state there yourself'}; "
+            f'or, {meant}: `was = "{was}"` in [terraform.roots.{root.name}] of toto.toml',
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +85,37 @@ async def plan_root(order: RootOrder) -> Planned:
     """
     planned = await (await _session(order)).plan()
     await report.show_terraform_plan(order.label, planned)
+    _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
     return planned
+
+
+def _check_place(order: RootOrder, planned: Planned) -> None:
+    """Raises `PlaceChanged` when the plan would make a second one of what the root's old place still holds."""
+    root, entries = order.root, Ledger(order.repo).read()
+    last = DeployedRoot.of(order.change.last)
+    if last is None and root.was:
+        last = DeployedRoot.of(entries.get(Target(RootKind.name, root.was)).good)
+    if last is not None:
+        if last.is_in(planned.before) or not (last.resources or not last.lineage):
+            return
+        if root.was == root.name:
+            get_run_logger().warning(
+                "%s: what %s holds stays there, and nobody manages it: %s", root.label, last.place, _held(last)
+            )
+            return
+        raise PlaceChanged(root, last.place or "where it was", planned.place, _held(last), root.name)
+    names = {each.name for each in terraform.discover(order.tree, order.settings.terraform)}
+    for target, entry in entries.entries.items():
+        gone = DeployedRoot.of(entry.good) if target.kind == RootKind.name and target.name not in names else None
+        # (A root that keeps its state elsewhere takes it along under its new name.)
+        if gone is not None and set(gone.resources) & set(planned.created) and not gone.is_in(planned.before):
+            raise PlaceChanged(root, target.label, root.label, _held(gone), target.name)
+
+
+def _held(last: DeployedRoot) -> str:
+    count = len(last.resources)
+    return f"{count} resource{'' if count == 1 else 's'}" if last.lineage else "what was deployed"
 
 
 @task(name="plan without deploying", task_run_name="plan", cache_policy=NO_CACHE)
@@ -92,6 +135,8 @@ async def try_to_plan(order: RootOrder) -> Attempt:
         how = "with credentials that only read" if reads else "without credentials, which this run does not get"
         return Attempt(None, f"not planned: it cannot be {how}")
     await report.show_terraform_plan(order.label, planned)
+    if reads:
+        _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
     how = "with credentials that only read" if reads else "without credentials, as if nothing were there"
     return Attempt(planned, f"planned {how}")
@@ -117,7 +162,7 @@ async def apply(order: RootOrder, planned: Planned) -> State:
             target=order.label,
             hint="start the run again: it plans again",
         )
-    await record_before(order, before_of(replanned))
+    await record_before(order, before_of(order, replanned))
     return await _applied(order, session, replanned)
 
 
@@ -127,25 +172,26 @@ async def _applied(order: RootOrder, session: Session, planned: Planned) -> Stat
         state = await session.apply(planned)
     except ApplyFailed:
         with suppress(TotoError):
-            await record_before(order, before_of(planned, await session.state()))
+            await record_before(order, before_of(order, planned, await session.state()))
         raise
-    await record_before(order, before_of(planned, state))
+    await record_before(order, before_of(order, planned, state))
     return state
 
 
-def before_of(planned: Planned, after: State | None = None) -> RootBefore:
+def before_of(order: RootOrder, planned: Planned, after: State | None = None) -> RootBefore:
     """What the intent of a plan records: the state before, and what is done to it; `after` is the state after that."""
     before = planned.before
     return RootBefore(
+        was=order.root.was or "",
         serial=before.serial,
         resources=before.resources,
         deeds=planned.deeds if after is None else seen(planned.deeds, after),
     )
 
 
-def facts(state: State) -> dict[str, Any]:
+def facts(state: State, place: str) -> dict[str, Any]:
     """What the ledger records of a root that has this state: the own fields of `DeployedRoot`."""
-    return {"serial": state.serial, "lineage": state.lineage, "resources": state.resources}
+    return {"serial": state.serial, "lineage": state.lineage, "resources": state.resources, "place": place}
 
 
 async def revert(reversal: Reversal) -> str:
@@ -160,12 +206,16 @@ async def revert(reversal: Reversal) -> str:
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedRoot.of(entry.good)
     before = RootBefore.of(intent.before)
-    session = await session_at(repo, run, target, (good or intent.desired).commit)
+    base, of = good, target
+    if base is None and before.was not in ("", target.name):  # its last good is that of its earlier name
+        of = Target(RootKind.name, before.was)
+        base = DeployedRoot.of(Ledger(repo).read().get(of).good)
+    session = await session_at(repo, run, of if base else target, (base or intent.desired).commit)
     try:
         await session.init()
         state = await session.state()
         way = way_back(
-            good.commit if good else None,
+            base.commit if base else None,
             State(serial=before.serial, resources=before.resources),
             before.deeds,
             state,
@@ -185,7 +235,9 @@ async def revert(reversal: Reversal) -> str:
         repo, intent.left_by or run, target.label, _both(before, planned), _asks(reversal, session, planned)
     )
     state = await apply_back(session, way, planned)
-    await record_reverted(repo, target, good and good.model_copy(update=facts(state)), intent.desired, run, why)
+    await record_reverted(
+        repo, target, good and good.model_copy(update=facts(state, good.place)), intent.desired, run, why
+    )
     return way.words(planned)
 
 
@@ -209,7 +261,7 @@ async def _check_back(reversal: Reversal, session: Session, before: RootBefore, 
 def _rules(reversal: Reversal, session: Session) -> list[tuple[Prevent, Approve]]:
     """What protects the root at its last good, and in the commit that failed: a plan is held to both."""
     new = reversal.settings.terraform
-    own = (new.roots or {}).get(session.root.name, TerraformRoot())
+    own = new.roots.get(session.root.name, TerraformRoot())
     return [
         (session.root.prevent, session.root.approve),
         (new.prevent if own.prevent is None else own.prevent, own.approve or new.approve),

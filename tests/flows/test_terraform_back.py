@@ -1,6 +1,7 @@
 """A failed run takes back what it did to a terraform root, and nothing else: whole runs, real terraform, real files."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,7 +30,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo import git as repos
 from toto.infra_repo import settings
 from toto.ledger import approvals, steps
-from toto.ledger.ledger import Entry, Ledger, owner
+from toto.ledger.ledger import Entry, Intent, Ledger, owner
 from toto.ledger.target import Target
 from toto.plan import kinds
 from toto.plan.root import RootBefore
@@ -118,9 +119,9 @@ class World:
         )
         return await reconcile(self.repo.bare, return_state=True)
 
-    async def fail(self, *blocks: str, **files: str | None) -> str:
+    async def fail(self, *blocks: str, version: str = "1.0.0", **files: str | None) -> str:
         """Deploy these blocks, and something that fails after them; the run's message."""
-        state = await self.push(*blocks, files__late="late", **files)
+        state = await self.push(*blocks, version=version, files__late="late", **files)
         assert state.is_failed()
         self.repo.commit({"files/late": None})
         return str(state.message)
@@ -360,7 +361,7 @@ async def test_an_intent_of_an_older_version_is_never_reverted_by_destroying(
     new = (volume("kept"), volume("created"))
     commit = world.repo.commit({"terraform/dns/main.tf": head() + "".join(new)})
     old = steps.intend(
-        steps.Intent(
+        Intent(
             desired=good.model_copy(update={"commit": commit}),
             before=RootBefore(serial=1, resources=("demo_volume.kept",)),
             run="00000000-0000-0000-0000-000000000001",
@@ -389,3 +390,83 @@ async def test_a_provider_whose_state_has_moved_on_keeps_no_fix_from_going_forwa
     assert "cannot go back by itself: Error: Resource instance managed by newer provider version" in caplog.text
     assert (state := await world.push(volume("kept"), version="2.0.0")).is_completed(), state.message
     assert world.volumes() == before and world.of().intent is None
+
+
+async def test_a_root_that_is_renamed_takes_its_state_along_by_a_word_and_makes_no_second_one(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.push(volume("kept"), volume("other"))
+    before = world.volumes()
+    (world.repo.work / "terraform/dns").rename(world.repo.work / "terraform/names")
+    world.repo.commit({})
+    state = await reconcile(world.repo.bare, return_state=True)
+    assert state.is_failed() and "nothing was touched" in str(state.message)
+    for words in (
+        "terraform/names: its place changed from terraform/dns to terraform/names while terraform/dns still holds 2 ",
+        'next: put it back, in terraform/names or toto.toml; or, to go on with its state: `was = "dns"` in '
+        "[terraform.roots.names] of toto.toml",
+        "left the commit: what its state holds stays there, and nobody manages it",
+    ):
+        assert words in caplog.text
+    # With the word: a run that fails goes back to what it was by its old name, and one that does not goes on.
+    word = {"toto.toml": '[terraform.roots.names]\nwas = "dns"\n'}
+    more = head() + volume("kept") + volume("other", "anew") + volume("created")
+    world.repo.commit({**word, "terraform/names/main.tf": more, "files/late": "late"})
+    state = await reconcile(world.repo.bare, return_state=True)
+    assert state.is_failed() and "terraform/names reverted" in str(state.message), state.message
+    assert world.volumes() == before
+    world.repo.commit({"files/late": None})
+    state = await reconcile(world.repo.bare, return_state=True)
+    assert state.is_completed(), state.message
+    assert world.volumes().keys() > before.keys() and sorted(world.volumes().values()) == ["anew", "created", "kept"]
+    assert [str(target) for target in Ledger(world.repo.bare).read().entries] == ["terraform/names"]
+    # And without it again, it would be a second one.
+    world.repo.commit({"toto.toml": None})
+    state = await reconcile(world.repo.bare, return_state=True, force=True)
+    assert state.is_failed() and "its place changed from toto's own state \"dns\" to toto's own state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("workspace", 'from toto\'s own state "dns" to toto\'s own state "dns", workspace prod while'),
+        pytest.param(
+            "backend", 'from toto\'s own state "dns" to backend pg, schema_name back while', marks=needs_postgres
+        ),
+    ],
+)
+async def test_a_root_whose_state_is_elsewhere_makes_no_second_one(
+    world: World, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest, change: str, words: str
+) -> None:
+    await world.push(volume("kept"))
+    before = world.volumes()
+    toml = "[terraform.roots.dns]\n" + ('workspace = "prod"\n' if change == "workspace" else "")
+    async with contextlib.AsyncExitStack() as held:
+        if change == "backend":
+            database: postgres.Postgres = request.getfixturevalue("database")
+            await held.enter_async_context(database.on_loopback())
+            world.backend, world.env = PG, {"PG_CONN_STR": database.network_dsn}
+            await TerraformCredentials(variables=dict(world.env)).asave("toto", overwrite=True)
+            held.push_async_callback(TerraformCredentials.adelete, "toto")
+        assert (await world.push(volume("kept"), toto_toml=toml)).is_failed()
+        assert (
+            f"its place changed {words}" in caplog.text
+            and "still holds 1 resource\nnext: put it back, in terraf" in caplog.text
+        )
+        assert world.volumes() == before
+        state = await world.push(volume("kept"), toto_toml=f'{toml}was = "dns"\n')
+        assert state.is_completed(), state.message
+        assert "holds stays there, and nobody manages it: 1 resource" in caplog.text
+        assert len(world.volumes()) == 2 and world.volumes().keys() > before.keys()
+        assert (await world.push(volume("kept"), volume("more"), toto_toml=toml)).is_completed()
+
+
+async def test_a_ledger_of_an_older_version_shows_that_the_place_has_changed_too(world: World) -> None:
+    await world.push(volume("kept"))
+    good = world.of().good
+    assert good is not None
+    old = good.model_copy(update={"lineage": "", "resources": (), "place": ""})
+    await Ledger(world.repo.bare).write(ROOT, lambda entry: entry.model_copy(update={"good": old}), "older")
+    toml = '[terraform.roots.dns]\nworkspace = "prod"\n'
+    assert (await world.push(volume("kept"), toto_toml=toml)).is_failed()
+    assert sorted(world.volumes().values()) == ["kept"]

@@ -32,7 +32,7 @@ def plan(now: State, *deeds: Deed) -> Planned:
 
 
 def deed(action: Action, address: str = "a", **more: str) -> Deed:
-    return Deed(address=address, action=action, **more)  # type: ignore[arg-type]
+    return Deed(address=address, action=action, **more)
 
 
 def imported(action: Action = I, id: str = "1", left: str = "", address: str = "a") -> Deed:
@@ -94,7 +94,7 @@ def test_the_blocks_undo_what_was_done_and_only_that() -> None:
         deed(F, "without_id", id="hash:1"),
     )
     there = ('b["x"]', "still_there", 'module.m["x"].i[0]', 'module.m["x"].i["a]"]', "was_replaced", "still")
-    assert json.loads(WayBack(GOOD, deeds, state(**dict.fromkeys(there, "1"))).blocks) == {
+    assert json.loads(WayBack(GOOD, deeds, state(2, **dict.fromkeys(there, "1"))).blocks) == {
         "moved": [{"from": 'b["x"]', "to": "a"}],
         "removed": [{"from": "module.m.i", "lifecycle": {"destroy": False}}],
         "import": [{"to": "f", "id": "$${x}%%{y}"}],

@@ -137,6 +137,7 @@ class Planned(_Value):
     outputs: tuple[Change, ...] = ()
     drift: tuple[Change, ...] = ()
     deeds: tuple[Deed, ...] = ()
+    place: str = ""
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self.lines])
