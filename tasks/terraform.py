@@ -21,7 +21,7 @@ from toto.base.process import CommandTimeout
 from toto.infra_repo import git, settings
 from toto.infra_repo.settings import Approve, Prevent, TerraformRoot
 from toto.ledger import steps
-from toto.ledger.ledger import Deployed, Ledger
+from toto.ledger.ledger import Deployed, Ledger, LostTarget
 from toto.ledger.target import Target
 from toto.plan.root import DeployedRoot, RootBefore, RootKind, RootOrder
 from toto.terraform import plan as tfplan
@@ -162,7 +162,8 @@ async def apply(order: RootOrder, planned: Planned) -> State:
             target=order.label,
             hint="start the run again: it plans again",
         )
-    await record_before(order, before_of(order, replanned))
+    with suppress(LostTarget):
+        await record_before(order, before_of(order, replanned))
     return await _applied(order, session, replanned)
 
 
@@ -174,7 +175,8 @@ async def _applied(order: RootOrder, session: Session, planned: Planned) -> Stat
         with suppress(TotoError):
             await record_before(order, before_of(order, planned, await session.state()))
         raise
-    await record_before(order, before_of(order, planned, state))
+    with suppress(LostTarget):  # (nothing is recorded as good then, either)
+        await record_before(order, before_of(order, planned, state))
     return state
 
 
@@ -261,7 +263,7 @@ async def _check_back(reversal: Reversal, session: Session, before: RootBefore, 
 def _rules(reversal: Reversal, session: Session) -> list[tuple[Prevent, Approve]]:
     """What protects the root at its last good, and in the commit that failed: a plan is held to both."""
     new = reversal.settings.terraform
-    own = new.roots.get(session.root.name, TerraformRoot())
+    own = new.roots.get(reversal.target.name, TerraformRoot())
     return [
         (session.root.prevent, session.root.approve),
         (new.prevent if own.prevent is None else own.prevent, own.approve or new.approve),
