@@ -13,7 +13,7 @@ from toto import cli
 from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.cell.namespace import own_addresses
-from toto.infra_repo.manifest import SSH, Machine
+from toto.infra_repo.manifest import SSH, Machine, Manifest, ManifestError
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
@@ -171,3 +171,66 @@ async def test_a_machine_is_looked_up_once(repos: tuple[Path, Path]) -> None:
         await owners.located(lab, machine(address="nowhere.invalid"), 1)
     target = SshTarget("web1", "web1.example.org", ip="198.51.100.7", throwaway=True)
     assert "HostName 198.51.100.7\n" in target.write_config(lab / "ssh").read_text()
+
+
+def fleet(*machines: Machine) -> Manifest:
+    return Manifest(machines={each.name: each for each in machines})
+
+
+async def test_two_names_that_lead_to_one_machine_are_refused() -> None:
+    """`localhost` is 127.0.0.1 (and perhaps ::1) wherever tests run."""
+    here = machine("web1", "127.0.0.1", 2222)
+    with pytest.raises(ManifestError, match=r"web2: address: localhost, port 2222, leads to web1: one machine"):
+        await owners.check_distinct(fleet(here, machine("web2", "localhost", 2222)))
+    away = machine("web2", "localhost", 2222).model_copy(update={"deploy": "none"})
+    for other in (machine("web2", "localhost", 2223), machine("web2", "web2.invalid", 2222), away):
+        await owners.check_distinct(fleet(here, other))
+
+
+async def test_a_machine_of_a_different_repo_is_known_by_the_address_that_its_name_leads_to(
+    repos: tuple[Path, Path],
+) -> None:
+    infra, lab = repos
+    await owners.claim(infra, machine("web1", "web1.lan"), [KEY], "10.0.0.1")
+    for theirs, ip in ((machine("front", "front.lan"), "10.0.0.1"), (machine("front", "10.0.0.1"), "10.0.0.1")):
+        with pytest.raises(NotOwned, match=r"its address .*, that of web1, belongs to the repository infra"):
+            await owners.claim(lab, theirs, [OTHER], ip)
+    await owners.claim(lab, machine("front", "front.lan", 2222), [OTHER], "10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("now", "was", "says"),
+    [
+        (machine(), None, ""),
+        (machine(address="10.0.0.2"), None, "refused"),
+        (machine(address="10.0.0.2"), "10.0.0.3", "refused"),
+        (machine(address="10.0.0.2"), "10.0.0.1", "10.0.0.1"),
+        (machine(port=2222), None, "refused"),
+        (machine(port=2222), "10.0.0.1:22", "10.0.0.1:22"),
+        (machine(port=2222), "10.0.0.1", "10.0.0.1:22"),
+        (machine("web2", "10.0.0.2"), None, ""),
+    ],
+)
+async def test_a_deployed_machine_gets_a_new_address_by_an_explicit_word(
+    repos: tuple[Path, Path], now: Machine, was: str | None, says: str
+) -> None:
+    infra, lab = repos
+    await owners.claim(infra, machine(), [KEY])
+    now = now.model_copy(update={"was": was})
+    if says == "refused":
+        with pytest.raises(InputError, match=r"is deployed at 10\.0\.0\.1.*, and machines\.yaml says") as error:
+            await owners.moved(infra, now)
+        assert "write `was: 10.0.0.1" in str(error.value) and "stays as it is" in str(error.value)
+    else:
+        assert await owners.moved(infra, now) == says
+    assert await owners.moved(lab, now) == "", "(it is not theirs: that is refused elsewhere)"
+    if says and says != "refused":
+        await owners.claim(infra, now, [KEY])
+        assert await owners.moved(infra, now) == "", "the word may stay"
+
+
+async def test_a_name_for_the_address_of_a_deployed_machine_is_no_move(repos: tuple[Path, Path]) -> None:
+    await owners.claim(repos[0], machine("web1", "127.0.0.1"), [KEY], "127.0.0.1")
+    assert await owners.moved(repos[0], machine("web1", "localhost")) == ""
+    await owners.claim(repos[0], machine("web1", "localhost"), [KEY], "127.0.0.1")
+    assert await owners.moved(repos[0], machine("web1", "127.0.0.1")) == ""

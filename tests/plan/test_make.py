@@ -15,7 +15,7 @@ from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
-from toto.machine import keys
+from toto.machine import keys, owners
 from toto.nix import closure
 from toto.nix import commands as nix
 from toto.plan import make as plan
@@ -24,6 +24,7 @@ from toto.plan.changes import Action, Why
 from toto.plan.host import HostOrder
 from toto.plan.kinds import kind_of
 from toto.plan.order import Plan
+from toto.report.report import Report
 
 Make = Callable[..., Awaitable[Plan]]
 
@@ -53,6 +54,8 @@ def make(lab: Path, repo: InfraRepo, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def machines(*names: str) -> str:
+    if not names:
+        return "machines: []\n"
     return "machines:\n" + "".join(
         f"  - {{ name: {name}, address: 192.0.2.{number + 1} }}\n" for number, name in enumerate(names)
     )
@@ -373,3 +376,81 @@ def test_dependents_are_all_that_come_after() -> None:
     assert order.dependents("other", after) == set()
     chain = {f"m{n}": (f"m{n - 1}",) for n in range(1500)}
     assert len(order.dependents("m0", chain)) == 1499
+
+
+LOCK = '{ "nodes": { "root": { } }, "root": "root", "version": 7 }'
+
+
+def flake(*, outputs: bool = True) -> str:
+    return f"{{ outputs = {{ self }}: {{ {'nixosConfigurations = { };' if outputs else ''} }}; }}"
+
+
+@pytest.mark.parametrize(
+    ("files", "place", "says"),
+    [
+        (
+            {"flake.nix": flake(outputs=False), "hosts/a.nix": host("a")},
+            "flake.nix",
+            "has no nixosConfigurations: the h",
+        ),
+        ({"flake.nix": flake(outputs=False)}, "flake.nix", "has no nixosConfigurations, and there is no hosts/"),
+        ({"flake.nix": flake(), "hosts/b.nix": host("b")}, "hosts/b.nix", "add nixosConfigurations.b there"),
+        ({"hosts/laptop.nix": host("laptop"), "machines.yaml": machines("lap-top")}, "host/lap-top", "mean laptop?"),
+    ],
+)
+async def test_what_looks_like_a_host_and_is_none_is_told_with_what_to_do(
+    repo: InfraRepo, make: Make, files: dict[str, str | None], place: str, says: str
+) -> None:
+    made = await make(repo.commit({"machines.yaml": machines(), "flake.lock": LOCK, **files}))
+    (told,) = made.changes.told
+    assert told.place == place and says in told.what
+    lines = str(made.changes).splitlines()
+    assert any(line.split()[0] == place and says in line for line in lines), lines
+    assert lines[0].startswith("NOTHING TO DEPLOY: "), "none of these has a host with a machine"
+
+
+async def test_a_deployed_machine_whose_host_is_gone_is_told(repo: InfraRepo, make: Make) -> None:
+    files = {"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a"), "hosts/b.nix": host("b")}
+    first = await make(repo.commit(dict(files)))
+    assert not first.changes.told and not first.changes.nothing
+    await good(repo, first)
+    made = await make(repo.commit({"hosts/b.nix": None}))
+    (told,) = made.changes.told
+    assert told.place == "host/b" and "its host is gone from the commit: it runs on as it was deployed" in told.what
+    assert str(made.changes).count("host/b") == 1 and made.changes.retired == ()
+    assert not (await make(repo.commit({"README.md": "x"}), "a")).changes.told, (
+        "a run that is limited to a says nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"machines.yaml": machines()}, "this commit has no hosts and no terraform roots and no releases"),
+        (
+            {"machines.yaml": machines("b"), "hosts/a.nix": host("a")},
+            "no host of this commit has a machine of its name",
+        ),
+    ],
+)
+async def test_a_fleet_with_nothing_to_deploy_says_so_first(
+    repo: InfraRepo, make: Make, files: dict[str, str | None], says: str
+) -> None:
+    made = await make(repo.commit(files))
+    assert str(made.changes).splitlines()[0].startswith("NOTHING TO DEPLOY: ") and says in made.changes.nothing
+    assert "NOTHING TO DEPLOY" in Report("infra", made.commit, made.changes).headline()
+
+
+async def test_a_deployed_machine_with_a_new_address_is_refused_without_its_old_one(
+    repo: InfraRepo, make: Make
+) -> None:
+    first = await make(repo.commit({"machines.yaml": machines("a", "b"), "hosts/a.nix": host("a")}))
+    await good(repo, first)
+    await owners.claim(repo.bare, first.manifest.machines["a"], [])
+    text = machines("a", "b").replace("192.0.2.1", "192.0.2.9")
+    made = await make(repo.commit({"machines.yaml": text}))
+    (failed,) = made.changes.failed
+    assert "is deployed at 192.0.2.1, and machines.yaml says 192.0.2.9" in failed.message
+    made = await make(repo.commit({"machines.yaml": text.replace("192.0.2.9", "192.0.2.9, was: 192.0.2.1")}))
+    (change,) = made.changes.changes
+    assert (change.why, change.action) == (Why.MOVED, Action.DEPLOY) and "what runs there stays" in change.note
