@@ -21,13 +21,14 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import terraform_provider
 from toto.base import paths
 from toto.infra_repo.settings import Terraform
-from toto.terraform.plan import Planned
+from toto.terraform.plan import Action, Deed, Planned
 from toto.terraform.revert import CannotGoBack, apply_back, plan_back, seen, way_back
 from toto.terraform.session import ApplyFailed, Root, Session, TerraformFailed
 
@@ -65,7 +66,6 @@ class World:
         (self.home / "other").mkdir(parents=True)
         self.good = Wanted()
         self.number = 0
-        self.said: list[str] = []
 
     def new(self, what: str) -> str:
         self.number += 1
@@ -118,7 +118,9 @@ class World:
         deeds = seen(deeds, state) if dice.random() < 0.9 else deeds  # (or toto died before it saw that)
         others = await self._others(wanted, dict(state.ids))
         there = self.volumes()
-        told = await self._back(planned, deeds, before, there, bool(others))
+        made = {state.ids.get(each.address, "") for each in deeds if each.action in (Action.CREATE, Action.REPLACE)}
+        made -= before.keys()
+        told = await self._back(planned, deeds, made, before, there, bool(others))
         return f"{did}: {partial}applied, failed {fails}{others}; {told}"
 
     def _mutated(self) -> tuple[Wanted, str]:
@@ -184,13 +186,19 @@ class World:
         return ", another applies"
 
     async def _back(
-        self, planned: Planned, deeds: tuple[object, ...], before: dict[str, str], there: dict[str, str], others: bool
+        self,
+        planned: Planned,
+        deeds: tuple[Deed, ...],
+        made: set[str],
+        before: dict[str, str],
+        there: dict[str, str],
+        others: bool,
     ) -> str:
         session = self.session(self.good)
         await session.init()
         now = await session.state()
         try:
-            way = way_back(COMMIT, planned.before, deeds, now, target="terraform/main")  # type: ignore[arg-type]
+            way = way_back(COMMIT, planned.before, deeds, now, target="terraform/main")
             assert way is not None
             back = await plan_back(session, way)
             if wrong := way.wrong(back):
@@ -206,30 +214,26 @@ class World:
             return "cannot go back"
         state = await apply_back(session, way, back)
         words = way.words(back)
-        self._hold(planned.before.ids, state.ids, before, there, words, {each for each in self._made(deeds, now.ids)})
+        self._hold(planned.before.ids, state.ids, before, there, words, made)
         self.good = Wanted(
             {name: each for name, each in self.good.volumes.items() if f"demo_volume.{name}" in state.ids}
         )
         return "is back"
 
-    @staticmethod
-    def _made(deeds: tuple[object, ...], ids: object) -> set[str]:
-        """The ids of what the run created, by its deeds."""
-        found: set[str] = set()
-        for each in deeds:
-            if str(each).startswith(("+ ", "-/+ ")):
-                found.add(ids.get(each.address, ""))  # type: ignore[attr-defined]
-        return found
-
     def _hold(
-        self, was: object, is_: object, before: dict[str, str], there: dict[str, str], words: str, made: set[str]
+        self,
+        old: Mapping[str, str],
+        new: Mapping[str, str],
+        before: dict[str, str],
+        there: dict[str, str],
+        words: str,
+        made: set[str],
     ) -> None:
         """Raises `Wrong` when something that must hold after a way back does not."""
         after = self.volumes()
         if gone := there.keys() - after.keys() - made:
             raise Wrong(f"gone, although the run did not create it: {sorted(gone)}; {words}")
         named = set(re.findall(r"demo_volume\.\w+", words))
-        old, new = dict(was), dict(is_)  # type: ignore[call-overload]
         for address in old.keys() | new.keys():
             same = old.get(address) == new.get(address) and before.get(old.get(address, "")) == after.get(
                 new.get(address, "")
