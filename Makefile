@@ -2,7 +2,7 @@
 # setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
 #   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
-#   make torture ROUNDS=30 SEED=1
+#   make torture ROUNDS=30 SEQUENCES=500 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -11,6 +11,7 @@ TESTS ?=
 K ?=
 JOBS ?= 3
 ROUNDS ?= 30
+SEQUENCES ?= 500
 SEED ?=
 KEEP ?=
 export KEEP
@@ -24,7 +25,8 @@ help:
 	@echo "make test-fast  those that need no virtual machine and no server, in a minute; and the floor of coverage"
 	@echo "make lint    ruff (check and format), the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
-	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done"
+	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done;"
+	@echo "             and has random runs on terraform roots fail (SEQUENCES=500), and sees that they harm nothing"
 	@echo "make attack  a red team's ways out of toto's cells, all of them; none may reach anything"
 	@echo "make kube    builds a Kubernetes API server, for the tests of helm (8 minutes, 3.5 GB while it does; once)"
 	@echo "make clean   removes what was generated in the checkout (rm -r ~/.cache/toto removes the rest)"
@@ -51,6 +53,7 @@ lint: prepare
 
 torture: prepare
 	@$(run) python -m tests.lab.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+	@$(run) python -m tests.terraform.sequences --sequences $(SEQUENCES) $(if $(SEED),--seed $(SEED))
 
 attack: prepare
 	@TOTO_ATTACK=1; export TOTO_ATTACK; $(run) python -m pytest tests/attack $(beside)

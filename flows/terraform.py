@@ -5,9 +5,10 @@ from typing import Literal
 from prefect import flow
 
 from tasks.record import intend, record_good, record_verified
-from tasks.terraform import apply, find_drift, plan_root, revert, try_to_plan
+from tasks.terraform import apply, before_of, facts, find_drift, plan_root, revert, try_to_plan
 from toto.base.errors import TotoError
-from toto.plan.root import RootBefore, RootOrder
+from toto.plan.changes import Why
+from toto.plan.root import RootOrder
 from toto.plan.verdict import Verdict
 from toto.terraform.plan import Planned
 
@@ -34,11 +35,11 @@ async def roll_out(order: RootOrder, verdict: Verdict[Planned]) -> Literal["depl
     planned = verdict.found
     if planned is None:
         raise TotoError("its rehearsal left no plan, and toto applies nothing else", target=order.label)
-    before = planned.before
-    if planned.empty:
-        await record_verified(order, serial=before.serial)
+    half_done = order.change.why is Why.INTENT  # toto could not go back: this run goes on from what is there
+    if planned.empty and not half_done:
+        await record_verified(order, **facts(planned.before, planned.place))
         return "recorded"
-    intended = await intend(order, RootBefore(serial=before.serial, resources=before.resources))
-    state = await apply(order, planned, wait_for=[intended])
-    await record_good(order, serial=state.serial, wait_for=[state])
+    intended = await intend(order, before_of(order, planned))
+    state = planned.before if planned.empty else await apply(order, planned, wait_for=[intended])
+    await record_good(order, **facts(state, planned.place), wait_for=[state])
     return "deployed"

@@ -331,7 +331,7 @@ in
         Restart = "always";
         RestartSec = 5;
         KillMode = "mixed";
-        TimeoutStopSec = 120;  # toto's PostgreSQL may take a minute to stop
+        TimeoutStopSec = 180;  # terraform may take a minute to save its state, and then toto's PostgreSQL one to stop
         OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
 
         # What keeps toto from the machine. setup/systemd/toto.service, for Debian, has the same lines.

@@ -73,8 +73,8 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
 
     Prefect's own handler raises in whatever code runs at that moment. In a callback of the event loop the signal is
     lost, and a cancelled roll-out goes on; in the loop itself the loop ends, and the run cannot clean up, because its
-    client is closed. Nested blocks do nothing (the outermost flow is cancelled); neither do blocks outside the main
-    thread.
+    client is closed. Only the first signal counts. Nested blocks do nothing (the outermost flow is cancelled); neither
+    do blocks outside the main thread.
     """
     task = asyncio.current_task()
     if task is None or _listening.get() or threading.current_thread() is not threading.main_thread():
@@ -86,8 +86,9 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
 
     def terminate() -> None:
         nonlocal terminated
-        terminated = True
-        task.cancel()
+        if not terminated:  # a second one, as of a whole process group, would interrupt what is being cleaned up
+            terminated = True
+            task.cancel()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     token = _listening.set(True)

@@ -151,7 +151,7 @@ async def root(asked: Asked) -> Present:
     return Present(
         DeployedRoot(
             identity=f"{ACCEPTED}serial {state.serial}",
-            serial=state.serial,
+            **terraform.facts(state, session.place),
             commit=asked.last.commit,
             run=asked.run,
             at=git.now(),

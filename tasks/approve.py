@@ -29,6 +29,7 @@ from toto.ledger.approvals import Answer, NothingAsked
 from toto.plan.verdict import Question
 
 POLL: Final = 2  # seconds between two checks for the answer
+BACK: Final = 7 * 86_400.0  # seconds for which the plan of a revert may be approved
 
 
 class NotApproved(TotoError):
@@ -133,6 +134,39 @@ async def _resume(repo: Path, run: str, deadline: float) -> None:
                 async with get_client() as client:
                     await client.resume_flow_run(uuid.UUID(run), {"approve": False, "by": ""})
         await asyncio.sleep(POLL)
+
+
+async def approve_back(repo: Path, run: str, label: str, plan: str, asks: bool) -> None:
+    """Ask a person to approve the plan of a revert, where it `asks` for that. Nobody waits: the next revert goes on.
+
+    `run` is the run that is reverted. An answer counts only for exactly this plan.
+    Raises `NotApproved` until somebody has approved it, with the command that does.
+    """
+    if not asks:
+        return
+    label = f"{label}, the way back"
+    asked = approvals.read(repo, run)
+    same = asked is not None and asked.plans.get(label) == plan
+    if asked is not None and same and asked.answer is not None:
+        if asked.answer.approved:
+            get_run_logger().info("%s: approved by %s at %s", label, asked.answer.by, asked.answer.at)
+            return
+        raise NotApproved(
+            f"its way back was rejected by {asked.answer.by}",
+            hint="push a commit that says what it shall be, and toto goes on from what is there",
+        )
+    if asked is None or not (same and asked.waits):
+        others = asked.plans if asked is not None and asked.answer is None else {}
+        await approvals.ask(
+            repo,
+            run,
+            {name: text for name, text in others.items() if name.endswith("the way back")} | {label: plan},
+            BACK,
+        )
+    raise NotApproved(
+        f"its way back waits for an approval:\n{plan}",
+        hint=f"`ssh toto approve {run}` (or reject), then start settle/settle, or push: that goes on with it",
+    )
 
 
 @task(name="approve", task_run_name="approve", cache_policy=NO_CACHE)

@@ -56,6 +56,13 @@ async def set_step(order: Order, step: str, message: str) -> None:
     )
 
 
+async def record_before(order: Order, before: Before) -> None:
+    """Record more of what a target was before, and of what was done to it since, in the intent. Raises `LostTarget`."""
+    await Ledger(order.repo).write(
+        order.target, lambda entry: steps.set_before(entry, order.run, before), f"{order.label}: what was done to it"
+    )
+
+
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE)
 async def record_good(order: Order, **facts: Any) -> Done:
     """Record the new last good: the target passed all tests. `facts` are its kind's fields. Raises `LostTarget`."""

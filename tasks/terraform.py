@@ -1,7 +1,9 @@
 """Terraform: plan in the rehearsal, apply exactly that plan in the roll-out, revert to the last good commit's root."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -10,25 +12,41 @@ from prefect.logging import get_run_logger
 from blocks import TerraformCredentials
 from blocks.access import READ_ONLY
 from tasks import report, sink
-from tasks.record import record_reverted
+from tasks.approve import approve_back
+from tasks.record import record_before, record_reverted
 from tasks.reversal import Reversal
 from toto.base import runs
 from toto.base.errors import TotoError
 from toto.base.process import CommandTimeout
 from toto.infra_repo import git, settings
+from toto.infra_repo.settings import Approve, Prevent, TerraformRoot
 from toto.ledger import steps
-from toto.ledger.ledger import Deployed, Ledger
+from toto.ledger.ledger import Deployed, Ledger, LostTarget
 from toto.ledger.target import Target
-from toto.plan.root import DeployedRoot, RootBefore, RootOrder
+from toto.plan.root import DeployedRoot, RootBefore, RootKind, RootOrder
 from toto.terraform import plan as tfplan
 from toto.terraform import session as terraform
-from toto.terraform.plan import Planned, State
-from toto.terraform.revert import CannotGoBack, way_back
-from toto.terraform.session import PlanStale, Session, TerraformFailed
+from toto.terraform.plan import Planned, PlanRefused, State
+from toto.terraform.revert import CannotGoBack, WayBack, apply_back, plan_back, seen, way_back
+from toto.terraform.session import ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
 
 class PlanMoved(TotoError):
     """The state has changed since the rehearsal, and the plan would be different now."""
+
+
+class PlaceChanged(TotoError):
+    """A root's state is at a new place, while the old one still holds something: a second one would be created."""
+
+    def __init__(self, root: Root, old: str, new: str, held: str, was: str) -> None:
+        moved = was != root.name
+        meant = "to go on with its state" if moved else "to leave there what it holds, and begin anew"
+        super().__init__(
+            f"its place changed from {old} to {new} while {old} still holds {held}",
+            target=root.label,
+            hint=f"put it back, in {root.path} or toto.toml{'' if moved else ', or move the state there yourself'}; "
+            f'or, {meant}: `was = "{was}"` in [terraform.roots.{root.name}] of toto.toml',
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,37 @@ async def plan_root(order: RootOrder) -> Planned:
     """
     planned = await (await _session(order)).plan()
     await report.show_terraform_plan(order.label, planned)
+    _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
     return planned
+
+
+def _check_place(order: RootOrder, planned: Planned) -> None:
+    """Raises `PlaceChanged` when the plan would make a second one of what the root's old place still holds."""
+    root, entries = order.root, Ledger(order.repo).read()
+    last = DeployedRoot.of(order.change.last)
+    if last is None and root.was:
+        last = DeployedRoot.of(entries.get(Target(RootKind.name, root.was)).good)
+    if last is not None:
+        if last.is_in(planned.before) or not (last.resources or not last.lineage):
+            return
+        if root.was == root.name:
+            get_run_logger().warning(
+                "%s: what %s holds stays there, and nobody manages it: %s", root.label, last.place, _held(last)
+            )
+            return
+        raise PlaceChanged(root, last.place or "where it was", planned.place, _held(last), root.name)
+    names = {each.name for each in terraform.discover(order.tree, order.settings.terraform)}
+    for target, entry in entries.entries.items():
+        gone = DeployedRoot.of(entry.good) if target.kind == RootKind.name and target.name not in names else None
+        # (A root that keeps its state elsewhere takes it along under its new name.)
+        if gone is not None and set(gone.resources) & set(planned.created) and not gone.is_in(planned.before):
+            raise PlaceChanged(root, target.label, root.label, _held(gone), target.name)
+
+
+def _held(last: DeployedRoot) -> str:
+    count = len(last.resources)
+    return f"{count} resource{'' if count == 1 else 's'}" if last.lineage else "what was deployed"
 
 
 @task(name="plan without deploying", task_run_name="plan", cache_policy=NO_CACHE)
@@ -88,6 +135,8 @@ async def try_to_plan(order: RootOrder) -> Attempt:
         how = "with credentials that only read" if reads else "without credentials, which this run does not get"
         return Attempt(None, f"not planned: it cannot be {how}")
     await report.show_terraform_plan(order.label, planned)
+    if reads:
+        _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
     how = "with credentials that only read" if reads else "without credentials, as if nothing were there"
     return Attempt(planned, f"planned {how}")
@@ -95,14 +144,14 @@ async def try_to_plan(order: RootOrder) -> Attempt:
 
 @task(name="apply", task_run_name="apply", cache_policy=NO_CACHE)
 async def apply(order: RootOrder, planned: Planned) -> State:
-    """Apply exactly the plan of the rehearsal; return the state that it leaves.
+    """Apply exactly the plan of the rehearsal; return the state that it leaves. What is there then is in the intent.
 
     When the state has changed since, the root is planned again, and the new plan is applied if it does the same.
     Raises `PlanMoved` (nothing was applied), `ApplyFailed`, `StateLocked`.
     """
     session = await _session(order)
     try:
-        return await session.apply(planned)
+        return await _applied(order, session, planned)
     except PlanStale:
         get_run_logger().warning("the state has changed since the rehearsal: planning again")
     replanned = await session.plan()
@@ -113,42 +162,132 @@ async def apply(order: RootOrder, planned: Planned) -> State:
             target=order.label,
             hint="start the run again: it plans again",
         )
-    return await session.apply(replanned)
+    with suppress(LostTarget):
+        await record_before(order, before_of(order, replanned))
+    return await _applied(order, session, replanned)
+
+
+async def _applied(order: RootOrder, session: Session, planned: Planned) -> State:
+    """Apply a plan; then record which objects are there, also when it failed: only those may be destroyed again."""
+    try:
+        state = await session.apply(planned)
+    except ApplyFailed:
+        with suppress(TotoError):
+            await record_before(order, before_of(order, planned, await session.state()))
+        raise
+    with suppress(LostTarget):  # (nothing is recorded as good then, either)
+        await record_before(order, before_of(order, planned, state))
+    return state
+
+
+def before_of(order: RootOrder, planned: Planned, after: State | None = None) -> RootBefore:
+    """What the intent of a plan records: the state before, and what is done to it; `after` is the state after that."""
+    before = planned.before
+    return RootBefore(
+        was=order.root.was or "",
+        serial=before.serial,
+        resources=before.resources,
+        deeds=planned.deeds if after is None else seen(planned.deeds, after),
+    )
+
+
+def facts(state: State, place: str) -> dict[str, Any]:
+    """What the ledger records of a root that has this state: the own fields of `DeployedRoot`."""
+    return {"serial": state.serial, "lineage": state.lineage, "resources": state.resources, "place": place}
 
 
 async def revert(reversal: Reversal) -> str:
-    """Apply the last good commit's root, or destroy what the first roll-out created. Returns what it is now, in words.
+    """Undo what the roll-out did to a root, by a plan of its own. Returns what it is now, in words.
 
-    A resource that was destroyed is created anew, without its old data; the words say so. When the settings prevent
-    destruction, only resources that the roll-out created are destroyed.
-    Raises `CannotGoBack`, `TerraformFailed`, `PlanRefused`, `LostTarget`; the intent is then still open.
+    The plan destroys only what the roll-out created, and is held to `prevent` and `approve` like each other plan. A
+    resource that was destroyed is created anew, without its old data; the words say so.
+    Raises `CannotGoBack`, `StateLocked`, `ApplyFailed`, `LostTarget`, `NotApproved` while nobody has approved the plan;
+    the intent is then still open.
     """
     repo, run, target, why = reversal.repo, reversal.run, reversal.target, reversal.why
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedRoot.of(entry.good)
     before = RootBefore.of(intent.before)
-    commit = (good or intent.desired).commit
-    session = await session_at(repo, run, target, commit)
-    await session.init()
-    state = await session.state()
-    way = way_back(
-        good.commit if good else None,
-        State(serial=before.serial, resources=before.resources),
-        state,
-        target=target.label,
+    base, of = good, target
+    if base is None and before.was not in ("", target.name):  # its last good is that of its earlier name
+        of = Target(RootKind.name, before.was)
+        base = DeployedRoot.of(Ledger(repo).read().get(of).good)
+    session = await session_at(repo, run, of if base else target, (base or intent.desired).commit)
+    try:
+        await session.init()
+        state = await session.state()
+        way = way_back(
+            base.commit if base else None,
+            State(serial=before.serial, resources=before.resources),
+            before.deeds,
+            state,
+            target=target.label,
+        )
+        if way is None:
+            await record_reverted(repo, target, good, intent.desired, run, why)
+            return "as it was: nothing had been applied, according to its state"
+        planned = await plan_back(session, way)
+        await report.show_terraform_plan(target.label, planned, back=True)
+        await _check_back(reversal, session, before, way, planned)
+    except StateLocked:
+        raise
+    except (CannotGoBack, PlanRefused, TerraformFailed) as error:
+        raise _cannot(target, error, before) from None
+    await approve_back(
+        repo, intent.left_by or run, target.label, _both(before, planned), _asks(reversal, session, planned)
     )
-    if way is None:
-        await record_reverted(repo, target, good, intent.desired, run, why)
-        return "as it was: nothing had been applied, according to its state"
-    planned = await session.plan(destroy=way.destroy)
-    await report.show_terraform_plan(target.label, planned, back=True)
-    tfplan.refuse(planned, session.root.prevent, allowed=way.since)
-    if not planned.empty:
-        state = await session.apply(planned)
+    state = await apply_back(session, way, planned)
     await record_reverted(
-        repo, target, good and good.model_copy(update={"serial": state.serial}), intent.desired, run, why
+        repo, target, good and good.model_copy(update=facts(state, good.place)), intent.desired, run, why
     )
     return way.words(planned)
+
+
+async def _check_back(reversal: Reversal, session: Session, before: RootBefore, way: WayBack, planned: Planned) -> None:
+    """Raises `CannotGoBack` or `PlanRefused` for a plan of the way back that must not be applied."""
+    if before.deeds is None and not planned.empty:
+        raise CannotGoBack(
+            "an older version of toto has not recorded what its run did, and what it did not do must not be undone:\n"
+            + "\n".join(planned.lines),
+            target=session.root.label,
+        )
+    if wrong := way.wrong(planned):
+        raise CannotGoBack(
+            f"the way back would {'; it would '.join(wrong)}\nthe way back:\n" + "\n".join(planned.lines),
+            target=session.root.label,
+        )
+    for prevent, _ in _rules(reversal, session):
+        tfplan.refuse(planned, prevent)
+
+
+def _rules(reversal: Reversal, session: Session) -> list[tuple[Prevent, Approve]]:
+    """What protects the root at its last good, and in the commit that failed: a plan is held to both."""
+    new = reversal.settings.terraform
+    own = new.roots.get(reversal.target.name, TerraformRoot())
+    return [
+        (session.root.prevent, session.root.approve),
+        (new.prevent if own.prevent is None else own.prevent, own.approve or new.approve),
+    ]
+
+
+def _asks(reversal: Reversal, session: Session, planned: Planned) -> bool:
+    return any(tfplan.wants_approval(planned, approve) for _, approve in _rules(reversal, session))
+
+
+def _both(before: RootBefore, planned: Planned) -> str:
+    """Both plans, for people: what the run was to do, and the way back."""
+    return f"the plan of the run:\n{_lines(before)}\nthe way back:\n{planned}"
+
+
+def _lines(before: RootBefore) -> str:
+    return "\n".join(map(str, before.deeds or ())) or "not recorded"
+
+
+def _cannot(target: Target, error: TotoError, before: RootBefore) -> CannotGoBack:
+    """The error of a root that toto leaves as it is, with what its run did."""
+    return CannotGoBack(
+        f"cannot go back by itself: {error.message}\nthe plan of the run:\n{_lines(before)}", target=target.label
+    )
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:

@@ -1,11 +1,17 @@
-"""A small real terraform provider, `demo`: its one resource, `demo_file`, is a file.
+"""A small real terraform provider, `demo`, of two resources that are files.
 
-Content that begins with "fail" cannot be written; a file beside which there is a NAME.locked cannot be deleted.
+A `demo_file` is a file of a given path. A `demo_volume` is a file of its own name, its id, in the folder `pool`: each
+that is created is another one, and it can be imported by its id.
+
+Content that begins with "fail" cannot be written; a file beside which there is a NAME.locked cannot be deleted. Version
+2.0.0, where it is installed, has a newer schema of the volume's state.
 """
 
 import platform
 import signal
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +64,54 @@ class File(Resource):  # type: ignore[misc]
         return planned | ({"size": len(planned["content"])} if isinstance(planned["content"], str) else {})
 
 
+class Volume(Resource):  # type: ignore[misc]
+    """A file with a name of its own: what is created is new, and what is deleted is gone."""
+
+    version = 0
+
+    def __init__(self, provider: Provider) -> None:
+        pass
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "volume"
+
+    @classmethod
+    def get_schema(cls) -> Schema:
+        return Schema(
+            version=cls.version,
+            attributes=[
+                Attribute("id", types.String(), computed=True),
+                Attribute("pool", types.String(), required=True, requires_replace=True),
+                Attribute("content", types.String(), required=True),
+            ],
+        )
+
+    def create(self, ctx: Any, planned: dict[str, Any]) -> dict[str, Any] | None:
+        id = f"{planned['pool']}/{uuid.uuid4()}"
+        return planned | {"id": id} if _write(ctx, {"path": id, "content": planned["content"]}) else None
+
+    def update(self, ctx: Any, current: dict[str, Any], planned: dict[str, Any]) -> dict[str, Any] | None:
+        id = current["id"]
+        return planned | {"id": id} if _write(ctx, {"path": id, "content": planned["content"]}) else current
+
+    def read(self, ctx: Any, current: dict[str, Any]) -> dict[str, Any] | None:
+        path = Path(current["id"])
+        return current | {"content": path.read_text()} if path.exists() else None
+
+    def import_(self, ctx: Any, id: str) -> dict[str, Any] | None:
+        if not Path(id).exists():
+            ctx.diagnostics.add_error("there is no such volume", id)
+            return None
+        return {"id": id, "pool": str(Path(id).parent), "content": Path(id).read_text()}
+
+    def delete(self, ctx: Any, current: dict[str, Any]) -> None:
+        File.delete(self, ctx, {"path": current["id"]})
+
+    def upgrade(self, ctx: Any, version: int, old: dict[str, Any]) -> dict[str, Any]:
+        return old
+
+
 def _write(ctx: Any, planned: dict[str, Any]) -> dict[str, Any] | None:
     path = Path(planned["path"])
     if planned["content"].startswith("fail"):
@@ -94,19 +148,20 @@ class Demo(Provider):  # type: ignore[misc]
         return []
 
     def get_resources(self) -> list[Any]:
-        return [File]
+        return [File, Volume]
 
 
-def install(folder: Path) -> Path:
+def install(folder: Path, versions: Sequence[str] = ("1.0.0",)) -> Path:
     """Install it under `folder`, in a mirror, and return the terraform CLI's configuration that finds it there."""
     machine = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
-    program = folder / "mirror" / SOURCE / "1.0.0" / f"linux_{machine}" / "terraform-provider-demo_v1.0.0"
-    program.parent.mkdir(parents=True)
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.terraform_provider import main\nmain()\n"
-    )
-    program.chmod(0o755)
+    for version in versions:
+        program = folder / "mirror" / SOURCE / version / f"linux_{machine}" / f"terraform-provider-demo_v{version}"
+        program.parent.mkdir(parents=True)
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"from tests.terraform_provider import main\nmain({int(version[0]) - 1})\n"
+        )
+        program.chmod(0o755)
     configuration = folder / "terraform.rc"
     configuration.write_text(
         f'provider_installation {{\n  filesystem_mirror {{\n    path = "{folder}/mirror"\n  }}\n}}\n'
@@ -119,7 +174,8 @@ def needs(configuration: Path) -> list[Path]:
     return [configuration.parent / "mirror", Path(sys.prefix), Path(sys.base_prefix).resolve(), ROOT / "tests"]
 
 
-def main() -> None:
-    """Serve terraform, as it starts its providers."""
+def main(schema: int) -> None:
+    """Serve terraform, as it starts its providers. `schema` is the version of a volume's state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as providers do: terraform itself stops them
+    Volume.version = schema
     runner.run_provider(Demo(), [sys.argv[0]])

@@ -22,7 +22,7 @@ from toto.server import deployments, environment, fork_server
 from toto.server import serve as server
 
 pytestmark = [
-    pytest.mark.minutes(1),
+    pytest.mark.minutes(2),
     # On a busy machine the log of one test's runs may be there only in the next.
     pytest.mark.logs(
         r"exited with status code: (7|-11|137)", "ValueError: on purpose", reason="runs that end in every way"
@@ -32,6 +32,7 @@ pytestmark = [
 FLOW = '''
 import os, signal, time
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 
 @flow(log_prints=True, persist_result=False)
 def reconcile(then: str = "end") -> None:
@@ -42,6 +43,12 @@ def reconcile(then: str = "end") -> None:
         case "crash": os.kill(os.getpid(), signal.SIGSEGV)
         case "raise": raise ValueError("on purpose")
         case "sleep": time.sleep(60)
+        case "clean up":
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            signal.pause()
+            time.sleep(40)
+            open(os.environ["PREFECT_HOME"] + "/clean", "w").close()
+            raise TerminationSignal(signal=signal.SIGTERM)  # as toto's own do
 '''
 
 
@@ -122,6 +129,18 @@ async def test_a_cancel_reaches_the_fork(warm: Warm) -> None:
     await warm.api.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     await until(warm.api, run, {"CANCELLED"})
     assert process.started(pid) is None
+
+
+async def test_a_cancelled_run_has_more_time_to_clean_up_than_the_worker_gives(warm: Warm) -> None:
+    """As terraform does, which has a minute to save its state; Prefect's worker kills after half of that."""
+    run = await warm.begin("clean up")
+    pid, _ = await warm.who(run)
+    await warm.api.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    async with asyncio.timeout(120):
+        while process.started(pid) is not None:
+            await asyncio.sleep(0.1)
+    assert warm.log.with_name("clean").exists()
+    await until(warm.api, run, {"CANCELLED", "CRASHED"})  # (the worker's word, and then the run's own)
 
 
 async def test_the_fork_goes_with_the_process_that_the_worker_sees(warm: Warm) -> None:

@@ -23,6 +23,7 @@ from toto.infra_repo import git, settings
 from toto.infra_repo.settings import SettingsError
 from toto.terraform import session as terraform
 from toto.terraform.plan import Action, Planned, PlanRefused, State, refuse
+from toto.terraform.revert import seen, way_back
 from toto.terraform.session import STATE, ApplyFailed, PlanStale, Root, Session, StateLocked, TerraformFailed
 
 pytestmark = pytest.mark.minutes(1)
@@ -312,6 +313,61 @@ REPO = {
     "README": "",
     "terraform/other/main.tf": "",
 }
+
+
+def aside(tree: Path) -> dict[str, str]:
+    chosen = settings.load(tree).terraform
+    return dict(terraform.left_aside(tree, chosen, terraform.discover(tree, chosen)))
+
+
+async def test_a_folder_that_another_calls_as_a_module_is_no_root_and_that_is_told(fleet: Fleet) -> None:
+    files = {
+        "terraform/net/main.tf": "",
+        "terraform/shop/main.tf": 'module "net" {\n  source = "../net"\n}\n',
+        "terraform/shop/own/main.tf": "",
+        "terraform/web/main.tf": 'module "own" {\n  source = "./own"\n}\nmodule "gone" {\n  source = "../../.."\n}\n',
+        "terraform/web/own/main.tf": "",
+        "terraform/deep/er/main.tf": "",
+    }
+    assert [root.name for root in await roots(fleet, files)] == ["shop", "web"]
+    told = aside(fleet.folder / "tree1")
+    assert list(told) == ["terraform/deep/er", "terraform/net", "terraform/shop/own"]
+    assert told["terraform/net"] == (
+        "is no root, since terraform/shop calls it as a module: name all roots in toto.toml, this one by "
+        "[terraform.roots.net] with path = 'terraform/net'"
+    )
+    assert "since only folders directly in it are, if it has no .tf files itself" in told["terraform/deep/er"]
+    named = {"toto.toml": "[terraform.roots.net]\n[terraform.roots.shop]\n"}
+    assert [root.name for root in await roots(fleet, named)] == ["net", "shop"] and aside(fleet.folder / "tree2") == {}
+
+
+async def test_folders_below_a_root_and_names_that_hurt_are_told(fleet: Fleet) -> None:
+    files = {"terraform/main.tf": "", "terraform/a b\n/main.tf": "", "terraform/modules/m/main.tf": ""}
+    calls = 'module "m" {\n  source = "./modules/m"\n}\n'
+    assert [root.name for root in await roots(fleet, {**files, "terraform/main.tf": calls})] == ["main"]
+    ((place, what),) = aside(fleet.folder / "tree1").items()
+    assert place.isprintable() and what.isprintable() and "[terraform.roots.a-b]" in what
+
+
+async def test_terraform_is_off_when_its_roots_are_none(fleet: Fleet) -> None:
+    off = {"toto.toml": "[terraform]\nroots = {}\n", "terraform/main.tf": ""}
+    assert await roots(fleet, off) == []
+    (told,) = aside(fleet.folder / "tree1").items()
+    assert told[0] == "terraform" and told[1].startswith("terraform is off, by `[terraform] roots = {}` in toto.toml")
+    old = settings.load(fleet.folder / "tree1", deployed=True).terraform
+    assert old.named is None, "it was the same as left out in an older version, which may have deployed it"
+
+
+@pytest.mark.parametrize(
+    ("toml", "problem"),
+    [
+        ('[terraform.roots.a]\nwas = "b"\n[terraform.roots.b]\n', "there is still a root 'b', whose state that is"),
+        ('[terraform.roots.a]\nwas = "x"\n[terraform.roots.b]\nwas = "x"\n', "two roots cannot go on with the state"),
+    ],
+)
+async def test_a_state_has_one_root(fleet: Fleet, toml: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        await roots(fleet, {"toto.toml": toml, "terraform/a/x.tf": "", "terraform/b/x.tf": ""})
 
 
 async def identity(fleet: Fleet, files: Mapping[str, str | None], name: str = "app") -> str:
@@ -679,9 +735,12 @@ async def test_a_revert_says_what_cannot_come_back_as_it_was(fleet: Fleet) -> No
     back = await revert.plan()
     assert back.created == ("terraform_data.again", "terraform_data.gone")
     assert back.destroyed == ("terraform_data.again", "terraform_data.new")
-    refuse(back, ["destroy"], allowed=forward.created)
-    with pytest.raises(PlanRefused, match=r"the settings protect: terraform_data.again\n"):
-        refuse(back, ["destroy"], allowed=["terraform_data.new"])
+    with pytest.raises(PlanRefused, match=r"the settings protect: terraform_data.again, terraform_data.new\n"):
+        refuse(back, ["destroy"])
+    state = await session.state()
+    way = way_back("0123456789", forward.before, seen(forward.deeds, state), state, target="terraform/main")
+    assert way is not None and way.wrong(back) == []
+    assert way.words(back).endswith("; created anew, without their old data: terraform_data.again, terraform_data.gone")
     assert (await revert.apply(back)).resources == last.resources
 
 

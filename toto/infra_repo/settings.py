@@ -156,6 +156,8 @@ class TerraformRoot(Model):
     """words to select roots by"""
     watch: Annotated[tuple[InRepo, ...], Distinct] = ()
     """more files and folders of the repo that it reads; a change to them plans it again"""
+    was: Name | None = None
+    """the name that it had before, whose state it goes on with; its own name: it begins anew at another place"""
     prevent: Prevent | None = None
     """as `terraform.prevent`, for this root alone"""
     approve: Approve | None = None
@@ -176,7 +178,12 @@ class Terraform(Model):
     approve_timeout: Seconds = 3600
     """seconds to wait for an approval"""
     roots: dict[Name, TerraformRoot] = Field(default_factory=dict)
-    """the roots by name; when left out, `terraform/`, or else each folder in it that has `.tf` files"""
+    """the roots by name, none for `{}`; when left out, `terraform/`, or else each folder in it with `.tf` files"""
+
+    @property
+    def named(self) -> dict[str, TerraformRoot] | None:
+        """The roots by name, where the file names them; else None."""
+        return self.roots if "roots" in self.model_fields_set else None
 
 
 class Venues(Model):
@@ -211,6 +218,8 @@ def load(tree: Path, *, deployed: bool = False) -> Settings:
     data = _toml(text)
     if deployed and isinstance(nix := data.get("nix"), dict) and "/" in str(nix.get("signing_key")):
         del nix["signing_key"]  # version 0.1.0's path of a key file
+    if deployed and isinstance(roots := data.get("terraform"), dict) and roots.get("roots") == {}:
+        del roots["roots"]  # in version 0.1.0 the same as left out
     try:
         return Settings.model_validate(data)
     except ValidationError as error:

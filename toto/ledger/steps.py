@@ -1,6 +1,18 @@
 """The changes to a target's ledger entry at each step of a run: intent, good, revert and so on. Each is pure."""
 
-from toto.ledger.ledger import REF, Accepted, Change, Deployed, Entry, Intent, LostTarget, Note, TargetBusy, owner
+from toto.ledger.ledger import (
+    REF,
+    Accepted,
+    Before,
+    Change,
+    Deployed,
+    Entry,
+    Intent,
+    LostTarget,
+    Note,
+    TargetBusy,
+    owner,
+)
 
 
 def intend(intent: Intent, over: Intent | None = None) -> Change:
@@ -43,6 +55,11 @@ def require_intent(entry: Entry, run: str) -> Intent:
 def set_step(entry: Entry, run: str, step: str) -> Entry:
     """Record how far the roll-out of a target is. Raises `LostTarget`."""
     return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"step": step})})
+
+
+def set_before(entry: Entry, run: str, before: Before) -> Entry:
+    """Record more of what the target was before, and what was done to it since. Raises `LostTarget`."""
+    return entry.model_copy(update={"intent": require_intent(entry, run).model_copy(update={"before": before})})
 
 
 def good(deployed: Deployed, run: str) -> Change:

@@ -4,7 +4,9 @@ A new Python needs 1.5 to 2 s on a small machine to import what a flow run needs
 toto's flows once. Prefect's worker starts `run` for each flow run, which asks the server for a fork. The fork gets
 the caller's environment, folder and standard streams, and becomes `toto.server.engine`. The caller stays, passes
 signals on and ends with the fork's exit status, so the worker takes it for the run. Caller and fork end together, and
-both end with the server. Without a server the caller becomes the engine itself, which is slow.
+both end with the server. Only a fork that was told to end by SIGTERM may outlive its caller, which Prefect's worker
+kills after half a minute: terraform needs longer to save its state. Without a server the caller becomes the engine
+itself, which is slow.
 
 (The idea is that of Android's zygote, and of multiprocessing's forkserver, which only forks for its own program.)
 
@@ -28,6 +30,7 @@ from typing import Final, NoReturn
 
 NAME: Final = "fork.sock"  # in Prefect's home, which only its owner may enter
 PATIENCE: Final = 15.0  # seconds that a caller waits for its fork
+ENDING: Final = 150.0  # seconds that a fork may take to end once its caller has passed SIGTERM on
 PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -67,7 +70,7 @@ def run() -> NoReturn:
         engine = os.path.join(os.path.dirname(os.path.abspath(__file__)), "engine.py")  # noqa: PTH100, PTH118, PTH120
         os.execv(sys.executable, [sys.executable, engine, sys.argv[2]])  # noqa: S606
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: _pass_on(pid, number))
+        signal.signal(number, lambda number, _: _pass_on(pid, number, server))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     status = answer.readline()
     if not status:  # the server has died: nobody would see the end of the run, so it must not go on
@@ -81,9 +84,12 @@ def run() -> NoReturn:
     os._exit(code)
 
 
-def _pass_on(pid: int, number: int) -> None:
+def _pass_on(pid: int, number: int, server: socket.socket | None = None) -> None:
     with contextlib.suppress(ProcessLookupError):  # (it has just ended)
         os.kill(pid, number)
+    if server is not None and number == signal.SIGTERM:
+        with contextlib.suppress(OSError):
+            server.send(b"\n")  # so that the server knows
 
 
 # The server
@@ -102,22 +108,30 @@ def serve(modules: list[str]) -> None:
     gc.collect()
     gc.freeze()  # so that no collection in a fork touches, and thereby copies, memory that all of them share
     callers: dict[int, socket.socket] = {}
+    until: dict[int, float] = {}  # by when a fork that was told to end must have ended
+    doomed: set[int] = set()  # those of them whose callers have gone
     try:
         with _listening() as listener, _children() as ended, selectors.PollSelector() as selector:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             selector.register(listener, selectors.EVENT_READ)
             selector.register(ended, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                for key, _ in selector.select(_wait(doomed, until)):
                     if key.fileobj is listener:
                         caller = _accepted(listener)
                         if caller and (pid := _fork_for(caller)):
                             callers[pid] = caller
                             selector.register(caller, selectors.EVENT_READ, pid)
-                    elif key.fileobj is not ended:  # a caller has gone: end its run too
-                        selector.unregister(key.fileobj)
-                        os.kill(key.data, signal.SIGKILL)  # (our child keeps its number until we wait for it)
+                    elif key.fileobj is not ended:
+                        ends = _says_that_it_ends(callers[key.data])
+                        until.setdefault(key.data, time.monotonic() + ENDING if ends else 0)
+                        if not ends:  # a caller has gone: end its run too
+                            selector.unregister(key.fileobj)
+                            doomed.add(key.data)
+                _kill_those_due(doomed, until)
                 for pid, status in _ends(ended):
+                    doomed.discard(pid)
+                    until.pop(pid, None)
                     if caller := callers.pop(pid, None):
                         with contextlib.suppress(KeyError):
                             selector.unregister(caller)
@@ -198,6 +212,25 @@ def _fork_for(caller: socket.socket) -> int | None:
     for stream in streams:
         os.close(stream)
     return pid
+
+
+def _wait(doomed: set[int], until: dict[int, float]) -> float | None:
+    """Seconds until the next fork is due to be killed; None when there is none."""
+    return max(0, min(until[pid] for pid in doomed) - time.monotonic()) if doomed else None
+
+
+def _kill_those_due(doomed: set[int], until: dict[int, float]) -> None:
+    for pid in [each for each in doomed if until[each] <= time.monotonic()]:
+        doomed.discard(pid)
+        os.kill(pid, signal.SIGKILL)  # (our child keeps its number until we wait for it)
+
+
+def _says_that_it_ends(caller: socket.socket) -> bool:
+    """Whether a caller has passed SIGTERM on; else it has gone."""
+    try:
+        return bool(caller.recv(64))
+    except OSError:
+        return False
 
 
 def _say(caller: socket.socket, number: int) -> bool:

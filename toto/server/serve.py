@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
+CLEANING_UP: Final = (
+    75.0  # seconds that runs have to clean up when toto stops: terraform has a minute to save its state
+)
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
 LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
 
@@ -117,7 +120,7 @@ async def running_worker(
         "--install-policy",
         "never",
     ]
-    async with _logged(argv, env, log_file, grace=15, cwd=root) as running:
+    async with _logged(argv, env, log_file, grace=CLEANING_UP, cwd=root) as running:
         yield running
 
 

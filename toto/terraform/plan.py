@@ -5,9 +5,11 @@ https://developer.hashicorp.com/terraform/internals/json-format). A value that t
 sensitive is shown as `(sensitive value)`, and everything in `secrets` is masked wherever it turns up.
 """
 
+import hashlib
+import hmac
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,7 @@ from toto.base.process import mask, shorten
 
 LONGEST: Final = 200  # characters shown of a value
 MOST: Final = 40  # attributes shown of a resource
+HASHED: Final = "hash:"  # how the id of an object begins that has none, or none that may be shown
 
 
 class PlanRefused(TotoError):
@@ -60,12 +63,14 @@ class _Value(BaseModel):
 class State(_Value):
     """What identifies a state: its serial rises with every write, its lineage never changes.
 
-    `resources` are the addresses of what it manages. A state that was never written has serial 0 and lineage "".
+    `resources` are the addresses of what it manages, `ids` say which object each of them is: another object at the same
+    address has another one. A state that was never written has serial 0 and lineage "".
     """
 
     serial: int = 0
     lineage: str = ""
     resources: tuple[str, ...] = ()
+    ids: Mapping[str, str] = {}
 
     @property
     def empty(self) -> bool:
@@ -87,11 +92,40 @@ class Change(_Value):
         return [f"{_SIGNS[self.action]} {self.address}{note}", *(f"    {line}" for line in self.details)]
 
 
+class Deed(_Value):
+    """What a plan does to one object, for the ledger: so much that exactly this can be undone.
+
+    `was` is the object's address before, when it moves. `id` is which object is there before (see `State.ids`); of one
+    that is `imported`, the id that it is imported by. `left` is which object is there after the apply, "" when nobody
+    has seen that. `deposed`: the object is what an earlier replacement has left, beside the one at its address.
+    """
+
+    address: str
+    action: Action
+    was: str = ""
+    id: str = ""
+    left: str = ""
+    imported: bool = False
+    deposed: bool = False
+
+    @property
+    def place(self) -> str:
+        """Its address before the plan is applied."""
+        return self.was or self.address
+
+    def __str__(self) -> str:
+        notes = [f"was {self.was}" if self.was else "", "imported" if self.imported else ""]
+        notes += ["what is left of an earlier replacement" if self.deposed else ""]
+        said = "; ".join(filter(None, notes))
+        return f"{_SIGNS[self.action]} {self.address}" + (f" ({said})" if said else "")
+
+
 class Planned(_Value):
     """A saved plan: the `file` (which holds secrets), and what applying it would do to the state `before`.
 
     `empty` means that there is nothing to apply. `terraform` is terraform's version. `drift` is what somebody changed
-    in the world without terraform. Two plans do the same when their `changes` and `outputs` are equal.
+    in the world without terraform. Two plans do the same when their `changes` and `outputs` are equal. `deeds` has each
+    of the `changes` for the ledger.
     """
 
     root: str
@@ -102,6 +136,8 @@ class Planned(_Value):
     changes: tuple[Change, ...] = ()
     outputs: tuple[Change, ...] = ()
     drift: tuple[Change, ...] = ()
+    deeds: tuple[Deed, ...] = ()
+    place: str = ""
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self.lines])
@@ -124,8 +160,7 @@ class Planned(_Value):
     def created(self) -> tuple[str, ...]:
         """The addresses that are created, whether or not something was there before.
 
-        A revert may destroy them again. In the plan of a revert these are new resources: the old ones, and the data in
-        them, do not come back.
+        In the plan of a revert these are new resources: the old ones, and the data in them, do not come back.
         """
         return self.addresses(Action.CREATE, Action.REPLACE)
 
@@ -147,17 +182,13 @@ class Planned(_Value):
         return (self.empty, self.changes, self.outputs) == (other.empty, other.changes, other.outputs)
 
 
-def refuse(planned: Planned, prevent: Collection[str], allowed: Collection[str] = ()) -> None:
-    """Raises `PlanRefused` when the plan does something that `prevent` forbids to a resource that is not `allowed`.
+def refuse(planned: Planned, prevent: Collection[str]) -> None:
+    """Raises `PlanRefused` when the plan does something that `prevent` forbids.
 
-    `prevent` holds the words of the setting: "destroy" (which includes a replacement) and "replace". For the plan of a
-    revert, `allowed` are the resources that the reverted run created.
+    `prevent` holds the words of the setting: "destroy" (which includes a replacement) and "replace".
     """
     forbidden = {action for word in prevent for action in _PREVENTED[word]}
-    doomed = [
-        change.address for change in planned.changes if change.action in forbidden and change.address not in allowed
-    ]
-    if doomed:
+    if doomed := planned.addresses(*forbidden):
         raise PlanRefused(
             f"the plan would destroy what the settings protect: {', '.join(doomed)}",
             doomed,
@@ -175,11 +206,32 @@ def state_of(document: Any, secrets: Sequence[str]) -> State:
     """The state that `terraform state pull` printed, parsed; a `document` of None means that there is no state."""
     if document is None:
         return State()
-    addresses = (mask(address, secrets) for address in _addresses(document.get("resources") or ()))
-    return State(serial=document["serial"], lineage=document["lineage"], resources=tuple(dict.fromkeys(addresses)))
+    lineage, resources, ids = document["lineage"], list[str](), dict[str, str]()
+    for address, instance in _instances(document.get("resources") or ()):
+        resources.append(mask(address, secrets))
+        if "deposed" not in instance:
+            ids[resources[-1]] = _id(instance, lineage, secrets)
+    return State(serial=document["serial"], lineage=lineage, resources=tuple(dict.fromkeys(resources)), ids=ids)
 
 
-def _addresses(resources: Sequence[Any]) -> Iterator[str]:
+def _id(instance: Any, lineage: str, secrets: Sequence[str]) -> str:
+    """Which object an instance is, in words that hold no secret: its id, or a hash of what it has in place of one."""
+    values = instance.get("attributes") or instance.get("attributes_flat") or {}
+    given = values.get("id")
+    secret = any(path[:1] == [{"type": "get_attr", "value": "id"}] for path in instance.get("sensitive_attributes", ()))
+    if (
+        isinstance(given, str | int)
+        and given != ""
+        and not secret
+        and len(str(given)) <= LONGEST
+        and mask(str(given), secrets) == str(given)
+    ):
+        return str(given)
+    text = json.dumps(values if given in (None, "") else given, sort_keys=True)
+    return f"{HASHED}{hmac.new(lineage.encode(), text.encode(), hashlib.sha256).hexdigest()[:32]}"
+
+
+def _instances(resources: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for each in resources:
         if each["mode"] != "managed":
             continue
@@ -187,17 +239,41 @@ def _addresses(resources: Sequence[Any]) -> Iterator[str]:
         for instance in each["instances"]:
             match instance.get("index_key"):
                 case None:
-                    yield base
+                    yield base, instance
                 case str(key):
-                    yield f"{base}[{json.dumps(key, ensure_ascii=False).replace('${', '$${').replace('%{', '%%{')}]"
+                    text = json.dumps(key, ensure_ascii=False).replace("${", "$${").replace("%{", "%%{")
+                    yield f"{base}[{text}]", instance
                 case key:
-                    yield f"{base}[{key}]"
+                    yield f"{base}[{key}]", instance
 
 
 def changes_of(entries: Sequence[Any], secrets: Sequence[str]) -> tuple[Change, ...]:
     """The changes in `resource_changes` or `resource_drift` of a plan's JSON, without reads and no-ops."""
     found = (_change(mask(entry["address"], secrets), entry, entry["change"], secrets) for entry in entries)
     return tuple(change for change in found if change is not None)
+
+
+def deeds_of(entries: Sequence[Any], before: State, secrets: Sequence[str]) -> tuple[Deed, ...]:
+    """What a plan of the state `before` does, by the `resource_changes` of its JSON, without reads and no-ops."""
+    found = []
+    for entry in entries:
+        if entry.get("mode", "managed") != "managed" or (action := _action(entry, entry["change"])) is None:
+            continue
+        address, was = (mask(entry.get(key) or "", secrets) for key in ("address", "previous_address"))
+        importing, deposed = entry["change"].get("importing"), "deposed" in entry
+        by = str((importing or {}).get("id", ""))
+        id = by if importing is not None else "" if deposed else before.ids.get(was or address, "")
+        found.append(
+            Deed(
+                address=address,
+                action=action,
+                was=was,
+                id=id if mask(id, secrets) == id else "",
+                imported=importing is not None,
+                deposed=deposed,
+            )
+        )
+    return tuple(found)
 
 
 def outputs_of(entries: dict[str, Any], secrets: Sequence[str]) -> tuple[Change, ...]:
@@ -207,7 +283,10 @@ def outputs_of(entries: dict[str, Any], secrets: Sequence[str]) -> tuple[Change,
 
 
 def _change(address: str, entry: Any, change: Any, secrets: Sequence[str]) -> Change | None:
-    actions, moved, reason = set(change["actions"]), entry.get("previous_address"), entry.get("action_reason", "")
+    action = _action(entry, change)
+    if action is None:
+        return None
+    moved, reason = entry.get("previous_address"), entry.get("action_reason", "")
     forced = [".".join(map(str, path)) for path in change.get("replace_paths", ())]
     notes = [mask(f"because of {', '.join(forced)}", secrets) if forced else reason.replace("_", " ")]
     if moved is not None:
@@ -216,22 +295,26 @@ def _change(address: str, entry: Any, change: Any, secrets: Sequence[str]) -> Ch
         notes.append("imported")
     if "deposed" in entry:
         notes.append("what is left of an earlier replacement")
-    if {"create", "delete"} <= actions:
-        action = Action.REPLACE
-    elif "delete" in actions:
-        action = Action.DESTROY
-    elif actions & {"create", "update"}:
-        action = Action.CREATE if "create" in actions else Action.UPDATE
-    elif "forget" in actions:
-        action = Action.FORGET
-    elif moved is not None or "importing" in change:
-        action = Action.MOVE if moved is not None else Action.IMPORT
-    else:
-        return None
     details = [] if action is Action.DESTROY else list(dict.fromkeys(_details(change, secrets)))
     if len(details) > MOST:
         details[MOST:] = [f"… and {len(details) - MOST} more"]
     return Change(address=address, action=action, note="; ".join(filter(None, notes)), details=tuple(details))
+
+
+def _action(entry: Any, change: Any) -> Action | None:
+    """What a change does; None for nothing."""
+    actions = set(change["actions"])
+    if {"create", "delete"} <= actions:
+        return Action.REPLACE
+    if "delete" in actions:
+        return Action.DESTROY
+    if actions & {"create", "update"}:
+        return Action.CREATE if "create" in actions else Action.UPDATE
+    if "forget" in actions:
+        return Action.FORGET
+    if entry.get("previous_address") is not None:
+        return Action.MOVE
+    return Action.IMPORT if "importing" in change else None
 
 
 def _details(change: Any, secrets: Sequence[str]) -> Iterator[str]:

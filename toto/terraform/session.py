@@ -44,7 +44,9 @@ from toto.terraform.plan import Planned, State
 
 FOLDER: Final = "terraform"
 OVERRIDE: Final = "toto_override.tf.json"  # terraform merges files with such a name over the others
+BACK: Final = "toto_way_back.tf.json"
 GRACE: Final = 60.0  # seconds that an interrupted terraform has to save the state and unlock it
+MOST_FOLDERS: Final = 10_000  # in which toto looks for roots
 LARGEST: Final = 256_000_000  # bytes of a state or a plan, as JSON
 SHORTEST: Final = 4  # characters of a secret that is masked; masking shorter ones would leave nothing readable
 
@@ -53,6 +55,9 @@ REPO: Final = Path("/repo")  # the commit's files, read-only but for the root's 
 STATE: Final = Path("/state")  # the state of a root without a backend
 _DATA: Final = Path("/data")
 _PROVIDERS: Final = Path("/providers")
+_PLACE: Final = (  # what says where a backend keeps a state; none of it is a secret
+    ("bucket", "container_name", "prefix", "key", "schema_name", "path", "namespace", "secret_suffix", "hostname")
+)
 _CELL: Final = "@cell"  # the end of the holder's name in a lock that a terraform in a cell holds
 
 Standing: TypeAlias = Literal["deploys", "reads", "guest"]
@@ -119,6 +124,7 @@ class Root(Model):
     after: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     watch: tuple[str, ...] = ()
+    was: str | None = None
     prevent: Prevent = ()
     approve: Approve = "never"
 
@@ -137,7 +143,9 @@ def discover(tree: Path, settings: Terraform) -> list[Root]:
 
     Raises `SettingsError` when a setting names a file or a root that does not exist, and when `after` has a circle.
     """
-    named = settings.roots or {name: TerraformRoot(path=path) for name, path in _found(tree)}
+    named = settings.named
+    if named is None:
+        named = {name: TerraformRoot(path=path) for name, path in _found(tree)}
     roots = {
         name: Root(
             name=name,
@@ -161,13 +169,63 @@ def _found(tree: Path) -> Iterator[tuple[str, str]]:
     if _configuration(folder):
         yield "main", FOLDER
         return
+    called = _modules(tree)
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not entry.name.startswith(".") and not entry.is_symlink() and _configuration(entry):
+        if _may_be_root(entry) and entry.resolve() not in called:
             place = f"{FOLDER}/{entry.name}"
             yield (
                 fields.require_name(entry.name, "a root's name", place, hint="rename it, or name it in toto.toml"),
                 place,
             )
+
+
+def _may_be_root(folder: Path) -> bool:
+    return not folder.name.startswith(".") and not folder.is_symlink() and bool(_configuration(folder))
+
+
+def _modules(tree: Path) -> dict[Path, str]:
+    """The folders in `terraform/` that another one there calls as a module, each with the first that does."""
+    found: dict[Path, str] = {}
+    inside = tree.resolve()
+    for folder in _configured(tree):
+        with suppress(InputError):  # of a module that is not in the repo: its root says so
+            for module in _called(inside, folder.resolve()):
+                if module != folder.resolve():
+                    found.setdefault(module, str(folder.relative_to(tree)))
+    return found
+
+
+def _configured(tree: Path) -> Iterator[Path]:
+    """The folders in `terraform/`, however deep, that have `.tf` files; in the first `MOST_FOLDERS` folders."""
+    for number, (name, inside, _) in enumerate(os.walk(tree / FOLDER)):
+        if number == MOST_FOLDERS:
+            return
+        inside[:] = sorted(each for each in inside if not each.startswith("."))
+        if _configuration(Path(name)):
+            yield Path(name)
+
+
+def left_aside(tree: Path, settings: Terraform, roots: Sequence[Root]) -> Iterator[tuple[str, str]]:
+    """The folders in `terraform/` that look like roots and are none, each with why, and the setting that changes it.
+
+    Where the settings name the roots, the others were left out on purpose.
+    """
+    if settings.named is not None:
+        if not settings.named and any(_configured(tree)):
+            yield FOLDER, "terraform is off, by `[terraform] roots = {}` in toto.toml: remove that to have roots found"
+        return
+    called, places = _modules(tree), {root.path for root in roots}
+    for folder in _configured(tree):
+        place, by = str(folder.relative_to(tree)), called.get(folder.resolve())
+        if place in places or (by and (FOLDER in places or folder.parent != tree / FOLDER)):
+            continue  # (a module where modules usually are)
+        why = f"{by} calls it as a module" if by else "only folders directly in it are, if it has no .tf files itself"
+        word = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-") or "name"
+        yield (
+            shown(place) if not place.isprintable() else place,
+            f"is no root, since {why}: name all roots in toto.toml, this one by "
+            f"[terraform.roots.{json.dumps(word) if '.' in word else word}] with path = {shown(place)}",
+        )
 
 
 def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
@@ -182,6 +240,10 @@ def _problems(tree: Path, roots: Mapping[str, Root]) -> Iterator[str]:
         for other in root.after:
             if other not in roots:
                 yield problem((*where, "after"), f"there is no root {shown(other)}")
+        if root.was != name and root.was in roots:
+            yield problem((*where, "was"), f"there is still a root {shown(root.was)}, whose state that is")
+        if root.was not in (None, name) and any(root.was == each.was for each in roots.values() if each is not root):
+            yield problem((*where, "was"), f"two roots cannot go on with the state of {shown(root.was)}")
 
 
 def _configuration(folder: Path) -> list[Path]:
@@ -277,12 +339,16 @@ class Session:
     network: Namespace | None = None
 
     @_connected
-    async def plan(self, *, destroy: bool = False) -> Planned:
-        """Make the root ready (see `init`) and plan it. With `destroy`, the plan destroys all of it.
+    async def plan(self, *, blocks: str = "{}", destroy: bool = False, only: Sequence[str] = ()) -> Planned:
+        """Make the root ready (see `init`) and plan it.
 
+        `blocks` is the text of a `.tf.json` file that the configuration gets besides. With `destroy`, the plan destroys
+        all of it, or `only` the resources of these addresses, and what depends on them.
         Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
         """
         await self.init()
+        if blocks != "{}":
+            files.write(self._copy / BACK, blocks, 0o644)
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
         if (user := self._user) is not None:
             os.fchown(handle, user, user)
@@ -295,19 +361,24 @@ class Session:
             detailed_exitcode=_FLAG,
             **self._locking,
             destroy=_FLAG if destroy else None,
+            target=list(only) or None,
             var_file=[str(REPO / file) for file in self.root.var_files],
         )
         document = json.loads((await self._run("show", inside, private=True, json=_FLAG)).stdout)
         # The state is read last: if it changes in between, the plan is stale, and terraform refuses to apply it.
+        before = await self.state()
+        entries = document.get("resource_changes", ())
         return Planned(
             root=self.root.name,
             file=Path(name),
-            before=await self.state(),
+            before=before,
             empty=done.status == 0,
             terraform=document["terraform_version"],
-            changes=tfplan.changes_of(document.get("resource_changes", ()), self._secrets),
+            changes=tfplan.changes_of(entries, self._secrets),
             outputs=tfplan.outputs_of(document.get("output_changes", {}), self._secrets),
             drift=tfplan.changes_of(document.get("resource_drift", ()), self._secrets),
+            deeds=tfplan.deeds_of(entries, before, self._secrets),
+            place=self.place,
         )
 
     @_connected
@@ -325,6 +396,15 @@ class Session:
             raise await self._apply_failed(planned, error) from None
         finally:
             self._rescue()
+        return await self.state()
+
+    @_connected
+    async def forget(self, addresses: Sequence[str]) -> State:
+        """Take resources out of the state, and leave them in the world. Call `plan` or `init` first.
+
+        Raises `TerraformFailed` (also as `StateLocked`), `CommandTimeout`.
+        """
+        await self._run("state rm", *addresses, **self._locking)
         return await self.state()
 
     @_connected
@@ -386,6 +466,18 @@ class Session:
                 hint=f"leave the backend block out, and toto keeps the state in {self._kept}/terraform.tfstate (move "
                 "it there, if there is one); or use a different backend",
             )
+
+    @property
+    def place(self) -> str:
+        """Where the state is, in words without secrets. Call `init` first."""
+        told = folders.read_regular(self._data, "terraform.tfstate", most=LARGEST)
+        where = f'toto\'s own state "{self.root.was or self.root.name}"'
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if told is not None and (backend := json.loads(told)["backend"])["type"] != "local":
+                parts = [f"{key} {backend['config'][key]}" for key in _PLACE if backend["config"].get(key)]
+                where = ", ".join([f"backend {backend['type']}", *parts])
+        where = process.shorten(process.mask(where, self._secrets), tfplan.LONGEST)
+        return where if self.root.workspace == "default" else f"{where}, workspace {self.root.workspace}"
 
     def _check_no_state_beside(self) -> None:
         kept = self._kept / "terraform.tfstate"
@@ -519,7 +611,7 @@ class Session:
     @property
     def _kept(self) -> Path:
         """The files of this root that outlive a run."""
-        return paths.repo_state(self.repo) / "terraform" / self.root.name
+        return paths.repo_state(self.repo) / "terraform" / (self.root.was or self.root.name)
 
     @property
     def _home(self) -> Path:
