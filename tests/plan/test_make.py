@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import setup
-from tests.repos import InfraRepo
+from tests.repos import InfraRepo, git
 from toto.base import paths, process, server_rules
 from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
@@ -373,3 +373,25 @@ def test_dependents_are_all_that_come_after() -> None:
     assert order.dependents("other", after) == set()
     chain = {f"m{n}": (f"m{n - 1}",) for n in range(1500)}
     assert len(order.dependents("m0", chain)) == 1499
+
+
+async def test_a_commit_that_is_unfinished_is_refused_in_its_plan_by_name(make: Make, repo: InfraRepo) -> None:
+    """On branches that are not deployed no hook looks at it."""
+    fine = repo.commit({"machines.yaml": "machines: []\n", "hosts/a.nix": "{ }\n"})
+    (repo.work / "terraform/zones").mkdir(parents=True)
+    git("update-index", "--add", "--cacheinfo", f"160000,{fine},terraform/zones", cwd=repo.work)
+    half = repo.commit({"hosts/A.nix": "{ }\n", "hosts/b.nix": "version https://git-lfs.github.com/spec/v1\noid x\n"})
+    with pytest.raises(InputError) as caught:
+        await make(half, "b")
+    for words in (
+        "terraform/zones: is a submodule",
+        "hosts/a.nix: differs from hosts/A.nix only by case",
+        "hosts/b.nix: is not the file but what git-lfs has committed",
+    ):
+        assert words in str(caught.value)
+    (repo.work / "hosts/c.nix").symlink_to("/nix/store/00000000000000000000000000000000-c")
+    with pytest.raises(InputError, match="hosts/c.nix: is a link that leads out of the repo"):
+        await make(repo.commit({"toto.toml": '[tree]\nunfinished = ["terraform", "hosts"]\n'}))
+    (repo.work / "hosts/c.nix").unlink()
+    (repo.work / "result").symlink_to("/nix/store/00000000000000000000000000000000-c")
+    assert (await make(repo.commit({}), "helm")).changes.empty

@@ -58,7 +58,7 @@ class Window:
 
 
 def _first(day: date, clock: time, like: datetime) -> float:
-    """The first moment (seconds since 1970) at which the clock shows this time or a later one, in the zone of `like`."""
+    """The first moment (seconds since 1970) at which the clock shows this time or a later one, in `like`'s zone."""
     wanted = datetime.combine(day, clock)
     early, late = sorted(wanted.replace(tzinfo=like.tzinfo, fold=fold).timestamp() for fold in (0, 1))
     # The two differ when the clock shows it twice, at both, or never: then it jumps over it between the two.
