@@ -123,7 +123,7 @@ def test_what_would_be_deployed_half_is_refused_by_name(pusher: Pusher) -> None:
         (pusher.folder / name).parent.mkdir(exist_ok=True)
         (pusher.folder / name).symlink_to(to)
     (pusher.folder / "result-web").symlink_to("/nix/store/whatever")
-    files = {
+    files: dict[str, str | None] = {
         "modules/dns.tf": LFS,
         "tests/Web1/smoke/a": "x",
         "tests/web1/smoke/a": "x",

@@ -8,7 +8,7 @@ import posixpath
 import re
 import tomllib
 import unicodedata
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ def _shown(path: str) -> str:
     return ascii(path)[1:-1]
 
 
-async def listed(repo: Path, commit: str, env: Mapping[str, str]) -> AsyncIterator[File]:
+async def listed(repo: Path, commit: str, env: Mapping[str, str]) -> AsyncGenerator[File, None]:
     """The files of a commit, as git lists them. (A push of a few kilobytes can have a billion: stop in time.)"""
     async with process.start(
         ["git", f"--git-dir={repo}", "ls-tree", "-r", "-l", "-z", "--full-tree", commit],
