@@ -180,7 +180,8 @@ class Run:
     @property
     def to_revert(self) -> list[Target]:
         """The targets that were touched, in order, without those that were only recorded or did not answer."""
-        return [each for each in self.touched if self.report.outcome.get(each.label) not in ("recorded", "unreachable")]
+        untouched = ("recorded", "recorded without its CRDs", "unreachable")
+        return [each for each in self.touched if self.report.outcome.get(each.label) not in untouched]
 
     async def check_superseded(self) -> None:
         """Raises `Superseded` when a newer push has replaced the one that started this run."""

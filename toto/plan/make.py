@@ -91,6 +91,9 @@ async def make(
         update={
             "changes": tuple(order.change for order in orders),
             "failed": (*compared.failed, *ordered.failures),
+            "retired": tuple(
+                each for each in compared.retired if each.kind not in {other.target.kind for other in ordered.failures}
+            ),  # one that may have moved stays in the ledger until that is settled
             "machines": changes.of_machines(await _last_manifest(repo), fleet),
             # A run that is limited to some targets says nothing about the others.
             **({"waiting": (), "retired": (), "machines": (), "whole": False} if only else {}),
