@@ -152,8 +152,10 @@ async def revert(reversal: Reversal) -> str:
     intent, good, helm = steps.require_intent(entry, run), DeployedRelease.of(entry.good), await connect(repo, run)
     release, before = await release_at(repo, run, target, intent.desired.commit), ReleaseBefore.of(intent.before)
     reverted = await revert_release(helm, release, before.place, intent.left_by or intent.run)
-    if good and before.revision == good.revision and good.namespace in ("", release.namespace) and reverted.revision:
-        good = good.model_copy(update={"revision": reverted.revision})
+    if good and reverted.revision and before.revision == good.revision:
+        namespace = good.namespace or (await release_at(repo, run, target, good.commit)).namespace
+        if namespace == release.namespace:
+            good = good.model_copy(update={"revision": reverted.revision})
     await record_reverted(repo, target, good, intent.desired, run, reversal.why)
     stay = f"; the CRDs that were applied stay: {', '.join(before.crds)}" if before.crds else ""
     return reverted.words + stay

@@ -406,13 +406,16 @@ def page(name: str = "page", **release: str) -> dict[str, str | None]:
     }
 
 
-async def deployed(made: Plan, repo: InfraRepo, revision: int = 3, **more: str) -> None:
-    """Record the plan's releases as deployed."""
+async def deployed(made: Plan, repo: InfraRepo, **more: str) -> None:
+    """Record the plan's releases as deployed, at revision 3."""
     for each in made.orders:
-        kind = kind_of(each.target)
-        good = kind.deployed(each.desired, commit=made.commit, run="r", at="now", revision=revision)
-        good = good.model_copy(update=more)
-        await Ledger(repo.bare).write(each.target, lambda _, good=good: Entry(good=good), "good")
+        good = kind_of(each.target).deployed(each.desired, commit=made.commit, run="r", at="now", revision=3)
+        entry = Entry(good=good.model_copy(update=more))
+
+        def change(_: Entry, entry: Entry = entry) -> Entry:
+            return entry
+
+        await Ledger(repo.bare).write(each.target, change, "good")
 
 
 @pytest.mark.parametrize("recorded", [{}, {"namespace": ""}], ids=["by this version", "by an older one"])
@@ -425,8 +428,8 @@ async def test_a_release_whose_namespace_changes_is_refused_by_name(
     [failure] = (await make(repo.commit(page(namespace="new")))).changes.failed
     assert failure.message == (
         "helm/page: its place changed from old/page to new/page, while old/page still holds revision 3, which toto "
-        "deployed: there would be two\nnext: change it back, or write `was: old/page` into helm/page/release.yaml: then "
-        "it is installed anew, and the old one stays until somebody runs `helm --namespace old uninstall page`"
+        "deployed: there would be two\nnext: change it back, or write `was: old/page` into helm/page/release.yaml: "
+        "then it is installed anew, and the old one stays until somebody runs `helm --namespace old uninstall page`"
     )
     assert (await make(repo.commit(page(namespace="new", was="else/page")))).changes.failed
     [order] = (await make(repo.commit(page(namespace="new", was="old/page")))).orders
@@ -453,7 +456,8 @@ async def test_a_release_whose_folder_is_renamed_is_refused_by_name(make: Make, 
     assert "it was default/page, which stays" in str(moved.changes)
     copied = await make(repo.commit(page("copy") | page("page")), "helm/copy")
     assert [each.label for each in copied.orders] == ["helm/copy"]
-    git("rm", "-rq", "helm/other", cwd=repo.work)
+    await deployed(moved, repo)
+    git("rm", "-rq", "helm/other", "helm/copy", cwd=repo.work)
     swapped = await make(
         repo.commit({"helm/new/release.yaml": "chart: x\nrepo: https://x.org\nversion: 1.0.0\n"}), "helm"
     )

@@ -55,7 +55,7 @@ class ReleaseOrder(Order):
     def last(self) -> DeployedRelease | None:
         """Its last good, in the namespace where it is to be; None when toto has never deployed it there."""
         last = DeployedRelease.of(self.change.last)
-        return last if last is None or last.namespace in ("", self.release.namespace) else None
+        return last if last is not None and last.namespace == self.release.namespace else None
 
 
 class ReleaseKind(Kind[Release]):
@@ -81,6 +81,8 @@ class ReleaseKind(Kind[Release]):
         Raises `RenderFailed` when `charts/` lacks a dependency, `InputError` when the release has moved.
         """
         release = found.subject
+        if change.last is not None:
+            change = change.model_copy(update={"last": await _with_namespace(source, release.name, change.last)})
         await Helm().check_dependencies(release, source.tree)
         was = await _place_before(source, release, change)
         if was is not None and was.place == release.was:
@@ -120,14 +122,13 @@ async def _place_before(source: Source, release: Release, change: Change) -> _Wa
     A release of the ledger that has left the commit was renamed when `was` names it, or when git takes a file of its
     folder for the same as one of the new folder.
     """
-    if change.last is not None:
-        namespace = await _namespace(source, release.name, good := DeployedRelease.of(change.last))
-        return None if namespace == release.namespace else _Was(namespace, release.name, good.revision)
+    if (last := DeployedRelease.of(change.last)) is not None:
+        return None if last.namespace == release.namespace else _Was(last.namespace, release.name, last.revision)
     for target, entry in Ledger(source.repo).read().entries.items():
         if target.kind != ReleaseKind.name or entry.good is None or (source.tree / _folder(target.name)).is_dir():
             continue
-        good = DeployedRelease.of(entry.good)
-        was = _Was(await _namespace(source, target.name, good), target.name, good.revision)
+        good = await _with_namespace(source, target.name, entry.good)
+        was = _Was(good.namespace, target.name, good.revision)
         if was.place == release.was or await _renamed(source, good.commit, target.name, release.name):
             return was
     return None
@@ -137,13 +138,15 @@ def _folder(name: str) -> str:
     return f"helm/{name}"
 
 
-async def _namespace(source: Source, name: str, good: DeployedRelease) -> str:
-    """Where toto left a release. (Older versions recorded no namespace: then the commit says it.)"""
+async def _with_namespace(source: Source, name: str, last: Deployed) -> DeployedRelease:
+    """A record of a release with its namespace. (Older versions recorded none: then the commit says it.)"""
+    good = DeployedRelease.of(last)
     if good.namespace:
-        return good.namespace
+        return good
     done = await git.git(source.repo, "show", f"{good.commit}:{_folder(name)}/{releases.FILE}", check=False)
     said = next(iter(manifests.load(done.stdout)), None) if done.status == 0 else None
-    return str(said.get("namespace", "default")) if isinstance(said, dict) else "default"
+    namespace = said.get("namespace", "default") if isinstance(said, dict) else "default"
+    return good.model_copy(update={"namespace": str(namespace)})
 
 
 async def _renamed(source: Source, commit: str, old: str, new: str) -> bool:
