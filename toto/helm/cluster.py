@@ -624,7 +624,7 @@ class Helm:
                     await self._check_new(release, checked, stored)
             except RenderFailed as error:
                 raise RenderFailed(
-                    error.message, target=error.target, hint=error.hint or _advice(error.message, release)
+                    error.message, target=error.target, hint=error.hint or _advice(error.message, release, chart)
                 ) from None
 
     async def _check_new(self, release: Release, wanted: Mapping[Key, Resource], stored: _Stored | None) -> None:
@@ -876,11 +876,11 @@ def _unpacked(chart: Path) -> list[Path]:
     return sorted(each.parent for each in chart.glob("charts/*/Chart.yaml") if not each.parent.is_symlink())
 
 
-def _advice(words: str, release: Release) -> str:
+def _advice(words: str, release: Release, chart: Path) -> str:
     """What to do when the cluster refuses what a chart renders to."""
     if "cannot be imported into the current release" in words:
         return f"it is not this release's: remove it or rename it in {release.chart}, or give it helm's labels yourself"
-    if "no matches for kind" in words and release.crds != "apply":
+    if "no matches for kind" in words and release.crds != "apply" and _crds_of(chart):
         return f"fix {release.chart}; if its crds/ has that kind: `crds: apply` in {release.file} brings it"
     return f"fix {release.chart} or its values, and push again"
 
