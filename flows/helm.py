@@ -26,18 +26,21 @@ async def rehearse(order: ReleaseOrder) -> Verdict[Difference]:
 
 
 @flow(name="roll out release", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
-async def roll_out(order: ReleaseOrder, verdict: Verdict[Difference]) -> Literal["deployed", "recorded"]:
+async def roll_out(
+    order: ReleaseOrder, verdict: Verdict[Difference]
+) -> Literal["deployed", "recorded", "recorded without its CRDs"]:
     """Upgrade the release, run its own tests, and record its revision. Without a difference it is only recorded."""
     order.check_deploys()
     verdict.check(order)
     helm = await connect(order.repo, order.run)
     now = await inspect(order, helm)
-    unchanged = verdict.found is not None and verdict.found.empty
-    if now.whole and unchanged and order.change.why is not Why.FORCED:
+    if now.whole and verdict.found is not None and verdict.found.empty and order.change.why is not Why.FORCED:
         await record_verified(order, revision=now.before.revision, wait_for=[now])
-        return "recorded"
-    intended = await intend(order, now.before)
-    revision = await upgrade(order, helm, quote(now.before), wait_for=[intended])
+        return "recorded without its CRDs" if verdict.found.left_out else "recorded"
+    applied = tuple(each.resource for each in verdict.found.crds) if verdict.found and verdict.found.applies else ()
+    before = now.before.model_copy(update={"crds": applied})
+    intended = await intend(order, before)
+    revision = await upgrade(order, helm, quote(before), wait_for=[intended])
     tested = await test(order, helm, wait_for=[revision])
     await record_good(order, revision=revision.number, wait_for=[tested])
     return "deployed"

@@ -102,15 +102,16 @@ class Inspected:
 
 @task(name="inspect the release", task_run_name="inspect the release", cache_policy=NO_CACHE)
 async def inspect(order: ReleaseOrder, helm: Helm) -> Inspected:
-    """Find the revision that a revert goes back to (the last good, else the newest whole one), and whether it is whole.
+    """Find out what is there, and the revision that a revert goes back to: the newest whole one, whoever made it.
 
     Raises `ClusterUnreachable`.
     """
-    last, now = order.last, await helm.current(order.release)
-    if last is not None or now is None:
-        before = ReleaseBefore(revision=last.revision if last else 0)
-        return Inspected(before, whole=now is not None and now.status == "deployed")
-    return Inspected(ReleaseBefore(revision=await helm.last_whole(order.release)), whole=now.status == "deployed")
+    now = await helm.newest(order.release)
+    if now is None:
+        return Inspected(ReleaseBefore(newest=0), whole=False)
+    whole = now.status == "deployed"
+    to = now.number if whole else await helm.last_whole(order.release)
+    return Inspected(ReleaseBefore(revision=to, newest=now.number, status=now.status), whole)
 
 
 @task(name="upgrade", task_run_name="upgrade", cache_policy=NO_CACHE)
@@ -121,7 +122,7 @@ async def upgrade(order: ReleaseOrder, helm: Helm, before: ReleaseBefore) -> Rev
     """
     if done := await helm.repair(order.release, before.revision):
         get_run_logger().warning("%s: %s", order.label, done)
-    deployed = await helm.upgrade(order.release, order.tree, description=f"toto, {order.commit[:8]}")
+    deployed = await helm.upgrade(order.release, order.tree, description=f"toto, {order.commit[:8]}", run=order.run)
     get_run_logger().info("it is at revision %d", deployed.number)
     return deployed
 
@@ -142,26 +143,22 @@ async def test(order: ReleaseOrder, helm: Helm) -> Done:
 
 
 async def revert(reversal: Reversal) -> str:
-    """Roll back to the recorded revision, or uninstall a release that was new. Returns what it is now, in words.
+    """Take back what the run did to the release. Returns what it is now, in words.
 
-    Raises `ReleaseFailed`, `ClusterUnreachable`, `LostTarget`; the intent is then still open.
+    Raises `CannotGoBack`, `ReleaseFailed`, `ClusterUnreachable`, `LostTarget`; the intent is then still open.
     """
     repo, run, target = reversal.repo, reversal.run, reversal.target
     entry = Ledger(repo).read().get(target)
     intent, good, helm = steps.require_intent(entry, run), DeployedRelease.of(entry.good), await connect(repo, run)
-    release = await release_at(repo, run, target, intent.desired.commit)
-    was = await release_at(repo, run, target, good.commit) if good else None
-    to = good.revision if good else ReleaseBefore.of(intent.before).revision
-    reverted = await revert_release(helm, release, to, was)
-    await record_reverted(
-        repo,
-        target,
-        good and good.model_copy(update={"revision": reverted.revision}),
-        intent.desired,
-        run,
-        reversal.why,
-    )
-    return reverted.words
+    release, before = await release_at(repo, run, target, intent.desired.commit), ReleaseBefore.of(intent.before)
+    reverted = await revert_release(helm, release, before.place, intent.left_by or intent.run)
+    if good and reverted.revision and before.revision == good.revision:
+        namespace = good.namespace or (await release_at(repo, run, target, good.commit)).namespace
+        if namespace == release.namespace:
+            good = good.model_copy(update={"revision": reverted.revision})
+    await record_reverted(repo, target, good, intent.desired, run, reversal.why)
+    stay = f"; the CRDs that were applied stay: {', '.join(before.crds)}" if before.crds else ""
+    return reverted.words + stay
 
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:

@@ -222,10 +222,11 @@ class Run:
         They are all reverted when a roll-out fails; otherwise only those that failed to go forward.
         """
         failed = self.report.failed_targets
+        untouched = ("recorded", "recorded without its CRDs", "unreachable")
         return [
             each
             for each in self.touched
-            if self.report.outcome.get(each.label) not in ("recorded", "unreachable")
+            if self.report.outcome.get(each.label) not in untouched
             and (self.report.failed_roll_out or each.label in failed)
         ]
 

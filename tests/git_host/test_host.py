@@ -107,7 +107,9 @@ class Pusher:
 
 @pytest.fixture
 async def repo(tmp_path: Path, stand: Stand) -> Path:
-    return await git_host.create(tmp_path / "infra.git", api_url=stand.url, ui_url="http://ui", deployment_id=ID)
+    return await git_host.create(
+        tmp_path / "my repos/infra.git", api_url=stand.url, ui_url="http://ui", deployment_id=ID
+    )
 
 
 @pytest.fixture
@@ -312,7 +314,9 @@ async def test_hook_of_an_older_toto_gets_the_new_name_unless_someone_chose_a_di
     "path",
     [
         "relative/x.git",
-        "/tmp/with space.git",
+        "/tmp/ blank.git",
+        "/tmp/blank /x.git",
+        "/tmp/a\tb.git",
         "/tmp/a$(id).git",
         '/tmp/a"b.git',
         "/tmp/../etc/x.git",

@@ -156,13 +156,13 @@ class Host:
             ]
         else:  # sshd runs a command for root only
             (self.folder / "authorized").write_text((await process.run(keys)).stdout)
-            lines = [f"AuthorizedKeysFile {self.folder}/authorized"]
+            lines = [f'AuthorizedKeysFile "{self.folder}/authorized"']
         (self.folder / "sshd_config").write_text(
             "\n".join(
                 [
                     f"Port {self.port}",
                     "ListenAddress 127.0.0.1",
-                    f"HostKey {self.folder}/host",
+                    f'HostKey "{self.folder}/host"',
                     *lines,
                     "AcceptEnv GIT_*",
                     "StrictModes no",
@@ -191,7 +191,7 @@ class Clone(Pusher):
 @pytest.fixture(scope="module")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """alice may do everything, bob may read infra; eve has a key, but is not in the rules."""
-    host = Host(tmp_path_factory.mktemp("host"), free_port())
+    host = Host(tmp_path_factory.mktemp("a host"), free_port())
 
     async def serve(stop: asyncio.Event, ready: Callable[[], None]) -> None:
         for name in ("host", "alice", "bob", "eve"):
@@ -775,7 +775,7 @@ def test_lines_for_sshd_are_what_sshd_takes(host: Host) -> None:
         ["python", "-m", "toto.cli", "repo", "sshd", "--repos", host.repos], capture_output=True, text=True, check=True
     ).stdout
     config = host.folder / "printed"
-    config.write_text(f"HostKey {host.folder}/host\n{printed}")
+    config.write_text(f'HostKey "{host.folder}/host"\n{printed}')
     assert SSHD is not None
     shown = subprocess.run(
         [SSHD, "-T", "-f", config, "-C", f"user={getpass.getuser()},host=x,addr=127.0.0.1"],

@@ -107,6 +107,74 @@ async def test_a_push_that_is_too_large_or_malformed_is_refused_by_git(
     assert "hasDotgit" in refused_by_git(pusher, f"{commit}:refs/heads/evil")
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def test_what_would_be_deployed_half_is_refused_by_name(pusher: Pusher) -> None:
+    """Submodules, files that stand for others, names that differ by case, links out of the repo."""
+    (pusher.folder / "terraform/modules/dns").mkdir(parents=True)
+    pusher.git("update-index", "--add", "--cacheinfo", f"160000,{pusher.commit()},terraform/modules/dns")
+    for name, to in {
+        "hosts/a.nix": "/etc/shadow",
+        "helm/b": "../../up",
+        "deep/c": "../../../x",
+        "d": "/nix/store/x",
+    }.items():
+        (pusher.folder / name).parent.mkdir(exist_ok=True)
+        (pusher.folder / name).symlink_to(to)
+    (pusher.folder / "result-web").symlink_to("/nix/store/whatever")
+    files: dict[str, str | None] = {
+        "modules/dns.tf": LFS,
+        "tests/Web1/smoke/a": "x",
+        "tests/web1/smoke/a": "x",
+        "caf\u00e9": "x",
+        "cafe\u0301": "x",
+        "secret": "\0GITCRYPT\0xyz",
+        "fine": f"not {LFS}",
+        "helm/link-within": "x",
+    }
+    write(pusher, files)
+    said = refused(pusher)
+    assert "toto: terraform/modules/dns: is a submodule, and toto has only this repository: the folder would" in said
+    assert "next: commit its files, for example by `git subtree add`; or, if nothing reads it, name it in" in said
+    assert "… and 4 more" in said
+    for words in (
+        "caf\\xe9: differs from cafe\\u0301 only by case or accents",
+        "tests/web1: differs from tests/Web1 only by case",
+        "modules/dns.tf: is not the file but what git-lfs has committed in its place",
+    ):
+        assert f"toto: {words}" in said
+    pusher.git("rm", "-rq", "--cached", "tests/web1", "cafe\u0301", "terraform", "modules")
+    pusher.commit()
+    said = refused(pusher)
+    for words in (
+        "secret: is not the file but what git-crypt has committed",
+        "hosts/a.nix: is a link that leads out of the repo, to /etc/shadow",
+        "helm/b: is a link that leads out of the repo, to ../../up",
+        "deep/c: is a link that leads out of the repo, to ../../../x",
+        "d: is a link that leads out of the repo, to /nix/store/x",
+    ):
+        assert f"toto: {words}" in said
+    assert "result" not in said and "fine" not in said
+    pusher.git("rm", "-rq", "--cached", "secret", "hosts/a.nix", "helm/b", "deep/c", "d")
+    pusher.commit()
+    pusher.push()
+
+
+def test_what_nothing_reads_may_be_unfinished_by_a_setting(pusher: Pusher) -> None:
+    (pusher.folder / "docs/theme").mkdir(parents=True)
+    pusher.git("update-index", "--add", "--cacheinfo", f"160000,{pusher.commit()},docs/theme")
+    write(pusher, {"docs/logo.png": LFS, "docs2/logo.png": LFS, "toto.toml": '[tree]\nunfinished = ["docs/", "x/"]\n'})
+    said = refused(pusher)
+    assert "docs2/logo.png: is not the file" in said and "docs/" not in said
+    write(pusher, {"toto.toml": '[tree]\nunfinished = ["docs", "docs2/logo.png"]\n'})
+    pusher.push()
+    pusher.git("push", str(pusher.remote), "HEAD:refs/heads/other")
+    write(pusher, {"toto.toml": "[tree]\nunfinished = 3\n"})
+    said = refused(pusher)
+    assert "toto.toml:2: tree.unfinished" in said and "docs/theme: is a submodule" in said
+
+
 def test_manifest_that_the_push_does_not_change_is_not_checked(pusher: Pusher) -> None:
     write(pusher, {"machines.yaml": "fleet: []\n"})
     pusher.push("main:refs/heads/elsewhere")  # which is not deployed

@@ -34,7 +34,7 @@ from toto.helm.command import (
     RenderFailed,
 )
 from toto.helm.release import Release, discover
-from toto.helm.revert import RevertedRelease, revert
+from toto.helm.revert import CannotGoBack, Place, RevertedRelease, revert
 
 pytestmark = pytest.mark.minutes(2)
 
@@ -104,9 +104,9 @@ class Lab:
         (release,) = discover(self.tree)
         return release
 
-    async def upgrade(self, release: Release | None = None, **values: object) -> Deployed:
+    async def upgrade(self, release: Release | None = None, *, run: str = "", **values: object) -> Deployed:
         self.set(**values)
-        return await self.helm.upgrade(release or self.release(), self.tree)
+        return await self.helm.upgrade(release or self.release(), self.tree, run=run)
 
     async def get(self, kind: str, name: str = "page", api: str = "api/v1") -> Any:
         return await self.cluster.get(f"/{api}/namespaces/{self.namespace}/{kind}/{name}")
@@ -284,34 +284,154 @@ async def test_killed_upgrade_is_repaired_without_a_record_to_what_was_whole(lab
     assert await lab.helm.last_whole(lab.release()) == 4
 
 
+async def place(lab: Lab, release: Release) -> Place:
+    """What the roll-out's `inspect` finds and records."""
+    now = await lab.helm.newest(release)
+    if now is None:
+        return Place(newest=0)
+    to = now.number if now.status == "deployed" else await lab.helm.last_whole(release)
+    return Place(to, now.number, now.status)
+
+
 async def test_release_is_reverted_to_what_it_was(lab: Lab) -> None:
-    assert await revert(lab.helm, lab.release(), 0) == RevertedRelease(0, "uninstalled")
-    await lab.upgrade(text="first")
-    assert await revert(lab.helm, lab.release(), 1) == RevertedRelease(1, "at revision 1, as it was")
-    await lab.upgrade(text="second")
-    was = lab.release()
-    assert await revert(lab.helm, was, 1, was) == RevertedRelease(3, "rolled back to revision 1, as revision 3")
-    assert await lab.text() == "first"
-    elsewhere = lab.release(namespace=f"{lab.namespace}-2")
-    assert (await lab.helm.upgrade(elsewhere, lab.tree)).number == 1
-    gone = RevertedRelease(3, f"uninstalled from namespace {lab.namespace}-2")
-    assert await revert(lab.helm, elsewhere, 3, was) == gone
-    assert await lab.helm.current(elsewhere) is None
-    assert await revert(lab.helm, was, 0) == RevertedRelease(0, "uninstalled")
+    release = lab.release()
+    nothing = await place(lab, release)
+    assert await revert(lab.helm, release, nothing, "run-1") == RevertedRelease(0, "not installed")
+    await lab.upgrade(run="run-1")
+    gone = RevertedRelease(0, f"uninstalled from namespace {lab.namespace}")
+    assert await revert(lab.helm, release, nothing, "run-1") == gone
     assert await lab.text() is None
+    await lab.upgrade(text="first", run="run-1")
+    first = await place(lab, release)
+    assert await revert(lab.helm, release, first, "run-2") == RevertedRelease(1, "at revision 1, as it was")
+    await lab.upgrade(text="second", run="run-2")
+    back = RevertedRelease(3, "rolled back to revision 1, as revision 3")
+    assert await revert(lab.helm, release, first, "run-2") == back
+    assert await revert(lab.helm, release, first, "run-2") == back  # one that was killed before it could say so
+    assert await lab.text() == "first"
 
 
-async def test_killed_installation_is_removed_by_repair(lab: Lab) -> None:
-    upgrade = asyncio.create_task(lab.upgrade(fate="stuck"))
-    await lab.until_pending(lab.release())
+@both
+async def test_nothing_that_was_there_before_is_uninstalled(lab: Lab) -> None:
+    """A release that somebody else has installed, whole or not, is what it was after a failed run."""
+    chart = str(lab.tree / "helm/page/chart")
+    release = lab.release(timeout=2)
+    with pytest.raises(process.CommandFailed):
+        await lab.by_hand(
+            "install", "page", chart, "--create-namespace", "--set", "text=theirs,fate=stuck", "--wait", "--timeout=1s"
+        )
+    before = await place(lab, release)
+    assert before == Place(0, 1, "failed")
+    assert "at revision 1 (page-0.1.0, failed), and not by toto" in str(await lab.helm.outside_change(release, 0))
+    with pytest.raises(ReleaseFailed):
+        await lab.upgrade(release, text="ours", fate="stuck", run="run-1")
+    assert await lab.text() == "ours"
+    done = await revert(lab.helm, release, before, "run-1")
+    assert done.words == "rolled back to revision 1, which was never whole, as revision 3"
+    assert await lab.text() == "theirs"
+
+
+async def test_a_release_that_was_uninstalled_keeps_its_history(lab: Lab) -> None:
+    chart = str(lab.tree / "helm/page/chart")
+    await lab.by_hand("install", "page", chart, "--create-namespace")
+    await lab.by_hand("uninstall", "page", "--keep-history", "--wait")
+    release = lab.release(timeout=2)
+    before = await place(lab, release)
+    assert before == Place(0, 1, "uninstalled")
+    with pytest.raises(ReleaseFailed):
+        await lab.upgrade(release, text="ours", fate="stuck", run="run-1")
+    assert await revert(lab.helm, release, before, "run-1") == RevertedRelease(
+        0, f"uninstalled from namespace {lab.namespace}"
+    )
+    assert await lab.text() is None
+    newest = await lab.helm.newest(release)
+    assert newest is not None and newest.status == "uninstalled"
+
+
+async def test_what_somebody_does_during_the_run_stops_its_way_back(lab: Lab) -> None:
+    release, chart = lab.release(), str(lab.tree / "helm/page/chart")
+    nothing = await place(lab, release)
+    await lab.upgrade(text="ours", run="run-1")
+    await lab.by_hand("upgrade", "page", chart, "--set", "text=theirs")
+    with pytest.raises(CannotGoBack) as caught:
+        await revert(lab.helm, release, nothing, "run-1")
+    assert "cannot go back by itself: revision 2 (page-0.1.0, deployed, 20" in str(caught.value)
+    assert f"look at `helm --namespace {lab.namespace} history page`; then `helm" in str(caught.value)
+    assert await lab.text() == "theirs"
+    theirs = await place(lab, release)
+    await lab.upgrade(text="ours again", run="run-2")
+    with pytest.raises(CannotGoBack, match=r"revision 3 .* is not of this run"):
+        await revert(lab.helm, release, theirs, "run-3")
+    done = await revert(lab.helm, release, theirs, "run-2")
+    assert done.words == "rolled back to revision 2, as revision 4"
+    assert await lab.text() == "theirs"
+
+
+async def test_the_record_of_an_older_version_uninstalls_nothing(lab: Lab) -> None:
+    release = lab.release()
+    await lab.upgrade(text="first")
+    with pytest.raises(CannotGoBack, match="did not record whether the release was there before"):
+        await revert(lab.helm, release, Place(), "run-1")
+    assert await lab.text() == "first"
+    await lab.upgrade(text="second")
+    assert (await revert(lab.helm, release, Place(1), "run-1")).words == "rolled back to revision 1, as revision 3"
+    await lab.by_hand("uninstall", "page")
+    assert (await revert(lab.helm, release, Place(), "run-1")).words == "not installed"
+
+
+@both
+async def test_what_is_there_and_not_the_releases_is_refused_before_anything_is_touched(lab: Lab) -> None:
+    release = lab.release()
+    await lab.cluster.post("/api/v1/namespaces", {"metadata": {"name": lab.namespace}})
+    maps = f"/api/v1/namespaces/{lab.namespace}/configmaps"
+    theirs = {"metadata": {"name": "page"}, "data": {"text": "theirs"}}
+    await lab.cluster.post(maps, theirs)
+    with pytest.raises(RenderFailed, match="cannot be imported into the current release") as caught:
+        await lab.helm.difference(release, lab.tree)
+    assert "next: it is not this release's: remove it or rename it" in str(caught.value)
+    with pytest.raises(RenderFailed):
+        await lab.upgrade()
+    labels = {
+        "labels": {"app.kubernetes.io/managed-by": "Helm"},
+        "annotations": {"meta.helm.sh/release-name": "page", "meta.helm.sh/release-namespace": lab.namespace},
+    }
+    await lab.cluster.patch(f"{maps}/page", {"metadata": labels})  # as the release that was there has left it
+    with pytest.raises(RenderFailed, match="ConfigMap page: there already, with the labels of a release of this name"):
+        await lab.helm.difference(release, lab.tree)
+    assert await lab.text() == "theirs" and await lab.helm.newest(release) is None
+    await lab.cluster.delete(f"{maps}/page")
+    await lab.upgrade(run="run-1")
+    await lab.cluster.post(maps, theirs | {"metadata": {"name": "more"} | labels})
+    more = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: more, annotations: {POLICY}}\n"
+    lab.write({"chart/templates/more.yaml": more.replace("POLICY", "")})
+    with pytest.raises(RenderFailed, match="ConfigMap more: there already"):
+        await lab.upgrade()
+    lab.write({"chart/templates/more.yaml": more.replace("POLICY", "helm.sh/resource-policy: keep")})
+    before = await place(lab, release)
+    await lab.upgrade(run="run-2")
+    await revert(lab.helm, release, before, "run-2")
+    assert (await lab.get("configmaps", "more"))["data"] == {"text": "theirs"}
+
+
+async def test_killed_installation_is_reverted_and_that_of_somebody_else_is_not_removed(lab: Lab) -> None:
+    release = lab.release()
+    before = await place(lab, release)
+    upgrade = asyncio.create_task(lab.upgrade(fate="stuck", run="run-1"))
+    await lab.until_pending(release)
     for pid in lab.helms():
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(ReleaseFailed):
         await upgrade
-    assert await lab.helm.repair(lab.release(), patience=0) == (
-        "a helm that was killed had left it pending-install at revision 1; its remains were removed"
-    )
-    assert await lab.helm.current(lab.release()) is None
+    with pytest.raises(ReleaseBusy, match="no revision of it was ever whole: toto removes nothing") as caught:
+        await lab.helm.repair(release, patience=0)
+    assert f"next: `helm --namespace {lab.namespace} uninstall page`, and push again" in str(caught.value)
+    left = await place(lab, release)
+    assert left == Place(0, 1, "pending-install")
+    assert (await revert(lab.helm, release, left, "run-2")).words == "at revision 1, as it was"
+    with pytest.raises(CannotGoBack):
+        await revert(lab.helm, release, before, "run-2")
+    assert "uninstalled" in (await revert(lab.helm, release, before, "run-1")).words
+    assert await lab.helm.newest(release) is None
     assert (await lab.upgrade()).number == 1
 
 
@@ -519,21 +639,121 @@ async def test_a_schema_fetches_nothing(lab: Lab, tmp_path: Path) -> None:
     assert asked == []
 
 
-async def test_crds_of_a_chart_are_installed(lab: Lab) -> None:
-    name = f"p{uuid.uuid4().hex[:8]}"
+def crd(name: str, **about: object) -> dict[str, Any]:
     kind = {"plural": f"{name}s", "singular": name, "kind": name.capitalize()}
     version = {"name": "v1", "served": True, "storage": True}
-    schema = {"schema": {"openAPIV3Schema": {"type": "object", "description": "{{ not a template }}"}}}
-    crd = {
+    schema = {"type": "object", "properties": {"size": {"type": "integer"}}, **about}
+    return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {"name": f"{name}s.example.org"},
-        "spec": {"group": "example.org", "scope": "Namespaced", "names": kind, "versions": [version | schema]},
+        "spec": {
+            "group": "example.org",
+            "scope": "Namespaced",
+            "names": kind,
+            "versions": [version | {"schema": {"openAPIV3Schema": schema}}],
+        },
     }
-    lab.write({"chart/crds/crd.yaml": json.dumps(crd)})
+
+
+def one_of(name: str) -> str:
+    return f"apiVersion: example.org/v1\nkind: {name.capitalize()}\nmetadata: {{name: one}}\nsize: 1\n"
+
+
+async def description(lab: Lab, name: str) -> Any:
+    """What the cluster's CRD says of itself; None where there is none."""
+    found = await lab.cluster.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}s.example.org")
+    return found and found["spec"]["versions"][0]["schema"]["openAPIV3Schema"].get("description", "")
+
+
+@both
+async def test_crds_of_a_chart_are_told_and_applied_where_that_is_wanted(lab: Lab) -> None:
+    """Helm only brings what is new of them with a new release."""
+    old, new = (f"{letter}{uuid.uuid4().hex[:8]}" for letter in "pq")
+    lab.write({"chart/crds/crd.yaml": json.dumps(crd(old, description="{{ not a template }}"))})
+    first = await lab.helm.difference(lab.release(), lab.tree)
+    assert f"+ CustomResourceDefinition {old}s.example.org" in first.lines()
     await lab.upgrade()
-    made = await lab.cluster.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}s.example.org")
-    assert made["spec"]["group"] == "example.org"
+    assert await description(lab, old) == "{{ not a template }}"
+    assert (await lab.helm.difference(lab.release(), lab.tree)).crds == ()
+
+    lab.write(
+        {"chart/crds/crd.yaml": json.dumps(crd(old, description="changed")), "chart/crds/b.yaml": json.dumps(crd(new))}
+    )
+    told = await lab.helm.difference(lab.release(), lab.tree)
+    names = tuple(f"CustomResourceDefinition {each}s.example.org" for each in (new, old))
+    assert told.empty and told.left_out == names
+    assert told.summary == f"nothing to change; not applied: {', '.join(names)}"
+    for name in names:
+        assert f"! NOT APPLIED (`crds: apply` in release.yaml does): {name}" in told.lines()
+    assert any("{{ not a template }}" in line and "changed" in line for line in told.lines()), told.lines()
+    await lab.upgrade()
+    assert await description(lab, old) == "{{ not a template }}" and await description(lab, new) is None
+
+    release = lab.release(crds="apply")
+    found = await lab.helm.difference(release, lab.tree)
+    assert not found.empty and found.left_out == () and found.summary == "2 to apply (CRDs)"
+    await lab.upgrade(release)
+    assert await description(lab, old) == "changed" and await description(lab, new) == ""
+    assert (await lab.helm.difference(release, lab.tree)).empty
+    lab.write({"chart/crds/crd.yaml": json.dumps(crd(old, description="again"))})
+    await lab.upgrade(release)
+    assert await description(lab, old) == "again"
+    everywhere = [lab.helm.binary, "list", "--all-namespaces", "--output", "json"]
+    releases = json.loads((await process.run(everywhere, env=lab.cluster.environment)).stdout)
+    assert not [each for each in releases if each["name"].startswith("toto-crds")]
+    await lab.helm.uninstall(release)
+    assert await description(lab, old) == "again"
+
+
+@both
+async def test_resources_of_a_crd_come_with_it(lab: Lab) -> None:
+    if not lab.cluster.bears_custom_resources:
+        pytest.skip("the API server dies of the first custom resource")
+    old, new = (f"{letter}{uuid.uuid4().hex[:8]}" for letter in "pq")
+    lab.write({"chart/crds/crd.yaml": json.dumps(crd(old)), "chart/templates/one.yaml": one_of(old)})
+    assert f"+ {old.capitalize()} one" in (await lab.helm.difference(lab.release(), lab.tree)).lines()
+    await lab.upgrade()
+    assert (await lab.get(f"{old}s", "one", "apis/example.org/v1"))["size"] == 1
+    lab.write({"chart/crds/b.yaml": json.dumps(crd(new)), "chart/templates/two.yaml": one_of(new)})
+    with pytest.raises(RenderFailed, match=r"next: fix .*; if its crds/ has that kind: `crds: apply` in helm/page"):
+        await lab.upgrade()
+    release = lab.release(crds="apply")
+    assert (await lab.helm.difference(release, lab.tree)).summary == "1 to add, 1 to apply (CRDs)"
+    await lab.upgrade(release)
+    for each in (old, new):
+        assert (await lab.get(f"{each}s", "one", "apis/example.org/v1"))["size"] == 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("depends", "charts", "words"),
+    [
+        ("{name: x, version: 1.0.0, repository: ''}", {}, "x 1.0.0 (missing)"),
+        ("{name: x, version: ^2.0.0, repository: ''}", {"x": "1.9.0"}, "x ^2.0.0 (wrong version)"),
+        ("{name: x, version: 2.0.0, repository: ''}", {"x": "1.9.0", "x/charts/y": "1.0.0"}, "x 2.0.0 (wrong version)"),
+        ("{name: x, version: ^1.0.0, repository: ''}", {"x": "1.9.0"}, ""),
+        (
+            "{name: x, version: 1.9.0, repository: ''}",
+            {"x": "1.9.0 y"},
+            "helm/page/chart/charts/x/charts/ does not have",
+        ),
+    ],
+)
+async def test_a_chart_without_what_it_depends_on_is_refused(
+    lab: Lab, depends: str, charts: dict[str, str], words: str
+) -> None:
+    """(Helm itself renders a chart with a dependency of a wrong version, and says nothing.)"""
+    lab.write({"chart/Chart.yaml": f"{CHART}dependencies: [{depends}]\n"})
+    for name, version in charts.items():
+        number, _, needs = version.partition(" ")
+        more = f"dependencies: [{{name: {needs}, version: 1.0.0, repository: ''}}]\n" if needs else ""
+        lab.write({f"chart/charts/{name}/Chart.yaml": f"apiVersion: v2\nname: {name[-1]}\nversion: {number}\n{more}"})
+    if not words:
+        return await lab.helm.check_dependencies(lab.release(), lab.tree)
+    with pytest.raises(RenderFailed) as caught:
+        await lab.helm.check_dependencies(lab.release(), lab.tree)
+    assert words in str(caught.value) and "\nnext: run `helm dependency update helm/page/chart" in str(caught.value)
 
 
 async def test_lint_warns_and_refuses(lab: Lab) -> None:

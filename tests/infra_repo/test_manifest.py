@@ -3,9 +3,11 @@
 import json
 import pickle
 import re
-from datetime import datetime
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import yaml
@@ -358,6 +360,47 @@ def test_a_long_chain_works() -> None:
 )
 def test_a_window_is_open_when_it_says(window: str, moment: str, is_open: bool) -> None:
     assert Window.parse(window).contains(datetime.fromisoformat(moment)) is is_open
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("window", "opens", "closes"),
+    [
+        # Summer ends on 2024-10-27: at 01:00 UTC the clock goes from 03:00 back to 02:00.
+        ("Sun 02:00-03:00", "2024-10-27T00:00", "2024-10-27T02:00"),
+        ("Sun 01:00-02:30", "2024-10-26T23:00", "2024-10-27T00:30"),
+        ("Sun 02:30-03:30", "2024-10-27T00:30", "2024-10-27T02:30"),
+        ("Sun 02:15-02:45", "2024-10-27T00:15", "2024-10-27T00:45"),
+        ("Sat 22:00-06:00", "2024-10-26T20:00", "2024-10-27T05:00"),
+        ("Sat 22:00-02:30", "2024-10-26T20:00", "2024-10-27T00:30"),
+        # It begins on 2024-03-31: at 01:00 UTC the clock goes from 02:00 to 03:00.
+        ("Sun 02:00-03:00", "", ""),
+        ("Sun 02:30-02:45", "", ""),
+        ("Sun 02:30-04:00", "2024-03-31T01:00", "2024-03-31T02:00"),
+        ("Sun 01:00-02:30", "2024-03-31T00:00", "2024-03-31T01:00"),
+        ("Sat 22:00-06:00", "2024-03-30T21:00", "2024-03-31T04:00"),
+    ],
+)
+@pytest.mark.parametrize("zone", [BERLIN, None], ids=["of a zone", "of this machine"])
+def test_a_window_opens_once_in_the_night_when_clocks_are_set(
+    window: str, opens: str, closes: str, zone: ZoneInfo | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        month = opens[5:7] if opens else "03"
+        first = datetime(2024, 10, 25, tzinfo=UTC) if month == "10" else datetime(2024, 3, 29, tzinfo=UTC)
+        minutes = [first + timedelta(minutes=5 * number) for number in range(4 * 24 * 12)]
+        is_open = [
+            each for each in minutes if Window.parse(window).contains(datetime.fromtimestamp(each.timestamp(), zone))
+        ]
+        expected = [each for each in minutes if opens <= each.isoformat() < closes]
+        assert is_open == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_the_committed_schema_is_current() -> None:

@@ -88,7 +88,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
         (
             "'a\\nb' = 1\n",
-            "toto.toml:1: 'a\\\\nb': is not a known field; known are nix, sandbox, roll_out, terraform, venues",
+            "toto.toml:1: 'a\\\\nb': is not a known field; known are tree, nix, sandbox, roll_out, terraform, venues",
         ),
     ],
 )

@@ -47,7 +47,7 @@ async def signatures(path: str, env: dict[str, str]) -> list[str]:
 async def test_a_closure_arrives_signed_and_the_daemon_need_not_trust_toto(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "a state"))
     repo = await git_host.make(tmp_path / "repos", "infra")
     key = await keys.make(repo, "cache", "signing")
     public = await keys.public_half(key)
@@ -59,7 +59,7 @@ async def test_a_closure_arrives_signed_and_the_daemon_need_not_trust_toto(
     accepted = server.directory / "authorized"
     accepted.write_text(f'command="{login}" {accepted.read_text()}')
 
-    async with daemon.running(tmp_path_factory.mktemp("nix")) as socket:
+    async with daemon.running(tmp_path_factory.mktemp("a nix")) as socket:
         monkeypatch.setenv(daemon.SOCKET, str(socket))
         path, other = await closure(tmp_path)
         words = ["nix", "--extra-experimental-features", "nix-command", "store", "sign", "-k", str(key), path]
@@ -68,7 +68,7 @@ async def test_a_closure_arrives_signed_and_the_daemon_need_not_trust_toto(
         signed = tmp_path / "signed"
         for _ in range(2):  # (a second attempt finds the folder as the first has left it)
             await nix.sign(path, key, signed)
-        async with ssh.connection(server.target, tmp_path / "ssh") as connection:
+        async with ssh.connection(server.target, tmp_path / "an ssh") as connection:
             await nix.copy(path, "web1.lan", connection.config, timeout=60, target="web1", signed=signed)
         for each in (path, other):
             [signature] = await signatures(each, machines)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import setup
-from tests.repos import InfraRepo
+from tests.repos import InfraRepo, git
 from toto.base import paths, process, server_rules
 from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
@@ -24,6 +24,7 @@ from toto.plan.changes import Action, Why
 from toto.plan.host import HostOrder
 from toto.plan.kinds import kind_of
 from toto.plan.order import Plan
+from toto.plan.release import ReleaseOrder
 from toto.report.report import Report
 
 Make = Callable[..., Awaitable[Plan]]
@@ -454,3 +455,107 @@ async def test_a_deployed_machine_with_a_new_address_is_refused_without_its_old_
     made = await make(repo.commit({"machines.yaml": text.replace("192.0.2.9", "192.0.2.9, was: 192.0.2.1")}))
     (change,) = made.changes.changes
     assert (change.why, change.action) == (Why.MOVED, Action.DEPLOY) and "what runs there stays" in change.note
+
+
+async def test_a_commit_that_is_unfinished_is_refused_in_its_plan_by_name(make: Make, repo: InfraRepo) -> None:
+    """On branches that are not deployed no hook looks at it."""
+    fine = repo.commit({"machines.yaml": "machines: []\n", "hosts/a.nix": "{ }\n"})
+    (repo.work / "terraform/zones").mkdir(parents=True)
+    git("update-index", "--add", "--cacheinfo", f"160000,{fine},terraform/zones", cwd=repo.work)
+    half = repo.commit({"hosts/A.nix": "{ }\n", "hosts/b.nix": "version https://git-lfs.github.com/spec/v1\noid x\n"})
+    with pytest.raises(InputError) as caught:
+        await make(half, "b")
+    for words in (
+        "terraform/zones: is a submodule",
+        "hosts/a.nix: differs from hosts/A.nix only by case",
+        "hosts/b.nix: is not the file but what git-lfs has committed",
+    ):
+        assert words in str(caught.value)
+    (repo.work / "hosts/c.nix").symlink_to("/nix/store/00000000000000000000000000000000-c")
+    with pytest.raises(InputError, match=r"hosts/c\.nix: is a link that leads out of the repo"):
+        await make(repo.commit({"toto.toml": '[tree]\nunfinished = ["terraform", "hosts"]\n'}))
+    (repo.work / "hosts/c.nix").unlink()
+    (repo.work / "result").symlink_to("/nix/store/00000000000000000000000000000000-c")
+    assert (await make(repo.commit({}), "helm")).changes.empty
+
+
+def page(name: str = "page", **release: str) -> dict[str, str | None]:
+    return {
+        f"helm/{name}/release.yaml": "".join(f"{key}: {value}\n" for key, value in release.items()),
+        f"helm/{name}/Chart.yaml": "apiVersion: v2\nname: page\nversion: 0.1.0\n",
+        f"helm/{name}/templates/page.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: page}\n",
+    }
+
+
+async def deployed(made: Plan, repo: InfraRepo, **more: str) -> None:
+    """Record the plan's releases as deployed, at revision 3."""
+    for each in made.orders:
+        good = kind_of(each.target).deployed(each.desired, commit=made.commit, run="r", at="now", revision=3)
+        entry = Entry(good=good.model_copy(update=more))
+
+        def change(_: Entry, entry: Entry = entry) -> Entry:
+            return entry
+
+        await Ledger(repo.bare).write(each.target, change, "good")
+
+
+@pytest.mark.parametrize("recorded", [{}, {"namespace": ""}], ids=["by this version", "by an older one"])
+async def test_a_release_whose_namespace_changes_is_refused_by_name(
+    make: Make, repo: InfraRepo, recorded: dict[str, str]
+) -> None:
+    await deployed(
+        await make(repo.commit({"machines.yaml": "machines: []\n", **page(namespace="old")})), repo, **recorded
+    )
+    [failure] = (await make(repo.commit(page(namespace="new")))).changes.failed
+    assert failure.message == (
+        "helm/page: its place changed from old/page to new/page, while old/page still holds revision 3, which toto "
+        "deployed: there would be two\nnext: change it back, or write `was: old/page` into helm/page/release.yaml: "
+        "then it is installed anew, and the old one stays until somebody runs `helm --namespace old uninstall page`"
+    )
+    assert (await make(repo.commit(page(namespace="new", was="else/page")))).changes.failed
+    [order] = (await make(repo.commit(page(namespace="new", was="old/page")))).orders
+    assert isinstance(order, ReleaseOrder) and order.last is None
+    assert order.change.note == "it was old/page, which stays in the cluster as it is"
+    await deployed(await make(repo.commit(page(namespace="new", was="old/page"))), repo)
+    assert (await make(repo.commit({}))).changes.empty
+    [failure] = (await make(repo.commit(page(namespace="third", was="old/page")))).changes.failed
+    assert "from new/page to third/page" in failure.message
+
+
+async def test_a_release_whose_folder_is_renamed_is_refused_by_name(make: Make, repo: InfraRepo) -> None:
+    await deployed(await make(repo.commit({"machines.yaml": "machines: []\n", **page(), **page("other")})), repo)
+    git("mv", "helm/page", "helm/shop", cwd=repo.work)
+    renamed = await make(repo.commit({"helm/shop/release.yaml": "namespace: web\n"}), "helm/shop")
+    [failure] = renamed.changes.failed
+    assert (
+        "helm/shop: its place changed from default/page to web/shop, while default/page still holds" in failure.message
+    )
+    whole = await make(renamed.commit)
+    assert whole.changes.failed and whole.changes.retired == ()  # else the next push would know nothing of it
+    moved = await make(repo.commit({"helm/shop/release.yaml": "was: default/page\n"}))
+    assert [each.label for each in moved.orders] == ["helm/shop"] and moved.changes.retired == (Target("helm", "page"),)
+    assert "it was default/page, which stays" in str(moved.changes)
+    copied = await make(repo.commit(page("copy") | page("page")), "helm/copy")
+    assert [each.label for each in copied.orders] == ["helm/copy"]
+    await deployed(moved, repo)
+    git("rm", "-rq", "helm/other", "helm/copy", cwd=repo.work)
+    swapped = await make(
+        repo.commit({"helm/new/release.yaml": "chart: x\nrepo: https://x.org\nversion: 1.0.0\n"}), "helm"
+    )
+    assert not swapped.changes.failed and Target("helm", "other") not in swapped.changes.unchanged
+
+
+async def test_a_chart_that_lacks_what_it_depends_on_is_refused_in_the_plan(make: Make, repo: InfraRepo) -> None:
+    chart = "apiVersion: v2\nname: page\nversion: 0.1.0\ndependencies: [{name: db, version: 2.0.0, repository: ''}]\n"
+    db = "apiVersion: v2\nname: db\nversion: 1.0.0\n"
+    files = {
+        "machines.yaml": "machines: []\n",
+        **page(),
+        "helm/page/Chart.yaml": chart,
+        "helm/page/charts/db/Chart.yaml": db,
+    }
+    made = await make(repo.commit(files), "helm")
+    [failure] = made.changes.failed
+    assert "helm/page/charts/ does not have what Chart.yaml wants: db 2.0.0 (wrong version)" in failure.message
+    [order] = (await make(repo.commit({"helm/page/charts/db/Chart.yaml": db.replace("1.0", "2.0")}), "helm")).orders
+    assert order.label == "helm/page"

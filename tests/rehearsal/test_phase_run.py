@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_port
+from tests.machine.test_ssh import WORDS, needs_sshd, sshd
 from toto.base import process
 from toto.machine.ssh import SshTarget, plain
 from toto.rehearsal.phase_run import Bench, Endpoint, PhasePassed, bench
@@ -102,11 +104,70 @@ async def test_on_host_carries_words_as_they_are(endpoint: Endpoint, tmp_path: P
 
 async def test_on_host_has_the_scripts_streams_and_the_commands_status(endpoint: Endpoint, tmp_path: Path) -> None:
     async with at(endpoint, tmp_path) as place:
-        done = await said(place, "sh", "-c", "echo in | on-host 'tr a-z A-Z; echo error >&2; exit 7'")
+        done = await said(place, "sh", "-c", "echo in | on-host --stdin 'tr a-z A-Z; echo error >&2; exit 7'")
         assert (done.stdout, done.stderr, done.status) == ("IN\n", "error\n", 7)
         assert (await said(place, "sh", "-c", "on-host echo x >&-; on-host echo $? <&-")).stdout == "0\n"
         large = await said(place, "sh", "-c", "on-host 'head -c 3000000 /dev/zero' | wc -c")
         assert large.stdout.strip() == "3000000"
+
+
+async def test_a_loop_over_a_list_runs_to_its_end(endpoint: Endpoint, tmp_path: Path) -> None:
+    loop = 'printf "%s\n" a b c | while read -r each; do on-host "cat; echo $each"; done'
+    async with at(endpoint, tmp_path) as place:
+        assert (await said(place, "sh", "-c", loop)).lines == ["a", "b", "c"]
+        eaten = await said(place, "sh", "-c", loop.replace("on-host", "on-host --stdin"))
+        assert eaten.lines == ["b", "c", "a"]
+
+
+async def test_what_is_not_a_command_is_told(endpoint: Endpoint, tmp_path: Path) -> None:
+    async with at(endpoint, tmp_path) as place:
+        for words in ([], ["--stdin"], ["--", "true"], ["--tty", "true"]):
+            done = await said(place, "on-host", *words)
+            assert (done.status, done.stderr) == (64, "usage: on-host [--stdin] COMMAND [ARGUMENT...]\n")
+        done = await said(place, "on-host", "echo", "é" * 20_000)
+        assert done.status == 64 and "too long; give it by a file, or by --stdin" in done.stderr
+        assert len((await said(place, "on-host", "echo", "e" * 100_000)).stdout) == 100_001
+
+
+@needs_sshd
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "fish", "tcsh", "nu"])
+async def test_words_arrive_as_they_are_under_every_login_shell(shell: str, tmp_path: Path) -> None:
+    """sshd gives the shell what it would give to the login shell of a user: `-c` and the line."""
+    if (found := shutil.which(shell)) is None:
+        pytest.skip(f"there is no {shell} on this machine")
+    forced = tmp_path / "forced"
+    forced.write_text(f'#!/bin/sh\nexec {found} -c "$SSH_ORIGINAL_COMMAND"\n')
+    forced.chmod(0o755)
+    async with sshd(tmp_path, "127.0.0.1", f"ForceCommand {forced}") as server:
+        there = Endpoint(plain(server.target, tmp_path / "ssh-files"), {})
+        async with at(there, tmp_path) as place:
+            words = [
+                *WORDS,
+                "!!",
+                "!x",
+                "\\0101",
+                "\\",
+                "'",
+                "''",
+                "~",
+                "$PWD",
+                "%self",
+                "{a,b}",
+                "[x]",
+                "\n",
+                "a\n",
+                "(",
+            ]
+            done = await said(place, "on-host", "printf", "%s\\0", *words)
+            assert done.stdout.split("\0")[:-1] == words, done.stderr
+            bare = await said(place, "sh", "-c", r"""on-host printf %s "$(printf 'a\377b')" | od -An -tx1""")
+            assert bare.stdout.split() == ["61", "ff", "62"]
+            line = "for each in 'a b' c; do echo \"$each\"; done; test ! -e /nowhere && exit 3"
+            done = await said(place, "on-host", line)
+            assert (done.stdout, done.status) == ("a b\nc\n", 3)
+            assert (await said(place, "on-host", "command", "-v", "sh")).status == 0
+            piped = await said(place, "sh", "-c", "echo in | on-host --stdin cat; on-host cat < /etc/passwd")
+            assert piped.stdout == "in\n"
 
 
 async def test_a_command_ends_with_the_script_that_asked_for_it(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.minutes(2)
 
 @pytest.fixture
 def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short one: the path of PostgreSQL's socket has at most 107 characters."""
-    return tmp_path_factory.mktemp("d")
+    """A short one: the path of PostgreSQL's socket has at most 107 characters. With a blank, as homes may have."""
+    return tmp_path_factory.mktemp("d d")
 
 
 async def until(api: Api, run: str, states: set[str], seconds: float = 120) -> dict[str, Any]:

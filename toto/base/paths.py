@@ -22,12 +22,11 @@ LEAST_FREE: Final = 200_000_000  # bytes: for the ledger, logs and exports of a 
 def state_home() -> Path:
     """toto's state directory: $TOTO_STATE, else ~/.local/state/toto. It is made when missing, with mode 0700.
 
-    Raises `InputError` when its name has white space.
+    Raises `InputError` when its name has control characters, or white space other than blanks.
     """
     home = Path(os.environ.get(STATE) or Path.home() / ".local/state/toto").absolute()
-    if re.search(r"\s", str(home)):
-        # ssh options and NixOS's run-NAME-vm split at white space.
-        raise InputError(f"the state directory {home} has white space in its name", hint="set TOTO_STATE")
+    if re.search(r"[^\S ]|[\x00-\x1f\x7f]", str(home)):
+        raise InputError(f"the state directory {str(home)!a} is no plain path", hint="set TOTO_STATE")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home
 

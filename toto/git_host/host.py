@@ -49,7 +49,7 @@ POLICY: Final[Mapping[str, str]] = {
     "gpg_home": "toto.gpgHome",
 }
 # The hook prints the path into JSON, and ssh and git pass it through shells: no character is special to those.
-_PATH: Final = re.compile(r"(/[A-Za-z0-9._+@][A-Za-z0-9._+@-]*)+")
+_PATH: Final = re.compile(r"(/[A-Za-z0-9._+@]([A-Za-z0-9._+@ -]*[A-Za-z0-9._+@-])?)+")
 _BRANCH: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._/+-]*")
 _DEPLOYMENT: Final = re.compile(r"[a-z0-9][a-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -320,7 +320,7 @@ def _checked(
         raise InputError(
             "not a path that toto accepts for a repository",
             target=place,
-            hint="use an absolute path of letters, digits and . _ + @ -",
+            hint="use an absolute path of letters, digits, blanks and . _ + @ -",
         )
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError("exists already and is not a folder", target=place, hint="use a different path")

@@ -20,6 +20,8 @@ from toto.base.errors import TotoError
 from toto.base.process import Completed, LineSink
 from toto.base.without_git import without_git
 from toto.git_host import access, signatures
+from toto.infra_repo import contents
+from toto.infra_repo.contents import LINK, SETTINGS
 
 OPTIONS: Final[Mapping[str, str]] = {
     "plan": "print what would change, and start nothing",
@@ -31,8 +33,6 @@ OPTIONS: Final[Mapping[str, str]] = {
     "reason=TEXT": "why that is accepted",
 }
 MANIFEST: Final = "machines.yaml"
-SETTINGS: Final = "toto.toml"
-LINK: Final = "120000"  # git's mode of a symbolic link
 MAX_FILE_SIZE: Final = 100 << 20  # bytes
 _LONGEST_REASON: Final = 300  # characters
 _ONLY: Final = re.compile(r"[A-Za-z0-9._:@/+-]+(,[A-Za-z0-9._:@/+-]+)*")
@@ -163,7 +163,7 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str], u
         if update.branch is not None and update.branch == policy.branch:
             checks += [_taken_away(update, policy, repo)] if not update.creates else []
             if not update.deletes:
-                checks.append(_wrong_rules(update) if policy.rules else _wrong_files(update))
+                checks += [_wrong_rules(update)] if policy.rules else [_wrong_files(update), _unfinished(update, repo)]
         if policy.signed and update.branch is not None and not update.deletes:
             checks.append(_untrusted(update, policy, repo))
     return [line for found in await asyncio.gather(*checks) for line in found]
@@ -304,6 +304,15 @@ async def _wrong_files(update: Update) -> list[str]:
             except TotoError as error:
                 wrong.append(str(error))
     return wrong
+
+
+async def _unfinished(update: Update, repo: Path) -> list[str]:
+    """What of the commit would not be deployed as it was meant: submodules, and the like."""
+    env = without_git(kept=_QUARANTINE)
+    if not await contents.unfinished(repo, update.new, env):
+        return []
+    settings = await _git("cat-file", "blob", f"{update.new}:{SETTINGS}", check=False)
+    return contents.words(await contents.unfinished(repo, update.new, env, contents.allowed(settings.stdout)))
 
 
 async def _wrong_rules(update: Update) -> list[str]:

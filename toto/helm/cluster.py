@@ -22,7 +22,7 @@ from typing import Any, Final
 import yaml
 
 from toto.base import files, paths, process
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
 from toto.cell import folders, tool
 from toto.cell.cell import Cell
 from toto.helm import diff as manifests
@@ -38,7 +38,7 @@ from toto.helm.command import (
     RenderFailed,
     environment,
 )
-from toto.helm.diff import Difference, Key, Resource
+from toto.helm.diff import Change, Difference, Key, Resource
 from toto.helm.release import Release, sensitive
 
 PATIENCE: Final = 30.0  # seconds that reading from the cluster may take
@@ -52,15 +52,25 @@ _LOGINS: Final = Path("/logins")
 
 _INSTALL: Final = ("--install", "--reset-values")  # without it helm may reuse the values of the revision before
 _ROLLED_BACK: Final = "Rollback to "
+_RUN: Final = "toto/run"  # the annotation of a chart of toto's own with the id of the run that deploys it
+_HOOK: Final = "helm.sh/hook"
+_POLICY: Final = "helm.sh/resource-policy"
 _PENDING: Final = ("pending-install", "pending-upgrade", "pending-rollback", "uninstalling")
 _WORKLOADS: Final = ("Deployment", "StatefulSet", "DaemonSet", "Job", "ReplicaSet")
 
 # One field a line; text that may contain anything is in hexadecimal. Only helm 4 knows APPLIES.
 _STORED: Final = (
     "{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n"
-    '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n{{printf "%x" .Manifest}}'
+    '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n'
+    f'{{{{with .Chart.Metadata.Annotations}}}}{{{{printf "%x" (index . "{_RUN}")}}}}{{{{end}}}}\n'
+    '{{printf "%x" .Manifest}}'
     "{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t"
     '{{printf "%x" .Manifest}}{{end}}{{end}}'
+)
+
+# What `helm template` prints before the templates: each file of `crds/`, under its name.
+_CRDS: Final = re.compile(
+    r"(?:---\n# Source: [^\n/]+/(?:charts/[^\n/]+/)*crds/.*?\n(?=---\n# Source: |\Z))+", re.DOTALL
 )
 
 # A chart that tells what the cluster can do, for charts that are rendered without it.
@@ -103,15 +113,25 @@ class Revision:
 
 @dataclass(frozen=True)
 class Deployed(Revision):
-    """The newest revision of a release. `digest` is the SHA-256 of its manifests, `tests` are its chart's, by name."""
+    """A revision of a release, as helm stores it, by default the newest.
+
+    `digest` is the SHA-256 of its manifests, `tests` are its chart's, by name. `run` is the id of the run of toto's
+    that made it, or made what it was rolled back to; "" for what toto did not make, or an older version did.
+    """
 
     digest: str
     tests: tuple[str, ...] = ()
+    run: str = ""
 
     @property
     def pending(self) -> bool:
         """Whether a helm is working on it, or was killed while it did."""
         return self.status in _PENDING
+
+    def made_by(self, run: str) -> bool:
+        """Whether a run of toto's made it, or it is a rollback, which brings nothing new."""
+        rolls_back = self.status == "pending-rollback" or self.description.startswith(("Rollback to ", 'Rollback "'))
+        return rolls_back or (run != "" and self.run == run)
 
 
 @dataclass(frozen=True)
@@ -169,23 +189,63 @@ class Helm:
     state: Path | None = None
     patience: float = PATIENCE
     scratch: Path | None = None
-    _major: int = field(default=0, init=False)
+    _version: tuple[int, int] = field(default=(0, 0), init=False)
     _able: tuple[str, ...] | None = field(default=None, init=False)
 
     async def major(self) -> int:
         """helm's major version, 3 or 4. Raises `HelmError` when helm is older than 3.13, `CommandNotFound`."""
-        if not self._major:
+        if self._version == (0, 0):
             version = str(await self._command(None).version()).strip()
             found = re.match(r"v(\d+)\.(\d+)\.", version)
             if found is None or (int(found[1]), int(found[2])) < (3, 13):
                 raise HelmError(f"{self.binary} is of version {version}", hint="toto needs helm 3.13 or newer")
-            self._major = int(found[1])
-        return self._major
+            self._version = int(found[1]), int(found[2])
+        return self._version[0]
+
+    async def check_dependencies(self, release: Release, tree: Path) -> None:
+        """Raise `RenderFailed` when what the chart depends on is not in its `charts/`, or in a different version.
+
+        (Helm renders a chart with a dependency of a wrong version, and says nothing.)
+        """
+        if release.remote:
+            return
+        command, place = await self._in_cell(release, tree)
+        rest, wrong = [(release.chart, place)], list[str]()
+        while rest and not wrong:
+            chart, place = rest.pop()
+            folder = tree / chart
+            if folder.is_dir() and not any(_depends(folder / name) for name in ("Chart.yaml", "requirements.yaml")):
+                continue
+            listed = (await command.run(["dependency", "list", place, "--max-col-width", 0])).decode()
+            for line in listed.splitlines()[1:]:  # the columns are name, version, repository, status
+                cells = [each.strip() for each in line.split("\t")]
+                if len(cells) == 4 and cells[3] not in ("ok", "unpacked"):
+                    wrong.append(f"{cells[0]} {cells[1]} ({cells[3]})")
+            rest += [(str(each.relative_to(tree)), _REPO / each.relative_to(tree)) for each in _unpacked(folder)]
+        if wrong:
+            raise RenderFailed(
+                f"{chart}/charts/ does not have what Chart.yaml wants: {', '.join(wrong)}",
+                target=release.label,
+                hint=f"run `helm dependency update {chart}`, and commit {chart}/charts/ and Chart.lock",
+            )
 
     async def current(self, release: Release) -> Deployed | None:
         """The newest revision; None when the release is not installed."""
         stored = await self._stored(release)
         return None if stored is None else stored.deployed
+
+    async def newest(self, release: Release) -> Deployed | None:
+        """The same, also when it was uninstalled and its history was kept; None when helm has nothing of that name."""
+        stored = await self._stored(release, also_uninstalled=True)
+        return None if stored is None else stored.deployed
+
+    async def since(self, release: Release, revision: int) -> list[Deployed]:
+        """The revisions after `revision` that helm still keeps, oldest first."""
+        found = []
+        for each in await self.history(release):
+            if each.number > revision and (stored := await self._stored(release, each.number, also_uninstalled=True)):
+                found.append(stored.deployed)
+        return found
 
     async def history(self, release: Release) -> list[Revision]:
         """The revisions that helm still keeps, oldest first."""
@@ -240,13 +300,20 @@ class Helm:
 
     async def render_alone(self, release: Release, tree: Path) -> str:
         """The same without asking the cluster anything. Raises `RenderFailed`, `ChartUnavailable`."""
-        return await self._rendered(release, tree, new=True, able=())
+        return (await self._rendered(release, tree, new=True, able=()))[0]
 
     async def difference(self, release: Release, tree: Path) -> Difference:
         """What an upgrade would change in the release's manifests. Raises what `render` raises."""
         stored = await self._stored(release)
-        async with self._checked(release, tree, stored) as (_, rendered):
-            return manifests.compare(stored.everything if stored else {}, manifests.parse(rendered))
+        async with self._checked(release, tree, stored) as (chart, rendered):
+            found = manifests.compare(stored.everything if stored else {}, manifests.parse(rendered))
+            crds = await self._differing_crds(release, chart)
+            return replace(
+                found,
+                added=(*(() if stored else crds.removed), *found.added),
+                crds=_left_by_helm(crds, stored),
+                applies=release.crds == "apply",
+            )
 
     async def drift(self, release: Release) -> Difference:
         """Where the live resources differ from the release's manifests; `removed` are those that do not exist."""
@@ -265,7 +332,8 @@ class Helm:
         if now is None:
             return f"it was deleted outside toto, which had left revision {recorded}" if recorded else None
         if not recorded:
-            return f"it is there already, at revision {now.number} ({now.chart}), and not by toto"
+            what = now.chart if now.status == "deployed" else f"{now.chart}, {now.status}"
+            return f"it is there already, at revision {now.number} ({what}), and not by toto"
         if now.number < recorded or (now.number == recorded and digest not in ("", now.digest)):
             return (
                 f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
@@ -276,16 +344,20 @@ class Helm:
             return f"outside toto it was {', then '.join(since)}; toto had left revision {recorded}"
         return None if now.status == "deployed" else f"it is {now.status} at revision {recorded}, and not by toto"
 
-    async def upgrade(self, release: Release, tree: Path, *, description: str = "toto") -> Deployed:
+    async def upgrade(self, release: Release, tree: Path, *, description: str = "toto", run: str = "") -> Deployed:
         """Install or upgrade, wait, and return the new revision; `description` shows in `helm history`.
+
+        `run` is the id of the run that does it: by that, a revert finds out later what is its own.
 
         It does not revert on a failure: call `rollback`, or `uninstall` when nothing was installed before.
         Raises `ReleaseFailed`; before anything is touched `RenderFailed`, `ChartUnavailable`, `ReleaseBusy`.
         """
         stored = await self._stored(release)
         try:
-            async with self._checked(release, tree, stored) as (chart, rendered):
+            async with self._checked(release, tree, stored, run) as (chart, rendered):
                 secrets = [*manifests.secrets(manifests.parse(rendered).values()), *sensitive(release, tree)]
+                if release.crds == "apply" and _left_by_helm(await self._differing_crds(release, chart), stored):
+                    await self._apply_crds(release, chart)
                 await self._changing(release, secrets).run(
                     [
                         "upgrade",
@@ -308,12 +380,15 @@ class Helm:
             raise ReleaseFailed(
                 "\n".join([error.message, *pods]),
                 target=release.label,
-                hint=f"check the pods, or `helm --namespace {release.namespace} history {release.name}`",
+                hint=f"check the pods, or `{release.by_hand('history')}`",
             ) from None
         return await self._now(release)
 
-    async def rollback(self, release: Release, revision: int) -> Deployed:
-        """Roll back to a revision and return the new revision that this makes. Raises `ReleaseFailed`."""
+    async def rollback(self, release: Release, revision: int, *, wait: bool = True) -> Deployed:
+        """Roll back to a revision and return the new revision that this makes. Raises `ReleaseFailed`.
+
+        Without `wait` it need not become ready: to a revision that had failed.
+        """
         stored = await self._stored(release)
         if stored is None:
             raise ReleaseMissing(
@@ -321,20 +396,32 @@ class Helm:
                 target=release.label,
                 hint="push again: that installs it",
             )
+        waiting = _waiting(release if wait else release.model_copy(update={"wait": False}))
         await self._changing(release, stored.secrets).run(
-            ["rollback", release.name, revision, "--namespace", release.namespace, *_waiting(release), *_forced(stored)]
+            ["rollback", release.name, revision, "--namespace", release.namespace, *waiting, *_forced(stored)]
         )
         return await self._now(release)
 
-    async def uninstall(self, release: Release) -> bool:
-        """Remove the release and its history, but not the namespace; False when it was not installed.
+    async def uninstall(self, release: Release, *, keep_history: bool = False) -> bool:
+        """Remove the release, its history unless that is kept, but not the namespace; False when it was not installed.
 
         Raises `ReleaseFailed`.
         """
         stored = await self._stored(release)
         if stored is not None:
-            await self._changing(release, stored.secrets).uninstall(
-                release.name, namespace=release.namespace, timeout=f"{release.timeout:g}s", wait=release.wait
+            await self._changing(release, stored.secrets).run(
+                [
+                    *(
+                        "uninstall",
+                        release.name,
+                        "--namespace",
+                        release.namespace,
+                        "--timeout",
+                        f"{release.timeout:g}s",
+                    ),
+                    *(["--wait"] if release.wait else []),
+                    *(["--keep-history"] if keep_history else []),
+                ]
             )
         return stored is not None
 
@@ -364,9 +451,10 @@ class Helm:
     async def repair(self, release: Release, good: int = 0, *, patience: float | None = None) -> str | None:
         """Repair a release that a killed helm left pending; return what was done, in words, or None for nothing.
 
-        It is rolled back to revision `good`, else to the newest whole revision, and removed when there is none.
+        It is rolled back to revision `good`, else to the newest whole revision.
         Raises `ReleaseBusy` when it has been pending for less than `patience` seconds (None: the release's timeout),
-        because that helm may be alive; otherwise what `rollback` raises.
+        because that helm may be alive, and when no revision is whole: toto did not make it, so it removes nothing of
+        it. Otherwise it raises what `rollback` raises.
         """
         now = await self.current(release)
         if now is None or not now.pending:
@@ -382,8 +470,12 @@ class Helm:
         kept = {each.number for each in await self.history(release)}
         to = good if good in kept else await self.last_whole(release)
         if not to or now.status == "uninstalling":
-            await self.uninstall(release)
-            return f"{left}; its remains were removed"
+            raise ReleaseBusy(
+                f"{left}, and {'no revision of it was ever whole' if not to else 'what is left of it is not whole'}: "
+                "toto removes nothing that it cannot prove to have made",
+                target=release.label,
+                hint=f"`{release.by_hand('uninstall')}`, and push again",
+            )
         back = await self.rollback(release, to)
         return f"{left}; it was rolled back to revision {to}, as revision {back.number}"
 
@@ -422,16 +514,20 @@ class Helm:
             raise ReleaseMissing("somebody deleted it right after it was deployed", target=release.label)
         return now
 
-    async def _stored(self, release: Release) -> _Stored | None:
+    async def _stored(self, release: Release, revision: int = 0, *, also_uninstalled: bool = False) -> _Stored | None:
+        """What helm stores of a revision, the newest when it is 0; None when there is none."""
         template = _STORED.replace("APPLIES", "{{.ApplyMethod}}" if await self.major() > 3 else "")
         try:
             output = await self._command(release).run(
-                ["get", "all", release.name, "--namespace", release.namespace, "--template", template]
+                [
+                    *("get", "all", release.name, "--namespace", release.namespace, "--template", template),
+                    *(["--revision", revision] if revision else []),
+                ]
             )
         except ReleaseMissing:
             return None
-        number, status, chart, description, at, applies, manifest, *rest = output.decode().split("\n")
-        if status == "uninstalled":  # and its history was kept
+        number, status, chart, description, at, applies, run, manifest, *rest = output.decode().split("\n")
+        if status == "uninstalled" and not also_uninstalled:  # and its history was kept
             return None
         hooks = tuple(
             _Hook(name, events, started, phase, _unhex(text))
@@ -445,13 +541,16 @@ class Helm:
             datetime.fromtimestamp(int(at), UTC),
             digest=hashlib.sha256(manifest.encode()).hexdigest(),
             tests=tuple(hook.name for hook in hooks if hook.is_test),
+            run=_unhex(run),
         )
         stored = _Stored(deployed, applies, manifests.parse(_unhex(manifest)), hooks)
         clean = process.mask(deployed.description, stored.secrets)
         return replace(stored, deployed=replace(deployed, description=clean))
 
     @contextlib.asynccontextmanager
-    async def _checked(self, release: Release, tree: Path, stored: _Stored | None) -> AsyncIterator[tuple[Path, str]]:
+    async def _checked(
+        self, release: Release, tree: Path, stored: _Stored | None, run: str = ""
+    ) -> AsyncIterator[tuple[Path, str]]:
         """A chart of toto's own that holds what the release's chart renders to, and that text.
 
         The cluster has checked it, if it answers. Raises `RenderFailed`, `ChartUnavailable`.
@@ -459,12 +558,12 @@ class Helm:
         able: Sequence[str] = ()
         with contextlib.suppress(ClusterUnreachable):
             able = await self._capabilities(release)
-        rendered = await self._rendered(release, tree, new=stored is None, able=able)
+        rendered, crds = await self._rendered(release, tree, new=stored is None, able=able)
         with self._own_chart("rendered") as chart:
-            await self._wrap(release, tree, rendered, chart)
+            await self._wrap(release, tree, rendered, crds, chart, run)
             if able:
                 secrets = [*(stored.secrets if stored else ()), *sensitive(release, tree)]
-                await self._check(release, chart, secrets)
+                await self._check(release, chart, rendered, stored, secrets)
             yield chart, rendered
 
     async def _capabilities(self, release: Release) -> Sequence[str]:
@@ -486,34 +585,120 @@ class Helm:
             )
         return self._able
 
-    async def _rendered(self, release: Release, tree: Path, *, new: bool, able: Sequence[str]) -> str:
-        """What the release's chart renders to, in a cell."""
+    async def _rendered(self, release: Release, tree: Path, *, new: bool, able: Sequence[str]) -> tuple[str, str]:
+        """What the release's chart renders to, in a cell, and what is in its `crds/`."""
         command, chart = await self._in_cell(release, tree)
-        words = ["template", release.name, chart, "--namespace", release.namespace, *_values(release), *able]
+        words = ["template", release.name, chart, "--namespace", release.namespace, "--include-crds"]
         try:
-            return (await command.run([*words, *([] if new else ["--is-upgrade"])])).decode()
+            output = await command.run([*words, *_values(release), *able, *([] if new else ["--is-upgrade"])])
         except RenderFailed as error:
             raise RenderFailed(
                 _by_names_of_the_repo(error.message, release, tree),
                 target=error.target,
                 hint=f"fix {release.chart} or its values, and push again",
             ) from None
+        text = output.decode()
+        crds = _CRDS.match(text)
+        return (text[crds.end() :], crds[0]) if crds else (text, "")
 
-    async def _check(self, release: Release, chart: Path, secrets: Sequence[str]) -> None:
-        """Have the cluster check a chart of toto's own. Raises `RenderFailed`."""
+    async def _check(
+        self, release: Release, chart: Path, rendered: str, stored: _Stored | None, secrets: Sequence[str]
+    ) -> None:
+        """Have the cluster check a chart of toto's own, and look whether what it would create is there already.
+
+        It cannot check resources of kinds that the chart itself will bring. Raises `RenderFailed`.
+        """
+        wanted, coming = manifests.parse(rendered), await self._kinds_to_come(release, chart, stored)
+        checked = {key: each for key, each in wanted.items() if (key.group, key.kind) not in coming}
         command = self._command(release, timeout=2 * self.patience, failure=RenderFailed, secrets=secrets)
-        words = [release.name, chart, "--namespace", release.namespace]
-        try:
-            with contextlib.suppress(ClusterUnreachable):
-                try:
-                    await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
-                except ReleaseBusy:  # then helm does not even simulate an upgrade
-                    validate = ["--validate"] if await self.major() == 3 else []
-                    await command.run(["template", *words, "--dry-run=server", "--is-upgrade", *validate])
-        except RenderFailed as error:
+        texts = {"Chart.yaml": (chart / "Chart.yaml").read_text(), "templates/all.yaml": _template(checked.values())}
+        with self._own_chart("checked", texts) as part:
+            words = [release.name, chart if checked == wanted else part, "--namespace", release.namespace]
+            try:
+                with contextlib.suppress(ClusterUnreachable):
+                    try:
+                        await command.run(["upgrade", *words, *_INSTALL, "--dry-run=server", "--output", "json"])
+                    except ReleaseBusy:  # then helm does not even simulate an upgrade
+                        validate = ["--validate"] if await self.major() == 3 else []
+                        await command.run(["template", *words, "--dry-run=server", "--is-upgrade", *validate])
+                    await self._check_new(release, checked, stored)
+            except RenderFailed as error:
+                raise RenderFailed(
+                    error.message, target=error.target, hint=error.hint or _advice(error.message, release, chart)
+                ) from None
+
+    async def _check_new(self, release: Release, wanted: Mapping[Key, Resource], stored: _Stored | None) -> None:
+        """Raise `RenderFailed` for resources that the release does not have, and that are there all the same.
+
+        Helm refuses those without its labels. Those with them, which a release of that name has left, it takes over;
+        a revert would delete them.
+        """
+        new = {
+            key: each
+            for key, each in wanted.items()
+            if (stored is None or key not in stored.resources)
+            and key.name
+            and _HOOK not in (about := each["metadata"].get("annotations") or {})
+            and about.get(_POLICY) != "keep"
+        }
+        there = (
+            {key for key, live in zip(new, await self._live(release, new.values()), strict=True) if live}
+            if new
+            else set()
+        )
+        for each in (await self.history(release))[::-1] if there and stored else ():
+            if older := await self._stored(release, each.number):
+                there -= older.resources.keys()
+        if there:
             raise RenderFailed(
-                error.message, target=error.target, hint=f"fix {release.chart} or its values, and push again"
-            ) from None
+                f"{', '.join(map(str, sorted(there)))}: there already, with the labels of a release of this name, and "
+                "this release does not have it: toto could not give it back",
+                target=release.label,
+                hint="delete it, or have the chart keep it: the annotation `helm.sh/resource-policy: keep`",
+            )
+
+    async def _kinds_to_come(self, release: Release, chart: Path, stored: _Stored | None) -> set[tuple[str, str]]:
+        """The kinds (with their group) that are not there yet, and that the chart's `crds/` will bring."""
+        if stored is not None and release.crds != "apply":
+            return set()
+        missing = (await self._differing_crds(release, chart)).removed
+        return {
+            (str(each["spec"]["group"]), str(each["spec"]["names"]["kind"]))
+            for key, each in _crds_of(chart).items()
+            if str(key) in missing
+        }
+
+    async def _differing_crds(self, release: Release, chart: Path) -> Difference:
+        """The CRDs of a chart's `crds/` that the cluster does not have (`removed`), or has different."""
+        wanted = _crds_of(chart)
+        if not wanted:
+            return Difference()
+        live = zip(wanted, await self._live(release, wanted.values()), strict=True)
+        return manifests.drift(wanted, {key: found for key, found in live if found})
+
+    async def _apply_crds(self, release: Release, chart: Path) -> None:
+        """Create and change the CRDs of a chart's `crds/`, by a release that is gone again afterwards.
+
+        Nothing ever deletes them: that would delete all their resources. Raises `ReleaseFailed`.
+        """
+        if await self.major() == 3 and self._version < (3, 17):
+            raise ReleaseFailed("`crds: apply` needs helm 3.17 or newer", target=release.label)
+        name = f"toto-crds-{hashlib.sha256(release.name.encode()).hexdigest()[:10]}"
+        for each in (wanted := _crds_of(chart)).values():
+            each["metadata"]["annotations"] = {**(each["metadata"].get("annotations") or {}), _POLICY: "keep"}
+        facts = "apiVersion: v2\nname: toto-crds\nversion: 0.0.0\n"
+        command = self._changing(release, ())
+        with self._own_chart("crds", {"Chart.yaml": facts, "templates/all.yaml": _template(wanted.values())}) as own:
+            await command.run(
+                [
+                    *("upgrade", name, own, "--namespace", release.namespace, *_INSTALL, "--take-ownership"),
+                    *(["--create-namespace"] if release.create_namespace else []),
+                    "--wait",
+                    *("--timeout", f"{release.timeout:g}s"),
+                    *(["--force-conflicts"] if await self.major() > 3 else []),
+                ]
+            )
+        await command.run(["uninstall", name, "--namespace", release.namespace])
 
     @contextlib.contextmanager
     def _own_chart(self, name: str, texts: Mapping[str, str] | None = None) -> Iterator[Path]:
@@ -526,15 +711,14 @@ class Helm:
                 Path(made, file).write_text(text)
             yield Path(made)
 
-    async def _wrap(self, release: Release, tree: Path, rendered: str, chart: Path) -> None:
+    async def _wrap(self, release: Release, tree: Path, rendered: str, crds: str, chart: Path, run: str) -> None:
         """Write a chart that renders to exactly `rendered`, under the name and version of the release's chart."""
         command, place = await self._in_cell(release, tree)
         (said, *_) = manifests.load((await command.run(["show", "chart", place])).decode())
         facts = {key: said[key] for key in ("name", "version", "appVersion") if key in said}
-        crds = (await command.run(["show", "crds", place])).decode()
         for name, text in {
-            "Chart.yaml": yaml.safe_dump({"apiVersion": "v2"} | facts),
-            "templates/all.yaml": rendered.replace("{{", '{{ "{{" }}'),
+            "Chart.yaml": yaml.safe_dump({"apiVersion": "v2", "annotations": {_RUN: run}} | facts),
+            "templates/all.yaml": _escaped(rendered),
             **({"crds/all.yaml": crds} if crds.strip() else {}),
         }.items():
             (chart / name).parent.mkdir(exist_ok=True)
@@ -655,6 +839,50 @@ def _values(release: Release) -> list[str]:
     # Helm splits the argument at commas outside of quotes, like a line of CSV.
     files = [str(_REPO / each).replace('"', '""') for each in release.values]
     return [word for each in files for word in ("--values", f'"{each}"')]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _template(resources: Iterable[Resource]) -> str:
+    return _escaped(yaml.safe_dump_all(resources))
+
+
+def _crds_of(chart: Path) -> dict[Key, Resource]:
+    """The CRDs in a chart of toto's own."""
+    file = chart / "crds/all.yaml"
+    found = manifests.parse(file.read_text()) if file.exists() else {}
+    return {key: each for key, each in found.items() if key.kind == "CustomResourceDefinition"}
+
+
+def _left_by_helm(crds: Difference, stored: _Stored | None) -> tuple[Change, ...]:
+    """Those of the differing CRDs that helm leaves as they are: it only brings new ones, and with a new release."""
+    missing = [Change(each, ("it is not in the cluster",)) for each in crds.removed] if stored else []
+    return (*missing, *crds.changed)
+
+
+def _depends(file: Path) -> bool:
+    """Whether a Chart.yaml, or the requirements.yaml of older charts, says that the chart depends on others."""
+    try:
+        said = manifests.load(file.read_text(errors="replace"))
+    except (OSError, InputError):  # helm says what is wrong with it
+        return False
+    return any(isinstance(each, dict) and each.get("dependencies") for each in said)
+
+
+def _unpacked(chart: Path) -> list[Path]:
+    """The charts in a chart's `charts/` that are folders."""
+    return sorted(each.parent for each in chart.glob("charts/*/Chart.yaml") if not each.parent.is_symlink())
+
+
+def _advice(words: str, release: Release, chart: Path) -> str:
+    """What to do when the cluster refuses what a chart renders to."""
+    if "cannot be imported into the current release" in words:
+        return f"it is not this release's: remove it or rename it in {release.chart}, or give it helm's labels yourself"
+    if "no matches for kind" in words and release.crds != "apply" and _crds_of(chart):
+        return f"fix {release.chart}; if its crds/ has that kind: `crds: apply` in {release.file} brings it"
+    return f"fix {release.chart} or its values, and push again"
 
 
 def _unhex(digits: str) -> str:

@@ -67,28 +67,46 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """Resources added, removed and changed. It prints as lines, without the contents of any Secret."""
+    """Resources added, removed and changed. It prints as lines, without the contents of any Secret.
+
+    `crds` are CRDs of the chart's `crds/` that are not in the cluster, or different there; helm leaves them as they
+    are. `applies` says whether toto applies them.
+    """
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: tuple[Change, ...] = ()
+    crds: tuple[Change, ...] = ()
+    applies: bool = False
 
     @property
     def empty(self) -> bool:
-        return not (self.added or self.removed or self.changed)
+        """Whether a roll-out would change nothing."""
+        return not (self.added or self.removed or self.changed or (self.crds and self.applies))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The CRDs that were meant and that a roll-out does not bring."""
+        return () if self.applies else tuple(each.resource for each in self.crds)
 
     def lines(self, most: int = 60) -> list[str]:
         """One line for each resource and each field, at most `most` lines and one that counts the rest."""
         lines = [*(f"+ {each}" for each in self.added), *(f"- {each}" for each in self.removed)]
         for change in self.changed:
             lines += [f"~ {change.resource}", *(f"    {each}" for each in change.fields)]
+        for change in self.crds:
+            how = "~" if self.applies else "! NOT APPLIED (`crds: apply` in release.yaml does):"
+            lines += [f"{how} {change.resource}", *(f"    {each}" for each in change.fields)]
         return lines if len(lines) <= most else [*lines[:most], f"… and {len(lines) - most} more lines"]
 
     @property
     def summary(self) -> str:
         """The changes in one line: `1 to add, 2 to change`."""
-        counts = ((len(self.added), "add"), (len(self.changed), "change"), (len(self.removed), "remove"))
-        return ", ".join(f"{count} to {what}" for count, what in counts if count) or "nothing to change"
+        counts = [(len(self.added), "add"), (len(self.changed), "change"), (len(self.removed), "remove")]
+        if self.applies:
+            counts.append((len(self.crds), "apply (CRDs)"))
+        said = ", ".join(f"{count} to {what}" for count, what in counts if count) or "nothing to change"
+        return f"{said}; not applied: {', '.join(self.left_out)}" if self.left_out else said
 
     def __str__(self) -> str:
         return "\n".join(self.lines()) or "nothing in the manifests"

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, StrictBool, StrictStr
 
@@ -44,6 +44,13 @@ def _check_namespace(name: str) -> str:
     if len(name) > 63 or not re.fullmatch(_LABEL, name):
         raise ValueError(f"should be 1 to 63 lower case letters, digits and '-', not {shown(name)}")
     return name
+
+
+def _check_was(place: str) -> str:
+    namespace, slash, name = place.partition("/")
+    if not slash:
+        raise ValueError(f"should be like 'default/page': the namespace and the name before, not {shown(place)}")
+    return f"{_check_namespace(namespace)}/{_check_name(name)}"
 
 
 def _check_repo(url: str) -> str:
@@ -88,6 +95,11 @@ class ReleaseFile(Fields):
     """words to select releases by"""
     test: StrictBool = True
     """run the chart's own tests after an upgrade"""
+    crds: Literal["tell", "apply"] = "tell"
+    """what becomes of new and changed CRDs in the chart's `crds/`, which helm leaves out of an upgrade: `tell` says so
+    in the plan, `apply` creates and changes them; nothing deletes them"""
+    was: Annotated[StrictStr, AfterValidator(_check_was)] | None = None
+    """the namespace and name that it had before, `NAMESPACE/NAME`: what is there stays, and the new one is installed"""
 
 
 class Release(ReleaseFile):
@@ -106,6 +118,15 @@ class Release(ReleaseFile):
     def label(self) -> str:
         """Its name in messages: `helm/web`."""
         return f"helm/{self.name}"
+
+    @property
+    def place(self) -> str:
+        """Where it is in the cluster: `namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+    def by_hand(self, verb: str) -> str:
+        """The command that a person types."""
+        return f"helm --namespace {self.namespace} {verb} {self.name}"
 
 
 def discover(tree: Path) -> list[Release]:

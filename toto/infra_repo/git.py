@@ -4,13 +4,12 @@ GitPython reads objects (it keeps its own `git cat-file` running while a repo is
 other git command. Both use an environment without the GIT_DIR and the quarantine of a hook.
 """
 
-import asyncio
 import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from gitdb.exc import BadName, BadObject
 from toto.base import owned, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.without_git import without_git
+from toto.infra_repo import contents
 
 STALE: Final = 20  # seconds; git needs a ref's lock for milliseconds only
 DEEPEST: Final = 64  # nested folders of a commit
@@ -190,28 +190,18 @@ async def _check_size(repo: Path, commit: str) -> None:
 
     (A push of a few kilobytes can have a billion files, since git stores what is the same once.)
     """
-    most, files, size = server_rules.load().push, 0, 0
-    async with process.start(
-        ["git", f"--git-dir={repo}", "ls-tree", "-r", "-l", "-z", "--full-tree", commit],
-        env=environment(),
-        stdout=asyncio.subprocess.PIPE,
-    ) as running:
-        assert running.process.stdout is not None
-        rest, wrong = b"", ""
-        while not wrong and (chunk := await running.process.stdout.read(65_536)):
-            *entries, rest = (rest + chunk).split(b"\0")
-            for each in entries:
-                about, _, path = each.partition(b"\t")
-                length = about.rpartition(b" ")[2]
-                files, size = files + 1, size + (int(length) if length.isdigit() else 0)
-                if path.count(b"/") > DEEPEST:
-                    wrong = f"has a file that is nested more than {DEEPEST} folders deep"
-            if files > most.files:
+    most, files, size, wrong = server_rules.load().push, 0, 0, ""
+    async with aclosing(contents.listed(repo, commit, environment())) as listed:
+        async for file in listed:
+            files, size = files + 1, size + file.size
+            if file.path.count("/") > DEEPEST:
+                wrong = f"has a file that is nested more than {DEEPEST} folders deep"
+            elif files > most.files:
                 wrong = f"has more than {most.files} files"
             elif size > most.unpacked:
                 wrong = f"has files of more than {most.unpacked} bytes in all"
-    while await running.process.stdout.read(65_536):  # (the pipe is closed when all of it has been read)
-        pass
+            if wrong:
+                break
     if wrong:
         raise InputError(wrong, target=commit[:12], hint="see `push` in the server's server.toml: docs/operations.md")
 
@@ -239,6 +229,16 @@ def _close_links(tree: Path) -> None:
                     )
     for path in into_store:
         path.unlink()
+
+
+async def check_finished(repo: Path, commit: str, allowed: Sequence[str]) -> None:
+    """Raise `InputError` when something in a commit is not what was meant, such as a submodule's empty folder.
+
+    `allowed` are the files and folders of which that is not asked.
+    """
+    found = await contents.unfinished(repo, commit, environment(), allowed)
+    if lines := contents.words(found):
+        raise InputError("\n".join(lines))
 
 
 async def superseded_by(repo: Path, commit: str) -> str | None:

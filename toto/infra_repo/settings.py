@@ -3,6 +3,7 @@
 It holds no secrets and no settings of the server: those are in Prefect blocks and in the environment.
 """
 
+import posixpath
 import re
 import tomllib
 from collections.abc import Sequence
@@ -75,8 +76,19 @@ def _check_mail(text: str) -> str:
     return text.lower()
 
 
+def _check_path(text: str) -> str:
+    return posixpath.normpath(_check_in_repo(text))
+
+
 Seconds = Annotated[float, Field(strict=True, gt=0, le=7 * 86_400, allow_inf_nan=False)]
 Megabytes = Annotated[StrictInt, Field(ge=64, le=16_777_216)]
+
+
+class Tree(Model):
+    """The files of a commit."""
+
+    unfinished: tuple[Annotated[StrictStr, AfterValidator(_check_path)], ...] = ()
+    """files and folders that nothing reads, so that they may be submodules, files of git-lfs, or spelled twice"""
 
 
 class Nix(Model):
@@ -200,6 +212,7 @@ class Venues(Model):
 class Settings(Model):
     """Everything in `toto.toml`."""
 
+    tree: Tree = Tree()
     nix: Nix = Nix()
     sandbox: Sandbox = Sandbox()
     roll_out: RollOut = RollOut()

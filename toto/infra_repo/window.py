@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, time
+from datetime import date, datetime, time, timedelta
 from typing import Final, Self
 
 from toto.base.model import shown
@@ -39,14 +39,33 @@ class Window:
         return cls(text.strip(), days, start, end)
 
     def contains(self, moment: datetime) -> bool:
-        """Whether the window is open at `moment`, in the time zone of `moment`."""
-        clock, today = moment.time(), moment.weekday()
-        if self.start < self.end:
-            return today in self.days and self.start <= clock < self.end
-        return (today in self.days and clock >= self.start) or ((today - 1) % 7 in self.days and clock < self.end)
+        """Whether the window is open at `moment`, by the clock of its time zone; by the machine's when it has none.
+
+        A window opens once: from the first moment at which the clock shows its start, or a later time, until the first
+        at which it shows its end. So the hour that is repeated when clocks are set back does not open it again, and a
+        window that lies in the hour that is left out when they are set forward does not open on that day.
+        """
+        for day in (moment.date(), moment.date() - timedelta(days=1)):
+            last = day if self.start < self.end else day + timedelta(days=1)
+            if day.weekday() in self.days and _first(day, self.start, moment) <= moment.timestamp() < _first(
+                last, self.end, moment
+            ):
+                return True
+        return False
 
     def __str__(self) -> str:
         return self.text
+
+
+def _first(day: date, clock: time, like: datetime) -> float:
+    """The first moment (seconds since 1970) at which the clock shows this time or a later one, in `like`'s zone."""
+    wanted = datetime.combine(day, clock)
+    early, late = sorted(wanted.replace(tzinfo=like.tzinfo, fold=fold).timestamp() for fold in (0, 1))
+    # The two differ when the clock shows it twice, at both, or never: then it jumps over it between the two.
+    shown = (
+        datetime.fromtimestamp(second, like.tzinfo).replace(tzinfo=None) for second in range(int(early), int(late))
+    )
+    return next((early + number for number, each in enumerate(shown) if each >= wanted), late)
 
 
 def _days(text: str) -> Iterator[int]:

@@ -134,7 +134,8 @@ class Activator:
             # It removes its temporary files after SIGINT, and leaves them after SIGTERM.
             await process.run(
                 ["nixos-rebuild", verb, "--no-reexec", "--store-path", path, "--target-host", name, *sudo],
-                env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config}"},
+                env=nix.environment() | {"NIX_SSHOPTS": f"-F {self.connection.config.name}"},  # split at blanks
+                cwd=self.connection.config.parent,
                 timeout=timeout,
                 on_line=on_line,
                 on_error_line=on_line,

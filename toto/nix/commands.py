@@ -497,7 +497,8 @@ async def copy(
         await process.run(
             ["nix", *_NEW, "copy", "--to", f"ssh://{alias}", path],
             env=(environment() if signed is None else _with_database(environment(), signed))
-            | {"NIX_SSHOPTS": f"-F {ssh_config}"},
+            | {"NIX_SSHOPTS": f"-F {ssh_config.name}"},  # nix splits it at blanks, which the folder may have
+            cwd=ssh_config.parent,
             timeout=timeout,
             on_error_line=on_line,
             target=target,

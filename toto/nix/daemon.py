@@ -60,7 +60,12 @@ def socket() -> Path:
 
 def client(socket: Path) -> dict[str, str]:
     """The environment that makes nix a client of the daemon at `socket`, with its settings."""
-    return {"NIX_REMOTE": f"unix://{socket}", "NIX_CONF_DIR": str(socket.parent), "NIX_USER_CONF_FILES": "/dev/null"}
+    return {
+        "NIX_REMOTE": "daemon",  # (a path in an address, `unix://…`, would have to be escaped for some versions of nix)
+        "NIX_DAEMON_SOCKET_PATH": str(socket),
+        "NIX_CONF_DIR": str(socket.parent),
+        "NIX_USER_CONF_FILES": "/dev/null",
+    }
 
 
 def of_the_machine() -> bool:

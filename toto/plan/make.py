@@ -53,10 +53,12 @@ async def make(
     to ignore freezes and windows. With `force` it also has targets that have not changed. `deploys` says whether the
     run is to roll out; its orders deploy only where the commit is on the deployed branch as well. `identify` may wrap
     this module's own. A target that does not evaluate is a failure in the plan and does not stop the others.
-    Raises `InputError` for mistakes in the manifest, the settings or `only`, and `NoSuchCommit`.
+    Raises `InputError` for mistakes in the manifest, the settings or `only`, and for a commit that is unfinished, such
+    as one with a submodule; `NoSuchCommit`.
     """
     async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
         settings, fleet = read_tree(tree)
+        await git.check_finished(repo, commit, settings.tree.unfinished)
         settings = limits.within(settings)
         manifest.check_distinct(fleet)
         limits.check_machines(fleet)
@@ -93,6 +95,9 @@ async def make(
         update={
             "changes": tuple(order.change for order in orders),
             "failed": (*compared.failed, *ordered.failures),
+            "retired": tuple(
+                each for each in compared.retired if each.kind not in {other.target.kind for other in ordered.failures}
+            ),  # one that may have moved stays in the ledger until that is settled
             "machines": changes.of_machines(await _last_manifest(repo), fleet),
             "told": told,
             "nothing": _nothing(found, fleet),

@@ -21,7 +21,7 @@ def held_now(label: str, rules: Rules | None, settings: RollOut) -> str:
 
     `rules` are the target's own, `settings` those of the fleet. Windows are in toto's local time.
     """
-    now = datetime.now().astimezone()
+    now = datetime.now()  # (without a zone: then it is known when this machine's clock is set back)
     for whose, each in (("the fleet", settings), (label, rules)):
         if each is None:
             continue

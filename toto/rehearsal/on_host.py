@@ -2,13 +2,15 @@
 
 The command in the script's cell asks toto over a socket, and gives toto its own standard streams. Toto runs ssh, so no
 key, agent or connection of the machine is in the cell. The socket is there for one machine, in one phase.
+
+Standard input is empty unless the script asks for its own: an ssh in a `while read` loop would read the loop's list.
 """
 
 import asyncio
 import contextlib
 import json
 import os
-import shlex
+import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,34 +24,57 @@ from toto.machine.ssh import LOST, Connection
 PLACE: Final = Path("/toto")  # in the cell: the folder with the socket, `bin/on-host`, and what else scripts are given
 SOCKET: Final = "on-host.sock"
 LONGEST: Final = 1_000_000  # bytes of a request
+LONGEST_LINE: Final = 120_000  # bytes of one word of a program, which is how ssh gets the command; Linux has 131,072
 AT_ONCE: Final = 32  # commands; more wait
 
 CLIENT: Final = '''\
 #!/usr/bin/env -S {python} -IS
-"""on-host WORD...: runs a command on the machine under test, with the same words as here.
+"""on-host [--stdin] WORD...: runs a command on the machine under test, with the same words as here.
 
-on-host 'LINE': a single argument is run as a line by the machine's shell.
+on-host 'LINE': a single argument is run as a line by the machine's sh.
+--stdin: the command reads this standard input; without it, it has none.
 """
 import json, os, socket, sys
-if len(sys.argv) == 1:
-    sys.exit(print("usage: on-host COMMAND [ARGUMENT...]", file=sys.stderr) or 64)
-streams = []
-for number in range(3):
+words = sys.argv[1:]
+asked = words[:1] == ["--stdin"]
+words = words[asked:]
+if not words or words[0].startswith("--"):
+    sys.exit(print("usage: on-host [--stdin] COMMAND [ARGUMENT...]", file=sys.stderr) or 64)
+streams = [] if asked else [os.open("/dev/null", os.O_RDWR)]
+for number in range(len(streams), 3):
     try:
         streams.append(os.dup(number))
     except OSError:  # the script has closed it
         streams.append(os.open("/dev/null", os.O_RDWR))
-request = json.dumps(sys.argv[1:]).encode()
+request = json.dumps(words).encode()
 with socket.socket(socket.AF_UNIX) as toto:
     try:
         toto.connect("{socket}")
         socket.send_fds(toto, [len(request).to_bytes(4, "big")], streams)
         toto.sendall(request)
-        status = toto.makefile().readline()
+        status, _, said = toto.makefile().readline().partition(" ")
     except OSError as error:
         sys.exit(print(f"on-host: toto does not answer: {{error.strerror}}", file=sys.stderr) or 255)
+if said:
+    print(f"on-host: {{said}}", end="", file=sys.stderr)
 sys.exit(int(status) if status else 255)
 '''
+
+# What a login shell is given: in single quotes, every shell leaves all characters but these as they are. `sh` on the
+# machine makes the words out of it.
+_SPECIAL: Final = re.compile(rb"[^A-Za-z0-9 _.,:;=@%^+/()<>{}~*?#&|$\"-]")
+_RUN: Final = '"$@"'
+_UNPACK: Final = (
+    'n=$#; while [ "$n" -gt 0 ]; do w=$(printf "%b." "$1"); shift; set -- "$@" "${w%.}"; n=$((n-1)); done; '
+)
+
+
+def line(words: Sequence[str]) -> str:
+    """The line for a login shell, whichever it is, that runs `words` as they are; a single word is a line for sh."""
+    command = [os.fsencode(word) for word in (["/bin/sh", "-c", *words] if len(words) == 1 else words)]
+    packed = [_SPECIAL.sub(lambda found: b"\\0%03o" % found[0][0], word) for word in command]
+    run = _RUN if packed == command else _UNPACK + _RUN
+    return f"/bin/sh -c '{run}' sh " + " ".join(f"'{word.decode()}'" for word in packed)
 
 
 @asynccontextmanager
@@ -99,9 +124,11 @@ async def _answer(asking: socket.socket, connection: Connection, at_once: asynci
     with asking, contextlib.suppress(OSError, ValueError, TotoError):
         try:
             words = await _request(asking, streams)
+            if len(packed := line(words)) > LONGEST_LINE:
+                said = b"64 the command is too long; give it by a file, or by --stdin\n"
+                return await asyncio.get_running_loop().sock_sendall(asking, said)
             async with at_once:
-                line = words[0] if len(words) == 1 else shlex.join(words)
-                command = connection.command(line, "-o", "BatchMode=yes")
+                command = connection.command(packed, "-o", "BatchMode=yes")
                 async with process.start(command, stdin=streams[0], stdout=streams[1], stderr=streams[2]) as running:
                     for stream in streams:
                         os.close(stream)

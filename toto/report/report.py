@@ -137,7 +137,7 @@ class Report:
         # In the plan's order, not in the order in which the targets happened to finish.
         ended = {
             word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
-            for word in ("deployed", "verified", "recorded", "unreachable")
+            for word in ("deployed", "verified", "recorded", "recorded without its CRDs", "unreachable")
         }
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:

@@ -154,8 +154,8 @@ def _check(migration: Migration, repos: Iterable[Path]) -> None:
     if not old.is_dir():
         raise InputError("there is no such state", target=str(old), hint="name it: TOTO_STATE=…")
     moves.refuse_old(old)
-    if new.is_relative_to(old) or old.is_relative_to(new) or re.search(r"\s", str(new)):
-        raise InputError("is no place for it: choose a folder of its own, without white space", target=str(new))
+    if new.is_relative_to(old) or old.is_relative_to(new) or re.search(r"[^\S ]", str(new)):
+        raise InputError("is no place for it: choose a folder of its own, with a plain name", target=str(new))
     if new.is_dir() and any(new.iterdir()) and not (new / _UNFINISHED).exists():
         raise InputError("is not empty", target=str(new), hint="choose a different --to, or empty it")
     for repo in repos:

@@ -1,4 +1,4 @@
-# says: got ended
+# says: is a link that leads out of the repo
 # A link to a store path that is not there when the commit is looked at. Its evaluation builds it: as a link to a secret.
 cat > link.nix <<'NIX'
 derivation { name = "link"; once = "@ONCE@"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "ln -s @VICTIM@/state/canary $out" ]; }

@@ -1,4 +1,4 @@
-# says: gitmodules|refused|rejected|fsck|nothing to do|plan of|done
+# says: gitmodules|refused|rejected|fsck|is a submodule
 git config -f .gitmodules submodule.x.path x
 git config -f .gitmodules submodule.x.url 'ext::sh -c "touch @VICTIM@/state/new"'
 git config -f .gitmodules submodule.x.update '!touch @VICTIM@/state/new'
