@@ -148,7 +148,7 @@ class Fleet:
         if self.server is not None:
             self.server.send_signal(signal.SIGTERM)
             try:
-                await asyncio.to_thread(self.server.wait, 60)
+                await asyncio.to_thread(self.server.wait, 120)
             except subprocess.TimeoutExpired:
                 self.server.kill()
                 self.server.wait()

@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
-CLEANING_UP: Final = (
-    75.0  # seconds that runs have to clean up when toto stops: terraform has a minute to save its state
-)
+CLEANING_UP: Final = 75.0  # seconds for runs when toto stops: terraform has a minute of them to save its state
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
 LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
 
