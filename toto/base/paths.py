@@ -26,7 +26,7 @@ def state_home() -> Path:
     """
     home = Path(os.environ.get(STATE) or Path.home() / ".local/state/toto").absolute()
     if re.search(r"[^\S ]|[\x00-\x1f\x7f]", str(home)):
-        raise InputError(f"the state directory {ascii(str(home))} is no plain path", hint="set TOTO_STATE")
+        raise InputError(f"the state directory {str(home)!a} is no plain path", hint="set TOTO_STATE")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home
 
