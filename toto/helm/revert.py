@@ -90,4 +90,4 @@ def _unknown(release: Release) -> CannotGoBack:
 
 def _choices(release: Release, revision: int) -> str:
     back = f"`{release.by_hand('rollback')} {revision}`" if revision else f"`{release.by_hand('uninstall')}`"
-    return f"look at `{release.by_hand('history')}`; then {back}, or take it as it is: `toto accept`"
+    return f"look at `{release.by_hand('history')}`; then {back}, or take it as it is: `ssh toto accept {release.label} --reason WHY`"
