@@ -90,4 +90,5 @@ def _unknown(release: Release) -> CannotGoBack:
 
 def _choices(release: Release, revision: int) -> str:
     back = f"`{release.by_hand('rollback')} {revision}`" if revision else f"`{release.by_hand('uninstall')}`"
-    return f"look at `{release.by_hand('history')}`; then {back}, or take it as it is: `ssh toto accept {release.label} --reason WHY`"
+    accept = f"`ssh toto accept {release.label} --reason WHY`"
+    return f"look at `{release.by_hand('history')}`; then {back}, or take it as it is: {accept}"
