@@ -233,9 +233,8 @@ async def revert(reversal: Reversal) -> str:
         raise
     except (CannotGoBack, PlanRefused, TerraformFailed) as error:
         raise _cannot(target, error, before) from None
-    await approve_back(
-        repo, intent.left_by or run, target.label, _both(before, planned), _asks(reversal, session, planned)
-    )
+    asks = tfplan.wants_approval(planned, _rules(reversal)[1])
+    await approve_back(repo, intent.left_by or run, target.label, _both(before, planned), asks)
     state = await apply_back(session, way, planned)
     await record_reverted(
         repo, target, good and good.model_copy(update=facts(state, good.place)), intent.desired, run, why
@@ -256,22 +255,15 @@ async def _check_back(reversal: Reversal, session: Session, before: RootBefore, 
             f"the way back would {'; it would '.join(wrong)}\nthe way back:\n" + "\n".join(planned.lines),
             target=session.root.label,
         )
-    for prevent, _ in _rules(reversal, session):
+    for prevent in (session.root.prevent, _rules(reversal)[0]):  # what either commit protects stays
         tfplan.refuse(planned, prevent)
 
 
-def _rules(reversal: Reversal, session: Session) -> list[tuple[Prevent, Approve]]:
-    """What protects the root at its last good, and in the commit that failed: a plan is held to both."""
+def _rules(reversal: Reversal) -> tuple[Prevent, Approve]:
+    """What the commit that failed says of its root's plans: the newest rules."""
     new = reversal.settings.terraform
     own = new.roots.get(reversal.target.name, TerraformRoot())
-    return [
-        (session.root.prevent, session.root.approve),
-        (new.prevent if own.prevent is None else own.prevent, own.approve or new.approve),
-    ]
-
-
-def _asks(reversal: Reversal, session: Session, planned: Planned) -> bool:
-    return any(tfplan.wants_approval(planned, approve) for _, approve in _rules(reversal, session))
+    return new.prevent if own.prevent is None else own.prevent, own.approve or new.approve
 
 
 def _both(before: RootBefore, planned: Planned) -> str:
