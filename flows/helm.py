@@ -39,7 +39,7 @@ async def roll_out(
         return "recorded without its CRDs" if verdict.found.left_out else "recorded"
     applied = tuple(each.resource for each in verdict.found.crds) if verdict.found and verdict.found.applies else ()
     before = now.before.model_copy(update={"crds": applied})
-    intended = await intend(order, before)
+    intended = await intend(order, before, wait_for=[now])
     revision = await upgrade(order, helm, quote(before), wait_for=[intended])
     tested = await test(order, helm, wait_for=[revision])
     await record_good(order, revision=revision.number, wait_for=[tested])

@@ -61,9 +61,9 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 return "verified"
             copied = await copy(order, activator)
             before = await inspect(order, activator, wait_for=[copied])
-            tried = await try_way_in(order, activator, before)
+            before = await try_way_in(order, activator, before)
             intended = True
-            step: object = await intend(order, before, wait_for=[tried])
+            step: object = await intend(order, before)
             if machine.activation == "boot":
                 step = await activate.with_options(task_run_name="set for the next boot")(
                     order, activator, "boot", quote(before), wait_for=[step]

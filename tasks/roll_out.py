@@ -143,10 +143,13 @@ async def _copy(
 
 
 @task(name="try the way in", task_run_name="try the way in", cache_policy=NO_CACHE)
-async def try_way_in(order: HostOrder, activator: Activator, before: MachineState) -> Done:
-    """Log in as the new configuration would let toto in, before it is activated. Raises `WouldLockOut`."""
+async def try_way_in(order: HostOrder, activator: Activator, before: MachineState) -> MachineState:
+    """Log in as the new configuration would let toto in, before it is activated. Returns `before`.
+
+    Raises `WouldLockOut`.
+    """
     await way_in.check(activator, order.host.path, before.system, address=order.settings.roll_out.check_address)
-    return Done()
+    return before.model_copy()
 
 
 @task(name="activate", task_run_name="activate", cache_policy=NO_CACHE)

@@ -105,6 +105,7 @@ _REHEARSAL = sorted(
 _ROLL_OUT = chain(
     "copy the closure",
     "inspect the machine",
+    "try the way in",
     "intend",
     "activate: test",
     "smoke tests",
