@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import clean_logs
+from tests import clean_logs, postgres
 from tests.lab import kube, nix_daemon
 from toto.base.prefect_api import Api
 from toto.server import environment
@@ -87,6 +87,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kube.Cluster]:
     except kube.ClusterError as error:
         warnings.warn(f"NOT TESTED: helm against a real Kubernetes API server: {error}", stacklevel=1)
         pytest.skip(str(error))
+    with background(until):
+        yield made[0]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[postgres.Postgres]:
+    """A real PostgreSQL for a module's tests."""
+    made: list[postgres.Postgres] = []
+
+    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        async with postgres.running() as each:
+            made.append(each)
+            ready()
+            await stop.wait()
+
     with background(until):
         yield made[0]
 

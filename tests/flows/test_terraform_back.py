@@ -1,10 +1,9 @@
 """A failed run takes back what it did to a terraform root, and nothing else: whole runs, real terraform, real files."""
 
-import asyncio
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from flows.revert import settle
 from tasks.record import intend, record_reverted
 from tasks.reversal import Reversal
 from tests import postgres, terraform_provider
-from tests.conftest import PrefectServer, background
+from tests.conftest import PrefectServer
 from tests.repos import InfraRepo, git
 from tests.toy import steps as toy
 from tests.toy.kind import FileBefore, FileKind, FileOrder
@@ -63,20 +62,6 @@ def volume(name: str, content: str | None = None, more: str = "") -> str:
 @pytest.fixture(scope="module")
 def provider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return terraform_provider.install(tmp_path_factory.mktemp("provider"), ("1.0.0", "2.0.0"))
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[postgres.Postgres]:
-    made: list[postgres.Postgres] = []
-
-    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        async with postgres.running() as server:
-            made.append(server)
-            ready()
-            await stop.wait()
-
-    with background(until):
-        yield made[0]
 
 
 class World:

@@ -54,6 +54,13 @@ async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Asyn
             yield machine, made
 
 
+async def on_the_machine(machine: Machine, key: Path, more: str) -> str:  # noqa: F811
+    """The store path of the bootstrap host with `more`, built and copied to the machine."""
+    system = await nix.build(changed(key, more), "system")
+    await machine.copy(system)
+    return str(system)
+
+
 async def test_what_would_lock_toto_out_is_not_activated(activator: tuple[Machine, Activator], key: Path) -> None:  # noqa: F811
     machine, made = activator
     before = await made.facts()
@@ -61,17 +68,15 @@ async def test_what_would_lock_toto_out_is_not_activated(activator: tuple[Machin
         "sudo", "sh", "-c", "cat /etc/ssh/authorized_keys.d/* /etc/sudoers; ls -R /etc/ssh; mount"
     )
     for name, (more, words) in REFUSED.items():
-        system = await nix.build(changed(key, more), "system")
-        await machine.copy(system)
+        system = await on_the_machine(machine, key, more)
         with pytest.raises(WouldLockOut) as refused:  # (each is told by its words)
-            await way_in.check(made, str(system), before.system)
+            await way_in.check(made, system, before.system)
         assert words in str(refused.value), (name, str(refused.value))
         assert refused.value.hint
 
     # What lets it in is let through, and trying leaves nothing behind.
-    fine = await nix.build(changed(key, '{ environment.etc."fine".text = "yes"; }'), "system")
-    await machine.copy(fine)
-    await way_in.check(made, str(fine), before.system)
+    fine = await on_the_machine(machine, key, '{ environment.etc."fine".text = "yes"; }')
+    await way_in.check(made, fine, before.system)
     assert await made.facts() == before
     left = await machine.check(
         "sudo", "sh", "-c", "cat /etc/ssh/authorized_keys.d/* /etc/sudoers; ls -R /etc/ssh; mount"
@@ -86,9 +91,8 @@ async def test_where_the_present_configuration_cannot_be_tried_either_a_warning_
 ) -> None:
     machine, made = activator
     shy = '{ services.openssh.settings.AllowUsers = "toto@10.0.2.* root@10.0.2.*"; }'
-    system = await nix.build(changed(key, shy), "system")
-    await machine.copy(system)
-    await way_in.check(made, str(system), str(system))
+    system = await on_the_machine(machine, key, shy)
+    await way_in.check(made, system, system)
     assert "could not be tried" in caplog.text
 
 
@@ -104,14 +108,13 @@ async def test_the_address_is_one_that_the_configuration_sets_when_that_is_asked
         return f'{{ environment.etc."systemd/network/10-eth0.network".text = "{text}"; }}'
 
     for address, judge in ((machine.address, None), ("10.1.2.3", "10.1.2.3/24")):
-        system = await nix.build(changed(key, with_address(address)), "system")
-        await machine.copy(system)
+        system = await on_the_machine(machine, key, with_address(address))
         if judge is None:
-            await way_in.check(made, str(system), before.system, address=True)
+            await way_in.check(made, system, before.system, address=True)
         else:
             with pytest.raises(WouldLockOut, match=judge):
-                await way_in.check(made, str(system), before.system, address=True)
-        await way_in.check(made, str(system), before.system)
+                await way_in.check(made, system, before.system, address=True)
+        await way_in.check(made, system, before.system)
 
 
 async def test_a_user_whom_the_configuration_no_longer_has_is_missed(
@@ -128,9 +131,8 @@ async def test_a_user_whom_the_configuration_no_longer_has_is_missed(
         return f'({{ pkgs, ... }}: {{ system.activationScripts.zz.text = ": ${{{file}}}"; }})'
 
     async def judged(*names: str, mutable: bool) -> None:
-        system = await nix.build(changed(key, with_users(*names, mutable=mutable)), "system")
-        await machine.copy(system)
-        await way_in.check(made, str(system), before.system)
+        system = await on_the_machine(machine, key, with_users(*names, mutable=mutable))
+        await way_in.check(made, system, before.system)
 
     await judged("root", "toto", mutable=False)
     await judged("root", mutable=True)  # a user whom somebody has added by hand stays

@@ -7,14 +7,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import postgres, terraform_provider
-from tests.conftest import background
 from tests.repos import InfraRepo
 from toto.base import paths, process
 from toto.base.errors import InputError
@@ -73,20 +72,6 @@ def terraform_of(pid: int) -> int:
 @pytest.fixture(scope="session")
 def provider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return terraform_provider.install(tmp_path_factory.mktemp("provider"))
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[postgres.Postgres]:
-    made: list[postgres.Postgres] = []
-
-    async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        async with postgres.running() as server:
-            made.append(server)
-            ready()
-            await stop.wait()
-
-    with background(until):
-        yield made[0]
 
 
 @pytest.fixture

@@ -93,6 +93,11 @@ class Machine(Fields):
         """Whether toto may ever change this machine."""
         return self.role == "nixos" and self.deploy != "none"
 
+    @property
+    def pushed(self) -> bool:
+        """Whether toto itself rolls out to this machine."""
+        return self.role == "nixos" and self.deploy == "push"
+
 
 class Manifest(Model):
     """The machines of a fleet, by name, in the order of the file."""

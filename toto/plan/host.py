@@ -98,7 +98,7 @@ class HostKind(Kind[Host]):
 
     def is_deployed(self, found: Found[Host], manifest: Manifest) -> bool:
         machine = manifest.machines.get(found.target.name)
-        return machine is not None and machine.role == "nixos" and machine.deploy == "push"
+        return machine is not None and machine.pushed
 
     def told(self, source: Source, found: Sequence[Found[Host]], deployed: Collection[str]) -> list[Told]:
         """Files that are no hosts because of a flake, and machines whose host is not there."""
@@ -181,7 +181,7 @@ class HostKind(Kind[Host]):
         """
         assert isinstance(desired, DesiredHost)
         machine = manifest.machines.get(desired.target.name)
-        if machine is None or machine.role != "nixos" or machine.deploy != "push":
+        if machine is None or not machine.pushed:
             return _rehearsed_only(
                 desired,
                 entry,
