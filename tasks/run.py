@@ -274,6 +274,11 @@ class Run:
         return Completed(name=PARTIAL, message=said) if self.report.partial else Completed(message=said)
 
 
+def names_nothing() -> State[None]:
+    """The state of a run that is limited to targets and names none, as the form of `deploy-host` does at first."""
+    return Failed(message="no target is named, so nothing is deployed; put names or tags in `only`")
+
+
 async def conclude(run: Run) -> None:
     """After the roll-out: retry machines that did not answer, retire targets that left the commit, tag the commit."""
     await retry_later(run.repo, run.report.unreachable)
