@@ -38,7 +38,7 @@ async def reconcile(
         repo: the bare infra repo on toto.
         commit: a commit, tag or branch; the tip of the deployed branch when left out.
         origin: what started this run.
-        only: names, tags or kinds (host, terraform, helm) of targets; all when left out.
+        only: names, tags or kinds (host, terraform, helm) of targets; all when left out, and none when empty.
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.

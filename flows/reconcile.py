@@ -11,7 +11,7 @@ from flows.stages import detect, notify, rehearse, roll_out, the_roll_out
 from tasks import names
 from tasks.approve import approve
 from tasks.limits import one_roll_out, room_for_run
-from tasks.run import Request, Run, carry_out, conclude
+from tasks.run import Request, Run, carry_out, conclude, names_nothing
 from tasks.settle import left_over, settle_soon
 from toto.infra_repo import git
 from toto.report.venues import Origin
@@ -43,7 +43,7 @@ async def reconcile(
         repo: the bare infra repo on toto.
         commit: a commit, tag or branch; the tip of the deployed branch when left out.
         origin: what started this run.
-        only: names, tags or kinds (host, terraform, helm) of targets; all when left out.
+        only: names, tags or kinds (host, terraform, helm) of targets; all when left out, and none when empty.
         plan_only: show what would change, and do nothing.
         rehearse_only: rehearse what changed, and touch nothing.
         override: in an emergency, the reason to roll out in spite of a freeze or a closed window; it is recorded.
@@ -52,6 +52,8 @@ async def reconcile(
         accept: targets that cannot be put back: first of all, their present states are taken as good.
         reason: why they are; it is recorded.
     """
+    if only is not None and not any(map(str.strip, only)):
+        return names_nothing()
     return await carry_out(
         Request(
             repo=repo,

@@ -127,6 +127,7 @@ async def _roll_out(kind: str, run: Run) -> None:
                     run.report.outcome[order.label] = await STEPS[kind].roll_out(
                         quote(order), run.verdict_before_touching(order)
                     )
+                run.note_unreachable(order)
             except Exception as error:  # whatever it was, what was touched is reverted
                 run.report.failure(order.label, "going forward" if order.label in run.forward else "roll-out", error)
 

@@ -35,7 +35,7 @@ def clean_up(repo: Path) -> None:
     limits.clean_up()
     for place in {ssh.SHORT, Path(tempfile.gettempdir())}:
         owned.sweep(place)
-    if killed or removed:
-        get_run_logger().warning(
-            "ended %s processes and removed %s directories of runs that had died", len(killed), len(removed)
-        )
+    found = [f"ended {len(killed)} processes"] if killed else []
+    found += [f"removed {len(removed)} directories"] if removed else []
+    if found:
+        get_run_logger().warning("%s of runs that had died", " and ".join(found))

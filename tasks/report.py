@@ -13,6 +13,7 @@ from toto.base import process
 from toto.plan.changes import COLUMNS
 from toto.plan.order import Plan
 from toto.rehearsal.results import PhaseResult
+from toto.report.message import MARKDOWN
 from toto.report.report import Report
 from toto.terraform.plan import Planned
 
@@ -109,9 +110,12 @@ async def show_report(report: Report) -> None:
 
 def as_markdown(report: Report) -> str:
     """The report as Markdown: the result, the failures in full, what was reverted, then targets and timing."""
-    parts = ["# Failed" if report.failed else "# Done", report.headline()]
+    end = "🔴 Failed" if report.failed else "🟠 Partial" if report.partial else "🟢 Done"
+    parts = [f"# {end}", report.headline()]
     for each in report.failures:
-        parts += [f"## {each.target}: {each.stage} failed", fenced(each.text)]
+        parts += [f"## {each.target}: {each.stage} failed", *_cause(each.target, each.text)]
+    for name in report.unreachable:
+        parts += [f"## {name}: unreachable", *_cause(name, report.away.get(name, ""))]
     if report.reverted:
         parts += [
             "## Reverted",
@@ -129,6 +133,14 @@ def as_markdown(report: Report) -> str:
     if timing := report.timing():
         parts += ["## Timing", fenced(timing)]
     return "\n\n".join(parts)
+
+
+def _cause(target: str, text: str) -> list[str]:
+    """An error as Markdown: the next step, then what was said."""
+    said, _, hint = text.removeprefix(f"{target}: ").rpartition("\nnext: ")
+    if not said or "\n" in hint:
+        said, hint = text.removeprefix(f"{target}: "), ""
+    return ([f"**Next:** {MARKDOWN.escape(hint)}"] if hint else []) + ([fenced(said)] if said else [])
 
 
 def fenced(text: str) -> str:

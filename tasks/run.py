@@ -29,7 +29,7 @@ from toto.plan.kinds import KINDS
 from toto.plan.make import LAST_GOOD
 from toto.plan.order import Order, Plan
 from toto.plan.verdict import Verdict
-from toto.report.report import Report, Reverted
+from toto.report.report import PARTIAL, Report, Reverted
 from toto.report.venues import Origin
 
 T = TypeVar("T")
@@ -210,6 +210,12 @@ class Run:
             self.touched.append(order.target)
         return self.verdicts[order.label]
 
+    def note_unreachable(self, order: Order) -> None:
+        """Have the report say why a target was not reached, as its roll-out has recorded it."""
+        if self.report.outcome.get(order.label) == "unreachable":
+            noted = Ledger(self.repo).read().get(order.target).unreachable
+            self.report.away[order.label] = noted.why if noted else ""
+
     def not_held(self, group: Sequence[Order]) -> list[Order]:
         """The orders of a group that may go on. One that comes after a target that was not rolled out is held back."""
         free = self.report.hold_behind([each.label for each in group], self.plan.held_behind)
@@ -263,7 +269,15 @@ class Run:
 
     def ended(self) -> State[None]:
         """The state that the run ends in."""
-        return (Failed if self.report.failed else Completed)(message=self.report.headline())
+        said = self.report.headline()
+        if self.report.failed:
+            return Failed(message=said)
+        return Completed(name=PARTIAL, message=said) if self.report.partial else Completed(message=said)
+
+
+def names_nothing() -> State[None]:
+    """The state of a run that is limited to targets and names none, as the form of `deploy-host` does at first."""
+    return Failed(message="no target is named, so nothing is deployed; put names or tags in `only`")
 
 
 async def conclude(run: Run) -> None:

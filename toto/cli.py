@@ -5,6 +5,7 @@ A push, Prefect's UI or `prefect deployment run` starts a run; no command here d
 
 import argparse
 import asyncio
+import contextlib
 import getpass
 import os
 import pwd
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from toto.base import paths, runs, server_rules
 from toto.base.errors import InputError, TotoError
-from toto.base.prefect_api import saved_auth
+from toto.base.prefect_api import ServerError, saved_auth
 from toto.git_host import access, follow, receive, shared
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
@@ -97,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         answering.add_argument("flow_run", metavar="RUN", help="the run's id, as in its log")
         answering.add_argument("--by", metavar="USER", help="the user of the git host who answers")
         answering.set_defaults(run=_answer, approved=verb == "approve")
+
+    waiting = verbs.add_parser(
+        "wait", parents=[_where()], help="print a run's progress until it ends; over ssh: ssh toto wait RUN"
+    )
+    waiting.add_argument("flow_run", metavar="RUN", help="the run's id, as a push prints it")
+    waiting.add_argument("--by", metavar="USER", help="the user of the git host who waits")
+    waiting.set_defaults(run=_wait)
 
     accepting = verbs.add_parser(
         "accept",
@@ -310,6 +318,18 @@ async def _answer(arguments: argparse.Namespace) -> int:
         target=f"run {run}",
         hint="the log of the run that asks has the whole line",
     )
+
+
+async def _wait(arguments: argparse.Namespace) -> int:
+    """Follow a run of one of the user's repositories; the status is that of `toto.git_host.follow`."""
+    repos, run, user = arguments.repos.absolute(), arguments.flow_run, arguments.by
+    for repo in git_host.infra_repos(repos):
+        if await access.may(repos, user, "read", repo.name.removesuffix(".git")):
+            with contextlib.suppress(ServerError):
+                found = await (await git_host.api_of(repo)).call("GET", f"/flow_runs/{run}")
+                if Path(found["parameters"].get("repo", "")) == repo.resolve():
+                    return await follow.to_the_end(repo, [run], time.monotonic() + follow.AT_MOST)
+    raise InputError("no repository of yours has a run of this id", target=f"run {run}", hint="a push prints it")
 
 
 async def _accept(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from tests.conftest import PrefectServer
 from tests.flows.test_kinds import Files, files
 from tests.graph import chain, complete, edges, labels
@@ -55,6 +57,15 @@ async def test_a_run_that_stops_before_the_roll_out_is_drawn_so(files: Files, pr
         "rehearse / file/a": "FAILED",
         "notify": "COMPLETED",
     }
+
+
+@pytest.mark.parametrize("only", [[], [" "]])
+async def test_a_form_with_no_target_in_it_deploys_nothing(
+    files: Files, prefect_server: PrefectServer, only: list[str]
+) -> None:
+    state = await files.reconcile(only=only)
+    assert state.is_failed()
+    assert state.message == "no target is named, so nothing is deployed; put names or tags in `only`"
 
 
 async def test_a_run_with_nothing_to_do_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:

@@ -44,13 +44,18 @@ pytestmark = [needs_sshd, pytest.mark.minutes(1)]
 FLOW = '''
 import asyncio
 from pathlib import Path
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, task
 from prefect.states import Completed, Failed
 from tasks import names
+
+@task(task_run_name="no-internet tests")
+async def tests_in_the_sandbox() -> None:
+    await asyncio.sleep(2)
 
 @flow(flow_run_name="{host}")
 async def rehearse_host(host: str) -> None:
     get_run_logger().info("not for the pusher")
+    await tests_in_the_sandbox()
 
 @flow(flow_run_name="{host}")
 async def rehearse(host: str) -> None:
@@ -71,6 +76,8 @@ async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", on
     if only == ["broken"]:
         log.error("web1: tests failed: \\x1b[31mnot ok 1\\a")
         return Failed(message="web1: rehearsal failed; nothing was touched")
+    if only == ["away"]:
+        return Completed(name="Partial", message="1 of 2 hosts: web1 deployed; web2 unreachable")
     return Completed(message="web1 deployed")
 '''
 ACCEPT = '''
@@ -684,13 +691,36 @@ async def test_plan_is_printed_and_nothing_is_deployed(host: Host, alice: Clone,
 async def test_a_pusher_who_waits_sees_the_progress_and_the_end(host: Host, alice: Clone) -> None:
     output = alice.push("main", "wait")
     assert re.search(r"(?m)^ *\d+ s  rehearse-host / web1\n", output)
+    assert re.search(r"(?m)^ *\d+ s  web1: no-internet tests\n", output)
     assert re.search(r"(?m)^ *\d+ s  rehearse-host / web1: done$", output)
     assert output.splitlines()[-3:] and "toto: done: web1 deployed" in output
     assert "not for the pusher" not in output and "Beginning" not in output
     alice.commit()
-    output = alice.push("main", "wait", "only=broken")
+    output = alice.refused("main", "wait", "only=broken")
     assert "web1: tests failed: �[31mnot ok 1�" in output
     assert "toto: failed: web1: rehearsal failed; nothing was touched" in output
+    assert "the commits are on toto all the same" in output
+
+
+@pytest.mark.parametrize(
+    ("only", "status", "end"),
+    [
+        ("web1", 0, "toto: done: web1 deployed"),
+        ("broken", 1, "toto: failed: web1: rehearsal failed; nothing was touched"),
+        ("away", 3, "toto: done in part: 1 of 2 hosts: web1 deployed; web2 unreachable"),
+    ],
+)
+async def test_a_program_learns_how_a_run_ended(
+    host: Host, alice: Clone, prefect_server: PrefectServer, only: str, status: int, end: str
+) -> None:
+    output = alice.push("main", f"only={only}")
+    [run] = await runs(prefect_server.api, output)
+    waited = await asyncio.to_thread(host.ask, "alice", "wait", run["id"])
+    assert waited.returncode == status, waited
+    assert waited.stdout.splitlines()[-1] == end
+    alice.commit()
+    (alice.push if status == 0 else alice.refused)("main", "wait", f"only={only}")
+    assert alice.git("ls-remote", "toto", "main").split()[0] == alice.git("rev-parse", "main")
 
 
 async def test_run_goes_on_when_the_pusher_goes_away(host: Host, alice: Clone, prefect_server: PrefectServer) -> None:

@@ -317,6 +317,8 @@ async def test_large_file_is_named_even_when_a_later_commit_removed_it(pusher: P
     ("options", "complaint"),
     [
         (["dry-run"], "the push option 'dry-run' is not known"),
+        (["wiat"], "the push option 'wiat' is not known: did you mean wait?"),
+        (["onyl=web1"], "the push option 'onyl=web1' is not known: did you mean only?"),
         (["only="], "the push option 'only=' is not known"),
         (["only=web1;id"], "'only=web1;id' is not known"),
         (['only=web1","x":"'], "is not known"),

@@ -209,6 +209,7 @@ async def test_a_first_push_deploys_what_answers_and_says_what_does_not(whole: W
     assert run.state == "COMPLETED", whole.logs(run.id)
     assert "gate, web1 deployed" in run.message
     assert "web2 unreachable" in run.message
+    assert whole.api("GET", f"/flow_runs/{run.id}")["state_name"] == "Partial"
     await whole.settled()
     systems = await whole.systems()
     assert all(systems[name] != installed[name] for name in systems)

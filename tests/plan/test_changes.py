@@ -6,7 +6,7 @@ from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry, Intent, Note, Snapshot
 from toto.ledger.target import Target
 from toto.machine.activation import MachineState
-from toto.plan.changes import Action, Change, ChangeSet, Desired, Failure, Why
+from toto.plan.changes import Action, Change, ChangeSet, Desired, Failure, Why, of_machines
 from toto.plan.compare import compare
 from toto.plan.host import DeployedHost, DesiredHost
 
@@ -179,3 +179,10 @@ def test_a_change_set_survives_being_written_down() -> None:
     failure = Failure(target=Target("host", "b"), message="m")
     found = compare("c", [host()], [failure], manifest(MACHINE), ledger())
     assert ChangeSet.model_validate_json(found.model_dump_json()).model_dump() == found.model_dump()
+
+
+def test_a_changed_machine_reads_as_words() -> None:
+    before = Machine.model_validate({"name": "a", "address": "192.0.2.1", "tags": ["web"], "ssh": {"user": "root"}})
+    after = Machine.model_validate({"name": "a", "address": "192.0.2.1", "ssh": {"user": "toto", "port": 2222}})
+    [change] = of_machines(manifest(before), manifest(after))
+    assert change.what == "ssh.user 'root' → 'toto', ssh.port 22 → 2222, tags ('web') → ()"

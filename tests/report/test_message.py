@@ -91,6 +91,25 @@ def test_what_became_of_a_run_is_in_the_title(outcome: dict[str, str], state: st
     assert (message(made).state, message(made).title) == (state, title)
 
 
+def test_a_machine_that_does_not_answer_is_one_problem_in_sshs_words() -> None:
+    made = report("a", "b")
+    made.outcome |= {"a": "deployed", "b": "unreachable"}
+    keys = set()
+    for said in ("Connection timed out", "Connection refused"):
+        made.away["b"] = f"b: ssh cannot connect to the machine: {said}\nnext: is 192.0.2.2 up?"
+        keys.add(message(made).problems[0].key)
+    assert len(keys) == 1
+    assert message(made).summary == "1 of 2 hosts: a deployed; b unreachable"
+    assert (
+        message(made)
+        .text()
+        .startswith(
+            "b: unreachable: ssh cannot connect to the machine: Connection refused\n"
+            "next: is 192.0.2.2 up?\n\na deployed\n"
+        )
+    )
+
+
 def test_who_is_held_back_and_why_is_said() -> None:
     made = report("a", "b")
     made.outcome["a"] = "unreachable"

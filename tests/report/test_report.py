@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.report import as_markdown
+from tasks.report import as_markdown, markdown_table
 from tests.plan.test_changes import host, manifest
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.infra_repo.settings import Settings
 from toto.ledger.ledger import Snapshot
 from toto.ledger.target import Target
+from toto.machine.ssh import Unreachable
 from toto.plan.changes import ChangeSet, Failure
 from toto.plan.compare import compare
 from toto.plan.order import Plan
@@ -55,7 +56,42 @@ def test_what_was_deployed_and_what_was_not_reached_is_said() -> None:
     made.outcome |= {"a": "unreachable", "c": "deployed"}
     assert made.hold_behind(["b"], after) == []
     assert made.headline() == (
-        "12345678: c deployed; a unreachable; b held back: it comes after a, which was not rolled out"
+        "12345678: 1 of 3 hosts: c deployed; a unreachable; b held back: it comes after a, which was not rolled out"
+    )
+
+
+def test_a_machine_that_was_not_reached_is_told_in_sshs_words_with_the_next_step() -> None:
+    made = report("a", "b", "c")
+    made.outcome |= {"a": "deployed", "b": "deployed", "c": "unreachable"}
+    made.away["c"] = str(Unreachable("Connection timed out", target="c", hint="is 192.0.2.3 up?"))
+    assert made.partial and not made.failed
+    assert (
+        as_markdown(made)
+        == f"""\
+# 🟠 Partial
+
+12345678: 2 of 3 hosts: a, b deployed; c unreachable
+
+## c: unreachable
+
+**Next:** is 192.0.2.3 up?
+
+```text
+ssh cannot connect to the machine: Connection timed out
+```
+
+## Targets
+
+{
+            markdown_table(
+                ("target", "result", "more"),
+                [
+                    ("a", "deployed", ""),
+                    ("b", "deployed", ""),
+                    ("c", "unreachable", "ssh cannot connect to the machine: Connection timed out"),
+                ],
+            )
+        }"""
     )
 
 

@@ -6,6 +6,7 @@ watches: when the pusher goes away, or the time is up, it ends and the run goes 
 
 import argparse
 import asyncio
+import contextlib
 import os
 import re
 import select
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,9 @@ PAUSE: Final = 0.5  # seconds between two checks
 LAST_WORDS: Final = 5.0  # seconds to wait for a run's last lines after its end: they come in batches
 INFO: Final = 20
 ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled", "CRASHED": "crashed"}
+PARTIAL: Final = "Partial"  # the name of the state of a run that is done only in part
+_STATUS: Final = {"COMPLETED": 0, PARTIAL: 3}  # of all others 1
+_ACCEPTED: Final = "toto: git now says that the push failed, for its exit status: the commits are on toto all the same"
 # Prefect's own lines in a run's log.
 _CHATTER: Final = re.compile(
     r"(Beginning (sub)?flow run|Created (sub)?flow run|View at |Finished in state |Worker '.*' submitting|"
@@ -37,15 +41,28 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # none may reach
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Follow runs one after the other. Status 0: all completed; 1: one did not; 2: that is not known."""
+    """Follow runs one after the other.
+
+    Status 0: all are done; 1: one failed or was cancelled; 2: that is not known; 3: one is done only in part.
+    """
     parser = argparse.ArgumentParser("toto.git_host.follow", description="Print the progress of runs until they end.")
     parser.add_argument("repo", type=Path, help="the bare repo whose hook started them")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--at-most", type=float, default=AT_MOST, help="seconds (%(default)g)")
     chosen = parser.parse_args(arguments)
     signal.alarm(int(chosen.at_most) + 60)  # in case that printing blocks, because nobody reads
+    status = _status(chosen.repo, chosen.runs, chosen.at_most)
+    if (pipe := os.environ.get(git_shell.STATUS_VARIABLE)) and status:
+        with contextlib.suppress(OSError):  # (toto's shell has gone: nobody waits any more)
+            os.write(int(pipe), str(status).encode())
+        with contextlib.suppress(BrokenPipeError):
+            print(_ACCEPTED, flush=True)
+    return status
+
+
+def _status(repo: Path, runs: Sequence[str], at_most: float) -> int:
     try:
-        return asyncio.run(to_the_end(chosen.repo, chosen.runs, time.monotonic() + chosen.at_most))
+        return asyncio.run(to_the_end(repo, runs, time.monotonic() + at_most))
     except TotoError as error:
         print(f"toto: {error}", flush=True)
         return 2
@@ -66,14 +83,14 @@ async def to_the_end(repo: Path, runs: Sequence[str], deadline: float) -> int:
         ended = await follow(api, run, lambda text: print(text, flush=True), deadline=deadline, pause=pause)
         if ended is None:
             return 2
-        status = status or int(ended != "COMPLETED")
+        status = 1 if 1 in (status, _STATUS.get(ended, 1)) else status or _STATUS[ended]
     return status
 
 
 async def follow(
     api: Api, run: str, say: Callable[[str], None], *, deadline: float, pause: Callable[[float], bool]
 ) -> str | None:
-    """Call `say` with what a run and its subflows do; return the type of the state in which the run ended.
+    """Call `say` with what a run and its subflows do; return the type of the state in which it ended, or `PARTIAL`.
 
     Returns None when `deadline` (of the monotonic clock) came first, or when `pause(seconds)` returned that nobody
     reads any more. While the API does not answer it says so once, and tries again. Raises `ServerError` when there is
@@ -122,8 +139,10 @@ class _Watched:
             return None
         message = found["state"].get("message") or ""
         said = clean(message) in self.logged  # (then it is not repeated)
-        self.say(f"toto: {ENDS[found['state_type']]}" + (f": {clean(message)}" if message and not said else ""))
-        return str(found["state_type"])
+        partial = found["state_name"] == PARTIAL
+        end = "done in part" if partial else ENDS[found["state_type"]]
+        self.say(f"toto: {end}" + (f": {clean(message)}" if message and not said else ""))
+        return PARTIAL if partial else str(found["state_type"])
 
     def say_once(self, text: str) -> None:
         """Say a line, if it was not said before."""
@@ -145,6 +164,19 @@ class _Watched:
                     self.say_once(f"{name}: {ENDS[child['state_type']]}")
             parents = [child["id"] for child in children]
             self.stages = self.stages or parents
+        working = {child["id"]: child["name"] for child in children if child["state_type"] == "RUNNING"}
+        if working:
+            await self._steps(working)
+
+    async def _steps(self, targets: Mapping[str, str]) -> None:
+        """What is done with the targets that are at work (by the ids of their flow runs), such as a phase's tests."""
+        begun = {
+            "flow_runs": {"id": {"any_": [*targets]}},
+            "task_runs": {"state": {"type": {"any_": ["RUNNING", *ENDS]}}},
+            "sort": "EXPECTED_START_TIME_ASC",
+        }
+        for step in await self.api.call("POST", "/task_runs/filter", begun, timeout=5):
+            self.say_once(f"{targets[step['flow_run_id']]}: {step['name']}")
 
     async def _flow(self, id: str) -> str:
         """The name of a flow."""

@@ -6,6 +6,7 @@ manifest or the settings. `toto.git_host.access` decides who may push; the post-
 """
 
 import asyncio
+import difflib
 import os
 import re
 import sys
@@ -181,7 +182,10 @@ def wrong_options(options: Sequence[str]) -> Iterator[str]:
     reasons = [option.removeprefix("reason=") for option in options if option.startswith("reason=")]
     accepts = any(option.startswith("accept=") for option in options)
     for option in wrong:
-        yield f"the push option {process.shorten(ascii(option), 80)} is not known"
+        known = [each.partition("=")[0] for each in OPTIONS]
+        meant = difflib.get_close_matches(option.partition("=")[0].lower(), known, n=1)
+        close = f": did you mean {meant[0]}?" if meant and not option.startswith(f"{meant[0]}=") else ""
+        yield f"the push option {process.shorten(ascii(option), 80)} is not known{close}"
     if "skip" in options and len(set(options)) > 1:
         yield "the push option skip starts nothing: no other option goes with it"
     elif {"plan", "rehearse"} <= set(options):

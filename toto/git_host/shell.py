@@ -25,8 +25,9 @@ from toto.git_host.access import ADMIN, USER_VARIABLE, Right, Rules
 
 # A push needs `rehearse`; the hook knows which refs it moves, and which of those need `deploy`.
 SERVICES: Final[Mapping[str, Right]] = {"upload-pack": "read", "receive-pack": "rehearse"}
-COMMANDS: Final = ("approve RUN", "reject RUN", "accept TARGET --reason WHY", "repo create NAME")
+COMMANDS: Final = ("wait RUN", "approve RUN", "reject RUN", "accept TARGET --reason WHY", "repo create NAME")
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
+STATUS_VARIABLE: Final = "TOTO_STATUS_FD"  # where the hook writes the status of a run that the pusher waited for
 _TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -50,7 +51,7 @@ def invocation(repos: Path, mode: Literal["shell", "keys"]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Become git, or print why not and exit with status 1."""
+    """Become git, or print why not and exit with status 1. A push is waited for: its hook may say how it ended."""
     parser = argparse.ArgumentParser("toto-shell", description="The forced command of toto's git host.")
     parser.add_argument("--repos", type=Path, required=True, help="the folder of the bare repositories")
     modes = parser.add_subparsers(required=True, dest="mode")
@@ -66,8 +67,33 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TotoError as error:
         print("\n".join(f"toto: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(1)
+    environment = _environment(chosen.user)
+    if program[1:2] == ["receive-pack"]:
+        sys.exit(_pushed(program, environment))
     # This process becomes git: toto is no longer between the pusher and git.
-    os.execvpe(program[0], program, _environment(chosen.user))  # noqa: S606
+    os.execvpe(program[0], program, environment)  # noqa: S606
+
+
+def _pushed(program: list[str], environment: dict[str, str]) -> int:
+    """Run git for a push, and return its status, or that of the run that the pusher waited for.
+
+    git ignores the status of a post-receive hook. So the hook writes it to a pipe, whose end it inherits.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(reads, False)  # (what git leaves behind, such as a repack, holds the other end)
+    if (pid := os.fork()) == 0:
+        try:
+            os.set_inheritable(writes, True)
+            os.execvpe(program[0], program, environment | {STATUS_VARIABLE: str(writes)})  # noqa: S606
+        finally:
+            os._exit(127)
+    os.close(writes)
+    _, ended = os.waitpid(pid, 0)
+    try:
+        said = os.read(reads, 8)
+    except BlockingIOError:
+        said = b""
+    return os.waitstatus_to_exitcode(ended) or (int(said) if said.isdigit() else 0)
 
 
 def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str]:
@@ -85,7 +111,7 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
                     f"{user} may not create repositories", hint=f"ask someone who may deploy {ADMIN}: {_create(name)}"
                 )
             return _toto(repos, user, "repo", "create", access.check_name(name))
-        case ["approve" | "reject" as verb, run]:
+        case ["wait" | "approve" | "reject" as verb, run]:
             if not _RUN.fullmatch(run):
                 raise InputError(
                     f"{ascii(run)[:60]} is not the id of a run", hint="the log of the run that asks has the whole line"

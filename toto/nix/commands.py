@@ -48,14 +48,18 @@ _BUILDS: Final = re.compile(r"building '/nix/store/[^']+\.drv'")  # what nix say
 _POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
 _DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
 _LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
-# nix evaluates a flake from its copy in the store, and errors have the paths of that copy.
-_IN_STORE: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source/([^\s:'`\"]+)")
+_LOCK_VERSION: Final = re.compile(r"lock file '[^']*' has unsupported version (\d+)")
 _COPY: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source")
 _TRANSIENT: Final = re.compile(
     r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
     r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS",
     re.IGNORECASE,
 )
+
+
+# nixpkgs' lib.warn traces a warning; from nix 2.23 on it is a builtin. (nix's own warnings begin with `warning:`.)
+_WARNING: Final = re.compile(r"(?:trace: (?:evaluation )?|evaluation )(warning: .*)")
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class EvaluationFailed(InputError):
@@ -149,7 +153,7 @@ async def _evaluate(
             f"{server_rules.FILE}",
         )
     if done.status != 0:
-        raise _evaluation_failed(done, host, tree)
+        raise _evaluation_failed(done, host, tree, await _copy_of(tree) if "-source/" in done.stderr else "")
     return done
 
 
@@ -210,7 +214,21 @@ async def _fetch_inputs(tree: Path, flake: str, limits: Limits, timeout: float) 
         return
     async with namespace() as network:
         await network.attach()
-        await _evaluate(host, tree, words, limits, timeout, network)
+        for pause in (2, 10, None):  # seconds
+            try:
+                await _evaluate(host, tree, words, limits, timeout, network)
+                return
+            except EvaluationFailed as error:
+                if not _TRANSIENT.search(str(error)):
+                    raise
+                if pause is None:
+                    said = str(error).removeprefix(f"{host.name}: ").removesuffix(f"\nnext: {error.hint}")
+                    raise EvaluationFailed(
+                        f"its inputs could not be fetched, after 3 tries:\n{said.partition(chr(10))[2]}",
+                        target=host.name,
+                        hint="that is the network's or the other server's; start the run again when it answers",
+                    ) from None
+                await asyncio.sleep(pause)
 
 
 async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> list[Host] | None:
@@ -277,7 +295,15 @@ async def instantiate(tree: Path, host: Host, root: Path, **how: Unpack[_How]) -
 
 async def instantiate_vm(tree: Path, host: Host, root: Path, **how: Unpack[_How]) -> Vm:
     """A host's VM, with toto's module; a GC root at `root` keeps its drv. It is evaluated as in `instantiate`."""
-    drv, sizes = await _instantiate(tree, host, ["vm", "sizes"], **how)
+    try:
+        drv, sizes = await _instantiate(tree, host, ["vm", "sizes"], **how)
+    except EvaluationFailed as error:  # (its toplevel has been evaluated before)
+        said = str(error).removeprefix(f"{host.name}: ").removesuffix(f"\nnext: {error.hint}")
+        raise EvaluationFailed(
+            said.replace("does not evaluate", "its VM does not evaluate", 1),
+            target=host.name,
+            hint=f"{error.hint}; what only the real machine has is replaced in its `virtualisation.vmVariant`",
+        ) from None
     await _keep_drv(drv, root)
     found = _SIZES.search(sizes)
     return Vm(drv, *map(int, found.groups())) if found else Vm(drv)
@@ -324,9 +350,9 @@ async def _instantiate(
         Limits(memory=memory),
         timeout,
     )
-    for line in done.stderr.splitlines():
-        if "warning:" in line and "trace" in line:
-            log.warning("%s: %s", host.name, line)
+    if attributes[0] != "vm":  # (the VM's evaluation gives the same warnings once more)
+        for words in warnings(done.stderr):
+            log.warning("%s: %s", host.name, words)
     drvs = done.stdout.split()
     if len(drvs) != len(attributes) or not all(map(_DRV.fullmatch, drvs)):
         raise EvaluationFailed(
@@ -335,6 +361,12 @@ async def _instantiate(
             hint=f"see {host.origin}",
         )
     return drvs
+
+
+def warnings(said: str) -> list[str]:
+    """The warnings of a configuration in what nix printed, each once: `evaluation warning: …`, or a trace of one."""
+    found = (_WARNING.match(_COLOUR.sub("", line)) for line in said.splitlines())
+    return list(dict.fromkeys(each[1].strip() for each in found if each))
 
 
 async def _keep_drv(drv: str, root: Path) -> None:
@@ -350,18 +382,41 @@ async def _keep_drv(drv: str, root: Path) -> None:
     )
 
 
-def _evaluation_failed(done: process.Completed, host: Host, tree: Path) -> EvaluationFailed:
+async def _copy_of(tree: Path) -> str:
+    """The store path of a flake's copy, from which nix evaluates it: errors have its paths."""
+    env = environment()
+    digest = await process.run(["nix-hash", "--type", "sha256", tree], env=env, timeout=120)
+    words = ["nix-store", "--print-fixed-path", "--recursive", "sha256", digest.stdout.strip(), "source"]
+    return (await process.run(words, env=env, timeout=60)).stdout.strip()
+
+
+def _is_of(tree: Path, path: str) -> bool:
+    """Whether a path in an error is that of a file of the tree."""
+    try:
+        return not path.startswith("/") and ".." not in Path(path).parts and (tree / path).is_file()
+    except (OSError, ValueError):  # it is no path at all
+        return False
+
+
+def _evaluation_failed(done: process.Completed, host: Host, tree: Path, copy: str = "") -> EvaluationFailed:
+    """The error in what nix printed, with paths relative to the tree. `copy` is the tree's store path, or empty."""
     said = done.stderr.strip()
     if done.status < 0 or "out of memory" in said.lower():
         ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "ran out of memory"
         return EvaluationFailed(f"its evaluation {ended}:\n{process.tail(said)}", target=host.name, hint=_MEMORY)
-    text = _IN_STORE.sub(lambda match: match[1] if (tree / match[1]).exists() else match[0], said)
+    # (An input's files are not the operator's, although they may have the same names.)
+    text = said.replace(f"{copy}/", "") if copy else said
     text = text.replace(f"{INFRA}/", "").replace(str(INFRA), ".")
-    at = next((match for match in _POSITION.finditer(text) if not match[1].startswith("/")), None)
+    text = text.replace(f"{_EXPRESSIONS}/", "toto's nix/")
+    at = next((match for match in _POSITION.finditer(text) if _is_of(tree, match[1])), None)
     file = _DEFINED_IN.search(text)
     where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin
     hint = f"fix {where} and push again"
-    if "requires lock file changes" in text or "cannot update flake input" in text:
+    if version := _LOCK_VERSION.search(text):
+        hint = (
+            f"toto's nix is too old for version {version[1]} of flake.lock: give toto a newer nix, or lock with its own"
+        )
+    elif "requires lock file changes" in text or "cannot update flake input" in text:
         hint = _LOCK
     elif "Nix search path" in text or "evaluate.nix:" in text:
         hint = "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"

@@ -3,7 +3,7 @@
 This module defines the value and prints it as a table. `toto.plan.compare` computes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -190,13 +190,24 @@ def of_machines(before: Manifest | None, now: Manifest) -> tuple[MachineChange, 
             case Machine(address=address), None:
                 found.append(MachineChange(name=name, what=f"removed (it was at {address}); nothing on it is touched"))
             case old, new if old != new and old is not None and new is not None:
-                fields = [
-                    f"{field} {shown(getattr(old, field))} → {shown(getattr(new, field))}"
-                    for field in Machine.model_fields
-                    if getattr(old, field) != getattr(new, field)
-                ]
-                found.append(MachineChange(name=name, what=", ".join(fields)))
+                found.append(MachineChange(name=name, what=", ".join(_fields(old, new))))
     return tuple(found)
+
+
+def _fields(old: BaseModel, new: BaseModel, within: str = "") -> Iterator[str]:
+    """Each field that differs, such as `ssh.port 22 → 2222`."""
+    for field in type(old).model_fields:
+        before, after = getattr(old, field), getattr(new, field)
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            yield from _fields(before, after, f"{within}{field}.")
+        elif before != after:
+            yield f"{within}{field} {_in_words(before)} → {_in_words(after)}"
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(shown, value))})"
+    return shown(value)
 
 
 COLUMNS: Final = ("target", "action", "why", "what changes")

@@ -142,7 +142,7 @@ class Message:
     def of(cls, report: Report, commit: Commit, link: str) -> Self:
         """The message of a run that reached its end."""
         problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in report.failures]
-        problems += [Problem.of(name, "unreachable", "it does not answer") for name in report.unreachable]
+        problems += [_away(name, report.away.get(name, "")) for name in report.unreachable]
         problems += [Problem.of(name, "held back", reason) for name, reason in report.held.items()]
         bad = {each.target for each in problems} | {each.target for each in report.reverted}
         changed = tuple(name for name, end in report.outcome.items() if end == "deployed" and name not in bad)
@@ -274,6 +274,12 @@ class Message:
             "changed": list(self.changed),
             "recovered": dict(self.recovered),
         }
+
+
+def _away(target: str, said: str) -> Problem:
+    """A machine that does not answer. It is the same problem, whatever ssh says of it this time."""
+    same = Problem.of(target, "unreachable", "it does not answer")
+    return replace(Problem.of(target, "unreachable", said), key=same.key) if said else same
 
 
 def _stuck(reverted: Sequence[Reverted]) -> tuple[Problem, ...]:

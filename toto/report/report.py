@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from toto.base.errors import TotoError
 from toto.plan.changes import ChangeSet
@@ -16,6 +16,8 @@ from toto.plan.kinds import KINDS
 Stage: TypeAlias = Literal[
     "evaluation", "claim", "rehearsal", "approval", "settling", "roll-out", "going forward", "drift check"
 ]
+
+PARTIAL: Final = "Partial"  # the name of the state of a run that left something as it was, because it was not reached
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Report:
     """The report of a run, filled in while the run goes on. At the end it gives the state's message and the artifact.
 
     By label: `rehearsals` are the summaries of verdicts, `outcome` is what was done ("deployed", "unreachable" …),
-    `held` is why a target was held back.
+    `held` is why a target was held back, `away` what ssh said of one that is unreachable, with the next step.
     """
 
     repo: str
@@ -76,6 +78,7 @@ class Report:
     rehearsals: dict[str, str] = field(default_factory=dict)
     outcome: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
+    away: dict[str, str] = field(default_factory=dict)
     reverted: list[Reverted] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
@@ -94,6 +97,11 @@ class Report:
     def complete(self) -> bool:
         """Whether everything is now what the commit says."""
         return not (self.failures or self.held or self.unreachable)
+
+    @property
+    def partial(self) -> bool:
+        """Whether nothing failed, and yet something is not what the commit says."""
+        return not self.failed and not self.complete
 
     @property
     def failed_targets(self) -> set[str]:
@@ -149,7 +157,17 @@ class Report:
         ]
         if rest:
             said.append(f"{', '.join(rest)} rehearsed only")
-        return f"{commit}: {'; '.join(said)}"
+        return f"{commit}: {self._share() if self.partial else ''}{'; '.join(said)}"
+
+    def _share(self) -> str:
+        """How many of the targets are done, such as `2 of 3 hosts: `."""
+        targets = [change.target for change in self.changes.changes]
+        left = {*self.unreachable, *self.held}
+        kinds = {KINDS[each.kind] for each in targets}
+        many = kinds.pop().many if len(kinds) == 1 else "targets"
+        if len(targets) == 1:
+            return ""
+        return f"{sum(each.label not in left for each in targets)} of {len(targets)} {many}: "
 
     def _nothing(self) -> str:
         if self.changes.retired:
@@ -206,7 +224,8 @@ class Report:
             elif name in self.held:
                 end, how = "held back", self.held[name]
             elif name in self.outcome:
-                end, how = self.outcome[name], self.rehearsals.get(name, "")
+                how = _first_line(self.away[name], name) if name in self.away else self.rehearsals.get(name, "")
+                end = self.outcome[name]
             else:
                 end, how = "rehearsed" if name in self.rehearsals else str(change.action), self.rehearsals.get(name, "")
             if name in reverted:

@@ -34,7 +34,7 @@ Origin: TypeAlias = Literal["push", "schedule", "ui", "notebook", "flying-monkey
 Security: TypeAlias = Literal["starttls", "tls", "none"]
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
-_LAMP: Final[dict[State, str]] = {"failed": "🔴", "partial": "🟡", "done": "🟢", "recovered": "🟢"}
+_LAMP: Final[dict[State, str]] = {"failed": "🔴", "partial": "🟠", "done": "🟢", "recovered": "🟢"}
 
 
 class VenueFailed(TotoError):

@@ -63,7 +63,7 @@ let
     getExe = package: "${package}/bin/${package.meta.mainProgram or package.pname or package.name}";
     getExe' = package: name: "${package}/bin/${name}";
     makeBinPath = concatMapStringsSep ":" (package: "${package}/bin");
-    warn = message: value: builtins.trace "warning: ${message}" value;
+    warn = builtins.warn or (message: value: builtins.trace "evaluation warning: ${message}" value);
   }
   // import ./modules.nix lib
   // { types = import ./types.nix lib; };
