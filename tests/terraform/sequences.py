@@ -113,7 +113,7 @@ class World:
         except ApplyFailed:
             state, partial = await session.state(), "partly "
         if fails == "never":
-            self.good = Wanted(wanted.volumes)
+            self.good = Wanted(wanted.volumes, wanted.blocks)  # people leave such blocks where they are
             return f"{did}: good"
         deeds = seen(deeds, state) if dice.random() < 0.9 else deeds  # (or toto died before it saw that)
         others = await self._others(wanted, dict(state.ids))
@@ -216,7 +216,8 @@ class World:
         words = way.words(back)
         self._hold(planned.before.ids, state.ids, before, there, words, made)
         self.good = Wanted(
-            {name: each for name, each in self.good.volumes.items() if f"demo_volume.{name}" in state.ids}
+            {name: each for name, each in self.good.volumes.items() if f"demo_volume.{name}" in state.ids},
+            self.good.blocks,
         )
         return "is back"
 

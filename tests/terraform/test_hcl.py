@@ -2,7 +2,7 @@
 
 import pytest
 
-from toto.terraform.hcl import Module, json_modules, modules
+from toto.terraform.hcl import Module, json_modules, json_without, modules, without
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,16 @@ def test_modules_are_found_in_json(text: str, found: list[tuple[str, str, int]])
 @pytest.mark.parametrize("text", ["<<A\n", "<<A ", "/*", '"${', "{", "a", '"\\', '${"', '"', "#"])
 def test_a_huge_file_is_no_trouble(text: str) -> None:
     assert list(modules(text * (1_000_000 // len(text)))) == []  # (how long it takes: `python -m bench parsing`)
+
+
+def test_blocks_are_left_out_and_nothing_else() -> None:
+    text = (
+        '# moved {\nmoved {\n  from = a["}"]\n  to = b\n}\nresource "moved" "x" {\n  moved {}\n}\n'
+        "import { to = a } # x\nx = <<E\nmoved {\n}\nE\nremoved {"
+    )
+    assert without(text, ("moved", "import", "removed")) == (
+        '# moved {\n\n\n\n\nresource "moved" "x" {\n  moved {}\n}\n # x\nx = <<E\nmoved {\n}\nE\nremoved {'
+    )
+    assert json_without('{"moved": [], "locals": {}}', ("moved",)) == '{"locals": {}}'
+    for other in ('{"locals":  {}}', "[1]", "{"):
+        assert json_without(other, ("moved",)) == other

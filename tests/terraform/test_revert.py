@@ -69,6 +69,8 @@ def imported(action: Action = I, id: str = "1", left: str = "", address: str = "
         (deed(F, id="1"), state(), imported(U), ["import a and change it", "change a, which this run"]),
         (deed(F, id="1"), state(), imported(id="2"), ["import a and change it"]),
         (imported(left="1"), state(a="1"), deed(F), []),
+        (imported(left="1"), state(a="1"), deed(F, "t.toto_way_back_0", was="a"), []),
+        (deed(C, left="1"), state(a="1"), deed(F, "x", was="a"), ["move a to x", "forget x, which this run did not"]),
         (imported(left="1"), state(a="2"), deed(F), ["forget a, which this run did not import"]),
         (imported(left="1"), state(a="1"), deed(D), ["destroy a, which this run did not create"]),
         (deed(C, left="1"), state(a="1"), deed(F), ["forget a, which this run did not import"]),
@@ -86,17 +88,25 @@ def test_the_blocks_undo_what_was_done_and_only_that() -> None:
     deeds = (
         deed(M, 'b["x"]', was="a"),
         deed(M, "not_moved_yet", was="still_there"),
-        imported(address='module.m["x"].i[0]'),
-        imported(address='module.m["x"].i["a]"]'),
+        imported(address='module.m["x"].t.i[0]'),
+        imported(address='module.m["x"].t.i["a]"]'),
+        imported(address="module.n.t.i"),
         imported(Action.REPLACE, address="was_replaced"),
         deed(F, "f", id="${x}%{y}"),
         deed(F, "still", id="1"),
         deed(F, "without_id", id="hash:1"),
     )
-    there = ('b["x"]', "still_there", 'module.m["x"].i[0]', 'module.m["x"].i["a]"]', "was_replaced", "still")
+    there = ('b["x"]', "still_there", 'module.m["x"].t.i[0]', 'module.m["x"].t.i["a]"]', "module.n.t.i", "still")
     assert json.loads(WayBack(GOOD, deeds, state(2, **dict.fromkeys(there, "1"))).blocks) == {
-        "moved": [{"from": 'b["x"]', "to": "a"}],
-        "removed": [{"from": "module.m.i", "lifecycle": {"destroy": False}}],
+        "moved": [
+            {"from": 'b["x"]', "to": "a"},
+            {"from": 'module.m["x"].t.i[0]', "to": "t.toto_way_back_0"},  # its other instances stay
+            {"from": 'module.m["x"].t.i["a]"]', "to": "t.toto_way_back_1"},
+        ],
+        "removed": [
+            {"from": each, "lifecycle": {"destroy": False}}
+            for each in ("t.toto_way_back_0", "t.toto_way_back_1", "module.n.t.i")
+        ],
         "import": [{"to": "f", "id": "$${x}%%{y}"}],
     }
     assert WayBack(GOOD, deeds, state(still="1")).blocks != "{}"
@@ -111,6 +121,7 @@ def test_a_first_deployment_is_undone_by_destroying_and_forgetting_its_own() -> 
     whole = way.with_forgotten(plan(now, deed(D)))
     assert whole.summary == "1 to destroy, 1 to forget" and way.wrong(whole) == []
     assert way.with_forgotten(None).lines == [". i"]
+    assert way.wrong(way.with_forgotten(None)) == ["leave a, which this run created"]
     assert way.words(whole) == "what was there before toto, 2 resources"
     assert way_back(None, now, deeds, now, target="t") is None
 
@@ -150,6 +161,14 @@ def test_what_is_seen_after_an_apply_is_in_the_deeds() -> None:
         (deed(C, left="1"), state(a="1"), deed(D), "as at 01234567 (1 to destroy)"),
         (deed(D, id="1"), state(), deed(C), "(1 to create); created anew, without their old data: a"),
         (deed(R, id="1", left="2"), state(a="2"), deed(R), "(1 to replace); created anew, without their old data: a"),
+        (deed(R, id="1", left="2"), state(a="2"), None, "(nothing to change); created anew, without their old data: a"),
+        (deed(R, id="1", left="1"), state(a="1"), None, "(nothing to change)"),
+        (
+            deed(R, "b", was="a", id="1", left="2"),
+            state(b="2"),
+            deed(M, "a", was="b"),
+            "(1 to move); created anew, without their old data: a",
+        ),
         (deed(D, id="1"), state(), None, "(nothing to change); destroyed, and not in the last good: a"),
         (deed(D, id="1", left="1"), state(), None, "(nothing to change)"),
         (deed(C, left="1"), state(), None, "; no longer where this run created them, so not destroyed: a"),

@@ -1,4 +1,4 @@
-"""Just enough of HCL, the language of `.tf` files, to find the modules that a configuration calls.
+"""Just enough of HCL, the language of `.tf` files, to find the modules that a configuration calls, and its moves.
 
 A module's source is a literal, so nothing is evaluated here. Mistakes in a file are not reported here: terraform
 reports them. (python-hcl2 refuses such a file instead, has no line numbers, and takes seconds for 70 kB.)
@@ -6,7 +6,7 @@ reports them. (python-hcl2 refuses such a file instead, has no line numbers, and
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -65,6 +65,33 @@ def json_modules(text: str) -> Iterator[Module]:
                         place = max(counted, text.find(json.dumps(source), counted + 1))
                         line, counted = line + text.count("\n", counted, place), place
                         yield Module(name, source, line)
+
+
+def without(text: str, blocks: Collection[str]) -> str:
+    """The text of a `.tf` file without its blocks of these names, such as `moved`; the lines keep their numbers."""
+    parts, end, began, depth = list[str](), 0, -1, 0
+    before = ("", 0)
+    for word, place in _tokens(text):
+        if word == "{":
+            if depth == 0 and before[0] in blocks:
+                began = before[1]
+            depth += 1
+        elif word == "}":
+            depth -= 1
+            if depth == 0 and began >= 0:
+                parts += [text[end:began], "\n" * text.count("\n", began, place)]
+                end, began = place + 1, -1
+        before = (word, place)
+    return "".join([*parts, text[end:]])
+
+
+def json_without(text: str, blocks: Collection[str]) -> str:
+    """The same of a `.tf.json` file; a file that is no JSON stays as it is."""
+    with suppress(ValueError, AttributeError, RecursionError):
+        document = json.loads(text)
+        if document.keys() & set(blocks):
+            return json.dumps({name: each for name, each in document.items() if name not in blocks})
+    return text
 
 
 def _listed(value: Any) -> list[Any]:

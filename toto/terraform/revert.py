@@ -17,6 +17,7 @@ from toto.terraform.plan import HASHED, Action, Change, Deed, Planned, State
 from toto.terraform.session import Session
 
 _KEY: Final = re.compile(r'\[(?:\d+|"(?:[^"\\]|\\.)*")\]')
+_ASIDE: Final = "toto_way_back_"
 _CREATES: Final = (Action.CREATE, Action.REPLACE)
 _DESTROYS: Final = (Action.DESTROY, Action.REPLACE)
 
@@ -56,7 +57,11 @@ class WayBack:
             for each in self.deeds
             if each.was and each.address in there and each.was not in there
         ]
-        removed = dict.fromkeys(_KEY.sub("", address) for address in self.forget)
+        # `removed` names whole resources. One of several instances gets a name of its own first.
+        single = [each for each in self.forget if _KEY.search(each)]
+        aside = {each: f"{_KEY.sub('', each).split('.')[-2]}.{_ASIDE}{number}" for number, each in enumerate(single)}
+        moved += [{"from": each, "to": to} for each, to in aside.items()]
+        removed = dict.fromkeys(aside.get(each, each) for each in self.forget)
         imported = [
             {"to": each.address, "id": each.id.replace("${", "$${").replace("%{", "%%{")}
             for each in self.deeds
@@ -85,15 +90,22 @@ class WayBack:
 
     def wrong(self, planned: Planned) -> list[str]:
         """What a plan of the way back would do besides undoing the deeds, in words; if nothing, it may be applied."""
-        now = planned.before
+        now, destroyed = planned.before, {each.place for each in planned.deeds if each.action is Action.DESTROY}
+        left = () if self.commit else (each for each in self.destroy if each not in destroyed)
         return [
-            wrong for each in planned.deeds for wrong in (*self._wrongly_there(each), *self._wrongly_done(each, now))
+            *(
+                wrong
+                for each in planned.deeds
+                for wrong in (*self._wrongly_there(each), *self._wrongly_done(each, now))
+            ),
+            *(f"leave {each}, which this run created" for each in left),
         ]
 
     def _wrongly_there(self, deed: Deed) -> Iterator[str]:
         """What is wrong with where an object comes from."""
         done = self._at(deed.place)
-        if deed.was and not (done is not None and done.was == deed.address):
+        aside = deed.action is Action.FORGET and done is not None and _taken_over(done)
+        if deed.was and not aside and not (done is not None and done.was == deed.address):
             yield f"move {deed.was} to {deed.address}"
         forgotten = done is not None and (done.action, done.id) == (Action.FORGET, deed.id)
         if deed.imported and not (forgotten and deed.action is Action.IMPORT):
@@ -143,12 +155,18 @@ class WayBack:
         anew = {each.address for each in planned.deeds if each.action in _CREATES}
         before = {each.place for each in self.deeds if each.action in _DESTROYS}
         there = planned.before.ids
+        # (The last good may be content with the new one, as when only a trigger had it replaced.)
+        other = {
+            each.place
+            for each in self.deeds
+            if each.action in _DESTROYS and _gone(each) and there.get(each.address, each.id) not in ("", each.id)
+        }
         found: Mapping[str, Iterable[str]] = {
-            "created anew, without their old data": anew & before,
+            "created anew, without their old data": (anew & before) | other,
             "destroyed, and not in the last good": {
                 each.place
                 for each in self.deeds
-                if each.action in _DESTROYS and _gone(each) and each.place not in anew and each.place not in there
+                if each.action in _DESTROYS and _gone(each) and each.place not in {*anew, *other, *there}
             },
             "no longer where this run created them, so not destroyed": {
                 each.address
@@ -174,7 +192,7 @@ class WayBack:
 async def plan_back(session: Session, way: WayBack) -> Planned:
     """The plan of a way back. Raises `TerraformFailed` (also as `StateLocked`), `CommandTimeout`."""
     if way.commit:
-        return await session.plan(blocks=way.blocks)
+        return await session.plan(back=way.blocks)
     whole = set(way.destroy) == set(way.now.resources)
     destroys = await session.plan(destroy=True, only=() if whole else way.destroy) if way.destroy else None
     return way.with_forgotten(destroys)

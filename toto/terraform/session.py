@@ -58,6 +58,7 @@ _PROVIDERS: Final = Path("/providers")
 _PLACE: Final = (  # what says where a backend keeps a state; none of it is a secret
     ("bucket", "container_name", "prefix", "key", "schema_name", "path", "namespace", "secret_suffix", "hostname")
 )
+_ONCE: Final = ("moved", "import", "removed")  # blocks that say what is done once
 _CELL: Final = "@cell"  # the end of the holder's name in a lock that a terraform in a cell holds
 
 Standing: TypeAlias = Literal["deploys", "reads", "guest"]
@@ -339,16 +340,13 @@ class Session:
     network: Namespace | None = None
 
     @_connected
-    async def plan(self, *, blocks: str = "{}", destroy: bool = False, only: Sequence[str] = ()) -> Planned:
-        """Make the root ready (see `init`) and plan it.
+    async def plan(self, *, back: str | None = None, destroy: bool = False, only: Sequence[str] = ()) -> Planned:
+        """Make the root ready (see `init`, also for `back`) and plan it.
 
-        `blocks` is the text of a `.tf.json` file that the configuration gets besides. With `destroy`, the plan destroys
-        all of it, or `only` the resources of these addresses, and what depends on them.
-        Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
+        With `destroy`, the plan destroys all of it, or `only` the resources of these addresses, and what depends on
+        them. Raises `TerraformFailed` (also as `StateLocked`), `InputError`, `CommandTimeout`.
         """
-        await self.init()
-        if blocks != "{}":
-            files.write(self._copy / BACK, blocks, 0o644)
+        await self.init(back)
         handle, name = tempfile.mkstemp(suffix=".tfplan", dir=self._data)  # terraform keeps the mode, 0600
         if (user := self._user) is not None:
             os.fchown(handle, user, user)
@@ -425,9 +423,11 @@ class Session:
         await self._run("validate")
 
     @_connected
-    async def init(self) -> None:
+    async def init(self, back: str | None = None) -> None:
         """Make the root ready: a fresh copy of its folder, backend, providers, modules, workspace.
 
+        For a way back, `back` is the text of a `.tf.json` file that takes the place of what the copy itself moves,
+        imports and forgets: all that was done once, and terraform refuses a second block about the same resource.
         Only one session at a time does this, because a repo's roots share one cache of providers. Raises `InputError`
         for a state that would be lost with the tree, `TerraformFailed`, `CommandTimeout`.
         """
@@ -436,6 +436,8 @@ class Session:
             if self._copy.exists():
                 shutil.rmtree(self._copy)
             shutil.copytree(self._folder, self._copy, symlinks=True)
+            if back is not None:
+                self._turn_back(back)
             folders.own(self._copy, self._user)
             with suppress(OSError):
                 marker.unlink()  # of an earlier tree's backend
@@ -450,6 +452,20 @@ class Session:
             await self._run("workspace select", self.root.workspace, or_create=_FLAG)
         for file in sorted(self._home.glob("errored-*.tfstate")):
             await self._save_late(file)
+
+    def _turn_back(self, blocks: str) -> None:
+        inside = self.tree.resolve()
+        for place, _, names in os.walk(self._folder):
+            for file in (Path(place, name) for name in names if name.endswith((".tf", ".tf.json"))):
+                if not file.is_file() or not file.resolve().is_relative_to(inside):
+                    continue
+                with suppress(UnicodeDecodeError):  # terraform refuses it
+                    text = file.read_bytes().decode()
+                    rest = (hcl.json_without if file.suffix == ".json" else hcl.without)(text, _ONCE)
+                    if rest != text:
+                        files.write(self._copy / file.relative_to(self._folder), rest, 0o644)
+        if blocks != "{}":
+            files.write(self._copy / BACK, blocks, 0o644)
 
     async def _init(self, *backend_config: str | Path) -> None:
         await self._run("init", reconfigure=_FLAG, backend_config=list(backend_config))
