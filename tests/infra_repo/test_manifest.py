@@ -306,11 +306,15 @@ def test_two_names_of_one_machine_are_refused() -> None:
     fleet = parse(
         "machines:\n  a: {address: X.example.org}\n  b: {address: x.example.org., ssh: {port: 22}}\n"
         "  c: {address: x.example.org, ssh: {port: 2222}}\n  d: {address: x.example.org, role: other}\n"
+        "  e: {address: '2001:db8::1'}\n  f: {address: '2001:DB8:0:0::0001'}\n"
+        "  g: {address: 192.0.2.1}\n  h: {address: '::ffff:192.0.2.1'}\n"
     )
     with pytest.raises(ManifestError) as wrong:
         check_distinct(fleet)
     assert wrong.value.problems == (
         "machines.yaml: b: address: x.example.org., port 22, is a's: one machine has one name",
+        "machines.yaml: f: address: 2001:DB8:0:0::0001, port 22, is e's: one machine has one name",
+        "machines.yaml: h: address: ::ffff:192.0.2.1, port 22, is g's: one machine has one name",
     )
 
 

@@ -182,6 +182,10 @@ async def test_two_names_that_lead_to_one_machine_are_refused() -> None:
     here = machine("web1", "127.0.0.1", 2222)
     with pytest.raises(ManifestError, match=r"web2: address: localhost, port 2222, leads to web1: one machine"):
         await owners.check_distinct(fleet(here, machine("web2", "localhost", 2222)))
+    with pytest.raises(ManifestError, match=r"web2: address: localhost, port 2222, leads to web1: one machine"):
+        await owners.check_distinct(
+            fleet(machine("web1", "::ffff:127.0.0.1", 2222), machine("web2", "localhost", 2222))
+        )
     away = machine("web2", "localhost", 2222).model_copy(update={"deploy": "none"})
     for other in (machine("web2", "localhost", 2223), machine("web2", "web2.invalid", 2222), away):
         await owners.check_distinct(fleet(here, other))
@@ -196,6 +200,12 @@ async def test_a_machine_of_a_different_repo_is_known_by_the_address_that_its_na
         with pytest.raises(NotOwned, match=r"its address .*, that of web1, belongs to the repository infra"):
             await owners.claim(lab, theirs, [OTHER], ip)
     await owners.claim(lab, machine("front", "front.lan", 2222), [OTHER], "10.0.0.1")
+    with pytest.raises(NotOwned, match=r"that of web1"):
+        owners.check(lab, machine("front", "WEB1.lan."))
+    await owners.claim(infra, machine("web2", "fd00::2"), [KEY])
+    with pytest.raises(NotOwned, match=r"that of web2"):
+        owners.check(lab, machine("front", "fd00:0:0::2"))
+    assert await owners.moved(infra, machine("web2", "FD00::0:2")) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The types of values that manifest and settings share (names, addresses, keys, words), and their checks."""
 
+import ipaddress
 import re
 from collections.abc import Hashable
 from typing import Annotated, Final
@@ -54,6 +55,15 @@ def check_address(address: str) -> str:
     if not re.fullmatch(_ADDRESS, address):
         raise ValueError(f"should be a host name or an IP address, not {shown(address)}")
     return address
+
+
+def plain_address(address: str) -> str:
+    """An address in the one spelling by which two are compared: lower case, no final dot, an IP address in short."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address.lower().rstrip(".")
+    return str((found.ipv4_mapped if found.version == 6 else None) or found)
 
 
 def check_user(user: str) -> str:

@@ -28,6 +28,7 @@ from toto.infra_repo.fields import (
     check_host_key,
     check_system,
     check_user,
+    plain_address,
 )
 
 FILE: Final = "machines.yaml"
@@ -158,7 +159,7 @@ def check_distinct(fleet: Manifest) -> None:
     problems: list[str] = []
     known: dict[tuple[str, int], str] = {}
     for name, machine in fleet.machines.items():
-        place = (machine.address.lower().rstrip("."), machine.ssh.port)
+        place = (plain_address(machine.address), machine.ssh.port)
         if machine.deployed and (other := known.setdefault(place, name)) != name:
             problems.append(
                 f"{FILE}: {name}: address: {machine.address}, port {machine.ssh.port}, is {other}'s: "

@@ -20,6 +20,7 @@ from toto.base.errors import InputError, TotoError
 from toto.git_host import shared
 from toto.git_host.shared import name_of
 from toto.infra_repo import git, manifest
+from toto.infra_repo.fields import plain_address
 from toto.infra_repo.manifest import Machine, Manifest, ManifestError
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
@@ -97,12 +98,12 @@ async def moved(repo: Path, machine: Machine) -> str:
     owner = read().machines.get(machine.name)
     if owner is None or owner.repo != repo.resolve():
         return ""
-    old, new = (owner.address.lower(), owner.port), (machine.address.lower(), machine.ssh.port)
+    old, new = (plain_address(owner.address), owner.port), (plain_address(machine.address), machine.ssh.port)
     if old == new:
         return ""
     if owner.port == machine.ssh.port:
         there = await asyncio.gather(_places(owner.address), _places(machine.address))
-        if (there[0] | {owner.ip}) & there[1]:
+        if (there[0] | {plain_address(owner.ip)}) & there[1]:
             return ""
     place = owner.address if owner.port == machine.ssh.port else f"{owner.address}:{owner.port}"
     if machine.was is not None and machine.was.lower() in (
@@ -121,11 +122,11 @@ async def moved(repo: Path, machine: Machine) -> str:
 async def _places(address: str) -> set[str]:
     """The IP addresses that an address leads to; none when that is not known within a few seconds."""
     if _is_ip(address):
-        return {address.lower()}
+        return {plain_address(address)}
     with contextlib.suppress(OSError, UnicodeError, TimeoutError):
         async with asyncio.timeout(LOOK_UP):
             found = await asyncio.get_running_loop().getaddrinfo(address, None, type=sockets.SOCK_STREAM)
-        return {str(each[4][0]) for each in found}
+        return {plain_address(str(each[4][0])) for each in found}
     return set()
 
 
@@ -280,13 +281,13 @@ def host_keys(target: SshTarget) -> list[str]:
 
 
 def _check(owners: Owners, repo: Path, machine: Machine, keys: Sequence[str], ip: str = "") -> None:
-    place = {machine.address.lower(), ip} - {""}
+    place = {plain_address(each) for each in (machine.address, ip) if each}
     for name, owner in owners.machines.items():
         if owner.repo == repo.resolve():
             continue
         if name == machine.name:
             what = ""
-        elif owner.port == machine.ssh.port and {owner.address.lower(), owner.ip} & place:
+        elif owner.port == machine.ssh.port and {plain_address(each) for each in (owner.address, owner.ip)} & place:
             what = f"its address {machine.address}, that of {name}, "
         elif set(owner.host_keys) & set(keys):
             what = f"its host key, that of {name}, "
