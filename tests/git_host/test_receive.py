@@ -161,6 +161,31 @@ def test_what_would_be_deployed_half_is_refused_by_name(pusher: Pusher) -> None:
     pusher.push()
 
 
+def test_a_link_to_what_is_not_in_the_commit_is_refused_by_name(pusher: Pusher) -> None:
+    links = {
+        "fine": "deep er/to",
+        "through": "folder/../fine",
+        "folder": "deep er/",
+        "deep er/up": "../fine",
+        "toto.toml": "ignored.toml",
+        "round": "round",
+        "annexed": ".git/annex/objects/x",
+        "late": "folder/nothing",
+        "docs/old": "gone",
+    }
+    for name, to in links.items():
+        (pusher.folder / name).parent.mkdir(exist_ok=True)
+        (pusher.folder / name).symlink_to(to)
+    write(pusher, {"deep er/to": "x"})
+    said = refused(pusher)
+    for name in ("toto.toml", "round", "annexed", "late", "docs/old"):
+        assert f"toto: {name}: is a link to {links[name]}, which is not in the repo" in said
+    assert "fine" not in said and "through" not in said and "deep er/up" not in said
+    pusher.git("rm", "-q", "toto.toml", "round", "annexed", "late")
+    write(pusher, {"toto.toml": '[tree]\nunfinished = ["docs/old"]\n'})
+    pusher.push()
+
+
 def test_what_nothing_reads_may_be_unfinished_by_a_setting(pusher: Pusher) -> None:
     (pusher.folder / "docs/theme").mkdir(parents=True)
     pusher.git("update-index", "--add", "--cacheinfo", f"160000,{pusher.commit()},docs/theme")

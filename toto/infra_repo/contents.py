@@ -20,6 +20,7 @@ SETTINGS: Final = "toto.toml"
 LINK: Final = "120000"  # git's mode of a symbolic link
 _OR: Final = f"; or, if nothing reads it, name it in `unfinished` of [tree] in {SETTINGS}"
 _GITLINK: Final = "160000"  # of a submodule: a commit of a different repository
+_LINKS: Final = 40  # links that lead to each other, as in Linux
 _SMALL: Final = 4096  # bytes: a pointer of git-lfs has at most 1,024, a link as many as a path
 _BLOB: Final = re.compile(r"([0-9a-f]{40,64}) blob \d+")
 
@@ -87,17 +88,20 @@ async def unfinished(
     """What in a commit would not be deployed as it was meant; nothing for one of more than `most` files.
 
     That are submodules (their folder would be empty), files that stand for others (git-lfs, git-annex, git-crypt),
-    names that differ only by case, and links out of the repo. `allowed` are files and folders that may be unfinished;
-    no link may.
+    names that differ only by case, and links out of the repo or to nothing. `allowed` are files and folders that may be
+    unfinished; no link out of the repo may.
     """
     found: list[Unfinished] = []
-    links: list[Unfinished] = []
+    out: list[Unfinished] = []
+    links: dict[str, str] = {}
+    there = set[str]()
     small: dict[str, list[File]] = {}
     spelled: dict[str, str] = {}
     async with aclosing(listed(repo, commit, env)) as files:
         async for file in files:
             if (most := most - 1) < 0:
                 return []
+            there.update((file.path, *_folders(file.path)))
             if file.mode == _GITLINK:
                 why = "is a submodule, and toto has only this repository: the folder would be empty"
                 found.append(Unfinished(file.path, why, f"commit its files, for example by `git subtree add`{_OR}"))
@@ -107,11 +111,13 @@ async def unfinished(
     for name, head in (await _heads(repo, small, env)).items():
         for file in small[name]:
             if file.mode == LINK:
-                links += _leads_out(file.path, head)
+                out += _leads_out(file.path, head)
+                links[file.path] = head
             else:
                 found += _stands_in(file.path, head)
+    found += [each for path in links for each in _leads_nowhere(path, links, there)]
     told = [each for each in found if not any(f"{each.path}/".startswith(f"{path}/") for path in allowed)]
-    return list(dict.fromkeys([*told, *links]))
+    return list(dict.fromkeys([*told, *out]))
 
 
 def words(found: Sequence[Unfinished], most: int = 5) -> list[str]:
@@ -131,9 +137,14 @@ def allowed(settings: str) -> list[str]:
         return []
 
 
+def _folders(path: str) -> Iterator[str]:
+    """The folders that a path leads through."""
+    return (path[: slash.start()] for slash in re.finditer("/", path))
+
+
 def _spelled_twice(path: str, spelled: dict[str, str]) -> Iterator[Unfinished]:
     """Whether the path, or a folder of it, differs from one in `spelled` only by case; puts them there."""
-    for each in [path[: slash.start()] for slash in re.finditer("/", path)] + [path]:
+    for each in (*_folders(path), path):
         other = spelled.setdefault(unicodedata.normalize("NFC", each).casefold(), each)
         if other != each:
             why = f"differs from {_shown(other)} only by case or accents, so that many systems have only one of them"
@@ -155,6 +166,34 @@ def _leads_out(path: str, to: str) -> Iterator[Unfinished]:
         return
     if posixpath.isabs(to) or posixpath.normpath(posixpath.join(posixpath.dirname(path), to)).split("/")[0] == "..":
         yield Unfinished(path, f"is a link that leads out of the repo, to {_shown(to)}", "commit the file itself")
+
+
+def _leads_nowhere(path: str, links: Mapping[str, str], there: Collection[str]) -> Iterator[Unfinished]:
+    """Whether a link leads to nothing that is in the commit, such as a file that git ignores, or in a circle."""
+    at = path.split("/")[:-1]
+    rest, most = links[path].split("/")[::-1], _LINKS
+    while rest and most:
+        part = rest.pop()
+        if part == "..":
+            if not at:
+                return  # out of the repo
+            at.pop()
+        elif part not in ("", "."):
+            at.append(part)
+            if (step := links.get("/".join(at))) is not None:
+                most -= 1
+                at.pop()
+                rest += step.split("/")[::-1]
+                if posixpath.isabs(step):
+                    return
+            elif "/".join(at) not in there:
+                break
+    else:
+        if most:
+            return
+    if not (posixpath.isabs(links[path]) or "\ufffd" in links[path]):  # (a name that is no text)
+        why = f"is a link to {_shown(links[path])}, which is not in the repo"
+        yield Unfinished(path, why, f"commit what it leads to{_OR}")
 
 
 async def _heads(repo: Path, objects: Collection[str], env: Mapping[str, str]) -> dict[str, str]:

@@ -236,7 +236,8 @@ async def check_finished(repo: Path, commit: str, allowed: Sequence[str]) -> Non
 
     `allowed` are the files and folders of which that is not asked.
     """
-    found = await contents.unfinished(repo, commit, environment(), allowed)
+    most = server_rules.load().push.files  # (a commit of more is refused)
+    found = await contents.unfinished(repo, commit, environment(), allowed, most=most)
     if lines := contents.words(found):
         raise InputError("\n".join(lines))
 

@@ -88,7 +88,7 @@ class Tree(Model):
     """The files of a commit."""
 
     unfinished: tuple[Annotated[StrictStr, AfterValidator(_check_path)], ...] = ()
-    """files and folders that nothing reads, so that they may be submodules, files of git-lfs, or spelled twice"""
+    """files and folders that nothing reads: they may be submodules, of git-lfs, links to nothing, or spelled twice"""
 
 
 class Nix(Model):
