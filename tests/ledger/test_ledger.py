@@ -119,11 +119,16 @@ async def test_what_the_ledger_names_outlives_a_forced_push_and_a_garbage_collec
     first = repo.commit({"a": "1"})
     ledger = Ledger(repo.bare)
     good = deployed("/nix/store/a").model_copy(update={"commit": first})
-    await ledger.write(Target("host", "web1"), lambda _: Entry(good=good), "web1: good")
+    told = note().model_copy(update={"commit": repo.commit({"a": "2"})})
+    seen = good.model_copy(update={"commit": repo.commit({"a": "3"})})
+    entry = Entry(good=good, unreachable=told, rehearsed=seen)
+    await ledger.write(Target("host", "web1"), lambda _: entry, "web1: good")
+    git("reset", "--quiet", "--soft", "HEAD~2", cwd=repo.work)
     git("commit", "--amend", "--quiet", "-m", "amended", cwd=repo.work)
     git("push", "--quiet", "--force", str(repo.bare), "HEAD:main", cwd=repo.work)
     git("-c", "gc.reflogExpireUnreachable=now", "gc", "--quiet", "--prune=now", cwd=repo.bare)
-    assert git("show", f"{first}:a", cwd=repo.bare) == "1"
+    for number, commit in enumerate((first, told.commit, seen.commit), 1):
+        assert git("show", f"{commit}:a", cwd=repo.bare) == str(number)
 
 
 async def test_a_retired_target_leaves_the_ledger_but_not_its_history(book: Ledger) -> None:

@@ -183,10 +183,11 @@ def owner_lives(who: str) -> bool | None:
 
 
 def _commits(entry: Entry | None) -> list[str]:
-    """The commits that an entry names: what is deployed, and what a revert has to read, by these."""
+    """The commits that an entry names: what is deployed, what a revert has to read, what people are told of."""
     if entry is None:
         return []
-    records = [entry.good, entry.intent.desired if entry.intent else None]
+    desired = entry.intent.desired if entry.intent else None
+    records = (entry.good, entry.previous, desired, entry.rehearsed, entry.reverted, entry.unreachable)
     return [record.commit for record in records if record is not None]
 
 
