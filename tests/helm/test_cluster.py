@@ -301,6 +301,13 @@ async def test_release_is_reverted_to_what_it_was(lab: Lab) -> None:
     gone = RevertedRelease(0, f"uninstalled from namespace {lab.namespace}")
     assert await revert(lab.helm, release, nothing, "run-1") == gone
     assert await lab.text() is None
+    kept = "  name: kept\n  annotations: {helm.sh/resource-policy: keep}\n"
+    lab.write({"chart/templates/kept.yaml": f"apiVersion: v1\nkind: ConfigMap\nmetadata:\n{kept}"})
+    await lab.upgrade(run="run-1")
+    words = (await revert(lab.helm, release, nothing, "run-1")).words
+    assert words == f"{gone.words}; what the chart has helm keep stays: ConfigMap kept"
+    assert await lab.get("configmaps", "kept") is not None
+    lab.write({"chart/templates/kept.yaml": ""})
     await lab.upgrade(text="first", run="run-1")
     first = await place(lab, release)
     assert await revert(lab.helm, release, first, "run-2") == RevertedRelease(1, "at revision 1, as it was")

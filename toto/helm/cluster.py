@@ -425,6 +425,17 @@ class Helm:
             )
         return stored is not None
 
+    async def kept(self, release: Release, to: int = 0) -> tuple[str, ...]:
+        """What stays when the release is uninstalled, or rolled back to revision `to`: the chart has helm keep it."""
+        stored = await self._stored(release)
+        older = await self._stored(release, to) if to else None
+        there = older.resources if older else {}
+        return tuple(
+            str(key)
+            for key, each in (stored.resources if stored else {}).items()
+            if key not in there and (each["metadata"].get("annotations") or {}).get(_POLICY) == "keep"
+        )
+
     async def test(self, release: Release) -> tuple[Tested, ...]:
         """Run the chart's own tests and return their results; none when it has none or release.yaml says `test: false`.
 

@@ -5,9 +5,10 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -23,6 +24,7 @@ from toto.infra_repo.fields import Distinct, Word
 from toto.infra_repo.settings import Seconds
 
 FILE: Final = "release.yaml"
+MOST_FOLDERS: Final = 10_000  # in which toto looks for what is no release
 
 _SENSITIVE: Final = re.compile(r"passw|passphrase|secret|token|credential|private|api_?key|dsn", re.IGNORECASE)
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
@@ -158,6 +160,27 @@ def discover(tree: Path) -> list[Release]:
     if problems := [what for reading in readings.values() for _, what in sorted(reading.problems)]:
         raise ReleaseFileError(problems)
     return [found[name] for name in order]
+
+
+def left_aside(tree: Path, found: Sequence[Release]) -> Iterator[tuple[str, str]]:
+    """What in `helm/` looks like a release and is none, each with why and what to do; in the first `MOST_FOLDERS`."""
+    files, charts = {each.file for each in found}, {each.chart for each in found}
+    for folder, inside, names in itertools.islice(os.walk(tree / "helm"), MOST_FOLDERS):
+        place = str(Path(folder).relative_to(tree))
+        inside[:] = sorted(each for each in inside if not each.startswith("."))
+        others = [f"{place}/{name}" for name in (FILE, "release.yml") if name in names]
+        for other in others:
+            if other not in files:
+                yield _printable(other), f"is no release: only helm/NAME/{FILE} is one; rename it, or move it there"
+        if "Chart.yaml" in names:
+            inside.clear()
+            if place.count("/") == 1 and place not in charts and not others:
+                what = f"is a chart, and no release: a {FILE} in it, which may be empty, makes it one"
+                yield _printable(place), what
+
+
+def _printable(place: str) -> str:
+    return place if place.isprintable() else shown(place)
 
 
 def _read(reading: Reading, tree: Path, path: Path) -> Release | None:

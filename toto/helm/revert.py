@@ -1,5 +1,6 @@
 """Reverts a release: takes back what one run did to it, and nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 
@@ -50,8 +51,9 @@ async def revert(helm: Helm, release: Release, before: Place, run: str) -> Rever
         return RevertedRelease(now.number, f"at revision {now.number}, as it was")
     await _check_own(helm, release, before, run)
     if before.newest == 0 or before.status == "uninstalled":
+        stays = _stays(await helm.kept(release))
         await helm.uninstall(release, keep_history=before.newest > 0)
-        return RevertedRelease(0, f"uninstalled from namespace {release.namespace}")
+        return RevertedRelease(0, f"uninstalled from namespace {release.namespace}{stays}")
     return await _rolled_back(helm, release, now, before.revision or before.newest, whole=before.revision > 0)
 
 
@@ -73,10 +75,15 @@ async def _rolled_back(helm: Helm, release: Release, now: Deployed, to: int, *, 
     """Roll back to revision `to`, unless it is there. A revision that was never `whole` need not become ready now."""
     if now.number == to and now.status == "deployed":
         return RevertedRelease(to, f"at revision {to}, as it was")
+    stays = _stays(await helm.kept(release, to))
     if now.status != "deployed" or now.description != f"Rollback to {to}":
         now = await helm.rollback(release, to, wait=whole)
     kind = "" if whole else ", which was never whole,"
-    return RevertedRelease(now.number, f"rolled back to revision {to}{kind or ','} as revision {now.number}")
+    return RevertedRelease(now.number, f"rolled back to revision {to}{kind or ','} as revision {now.number}{stays}")
+
+
+def _stays(kept: Sequence[str]) -> str:
+    return f"; what the chart has helm keep stays: {', '.join(kept)}" if kept else ""
 
 
 def _unknown(release: Release) -> CannotGoBack:

@@ -1,5 +1,6 @@
 """Helm releases as a kind of target: the hash of its chart, values and release.yaml identifies a release."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from toto.helm.revert import Place
 from toto.infra_repo import git
 from toto.ledger.ledger import Before, Deployed, Ledger
 from toto.ledger.target import Target
-from toto.plan.changes import Change, Desired
+from toto.plan.changes import Change, Desired, Told
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.order import Order
 
@@ -68,6 +69,11 @@ class ReleaseKind(Kind[Release]):
             Found(Target(self.name, release.name), release, release.tags, release.after)
             for release in releases.discover(source.tree)
         ]
+
+    def told(self, source: Source, found: Sequence[Found[Release]], deployed: Collection[str]) -> list[Told]:
+        """What in `helm/` looks like a release and is none."""
+        there = [each.subject for each in found]
+        return [Told(place=place, what=what) for place, what in releases.left_aside(source.tree, there)]
 
     async def identify(self, source: Source, found: Found[Release]) -> Desired:
         identity = await releases.identity(source.repo, source.commit, source.tree, found.subject)
@@ -125,7 +131,11 @@ async def _place_before(source: Source, release: Release, change: Change) -> _Wa
     if (last := DeployedRelease.of(change.last)) is not None:
         return None if last.namespace == release.namespace else _Was(last.namespace, release.name, last.revision)
     for target, entry in Ledger(source.repo).read().entries.items():
-        if target.kind != ReleaseKind.name or entry.good is None or (source.tree / _folder(target.name)).is_dir():
+        if (
+            target.kind != ReleaseKind.name
+            or entry.good is None
+            or (source.tree / _folder(target.name) / releases.FILE).is_file()
+        ):
             continue
         good = await _with_namespace(source, target.name, entry.good)
         was = _Was(good.namespace, target.name, good.revision)
