@@ -397,6 +397,7 @@ def flake(*, outputs: bool = True) -> str:
         ({"flake.nix": flake(outputs=False)}, "flake.nix", "has no nixosConfigurations, and there is no hosts/"),
         ({"flake.nix": flake(), "hosts/b.nix": host("b")}, "hosts/b.nix", "add nixosConfigurations.b there"),
         ({"hosts/laptop.nix": host("laptop"), "machines.yaml": machines("lap-top")}, "host/lap-top", "mean laptop?"),
+        ({"hosts/a.nix": host("a"), "tests/aa/smoke/x": "", "tests/lib/x": ""}, "tests/aa", "no host has this name: d"),
     ],
 )
 async def test_what_looks_like_a_host_and_is_none_is_told_with_what_to_do(
@@ -532,6 +533,8 @@ async def test_a_release_whose_folder_is_renamed_is_refused_by_name(make: Make, 
     )
     whole = await make(renamed.commit)
     assert whole.changes.failed and whole.changes.retired == ()  # else the next push would know nothing of it
+    left = await make(repo.commit({"helm/page/README.md": "it is in helm/shop now\n"}), "helm/shop")
+    assert left.changes.failed, "a folder that has nothing of a release any more is none"
     moved = await make(repo.commit({"helm/shop/release.yaml": "was: default/page\n"}))
     assert [each.label for each in moved.orders] == ["helm/shop"] and moved.changes.retired == (Target("helm", "page"),)
     assert "it was default/page, which stays" in str(moved.changes)
@@ -543,6 +546,22 @@ async def test_a_release_whose_folder_is_renamed_is_refused_by_name(make: Make, 
         repo.commit({"helm/new/release.yaml": "chart: x\nrepo: https://x.org\nversion: 1.0.0\n"}), "helm"
     )
     assert not swapped.changes.failed and Target("helm", "other") not in swapped.changes.unchanged
+
+
+async def test_what_looks_like_a_release_and_is_none_is_told_with_what_to_do(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {
+        "helm/web/release.yml": "chart: /charts/web\n",
+        "helm/shop/prod/release.yaml": "",
+        "helm/lone/Chart.yaml": "name: lone\n",
+        "helm/used/Chart.yaml": "apiVersion: v2\nname: used\nversion: 0.1.0\n",
+        "helm/used/templates/release.yaml": "",
+        "helm/user/release.yaml": "chart: ../used\n",
+    }
+    made = await make(repo.commit({"machines.yaml": "machines: []\n", **files}))
+    told = {each.place: each.what for each in made.changes.told}
+    assert told.keys() == {"helm/web/release.yml", "helm/shop/prod/release.yaml", "helm/lone"}
+    assert "only helm/NAME/release.yaml is one" in told["helm/web/release.yml"]
+    assert "a release.yaml in it, which may be empty, makes it one" in told["helm/lone"]
 
 
 async def test_a_chart_that_lacks_what_it_depends_on_is_refused_in_the_plan(make: Make, repo: InfraRepo) -> None:

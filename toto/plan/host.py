@@ -113,6 +113,10 @@ class HostKind(Kind[Host]):
         for file in files:
             what = f"is no host, since flake.nix says what is: add nixosConfigurations.{file.name} there, or remove it"
             told.append(Told(place=file.file, what=what))
+        for place in suite.of_nobody(source.tree, names | machines.keys()):
+            close = difflib.get_close_matches(place.partition("/")[2], names, n=1)
+            meant = f": did you mean {close[0]}?" if close else ""
+            told.append(Told(place=place, what=f"has tests that never run, since no host has this name{meant}"))
         for name, machine in machines.items():
             if machine.role != "nixos" or name in names:
                 continue

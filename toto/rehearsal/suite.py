@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -106,6 +106,17 @@ def find(tree: Path, host: str) -> Suite:
         tuple(sorted(scripts, key=lambda each: (order.index(each.phase), each.name, each.path))),
         tuple(sorted(files, key=lambda each: each[:2])),
     )
+
+
+def of_nobody(tree: Path, hosts: Collection[str]) -> list[str]:
+    """The folders of tests, as `tests/web1`, that are of none of these hosts: they never run."""
+    phases = [phase.value for phase in Phase]
+    return [
+        f"{folder}/{shown(os.fsencode(each.name))}"
+        for folder in ("tests", "test")
+        for each in (sorted((tree / folder).iterdir()) if (tree / folder).is_dir() else ())
+        if each.name not in hosts and any((each / phase).is_dir() for phase in phases)
+    ]
 
 
 def _beside(tree: Path, host: str) -> Iterator[tuple[Path, Phase]]:
