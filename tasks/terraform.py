@@ -1,5 +1,6 @@
 """Terraform: plan in the rehearsal, apply exactly that plan in the roll-out, revert to the last good commit's root."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from toto.base.process import CommandTimeout
 from toto.infra_repo import git, settings
 from toto.infra_repo.settings import Approve, Prevent, TerraformRoot
 from toto.ledger import steps
-from toto.ledger.ledger import Deployed, Ledger, LostTarget
+from toto.ledger.ledger import Deployed, Ledger, LostTarget, Snapshot
 from toto.ledger.target import Target
 from toto.plan.root import DeployedRoot, RootBefore, RootKind, RootOrder
 from toto.terraform import plan as tfplan
@@ -105,12 +106,26 @@ def _check_place(order: RootOrder, planned: Planned) -> None:
             )
             return
         raise PlaceChanged(root, last.place or "where it was", planned.place, _held(last), root.name)
+    for name, gone in _gone(order, entries):
+        # (A root that keeps its state elsewhere takes it along under its new name.)
+        if set(gone.resources) & set(planned.created) and not gone.is_in(planned.before):
+            raise PlaceChanged(root, Target(RootKind.name, name).label, root.label, _held(gone), name)
+
+
+def _gone(order: RootOrder, entries: Snapshot) -> Iterator[tuple[str, DeployedRoot]]:
+    """The roots of the ledger that the commit does not have any more, by name."""
     names = {each.name for each in terraform.discover(order.tree, order.settings.terraform)}
     for target, entry in entries.entries.items():
-        gone = DeployedRoot.of(entry.good) if target.kind == RootKind.name and target.name not in names else None
-        # (A root that keeps its state elsewhere takes it along under its new name.)
-        if gone is not None and set(gone.resources) & set(planned.created) and not gone.is_in(planned.before):
-            raise PlaceChanged(root, target.label, root.label, _held(gone), target.name)
+        if target.kind == RootKind.name and target.name not in names and entry.good is not None:
+            yield target.name, DeployedRoot.of(entry.good)
+
+
+def _earlier(order: RootOrder, state: State) -> str:
+    """The name under which the ledger has a root's last good, when the root has a new one: by its word or its state."""
+    was, entries = order.root.was or "", Ledger(order.repo).read()
+    if order.change.last is not None or (was and entries.get(Target(RootKind.name, was)).good is not None):
+        return was
+    return next((name for name, gone in _gone(order, entries) if gone.lineage and gone.is_in(state)), was)
 
 
 def _held(last: DeployedRoot) -> str:
@@ -184,7 +199,7 @@ def before_of(order: RootOrder, planned: Planned, after: State | None = None) ->
     """What the intent of a plan records: the state before, and what is done to it; `after` is the state after that."""
     before = planned.before
     return RootBefore(
-        was=order.root.was or "",
+        was=_earlier(order, before),
         serial=before.serial,
         resources=before.resources,
         deeds=planned.deeds if after is None else seen(planned.deeds, after),

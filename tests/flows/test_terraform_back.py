@@ -184,9 +184,16 @@ async def anywhere(world: World, request: pytest.FixtureRequest) -> AsyncIterato
 
 async def test_all_that_a_run_did_is_undone_and_nothing_is_made_a_second_time(anywhere: World) -> None:
     world = anywhere
-    there = world.make("imported")
+    there, shelved, forgotten = (world.make(each) for each in ("imported", "shelved", "forgotten"))
     old = [volume(each) for each in ("same", "changed", "old", "forgotten", "many")]
-    assert (await world.push(*old, volume("counted", more="  count = 2\n"))).is_completed()
+    # Blocks that are done stay in many configurations.
+    done = [
+        f'import {{\n  to = demo_volume.forgotten\n  id = "{forgotten}"\n}}\n',
+        "moved {\n  from = demo_volume.older\n  to = demo_volume.old\n}\n",
+    ]
+    shelf = 'resource "demo_volume" "shelf" {\n  for_each = toset(%s)\n  pool = "/state"\n  content = each.key\n}\n'
+    state = await world.push(*old, *done, volume("counted", more="  count = 2\n"), shelf % '["kept"]')
+    assert state.is_completed(), state.message
     before, ids = world.volumes(), await world.addresses()
     message = await world.fail(
         volume("same"),
@@ -200,6 +207,8 @@ async def test_all_that_a_run_did_is_undone_and_nothing_is_made_a_second_time(an
         volume("many", more='  for_each = toset(["a", "b"])\n'),
         'moved {\n  from = demo_volume.many\n  to = demo_volume.many["a"]\n}\n',
         volume("counted", more="  count = 3\n"),
+        shelf % '["kept", "shelved"]',
+        f'import {{\n  to = demo_volume.shelf["shelved"]\n  id = "{shelved}"\n}}\n',
     )
     assert "terraform/dns reverted" in message, message
     assert (world.volumes(), await world.addresses()) == (before, ids)
@@ -210,6 +219,16 @@ async def test_what_a_run_destroyed_is_created_anew_and_the_report_says_so(world
     await world.push(volume("kept"), volume("gone"))
     assert "terraform/dns reverted" in await world.fail(volume("kept"))
     assert sorted(world.volumes().values()) == ["gone", "kept"]
+
+
+async def test_what_only_a_trigger_has_replaced_is_another_one_and_the_report_says_so(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last good is content with the new one: the way back has nothing to do there."""
+    await world.push(volume("data"), volume("cause", "1"))
+    trigger = "  lifecycle {\n    replace_triggered_by = [demo_volume.cause]\n  }\n"
+    assert "terraform/dns reverted" in await world.fail(volume("data", more=trigger), volume("cause", "2"))
+    assert "(1 to update); created anew, without their old data: demo_volume.data" in caplog.text
 
 
 async def test_what_a_colleague_applied_meanwhile_is_never_destroyed(anywhere: World) -> None:
@@ -405,6 +424,22 @@ async def test_a_root_that_is_renamed_takes_its_state_along_by_a_word_and_makes_
     assert state.is_completed(), state.message
     assert world.volumes().keys() > before.keys() and sorted(world.volumes().values()) == ["anew", "created", "kept"]
     assert [str(target) for target in Ledger(world.repo.bare).read().entries] == ["terraform/names"]
+    # Renamed once more, with the line where it is.
+    (world.repo.work / "terraform/names").rename(world.repo.work / "terraform/zones")
+    before = world.volumes()
+    changed = head() + volume("kept", "anew again") + volume("other", "anew")
+    world.repo.commit(
+        {
+            "toto.toml": '[terraform.roots.zones]\nwas = "dns"\n',
+            "terraform/zones/main.tf": changed + volume("created"),
+            "files/late": "late",
+        }
+    )
+    state = await reconcile(world.repo.bare, return_state=True)
+    assert state.is_failed() and "terraform/zones reverted" in str(state.message), state.message
+    assert world.volumes() == before
+    (world.repo.work / "terraform/zones").rename(world.repo.work / "terraform/names")
+    world.repo.commit({**word, "terraform/names/main.tf": more, "files/late": None})
     # And without it again, it would be a second one.
     world.repo.commit({"toto.toml": None})
     state = await reconcile(world.repo.bare, return_state=True, force=True)

@@ -82,12 +82,13 @@ class RootKind(Kind[Root]):
         if len(told) > MOST:
             told[MOST:] = [Told(place="…", what=f"{len(told) - MOST} more folders with .tf files are no roots")]
         names = {root.name for root in there}
+        unless = ", unless a new root has the same state" if names - set(deployed) else ""
         for name in sorted(set(deployed) - names):
             heir = next((root.label for root in there if root.was == name), None)
             what = (
                 f"goes on as {heir}"
                 if heir
-                else "left the commit: what its state holds stays there, and nobody manages it"
+                else f"left the commit: what its state holds stays there, and nobody manages it{unless}"
             )
             told.append(Told(place=f"{self.name}/{name}", what=what))
         return told
