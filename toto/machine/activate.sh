@@ -10,6 +10,7 @@
 #   confirm NAME                                        stop the watchdog: toto can connect
 #   back NAME                                           have the watchdog revert at once: toto cannot connect anew
 #   names RUN                                           print the names of the run's activations that left files here
+#   broken                                              print the units that failed, or are started again and again
 #   quiet SECONDS                                       wait until no tool activates anything; print quiet or busy
 #   clean-up RUN                                        remove the files of a run, once no activation is under way
 #   login SYSTEM                                        serve one login on standard input and output, as SYSTEM's sshd
@@ -101,7 +102,7 @@ guard() {
 	mkdir -p "$roots"
 	ln -sfn "$system" "$roots/toto-before"
 	ln -sfn "$path" "$roots/toto-after"
-	broken_units >"$dir/broken"
+	broken >"$dir/broken"
 	# Nothing that can hang stands between the activation and the way back: a process that waits for a dead disk or a
 	# dead server cannot even be killed, and then holds the lock.
 	to_file "$dir/status" activate "$action" "$path"
@@ -127,7 +128,7 @@ activate() {
 	(umask 022 && exec timeout -k 10 "$finish" "$2/bin/switch-to-configuration" "$1")
 	code=$?
 	if [ "$code" = 4 ] && [ -e "$dir/broken" ] && command -v systemctl >/dev/null; then
-		broken_units >"$dir/broken.now"
+		broken >"$dir/broken.now"
 		fresh=$(grep -vxF -f "$dir/broken" "$dir/broken.now" | tr '\n' ' ')
 		if [ -n "$fresh" ]; then
 			echo "toto: broken since this activation: $fresh"
@@ -144,8 +145,7 @@ activate() {
 	return $code
 }
 
-# The units that failed, or that are started again and again.
-broken_units() {
+broken() {
 	timeout 10 systemctl list-units --all --plain --no-legend --no-pager --state=failed,auto-restart 2>/dev/null |
 		while read -r unit _; do echo "$unit"; done
 }
@@ -304,7 +304,7 @@ addresses() {
 verb=${1:-}
 [ $# -gt 0 ] && shift
 case $verb in
-facts | begin | guard | result | confirm | back | names | quiet | login | listening | addresses) "$verb" "$@" ;;
+facts | begin | guard | result | confirm | back | names | quiet | broken | login | listening | addresses) "$verb" "$@" ;;
 clean-up) clean_up "$@" ;;
 login-inside) login_inside "$@" ;;
 *) die "no such verb: $verb" ;;

@@ -130,6 +130,7 @@ class Activator:
         """
         name = self.connection.target.name
         sudo = [] if self.connection.target.user == "root" else ["--sudo"]
+        broken, failed = (await self._verb("broken")).lines, None
         try:
             # It removes its temporary files after SIGINT, and leaves them after SIGTERM.
             await process.run(
@@ -144,16 +145,18 @@ class Activator:
             )
         except process.CommandFailed as error:
             hint = "toto needs a nixos-rebuild with --store-path: that of NixOS 26.05 or newer"
-            raise ActivationFailed(
+            failed = ActivationFailed(
                 f"`nixos-rebuild {verb}` exited with status {error.status}:\n{error.tail}",
                 target=name,
-                hint=hint if "--store-path" in error.tail else None,
-            ) from None
+                hint=hint if "--store-path" in error.tail else _HINTS.get(error.status),
+            )
+            if error.status != UNITS_FAILED:
+                raise failed from None
         ended = time.monotonic()
         while True:
             try:
                 await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
-                return
+                break
             except Unreachable as error:
                 if await self._old_lives() and self._shut_out(error, ended):
                     await self._revert_by_old(verb, before, timeout)
@@ -161,6 +164,11 @@ class Activator:
                 if time.monotonic() > ended + _RESTART:
                     raise
             await anyio.sleep(1)
+        if failed is not None:
+            now = (await self._verb("broken")).lines
+            if not now or set(now) - set(broken):
+                raise failed
+            logging.getLogger(__name__).warning("%s: units that failed were broken before: %s", name, " ".join(now))
 
     async def take_charge(self, *, patience: float) -> None:
         """Wait for every activation of this run to end, and disarm their watchdogs, within `patience` seconds.

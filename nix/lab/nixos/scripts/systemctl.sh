@@ -5,7 +5,7 @@ args=
 for word; do
   case $word in
     -q | --quiet) quiet=1 ;;
-    --failed) args="$args --failed" ;;
+    --failed | --state=failed*) args="$args --failed" ;;
     -*) ;;
     *) args="$args ${word%.service}" ;;
   esac
@@ -44,7 +44,9 @@ case $verb in
     echo "$1.service: $state"
     [ "$state" = active ] || exit 3 ;;
   list-units | --failed)
-    if [ "$verb" = --failed ] || [ "$1" = --failed ]; then failures; else
+    if [ "$verb" = --failed ] || [ "$1" = --failed ]; then
+      for name in $(failures); do echo "$name.service $(/etc/lab/supervise state "$name")"; done
+    else
       for name in $(all); do echo "$name.service $(/etc/lab/supervise state "$name")"; done
     fi ;;
   reboot | poweroff | halt) exec /run/current-system/sw/bin/"$verb" ;;
