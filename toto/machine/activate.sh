@@ -123,7 +123,7 @@ to_decide() { [ -d "$dir/decided" ] || [ -e "$dir/lost" ]; }
 
 activate() {
 	case $1 in
-	switch | boot) timeout -k 10 60 nix-env --profile "$profile" --set "$2" || return ;;
+	switch | boot) timeout -k 10 "$finish" nix-env --profile "$profile" --set "$2" || return ;;
 	esac
 	(umask 022 && exec timeout -k 10 "$finish" "$2/bin/switch-to-configuration" "$1")
 	code=$?

@@ -27,6 +27,10 @@ KNOWN: Final = (
         r"prefect\.engine - Crash detected! Execution was (cancelled by|aborted by a termination signal)",
         "a run was cancelled, or toto was stopped during the run: the run's state says so",
     ),
+    Known(
+        r"Error emitting event: prefect\.flow-run\.heartbeat\s|RuntimeError: Cannot put items in a stopped service",
+        "a run's last heartbeat may come as the run ends",
+    ),
 )
 # An entry begins with a time, a level or a program's name, and goes on until the next one.
 _HEAD: Final = re.compile(
