@@ -114,7 +114,7 @@ async def test_whoever_waits_sees_why_the_machine_was_reverted(pushers: Pushers)
     pushers.whole.control["smoke"] = BAD
     pushers.change(pushers.alice, "B")
     said = await asyncio.to_thread(pushers.alice.refused, "main", "wait")  # so git says, for its exit status
-    text = re.sub(r"(?m)^remote: |\s+$", "", said)
+    text = re.sub(r"(?m)^ *remote: |\s+$", "", said)
     pushers.whole.control.all_good()
     assert re.search(r"(?m)^  not ok 1 - the customer is happy$", text), "the failing test's own line"
     assert re.search(r"(?m): web1: roll-out failed: smoke tests failed: .*; web1 reverted\ntoto: failed$", text), text
