@@ -236,7 +236,7 @@ async def test_nothing_outlives_it() -> None:
 async def test_it_ends_with_toto(end: str) -> None:
     if end == "cancel":
         task = asyncio.create_task(process.run(["sleep", "876543"], cell=Cell()))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not waiting("876543"):
                 await asyncio.sleep(0.05)
         task.cancel()
@@ -248,7 +248,7 @@ async def test_it_ends_with_toto(end: str) -> None:
             "asyncio.run(process.run(['sleep', '876543'], cell=Cell()))"
         )
         toto = subprocess.Popen([sys.executable, "-c", program])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while len(waiting("sleep\000876543")) < 2:  # and the bwrap around it
                 await asyncio.sleep(0.05)
         toto.kill()
