@@ -383,7 +383,7 @@ async def test_the_ways_that_go_together_reach_nothing(red: Red, repo: str, how:
     clone.git("add", "--all", "--force")
     clone.commit()
     ref = "HEAD:main" if how == "deploy" else f"HEAD:refs/heads/{how}"
-    said = await asyncio.to_thread(clone.push, ref, "wait", *({how} - {"deploy"}))
+    said = await asyncio.to_thread(clone.refused, ref, "wait", *({how} - {"deploy"}))
     run = re.search(r"/runs/flow-run/([0-9a-f-]{36})", said)
     assert run, said
     messages = await red.messages(run[1])
@@ -446,7 +446,7 @@ async def test_a_machine_that_is_toto_itself_is_not_deployed(red: Red) -> None:
     write(clone.folder, BASE | {"machines.yaml": machines, "hosts/here.nix": host, "hosts/there.nix": host})
     clone.git("add", "--all")
     clone.commit()
-    said = await asyncio.to_thread(clone.push, "HEAD:main", "wait")
+    said = await asyncio.to_thread(clone.refused, "HEAD:main", "wait")
     red.said.append(said)
     for name in ("here", "there"):
         assert re.search(rf"{name}: roll-out failed: its address \S+ is one of the machine that toto runs on", said), (
