@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.lab.machine import SSH_PORT, Machine
-from tests.lab.setup import setup
+from tests.lab.machine import Machine
 from tests.lab.test_lab import key  # noqa: F401
-from tests.lab.test_way_in import on_the_machine
-from toto.machine import ssh
+from tests.lab.test_way_in import activating, on_the_machine
 from toto.machine.activation import ActivationFailed, Activator, LockedOut
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(2)]
@@ -34,19 +32,14 @@ def fails(name: str) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
-    setup()
     folder = tmp_path_factory.mktemp("rebuild")
     (folder / "bin").mkdir()
     (folder / "bin/nixos-rebuild").write_text(REBUILD)
     (folder / "bin/nixos-rebuild").chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder / "bin"), prepend=":")
-        async with Machine("box", folder / "box", key, address="127.0.1.93") as machine:
-            target = ssh.SshTarget("box", machine.address, SSH_PORT, machine.user, key, known_hosts=folder / "known")
-            async with ssh.connection(target, folder / "ssh") as connection:
-                made = Activator(connection, "a-run")
-                await made.install()
-                yield machine, made
+        async with activating(folder, key, "127.0.1.93") as made:
+            yield made
 
 
 async def test_units_that_were_broken_before_fail_nothing(

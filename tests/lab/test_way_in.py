@@ -1,5 +1,6 @@
 """A configuration that would lock toto out is found out on the machine, before it is activated."""
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -42,16 +43,22 @@ REFUSED = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+@contextlib.asynccontextmanager
+async def activating(folder: Path, key: Path, address: str) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+    """A machine at an address, and toto's way to activate on it."""
     setup()
-    folder = tmp_path_factory.mktemp("way-in")
-    async with Machine("box", folder / "box", key, address="127.0.1.92") as machine:
+    async with Machine("box", folder / "box", key, address=address) as machine:
         target = ssh.SshTarget("box", machine.address, SSH_PORT, machine.user, key, known_hosts=folder / "known")
         async with ssh.connection(target, folder / "ssh") as connection:
             made = Activator(connection, "a-run")
             await made.install()
             yield machine, made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+    async with activating(tmp_path_factory.mktemp("way-in"), key, "127.0.1.92") as made:
+        yield made
 
 
 async def on_the_machine(machine: Machine, key: Path, more: str) -> str:  # noqa: F811
