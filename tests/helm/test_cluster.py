@@ -715,8 +715,6 @@ async def test_crds_of_a_chart_are_told_and_applied_where_that_is_wanted(lab: La
 
 @both
 async def test_resources_of_a_crd_come_with_it(lab: Lab) -> None:
-    if not lab.cluster.bears_custom_resources:
-        pytest.skip("the API server dies of the first custom resource")
     old, new = (f"{letter}{uuid.uuid4().hex[:8]}" for letter in "pq")
     lab.write({"chart/crds/crd.yaml": json.dumps(crd(old)), "chart/templates/one.yaml": one_of(old)})
     assert f"+ {old.capitalize()} one" in (await lab.helm.difference(lab.release(), lab.tree)).lines()

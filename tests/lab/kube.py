@@ -1,8 +1,10 @@
 """A real Kubernetes API server on loopback, for tests and the demo of helm: `async with cluster(directory) as …`.
 
-etcd, kube-apiserver and kube-controller-manager are the real ones. There is no kubelet and no scheduler: a loop binds
-every pod to the one node and says of it what a kubelet would, so a Deployment becomes ready, a Job completes and a
-test pod succeeds, while no container runs. `Cluster.fates`, or the annotation `lab/fate` of a pod, says otherwise:
+etcd, kube-apiserver and kube-controller-manager are the real ones, in a network namespace: an address that the API
+server dials, such as that of a chart's webhook, is none of the machine's own network. There is no kubelet and no
+scheduler: a loop binds every pod to the one node and says of it what a kubelet would, so a Deployment becomes ready, a
+Job completes and a test pod succeeds, while no container runs. `Cluster.fates`, or the annotation `lab/fate` of a pod,
+says otherwise:
 
     stuck     runs, but never becomes ready; one that should end does not
     failed    has ended with an error
@@ -20,11 +22,13 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +41,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tests.lab.parts import Part
 from toto.base import process
 from toto.base.errors import TotoError
+from toto.cell.namespace import namespace
+from toto.cell.relay import serving
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ SETUP: Final = Path(__file__).parents[2] / "setup/kube"
 PROGRAMS: Final = ("kube-apiserver", "kube-controller-manager")
 NODE: Final = "lab"
 FATE: Final = "lab/fate"
+_PORT: Final = 6443
+_STORE_PORT: Final = 2379  # etcd's
 PATIENCE: Final = 180.0  # seconds until everything answers; 5 are usual
 
 
@@ -67,7 +75,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"https://{self.address}:6443"
+        return f"https://{self.address}:{_PORT}"
 
     @property
     def kubeconfig(self) -> Path:
@@ -87,12 +95,6 @@ class Cluster:
             "HELM_DATA_HOME": str(self.directory / "helm/data"),
             "KUBECACHEDIR": str(self.directory / "helm/kube"),
         }
-
-    @property
-    def bears_custom_resources(self) -> bool:
-        """Whether its API server outlives them: one with Kubernetes 1.20's own reflect2 does not, with today's Go."""
-        (program, *_) = [each for each in self.parts["kube-apiserver"].argv if each.endswith("/kube-apiserver")]
-        return b"go_above_118" in Path(program).read_bytes()
 
     async def get(self, path: str) -> Any:
         """What is at `path` (such as /api/v1/namespaces/web/configmaps/page), or None."""
@@ -162,10 +164,14 @@ async def cluster(directory: Path) -> AsyncIterator[Cluster]:
     programs = await assets()
     made = await _new(directory)
     async with contextlib.AsyncExitStack() as stack:
+        network = await stack.enter_async_context(namespace())
+        for port in (_STORE_PORT, _PORT):
+            listening = socket.create_server((made.address, port))
+            await stack.enter_async_context(serving(listening, partial(network.connect, port, made.address)))
         for name, argv in _commands(made, programs).items():
-            await stack.enter_async_context(_part(made, name, argv))
+            await stack.enter_async_context(_part(made, name, [*network.inside, *argv]))
             if name == "etcd":
-                await _until_answers(made, name, f"http://{made.address}:2379/health")
+                await _until_answers(made, name, f"http://{made.address}:{_STORE_PORT}/health")
             if name == "kube-apiserver":
                 await _until_answers(made, name, "/readyz")
                 await _until_answers(made, name, "/api/v1/namespaces/default")
@@ -272,7 +278,7 @@ async def _part(made: Cluster, name: str, argv: Sequence[process.Argument]) -> A
 def _commands(made: Cluster, programs: Path) -> dict[str, list[process.Argument]]:
     """The three programs, in the order in which they start."""
     address, service_key = made.address, made.directory / "service-account.key"
-    store = f"http://{address}:2379"
+    store = f"http://{address}:{_STORE_PORT}"
     return {
         "etcd": [
             "etcd",
@@ -295,7 +301,7 @@ def _commands(made: Cluster, programs: Path) -> dict[str, list[process.Argument]
             "--advertise-address",
             address,
             "--secure-port",
-            "6443",
+            str(_PORT),
             "--cert-dir",
             made.ca.parent,
             "--token-auth-file",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 from tests.conftest import background
 from tests.lab.kube import SETUP, Cluster, ClusterError, cluster_or_stand_in, stand_in
 from toto.base import process
+from toto.cell.namespace import own_addresses
 
 pytestmark = pytest.mark.minutes(1)
 
@@ -292,6 +294,47 @@ async def test_hanging_api_server_goes_on_where_it_was(cluster: Cluster) -> None
         await cluster.post("/api/v1/namespaces", {"metadata": {"name": "not/a name"}})
 
 
+async def test_a_webhook_is_not_looked_for_on_the_machines_network(cluster: Cluster) -> None:
+    name = f"hook-{uuid.uuid4().hex[:8]}"
+    with socket.create_server((own_addresses()[0], 0)) as listening:
+        listening.setblocking(False)
+        address, port = listening.getsockname()
+        webhooks = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
+        await cluster.post("/api/v1/namespaces", {"metadata": {"name": name, "labels": {"hook": name}}})
+        await cluster.post(
+            webhooks,
+            {
+                "metadata": {"name": name},
+                "webhooks": [
+                    {
+                        "name": "x.example.org",
+                        "clientConfig": {"url": f"https://{address}:{port}/"},
+                        "namespaceSelector": {"matchLabels": {"hook": name}},
+                        "rules": [
+                            {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["*"], "resources": ["secrets"]}
+                        ],
+                        "sideEffects": "None",
+                        "admissionReviewVersions": ["v1"],
+                    }
+                ],
+            },
+        )
+        try:
+            async with asyncio.timeout(60):
+                while True:  # (until the API server knows of the webhook)
+                    each = {"metadata": {"generateName": "x-"}}
+                    try:
+                        await cluster.post(f"/api/v1/namespaces/{name}/secrets", each)
+                    except ClusterError as error:
+                        assert "network is unreachable" in error.message, error
+                        break
+            with pytest.raises(BlockingIOError):
+                listening.accept()
+        finally:
+            await cluster.delete(f"{webhooks}/{name}")
+            await cluster.delete(f"/api/v1/namespaces/{name}")
+
+
 async def test_stand_in_wants_the_token_and_refuses_what_it_has_not(stand_in_cluster: Cluster) -> None:
     with pytest.raises(ClusterError, match="401"):
         await replace(stand_in_cluster, token="another").get("/api/v1/namespaces")
@@ -346,4 +389,6 @@ def test_programs_are_taken_unpacked_too_and_only_with_their_sums(tmp_path: Path
     assert taken.stdout == f"{cache}/kube\n"
     assert os.access(cache / "kube/kube-apiserver", os.X_OK)
     assert unpack(cache, None).stdout == taken.stdout
-    assert len(list((cache / "kube").iterdir())) == 2
+    assert {each.name for each in (cache / "kube").iterdir()} == {"kube-apiserver", "kube-controller-manager", "sha256"}
+    (cache / "kube/sha256").write_text("of an older version\n")
+    assert "make kube" in unpack(cache, None).stderr

@@ -10,9 +10,10 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Self, TypeAlias
 
 from toto.base.errors import InputError
@@ -20,6 +21,8 @@ from toto.cell.namespace import Namespace, NamespaceFailed
 
 Place: TypeAlias = tuple[str, int]
 """an IPv4 address and a port"""
+Connect: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+"""makes a connection; raises OSError"""
 
 _MOST: Final = 256  # connections at once by one relay
 _CHUNK: Final = 65_536
@@ -59,7 +62,7 @@ async def relay(namespace: Namespace, places: Mapping[Place, Place]) -> AsyncIte
                 listening = await namespace.listen(port, address)
             except OSError as error:
                 raise NamespaceFailed(f"a relay for {address}:{port} failed: {error}") from None
-            await stack.enter_async_context(_serving(listening, real))
+            await stack.enter_async_context(serving(listening, partial(asyncio.open_connection, *real)))
         yield
 
 
@@ -96,15 +99,15 @@ async def _looked_up(endpoint: Endpoint) -> str:
 
 
 @asynccontextmanager
-async def _serving(listening: socket.socket, real: Place) -> AsyncIterator[None]:
-    """Accept connections and join each with one of its own to `real`, while the block lasts."""
+async def serving(listening: socket.socket, connect: Connect) -> AsyncIterator[None]:
+    """Accept connections and join each with one of its own that `connect` makes, while the block lasts."""
     joined: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(joined) >= _MOST:
             writer.transport.abort()
             return
-        task = asyncio.create_task(_join(reader, writer, real))
+        task = asyncio.create_task(_join(reader, writer, connect))
         joined.add(task)
         task.add_done_callback(joined.discard)
 
@@ -118,10 +121,10 @@ async def _serving(listening: socket.socket, real: Place) -> AsyncIterator[None]
         await asyncio.gather(*left, return_exceptions=True)
 
 
-async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, real: Place) -> None:
+async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connect: Connect) -> None:
     try:
         async with asyncio.timeout(_PATIENCE):
-            onward, back = await asyncio.open_connection(*real)
+            onward, back = await connect()
     except (OSError, TimeoutError):
         writer.transport.abort()
         return
