@@ -581,7 +581,7 @@ async def test_namespace_is_made_only_where_it_may_be(lab: Lab) -> None:
             'no matches for kind "Nonsense"',
         ),
         ({"chart/templates/x.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndta: {a: b}\n"}, '"dta"'),
-        ({"chart/Chart.yaml": CHART + "kubeVersion: '>=1.99'\n"}, "incompatible with Kubernetes v1.20.2"),
+        ({"chart/Chart.yaml": CHART + "kubeVersion: '>=1.99'\n"}, "incompatible with Kubernetes v"),
         (
             {"chart/Chart.yaml": CHART + "dependencies: [{name: x, version: 1.0.0, repository: ''}]\n"},
             "missing in charts/ directory: x",
