@@ -9,6 +9,7 @@
 , builder ? "x86_64-linux"  # the system of the machine that runs the VM
 }:
 {
+  _file = "toto's nix/rehearsal.nix";
   virtualisation.vmVariant = { config, lib, options, pkgs, ... }:
     let
       card = "toto-mgmt";

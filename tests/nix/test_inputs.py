@@ -24,6 +24,7 @@ from toto.nix import commands as nix
 from toto.nix import inputs
 from toto.nix.hosts import Host
 from toto.nix.inputs import InputsFailed
+from toto.nix.messages import EvaluationFailed
 
 pytestmark = [
     needs_sshd,
@@ -136,7 +137,7 @@ async def test_it_is_fetched_with_the_key_of_the_repo_and_evaluated_without(
         await fleet.fetch()
 
     await fleet.trusted()
-    with pytest.raises(nix.EvaluationFailed):  # nix itself has no key
+    with pytest.raises(EvaluationFailed):  # nix itself has no key
         await nix.flake_hosts(fleet.tree, timeout=120)
     await fleet.fetch()
     assert await inputs.lacking(fleet.tree) == []
@@ -202,7 +203,7 @@ async def test_addresses_that_lead_elsewhere_reach_nothing(fleet: Fleet, tmp_pat
     for url in (f"file://{fleet.private}", f"ext::sh -c 'touch {mark}'", f"file://{paths.state_home()}", "-u"):
         fleet.change(url=url)
         assert await inputs.lacking(fleet.tree) == []
-        with pytest.raises(nix.EvaluationFailed) as failed:
+        with pytest.raises(EvaluationFailed) as failed:
             await nix.flake_hosts(fleet.tree, timeout=60)
         assert fleet.word not in str(failed.value)
     assert not mark.exists() and fleet.server.journal.read_text() == before

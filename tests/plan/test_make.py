@@ -18,6 +18,7 @@ from toto.ledger.target import Target
 from toto.machine import keys, owners
 from toto.nix import closure
 from toto.nix import commands as nix
+from toto.nix.messages import EvaluationFailed
 from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.changes import Action, Why
@@ -211,7 +212,7 @@ async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Pa
         "flake.nix": flake,
         "hosts/canon.nix": host("canon"),
     }
-    with pytest.raises(nix.EvaluationFailed, match="nix flake lock"):
+    with pytest.raises(EvaluationFailed, match="nix flake lock"):
         await make(repo.commit(files))
     await process.run(["nix", "flake", "lock", f"path:{repo.work}"], env=dict(os.environ))
     made = await make(repo.commit({}))

@@ -26,6 +26,7 @@ Verb: TypeAlias = Literal["test", "switch", "boot"]
 
 _SCRIPT: Final = Path(__file__).with_name("activate.sh")
 UNITS_FAILED: Final = 4  # the exit status of switch-to-configuration when it worked, but units failed
+_SSH_FAILED: Final = 255  # the exit status of ssh when the connection is lost
 _ON_MACHINE: Final = "/run/toto/activate.sh"
 # What an exit status of switch-to-configuration calls for.
 _HINTS: Final[Mapping[int, str]] = {
@@ -37,6 +38,18 @@ _GRACE: Final = 60.0  # seconds that activate.sh may take besides the activation
 
 class ActivationFailed(TotoError):
     """switch-to-configuration failed on the machine; the message ends with its last lines."""
+
+
+def rebuild_failed(verb: str, status: int, said: str, target: str) -> ActivationFailed:
+    """The error of a nixos-rebuild that ended with `status`, without its advice on options that toto does not pass."""
+    lines = [line for line in said.splitlines() if "--ask-sudo-password" not in line]
+    what, hint = f"`nixos-rebuild {verb}` exited with status {status}", _HINTS.get(status)
+    if status == _SSH_FAILED:
+        what = f"the connection was lost during `nixos-rebuild {verb}`, which goes on on the machine"
+        hint = "on the machine: journalctl -u nixos-rebuild-switch-to-configuration"
+    elif "--store-path" in said:
+        hint = "toto needs a nixos-rebuild with --store-path: that of NixOS 26.05 or newer"
+    return ActivationFailed(":\n".join(filter(None, (what, "\n".join(lines)))), target=target, hint=hint)
 
 
 class WentBack(TotoError):
@@ -144,12 +157,7 @@ class Activator:
                 signals=(signal.SIGINT, signal.SIGTERM),
             )
         except process.CommandFailed as error:
-            hint = "toto needs a nixos-rebuild with --store-path: that of NixOS 26.05 or newer"
-            failed = ActivationFailed(
-                f"`nixos-rebuild {verb}` exited with status {error.status}:\n{error.tail}",
-                target=name,
-                hint=hint if "--store-path" in error.tail else _HINTS.get(error.status),
-            )
+            failed = rebuild_failed(verb, error.status, error.tail, name)
             if error.status != UNITS_FAILED:
                 raise failed from None
         ended = time.monotonic()

@@ -22,48 +22,27 @@ from pathlib import Path
 from typing import Final, TypedDict, Unpack
 
 from toto.base import process, server_rules
-from toto.base.errors import InputError, TotoError
+from toto.base.errors import TotoError
 from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace, namespace
-from toto.nix import daemon
+from toto.nix import daemon, messages
 from toto.nix.hosts import Host, check_name
+from toto.nix.messages import EXPRESSIONS, EvaluationFailed, is_of_the_network
 
 log = logging.getLogger(__name__)
 
-EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
 MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
 # Where an evaluation's cell has toto's own expressions, and the daemon's socket and nix.conf.
-_EXPRESSIONS: Final = Path("/toto")
+_EXPRESSIONS: Final = messages.IN_CELL
 _DAEMON: Final = Path("/daemon")
 _LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
 _SIZES: Final = re.compile(r"-vm-sizes-([0-9]{1,18})-([0-9]{1,18})\.drv$")  # as evaluate.nix names it
-_MEMORY: Final = (
-    "if there was too little memory: raise nix.evaluate_memory in toto.toml, so that fewer evaluations run side by side"
-)
 _BUILDS: Final = re.compile(r"building '/nix/store/[^']+\.drv'")  # what nix says of each build that it begins
-_POSITION: Final = re.compile(r"\bat ([^\s:]+):(\d+)(?::(\d+))?")
-_DEFINED_IN: Final = re.compile(r"[Ii]n `([^/'][^']*)'")
-_LOCK: Final = "run `nix flake lock` and commit flake.lock: without it two runs may use different nixpkgs"
-_LOCK_VERSION: Final = re.compile(r"lock file '[^']*' has unsupported version (\d+)")
-_COPY: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source")
-_TRANSIENT: Final = re.compile(
-    r"unable to download|Could not resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
-    r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS",
-    re.IGNORECASE,
-)
-
-
-# nixpkgs' lib.warn traces a warning; from nix 2.23 on it is a builtin. (nix's own warnings begin with `warning:`.)
-_WARNING: Final = re.compile(r"(?:trace: (?:evaluation )?|evaluation )(warning: .*)")
-_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class EvaluationFailed(InputError):
-    """nix cannot evaluate the operator's configuration; the message is nix's own, with paths relative to the repo."""
+_PAUSES: Final = (2, 10)  # seconds before a download is tried again
 
 
 class BuildFailed(TotoError):
@@ -91,7 +70,26 @@ def environment() -> dict[str, str]:
     return kept | daemon.client(daemon.socket()) | {"NO_COLOR": "1", "TERM": "dumb"}
 
 
-async def _evaluate(
+async def _evaluate(host: Host, tree: Path, words: Sequence[str], limits: Limits, timeout: float) -> process.Completed:
+    """Run a nix command as `_evaluate_once` does; once more, and again, when a download of a build failed."""
+    for pause in _PAUSES:
+        try:
+            return await _evaluate_once(host, tree, words, limits, timeout)
+        except EvaluationFailed as error:
+            if not error.transient:
+                raise
+            log.warning("%s: a download failed; toto tries again in %d s", host.name, pause)
+        await asyncio.sleep(pause)
+    try:
+        return await _evaluate_once(host, tree, words, limits, timeout)
+    except EvaluationFailed as error:
+        if not error.transient:
+            raise
+        what = "what its evaluation builds could not be downloaded"
+        raise messages.of_the_network(error, what, len(_PAUSES) + 1) from None
+
+
+async def _evaluate_once(
     host: Host, tree: Path, words: Sequence[str], limits: Limits, timeout: float, network: Namespace | None = None
 ) -> process.Completed:
     """Run a nix command that evaluates what was pushed, in a cell, with as many builds as the server allows.
@@ -142,7 +140,7 @@ async def _evaluate(
         done = None
     except process.LimitExceeded as error:
         raise EvaluationFailed(
-            f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=_MEMORY
+            f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=messages.MEMORY
         ) from None
     if done is None or builds > most:  # (it may have ended by itself just then)
         raise EvaluationFailed(
@@ -153,7 +151,7 @@ async def _evaluate(
             f"{server_rules.FILE}",
         )
     if done.status != 0:
-        raise _evaluation_failed(done, host, tree, await _copy_of(tree) if "-source/" in done.stderr else "")
+        raise messages.failed(done, host, tree, await _copy_of(tree) if "-source/" in done.stderr else "")
     return done
 
 
@@ -210,24 +208,20 @@ async def _fetch_inputs(tree: Path, flake: str, limits: Limits, timeout: float) 
     host = Host("flake.nix", "flake.nix")
     words = ["nix", *_FLAKES, "flake", "archive", "--no-update-lock-file", "--no-write-lock-file", flake]
     with contextlib.suppress(EvaluationFailed):
-        await _evaluate(host, tree, words, limits, timeout)
+        await _evaluate_once(host, tree, words, limits, timeout)
         return
     async with namespace() as network:
         await network.attach()
-        for pause in (2, 10, None):  # seconds
+        for pause in (*_PAUSES, None):
             try:
-                await _evaluate(host, tree, words, limits, timeout, network)
+                await _evaluate_once(host, tree, words, limits, timeout, network)
                 return
             except EvaluationFailed as error:
-                if not _TRANSIENT.search(str(error)):
+                if not is_of_the_network(str(error)):
                     raise
                 if pause is None:
-                    said = str(error).removeprefix(f"{host.name}: ").removesuffix(f"\nnext: {error.hint}")
-                    raise EvaluationFailed(
-                        f"its inputs could not be fetched, after 3 tries:\n{said.partition(chr(10))[2]}",
-                        target=host.name,
-                        hint="that is the network's or the other server's; start the run again when it answers",
-                    ) from None
+                    what = "its inputs could not be fetched"
+                    raise messages.of_the_network(error, what, len(_PAUSES) + 1) from None
                 await asyncio.sleep(pause)
 
 
@@ -250,7 +244,7 @@ async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> li
         Host("flake.nix", "flake.nix"),
         tree,
         [
-            *("nix-instantiate", *_confined(pure=True)),
+            *("nix-instantiate", "--show-trace", *_confined(pure=True)),
             *("--eval", "--strict", "--json", "--expr", expression, "--argstr", "flake", flake),
         ],
         limits,
@@ -258,7 +252,9 @@ async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> li
     )
     if "not writing modified lock file" in done.stderr:  # older nix refuses this, newer nix only warns
         raise EvaluationFailed(
-            f"its flake.lock does not lock all inputs:\n{process.tail(done.stderr)}", target="flake.nix", hint=_LOCK
+            f"its flake.lock is not what flake.nix asks for:\n{process.tail(done.stderr)}",
+            target="flake.nix",
+            hint=messages.LOCK,
         )
     names = json.loads(done.stdout)
     return None if names is None else [Host(check_name(name, "flake.nix")) for name in sorted(names)]
@@ -298,12 +294,7 @@ async def instantiate_vm(tree: Path, host: Host, root: Path, **how: Unpack[_How]
     try:
         drv, sizes = await _instantiate(tree, host, ["vm", "sizes"], **how)
     except EvaluationFailed as error:  # (its toplevel has been evaluated before)
-        said = str(error).removeprefix(f"{host.name}: ").removesuffix(f"\nnext: {error.hint}")
-        raise EvaluationFailed(
-            said.replace("does not evaluate", "its VM does not evaluate", 1),
-            target=host.name,
-            hint=f"{error.hint}; what only the real machine has is replaced in its `virtualisation.vmVariant`",
-        ) from None
+        raise messages.of_the_vm(error, host) from None
     await _keep_drv(drv, root)
     found = _SIZES.search(sizes)
     return Vm(drv, *map(int, found.groups())) if found else Vm(drv)
@@ -343,7 +334,7 @@ async def _instantiate(
         host,
         tree,
         [
-            *("nix-instantiate", *_confined(pure=pure), *expression),
+            *("nix-instantiate", "--show-trace", *_confined(pure=pure), *expression),
             *(word for attribute in attributes for word in ("--attr", attribute)),
             *(word for name, value in arguments.items() for word in ("--argstr", name, value)),
         ],
@@ -351,7 +342,7 @@ async def _instantiate(
         timeout,
     )
     if attributes[0] != "vm":  # (the VM's evaluation gives the same warnings once more)
-        for words in warnings(done.stderr):
+        for words in messages.warnings(done.stderr):
             log.warning("%s: %s", host.name, words)
     drvs = done.stdout.split()
     if len(drvs) != len(attributes) or not all(map(_DRV.fullmatch, drvs)):
@@ -361,12 +352,6 @@ async def _instantiate(
             hint=f"see {host.origin}",
         )
     return drvs
-
-
-def warnings(said: str) -> list[str]:
-    """The warnings of a configuration in what nix printed, each once: `evaluation warning: …`, or a trace of one."""
-    found = (_WARNING.match(_COLOUR.sub("", line)) for line in said.splitlines())
-    return list(dict.fromkeys(each[1].strip() for each in found if each))
 
 
 async def _keep_drv(drv: str, root: Path) -> None:
@@ -388,61 +373,6 @@ async def _copy_of(tree: Path) -> str:
     digest = await process.run(["nix-hash", "--type", "sha256", tree], env=env, timeout=120)
     words = ["nix-store", "--print-fixed-path", "--recursive", "sha256", digest.stdout.strip(), "source"]
     return (await process.run(words, env=env, timeout=60)).stdout.strip()
-
-
-def _is_of(tree: Path, path: str) -> bool:
-    """Whether a path in an error is that of a file of the tree."""
-    try:
-        return not path.startswith("/") and ".." not in Path(path).parts and (tree / path).is_file()
-    except (OSError, ValueError):  # it is no path at all
-        return False
-
-
-def _evaluation_failed(done: process.Completed, host: Host, tree: Path, copy: str = "") -> EvaluationFailed:
-    """The error in what nix printed, with paths relative to the tree. `copy` is the tree's store path, or empty."""
-    said = done.stderr.strip()
-    if done.status < 0 or "out of memory" in said.lower():
-        ended = f"was ended by {signal.Signals(-done.status).name}" if done.status < 0 else "ran out of memory"
-        return EvaluationFailed(f"its evaluation {ended}:\n{process.tail(said)}", target=host.name, hint=_MEMORY)
-    # (An input's files are not the operator's, although they may have the same names.)
-    text = said.replace(f"{copy}/", "") if copy else said
-    text = text.replace(f"{INFRA}/", "").replace(str(INFRA), ".")
-    text = text.replace(f"{_EXPRESSIONS}/", "toto's nix/")
-    at = next((match for match in _POSITION.finditer(text) if _is_of(tree, match[1])), None)
-    file = _DEFINED_IN.search(text)
-    where = f"{at[1]}:{at[2]}" if at else file[1] if file else host.origin
-    hint = f"fix {where} and push again"
-    if version := _LOCK_VERSION.search(text):
-        hint = (
-            f"toto's nix is too old for version {version[1]} of flake.lock: give toto a newer nix, or lock with its own"
-        )
-    elif "requires lock file changes" in text or "cannot update flake input" in text:
-        hint = _LOCK
-    elif "Nix search path" in text or "evaluate.nix:" in text:
-        hint = "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
-    lines = text[max(0, text.find("error:")) :].splitlines()
-    if len(lines) > 36:
-        lines = [*lines[:15], "…", *lines[-20:]]
-    return EvaluationFailed(
-        f"does not evaluate ({where}):\n" + _without_hashes(process.tail("\n".join(lines), 36)),
-        target=host.name,
-        hint=hint,
-    )
-
-
-def _without_hashes(text: str) -> str:
-    """nix's message without the hash of a file or folder of the cell, and without the store path of its copy.
-
-    Who knows one of them may read it, by fetchTree or in a build, and the whole store is such a folder.
-    """
-    lines, local = text.splitlines(), 0
-    for number, line in enumerate(lines):
-        if "hash mismatch" in line and ("path:" in line or "file:" in line):
-            local = 4  # nix spreads the message over so many lines
-        if local:
-            lines[number] = _COPY.sub("…", re.sub(r"\bgot:?\s+\S+", "got …", line))
-            local -= 1
-    return "\n".join(lines)
 
 
 async def outputs(drv: str) -> list[str]:
@@ -468,7 +398,7 @@ async def build(drv: str, root: Path, *, timeout: float, target: str, on_line: p
         raise BuildFailed(
             f"did not build:\n{error.tail}",
             target=target,
-            transient=bool(_TRANSIENT.search(error.tail)),
+            transient=is_of_the_network(error.tail),
             hint=f"read the whole log with `nix-store --read-log {drv}`",
         ) from None
     return str(root.readlink())

@@ -1,5 +1,6 @@
 # The part of nixpkgs' `lib` that host files of the lab use, under nixpkgs' names.
 let
+  colour = number: builtins.fromJSON ''"\u001b[${number}m"'';
   lib = builtins // rec {
     trivial.release = "24.11";
     id = x: x;
@@ -63,7 +64,7 @@ let
     getExe = package: "${package}/bin/${package.meta.mainProgram or package.pname or package.name}";
     getExe' = package: name: "${package}/bin/${name}";
     makeBinPath = concatMapStringsSep ":" (package: "${package}/bin");
-    warn = builtins.warn or (message: value: builtins.trace "evaluation warning: ${message}" value);
+    warn = builtins.warn or (message: value: builtins.trace "${colour "1;35"}evaluation warning:${colour "0"} ${message}" value);
   }
   // import ./modules.nix lib
   // { types = import ./types.nix lib; };
