@@ -59,10 +59,10 @@ stdenvNoCC.mkDerivation {
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions ([ ../prefect.yaml ./evaluate.nix ./rehearsal.nix ]
-      ++ map (lib.fileset.fileFilter (file: !file.hasExt "pyc")) [ ../blocks ../flows ../tasks ../toto ]);
+      ++ map (lib.fileset.fileFilter (file: !file.hasExt "pyc")) [ ../blocks ../flows ../flying_monkey ../tasks ../toto ]);
   };
   dontConfigure = true;
-  buildPhase = "${environment}/bin/python3 -m compileall -q --invalidation-mode unchecked-hash blocks flows tasks toto";
+  buildPhase = "${environment}/bin/python3 -m compileall -q --invalidation-mode unchecked-hash blocks flows flying_monkey tasks toto";
   installPhase = ''
     mkdir -p $out/share $out/bin
     cp -r . $out/share/toto
