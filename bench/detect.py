@@ -83,7 +83,7 @@ async def _evaluation(fleet: Known) -> Row:
     """One host, in its cell and by toto's daemon; beside it bare nix, which writes to the store itself."""
     confined: list[float] = []
     plain: list[float] = []
-    (host,) = hosts.in_files(fleet.tree)
+    (host,) = hosts.in_files(fleet.tree, (), unlisted=True)
     root = fleet.fleet.directory / "root"
     for _ in range(2 * ROUNDS):
         await _timed(plain, partial(bare, fleet.files, 1))

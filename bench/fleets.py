@@ -34,7 +34,7 @@ class Known:
 
     @property
     def files(self) -> list[Path]:
-        return [self.tree / host.file for host in hosts.in_files(self.tree)]
+        return [self.tree / host.file for host in hosts.in_files(self.tree, (), unlisted=True)]
 
     async def plan(self, run: str) -> order.Plan:
         """Do what `detect` does, without Prefect, and remove what it wrote."""

@@ -68,7 +68,7 @@ async def _rehearse(run: Run) -> None:
                 with run.report.timed(order.label, "rehearse"):
                     run.passed(order, await _verdict(order))
             except Exception as error:  # whatever it was, the others go on
-                run.report.failure(order.label, "rehearsal", error)
+                run.not_passed(order, error)
 
     await together(one(each) for each in run.plan.orders)
     differences = {label: verdict.difference for label, verdict in run.verdicts.items() if verdict.difference}

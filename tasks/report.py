@@ -43,6 +43,8 @@ async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> No
     """Show the change set as a table, also in the log. Call it again with the `differences` once they are known."""
     if differences is None:
         get_run_logger().info("the plan of %s:\n%s", plan.commit[:8], plan.changes)
+        for each in plan.changes.excused:
+            get_run_logger().warning("%s", each.message)
     rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS} for row in plan.changes.rows(differences)]
     await acreate_table_artifact(
         key=key("plan", plan.repo.name.removesuffix(".git")), table=rows, description=f"The plan of {plan.commit[:8]}"

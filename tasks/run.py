@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from prefect import runtime
 from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from tasks import cancelled_by_sigterm
@@ -185,6 +186,14 @@ class Run:
         self.verdicts[order.label] = verdict
         if verdict.how != "waived":
             self.report.rehearsals[order.label] = str(verdict)
+
+    def not_passed(self, order: Order, error: Exception) -> None:
+        """Record that a rehearsal failed. That of a host which only the settings ask for is a warning."""
+        if order.stops:
+            self.report.failure(order.label, "rehearsal", error)
+        else:
+            self.report.excused[order.label] = str(error)
+            get_run_logger().warning("%s: its rehearsal failed: %s", order.label, error)
 
     def left(self, reverted: Reverted) -> None:
         """Decide about a target that was half done before the run, and could not be put back just now.

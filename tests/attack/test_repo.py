@@ -67,6 +67,7 @@ LAB: Final = """{
 """
 SETTINGS: Final = """[nix]
 nixpkgs = "nixpkgs.nix"
+unlisted = true
 [roll_out]
 policy = "partial"
 [sandbox]
@@ -317,7 +318,11 @@ def having(secrets: list[str], places: list[Path]) -> list[Path]:
 
 def tree(red: Red, folder: Path, chosen: list[Way]) -> None:
     """An infra repo with some ways in it."""
-    write(folder, BASE)
+    hosts = [way.name for way in chosen if way.kind in ("evaluation", "builder", "host")]
+    listed = "".join(
+        f"  - {{name: {name}, address: 192.0.2.{number}, role: other}}\n" for number, name in enumerate(hosts)
+    )
+    write(folder, BASE | {"machines.yaml": f"machines:\n{listed}" if hosts else "machines: []\n"})
     for way in chosen:
         match way.kind:
             case "evaluation":

@@ -190,6 +190,17 @@ async def test_a_fourth_kind_that_fails_its_rehearsal_touches_nothing(files: Fil
     assert files.there() == {}
 
 
+async def test_what_stops_nothing_is_a_warning_unless_it_is_named(files: Files) -> None:
+    files.commit({"a": "one", "x": "bad"})
+    state = await files.reconcile()
+    assert state.is_completed() and str(state.message).endswith(
+        "file/a deployed; file/x failed, a warning since machines.yaml does not list it"
+    )
+    assert files.there() == {"a": "one"} and files.entry("x") == Entry()
+    state = await files.reconcile(only=["file/x"])
+    assert state.is_failed() and "file/x: rehearsal failed: it is bad" in str(state.message)
+
+
 async def logged(server: PrefectServer, run: str, text: str) -> list[str]:
     """What the run has logged, as soon as `text` is there: its lines come in batches."""
     async with asyncio.timeout(60):

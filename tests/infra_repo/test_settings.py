@@ -35,6 +35,9 @@ def test_settings_are_read(tmp_path: Path) -> None:
     assert found.sandbox.test_timeout == 300
 
 
+FLAKES = ("../x", "/etc", "a b?x", "nixos/..", "-")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -69,6 +72,19 @@ def test_settings_are_read(tmp_path: Path) -> None:
             "[nix]\nnixpkgs = '../x'",
             "toto.toml:2: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in the repo, "
             "not '../x'",
+        ),
+        *(
+            (
+                f"[nix]\nflake = {text}",
+                f"toto.toml:2: nix.flake: should be a folder in the repo like 'nixos', or {said}",
+            )
+            for text, said in [
+                ("true", "false, not true"),
+                ("'../x'", "false, not '../x'"),
+                ("'/etc'", "false, not '/etc'"),
+                ("'a b?x'", "false, not 'a b?x'"),
+                ("[]", "false, not a list"),
+            ]
         ),
         (
             "[venues]\nfleet = ['Ops Room']",

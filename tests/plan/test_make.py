@@ -18,6 +18,7 @@ from toto.ledger.target import Target
 from toto.machine import keys, owners
 from toto.nix import closure
 from toto.nix import commands as nix
+from toto.nix.hosts import Host, in_files
 from toto.nix.messages import EvaluationFailed
 from toto.plan import make as plan
 from toto.plan import order
@@ -195,8 +196,81 @@ async def test_an_endless_evaluation_is_ended_and_reported(repo: InfraRepo, make
 async def test_dotted_names_work_and_names_that_are_paths_do_not(repo: InfraRepo, make: Make) -> None:
     made = await make(repo.commit({"machines.yaml": machines("toto.canon"), "hosts/toto.canon.nix": host("toto")}))
     assert [change.label for change in made.changes.changes] == ["toto.canon"]
+    assert not (await make(repo.commit({"hosts/a..b.nix": host("x")}))).changes.told, "no machine can have that name"
     with pytest.raises(InputError, match=r"a\.\.b"):
-        await make(repo.commit({"hosts/a..b.nix": host("x")}))
+        await make(repo.commit({"toto.toml": "[nix]\nunlisted = true\n"}))
+
+
+UNLISTED = "[nix]\nunlisted = true\n"
+
+
+async def test_a_host_that_no_machine_names_is_evaluated_only_when_asked_for_and_stops_nothing(
+    repo: InfraRepo, make: Make
+) -> None:
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a"),
+        "hosts/a.nix": host("a"),
+        "hosts/common/default.nix": "{ nope = 1; }\n",
+        "hosts/common.nix": "{ nope = 2; }\n",
+        "hosts/laptop.nix": host("laptop"),
+    }
+    made = await make(repo.commit(files))
+    assert [order.label for order in made.orders] == ["a"] and not made.changes.failed and not made.changes.excused
+    (told,) = made.changes.told
+    assert told.place == "machines.yaml" and told.what.startswith("does not list common, laptop: not evaluated. ")
+    one = await make(made.commit, "laptop")
+    assert [(each.label, each.change.action, each.stops) for each in one.orders] == [("laptop", Action.REHEARSE, True)]
+    assert not (await make(made.commit, "host")).changes.failed, "a kind names nobody"
+    with pytest.raises(InputError, match=r"no target, tag or kind laptob\nnext: did you mean laptop\?"):
+        await make(made.commit, "laptob")
+    (failed,) = (await make(made.commit, "common")).changes.failed
+    assert failed.target.name == "common", "one that is named by a person is no warning"
+    with pytest.raises(InputError, match=r"common: is defined twice: hosts/common/default\.nix and hosts/common\.nix"):
+        await make(repo.commit({"toto.toml": UNLISTED}))
+    made = await make(repo.commit({"hosts/common.nix": None}))
+    assert [(each.label, each.stops) for each in made.orders] == [("a", True), ("laptop", False)]
+    assert not made.changes.failed and [each.target.name for each in made.changes.excused] == ["common"]
+    assert "does not evaluate, a warning: not in machines.yaml" in str(made.changes)
+    report = Report("infra", made.commit, made.changes)
+    assert not report.failed and report.complete
+    assert report.headline().endswith("; common failed, a warning since machines.yaml does not list it")
+
+
+async def test_a_host_that_was_rehearsed_on_request_is_not_retired_by_a_run_that_leaves_it_out(
+    repo: InfraRepo, make: Make
+) -> None:
+    made = await make(repo.commit({"machines.yaml": machines(), "hosts/laptop.nix": host("laptop")}), "laptop")
+    seen = kind_of(made.orders[0].target).deployed(made.orders[0].desired, commit=made.commit, run="r", at="now")
+    await Ledger(repo.bare).write(made.orders[0].target, lambda _: Entry(rehearsed=seen), "rehearsed")
+    assert (await make(made.commit)).changes.empty and (await make(made.commit, "laptop")).changes.empty
+    assert (await make(repo.commit({"hosts/laptop.nix": None}))).changes.retired == (Target("host", "laptop"),)
+
+
+PLACES = [
+    f"{folder}/{file}" for folder in ("hosts", "machines") for file in ("a.nix", "a/default.nix", "a/configuration.nix")
+]
+
+
+async def test_the_files_that_are_hosts_and_two_of_one_name(repo: InfraRepo, tmp_path: Path) -> None:
+    for number, place in enumerate(PLACES):
+        tree = tmp_path / str(number)
+        (tree / place).parent.mkdir(parents=True)
+        (tree / place).write_text("{ }")
+        (tree / "hosts/.git").mkdir(parents=True)
+        assert in_files(tree, ["a"]) == [Host("a", place)]
+        (tree / "hosts/a/hardware.nix").parent.mkdir(exist_ok=True)
+        (tree / "hosts/a/hardware.nix").write_text("{ }")
+        assert in_files(tree, ["a"]) == [Host("a", place)]
+        other = PLACES[(number + 3) % 6]
+        (tree / other).parent.mkdir(parents=True, exist_ok=True)
+        (tree / other).write_text("{ }")
+        with pytest.raises(InputError) as caught:
+            in_files(tree, ["a"])
+        assert place in str(caught.value) and other in str(caught.value)
+        assert len(in_files(tree, ["b"])) == 1, "that nobody lists it stops nothing"
+    (tmp_path / "1/hosts/a/configuration.nix").write_text("{ }")
+    (tmp_path / "1" / PLACES[4]).unlink()
+    assert in_files(tmp_path / "1", ["a"]) == [Host("a", "hosts/a/default.nix")], "it imports the other, most likely"
 
 
 async def test_a_flakes_hosts_are_the_hosts(repo: InfraRepo, make: Make, lab: Path) -> None:
@@ -390,11 +464,6 @@ def flake(*, outputs: bool = True) -> str:
 @pytest.mark.parametrize(
     ("files", "place", "says"),
     [
-        (
-            {"flake.nix": flake(outputs=False), "hosts/a.nix": host("a")},
-            "flake.nix",
-            "has no nixosConfigurations: the h",
-        ),
         ({"flake.nix": flake(outputs=False)}, "flake.nix", "has no nixosConfigurations, and there is no hosts/"),
         ({"flake.nix": flake(), "hosts/b.nix": host("b")}, "hosts/b.nix", "add nixosConfigurations.b there"),
         ({"hosts/laptop.nix": host("laptop"), "machines.yaml": machines("lap-top")}, "host/lap-top", "mean laptop?"),
@@ -405,11 +474,65 @@ async def test_what_looks_like_a_host_and_is_none_is_told_with_what_to_do(
     repo: InfraRepo, make: Make, files: dict[str, str | None], place: str, says: str
 ) -> None:
     made = await make(repo.commit({"machines.yaml": machines(), "flake.lock": LOCK, **files}))
-    (told,) = made.changes.told
+    (told,) = [each for each in made.changes.told if each.place != "machines.yaml"]
     assert told.place == place and says in told.what
     lines = str(made.changes).splitlines()
     assert any(line.split()[0] == place and says in line for line in lines), lines
     assert lines[0].startswith("NOTHING TO DEPLOY: "), "none of these has a host with a machine"
+
+
+async def test_a_flake_without_hosts_beside_files_that_are_some_is_refused_unless_the_settings_say_which(
+    repo: InfraRepo, make: Make
+) -> None:
+    files: dict[str, str | None] = {"flake.nix": flake(outputs=False), "flake.lock": LOCK, "hosts/a.nix": host("a")}
+    with pytest.raises(InputError) as caught:
+        await make(repo.commit({"machines.yaml": machines("a"), **files}))
+    assert str(caught.value) == (
+        "flake.nix: has no nixosConfigurations, and there is hosts/a.nix: toto does not guess which nixpkgs that is "
+        "for\nnext: name the hosts in nixosConfigurations, or set nix.flake = false in toto.toml: then hosts are "
+        "files, on nix.nixpkgs"
+    )
+    for said in ("flake = false", "nixpkgs = '<nixpkgs>'"):
+        made = await make(repo.commit({"toto.toml": f"[nix]\n{said}\n"}))
+        assert [order.label for order in made.orders] == ["a"] and not made.changes.told
+    made = await make(repo.commit({"flake.nix": "it is not even read", "toto.toml": "[nix]\nflake = false\n"}))
+    assert [order.label for order in made.orders] == ["a"]
+
+
+async def test_a_flake_in_a_folder_has_its_own_lock_and_inputs_of_the_repo(
+    repo: InfraRepo, make: Make, lab: Path
+) -> None:
+    text = f"""{{
+      inputs.nixpkgs.url = "path:{lab}"; inputs.common.url = "path:../common";
+      outputs = {{ self, nixpkgs, common }}: {{
+        nixosConfigurations.a = nixpkgs.lib.nixosSystem {{ system = "x86_64-linux"; modules = [
+          ./hosts/a.nix ../../shared.nix {{ environment.etc.word.text = common.word; }} ]; }};
+      }};
+    }}"""
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a"),
+        "toto.toml": '[nix]\nflake = "deploy/nixos"\n',
+        "hosts/b.nix": host("b"),
+        "shared.nix": "{ }\n",
+        "deploy/nixos/hosts/a.nix": host("a"),
+        "deploy/common/flake.nix": '{ outputs = _: { word = "one"; }; }\n',
+    }
+    with pytest.raises(InputError, match=r"toto\.toml: nix\.flake: there is no deploy/nixos/flake\.nix"):
+        await make(repo.commit(files))
+    repo.commit({"deploy/nixos/flake.nix": text})
+    # (Locked in a git repository, as people do: an old nix lets an input lead out of a folder only there.)
+    await process.run(["nix", "flake", "lock", str(repo.work / "deploy/nixos")], env=dict(os.environ))
+    made = await make(repo.commit({}))
+    assert not made.changes.failed, made.changes.failed
+    assert [order.label for order in made.orders] == ["a"] and vm(made).endswith(".drv")
+    assert [each.place for each in made.changes.told] == ["hosts/b.nix"]
+    await good(repo, made)
+    assert (await make(repo.commit({"README.md": "hello"}))).changes.empty
+    (failed,) = (await make(repo.commit({"deploy/nixos/hosts/a.nix": "{\n  nope = ;\n}\n"}))).changes.failed
+    assert "deploy/nixos/hosts/a.nix:2" in failed.message and "/nix/store" not in failed.message.splitlines()[0]
+    out = {"deploy/nixos/hosts/a.nix": host("a"), "deploy/nixos/flake.nix": text.replace("../common", "../../../x")}
+    with pytest.raises(InputError, match=r"deploy/nixos/flake\.nix: does not evaluate"):
+        await make(repo.commit(dict(out)))
 
 
 async def test_a_deployed_machine_whose_host_is_gone_is_told(repo: InfraRepo, make: Make) -> None:

@@ -66,7 +66,7 @@ def test_scripts_are_found_by_phase_and_sorted_by_name(tmp_path: Path) -> None:
         "test/web1/smoke/x",
         "tests/db1/smoke/y",
         "hosts/web1-test.sh",
-        "hosts/web1/web1-smoke-test.sh",
+        "machines/web1/web1-smoke-test.sh",
         "hosts/web1/test.sh",
     ):
         write(tmp_path / name)

@@ -30,13 +30,13 @@ class FileOrder(Order):
 
 
 class FileKind(Kind[Path]):
-    """Files under files/, copied to the folder that files/TO names; z comes after a."""
+    """Files under files/, copied to the folder that files/TO names; z comes after a, and what x fails is a warning."""
 
     name, one, many = "file", "file", "files"
 
     async def discover(self, source: Source) -> list[Found[Path]]:
         return [
-            Found(Target("file", path.name), path, ("toy",), ("a",) if path.name == "z" else ())
+            Found(Target("file", path.name), path, ("toy",), ("a",) if path.name == "z" else (), stops=path.name != "x")
             for path in sorted(source.tree.glob("files/*"))
             if path.name != "TO"
         ]

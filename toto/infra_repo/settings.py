@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from toto.base.errors import InputError
 from toto.base.model import Location, Model, explain, shown
@@ -39,6 +39,18 @@ def _check_nixpkgs(text: str) -> str:
     if not searched and (not re.fullmatch(r"[A-Za-z0-9._/][A-Za-z0-9+._/-]*", text) or ".." in text.split("/")):
         raise ValueError(f"should be like '<nixpkgs>', or the path of an expression in the repo, not {shown(text)}")
     return text
+
+
+def _check_flake(value: object) -> object:
+    if value is False:
+        return False
+    if not (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*/?", value)
+        and ".." not in value.split("/")
+    ):
+        raise ValueError(f"should be a folder in the repo like 'nixos', or false, not {shown(value)}")
+    return posixpath.normpath(value)
 
 
 def _check_in_repo(text: str) -> str:
@@ -94,6 +106,10 @@ class Tree(Model):
 class Nix(Model):
     """Evaluation and builds."""
 
+    flake: Annotated[str | Literal[False], BeforeValidator(_check_flake)] = "."
+    """the folder of the flake.nix that names the hosts; `false`: the hosts are files, even beside a flake"""
+    unlisted: StrictBool = False
+    """whether hosts that machines.yaml does not list are rehearsed too; one that fails is a warning"""
     nixpkgs: Annotated[StrictStr, AfterValidator(_check_nixpkgs)] = "<nixpkgs>"
     """where nixpkgs is, for hosts without a flake: a search path, or an expression in the repo that gives its path"""
     evaluate_timeout: Seconds = 600

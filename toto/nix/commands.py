@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import posixpath
 import re
 import shutil
 import signal
@@ -27,7 +28,7 @@ from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace, namespace
 from toto.nix import daemon, messages
-from toto.nix.hosts import Host, check_name
+from toto.nix.hosts import FLAKE, Host, check_name
 from toto.nix.messages import EXPRESSIONS, EvaluationFailed, is_of_the_network
 
 log = logging.getLogger(__name__)
@@ -190,22 +191,41 @@ def _confined(*, pure: bool) -> list[str]:
 def _locked(tree: Path, digest: str) -> str:
     """The reference of the tree's flake in a cell, with the hash by which pure evaluation takes it."""
     newest = max(int(each.lstat().st_mtime) for each in (tree, *tree.rglob("*")))
-    sri = base64.b64encode(bytes.fromhex(digest)).decode()
-    return f"path:{INFRA}?lastModified={newest}&narHash=sha256-{sri}"
+    return f"path:{INFRA}?lastModified={newest}&narHash={_sri(digest)}"
 
 
-async def _flake(tree: Path) -> str:
+def _sri(digest: str) -> str:
+    return f"sha256-{base64.b64encode(bytes.fromhex(digest)).decode()}"
+
+
+async def _flake(tree: Path, folder: str = "") -> str:
+    """The reference of the flake in a folder of the tree. Its source is the whole tree, as inputs like `../x` need."""
     done = await process.run(["nix-hash", "--type", "sha256", tree], env=environment(), timeout=120)
-    return await asyncio.to_thread(_locked, tree, done.stdout.strip())
+    digest = done.stdout.strip()
+    if not folder:
+        return await asyncio.to_thread(_locked, tree, digest)
+    if await _paths_have_folders():
+        return f"{await asyncio.to_thread(_locked, tree, digest)}&dir={folder}"
+    # An old nix takes a folder for what is fetched alone; what is in the store already it does not fetch.
+    copy = '{ tree }: "${builtins.path { path = /. + tree; name = "source"; }}"'
+    words = ["nix-instantiate", "--eval", "--read-write-mode", "--expr", copy, "--argstr", "tree", str(tree)]
+    await process.run(words, env=environment(), timeout=300)
+    return f"https://tree.invalid/source.tar.gz?dir={folder}&narHash={_sri(digest)}"
 
 
-async def _fetch_inputs(tree: Path, flake: str, limits: Limits, timeout: float) -> None:
+async def _paths_have_folders() -> bool:
+    """Whether toto's nix takes `path:TREE?dir=FOLDER`."""
+    words = ["nix", *_FLAKES, "flake", "metadata", "path:/var/empty/none?dir=x"]
+    done = await process.run(words, env=environment(), check=False, timeout=60)
+    return "unsupported parameter" not in done.stderr
+
+
+async def _fetch_inputs(tree: Path, flake: str, host: Host, limits: Limits, timeout: float) -> None:
     """Have the inputs that flake.lock names in the store. Raises `EvaluationFailed`, `CommandTimeout`.
 
     They are looked for without a network first, then fetched in a cell with the internet: flake.nix names them, so
     that nothing of this machine or of its neighbours may be within reach.
     """
-    host = Host("flake.nix", "flake.nix")
     words = ["nix", *_FLAKES, "flake", "archive", "--no-update-lock-file", "--no-write-lock-file", flake]
     with contextlib.suppress(EvaluationFailed):
         await _evaluate_once(host, tree, words, limits, timeout)
@@ -225,23 +245,23 @@ async def _fetch_inputs(tree: Path, flake: str, limits: Limits, timeout: float) 
                 await asyncio.sleep(pause)
 
 
-async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> list[Host] | None:
-    """The nixosConfigurations of the tree's flake, by name; None when there is no flake, or it has no such output.
+async def flake_hosts(tree: Path, folder: str = ".", *, timeout: float, memory: int = MEMORY) -> list[Host] | None:
+    """The nixosConfigurations of the flake in a folder of the tree, by name; None when it has no such output.
 
     Its locked inputs are fetched for it and for the evaluation of its hosts. `memory` is as in `instantiate`.
     Raises `EvaluationFailed`, `InputError` for a bad name, `CommandTimeout` after `timeout` seconds.
     """
-    if not (tree / "flake.nix").is_file():
-        return None
+    file = f"{folder}/{FLAKE}".removeprefix("./")
+    itself = Host(file, file)
     limits = Limits(memory=memory)
-    flake = await _flake(tree)
-    await _fetch_inputs(tree, flake, limits, timeout)
+    flake = await _flake(tree, posixpath.dirname(file))
+    await _fetch_inputs(tree, flake, itself, limits, timeout)
     expression = (
         "{ flake }: let it = builtins.getFlake flake; in "
         "if it ? nixosConfigurations then builtins.attrNames it.nixosConfigurations else null"
     )
     done = await _evaluate(
-        Host("flake.nix", "flake.nix"),
+        itself,
         tree,
         [
             *("nix-instantiate", "--show-trace", *_confined(pure=True)),
@@ -253,11 +273,11 @@ async def flake_hosts(tree: Path, *, timeout: float, memory: int = MEMORY) -> li
     if "not writing modified lock file" in done.stderr:  # older nix refuses this, newer nix only warns
         raise EvaluationFailed(
             f"its flake.lock is not what flake.nix asks for:\n{process.tail(done.stderr)}",
-            target="flake.nix",
+            target=file,
             hint=messages.LOCK,
         )
     names = json.loads(done.stdout)
-    return None if names is None else [Host(check_name(name, "flake.nix")) for name in sorted(names)]
+    return None if names is None else [Host(check_name(name, file), flake=file) for name in sorted(names)]
 
 
 class _How(TypedDict, total=False):
@@ -315,7 +335,7 @@ async def _instantiate(
     """The drv path of each of `attributes` of evaluate.nix."""
     pure = not host.file
     arguments = {
-        "tree": await _flake(tree) if pure else str(INFRA),
+        "tree": await _flake(tree, host.folder) if pure else str(INFRA),
         "name": host.name,
         "file": host.file,
         "sandboxKey": sandbox_key,

@@ -1,24 +1,37 @@
 """The hosts of a commit. `toto.nix.commands` evaluates them; the ledger knows what is deployed."""
 
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from toto.base.errors import InputError
 from toto.infra_repo import fields
 
+FLAKE: Final = "flake.nix"
+FOLDERS: Final = ("hosts", "machines")
+_IN_FOLDER: Final = ("default.nix", "configuration.nix")  # of a folder that has both the first one is the host
+
 
 @dataclass(frozen=True, order=True)
 class Host:
-    """One NixOS configuration. `file` is its path in the tree, or "" when the flake defines the host."""
+    """One NixOS configuration. `file` is its path in the tree, or "" when the flake of the file `flake` defines it."""
 
     name: str
     file: str = ""
+    flake: str = FLAKE
 
     @property
     def origin(self) -> str:
         """Where the host is defined, for messages."""
-        return self.file or f"flake.nix#nixosConfigurations.{self.name}"
+        return self.file or f"{self.flake}#nixosConfigurations.{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """The flake's folder in the tree; "" for the tree itself."""
+        return posixpath.dirname(self.flake)
 
 
 def check_name(name: str, where: str) -> str:
@@ -26,31 +39,45 @@ def check_name(name: str, where: str) -> str:
     return fields.require_name(name, "a host's name", where, hint="rename it")
 
 
+def is_name(name: str) -> bool:
+    """Whether a host can have this name."""
+    with suppress(ValueError):
+        return bool(fields.check_name(name))
+    return False
+
+
 def named(tree: Path) -> Iterator[Host]:
-    """The files that can be hosts, `hosts/NAME.nix` and `hosts/NAME/default.nix`, whatever their names."""
-    folder = tree / "hosts"
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if entry.name.startswith("."):
-            continue
-        if entry.suffix == ".nix" and entry.is_file():
-            yield Host(entry.name.removesuffix(".nix"), f"hosts/{entry.name}")
-        elif (entry / "default.nix").is_file():
-            yield Host(entry.name, f"hosts/{entry.name}/default.nix")
+    """The files that can be hosts, whatever their names: in hosts/ or machines/, `NAME.nix`, or a folder NAME with a
+    default.nix or a configuration.nix."""
+    for place in FOLDERS:
+        folder = tree / place
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if entry.name.startswith("."):
+                continue
+            if entry.suffix == ".nix" and entry.is_file():
+                yield Host(entry.name.removesuffix(".nix"), f"{place}/{entry.name}")
+            elif file := next((each for each in _IN_FOLDER if (entry / each).is_file()), None):
+                yield Host(entry.name, f"{place}/{entry.name}/{file}")
 
 
-def in_files(tree: Path) -> list[Host]:
-    """The hosts `hosts/NAME.nix` and `hosts/NAME/default.nix`, by name.
+def in_files(tree: Path, listed: Collection[str], *, unlisted: bool = False) -> list[Host]:
+    """The hosts that are files, by name. `listed` are the names in the manifest.
 
-    Raises `InputError` for a bad name, and for a name that is defined twice.
+    Raises `InputError` for a bad name, and for a name that two files have; of those that are not listed only with
+    `unlisted`: they may be no hosts at all, such as hosts/common/default.nix.
     """
     found: dict[str, Host] = {}
     for host in named(tree):
-        check_name(host.name, host.file)
-        if host.name in found:
+        asked = unlisted or host.name in listed
+        if asked:
+            check_name(host.name, host.file)
+        elif not is_name(host.name):
+            continue
+        if host.name in found and asked:
             raise InputError(
                 f"is defined twice: {found[host.name].file} and {host.file}",
                 target=host.name,
-                hint="remove one of them",
+                hint="remove one of them, or move it out of hosts/ and machines/",
             )
-        found[host.name] = host
+        found.setdefault(host.name, host)
     return list(found.values())

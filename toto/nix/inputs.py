@@ -58,12 +58,16 @@ class InputsFailed(InputError):
 
 @dataclass(frozen=True)
 class Private:
-    """An input that is read by ssh: its name in flake.lock, its address, its revision, the store path of its files."""
+    """An input that is read by ssh: its name in the lock file, its address, its revision, the store path of its files.
+
+    `lock` is the lock file's path in the tree.
+    """
 
     name: str
     url: str
     revision: str
     path: str
+    lock: str = LOCK
 
     @property
     def host(self) -> tuple[str, int]:
@@ -73,16 +77,17 @@ class Private:
         return found["host"], int(found["port"] or 22)
 
 
-async def lacking(tree: Path) -> list[Private]:
-    """The inputs by ssh that the tree's flake.lock names and the store does not have.
+async def lacking(tree: Path, folder: str = ".") -> list[Private]:
+    """The inputs by ssh that the flake.lock in a folder of the tree names and the store does not have.
 
     Raises `InputError` for one that toto does not fetch.
     """
-    if not (tree / "flake.nix").is_file():
+    if not (tree / folder / "flake.nix").is_file():
         return []
-    found = [(name, locked, _digest(name, locked)) for name, locked in _by_ssh(tree)]
+    lock = f"{folder}/{LOCK}".removeprefix("./")
+    found = [(name, locked, _digest(lock, name, locked)) for name, locked in _by_ssh(tree, lock)]
     made = [
-        Private(name, locked["url"], locked["rev"], await _fixed_path(digest, locked.get("name", "source")))
+        Private(name, locked["url"], locked["rev"], await _fixed_path(digest, locked.get("name", "source")), lock)
         for name, locked, digest in found
     ]
     return [each for each in made if not await nix.valid(each.path)]
@@ -102,7 +107,7 @@ async def fetch(inputs: Sequence[Private], key: Path, known_hosts: Path, *, time
     except TimeoutError:
         raise InputsFailed(
             f"its {len(inputs)} inputs by ssh could not be fetched within {timeout:g} s",
-            target=LOCK,
+            target=inputs[0].lock,
             hint="raise nix.evaluate_timeout in toto.toml",
         ) from None
 
@@ -135,7 +140,9 @@ async def _fetch(private: Private, folder: Path, key: Path, known_hosts: Path, n
     repo, source = str(_WORK / "repo"), str(_WORK / "files" / Path(private.path).name[33:])
 
     async def run(*words: str, cell: Cell = offline, check: bool = True) -> process.Completed:
-        return await process.run([nix.program(words[0]), *words[1:]], cell=cell, env=env, check=check, target=LOCK)
+        return await process.run(
+            [nix.program(words[0]), *words[1:]], cell=cell, env=env, check=check, target=private.lock
+        )
 
     async def fetch(*refs: str, check: bool) -> process.Completed:
         words = ["git", "-C", repo, "fetch", "--no-tags", "--no-recurse-submodules", *refs]
@@ -153,11 +160,11 @@ async def _fetch(private: Private, folder: Path, key: Path, known_hosts: Path, n
     except process.CommandFailed as error:
         raise _failed(private, error.tail, known_hosts) from None
     except process.LimitExceeded as error:
-        raise InputsFailed(f"the input {private.name} used more than {error.exceeded}", target=LOCK) from None
+        raise InputsFailed(f"the input {private.name} used more than {error.exceeded}", target=private.lock) from None
     if not await nix.valid(private.path):
         raise InputsFailed(
-            f"the input {private.name} ({private.url}) is not what {LOCK} says: its narHash is a different one",
-            target=LOCK,
+            f"the input {private.name} ({private.url}) is not what {private.lock} says: its narHash is a different one",
+            target=private.lock,
             hint=f"run `nix flake update {private.name}` and push again",
         )
 
@@ -176,7 +183,7 @@ def _failed(private: Private, said: str, known_hosts: Path) -> InputsFailed:
         hint = f"is it up? toto reaches no private network and none of its own addresses, unless {ALLOWED} names it"
     return InputsFailed(
         f"the input {private.name} could not be fetched from {private.url}:\n{process.tail(said, 8)}",
-        target=LOCK,
+        target=private.lock,
         hint=hint,
     )
 
@@ -187,13 +194,13 @@ def _give(file: Path, data: bytes, user: int | None) -> None:
         os.chown(file, user, user)
 
 
-def _by_ssh(tree: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _by_ssh(tree: Path, lock: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The names and locked references of the inputs by ssh. Raises `InputError` for one that is not plain."""
-    if not (tree / LOCK).exists():
+    if not (tree / lock).exists():
         return []
-    data = read_regular(tree, LOCK, most=_LARGEST)
+    data = read_regular(tree, *lock.split("/"), most=_LARGEST)
     if data is None:
-        raise InputError(f"is no file of at most {_LARGEST:,} bytes", target=LOCK, hint="lock the flake again")
+        raise InputError(f"is no file of at most {_LARGEST:,} bytes", target=lock, hint="lock the flake again")
     try:
         nodes = json.loads(data)["nodes"].items()
         locked = [(str(name), node["locked"]) for name, node in nodes if isinstance(node.get("locked"), dict)]
@@ -205,10 +212,10 @@ def _by_ssh(tree: Path) -> list[tuple[str, Mapping[str, Any]]]:
         if each.get("type") == "git" and str(each.get("url", "")).lower().startswith(("ssh:", "git+ssh:"))
     ]
     if len(found) > _MOST:
-        raise InputError(f"has more than {_MOST} inputs by ssh", target=LOCK)
+        raise InputError(f"has more than {_MOST} inputs by ssh", target=lock)
     for name, each in found:
         if wrong := _wrong(each):
-            raise InputError(f"toto does not fetch the input {name}: {wrong}", target=LOCK, hint="change its url")
+            raise InputError(f"toto does not fetch the input {name}: {wrong}", target=lock, hint="change its url")
     return found
 
 
@@ -227,7 +234,7 @@ def _wrong(locked: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _digest(name: str, locked: Mapping[str, Any]) -> str:
+def _digest(lock: str, name: str, locked: Mapping[str, Any]) -> str:
     """The hash of an input's files, in hexadecimal."""
     try:
         algorithm, _, text = str(locked.get("narHash")).partition("-")
@@ -236,7 +243,7 @@ def _digest(name: str, locked: Mapping[str, Any]) -> str:
             return digest.hex()
     except binascii.Error:
         pass
-    raise InputError(f"the input {name} has no narHash", target=LOCK, hint="run `nix flake lock` and push again")
+    raise InputError(f"the input {name} has no narHash", target=lock, hint="run `nix flake lock` and push again")
 
 
 async def _fixed_path(digest: str, name: str) -> str:

@@ -46,7 +46,8 @@ _OPTION: Final = re.compile(r"[Oo]ption `([^'`]+)'")
 _COPY: Final = re.compile(r"/nix/store/[a-z0-9]{32}-source")
 _LOCK_VERSION: Final = re.compile(r"lock file '[^']*' has unsupported version (\d+)")
 _NOT_LOCKED: Final = re.compile(r"requires? lock file changes|cannot update (flake|unlocked) input")
-_SELF: Final = re.compile(r"path:\.\?[^'\s]*")  # the flake's own reference, with the hash of its files
+# The flake's own reference, with the hash of its files: of one at the root, and of one in a folder (for an old nix).
+_SELF: Final = re.compile(r"path:\.\?[^'\s]*|https://tree\.invalid/[^'\s]*")
 _NO_NIXPKGS: Final = re.compile(r"Nix search path")
 _FETCH: Final = re.compile(r"error: unable to download '([^']*)'")
 _NETWORK: Final = re.compile(

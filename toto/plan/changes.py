@@ -114,6 +114,8 @@ class ChangeSet(_Value):
     waiting: tuple[str, ...] = ()
     retired: tuple[Target, ...] = ()
     failed: tuple[Failure, ...] = ()
+    excused: tuple[Failure, ...] = ()
+    """failures that stop nothing: of hosts that the manifest does not list"""
     machines: tuple[MachineChange, ...] = ()
     told: tuple[Told, ...] = ()
     nothing: str = ""
@@ -137,6 +139,10 @@ class ChangeSet(_Value):
             for change in self.changes
         ]
         rows += [_row(failure.target, "none", "does not evaluate", failure.message) for failure in self.failed]
+        rows += [
+            _row(failure.target, "none", "does not evaluate, a warning: not in machines.yaml", failure.message)
+            for failure in self.excused
+        ]
         rows += [
             _row(target, "retire", "left the commit", "its ledger entry goes; nothing of it is touched")
             for target in self.retired

@@ -16,10 +16,12 @@ def compare(
     manifest: Manifest,
     ledger: Snapshot,
     *,
+    left: Iterable[Target] = (),
     force: bool = False,
 ) -> ChangeSet:
     """The change set of a commit: what it wants, compared with the ledger (never with the previous push).
 
+    `left` are targets that the commit has and the run leaves out, since nobody asked for them.
     It is sorted in the order of a roll-out: by kind, then by name. With `force` it also has every deployed target that
     has not changed. Raises `TotoError` for a target in the ledger whose kind is not known.
     """
@@ -35,7 +37,7 @@ def compare(
             unchanged.append(each.target)
         else:
             changes.append(change)
-    known = {each.target for each in wanted} | {each.target for each in broken}
+    known = {each.target for each in wanted} | {each.target for each in broken} | set(left)
     return ChangeSet(
         commit=commit,
         ledger=ledger.fingerprint,

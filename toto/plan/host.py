@@ -3,23 +3,25 @@
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from toto.base import process, runs
 from toto.base.errors import InputError
-from toto.infra_repo import limits
+from toto.infra_repo import limits, manifest, settings
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import HOST, Target
 from toto.machine import keys, owners
 from toto.nix import closure, hosts, inputs
 from toto.nix import commands as nix
-from toto.nix.hosts import Host
+from toto.nix.hosts import FLAKE, Host
 from toto.plan.changes import Action, Change, Desired, Told, Why, deploy
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.order import Order
 from toto.plan.window import Rules
 from toto.rehearsal import suite
+
+_NAMED: Final = 10  # hosts in a line
 
 
 class DesiredHost(Desired):
@@ -83,17 +85,25 @@ class HostKind(Kind[Host]):
     evaluated = True
 
     async def discover(self, source: Source) -> list[Found[Host]]:
-        """The hosts of a commit: those of its flake when it has some, else the files in hosts/. Raises `InputError`."""
-        rules = source.settings.nix
+        """The hosts of a commit: those of its flake when it has some, else those that are files. Raises `InputError`.
+
+        Those that the manifest does not list are not due, unless the settings say so.
+        """
+        rules, machines = source.settings.nix, source.manifest.machines
         if rules.signing_key is not None:
             keys.signing(source.repo, rules.signing_key)  # else only the copy to a machine would miss it
-        if lacking := await inputs.lacking(source.tree):
-            await inputs.fetch(lacking, *keys.of_inputs(source.repo), timeout=rules.evaluate_timeout)
-        from_flake = await nix.flake_hosts(source.tree, timeout=rules.evaluate_timeout, memory=rules.most_memory)
-        machines = source.manifest.machines
+        found = await _of_flake(source)
+        if found is None:
+            found = hosts.in_files(source.tree, machines, unlisted=rules.unlisted)
         return [
-            Found(Target(HOST, host.name), host, machines[host.name].tags if host.name in machines else ())
-            for host in (hosts.in_files(source.tree) if from_flake is None else from_flake)
+            Found(
+                Target(HOST, host.name),
+                host,
+                machines[host.name].tags if host.name in machines else (),
+                due=rules.unlisted or host.name in machines,
+                stops=host.name in machines,
+            )
+            for host in found
         ]
 
     def is_deployed(self, found: Found[Host], manifest: Manifest) -> bool:
@@ -101,18 +111,27 @@ class HostKind(Kind[Host]):
         return machine is not None and machine.pushed
 
     def told(self, source: Source, found: Sequence[Found[Host]], deployed: Collection[str]) -> list[Told]:
-        """Files that are no hosts because of a flake, and machines whose host is not there."""
+        """Files that are no hosts because of a flake, hosts that are not due, and machines whose host is not there."""
         names, machines = {each.target.name for each in found}, source.manifest.machines
-        files = [each for each in hosts.named(source.tree) if each.name not in names]
         told = []
-        if (source.tree / "flake.nix").is_file() and any(each.subject.file for each in found):
-            what = "has no nixosConfigurations: the hosts are the files in hosts/; name them there to change that"
-            told.append(Told(place="flake.nix", what=what))
-        elif (source.tree / "flake.nix").is_file() and not found and not files:
-            told.append(Told(place="flake.nix", what="has no nixosConfigurations, and there is no hosts/"))
-        for file in files:
-            what = f"is no host, since flake.nix says what is: add nixosConfigurations.{file.name} there, or remove it"
-            told.append(Told(place=file.file, what=what))
+        if flake := _flake(source):
+            files = [each for each in hosts.named(source.tree) if each.name not in names]
+            if not (found or files):
+                told.append(Told(place=flake, what="has no nixosConfigurations, and there is no hosts/"))
+            elif not any(each.subject.file for each in found):
+                for file in files:
+                    what = (
+                        f"is no host, since {flake} says what is: "
+                        f"add nixosConfigurations.{file.name} there, or remove it"
+                    )
+                    told.append(Told(place=file.file, what=what))
+        if left := [each.target.name for each in found if not each.due]:
+            some = f"{', '.join(left[:_NAMED])}{f' and {len(left) - _NAMED} more' if len(left) > _NAMED else ''}"
+            what = (
+                f"does not list {some}: not evaluated. List what is a machine; `only` rehearses one by its name, "
+                "and nix.unlisted in toto.toml has all of them rehearsed"
+            )
+            told.append(Told(place=manifest.FILE, what=what))
         for place in suite.of_nobody(source.tree, names | machines.keys()):
             close = difflib.get_close_matches(place.partition("/")[2], names, n=1)
             meant = f": did you mean {close[0]}?" if close else ""
@@ -251,6 +270,44 @@ class HostKind(Kind[Host]):
 
     def roots(self, repo: Path, name: str) -> tuple[Path, ...]:
         return runs.last_good_root(repo, name), runs.previous_root(repo, name)
+
+
+def _flake(source: Source) -> str:
+    """The path in the tree of the flake that names the hosts; "" when there is none. Raises `InputError`."""
+    folder = source.settings.nix.flake
+    if folder is False:
+        return ""
+    file = f"{folder}/{FLAKE}".removeprefix("./")
+    place = source.tree / file
+    if place.is_file() and place.resolve().is_relative_to(source.tree.resolve()):
+        return file
+    if folder != ".":
+        raise InputError(
+            f"nix.flake: there is no {file}", target=settings.FILE, hint="name the folder that has the flake.nix"
+        )
+    return ""
+
+
+async def _of_flake(source: Source) -> list[Host] | None:
+    """The hosts of the commit's flake; None when the hosts are files. Raises `InputError`."""
+    rules = source.settings.nix
+    if not (file := _flake(source)):
+        return None
+    if lacking := await inputs.lacking(source.tree, str(rules.flake)):
+        await inputs.fetch(lacking, *keys.of_inputs(source.repo), timeout=rules.evaluate_timeout)
+    found = await nix.flake_hosts(
+        source.tree, str(rules.flake), timeout=rules.evaluate_timeout, memory=rules.most_memory
+    )
+    if found is None and rules.flake != ".":
+        raise InputError("has no nixosConfigurations, and nix.flake says that it names the hosts", target=file)
+    if found is None and "nixpkgs" not in rules.model_fields_set and (files := list(hosts.named(source.tree))):
+        raise InputError(
+            f"has no nixosConfigurations, and there is {files[0].file}: toto does not guess which nixpkgs that is for",
+            target=file,
+            hint=f"name the hosts in nixosConfigurations, or set nix.flake = false in {settings.FILE}: then hosts are "
+            "files, on nix.nixpkgs",
+        )
+    return found
 
 
 def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None:

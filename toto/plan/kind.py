@@ -62,13 +62,16 @@ class Source:
 class Found(Generic[S]):
     """A target in a commit. `subject` is what its kind read from the commit; `tags` are words that select it.
 
-    `after` names the targets of its kind that are rolled out before it.
+    `after` names the targets of its kind that are rolled out before it. `due` says whether a run takes it when `only`
+    does not name it, and `stops` whether its failure is then one of the run, and not just a warning.
     """
 
     target: Target
     subject: S
     tags: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    due: bool = True
+    stops: bool = True
 
 
 class Kind(ABC, Generic[S]):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -74,11 +74,19 @@ async def make(
         )
         room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
         await owners.check_distinct(fleet)
-        found, after = await _discover(source, only)
+        found, left, after = await _discover(source, only)
         wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
         ledger = Ledger(repo).read()
-        compared = compare(commit, wanted.made.values(), wanted.failures, fleet, ledger, force=force)
-        told = _told(source, found, ledger)
+        compared = compare(
+            commit,
+            wanted.made.values(),
+            wanted.failures,
+            fleet,
+            ledger,
+            left=[each.target for each in left],
+            force=force,
+        )
+        told = _told(source, [*found, *left], ledger)
         changed = {each.target: each for each in compared.changes}
         ordered = await _each(
             [each for each in found if each.target in changed],
@@ -86,21 +94,24 @@ async def make(
             lambda each: kind_of(each.target).order(source, each, changed[each.target]),
         )
     positions = {each.target: number for number, each in enumerate(found)}
+    stops = {each.target: each.stops for each in found}
     orders = tuple(
-        _placed(ordered.made[each.target], positions[each.target])
+        _placed(ordered.made[each.target], positions[each.target], stops=stops[each.target])
         for each in compared.changes
         if each.target in ordered.made
     )
+    failures = (*compared.failed, *ordered.failures)
     change_set = compared.model_copy(
         update={
             "changes": tuple(order.change for order in orders),
-            "failed": (*compared.failed, *ordered.failures),
+            "failed": tuple(each for each in failures if stops[each.target]),
+            "excused": tuple(each for each in failures if not stops[each.target]),
             "retired": tuple(
                 each for each in compared.retired if each.kind not in {other.target.kind for other in ordered.failures}
             ),  # one that may have moved stays in the ledger until that is settled
             "machines": changes.of_machines(await _last_manifest(repo), fleet),
             "told": told,
-            "nothing": _nothing(found, fleet),
+            "nothing": _nothing([*found, *left], fleet),
             # A run that is limited to some targets says nothing about the others.
             **(
                 {"waiting": (), "retired": (), "machines": (), "told": (), "nothing": "", "whole": False}
@@ -123,17 +134,30 @@ async def make(
     )
 
 
-async def _discover(source: Source, only: Sequence[str]) -> tuple[list[Found[Any]], Mapping[str, tuple[str, ...]]]:
-    """The targets of a commit that `only` selects, and, for each label, the labels that come before it."""
+async def _discover(
+    source: Source, only: Sequence[str]
+) -> tuple[list[Found[Any]], list[Found[Any]], Mapping[str, tuple[str, ...]]]:
+    """The targets of a commit that a run takes, those that are not due, and what comes before each label.
+
+    When `only` names a target, its failure is one of the run.
+    """
     selector = Selector(only, source.manifest)
     taken: list[Found[Any]] = []
+    left: list[Found[Any]] = []
     after: dict[str, tuple[str, ...]] = {}
     for kind in KINDS.values():
-        found = [each for each in await kind.discover(source) if selector.takes(each.target, each.tags)]
-        after |= kind.after(source, found)
-        taken += found
+        found = await kind.discover(source)
+        chosen = [
+            replace(each, stops=each.stops or selector.names(each.target))
+            for each in found
+            if selector.takes(each.target, each.tags, due=each.due)
+        ]
+        names = {each.target for each in chosen}
+        left += [each for each in found if not (each.due or each.target in names)]
+        after |= kind.after(source, chosen)
+        taken += chosen
     selector.check()
-    return taken, after
+    return taken, left, after
 
 
 def _told(source: Source, found: Sequence[Found[Any]], ledger: Snapshot) -> tuple[Told, ...]:
@@ -187,10 +211,10 @@ async def _each(
     )
 
 
-def _placed(order: Order, position: int) -> Order:
-    """The order with what the plan adds: its position, and why it is held back."""
+def _placed(order: Order, position: int, *, stops: bool) -> Order:
+    """The order with what the plan adds: its position, whether its failure counts, and why it is held back."""
     change: Change = order.change.model_copy(update={"held": order.held_now})
-    return order.model_copy(update={"position": position, "change": change})
+    return order.model_copy(update={"position": position, "stops": stops, "change": change})
 
 
 async def _last_manifest(repo: Path) -> Manifest | None:

@@ -19,7 +19,8 @@ class Order(BaseModel):
 
     `run` is the flow run's id, `position` the target's place in the roll-out order. `override` is the reason to roll it
     out in spite of a freeze or a closed window. `deploys` says whether the run will roll out the deployed branch: only
-    then does what it runs for the target get credentials.
+    then does what it runs for the target get credentials. `stops` says whether its failure is one of the run, and not
+    just a warning.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,6 +31,7 @@ class Order(BaseModel):
     change: Change
     settings: Settings
     position: int = 0
+    stops: bool = True
     override: str | None = None
     deploys: bool = True
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from toto.base.errors import InputError
 from toto.infra_repo.fields import check_name
+from toto.nix.hosts import FOLDERS
 
 
 class Phase(StrEnum):
@@ -120,12 +121,12 @@ def of_nobody(tree: Path, hosts: Collection[str]) -> list[str]:
 
 
 def _beside(tree: Path, host: str) -> Iterator[tuple[Path, Phase]]:
-    hosts = tree / "hosts"
-    for folder in (hosts, hosts / host):
-        yield folder / f"{host}-test.sh", Phase.NO_INTERNET
-        # With the hosts `web` and `web-smoke`, `web-smoke-test.sh` belongs to `web-smoke`.
-        if not (hosts / f"{host}-smoke.nix").exists() and not (hosts / f"{host}-smoke").is_dir():
-            yield folder / f"{host}-smoke-test.sh", Phase.SMOKE
+    for hosts in (tree / place for place in FOLDERS):
+        for folder in (hosts, hosts / host):
+            yield folder / f"{host}-test.sh", Phase.NO_INTERNET
+            # With the hosts `web` and `web-smoke`, `web-smoke-test.sh` belongs to `web-smoke`.
+            if not (hosts / f"{host}-smoke.nix").exists() and not (hosts / f"{host}-smoke").is_dir():
+                yield folder / f"{host}-smoke-test.sh", Phase.SMOKE
 
 
 def _phase(tree: Path, entry: Path) -> Phase | None:

@@ -68,7 +68,8 @@ class Report:
     """The report of a run, filled in while the run goes on. At the end it gives the state's message and the artifact.
 
     By label: `rehearsals` are the summaries of verdicts, `outcome` is what was done ("deployed", "unreachable" …),
-    `held` is why a target was held back, `away` what ssh said of one that is unreachable, with the next step.
+    `held` is why a target was held back, `away` what ssh said of one that is unreachable, with the next step, and
+    `excused` are the errors of hosts that the manifest does not list: warnings.
     """
 
     repo: str
@@ -79,11 +80,13 @@ class Report:
     outcome: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     away: dict[str, str] = field(default_factory=dict)
+    excused: dict[str, str] = field(default_factory=dict)
     reverted: list[Reverted] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.failures += [Failed(each.target.label, "evaluation", each.message) for each in self.changes.failed]
+        self.excused |= {each.target.label: each.message for each in self.changes.excused}
 
     @property
     def failed(self) -> bool:
@@ -139,9 +142,13 @@ class Report:
             return f"{self.cause}; {self.aftermath()}"
         if self.changes.nothing and not (self.outcome or self.held):
             return f"{commit}: {self.changes.nothing}"
+        excused = ""
+        if self.excused:
+            excused = f"; {', '.join(self.excused)} failed, a warning since machines.yaml does not list it"
         if not self.outcome and not self.rehearsals and not self.held:
-            plan = [change.label for change in self.changes.changes]
-            return f"{commit}: " + (f"plan only: {', '.join(plan)} would change" if plan else self._nothing())
+            plan = [change.label for change in self.changes.changes if change.label not in self.excused]
+            planned = f"plan only: {', '.join(plan)} would change" if plan else self._nothing()
+            return f"{commit}: {planned}{excused}"
         # In the plan's order, not in the order in which the targets happened to finish.
         ended = {
             word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
@@ -153,11 +160,11 @@ class Report:
         rest = [
             change.label
             for change in self.changes.changes
-            if change.label not in self.outcome and change.label not in self.held
+            if change.label not in {*self.outcome, *self.held, *self.excused}
         ]
         if rest:
             said.append(f"{', '.join(rest)} rehearsed only")
-        return f"{commit}: {self._share() if self.partial else ''}{'; '.join(said)}"
+        return f"{commit}: {self._share() if self.partial else ''}{'; '.join(said)}{excused}"
 
     def _share(self) -> str:
         """How many of the targets are done, such as `2 of 3 hosts: `."""
@@ -221,6 +228,8 @@ class Report:
             name = change.label
             if name in failures:
                 end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
+            elif name in self.excused:
+                end, how = "failed, a warning", _first_line(self.excused[name], name)
             elif name in self.held:
                 end, how = "held back", self.held[name]
             elif name in self.outcome:
@@ -235,6 +244,10 @@ class Report:
         rows += [
             (each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
             for each in self.changes.failed
+        ]
+        rows += [
+            (each.target.label, "failed, a warning", _first_line(each.message, each.target.label))
+            for each in self.changes.excused
         ]
         rows += [(name, "waiting", told.get(f"host/{name}", "no host file yet")) for name in self.changes.waiting]
         return rows + [(target.label, "retired", "nothing of it was touched") for target in self.changes.retired]
