@@ -21,6 +21,8 @@ from tests.lab.parts import Part
 from tests.lab.setup import environment
 
 SSH_PORT: Final = 2222
+ACCELERATOR: Final = os.environ.get("TOTO_LAB_ACCEL", "tcg")
+KERNEL: Final = "no_timer_check"  # an emulated timer may be late on a busy machine
 
 
 class MachineError(Exception):
@@ -83,39 +85,50 @@ class Machine:
         """Switches the machine on; returns at once. Its first system is built when it has none yet."""
         if self.running:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "tmp").mkdir(exist_ok=True)
-        vm = self.directory / "vm"
-        if not vm.exists():
-            keys = [self.key.with_name(self.key.name + ".pub").read_text().strip()]
-            await nix.build(self._configuration or nix.bootstrap(self.name, keys), "vm", link=vm)
-        (run,) = vm.glob("bin/run-*-vm")
-        forwards = [(SSH_PORT, 22), *((port, port) for port in self.ports)]
+        (self.directory / "tmp").mkdir(parents=True, exist_ok=True)
+        argv, env = await self._program()
         self._qmp_socket.unlink(missing_ok=True)
-        env = environment() | {
-            "NIX_DISK_IMAGE": str(self._disk),
-            "TMPDIR": str(self.directory / "tmp"),
-            "USE_TMPDIR": "1",
-            "QEMU_NET_OPTS": ",".join(f"hostfwd=tcp:{self.address}:{host}-:{guest}" for host, guest in forwards),
-            "QEMU_KERNEL_PARAMS": "no_timer_check",  # an emulated timer may be late on a busy machine
-            "QEMU_OPTS": f"-machine accel={os.environ.get('TOTO_LAB_ACCEL', 'tcg')} -m {self.memory}",
-        }
         qmp = f"unix:{self._qmp_socket.name},server=on,wait=off"
         with self._console.open("ab") as console:
-            # The run script changes into TMPDIR, so a short relative socket path stays within sockaddr_un's limit.
+            # It runs in TMPDIR, so that a short relative socket path stays within sockaddr_un's limit.
             self._process = await asyncio.create_subprocess_exec(
                 "setpriv",
                 "--pdeathsig",
                 "KILL",
-                str(run),
+                *argv,
                 "-qmp",
                 qmp,
                 env=env,
-                cwd=self.directory,
+                cwd=self.directory / "tmp",
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
             )
+
+    async def _program(self) -> tuple[Sequence[str], dict[str, str]]:
+        """What runs its QEMU, and the environment of that; its disk is made when it has none yet."""
+        vm = self.directory / "vm"
+        if not vm.exists():
+            await nix.build(self._configuration or nix.bootstrap(self.name, [self.public_key]), "vm", link=vm)
+        (run,) = vm.glob("bin/run-*-vm")
+        return [str(run)], environment() | {
+            "NIX_DISK_IMAGE": str(self._disk),
+            "TMPDIR": str(self.directory / "tmp"),
+            "USE_TMPDIR": "1",
+            "QEMU_NET_OPTS": self._forwards(),
+            "QEMU_KERNEL_PARAMS": KERNEL,
+            "QEMU_OPTS": f"-machine accel={ACCELERATOR} -m {self.memory}",
+        }
+
+    def _forwards(self) -> str:
+        """The ports that lead to the machine, as options of QEMU's user network."""
+        forwards = [(SSH_PORT, 22), *((port, port) for port in self.ports)]
+        return ",".join(f"hostfwd=tcp:{self.address}:{host}-:{guest}" for host, guest in forwards)
+
+    @property
+    def public_key(self) -> str:
+        """That of `key`: a line of authorized_keys."""
+        return self.key.with_name(self.key.name + ".pub").read_text().strip()
 
     @property
     def parts(self) -> list[Part]:
@@ -329,7 +342,8 @@ class Machine:
     def _tail(self) -> str:
         return "\n".join(self.console().splitlines()[-15:])
 
-    async def _qmp(self, command: str, **arguments: Any) -> None:
+    async def _qmp(self, command: str, **arguments: Any) -> Any:
+        """What QEMU returns to a command. Raises `MachineError` when it refuses."""
         # By way of a file descriptor: the path may be longer than a socket address can hold.
         directory = os.open(self._qmp_socket.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -341,8 +355,9 @@ class Machine:
             for message in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
                 writer.write(json.dumps(message).encode() + b"\n")
                 await writer.drain()
-                while "return" not in (reply := json.loads(await asyncio.wait_for(reader.readline(), 10))):
+                while "return" not in (reply := json.loads(await asyncio.wait_for(reader.readline(), 60))):
                     if "error" in reply:
                         raise MachineError(f"{self.name}: QEMU refuses {command}: {reply['error']['desc']}")
+            return reply["return"]
         finally:
             writer.close()

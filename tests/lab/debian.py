@@ -1,0 +1,206 @@
+"""A machine of the lab with real systemd: Debian with sshd, sudo and a nix daemon, for what needs these.
+
+`image()` makes its disk once (90 s, 500 MB below the lab's cache; debootstrap needs root or sudo), and each machine
+writes to a layer above it. The kernel is the lab's own. It answers ssh 20 to 40 s after it is switched on; then
+`DebianMachine.snapshot` and `restore` bring it back to where it was in about a second, as often as wanted.
+"""
+
+import asyncio
+import fcntl
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from tests.lab.machine import ACCELERATOR, KERNEL, Machine, MachineError
+from tests.lab.setup import cache, setup
+
+PACKAGES: Final = (
+    *("systemd-sysv", "dbus", "udev", "openssh-server", "sudo", "iproute2", "python3"),
+    *("nix-bin", "nix-setup-systemd", "libdbi-perl"),  # (debootstrap finds no virtual package by itself)
+)
+_SIZE: Final = "2G"
+# What only costs time: timers, and a console to log in at.
+_MASKED: Final = (
+    *(
+        "apt-daily.timer",
+        "apt-daily-upgrade.timer",
+        "dpkg-db-backup.timer",
+        "e2scrub_all.timer",
+        "e2scrub_reap.service",
+    ),
+    *("getty@tty1.service", "serial-getty@ttyS0.service", "fstrim.timer"),
+)
+_NETWORK: Final = "[Match]\nType=ether\n\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\n"
+_SSHD: Final = "PasswordAuthentication no\nUseDNS no\n"
+_INIT: Final = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mkdir -p /proc /sys /dev /root
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+while read -r module; do insmod /modules/$module.ko || echo "cannot load $module"; done < /modules/load-order
+tries=0
+until [ -b /dev/vda ] || [ $tries -ge 100 ]; do tries=$((tries + 1)); sleep 0.1; done
+mount -t ext4 -o noatime /dev/vda /root || { echo "cannot mount the disk"; sleep 60; }
+[ ! -d /seed ] || cp -a /seed/. /root/
+mount --move /proc /root/proc; mount --move /sys /root/sys; mount --move /dev /root/dev
+exec switch_root /root /sbin/init
+"""
+
+
+class NoDebian(Exception):
+    """The image cannot be made here; the message says what is missing."""
+
+
+def image() -> Path:
+    """The disk that all of these machines begin with; made when this recipe has changed. Raises `NoDebian`."""
+    if os.geteuid() != 0 and shutil.which("sudo") is None:
+        raise NoDebian("debootstrap makes a Debian as root, and this user is neither root nor has sudo")
+    if missing := [each for each in ("debootstrap", "apt-get", "mkfs.ext4") if shutil.which(each) is None]:
+        raise NoDebian(f"the program {missing[0]} is not on PATH")
+    key = repr((PACKAGES, _SIZE, _MASKED, _NETWORK, _SSHD)) + inspect.getsource(_make)
+    folder, made, recipe = cache() / "debian", cache() / "debian/disk.qcow2", cache() / "debian/recipe"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # two at once would make it twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made.exists() and recipe.exists() and recipe.read_text() == key):
+            recipe.unlink(missing_ok=True)
+            _make(made)
+            recipe.write_text(key)
+    return made
+
+
+def _make(made: Path) -> None:
+    release, mirror = _origin()
+    elevated = [] if os.geteuid() == 0 else ["sudo"]
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="toto-debian-") as name:
+        scratch = Path(name)
+        root, raw = scratch / "root", scratch / "raw"
+        script = f"""
+            set -eu
+            debootstrap --variant=minbase --include={",".join(PACKAGES)} {release} "$1" {mirror} >"$1.log" 2>&1
+            rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/etc/ssh/ssh_host_*
+            mkdir -p "$1/root/.ssh"
+            chmod 700 "$1/root/.ssh"
+            : > "$1/etc/machine-id"
+            for unit in {" ".join(_MASKED)}; do ln -sf /dev/null "$1/etc/systemd/system/$unit"; done
+            ln -sf /lib/systemd/system/systemd-networkd.service "$1/etc/systemd/system/multi-user.target.wants/"
+            printf '%s' "$3" > "$1/etc/systemd/network/10-lab.network"
+            printf '%s' "$4" > "$1/etc/ssh/sshd_config.d/10-lab.conf"
+            truncate -s {_SIZE} "$2"
+            mkfs.ext4 -q -F -L debian -E lazy_itable_init=1,lazy_journal_init=1 -d "$1" "$2"
+            chown {os.geteuid()}:{os.getegid()} "$2"
+            rm -rf "$1"
+        """
+        # Whatever it mounts and starts goes with it.
+        held = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        done = subprocess.run(
+            [*elevated, *held, "sh", "-c", script, "sh", str(root), str(raw), _NETWORK, _SSHD],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            log = scratch / "root.log"
+            said = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
+            subprocess.run([*elevated, "rm", "-rf", "--one-file-system", str(root)], check=False)
+            raise NoDebian("\n".join(["debootstrap failed:", *said, *done.stderr.splitlines()[-3:]]))
+        fresh = made.with_suffix(f".{os.getpid()}")
+        subprocess.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, fresh], check=True)
+        fresh.replace(made)
+
+
+def _origin() -> tuple[str, str]:
+    """This machine's release of Debian and its mirror. Raises `NoDebian`."""
+    asked = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(CODENAME) $(REPO_URI)"]
+    targets = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"^Debian Debian ([a-z]+) (\S+)$", targets, re.M)
+    if found is None:
+        raise NoDebian("apt knows no mirror of Debian: run `apt-get update` as root, and try again")
+    return found[1], found[2]
+
+
+class DebianMachine(Machine):
+    """A machine with real systemd. `files` are written to its disk at each boot, owned by root."""
+
+    def __init__(
+        self, name: str, directory: Path, key: Path, *, address: str, files: Mapping[str, tuple[str, int]] = {}
+    ) -> None:
+        """`files` maps absolute paths to a text and permissions. The key's owner logs in as root."""
+        super().__init__(name, directory, key, address=address, ports=(), memory=512, user="root")
+        self._files = {**files, "/root/.ssh/authorized_keys": (f"{self.public_key}\n", 0o600)}
+
+    async def _program(self) -> tuple[Sequence[str], dict[str, str]]:
+        base = await asyncio.to_thread(image)
+        await asyncio.to_thread(setup)
+        if not self._disk.exists():
+            backing = ["-b", str(base.absolute()), "-F", "qcow2"]
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, self._disk], check=True)
+        kernel = cache() / "roots" / "lab-kernel"
+        initrd = self.directory / "initrd"
+        await asyncio.to_thread(self._write_initrd, initrd, kernel)
+        words = [
+            *("qemu-system-x86_64", "-machine", f"accel={ACCELERATOR}", "-cpu", "max"),
+            *("-global", "virtio-net-pci.romfile=", "-name", self.name, "-m", str(self.memory), "-nographic"),
+            *("-net", "nic,netdev=user.0,model=virtio", "-netdev", f"user,id=user.0,{self._forwards()}"),
+            *("-drive", f"file={self._disk},if=virtio,format=qcow2,cache=writeback,werror=report"),
+            *("-device", "virtio-rng-pci", "-kernel", str(kernel / "vmlinuz"), "-initrd", str(initrd.absolute())),
+            *("-append", f"console=ttyS0 quiet {KERNEL}"),
+        ]
+        return words, dict(os.environ)
+
+    def _write_initrd(self, initrd: Path, kernel: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            tree = Path(name)
+            (modules,) = (kernel / "lib/modules").iterdir()
+            shutil.copytree(modules, tree / "modules")
+            (tree / "bin").mkdir()
+            shutil.copyfile(cache() / "roots/lab-base/bin/busybox", tree / "bin/busybox")
+            (tree / "init").write_text(_INIT)
+            for each in ("init", "bin/busybox"):
+                (tree / each).chmod(0o755)
+            for path, (text, mode) in (self._files | self._host_key()).items():
+                file = tree / "seed" / path.lstrip("/")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+                file.chmod(mode)
+            names = subprocess.run(["find", "."], cwd=tree, capture_output=True, check=True).stdout
+            pack = ["cpio", "--quiet", "--create", "--format=newc", "--owner=0:0"]
+            with initrd.open("wb") as sink:
+                subprocess.run(pack, cwd=tree, input=names, stdout=sink, check=True)
+
+    def _host_key(self) -> dict[str, tuple[str, int]]:
+        """The key by which it is known; the same for as long as the machine lives."""
+        file = self.directory / "ssh_host_ed25519_key"
+        if not file.exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", file], check=True)
+        return {
+            f"/etc/ssh/{file.name}": (file.read_text(), 0o600),
+            f"/etc/ssh/{file.name}.pub": (file.with_suffix(".pub").read_text(), 0o644),
+        }
+
+    @property
+    def host_key(self) -> str:
+        """Its ssh host key: type and base64."""
+        return (self.directory / "ssh_host_ed25519_key.pub").read_text().strip()
+
+    async def snapshot(self, name: str) -> None:
+        """Remember how the machine is now: memory, disk and all."""
+        await self._monitor(f"savevm {name}")
+
+    async def restore(self, name: str) -> None:
+        """Make it be again as it was at `snapshot`. Connections to it are lost."""
+        (self.directory / "login").unlink(missing_ok=True)
+        await self._monitor(f"loadvm {name}")
+
+    async def _monitor(self, line: str) -> None:
+        if said := await self._qmp("human-monitor-command", **{"command-line": line}):
+            raise MachineError(f"{self.name}: {line}: {said}")
