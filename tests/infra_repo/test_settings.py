@@ -70,7 +70,7 @@ FLAKES = ("../x", "/etc", "a b?x", "nixos/..", "-")
         ("[roll_out]\npolicy = 'some'", "toto.toml:2: roll_out.policy: should be 'all' or 'partial', not 'some'"),
         (
             "[nix]\nnixpkgs = '../x'",
-            "toto.toml:2: nix.nixpkgs: should be like '<nixpkgs>', or the path of an expression in the repo, "
+            "toto.toml:2: nix.nixpkgs: should be like '<nixpkgs>', 'npins', or the path of an expression in the repo, "
             "not '../x'",
         ),
         *(

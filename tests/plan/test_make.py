@@ -1,5 +1,6 @@
 """From a commit to a plan, on real nix and the lab's nixpkgs; no machine is touched and no VM booted."""
 
+import json
 import os
 import re
 import time
@@ -386,6 +387,28 @@ async def test_nixpkgs_can_be_pinned_in_the_repo_and_be_a_different_name_of_the_
     assert other.changes.changes[0].desired.identity == plainly
     (failure,) = (await make(repo.commit({"toto.toml": None}))).changes.failed
     assert "nix.nixpkgs in toto.toml" in failure.message
+
+
+async def test_nixpkgs_can_be_a_pin_of_niv_or_npins(
+    repo: InfraRepo, make: Make, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": host("a")}
+    copy = '{ from }: "${builtins.path { path = /. + from; name = "source"; }}"'
+    words = ["nix-instantiate", "--eval", "--read-write-mode", "--expr", copy, "--argstr", "from", str(lab)]
+    await process.run(words, env=nix.environment())  # (what is in the store already is not fetched)
+    done = await process.run(["nix-hash", "--type", "sha256", lab], env=nix.environment())
+    pin = {"type": "tarball", "url": "https://192.0.2.1/x.tar.gz", "sha256": done.stdout.strip()}
+    files["nix/sources.json"] = json.dumps({"nixpkgs": pin})
+    files["npins/sources.json"] = json.dumps({"version": 7, "pins": {"nixos": pin | {"type": "Channel"}}})
+    monkeypatch.setenv("NIX_PATH", "")
+    found = []
+    for setting in ("niv", "npins#nixos"):
+        made = await make(repo.commit(files | {"toto.toml": f'[nix]\nnixpkgs = "{setting}"\n'}))
+        assert not made.changes.failed and vm(made).endswith(".drv")
+        found.append(made.changes.changes[0].desired.identity)
+    assert found[0] == found[1]
+    with pytest.raises(InputError, match=r"npins/sources\.json: has no pin 'nixpkgs'; it has 'nixos'"):
+        await make(repo.commit({"toto.toml": '[nix]\nnixpkgs = "npins"\n'}))
 
 
 async def test_what_differs_in_the_manifest_shows_in_the_plan_and_deploys_nothing(repo: InfraRepo, make: Make) -> None:

@@ -35,9 +35,11 @@ class SettingsError(InputError):
 
 
 def _check_nixpkgs(text: str) -> str:
-    searched = re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9+._/-]*>", text)
+    searched = re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9+._/-]*>|(npins|niv)#[A-Za-z0-9][A-Za-z0-9+._-]*", text)
     if not searched and (not re.fullmatch(r"[A-Za-z0-9._/][A-Za-z0-9+._/-]*", text) or ".." in text.split("/")):
-        raise ValueError(f"should be like '<nixpkgs>', or the path of an expression in the repo, not {shown(text)}")
+        raise ValueError(
+            f"should be like '<nixpkgs>', 'npins', or the path of an expression in the repo, not {shown(text)}"
+        )
     return text
 
 
@@ -111,7 +113,7 @@ class Nix(Model):
     unlisted: StrictBool = False
     """whether hosts that machines.yaml does not list are rehearsed too; one that fails is a warning"""
     nixpkgs: Annotated[StrictStr, AfterValidator(_check_nixpkgs)] = "<nixpkgs>"
-    """where nixpkgs is, for hosts without a flake: a search path, or an expression in the repo that gives its path"""
+    """nixpkgs for hosts without a flake: a search path, an expression in the repo, `npins`, `niv`, or `npins#PIN`"""
     evaluate_timeout: Seconds = 600
     """seconds that the evaluation of one host may take"""
     evaluate_memory: Megabytes = 1700

@@ -170,8 +170,8 @@ def _search_path() -> list[tuple[str, Path]]:
     return [(name, Path(folder).resolve()) for name, _, folder in entries if Path(folder).is_dir()]
 
 
-def _confined(*, pure: bool) -> list[str]:
-    """The options that keep an evaluation to the tree, nixpkgs and toto's expressions."""
+def _confined(*, pure: bool, nixpkgs: str = "") -> list[str]:
+    """The options that keep an evaluation to the tree, nixpkgs (at a store path, or else NIX_PATH's) and toto's own."""
     # What is pinned by its hash and in the store already is used; a cell has no network to fetch anything with.
     pinned = "http:// https:// git+https:// github: gitlab:"
     options = {
@@ -184,6 +184,7 @@ def _confined(*, pure: bool) -> list[str]:
     readable = [] if pure else [INFRA, _EXPRESSIONS, *shared()]
     return [
         *(word for name, value in options.items() for word in ("--option", name, value)),
+        *(("-I", f"nixpkgs={nixpkgs}") if nixpkgs else ()),
         *(word for number, place in enumerate(readable) for word in ("-I", f"toto-{number}={place}")),
     ]
 
@@ -346,7 +347,7 @@ async def _instantiate(
     if pure:  # it reads no file but those of the flake and its inputs
         texts = {name: (EXPRESSIONS / f"{name}.nix").read_text() for name in ("evaluate", "rehearsal")}
         expression = ["--expr", texts["evaluate"], "--arg", "rehearsal", texts["rehearsal"]]
-    if nixpkgs != "<nixpkgs>":
+    if nixpkgs != "<nixpkgs>" and not host.nixpkgs:
         arguments["nixpkgs"] = nixpkgs
     if system is not None:
         arguments["system"] = system
@@ -354,7 +355,7 @@ async def _instantiate(
         host,
         tree,
         [
-            *("nix-instantiate", "--show-trace", *_confined(pure=pure), *expression),
+            *("nix-instantiate", "--show-trace", *_confined(pure=pure, nixpkgs=host.nixpkgs), *expression),
             *(word for attribute in attributes for word in ("--attr", attribute)),
             *(word for name, value in arguments.items() for word in ("--argstr", name, value)),
         ],
@@ -389,10 +390,14 @@ async def _keep_drv(drv: str, root: Path) -> None:
 
 async def _copy_of(tree: Path) -> str:
     """The store path of a flake's copy, from which nix evaluates it: errors have its paths."""
-    env = environment()
-    digest = await process.run(["nix-hash", "--type", "sha256", tree], env=env, timeout=120)
-    words = ["nix-store", "--print-fixed-path", "--recursive", "sha256", digest.stdout.strip(), "source"]
-    return (await process.run(words, env=env, timeout=60)).stdout.strip()
+    digest = await process.run(["nix-hash", "--type", "sha256", tree], env=environment(), timeout=120)
+    return await fixed_path(digest.stdout.strip(), "source")
+
+
+async def fixed_path(digest: str, name: str) -> str:
+    """The store path of files whose hash (sha256, in hexadecimal) is known."""
+    words = ["nix-store", "--print-fixed-path", "--recursive", "sha256", digest, name]
+    return (await process.run(words, env=environment(), timeout=60)).stdout.strip()
 
 
 async def outputs(drv: str) -> list[str]:

@@ -17,11 +17,15 @@ _IN_FOLDER: Final = ("default.nix", "configuration.nix")  # of a folder that has
 
 @dataclass(frozen=True, order=True)
 class Host:
-    """One NixOS configuration. `file` is its path in the tree, or "" when the flake of the file `flake` defines it."""
+    """One NixOS configuration. `file` is its path in the tree, or "" when the flake of the file `flake` defines it.
+
+    `nixpkgs` is the store path of its nixpkgs, where the repo pins it by npins or niv.
+    """
 
     name: str
     file: str = ""
     flake: str = FLAKE
+    nixpkgs: str = ""
 
     @property
     def origin(self) -> str:

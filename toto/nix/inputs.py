@@ -87,7 +87,7 @@ async def lacking(tree: Path, folder: str = ".") -> list[Private]:
     lock = f"{folder}/{LOCK}".removeprefix("./")
     found = [(name, locked, _digest(lock, name, locked)) for name, locked in _by_ssh(tree, lock)]
     made = [
-        Private(name, locked["url"], locked["rev"], await _fixed_path(digest, locked.get("name", "source")), lock)
+        Private(name, locked["url"], locked["rev"], await nix.fixed_path(digest, locked.get("name", "source")), lock)
         for name, locked, digest in found
     ]
     return [each for each in made if not await nix.valid(each.path)]
@@ -244,8 +244,3 @@ def _digest(lock: str, name: str, locked: Mapping[str, Any]) -> str:
     except binascii.Error:
         pass
     raise InputError(f"the input {name} has no narHash", target=lock, hint="run `nix flake lock` and push again")
-
-
-async def _fixed_path(digest: str, name: str) -> str:
-    words = ["nix-store", "--print-fixed-path", "--recursive", "sha256", digest, name]
-    return (await process.run(words, env=nix.environment(), timeout=60)).stdout.strip()

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import HOST, Target
 from toto.machine import keys, owners
-from toto.nix import closure, hosts, inputs
+from toto.nix import closure, hosts, inputs, pins
 from toto.nix import commands as nix
 from toto.nix.hosts import FLAKE, Host
 from toto.plan.changes import Action, Change, Desired, Told, Why, deploy
@@ -94,7 +95,7 @@ class HostKind(Kind[Host]):
             keys.signing(source.repo, rules.signing_key)  # else only the copy to a machine would miss it
         found = await _of_flake(source)
         if found is None:
-            found = hosts.in_files(source.tree, machines, unlisted=rules.unlisted)
+            found = await _pinned(source, hosts.in_files(source.tree, machines, unlisted=rules.unlisted))
         return [
             Found(
                 Target(HOST, host.name),
@@ -286,6 +287,15 @@ def _flake(source: Source) -> str:
             f"nix.flake: there is no {file}", target=settings.FILE, hint="name the folder that has the flake.nix"
         )
     return ""
+
+
+async def _pinned(source: Source, found: list[Host]) -> list[Host]:
+    """Hosts that are files, with the nixpkgs that npins or niv have pinned, where the settings say so."""
+    rules = source.settings.nix
+    if not (found and (pin := pins.names(rules.nixpkgs))):
+        return found
+    path = await pins.fetch(source.tree, *pin, timeout=rules.evaluate_timeout)
+    return [replace(each, nixpkgs=path) for each in found]
 
 
 async def _of_flake(source: Source) -> list[Host] | None:
