@@ -5,7 +5,7 @@ from typing import Literal
 from prefect import flow
 from prefect.utilities.annotations import quote
 
-from tasks.helm import compare, connect, find_drift, inspect, revert, test, try_to_compare, upgrade
+from tasks.helm import compare, connect, find_drift, inspect, read_back, revert, test, try_to_compare, upgrade
 from tasks.record import intend, record_good, record_verified
 from toto.helm.diff import Difference
 from toto.plan.changes import Why
@@ -35,12 +35,15 @@ async def roll_out(
     helm = await connect(order.repo, order.run)
     now = await inspect(order, helm)
     if now.whole and verdict.found is not None and verdict.found.empty and order.change.why is not Why.FORCED:
-        await record_verified(order, revision=now.before.revision, wait_for=[now])
+        same = order.last is not None and order.last.revision == now.before.revision
+        baseline = order.last.baseline if order.last and same else ()
+        await record_verified(order, revision=now.before.revision, baseline=baseline, wait_for=[now])
         return "recorded without its CRDs" if verdict.found.left_out else "recorded"
     applied = tuple(each.resource for each in verdict.found.crds) if verdict.found and verdict.found.applies else ()
     before = now.before.model_copy(update={"crds": applied})
     intended = await intend(order, before, wait_for=[now])
     revision = await upgrade(order, helm, quote(before), wait_for=[intended])
     tested = await test(order, helm, wait_for=[revision])
-    await record_good(order, revision=revision.number, wait_for=[tested])
+    read = await read_back(order, helm, wait_for=[tested])
+    await record_good(order, revision=revision.number, baseline=read.baseline, wait_for=[read])
     return "deployed"

@@ -1,5 +1,6 @@
 """Helm: render, lint and compare in the rehearsal, upgrade in the roll-out, roll back to the recorded revision."""
 
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from toto.base import runs
 from toto.base.errors import InputError, TotoError
 from toto.git_host import shared
 from toto.helm import release as helm_release
-from toto.helm.cluster import Helm, Revision
+from toto.helm.cluster import Helm
 from toto.helm.command import ClusterUnreachable
 from toto.helm.diff import Difference
 from toto.helm.release import Release
 from toto.helm.revert import revert as revert_release
+from toto.helm.stored import Revision
 from toto.infra_repo import git
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Ledger
@@ -64,9 +66,29 @@ async def compare(order: ReleaseOrder) -> Difference:
         logger.warning("%s", warning)
     if said := await helm.outside_change(release, order.last.revision if order.last else 0):
         logger.warning("%s: %s", order.label, said)
-    difference = await helm.difference(release, order.tree)
+    masks = await _masks_of_last(order, helm)
+    difference = await helm.difference(release, order.tree, before=_before(order), masks=masks)
+    for each in difference.unchecked:
+        logger.warning("%s: %s", order.label, each)
     await report.show_difference(order.label, "\n".join([*([said] if said else []), str(difference)]))
     return difference
+
+
+def _before(order: ReleaseOrder) -> list[Release]:
+    """The releases that are rolled out before this one."""
+    return list(itertools.takewhile(lambda each: each.name != order.release.name, helm_release.discover(order.tree)))
+
+
+async def _masks_of_last(order: ReleaseOrder, helm: Helm) -> set[str]:
+    """What the values that are deployed call secret, as far as it can still be found out."""
+    if order.last is None:
+        return set()
+    try:
+        release, tree = await _of_commit(order.repo, order.run, order.target, order.last.commit)
+        return await helm.secrets(release, tree)
+    except TotoError as error:
+        get_run_logger().info("%s: the values before are not known: %s", order.label, error.message)
+        return set()
 
 
 @task(name="render without deploying", task_run_name="render", cache_policy=NO_CACHE)
@@ -84,7 +106,7 @@ async def try_to_compare(order: ReleaseOrder) -> tuple[Difference | None, str]:
     if access is None:
         return None, "rendered without the cluster's credentials, which this run does not get: not compared with it"
     try:
-        difference = await helm.difference(release, order.tree)
+        difference = await helm.difference(release, order.tree, before=_before(order))
     except ClusterUnreachable as error:
         get_run_logger().warning("%s", error)
         return None, "rendered, and not compared with the cluster: the credentials that only read do not get there"
@@ -142,6 +164,23 @@ async def test(order: ReleaseOrder, helm: Helm) -> Done:
     return Done()
 
 
+@dataclass(frozen=True)
+class ReadBack:
+    """Marks of what differed from the manifests: see `toto.helm.drift`."""
+
+    baseline: tuple[str, ...]
+
+
+@task(name="read back", task_run_name="read back", cache_policy=NO_CACHE)
+async def read_back(order: ReleaseOrder, helm: Helm) -> ReadBack:
+    """Find out what differs from the manifests just after the roll-out: that is no drift later."""
+    try:
+        return ReadBack(await helm.baseline(order.release))
+    except TotoError as error:  # the release is good all the same
+        get_run_logger().warning("%s: it is not known what the cluster itself sets: %s", order.label, error.message)
+        return ReadBack(())
+
+
 async def revert(reversal: Reversal) -> str:
     """Take back what the run did to the release. Returns what it is now, in words.
 
@@ -163,17 +202,23 @@ async def revert(reversal: Reversal) -> str:
 
 async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
     """What was changed outside toto since the last good, one line for each change. Raises `ClusterUnreachable`."""
-    helm, release = await connect(repo, run), await release_at(repo, run, target, good.commit)
-    outside = await helm.outside_change(release, DeployedRelease.of(good).revision)
-    difference = await helm.drift(release)
+    helm, (release, tree) = await connect(repo, run), await _of_commit(repo, run, target, good.commit)
+    deployed = DeployedRelease.of(good)
+    outside = await helm.outside_change(release, deployed.revision)
+    difference = await helm.drift(release, known=deployed.baseline, masks=await helm.secrets(release, tree))
     return [*([outside] if outside else []), *([] if difference.empty else difference.lines())]
 
 
 async def release_at(repo: Path, run: str, target: Target, commit: str) -> Release:
     """A release as it is at a commit. Raises `TotoError` when it is not in the commit."""
+    return (await _of_commit(repo, run, target, commit))[0]
+
+
+async def _of_commit(repo: Path, run: str, target: Target, commit: str) -> tuple[Release, Path]:
+    """The same, with the files of the commit."""
     tree = runs.run_directory(repo, run) / "back" / f"helm-{target.name}"
     await git.checkout(repo, commit, tree)
     for release in helm_release.discover(tree):
         if release.name == target.name:
-            return release
+            return release, tree
     raise TotoError(f"there is no such release at {commit[:8]}", target=target.label)

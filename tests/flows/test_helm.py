@@ -1,5 +1,6 @@
 """Whole runs that deploy a release to a real cluster: what they say, and what a failed one leaves."""
 
+import json
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.reconcile import reconcile
+from tasks.helm import find_drift
 from tests.conftest import PrefectServer
-from tests.helm.test_cluster import FILES, crd
+from tests.helm.test_cluster import FILES, crd, one_of
 from tests.lab.kube import Cluster
 from tests.repos import InfraRepo
 from toto.base import process
@@ -106,6 +108,40 @@ async def test_a_crd_that_is_left_out_is_not_called_recorded(world: World) -> No
     assert (await world.push("{text: first}", world.release(crds="apply"))).endswith("helm/page deployed")
     assert await world.cluster.get(where) is not None
     assert (await world.push("{ text: first }")).endswith("helm/page recorded")
+
+
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: page}
+spec: {ports: [{name: a, port: 80, protocol: TCP, targetPort: 0}, {name: b, port: 81, protocol: TCP}]}
+"""
+
+
+async def test_what_the_cluster_sets_itself_is_no_drift_and_the_order_of_a_list_is_deployed(world: World) -> None:
+    more: dict[str, str | None] = {"helm/page/chart/templates/service.yaml": SERVICE}
+    assert (await world.push("{}", more)).endswith("helm/page deployed")
+    good = DeployedRelease.of(world.entry.good)
+    assert good is not None and len(good.baseline) == 1  # the port 0 became 80
+    assert await find_drift(world.repo.bare, str(uuid.uuid4()), Target("helm", "page"), good) == []
+    assert (await world.push("{ }")).endswith("helm/page recorded")
+    again = DeployedRelease.of(world.entry.good)
+    assert again is not None and again.baseline == good.baseline
+    a, b = "{name: a, port: 80, protocol: TCP, targetPort: 0}", "{name: b, port: 81, protocol: TCP}"
+    more = {"helm/page/chart/templates/service.yaml": SERVICE.replace(f"{a}, {b}", f"{b}, {a}")}
+    assert (await world.push("{ }", more)).endswith("helm/page deployed")
+
+
+async def test_a_kind_that_comes_with_an_other_release_of_the_push_stops_nothing(world: World) -> None:
+    name = f"p{uuid.uuid4().hex[:8]}"
+    more: dict[str, str | None] = {
+        "helm/operator/release.yaml": f"namespace: {world.namespace}\n",
+        "helm/operator/Chart.yaml": "apiVersion: v2\nname: operator\nversion: 1.0.0\n",
+        "helm/operator/templates/crd.yaml": json.dumps(crd(name)),
+        "helm/page/chart/templates/one.yaml": one_of(name),
+    }
+    assert (await world.push("{}", more)).endswith("helm/operator, helm/page deployed")
+    assert await world.cluster.get(f"/apis/example.org/v1/namespaces/{world.namespace}/{name}s/one") is not None
 
 
 async def test_a_release_that_moves_by_its_word_leaves_the_old_one_alone(world: World) -> None:

@@ -22,7 +22,7 @@ import pytest
 from tests.lab.kube import Cluster
 from toto.base import process
 from toto.base.errors import InputError
-from toto.helm.cluster import Deployed, Helm
+from toto.helm.cluster import Helm
 from toto.helm.command import (
     AccessRefused,
     ChartUnavailable,
@@ -35,6 +35,7 @@ from toto.helm.command import (
 )
 from toto.helm.release import Release, discover
 from toto.helm.revert import CannotGoBack, Place, RevertedRelease, revert
+from toto.helm.stored import Deployed
 
 pytestmark = pytest.mark.minutes(2)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.repos import InfraRepo
 from toto.base.errors import InputError
-from toto.helm.release import Release, ReleaseFile, ReleaseFileError, discover, identity, sensitive
+from toto.helm.release import Release, ReleaseFile, ReleaseFileError, discover, identity
 
 CHART = "apiVersion: v2\nname: web\nversion: 0.1.0\n"
 
@@ -247,28 +247,6 @@ async def test_identity_of_a_tree_that_is_not_the_commits_is_refused(tmp_path: P
     (release,) = discover(repo.work)
     with pytest.raises(InputError, match="does not have all of helm/web/chart"):
         await identity(repo.bare, commit, repo.work, release)
-
-
-def test_values_of_keys_that_sound_like_secrets_are_known(tmp_path: Path) -> None:
-    release = one(
-        tmp_path,
-        "values: [more.yaml, broken.yaml]\n",
-        {
-            "helm/web/Chart.yaml": CHART,
-            "helm/web/values.yaml": "adminPassword: swordfish\nname: harmless\n",
-            "helm/web/more.yaml": "db: {credentials: [user-one, {x: pass-two}], port: 5432}\ntoken: abc\n",
-            "helm/web/broken.yaml": "password: [unclosed\n",
-        },
-    )
-    assert set(sensitive(release, tmp_path)) == {"swordfish", "user-one", "pass-two"}
-
-
-def test_values_that_refer_to_each_other_without_end_are_read_quickly(tmp_path: Path) -> None:
-    bomb = "a0: &a0 {password: swordfish}\n" + "".join(
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
-    )
-    release = one(tmp_path, "", {"helm/web/Chart.yaml": CHART, "helm/web/values.yaml": bomb})
-    assert sensitive(release, tmp_path) == ["swordfish"]
 
 
 def test_the_docs_name_every_field_with_its_default() -> None:

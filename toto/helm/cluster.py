@@ -1,7 +1,8 @@
-"""What toto does with a release on a cluster: inspect, render, upgrade, test, roll back, repair.
+"""What toto does with a release on a cluster: inspect, compare, upgrade, test, roll back, repair.
 
-`toto.helm.release` reads what a commit wants, `toto.helm.diff` compares manifests. What a method returns or raises
-contains nothing of a Secret, and no value whose key sounds like one; only `render` returns everything.
+`toto.helm.release` reads what a commit wants, `toto.helm.render` renders it, `toto.helm.diff` compares manifests and
+`toto.helm.stored` reads what helm keeps. What a method returns or raises contains nothing of a Secret, and no value
+that the chart's values call a secret; only `render` returns everything.
 
 Pushed charts never meet the cluster: helm renders them in a cell. What it rendered becomes the text of a chart of
 toto's own, and that one is compared, checked by the cluster, and deployed.
@@ -10,25 +11,20 @@ toto's own, and that one is compared, checked by the cluster, and deployed.
 import contextlib
 import hashlib
 import json
+import logging
 import re
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
-from toto.base import files, paths, process
-from toto.base.errors import InputError, TotoError
-from toto.cell import folders, tool
-from toto.cell.cell import Cell
-from toto.helm import diff as manifests
+from toto.base import paths
+from toto.base.errors import TotoError
+from toto.helm import diff, manifest, own, ready
+from toto.helm import drift as drifts
+from toto.helm import stored as storage
 from toto.helm.command import (
-    IN_CELL,
-    ChartUnavailable,
     ClusterUnreachable,
     Command,
     HelmError,
@@ -38,100 +34,25 @@ from toto.helm.command import (
     RenderFailed,
     environment,
 )
-from toto.helm.diff import Change, Difference, Key, Resource
-from toto.helm.release import Release, sensitive
+from toto.helm.diff import KEEP, Change, Difference, Field
+from toto.helm.manifest import Key, Resource
+from toto.helm.release import Release
+from toto.helm.render import Renderer
+from toto.helm.secret import Masks
+from toto.helm.stored import Deployed, Revision, Stored
+
+log = logging.getLogger(__name__)
 
 PATIENCE: Final = 30.0  # seconds that reading from the cluster may take
-LARGEST: Final = 64_000_000  # bytes of a remote chart
-
-# Places in a cell.
-_REPO: Final = Path("/repo")
-_CHART: Final = Path("/chart.tgz")
-_PULLED: Final = Path("/pulled")
-_LOGINS: Final = Path("/logins")
-
-_INSTALL: Final = ("--install", "--reset-values")  # without it helm may reuse the values of the revision before
-_ROLLED_BACK: Final = "Rollback to "
-_RUN: Final = "toto/run"  # the annotation of a chart of toto's own with the id of the run that deploys it
+NOTHING: Final = Masks()
 _HOOK: Final = "helm.sh/hook"
-_POLICY: Final = "helm.sh/resource-policy"
-_PENDING: Final = ("pending-install", "pending-upgrade", "pending-rollback", "uninstalling")
-_WORKLOADS: Final = ("Deployment", "StatefulSet", "DaemonSet", "Job", "ReplicaSet")
+_INSTALL: Final = ("--install", "--reset-values")  # without it helm may reuse the values of the revision before
+_RESOURCE_SECONDS: Final = 0.25  # that the cluster may take for each resource, besides `patience`
+# What helm says of a resource that stayed in the cluster when its release no longer had it. It then writes the
+# revision all the same, so that the next rollback finds it.
+_NOT_ITS_OWN: Final = re.compile(r'(no|original object) \S+ with the name "[^"]*" (not )?found')
 
-# One field a line; text that may contain anything is in hexadecimal. Only helm 4 knows APPLIES.
-_STORED: Final = (
-    "{{with .Release}}{{.Version}}\n{{.Info.Status}}\n{{.Chart.Metadata.Name}}-{{.Chart.Metadata.Version}}\n"
-    '{{printf "%x" .Info.Description}}\n{{.Info.LastDeployed.Unix}}\nAPPLIES\n'
-    f'{{{{with .Chart.Metadata.Annotations}}}}{{{{printf "%x" (index . "{_RUN}")}}}}{{{{end}}}}\n'
-    '{{printf "%x" .Manifest}}'
-    "{{range .Hooks}}\n{{.Name}}\t{{.Events}}\t{{.LastRun.StartedAt.UnixNano}}\t{{.LastRun.Phase}}\t"
-    '{{printf "%x" .Manifest}}{{end}}{{end}}'
-)
-
-# What `helm template` prints before the templates: each file of `crds/`, under its name.
-_CRDS: Final = re.compile(
-    r"(?:---\n# Source: [^\n/]+/(?:charts/[^\n/]+/)*crds/.*?\n(?=---\n# Source: |\Z))+", re.DOTALL
-)
-
-# A chart that tells what the cluster can do, for charts that are rendered without it.
-_CAPABILITIES: Final = {
-    "Chart.yaml": "apiVersion: v2\nname: capabilities\nversion: 0.0.0\n",
-    "templates/capabilities.yaml": """\
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: capabilities}
-data:
-  kube: {{ .Capabilities.KubeVersion.Version | quote }}
-  apis: {{ toJson .Capabilities.APIVersions | quote }}
-""",
-}
-
-# A chart that reads live resources with helm's own client, which understands everything in a kubeconfig.
-_LIVE: Final = {
-    "Chart.yaml": "apiVersion: v2\nname: live\nversion: 0.0.0\n",
-    "templates/live.yaml": """\
-{{- $found := list }}
-{{- range .Values.wanted }}{{ $found = append $found (lookup .apiVersion .kind .namespace .name) }}{{ end -}}
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: live}
-data: {live: {{ toJson $found | quote }}}
-""",
-}
-
-
-@dataclass(frozen=True)
-class Revision:
-    """One revision of a release. `status` and `description` are helm's own; `chart` looks like `web-1.2.3`."""
-
-    number: int
-    status: str
-    chart: str
-    description: str
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Deployed(Revision):
-    """A revision of a release, as helm stores it, by default the newest.
-
-    `digest` is the SHA-256 of its manifests, `tests` are its chart's, by name. `run` is the id of the run of toto's
-    that made it, or made what it was rolled back to; "" for what toto did not make, or an older version did.
-    """
-
-    digest: str
-    tests: tuple[str, ...] = ()
-    run: str = ""
-
-    @property
-    def pending(self) -> bool:
-        """Whether a helm is working on it, or was killed while it did."""
-        return self.status in _PENDING
-
-    def made_by(self, run: str) -> bool:
-        """Whether a run of toto's made it, or it is a rollback, which brings nothing new."""
-        rolls_back = self.status == "pending-rollback" or self.description.startswith(("Rollback to ", 'Rollback "'))
-        return rolls_back or (run != "" and self.run == run)
+_CUSTOM: Final = re.compile(r'no matches for kind "[^"]*" in version "[\w-]+\.[\w.-]+/')
 
 
 @dataclass(frozen=True)
@@ -144,34 +65,25 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class _Hook:
-    name: str
-    events: str
-    started: str
-    phase: str
-    manifest: str
+class Able:
+    """What a cluster can do: its version, and its kinds as helm names them, such as `apps/v1/Deployment`."""
 
-    @property
-    def is_test(self) -> bool:
-        return not {"test", "test-success"}.isdisjoint(self.events.strip("[]").split())
+    kube: str
+    kinds: frozenset[str]
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """What helm stores of the newest revision. It contains secrets and must not leave this module."""
+class _Checked:
+    """A chart of toto's own with what a release renders to, and that text.
 
-    deployed: Deployed
-    applies: str
-    resources: dict[Key, Resource]
-    hooks: tuple[_Hook, ...]
+    `secrets` are what the release's values call secret, with the words that are none. `unchecked` says what the cluster
+    could not check yet, in words.
+    """
 
-    @property
-    def everything(self) -> dict[Key, Resource]:
-        return self.resources | manifests.parse("\n---\n".join(hook.manifest for hook in self.hooks))
-
-    @property
-    def secrets(self) -> list[str]:
-        return manifests.secrets(self.everything.values())
+    chart: Path
+    rendered: str
+    secrets: tuple[set[str], set[str]]
+    unchecked: tuple[str, ...]
 
 
 @dataclass
@@ -190,7 +102,7 @@ class Helm:
     patience: float = PATIENCE
     scratch: Path | None = None
     _version: tuple[int, int] = field(default=(0, 0), init=False)
-    _able: tuple[str, ...] | None = field(default=None, init=False)
+    _able: Able | None = field(default=None, init=False)
 
     async def major(self) -> int:
         """helm's major version, 3 or 4. Raises `HelmError` when helm is older than 3.13, `CommandNotFound`."""
@@ -203,31 +115,8 @@ class Helm:
         return self._version[0]
 
     async def check_dependencies(self, release: Release, tree: Path) -> None:
-        """Raise `RenderFailed` when what the chart depends on is not in its `charts/`, or in a different version.
-
-        (Helm renders a chart with a dependency of a wrong version, and says nothing.)
-        """
-        if release.remote:
-            return
-        command, place = await self._in_cell(release, tree)
-        rest, wrong = [(release.chart, place)], list[str]()
-        while rest and not wrong:
-            chart, place = rest.pop()
-            folder = tree / chart
-            if folder.is_dir() and not any(_depends(folder / name) for name in ("Chart.yaml", "requirements.yaml")):
-                continue
-            listed = (await command.run(["dependency", "list", place, "--max-col-width", 0])).decode()
-            for line in listed.splitlines()[1:]:  # the columns are name, version, repository, status
-                cells = [each.strip() for each in line.split("\t")]
-                if len(cells) == 4 and cells[3] not in ("ok", "unpacked"):
-                    wrong.append(f"{cells[0]} {cells[1]} ({cells[3]})")
-            rest += [(str(each.relative_to(tree)), _REPO / each.relative_to(tree)) for each in _unpacked(folder)]
-        if wrong:
-            raise RenderFailed(
-                f"{chart}/charts/ does not have what Chart.yaml wants: {', '.join(wrong)}",
-                target=release.label,
-                hint=f"run `helm dependency update {chart}`, and commit {chart}/charts/ and Chart.lock",
-            )
+        """Raise `RenderFailed` when what the chart depends on is not in its `charts/`, or in a different version."""
+        await self._renderer.check_dependencies(release, tree)
 
     async def current(self, release: Release) -> Deployed | None:
         """The newest revision; None when the release is not installed."""
@@ -257,7 +146,7 @@ class Helm:
                 each["revision"],
                 each["status"],
                 each["chart"],
-                process.mask(each["description"], stored.secrets),
+                stored.masks(each["description"]),
                 datetime.fromisoformat(each["updated"]),
             )
             for each in await self._command(release).history(release.name, namespace=release.namespace)
@@ -279,12 +168,7 @@ class Helm:
 
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
         """The warnings of `helm lint`. Raises `RenderFailed`, `ChartUnavailable`."""
-        command, chart = await self._in_cell(release, tree)
-        done = await command.attempt(["lint", chart, "--quiet", *_values(release)])
-        said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
-        if done.status != 0:
-            raise RenderFailed(said, target=release.label, hint=f"fix {release.chart} or its values, and push again")
-        return tuple(line for line in said.splitlines() if line.startswith("[WARNING]"))
+        return await self._renderer.lint(release, tree)
 
     async def render(self, release: Release, tree: Path) -> str:
         """Everything that the chart renders to, with hooks, tests and Secrets. Do not show or store it.
@@ -295,33 +179,59 @@ class Helm:
         stored = None
         with contextlib.suppress(ClusterUnreachable):
             stored = await self._stored(release)
-        async with self._checked(release, tree, stored) as (_, rendered):
-            return rendered
+        async with self._checked(release, tree, stored) as checked:
+            return checked.rendered
 
     async def render_alone(self, release: Release, tree: Path) -> str:
         """The same without asking the cluster anything. Raises `RenderFailed`, `ChartUnavailable`."""
-        return (await self._rendered(release, tree, new=True, able=()))[0]
+        return (await self._renderer.render(release, tree, new=True)).text
 
-    async def difference(self, release: Release, tree: Path) -> Difference:
-        """What an upgrade would change in the release's manifests. Raises what `render` raises."""
+    async def difference(
+        self, release: Release, tree: Path, *, before: Sequence[Release] = (), masks: Iterable[str] = ()
+    ) -> Difference:
+        """What an upgrade would change in the release's manifests. Raises what `render` raises.
+
+        `before` are the releases that are rolled out before this one: a kind that one of them brings need not be in the
+        cluster yet. `masks` are further texts that are secret, such as those of the values that were deployed.
+        """
         stored = await self._stored(release)
-        async with self._checked(release, tree, stored) as (chart, rendered):
-            found = manifests.compare(stored.everything if stored else {}, manifests.parse(rendered))
-            crds = await self._differing_crds(release, chart)
+        async with self._checked(release, tree, stored, before=before) as checked:
+            secrets, public = checked.secrets
+            found = diff.compare(stored.text if stored else "", checked.rendered, {*secrets, *masks}, public)
+            crds = await self._differing_crds(release, checked.chart)
             return replace(
                 found,
                 added=(*(() if stored else crds.removed), *found.added),
                 crds=_left_by_helm(crds, stored),
                 applies=release.crds == "apply",
+                unchecked=checked.unchecked,
             )
 
-    async def drift(self, release: Release) -> Difference:
-        """Where the live resources differ from the release's manifests; `removed` are those that do not exist."""
+    async def secrets(self, release: Release, tree: Path) -> set[str]:
+        """The texts that the release's values call secret. Raises `ChartUnavailable`."""
+        return (await self._renderer.secrets(release, tree))[0]
+
+    async def drift(self, release: Release, *, known: Collection[str] = (), masks: Iterable[str] = ()) -> Difference:
+        """Where the live resources differ from the release's manifests; `removed` are those that do not exist.
+
+        `known` is the baseline of when it was deployed: those differences are left out. `masks` are texts that are
+        secret besides what Secrets hold.
+        """
+        return (await self._drift(release, known=known, masks=masks)).difference
+
+    async def baseline(self, release: Release) -> tuple[str, ...]:
+        """Marks of where the live resources differ from the manifests already, just after a good roll-out."""
+        return (await self._drift(release)).marks
+
+    async def _drift(self, release: Release, *, known: Collection[str] = (), masks: Iterable[str] = ()) -> drifts.Drift:
         stored = await self._stored(release)
         if stored is None:
-            return Difference(removed=(f"the release {release.name}",))
-        live = zip(stored.resources, await self._live(release, stored.resources.values()), strict=True)
-        return manifests.drift(stored.resources, {key: found for key, found in live if found})
+            return drifts.Drift(Difference(removed=(f"the release {release.name}",)))
+        kinds = (await self._capabilities(release)).kinds
+        there = {key: each for key, each in stored.resources.items() if own.kind_of(each) in kinds}
+        live = await self._live(release, there)
+        absent = stored.resources.keys() - there.keys()
+        return drifts.drift(stored.resources, live, known=known, absent=absent, masks=masks)
 
     async def outside_change(self, release: Release, recorded: int, digest: str = "") -> str | None:
         """What somebody did to the release without toto since toto left it at revision `recorded` (0: none), in words.
@@ -339,7 +249,7 @@ class Helm:
                 f"it was deleted and installed anew outside toto: it is at revision {now.number} ({now.chart}), "
                 f"toto had left revision {recorded}"
             )
-        since = [_described(each) for each in await self.history(release) if each.number > recorded]
+        since = [str(each) for each in await self.history(release) if each.number > recorded]
         if since:
             return f"outside toto it was {', then '.join(since)}; toto had left revision {recorded}"
         return None if now.status == "deployed" else f"it is {now.status} at revision {recorded}, and not by toto"
@@ -354,11 +264,13 @@ class Helm:
         """
         stored = await self._stored(release)
         try:
-            async with self._checked(release, tree, stored, run) as (chart, rendered):
-                secrets = [*manifests.secrets(manifests.parse(rendered).values()), *sensitive(release, tree)]
+            async with self._checked(release, tree, stored, run) as checked:
+                resources = manifest.parse(checked.rendered).values()
+                masks = diff.masks_of([*resources, *(stored.everything.values() if stored else ())], *checked.secrets)
+                chart = checked.chart
                 if release.crds == "apply" and _left_by_helm(await self._differing_crds(release, chart), stored):
                     await self._apply_crds(release, chart)
-                await self._changing(release, secrets).run(
+                await self._changing(release, masks).run(
                     [
                         "upgrade",
                         release.name,
@@ -374,11 +286,11 @@ class Helm:
                     ]
                 )
         except ReleaseFailed as error:
-            pods: list[str] = []
+            waits: list[str] = []
             with contextlib.suppress(TotoError):
-                pods = await self._not_ready(release)
+                waits = await self._not_ready(release)
             raise ReleaseFailed(
-                "\n".join([error.message, *pods]),
+                "\n".join([error.message, *waits]),
                 target=release.label,
                 hint=f"check the pods, or `{release.by_hand('history')}`",
             ) from None
@@ -397,9 +309,15 @@ class Helm:
                 hint="push again: that installs it",
             )
         waiting = _waiting(release if wait else release.model_copy(update={"wait": False}))
-        await self._changing(release, stored.secrets).run(
-            ["rollback", release.name, revision, "--namespace", release.namespace, *waiting, *_forced(stored)]
-        )
+        command = self._changing(release, stored.masks)
+        words = ["rollback", release.name, revision, "--namespace", release.namespace, *waiting, *_forced(stored)]
+        try:
+            await command.run(words)
+        except ReleaseFailed as error:
+            if _NOT_ITS_OWN.search(error.message) is None:
+                raise
+            log.info("%s: %s; once more", release.label, error.message)
+            await command.run(words)
         return await self._now(release)
 
     async def uninstall(self, release: Release, *, keep_history: bool = False) -> bool:
@@ -409,7 +327,7 @@ class Helm:
         """
         stored = await self._stored(release)
         if stored is not None:
-            await self._changing(release, stored.secrets).run(
+            await self._changing(release, stored.masks).run(
                 [
                     *(
                         "uninstall",
@@ -433,7 +351,7 @@ class Helm:
         return tuple(
             str(key)
             for key, each in (stored.resources if stored else {}).items()
-            if key not in there and (each["metadata"].get("annotations") or {}).get(_POLICY) == "keep"
+            if key not in there and manifest.annotations(each).get(KEEP) == "keep"
         )
 
     async def test(self, release: Release) -> tuple[Tested, ...]:
@@ -442,22 +360,20 @@ class Helm:
         A test that fails is a result and raises nothing.
         """
         before = await self._stored(release)
-        if before is None or not before.deployed.tests or not release.test:
+        if before is None or not before.tests or not release.test:
             return ()
-        command = self._changing(release, before.secrets)
+        command = self._changing(release, before.masks)
         done = await command.attempt(
             ["test", release.name, "--namespace", release.namespace, "--logs", "--timeout", f"{release.timeout:g}s"]
         )
         after = await self._stored(release)
         # Its exit status is no verdict: helm also fails when it cannot read a test's log.
-        said = command.clean(f"{done.stdout.partition('POD LOGS: ')[2]}\n{done.stderr}")
-        began = {hook.name: hook.started for hook in before.hooks}
-        passed = {
-            hook.name
-            for hook in (after.hooks if after else ())
-            if hook.phase == "Succeeded" and hook.started != began.get(hook.name)
-        }
-        return tuple(Tested(name, name in passed, "" if name in passed else said) for name in before.deployed.tests)
+        passed = before.passed(after)
+        said = [command.clean(f"{done.stdout.partition('POD LOGS: ')[2]}\n{done.stderr}")]
+        if len(passed) < len(before.tests):
+            with contextlib.suppress(TotoError):
+                said += await self._not_ready(release, tests=True)
+        return tuple(Tested(name, name in passed, "" if name in passed else "\n".join(said)) for name in before.tests)
 
     async def repair(self, release: Release, good: int = 0, *, patience: float | None = None) -> str | None:
         """Repair a release that a killed helm left pending; return what was done, in words, or None for nothing.
@@ -494,13 +410,22 @@ class Helm:
     def _state(self) -> Path:
         return self.state or paths.state_home() / "helm"
 
+    @property
+    def _place(self) -> Path:
+        """The folder for charts of toto's own."""
+        return self.scratch or self._state
+
+    @property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.binary, self._state, self.patience)
+
     def _command(
         self,
         release: Release | None,
         *,
         timeout: float = 0,
         failure: type[TotoError] = HelmError,
-        secrets: Sequence[str] = (),
+        masks: Masks = NOTHING,
     ) -> Command:
         label = None if release is None else release.label
         if self.kubeconfig is not None and not self.kubeconfig.is_file():
@@ -511,76 +436,84 @@ class Helm:
             timeout=timeout or self.patience,
             failure=failure,
             target=label,
-            secrets=secrets,
+            secrets=masks.texts,
         )
 
-    def _changing(self, release: Release, secrets: Sequence[str]) -> Command:
+    def _changing(self, release: Release, masks: Masks) -> Command:
+        self._able = None  # a release may bring kinds
         # The release's timeout limits each of helm's waits; this one limits a helm that hangs nevertheless.
-        return self._command(
-            release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed, secrets=secrets
-        )
+        return self._command(release, timeout=4 * release.timeout + self.patience, failure=ReleaseFailed, masks=masks)
 
     async def _now(self, release: Release) -> Deployed:
         if (now := await self.current(release)) is None:
             raise ReleaseMissing("somebody deleted it right after it was deployed", target=release.label)
         return now
 
-    async def _stored(self, release: Release, revision: int = 0, *, also_uninstalled: bool = False) -> _Stored | None:
+    async def _stored(self, release: Release, revision: int = 0, *, also_uninstalled: bool = False) -> Stored | None:
         """What helm stores of a revision, the newest when it is 0; None when there is none."""
-        template = _STORED.replace("APPLIES", "{{.ApplyMethod}}" if await self.major() > 3 else "")
         try:
             output = await self._command(release).run(
                 [
-                    *("get", "all", release.name, "--namespace", release.namespace, "--template", template),
+                    *("get", "all", release.name, "--namespace", release.namespace),
+                    *("--template", storage.template(await self.major())),
                     *(["--revision", revision] if revision else []),
                 ]
             )
         except ReleaseMissing:
             return None
-        number, status, chart, description, at, applies, run, manifest, *rest = output.decode().split("\n")
-        if status == "uninstalled" and not also_uninstalled:  # and its history was kept
+        found = storage.read(output.decode())
+        if found.deployed.status == "uninstalled" and not also_uninstalled:  # and its history was kept
             return None
-        hooks = tuple(
-            _Hook(name, events, started, phase, _unhex(text))
-            for name, events, started, phase, text in (line.split("\t") for line in rest if line)
-        )
-        deployed = Deployed(
-            int(number),
-            status,
-            chart,
-            _unhex(description),
-            datetime.fromtimestamp(int(at), UTC),
-            digest=hashlib.sha256(manifest.encode()).hexdigest(),
-            tests=tuple(hook.name for hook in hooks if hook.is_test),
-            run=_unhex(run),
-        )
-        stored = _Stored(deployed, applies, manifests.parse(_unhex(manifest)), hooks)
-        clean = process.mask(deployed.description, stored.secrets)
-        return replace(stored, deployed=replace(deployed, description=clean))
+        return found
 
     @contextlib.asynccontextmanager
     async def _checked(
-        self, release: Release, tree: Path, stored: _Stored | None, run: str = ""
-    ) -> AsyncIterator[tuple[Path, str]]:
-        """A chart of toto's own that holds what the release's chart renders to, and that text.
+        self, release: Release, tree: Path, stored: Stored | None, run: str = "", *, before: Sequence[Release] = ()
+    ) -> AsyncIterator[_Checked]:
+        """A chart of toto's own that holds what the release's chart renders to.
 
         The cluster has checked it, if it answers. Raises `RenderFailed`, `ChartUnavailable`.
         """
-        able: Sequence[str] = ()
+        able = None
         with contextlib.suppress(ClusterUnreachable):
             able = await self._capabilities(release)
-        rendered, crds = await self._rendered(release, tree, new=stored is None, able=able)
-        with self._own_chart("rendered") as chart:
-            await self._wrap(release, tree, rendered, crds, chart, run)
+        facts = (able.kube, able.kinds) if able else ("", ())
+        rendered = await self._renderer.render(release, tree, new=stored is None, kube=facts[0], kinds=facts[1])
+        secrets = await self._renderer.secrets(release, tree)
+        with own.chart(self._place, "rendered") as chart:
+            await self._renderer.wrap(release, tree, rendered, chart, run)
+            checked = _Checked(chart, rendered.text, secrets, ())
             if able:
-                secrets = [*(stored.secrets if stored else ()), *sensitive(release, tree)]
-                await self._check(release, chart, rendered, stored, secrets)
-            yield chart, rendered
+                wanted = manifest.parse(rendered.text)
+                coming = own.kinds_of(own.crds_of(chart).values()) if not stored or release.crds == "apply" else set()
+                missing = {own.kind_of(each) for each in wanted.values()} - able.kinds - coming
+                brought = await self._brought(release, tree, missing, before) if missing else {}
+                left = coming - able.kinds | brought.keys()
+                known = {key: each for key, each in wanted.items() if own.kind_of(each) not in left}
+                await self._check(release, checked, known, stored)
+                checked = replace(checked, unchecked=_unchecked(wanted, brought))
+            yield checked
 
-    async def _capabilities(self, release: Release) -> Sequence[str]:
-        """The words that tell helm what the cluster can do. Raises `ClusterUnreachable`."""
+    async def _brought(
+        self, release: Release, tree: Path, missing: Collection[str], before: Sequence[Release]
+    ) -> dict[str, str]:
+        """Which of the kinds that are missing is brought by a release that is rolled out before this one, and by which.
+
+        One that is named in `after` may bring them when it runs, as operators do.
+        """
+        brought: dict[str, str] = {}
+        for each in before:
+            with contextlib.suppress(TotoError):  # its own rehearsal says what is wrong with it
+                rendered = await self._renderer.render(each, tree, new=True)
+                kinds = own.kinds_of(own.crds(manifest.joined([rendered.text, rendered.crds])).values())
+                brought |= {kind: each.name for kind in missing if kind in kinds and kind not in brought}
+        named = [each.name for each in before if each.name in release.after]
+        return {kind: named[-1] for kind in missing if named} | brought
+
+    async def _capabilities(self, release: Release) -> Able:
+        """What the cluster can do. Raises `ClusterUnreachable`."""
         if self._able is None:
-            with self._own_chart("capabilities", _CAPABILITIES) as chart:
+            with own.chart(self._place, "capabilities", own.CAPABILITIES) as chart:
                 output = await self._command(release, timeout=2 * self.patience).run(
                     [
                         *("upgrade", "toto-capabilities", chart, "--namespace", release.namespace),
@@ -588,43 +521,25 @@ class Helm:
                         *("--dry-run=server", "--output", "json"),
                     ]
                 )
-            (said,) = manifests.parse(json.loads(output)["manifest"]).values()
-            apis = json.loads(said["data"]["apis"])
-            self._able = (
-                *("--kube-version", said["data"]["kube"]),
-                *(word for each in apis for word in ("--api-versions", each)),
-            )
+            (said,) = manifest.parse(json.loads(output)["manifest"]).values()
+            self._able = Able(said["data"]["kube"], frozenset(json.loads(said["data"]["apis"])))
         return self._able
 
-    async def _rendered(self, release: Release, tree: Path, *, new: bool, able: Sequence[str]) -> tuple[str, str]:
-        """What the release's chart renders to, in a cell, and what is in its `crds/`."""
-        command, chart = await self._in_cell(release, tree)
-        words = ["template", release.name, chart, "--namespace", release.namespace, "--include-crds"]
-        try:
-            output = await command.run([*words, *_values(release), *able, *([] if new else ["--is-upgrade"])])
-        except RenderFailed as error:
-            raise RenderFailed(
-                _by_names_of_the_repo(error.message, release, tree),
-                target=error.target,
-                hint=f"fix {release.chart} or its values, and push again",
-            ) from None
-        text = output.decode()
-        crds = _CRDS.match(text)
-        return (text[crds.end() :], crds[0]) if crds else (text, "")
-
     async def _check(
-        self, release: Release, chart: Path, rendered: str, stored: _Stored | None, secrets: Sequence[str]
+        self, release: Release, checked: _Checked, wanted: Mapping[Key, Resource], stored: Stored | None
     ) -> None:
-        """Have the cluster check a chart of toto's own, and look whether what it would create is there already.
+        """Have the cluster check resources of a chart of toto's own, and look whether what is new is there already.
 
-        It cannot check resources of kinds that the chart itself will bring. Raises `RenderFailed`.
+        `wanted` leaves out those of kinds that are not there yet. Raises `RenderFailed`.
         """
-        wanted, coming = manifests.parse(rendered), await self._kinds_to_come(release, chart, stored)
-        checked = {key: each for key, each in wanted.items() if (key.group, key.kind) not in coming}
-        command = self._command(release, timeout=2 * self.patience, failure=RenderFailed, secrets=secrets)
-        texts = {"Chart.yaml": (chart / "Chart.yaml").read_text(), "templates/all.yaml": _template(checked.values())}
-        with self._own_chart("checked", texts) as part:
-            words = [release.name, chart if checked == wanted else part, "--namespace", release.namespace]
+        masks = diff.masks_of([*wanted.values(), *(stored.everything.values() if stored else ())], *checked.secrets)
+        timeout = 2 * self.patience + _RESOURCE_SECONDS * len(wanted)
+        command = self._command(release, timeout=timeout, failure=RenderFailed, masks=masks)
+        facts = (checked.chart / "Chart.yaml").read_text()
+        whole = len(wanted) == len(manifest.parse(checked.rendered))
+        texts = {"Chart.yaml": facts, "templates/all.yaml": own.template(wanted.values())}
+        with own.chart(self._place, "checked", texts) as part:
+            words = [release.name, checked.chart if whole else part, "--namespace", release.namespace]
             try:
                 with contextlib.suppress(ClusterUnreachable):
                     try:
@@ -632,13 +547,15 @@ class Helm:
                     except ReleaseBusy:  # then helm does not even simulate an upgrade
                         validate = ["--validate"] if await self.major() == 3 else []
                         await command.run(["template", *words, "--dry-run=server", "--is-upgrade", *validate])
-                    await self._check_new(release, checked, stored)
+                    await self._check_new(release, wanted, stored)
             except RenderFailed as error:
                 raise RenderFailed(
-                    error.message, target=error.target, hint=error.hint or _advice(error.message, release, chart)
+                    error.message,
+                    target=error.target,
+                    hint=error.hint or _advice(error.message, release, checked.chart),
                 ) from None
 
-    async def _check_new(self, release: Release, wanted: Mapping[Key, Resource], stored: _Stored | None) -> None:
+    async def _check_new(self, release: Release, wanted: Mapping[Key, Resource], stored: Stored | None) -> None:
         """Raise `RenderFailed` for resources that the release does not have, and that are there all the same.
 
         Helm refuses those without its labels. Those with them, which a release of that name has left, it takes over;
@@ -649,14 +566,10 @@ class Helm:
             for key, each in wanted.items()
             if (stored is None or key not in stored.resources)
             and key.name
-            and _HOOK not in (about := each["metadata"].get("annotations") or {})
-            and about.get(_POLICY) != "keep"
+            and _HOOK not in (about := manifest.annotations(each))
+            and about.get(KEEP) != "keep"
         }
-        there = (
-            {key for key, live in zip(new, await self._live(release, new.values()), strict=True) if live}
-            if new
-            else set()
-        )
+        there = {*(await self._live(release, new))} if new else set()
         for each in (await self.history(release))[::-1] if there and stored else ():
             if older := await self._stored(release, each.number):
                 there -= older.resources.keys()
@@ -668,24 +581,10 @@ class Helm:
                 hint="delete it, or have the chart keep it: the annotation `helm.sh/resource-policy: keep`",
             )
 
-    async def _kinds_to_come(self, release: Release, chart: Path, stored: _Stored | None) -> set[tuple[str, str]]:
-        """The kinds (with their group) that are not there yet, and that the chart's `crds/` will bring."""
-        if stored is not None and release.crds != "apply":
-            return set()
-        missing = (await self._differing_crds(release, chart)).removed
-        return {
-            (str(each["spec"]["group"]), str(each["spec"]["names"]["kind"]))
-            for key, each in _crds_of(chart).items()
-            if str(key) in missing
-        }
-
     async def _differing_crds(self, release: Release, chart: Path) -> Difference:
         """The CRDs of a chart's `crds/` that the cluster does not have (`removed`), or has different."""
-        wanted = _crds_of(chart)
-        if not wanted:
-            return Difference()
-        live = zip(wanted, await self._live(release, wanted.values()), strict=True)
-        return manifests.drift(wanted, {key: found for key, found in live if found})
+        wanted = own.crds_of(chart)
+        return drifts.drift(wanted, await self._live(release, wanted)).difference if wanted else Difference()
 
     async def _apply_crds(self, release: Release, chart: Path) -> None:
         """Create and change the CRDs of a chart's `crds/`, by a release that is gone again afterwards.
@@ -695,14 +594,15 @@ class Helm:
         if await self.major() == 3 and self._version < (3, 17):
             raise ReleaseFailed("`crds: apply` needs helm 3.17 or newer", target=release.label)
         name = f"toto-crds-{hashlib.sha256(release.name.encode()).hexdigest()[:10]}"
-        for each in (wanted := _crds_of(chart)).values():
-            each["metadata"]["annotations"] = {**(each["metadata"].get("annotations") or {}), _POLICY: "keep"}
+        for each in (wanted := own.crds_of(chart)).values():
+            each["metadata"]["annotations"] = {**manifest.annotations(each), KEEP: "keep"}
         facts = "apiVersion: v2\nname: toto-crds\nversion: 0.0.0\n"
-        command = self._changing(release, ())
-        with self._own_chart("crds", {"Chart.yaml": facts, "templates/all.yaml": _template(wanted.values())}) as own:
+        command = self._changing(release, NOTHING)
+        texts = {"Chart.yaml": facts, "templates/all.yaml": own.template(wanted.values())}
+        with own.chart(self._place, "crds", texts) as made:
             await command.run(
                 [
-                    *("upgrade", name, own, "--namespace", release.namespace, *_INSTALL, "--take-ownership"),
+                    *("upgrade", name, made, "--namespace", release.namespace, *_INSTALL, "--take-ownership"),
                     *(["--create-namespace"] if release.create_namespace else []),
                     "--wait",
                     *("--timeout", f"{release.timeout:g}s"),
@@ -711,133 +611,45 @@ class Helm:
             )
         await command.run(["uninstall", name, "--namespace", release.namespace])
 
-    @contextlib.contextmanager
-    def _own_chart(self, name: str, texts: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """A folder for a chart of toto's own, with its files, while the block lasts."""
-        place = self.scratch or self._state
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=place) as made:
-            for file, text in (texts or {}).items():
-                Path(made, file).parent.mkdir(exist_ok=True)
-                Path(made, file).write_text(text)
-            yield Path(made)
+    async def _live(self, release: Release, wanted: Mapping[Key, Resource]) -> dict[Key, Resource]:
+        """The live resource for each of `wanted` that exists."""
+        found = {
+            (*place, each["metadata"]["name"]): each
+            for place, there in (await self._ask(release, wanted.values())).items()
+            for each in there
+        }
+        return {
+            key: found[place]
+            for key, each in wanted.items()
+            if (place := (each["apiVersion"], key.kind, key.namespace or release.namespace, key.name)) in found
+        }
 
-    async def _wrap(self, release: Release, tree: Path, rendered: str, crds: str, chart: Path, run: str) -> None:
-        """Write a chart that renders to exactly `rendered`, under the name and version of the release's chart."""
-        command, place = await self._in_cell(release, tree)
-        (said, *_) = manifests.load((await command.run(["show", "chart", place])).decode())
-        facts = {key: said[key] for key in ("name", "version", "appVersion") if key in said}
-        for name, text in {
-            "Chart.yaml": yaml.safe_dump({"apiVersion": "v2", "annotations": {_RUN: run}} | facts),
-            "templates/all.yaml": _escaped(rendered),
-            **({"crds/all.yaml": crds} if crds.strip() else {}),
-        }.items():
-            (chart / name).parent.mkdir(exist_ok=True)
-            (chart / name).write_text(text)
-
-    async def _in_cell(self, release: Release, tree: Path) -> tuple[Command, Path]:
-        """helm in a cell that sees the commit's files, and the path of the release's chart there.
-
-        The cell has no network, no kubeconfig and no cluster. Raises `ChartUnavailable`.
-        """
-        helm, chart = await tool.tool(self.binary), await self._chart(release, tree)
-        cell = Cell(
-            read={**helm.read, _REPO: tree, **({_CHART: chart} if release.remote else {})},
-            store=helm.store,
-            limits=tool.limits(),
-        )
-        command = Command(
-            helm.program,
-            IN_CELL,
-            timeout=2 * self.patience,
-            failure=RenderFailed,
-            target=release.label,
-            secrets=sensitive(release, tree),
-            cell=cell,
-        )
-        return command, _CHART if release.remote else _REPO / release.chart
-
-    async def _live(self, release: Release, wanted: Iterable[Resource]) -> list[Resource]:
-        """The live resource for each of `wanted`, in the same order; {} for one that does not exist."""
-        asked = [
-            {
-                "apiVersion": each["apiVersion"],
-                "kind": each["kind"],
-                "name": each["metadata"].get("name", ""),
-                "namespace": each["metadata"].get("namespace") or release.namespace,
-            }
-            for each in wanted
-        ]
-        with self._own_chart("live", _LIVE) as chart:
-            output = await self._command(release, timeout=2 * self.patience).run(
+    async def _ask(self, release: Release, wanted: Iterable[Resource]) -> dict[tuple[str, str, str], list[Resource]]:
+        """What is live of `wanted`, by version, kind and namespace; all of a kind where one has no name."""
+        asked = own.questions(wanted, release.namespace)
+        with own.chart(self._place, "live", own.LIVE) as chart:
+            output = await self._command(release, timeout=2 * self.patience + _RESOURCE_SECONDS * len(asked)).run(
                 ["template", "live", chart, "--namespace", release.namespace, "--dry-run=server", "--values", "-"],
                 json.dumps({"wanted": asked}).encode(),
             )
-        (answer,) = manifests.parse(output.decode()).values()
-        live: list[Resource] = json.loads(answer["data"]["live"])
-        return live
+        return own.answers(output.decode(), asked)
 
-    async def _not_ready(self, release: Release) -> list[str]:
-        """The release's pods that are not ready, and why."""
-        stored = await self._stored(release)
-        workloads = tuple(f"{key.name}-" for key in stored.resources if key.kind in _WORKLOADS) if stored else ()
-        (pods,) = await self._live(release, [{"apiVersion": "v1", "kind": "Pod", "metadata": {}}])
-        return [
-            f"pod {pod['metadata']['name']}: {why}"
-            for pod in pods.get("items") or ()
-            if pod["metadata"]["name"].startswith(workloads) and (why := _why_not_ready(pod["status"]))
-        ]
-
-    async def _chart(self, release: Release, tree: Path) -> Path:
-        """The chart's folder or archive. A remote chart is fetched once, so the rehearsed chart is the deployed one."""
-        if not release.remote:
-            return tree / release.chart
-        words = [release.chart, "--version", str(release.version), *(["--repo", release.repo] if release.repo else [])]
-        store = self._state / "charts"
-        kept = store / hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-        if not any(kept.glob("*.tgz")):
-            store.mkdir(mode=0o700, parents=True, exist_ok=True)
-            archive = await self._pulled(release, words)
-            kept.mkdir(exist_ok=True)
-            files.write_bytes(kept / "chart.tgz", archive, 0o644)
-        return next(kept.glob("*.tgz"))
-
-    async def _pulled(self, release: Release, words: Sequence[str]) -> bytes:
-        """A remote chart, fetched in a cell that has the internet and toto's logins to registries."""
-        helm = await tool.tool(self.binary)
-        async with tool.internet() as network:
-            with tempfile.TemporaryDirectory(prefix="new.", dir=self._state / "charts") as fresh:
-                pulled, logins = Path(fresh) / "pulled", Path(fresh) / "logins"
-                pulled.mkdir()
-                if (ours := self._state / "config").is_dir():
-                    shutil.copytree(ours, logins)
-                logins.mkdir(exist_ok=True)
-                folders.own(Path(fresh), network.user)
-                cell = Cell(
-                    read={**helm.read, _LOGINS: logins},
-                    write={_PULLED: pulled},
-                    store=helm.store,
-                    network=network,
-                    limits=tool.limits(),
-                    user=network.user,
-                )
-                await Command(
-                    helm.program,
-                    {**helm.env, **IN_CELL, "HELM_CONFIG_HOME": str(_LOGINS)},
-                    timeout=4 * self.patience,
-                    failure=ChartUnavailable,
-                    target=release.label,
-                    cell=cell,
-                ).run(["pull", *words, "--destination", _PULLED])
-                for each in pulled.iterdir():
-                    if (archive := folders.read_regular(pulled, each.name, most=LARGEST)) is not None:
-                        return archive
-        raise ChartUnavailable(
-            f"helm pulled no chart, or one of more than {LARGEST / 1e6:.0f} MB", target=release.label
-        )
+    async def _not_ready(self, release: Release, *, tests: bool = False) -> list[str]:
+        """What of the release, or of its tests, is not ready, and why."""
+        if (stored := await self._stored(release)) is None:
+            return []
+        among = manifest.parse(manifest.joined(hook.manifest for hook in stored.tests.values())) if tests else None
+        waited = [each for each in (among or stored.everything).values() if each["kind"] in ready.WAITED_FOR]
+        places = {str(each["metadata"].get("namespace") or release.namespace) for each in waited}
+        pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": each}} for each in sorted(places)]
+        live = await self._ask(release, [*(each for each in waited if each["kind"] != "Pod"), *pods])
+        every = [each for (_, kind, _), there in live.items() if kind == "Pod" for each in there]
+        named = {each["metadata"].get("name") for each in waited if each["kind"] == "Pod"}
+        others = [each for (_, kind, _), there in live.items() if kind != "Pod" for each in there]
+        return ready.why_not([*(each for each in every if each["metadata"]["name"] in named), *others], every)
 
 
-def _forced(stored: _Stored | None) -> list[str]:
+def _forced(stored: Stored | None) -> list[str]:
     """Helm 4 applies on the server, where a field belongs to who changed it last. Force it: the repo wins."""
     return ["--force-conflicts"] if stored is not None and stored.applies == "ssa" else []
 
@@ -846,92 +658,27 @@ def _waiting(release: Release) -> list[str]:
     return ["--timeout", f"{release.timeout:g}s", *(["--wait", "--wait-for-jobs"] if release.wait else [])]
 
 
-def _values(release: Release) -> list[str]:
-    # Helm splits the argument at commas outside of quotes, like a line of CSV.
-    files = [str(_REPO / each).replace('"', '""') for each in release.values]
-    return [word for each in files for word in ("--values", f'"{each}"')]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
-
-
-def _template(resources: Iterable[Resource]) -> str:
-    return _escaped(yaml.safe_dump_all(resources))
-
-
-def _crds_of(chart: Path) -> dict[Key, Resource]:
-    """The CRDs in a chart of toto's own."""
-    file = chart / "crds/all.yaml"
-    found = manifests.parse(file.read_text()) if file.exists() else {}
-    return {key: each for key, each in found.items() if key.kind == "CustomResourceDefinition"}
-
-
-def _left_by_helm(crds: Difference, stored: _Stored | None) -> tuple[Change, ...]:
+def _left_by_helm(crds: Difference, stored: Stored | None) -> tuple[Change, ...]:
     """Those of the differing CRDs that helm leaves as they are: it only brings new ones, and with a new release."""
-    missing = [Change(each, ("it is not in the cluster",)) for each in crds.removed] if stored else []
+    missing = [Change(each, (Field(("it is not in the cluster",)),)) for each in crds.removed] if stored else []
     return (*missing, *crds.changed)
-
-
-def _depends(file: Path) -> bool:
-    """Whether a Chart.yaml, or the requirements.yaml of older charts, says that the chart depends on others."""
-    try:
-        said = manifests.load(file.read_text(errors="replace"))
-    except (OSError, InputError):  # helm says what is wrong with it
-        return False
-    return any(isinstance(each, dict) and each.get("dependencies") for each in said)
-
-
-def _unpacked(chart: Path) -> list[Path]:
-    """The charts in a chart's `charts/` that are folders."""
-    return sorted(each.parent for each in chart.glob("charts/*/Chart.yaml") if not each.parent.is_symlink())
 
 
 def _advice(words: str, release: Release, chart: Path) -> str:
     """What to do when the cluster refuses what a chart renders to."""
     if "cannot be imported into the current release" in words:
         return f"it is not this release's: remove it or rename it in {release.chart}, or give it helm's labels yourself"
-    if "no matches for kind" in words and release.crds != "apply" and _crds_of(chart):
+    if "no matches for kind" in words and release.crds != "apply" and own.crds_of(chart):
         return f"fix {release.chart}; if its crds/ has that kind: `crds: apply` in {release.file} brings it"
+    if _CUSTOM.search(words) and not release.after:
+        return f"fix {release.chart} or its values; if a different release brings that kind: `after` in {release.file}"
     return f"fix {release.chart} or its values, and push again"
 
 
-def _unhex(digits: str) -> str:
-    return bytes.fromhex(digits).decode(errors="replace")
-
-
-def _described(revision: Revision) -> str:
-    back = revision.description.startswith(_ROLLED_BACK)
-    what = (
-        f"rolled back to revision {revision.description.removeprefix(_ROLLED_BACK)}"
-        if back
-        else f"upgraded to {revision.chart}"
+def _unchecked(wanted: Mapping[Key, Resource], brought: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(
+        f"{key} cannot be checked yet: the cluster has no {kind}, which helm/{brought[kind]}, rolled out before, is to "
+        "bring"
+        for key, each in wanted.items()
+        if (kind := own.kind_of(each)) in brought
     )
-    at = revision.at.astimezone(UTC)
-    return f"{what} (revision {revision.number}, {revision.status}, {at:%Y-%m-%d %H:%M} UTC)"
-
-
-def _by_names_of_the_repo(text: str, release: Release, tree: Path) -> str:
-    """Helm's text with paths as they are in the repo."""
-
-    def ours(match: re.Match[str]) -> str:
-        path = f"{release.chart}/{match[1]}"
-        return path if (tree / path).exists() else match[0]
-
-    return re.sub(r"[\w.-]+/((?:charts/[\w.-]+/)*templates/[\w./-]+)", ours, text.replace(f"{_REPO}/", ""))
-
-
-def _why_not_ready(status: dict[str, Any]) -> str:
-    """Why a pod is not ready, by its status; "" when it is ready or has finished."""
-    conditions = {each["type"]: each for each in status.get("conditions") or ()}
-    if status.get("phase") == "Succeeded" or conditions.get("Ready", {}).get("status") == "True":
-        return ""
-    for each in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
-        match each:
-            case {"state": {"waiting": dict(said)}}:
-                return f"{each['name']} waits: {said.get('reason', '')} {said.get('message', '')}".strip()
-            case {"state": {"terminated": {"exitCode": int(code)}}} if code != 0:
-                return f"{each['name']} ended with status {code}"
-            case {"state": {"running": _}, "ready": False}:
-                return f"{each['name']} runs but is not ready"
-    return str(conditions.get("PodScheduled", {}).get("message") or f"it is {status.get('phase', 'not there')}")

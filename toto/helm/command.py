@@ -72,6 +72,8 @@ def environment(state: Path, kubeconfig: Path | None) -> dict[str, str]:
     }
     ours |= {f"HELM_{what.upper()}_HOME": str(state / what) for what in ("cache", "config", "data")}
     ours["KUBECACHEDIR"] = str(state / "cache" / "kube")  # otherwise ~/.kube/cache
+    # A chart of 400 resources is 400 requests; client-go's own limit, 5 a second, is for programs that run for ever.
+    ours |= {"HELM_QPS": "100", "HELM_BURST_LIMIT": "500"}
     return ours if kubeconfig is None else ours | {"KUBECONFIG": str(kubeconfig)}
 
 

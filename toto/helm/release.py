@@ -3,7 +3,6 @@
 `toto.helm.cluster` deploys them.
 """
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -18,7 +17,6 @@ from toto.base.after import in_order
 from toto.base.errors import InputError
 from toto.base.model import Fields, shown
 from toto.base.yaml_file import FileError, Reading, Unreadable, read_text
-from toto.helm import diff as manifests
 from toto.infra_repo import git
 from toto.infra_repo.fields import Distinct, Word
 from toto.infra_repo.settings import Seconds
@@ -26,7 +24,6 @@ from toto.infra_repo.settings import Seconds
 FILE: Final = "release.yaml"
 MOST_FOLDERS: Final = 10_000  # in which toto looks for what is no release
 
-_SENSITIVE: Final = re.compile(r"passw|passphrase|secret|token|credential|private|api_?key|dsn", re.IGNORECASE)
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 
 
@@ -273,29 +270,3 @@ async def identity(repo: Path, commit: str, tree: Path, release: Release) -> str
     if len(objects) != len(names):
         raise InputError(f"the commit {commit[:12]} does not have all of {', '.join(names)}", target=release.label)
     return hashlib.sha256("\0".join(objects).encode()).hexdigest()
-
-
-def sensitive(release: Release, tree: Path) -> list[str]:
-    """The values whose keys sound like a secret's. (Helm's message about a failed rendering may quote values.)"""
-    own = [] if release.remote else [f"{release.chart}/values.yaml"]
-    found: set[str] = set()
-    for each in (*own, *release.values):
-        with contextlib.suppress(OSError, InputError):  # helm says what is wrong with it
-            found.update(_sensitive(manifests.load((tree / each).read_text(errors="replace")), False, set()))
-    return manifests.worth_masking(found)
-
-
-def _sensitive(value: object, under: bool, seen: set[tuple[int, bool]]) -> Iterator[str]:
-    if (id(value), under) in seen:  # an alias: a few aliases can stand for a billion values
-        return
-    match value:
-        case str() if under:
-            yield from (value, *value.splitlines())
-        case dict():
-            seen.add((id(value), under))
-            for key, each in value.items():
-                yield from _sensitive(each, under or bool(_SENSITIVE.search(str(key))), seen)
-        case list():
-            seen.add((id(value), under))
-            for each in value:
-                yield from _sensitive(each, under, seen)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 
-from toto.helm.cluster import Deployed, Helm
+from toto.helm.cluster import Helm
 from toto.helm.command import ReleaseFailed
 from toto.helm.release import Release
+from toto.helm.stored import Deployed
 
 
 class CannotGoBack(ReleaseFailed):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toto.base.errors import InputError
-from toto.helm import diff as manifests
+from toto.helm import manifest
 from toto.helm import release as releases
 from toto.helm.cluster import Helm
 from toto.helm.release import Release
@@ -28,10 +28,13 @@ class DeployedRelease(Deployed):
     """What a release is, by toto's own roll-out.
 
     `revision` is the helm revision that the roll-out made, `namespace` where; "" in what older versions recorded.
+    `baseline` has a mark for each field that differed from the manifests just after it, such as those that the cluster
+    sets itself: see `toto.helm.drift`.
     """
 
     revision: int = 0
     namespace: str = ""
+    baseline: tuple[str, ...] = ()
 
 
 class ReleaseBefore(Before):
@@ -154,7 +157,7 @@ async def _with_namespace(source: Source, name: str, last: Deployed) -> Deployed
     if good.namespace:
         return good
     done = await git.git(source.repo, "show", f"{good.commit}:{_folder(name)}/{releases.FILE}", check=False)
-    said = next(iter(manifests.load(done.stdout)), None) if done.status == 0 else None
+    said = next(iter(manifest.load(done.stdout)), None) if done.status == 0 else None
     namespace = said.get("namespace", "default") if isinstance(said, dict) else "default"
     return good.model_copy(update={"namespace": str(namespace)})
 
