@@ -71,8 +71,20 @@ CASES: Final[dict[str, str]] = {
         f' openssh.authorizedKeys.keys = [ "{KEY} of-mine" ]; }};'
     ),
     "sudo for wheel alone": "security.sudo.execWheelOnly = true;",
+    "sudo-rs for wheel alone": "security.sudo-rs = { enable = true; execWheelOnly = true; };",
+    "a system that does not switch": "system.switch.enable = false;",
+    "containers within": "containers.web = { autoStart = true; config.services.nginx.enable = true; };",
+    "a container with nftables": (
+        "boot.isContainer = true; networking.firewall.enable = false; networking.nftables = { enable = true;"
+        " ruleset = ''table inet filter { chain input { type filter hook input priority 0; policy drop; } }''; };"
+    ),
+    "aarch64 container": 'boot.isContainer = lib.mkForce true; nixpkgs.hostPlatform = lib.mkForce "aarch64-linux";',
     "aarch64": 'nixpkgs.hostPlatform = lib.mkForce "aarch64-linux";',
 }
+
+# The user that docs/machines.md has for toto, on a machine that lets nobody outside of wheel run sudo.
+_DOCUMENTED: Final = (ROOT / "docs/machines.md").read_text().partition("```nix\n")[2].partition("```")[0]
+CASES["toto's user, hardened"] = f"{_DOCUMENTED}{CASES['sudo for wheel alone']}"
 
 _FACTS: Final = """
 let
@@ -102,6 +114,8 @@ in {
   container = vm.boot.isContainer;
   graphics = vm.virtualisation.graphics;
   forwarded = vm.virtualisation.forwardPorts;
+  sudo = builtins.elem "wheel" (vm.users.users.toto.extraGroups or [ ])
+    && builtins.match ".*\ntoto ALL=.*NOPASSWD: ALL.*" vm.security.sudo.configFile != null;
   opens = vm.systemd.services ? toto-mgmt-open;
 }
 """
@@ -149,7 +163,8 @@ def _judge(name: str, facts: dict[str, Any]) -> list[str]:
         ("its ports clash", facts["forwarded"] == []),
         ("its VM is not built for this machine", facts["builder"] == "x86_64-linux"),
         ("its own system has changed", facts["same"]),
-        ("its firewall may not let toto in", facts["opens"] == (name == "nftables rules of its own")),
+        ("toto may not run sudo", facts["sudo"] or "users.users.toto" not in CASES[name]),
+        ("its firewall may not let toto in", facts["opens"] == ("ruleset" in CASES[name])),
     ):
         if not right:
             wrong.append(what)

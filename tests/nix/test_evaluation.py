@@ -17,6 +17,7 @@ from toto.base import paths, process, server_rules
 from toto.base.errors import TotoError
 from toto.nix import commands as nix
 from toto.nix.hosts import Host
+from toto.nix.memory import Allowance
 from toto.nix.messages import EvaluationFailed
 
 pytestmark = pytest.mark.skipif(not nix_daemon.possible(), reason="toto's nix daemon needs root or sudo")
@@ -221,7 +222,7 @@ async def test_a_whole_system_whose_text_is_built_keeps_to_the_limit(
 async def test_memory_and_output_are_bounded(tree: Path, outside: Outside) -> None:
     host(tree, 'builtins.foldl\' (text: _: text + text) "x" (builtins.genList (x: x) 34)')
     with pytest.raises(EvaluationFailed, match=r"nix\.evaluate_memory"):
-        await nix.instantiate(tree, HOST, outside.folder / "root", timeout=120, memory=300_000_000)
+        await nix.instantiate(tree, HOST, outside.folder / "root", timeout=120, memory=Allowance(300_000_000))
     host(tree, 'builtins.deepSeq (map (x: builtins.trace (toString x) x) (builtins.genList (x: x) 300000)) (throw "x")')
     assert len(await outside.said(tree)) < 30_000
 

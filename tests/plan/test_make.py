@@ -129,6 +129,19 @@ async def test_a_vm_that_asks_for_more_than_the_server_allows_is_refused_by_name
         assert [each.vm_memory for each in made.orders if isinstance(each, HostOrder)] == [700, 700]
 
 
+async def test_the_user_that_the_docs_have_for_toto_may_run_sudo_also_where_only_wheel_may(
+    repo: InfraRepo, make: Make
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/machines.md").read_text()
+    module = text.partition("```nix\n")[2].partition("```")[0]
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": f"{{ {module} }}"}
+    made = await make(repo.commit(files))
+    assert not made.changes.failed, made.changes.failed
+    (etc,) = [each for each in await nix.closure(made.orders[0].desired.identity) if each.endswith("-etc.drv")]
+    said = Path(etc).read_text()
+    assert re.search(r"toto [^\\]* wheel\\n", said) and r"\ntoto ALL=(ALL:ALL) NOPASSWD: ALL\n" in said
+
+
 async def test_only_the_hosts_that_use_a_shared_file_change(repo: InfraRepo, make: Make) -> None:
     files: dict[str, str | None] = {
         "machines.yaml": machines("a", "b"),
@@ -192,6 +205,29 @@ async def test_an_endless_evaluation_is_ended_and_reported(repo: InfraRepo, make
         )
     )
     assert "did not end within 2 s" in made.changes.failed[0].message
+
+
+async def test_what_an_evaluation_uses_is_measured_and_decides_the_next_ones_limit(
+    repo: InfraRepo, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = (
+        "{ environment.etc.sum.text = let all = builtins.genList (x: x) 4000000; in "
+        "toString (builtins.foldl' (sum: x: sum + x) 0 all + builtins.length all); }\n"
+    )
+    files: dict[str, str | None] = {"machines.yaml": machines("a"), "hosts/a.nix": large}
+    made = await make(repo.commit(files | {"toto.toml": "[nix]\nevaluate_memory = 64\n"}))
+    assert not made.changes.failed and vm(made)
+    said = [record.getMessage() for record in caplog.records if "tries it again" in record.getMessage()]
+    assert said and all(each.startswith("a: its evaluation used more than 128 MB of memory") for each in said)
+    file = paths.repo_state(repo.bare) / "evaluations.json"
+    used = json.loads(file.read_text())
+    assert used.keys() == {"a", "a#vm"} and min(used.values()) > 128
+    caplog.clear()
+    assert not (await make(made.commit)).changes.failed
+    assert not [each for each in caplog.records if "tries it again" in each.getMessage()], "its limit is higher now"
+    file.write_text("{ broken")
+    await make(repo.commit({"machines.yaml": machines("b"), "hosts/a.nix": None, "hosts/b.nix": host("b")}))
+    assert not {"a", "a#vm"} & json.loads(file.read_text()).keys()
 
 
 async def test_dotted_names_work_and_names_that_are_paths_do_not(repo: InfraRepo, make: Make) -> None:

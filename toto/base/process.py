@@ -54,7 +54,10 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Completed:
-    """What a finished process left: its exit status (negative: the signal that ended it), its output, its seconds."""
+    """What a finished process left: its exit status (negative: the signal that ended it), its output, its seconds.
+
+    `memory` is the most that it was seen to use in a cell, in bytes; 0 for one that was not in a cell, or too short.
+    """
 
     argv: tuple[str, ...]
     status: int
@@ -62,6 +65,7 @@ class Completed:
     stderr: str
     seconds: float
     truncated: bool = False
+    memory: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -156,7 +160,8 @@ class _Lines:
 class Running:
     """A process that `start` has started.
 
-    `confined` says that it runs in a cell; `exceeded` names the limit of the cell that it has exceeded.
+    `confined` says that it runs in a cell; `exceeded` names the limit of the cell that it has exceeded. `memory` is the
+    most that the cell was seen to use, in bytes.
     """
 
     argv: tuple[str, ...]
@@ -165,6 +170,7 @@ class Running:
     ended: bool = False
     confined: bool = False
     exceeded: str | None = None
+    memory: int = 0
 
     @property
     def pid(self) -> int:
@@ -418,7 +424,13 @@ async def run(
     if check and status != 0:
         raise CommandFailed(shown, status, tail(err) or tail(out), target=target)
     return Completed(
-        tuple(shown), status, out, err, time.monotonic() - began, truncated=bool(kept_out.dropped or kept_err.dropped)
+        tuple(shown),
+        status,
+        out,
+        err,
+        time.monotonic() - began,
+        truncated=bool(kept_out.dropped or kept_err.dropped),
+        memory=running.memory,
     )
 
 

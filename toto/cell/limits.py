@@ -78,21 +78,25 @@ async def _watch(running: "Running", limits: Limits, folders: Sequence[Path], gr
         await asyncio.sleep(max(_EVERY, 4 * took))
         began = time.monotonic()
         try:
-            running.exceeded = await asyncio.to_thread(_exceeded, running.pid, limits, folders, group)
+            running.exceeded = await asyncio.to_thread(_exceeded, running, limits, folders, group)
         except OSError:  # what is looked at is just ending
             continue
         took = time.monotonic() - began
     process.kill_tree(running.pid)
 
 
-def _exceeded(pid: int, limits: Limits, folders: Sequence[Path], group: "_Group | None") -> str | None:
-    if group is not None and group.out_of_memory():
-        return f"{limits.memory / 1e6:.0f} MB of memory"
-    if group is None:
-        tree = process.descendants(pid)
+def _exceeded(running: "Running", limits: Limits, folders: Sequence[Path], group: "_Group | None") -> str | None:
+    if group is not None:
+        running.memory = max(running.memory, group.memory())
+        if group.out_of_memory():
+            return f"{limits.memory / 1e6:.0f} MB of memory"
+    else:
+        tree = process.descendants(running.pid)
         if len(tree) > limits.processes + 8:  # (bwrap's own)
             return f"{limits.processes} processes"
-        if sum(_resident(each) for each in tree) > limits.memory:
+        used = sum(_resident(each) for each in tree)
+        running.memory = max(running.memory, used)
+        if used > limits.memory:
             return f"{limits.memory / 1e6:.0f} MB of memory"
     try:
         if sum(map(_used, folders)) > limits.disk:
@@ -192,6 +196,14 @@ class _Group:
                     if int(counts.get("oom_kill", 0)):
                         return True
         return False
+
+    def memory(self) -> int:
+        """The bytes of memory that the processes of the group have for themselves now."""
+        for folder in self.folders:
+            with contextlib.suppress(OSError, ValueError):
+                found = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                return int(found.get("anon") or found.get("total_rss") or 0)
+        return 0
 
     def remove(self) -> None:
         """Remove the group. Its processes have ended."""

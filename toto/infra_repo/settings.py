@@ -117,7 +117,7 @@ class Nix(Model):
     evaluate_timeout: Seconds = 600
     """seconds that the evaluation of one host may take"""
     evaluate_memory: Megabytes = 1700
-    """MB that an evaluation takes: it decides how many run side by side; one that takes twice as much is ended"""
+    """MB that an evaluation takes, until it was measured: how many run side by side; with twice as much one is ended"""
     build_timeout: Seconds = 7200
     """seconds that a build may take"""
     signing_key: KeyName | None = None

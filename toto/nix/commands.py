@@ -29,7 +29,8 @@ from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace, namespace
 from toto.nix import daemon, messages
 from toto.nix.hosts import FLAKE, Host, check_name
-from toto.nix.messages import EXPRESSIONS, EvaluationFailed, is_of_the_network
+from toto.nix.memory import Allowance
+from toto.nix.messages import EXPRESSIONS, EvaluationFailed, OutOfMemory, is_of_the_network
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ async def _evaluate_once(
     except TimeoutError:
         done = None
     except process.LimitExceeded as error:
-        raise EvaluationFailed(
+        failed = OutOfMemory if "of memory" in error.exceeded else EvaluationFailed
+        raise failed(
             f"its evaluation was ended: it used more than {error.exceeded}", target=host.name, hint=messages.MEMORY
         ) from None
     if done is None or builds > most:  # (it may have ended by itself just then)
@@ -287,7 +289,7 @@ class _How(TypedDict, total=False):
     sandbox_key: str
     ports: Sequence[int]
     timeout: float
-    memory: int
+    memory: Allowance | None
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,8 @@ class Vm:
 async def instantiate(tree: Path, host: Host, root: Path, **how: Unpack[_How]) -> str:
     """The drv path of a host's toplevel; a GC root at `root` keeps it.
 
-    It is evaluated in a cell: without a network, and with at most `memory` bytes.
+    It is evaluated in a cell: without a network, and with at most the `memory` that it is allowed; what it used is
+    noted there.
     Raises `EvaluationFailed` with nix's error and position, `CommandTimeout` after `timeout` seconds.
     """
     [drv] = await _instantiate(tree, host, ["toplevel"], **how)
@@ -314,6 +317,8 @@ async def instantiate_vm(tree: Path, host: Host, root: Path, **how: Unpack[_How]
     """A host's VM, with toto's module; a GC root at `root` keeps its drv. It is evaluated as in `instantiate`."""
     try:
         drv, sizes = await _instantiate(tree, host, ["vm", "sizes"], **how)
+    except OutOfMemory:
+        raise
     except EvaluationFailed as error:  # (its toplevel has been evaluated before)
         raise messages.of_the_vm(error, host) from None
     await _keep_drv(drv, root)
@@ -331,7 +336,7 @@ async def _instantiate(
     sandbox_key: str = "",
     ports: Sequence[int] = (),
     timeout: float = 600,
-    memory: int = MEMORY,
+    memory: Allowance | None = None,
 ) -> list[str]:
     """The drv path of each of `attributes` of evaluate.nix."""
     pure = not host.file
@@ -359,9 +364,11 @@ async def _instantiate(
             *(word for attribute in attributes for word in ("--attr", attribute)),
             *(word for name, value in arguments.items() for word in ("--argstr", name, value)),
         ],
-        Limits(memory=memory),
+        Limits(memory=memory.most if memory else MEMORY),
         timeout,
     )
+    if memory:
+        memory.used = max(memory.used, done.memory)
     if attributes[0] != "vm":  # (the VM's evaluation gives the same warnings once more)
         for words in messages.warnings(done.stderr):
             log.warning("%s: %s", host.name, words)

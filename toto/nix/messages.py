@@ -68,6 +68,10 @@ class EvaluationFailed(InputError):
     transient: bool = False
 
 
+class OutOfMemory(EvaluationFailed):
+    """An evaluation was ended because it used more memory than it may."""
+
+
 def is_of_the_network(said: str) -> bool:
     """Whether a failed build or download may succeed when it is tried again."""
     return bool(_NETWORK.search(said))

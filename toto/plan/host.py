@@ -163,7 +163,7 @@ class HostKind(Kind[Host]):
             nixpkgs=source.settings.nix.nixpkgs,
             system=machine.system if machine else None,
             timeout=source.settings.nix.evaluate_timeout,
-            memory=source.settings.nix.most_memory,
+            memory=source.memory,
         )
         (path,) = await nix.outputs(drv)
         return DesiredHost(
@@ -191,7 +191,7 @@ class HostKind(Kind[Host]):
                 sandbox_key=await keys.public("sandbox"),
                 ports=machine.ports if machine else (),
                 timeout=source.settings.nix.evaluate_timeout,
-                memory=source.settings.nix.most_memory,
+                memory=source.memory,
             )
         chosen = (machine.memory if machine else None) or source.settings.sandbox.memory
         memory, disk = limits.of_vm(found.target.name, 0 if chosen else vm.memory, vm.disk)

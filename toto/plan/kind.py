@@ -15,6 +15,7 @@ from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import Target
+from toto.nix.memory import Allowance
 from toto.plan.changes import Change, Desired, Told, Why, deploy
 from toto.plan.order import Order
 
@@ -27,7 +28,7 @@ class Source:
     """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans.
 
     `override` is the reason for which the run rolls out in spite of a freeze or a closed window, `deploys` whether it
-    will roll out the deployed branch.
+    will roll out the deployed branch. `memory` is what an evaluation may use.
     """
 
     repo: Path
@@ -38,6 +39,7 @@ class Source:
     manifest: Manifest
     override: str | None = None
     deploys: bool = True
+    memory: Allowance | None = None
 
     def order(self, kind: type[OrderT], change: Change, **own: Any) -> OrderT:
         """The order of a changed target; `own` are the fields that its kind adds."""

@@ -1,6 +1,7 @@
 """Makes the plan of a commit: finds out what the commit would change, without touching anything."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from toto.base import paths
 from toto.base.errors import InputError, TotoError
-from toto.base.resources import at_once
 from toto.base.runs import run_directory
 from toto.git_host import admission
 from toto.infra_repo import git, limits, manifest
@@ -17,6 +17,7 @@ from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
+from toto.nix.memory import Evaluations, Remembered
 from toto.plan import changes
 from toto.plan.changes import Change, Desired, Failure, Told
 from toto.plan.compare import compare
@@ -26,6 +27,8 @@ from toto.plan.order import Order, Plan
 from toto.plan.selector import Selector
 
 LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed to the whole fleet
+
+_EVALUATIONS: Final = "evaluations.json"  # in the repo's state: what they used of memory
 
 T = TypeVar("T")
 Identify: TypeAlias = Callable[[Kind[Any], Source, Found[Any]], Awaitable[Desired]]
@@ -72,10 +75,13 @@ async def make(
             override,
             deploys and await admission.on_deployed_branch(repo, commit),
         )
-        room = asyncio.Semaphore(at_once(settings.nix.evaluate_memory))
+        remembered = Remembered.of(paths.repo_state(repo) / _EVALUATIONS)
+        evaluations = Evaluations(remembered, settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
         await owners.check_distinct(fleet)
         found, left, after = await _discover(source, only)
-        wanted = await _each(found, room, lambda each: identify(kind_of(each.target), source, each))
+        wanted = await _each(
+            found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
+        )
         ledger = Ledger(repo).read()
         compared = compare(
             commit,
@@ -90,9 +96,12 @@ async def make(
         changed = {each.target: each for each in compared.changes}
         ordered = await _each(
             [each for each in found if each.target in changed],
-            room,
-            lambda each: kind_of(each.target).order(source, each, changed[each.target]),
+            source,
+            evaluations,
+            "#vm",
+            lambda source, each: kind_of(each.target).order(source, each, changed[each.target]),
         )
+        remembered.write(None if only else {each.target.name for each in (*found, *left)})
     positions = {each.target: number for number, each in enumerate(found)}
     stops = {each.target: each.stops for each in found}
     orders = tuple(
@@ -193,16 +202,28 @@ class _Results(Generic[T]):
 
 
 async def _each(
-    found: Sequence[Found[Any]], room: asyncio.Semaphore, work: Callable[[Found[Any]], Awaitable[T]]
+    found: Sequence[Found[Any]],
+    source: Source,
+    evaluations: Evaluations,
+    what: str,
+    work: Callable[[Source, Found[Any]], Awaitable[T]],
 ) -> _Results[T]:
-    """The result of `work` for each target, side by side within `room`. A `TotoError` becomes that target's failure."""
+    """The result of `work` for each target, side by side as `evaluations` has room.
+
+    `what` is added to a target's name where its evaluation is remembered. A `TotoError` becomes that target's failure.
+    """
+    others = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def one(each: Found[Any]) -> T | Failure:
-        async with room:
-            try:
-                return await work(each)
-            except TotoError as error:
-                return Failure(target=each.target, message=str(error))
+        try:
+            if kind_of(each.target).evaluated:
+                return await evaluations.run(
+                    f"{each.target.name}{what}", lambda memory: work(replace(source, memory=memory), each)
+                )
+            async with others:
+                return await work(source, each)
+        except TotoError as error:
+            return Failure(target=each.target, message=str(error))
 
     results = dict(zip((each.target for each in found), await asyncio.gather(*map(one, found)), strict=True))
     return _Results(
