@@ -19,7 +19,11 @@
       # A configuration for an option that not every NixOS has.
       where = declared: lib.optionalAttrs declared;
       keys = "ssh/toto_sandbox_keys";
-      guarded = config.networking.nftables.enable && !config.networking.firewall.enable;
+      nftables = config.networking.nftables;
+      guarded = nftables.enable && (
+        !config.networking.firewall.enable || nftables.ruleset != "" || nftables.rulesetFile != null
+        || removeAttrs (nftables.tables or { }) [ "nixos-fw" "nixos-nat" "nixos-nat6" ] != { }
+      );
     in
     lib.mkMerge [
       {
@@ -94,9 +98,10 @@
             nft list chains | awk '
               $1 == "table" { table = $2 " " $3 }
               $1 == "chain" { chain = $2 }
-              /hook input/ { print table, chain }
-            ' | while read -r family table chain; do
-              nft insert rule "$family" "$table" "$chain" iifname ${card} accept
+              /hook input/ { print table, chain, "iifname" }
+              /hook output/ { print table, chain, "oifname" }
+            ' | while read -r family table chain name; do
+              nft insert rule "$family" "$table" "$chain" "$name" ${card} accept
             done
           '';
         };

@@ -24,7 +24,7 @@ from toto.nix.messages import EvaluationFailed
 from toto.plan import make as plan
 from toto.plan import order
 from toto.plan.changes import Action, Why
-from toto.plan.host import HostOrder
+from toto.plan.host import HostOrder, build_toplevel
 from toto.plan.kinds import kind_of
 from toto.plan.order import Plan
 from toto.plan.release import ReleaseOrder
@@ -358,6 +358,7 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     other = await make(made.commit)
     assert other.changes.changes[0].desired.identity == made.changes.changes[0].desired.identity
     assert vm(other) != vm(made), "a different sandbox key"
+    assert vm(await make(made.commit)) == vm(other), "the same from run to run"
 
 
 async def test_the_difference_of_two_closures_names_packages_and_units(
@@ -392,6 +393,26 @@ async def test_the_difference_of_two_closures_names_packages_and_units(
 )
 def test_names_and_versions_are_separated_as_nix_does(path: str, name: str, version: str) -> None:
     assert closure.name_and_version(path) == (name, version)
+
+
+async def test_a_system_that_cannot_switch_is_refused_after_its_build(repo: InfraRepo, make: Make) -> None:
+    files: dict[str, str | None] = {
+        "machines.yaml": machines("a"),
+        "hosts/a.nix": "{ system.switch.enable = false; }\n",
+        "hosts/b.nix": "{ system.switch.enable = false; }\n",
+    }
+    for name in ("a", "b"):  # b has no machine, and is only rehearsed
+        (order,) = (await make(repo.commit(files), name)).orders
+        assert isinstance(order, HostOrder)
+        if name == "b":
+            await build_toplevel(order)
+            continue
+        with pytest.raises(InputError) as caught:
+            await build_toplevel(order)
+        assert str(caught.value) == (
+            "a: its system has no bin/switch-to-configuration, so nothing can activate it\n"
+            "next: set system.switch.enable = true"
+        )
 
 
 async def test_a_build_that_fails_shows_the_builders_last_words(

@@ -36,6 +36,7 @@ in
       }));
       apply = lib.mapAttrs (_: snippet: if lib.isString snippet then { text = snippet; } else snippet);
     };
+    switch.enable = mkOption { type = types.bool; default = true; };
     stateVersion = mkOption { type = types.str; default = "24.11"; };
     configurationRevision = mkOption { type = types.nullOr types.str; default = null; };
     name = mkOption { type = types.str; default = config.networking.hostName; };
@@ -78,7 +79,8 @@ in
       [ -z "$configurationRevision" ] || printf %s "$configurationRevision" > $out/configuration-revision
       install() { sed "s|@out@|$out|g" "$1" > "$2"; chmod 555 "$2"; }
       install ${scripts}/init.sh $out/init
-      install ${scripts}/switch-to-configuration.sh $out/bin/switch-to-configuration
+      ${lib.optionalString config.system.switch.enable
+        "install ${scripts}/switch-to-configuration.sh $out/bin/switch-to-configuration"}
       { sed "s|@out@|$out|g" ${scripts}/activate.sh
         cat "$activationScriptsPath"
         sed "s|@out@|$out|g" ${scripts}/activate-end.sh; } > $out/activate
