@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeVar
@@ -52,9 +53,10 @@ class Remembered:
         return cls(file, used)
 
     def write(self, hosts: Collection[str] | None = None) -> None:
-        """Write the file; when `hosts` are all that there are, without those that have gone."""
+        """Write the file; when `hosts` are all that there are, without those that have gone. A full disk loses it."""
         kept = [name for name in sorted(self.used) if hosts is None or name.partition("#")[0] in hosts][:_MOST]
-        files.write(self.file, json.dumps({name: self.used[name] for name in kept}))
+        with suppress(OSError):
+            files.write(self.file, json.dumps({name: self.used[name] for name in kept}))
 
 
 class Evaluations:

@@ -97,6 +97,7 @@ class Told(_Value):
 
     place: str
     what: str
+    why: str = "not found"
 
 
 class ChangeSet(_Value):
@@ -152,7 +153,7 @@ class ChangeSet(_Value):
             for name in self.waiting
             if f"host/{name}" not in {each.place for each in self.told}
         ]
-        rows += [_row(each.place, "none", "not found", each.what) for each in self.told]
+        rows += [_row(each.place, "none", each.why, each.what) for each in self.told]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
 
     def text(self, differences: Mapping[str, str] | None = None) -> str:

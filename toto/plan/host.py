@@ -132,7 +132,7 @@ class HostKind(Kind[Host]):
                 f"does not list {some}: not evaluated. List what is a machine; `only` rehearses one by its name, "
                 "and nix.unlisted in toto.toml has all of them rehearsed"
             )
-            told.append(Told(place=manifest.FILE, what=what))
+            told.append(Told(place=manifest.FILE, what=what, why="not listed"))
         for place in suite.of_nobody(source.tree, names | machines.keys()):
             close = difflib.get_close_matches(place.partition("/")[2], names, n=1)
             meant = f": did you mean {close[0]}?" if close else ""
