@@ -101,6 +101,11 @@ async def test_what_is_pinned_is_fetched_once_by_its_hash_and_is_the_hosts_nixpk
     assert web.asked == ["/nixpkgs.tar.gz", "/gone.tar.gz"], "one that is not nixpkgs may be missing"
     drv = await nix.instantiate(tree, Host("a", "hosts/a.nix", nixpkgs=path), tree / "root", system="x86_64-linux")
     assert f"{path}/word" in Path(drv).read_text(), "what a host calls <nixpkgs> is the same"
+    # What npins' own default.nix does with a pin.
+    own = f'builtins.fetchTarball {{ url = "{web.url}"; sha256 = "{web.sri}"; }}'
+    (tree / "hosts/b.nix").write_text(f'builtins.readFile (({own}) + "/word")\n')
+    drv = await nix.instantiate(tree, Host("b", "hosts/b.nix", nixpkgs=path), tree / "root", system="x86_64-linux")
+    assert (Path(path) / "word").read_text() in Path(drv).read_text()
     for version, kind in enumerate(("Git", "GitRelease", "Channel", "Tarball", "Url"), 4):
         spelled = pin | {"type": kind, "hash": web.sri, "submodules": False, "locked_url": None, "unpack": True}
         pinned(tree, "npins", {"version": version, "pins": {"unstable": spelled}})
