@@ -1,7 +1,9 @@
 """Prefect tasks: each adds a name, and cache key, retries, timeout or concurrency, to one operation of `toto`."""
 
 import asyncio
+import contextlib
 import logging
+import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -9,7 +11,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar, cast
 
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import MissingContextError, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import get_logger
 from prefect.utilities import engine as prefect_engine
@@ -114,16 +116,46 @@ async def cancelled_by_sigterm() -> AsyncIterator[None]:
 class _Readable(logging.Filter):
     """Keeps a run's log readable for people.
 
-    It removes tracebacks of errors that an operator can understand without them, and the line for each step that
-    succeeded, because the graph above the log shows those.
+    It removes what Prefect says of itself as a run begins, the line for each step that succeeded, because the graph
+    above the log shows those, and tracebacks of errors that an operator can understand without them. An error is there
+    once in full, where a flow ends by it or reports it; its task has the first line.
     """
 
+    _CHATTER = re.compile(
+        r"(Beginning|Created) (sub)?flow run|View at |Finished in state Completed|Downloading flow code from storage"
+    )
+    _ENDED = re.compile(r"(Finished in state \w+)\((.*)\)", re.DOTALL)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ""
+
     def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TotoError):
-            record.exc_info = None
-            record.exc_text = None
-        return not (record.levelno == logging.INFO and record.getMessage().startswith("Finished in state Completed"))
+        said = record.getMessage()
+        if record.levelno == logging.INFO and self._CHATTER.match(said):
+            return False
+        of_a_task = record.name.endswith("task_runs")
+        ended = self._ENDED.match(said)
+        if ended and ("encountered an exception" in ended[2] or ended[2].startswith(repr(self._last))):
+            record.msg, record.args = ended[1], ()  # (the error itself has just been logged)
+            return not of_a_task
+        if isinstance(record.exc_info, tuple) and isinstance(error := record.exc_info[1], TotoError):
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = str(error), ()
+            if of_a_task:
+                record.msg = str(error).split("\n", 1)[0].removesuffix(":")
+        self._last = record.getMessage()
+        return True
+
+
+class _ToRun(logging.Handler):
+    """Passes on what the library warns of to the log of the run that is at work, if any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(MissingContextError):
+            get_run_logger().log(record.levelno, "%s", record.getMessage())
 
 
 for _name in ("flow_runs", "task_runs"):
     get_logger(_name).addFilter(_Readable())
+logging.getLogger("toto").addHandler(_ToRun(logging.WARNING))

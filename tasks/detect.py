@@ -35,7 +35,11 @@ def clean_up(repo: Path) -> None:
     limits.clean_up()
     for place in {ssh.SHORT, Path(tempfile.gettempdir())}:
         owned.sweep(place)
-    found = [f"ended {len(killed)} processes"] if killed else []
-    found += [f"removed {len(removed)} directories"] if removed else []
-    if found:
-        get_run_logger().warning("%s of runs that had died", " and ".join(found))
+    if removed:  # (what a run left that ended by itself is no news)
+        ended = f"ended {_counted(len(killed), 'process', 'processes')} and " if killed else ""
+        left = _counted(len(removed), "directory", "directories")
+        get_run_logger().warning("a run had died: %sremoved %s", ended, left)
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

@@ -3,14 +3,15 @@
 import functools
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import ParamSpec
 
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
-from toto.plan.changes import COLUMNS
+from toto.plan.alike import alike, listed
+from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
 from toto.rehearsal.results import PhaseResult
 from toto.report.message import MARKDOWN
@@ -40,15 +41,34 @@ def key(*words: str) -> str:
 
 @_best_effort
 async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> None:
-    """Show the change set as a table, also in the log. Call it again with the `differences` once they are known."""
+    """Show the change set as a page, also in the log. Call it again with the `differences` once they are known.
+
+    (Errors are in the log once, as the run's report ends it.)
+    """
     if differences is None:
         get_run_logger().info("the plan of %s:\n%s", plan.commit[:8], plan.changes)
         for each in plan.changes.excused:
             get_run_logger().warning("%s", each.message)
-    rows: list[dict[str, Any]] = [{column: row[column] for column in COLUMNS} for row in plan.changes.rows(differences)]
-    await acreate_table_artifact(
-        key=key("plan", plan.repo.name.removesuffix(".git")), table=rows, description=f"The plan of {plan.commit[:8]}"
+    await acreate_markdown_artifact(
+        key=key("plan", plan.repo.name.removesuffix(".git")),
+        markdown=plan_page(plan.changes, differences or {}),
+        description=f"The plan of {plan.commit[:8]}",
     )
+
+
+def plan_page(changes: ChangeSet, differences: Mapping[str, str]) -> str:
+    """The plan as Markdown: a table, then the errors, and what changes in each target, as a diff."""
+    long = {label: text for label, text in differences.items() if "\n" in text}
+    short = {label: text for label, text in differences.items() if label not in long}
+    rows = [[row[column] for column in COLUMNS] for row in changes.rows(short | dict.fromkeys(long, "see below"))]
+    parts = [f"**{changes.nothing}**"] if changes.nothing else []
+    parts += [markdown_table(COLUMNS, rows) if rows else "nothing to do"]
+    parts += [f"⚠ {MARKDOWN.escape(each)} ({', '.join(names)})" for each, names in changes.warnings.items()]
+    for error in changes.errors:
+        parts += [f"## {listed(error.names)}: evaluation failed", *_cause("", error.text)]
+    for label, text in long.items():
+        parts += [f"## {label}", as_diff(text)]
+    return "\n\n".join(parts)
 
 
 @_best_effort
@@ -75,7 +95,7 @@ async def show_console(host: str, text: str) -> None:
 async def show_difference(host: str, text: str) -> None:
     """Show what changes in a target: a host's closure or a release's manifests."""
     await acreate_markdown_artifact(
-        key=key(host, "difference"), markdown=fenced(text), description=f"{host}: what changes"
+        key=key(host, "difference"), markdown=as_diff(text), description=f"{host}: what changes"
     )
 
 
@@ -88,7 +108,7 @@ async def show_terraform_plan(label: str, planned: Planned, *, back: bool = Fals
         text += "\n\nchanged outside since the last apply:\n" + "\n".join(drift)
     await acreate_markdown_artifact(
         key=key(label, "back" if back else "plan"),
-        markdown=fenced(text),
+        markdown=as_diff(text),
         description=f"{label}: {'back: ' if back else ''}{planned.summary}",
     )
 
@@ -97,8 +117,8 @@ async def show_terraform_plan(label: str, planned: Planned, *, back: bool = Fals
 async def show_report(report: Report) -> None:
     """Show the report of a run as one page, failures first, and a short form in the last lines of the log."""
     logger = get_run_logger()
-    for each in report.failures:
-        logger.error("%s: %s failed: %s", each.target, each.stage, each.text.removeprefix(f"{each.target}: "))
+    for cause in report.causes:
+        logger.error("%s: %s", cause.title, cause.said.text)
     for back in report.reverted:
         if back.error:
             logger.error("%s COULD NOT BE REVERTED: %s", back.target, back.error)
@@ -111,26 +131,31 @@ async def show_report(report: Report) -> None:
 
 
 def as_markdown(report: Report) -> str:
-    """The report as Markdown: the result, the failures in full, what was reverted, then targets and timing."""
-    end = "🔴 Failed" if report.failed else "🟠 Partial" if report.partial else "🟢 Done"
-    parts = [f"# {end}", report.headline()]
-    for each in report.failures:
-        parts += [f"## {each.target}: {each.stage} failed", *_cause(each.target, each.text)]
-    for name in report.unreachable:
-        parts += [f"## {name}: unreachable", *_cause(name, report.away.get(name, ""))]
+    """The report as Markdown: what is wrong and the next step for it, then what was reverted, targets and timing."""
+    if report.failed:
+        after = report.aftermath()
+        parts = [f"# 🔴 {report.commit[:8]} failed{f': {MARKDOWN.escape(after)}' if after else ''}"]
+    else:
+        parts = [f"# {'🟠 Partial' if report.partial else '🟢 Done'}", MARKDOWN.escape(report.headline())]
+    for back in report.reverted:
+        if back.error:
+            parts += [f"## {back.target} COULD NOT BE REVERTED", *_cause(back.target, back.error)]
+    for cause in report.causes:
+        parts += [f"## {cause.title}", *_cause("", cause.said.text)]
+    for away in alike((name, report.away.get(name, "")) for name in report.unreachable):
+        parts += [f"## {listed(away.names)}: unreachable", *_cause("", away.text)]
     if report.reverted:
         parts += [
             "## Reverted",
             markdown_table(
                 ("target", "result", "what it is now"),
                 [
-                    (each.target, "could not be reverted" if each.error else "reverted", each.error or each.to)
+                    (each.target, "could not be reverted" if each.error else "reverted", each.to)
                     for each in report.reverted
                 ],
             ),
         ]
-    rows = report.rows()
-    if rows:
+    if rows := report.rows():
         parts += ["## Targets", markdown_table(("target", "result", "more"), rows)]
     if timing := report.timing():
         parts += ["## Timing", fenced(timing)]
@@ -145,12 +170,17 @@ def _cause(target: str, text: str) -> list[str]:
     return ([f"**Next:** {MARKDOWN.escape(hint)}"] if hint else []) + ([fenced(said)] if said else [])
 
 
-def fenced(text: str) -> str:
+def fenced(text: str, language: str = "text") -> str:
     """Text as a Markdown code block, even if it contains fences itself."""
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def as_diff(text: str) -> str:
+    """Lines with `+` and `-` as a code block that shows them as added and removed: the sign has to come first."""
+    return fenced(re.sub(r"^( +)([+-])(?= )", r"\2\1", text, flags=re.MULTILINE), "diff")
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

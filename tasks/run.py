@@ -129,7 +129,7 @@ class Run:
         if not hasattr(self, "report"):
             return []
         return [
-            *(f"{each.target}: {each.stage} failed" for each in self.report.failures),
+            *(each.title for each in self.report.causes),
             *(f"{each.target} could not be reverted" for each in self.report.reverted if each.error),
         ]
 

@@ -121,7 +121,8 @@ def test_who_is_held_back_and_why_is_said() -> None:
 def test_of_many_failures_the_first_are_shown_and_the_others_named() -> None:
     made = report("a")
     for number in range(40):
-        made.failure(f"host{number}", "rehearsal", TotoError("\n".join(f"line {line} " * 100 for line in range(1000))))
+        lines = (f"line {line} of {number} " * 100 for line in range(1000))
+        made.failure(f"host{number}", "rehearsal", TotoError("\n".join(lines)))
     text = message(made).text()
     assert "and 37 more: host3, host4, host5, host6 and 33 more" in text
     assert message(made).title == "[infra] host0, host1, host2, host3 and 36 more: rehearsal failed"

@@ -84,12 +84,7 @@ ssh cannot connect to the machine: Connection timed out
 
 {
             markdown_table(
-                ("target", "result", "more"),
-                [
-                    ("a", "deployed", ""),
-                    ("b", "deployed", ""),
-                    ("c", "unreachable", "ssh cannot connect to the machine: Connection timed out"),
-                ],
+                ("target", "result", "more"), [("a", "deployed", ""), ("b", "deployed", ""), ("c", "unreachable", "")]
             )
         }"""
     )

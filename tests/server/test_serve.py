@@ -77,12 +77,18 @@ async def test_push_starts_the_flow(prefect_server: PrefectServer, deployed: str
     run = await until(prefect_server.api, found[1], {"COMPLETED"})
     assert run["tags"] == ["push"]
     await has_spoken(prefect_server.api, found[1])
+    lines = await prefect_server.api.call("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [found[1]]}}})
+    assert {line["name"] for line in lines} == {"prefect.flow_runs"}, "the worker says nothing of itself"
 
 
 async def test_deploying_again_changes_no_id(prefect_server: PrefectServer, tiny_project: Path) -> None:
     once = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 1})
     again = await deployments.deploy(prefect_server.env, root=tiny_project, limits={"one": 2})
     assert once == again
+    form = (await prefect_server.api.call("GET", f"/deployments/{once['reconcile/reconcile']}"))[
+        "parameter_openapi_schema"
+    ]
+    assert sorted(form["properties"]) == ["commit", "repo", "seconds"], "where a run came from is no field of a form"
     limit = await prefect_server.api.call("GET", "/v2/concurrency_limits/one")
     assert limit["limit"] == 2
 

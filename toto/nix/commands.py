@@ -370,8 +370,7 @@ async def _instantiate(
     if memory:
         memory.used = max(memory.used, done.memory)
     if attributes[0] != "vm":  # (the VM's evaluation gives the same warnings once more)
-        for words in messages.warnings(done.stderr):
-            log.warning("%s: %s", host.name, words)
+        messages.hear(host.name, done.stderr)
     drvs = done.stdout.split()
     if len(drvs) != len(attributes) or not all(map(_DRV.fullmatch, drvs)):
         raise EvaluationFailed(

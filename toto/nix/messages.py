@@ -3,9 +3,12 @@
 Old versions of nix print the error first and then the trace, newer ones the trace first, outermost step first.
 """
 
+import logging
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +16,8 @@ from toto.base import process
 from toto.base.errors import InputError
 from toto.cell.cell import INFRA
 from toto.nix.hosts import Host
+
+log = logging.getLogger(__name__)
 
 EXPRESSIONS: Final = Path(__file__).parents[2] / "nix"
 IN_CELL: Final = Path("/toto")  # where an evaluation's cell has them
@@ -23,7 +28,8 @@ LOCK: Final = "run `nix flake lock` and commit flake.lock"
 _OWN: Final = "toto's nix/"
 _LINES: Final = 36  # shown of an error
 _STEPS: Final = 6  # shown of a trace
-_WARNING_LINES: Final = 8  # shown of a warning
+_WARNINGS: Final = 20  # shown of a host
+_WARNING_LINES: Final = 8  # shown of one
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 # nixpkgs' lib.warn traces a warning; from nix 2.23 on it is a builtin. (nix's own warnings begin with `warning:`.)
@@ -77,6 +83,30 @@ def is_of_the_network(said: str) -> bool:
     return bool(_NETWORK.search(said))
 
 
+_heard: Final[ContextVar[dict[str, list[str]] | None]] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing() -> Iterator[dict[str, list[str]]]:
+    """Within the block, collect what evaluations warn of: each warning once, with the hosts that it was about."""
+    heard: dict[str, list[str]] = {}
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+
+
+def hear(host: str, said: str) -> None:
+    """Pass on the warnings in what nix printed for a host: to the block that listens, else to the log."""
+    heard = _heard.get()
+    for warning in warnings(said)[:_WARNINGS]:
+        if heard is None:
+            log.warning("%s: %s", host, warning)
+        elif host not in (about := heard.setdefault(warning, [])):
+            about.append(host)
+
+
 def warnings(said: str) -> list[str]:
     """The warnings of a configuration in what nix printed, each once: `evaluation warning: …`, or a trace of one."""
     found: list[list[str]] = []
@@ -87,7 +117,9 @@ def warnings(said: str) -> list[str]:
             open_ = True
         elif open_ := open_ and not _NIX.match(line):
             found[-1].append(line.strip())
-    return list(dict.fromkeys("\n  ".join(each[:_WARNING_LINES]) for each in found))
+    return list(
+        dict.fromkeys("\n  ".join(process.shorten(line, 300) for line in each[:_WARNING_LINES]) for each in found)
+    )
 
 
 def failed(done: process.Completed, host: Host, tree: Path, copy: str = "") -> EvaluationFailed:

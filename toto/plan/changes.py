@@ -3,6 +3,7 @@
 This module defines the value and prints it as a table. `toto.plan.compare` computes it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Final
@@ -13,6 +14,7 @@ from toto.base.model import shown
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry
 from toto.ledger.target import Target
+from toto.plan.alike import Alike, alike, listed
 
 
 class Why(StrEnum):
@@ -60,6 +62,13 @@ class Failure(_Value):
 
     target: Target
     message: str
+
+    @property
+    def where(self) -> str:
+        """The first line of the message, without what the plan says anyway: `hosts/web1.nix:3`."""
+        first = self.message.removeprefix(f"{self.target.label}: ").split("\n", 1)[0].removesuffix(":")
+        place = re.fullmatch(r"does not evaluate \((.*)\)", first)
+        return place[1] if place else first
 
 
 class Change(_Value):
@@ -121,6 +130,8 @@ class ChangeSet(_Value):
     told: tuple[Told, ...] = ()
     nothing: str = ""
     """why the commit deploys nothing at all, whatever changes; "" when it does"""
+    warnings: Mapping[str, tuple[str, ...]] = {}
+    """what evaluations warned of, and the hosts that they were about"""
 
     @property
     def empty(self) -> bool:
@@ -139,10 +150,10 @@ class ChangeSet(_Value):
             )
             for change in self.changes
         ]
-        rows += [_row(failure.target, "none", "does not evaluate", failure.message) for failure in self.failed]
+        rows += [_row(each.target, "none", "does not evaluate", each.where) for each in self.failed]
         rows += [
-            _row(failure.target, "none", "does not evaluate, a warning: not in machines.yaml", failure.message)
-            for failure in self.excused
+            _row(each.target, "none", "does not evaluate, a warning: not in machines.yaml", each.where)
+            for each in self.excused
         ]
         rows += [
             _row(target, "retire", "left the commit", "its ledger entry goes; nothing of it is touched")
@@ -156,12 +167,23 @@ class ChangeSet(_Value):
         rows += [_row(each.place, "none", each.why, each.what) for each in self.told]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
 
+    @property
+    def errors(self) -> list[Alike]:
+        """What does not evaluate, and why; what is the same for several targets is there once."""
+        return alike((each.target.label, each.message) for each in (*self.failed, *self.excused))
+
     def text(self, differences: Mapping[str, str] | None = None) -> str:
-        """The rows as a table, below a line that says so when nothing is deployed at all."""
-        return "\n".join(filter(None, (self.nothing, table(self.rows(differences)))))
+        """The plan as `str`, then each error in full."""
+        errors = [f"\n{listed(each.names)}: {each.text}" for each in self.errors]
+        return "\n".join([self._table(differences), *errors])
+
+    def _table(self, differences: Mapping[str, str] | None = None) -> str:
+        """The rows as a table, below a line that says so when nothing is deployed at all; then the warnings."""
+        warned = [f"{each} ({listed(names)})" for each, names in self.warnings.items()]
+        return "\n".join(filter(None, (self.nothing, table(self.rows(differences)), *warned)))
 
     def __str__(self) -> str:
-        return self.text()
+        return self._table()
 
 
 def _row(target: Target | str, action: str, why: str, what: str) -> dict[str, str]:

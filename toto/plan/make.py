@@ -18,6 +18,7 @@ from toto.ledger.ledger import Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
 from toto.nix.memory import Evaluations, Remembered
+from toto.nix.messages import hearing
 from toto.plan import changes
 from toto.plan.changes import Change, Desired, Failure, Told
 from toto.plan.compare import compare
@@ -79,9 +80,10 @@ async def make(
         evaluations = Evaluations(remembered, settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
         await owners.check_distinct(fleet)
         found, left, after = await _discover(source, only)
-        wanted = await _each(
-            found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
-        )
+        with hearing() as warnings:
+            wanted = await _each(
+                found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
+            )
         ledger = Ledger(repo).read()
         compared = compare(
             commit,
@@ -121,6 +123,7 @@ async def make(
             "machines": changes.of_machines(await _last_manifest(repo), fleet),
             "told": told,
             "nothing": _nothing([*found, *left], fleet),
+            "warnings": {warning: tuple(sorted(names)) for warning, names in warnings.items()},
             # A run that is limited to some targets says nothing about the others.
             **(
                 {"waiting": (), "retired": (), "machines": (), "told": (), "nothing": "", "whole": False}

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from toto.base.process import shorten
 from toto.infra_repo.git import Commit
+from toto.plan.alike import listed
 from toto.plan.changes import Action
 from toto.report.report import Report, Reverted, RunDied, revert_words
 
@@ -22,7 +23,6 @@ STUCK: Final = "COULD NOT BE REVERTED"
 IN_FULL: Final = 3  # problems that are shown with their lines; the others are only named
 LINES: Final = 7  # shown of one problem
 LINE: Final = 160  # characters shown of a line
-NAMES: Final = 4  # shown of a list
 
 _ESCAPES: Final = re.compile(r"\x1b(\[[0-9;:?]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)")
 _STORE: Final = re.compile(r"/nix/store/[0-9a-z]{32}-")
@@ -141,7 +141,7 @@ class Message:
     @classmethod
     def of(cls, report: Report, commit: Commit, link: str) -> Self:
         """The message of a run that reached its end."""
-        problems = [Problem.of(each.target, f"{each.stage} failed", each.text) for each in report.failures]
+        problems = _failed(report)
         problems += [_away(name, report.away.get(name, "")) for name in report.unreachable]
         problems += [Problem.of(name, "held back", reason) for name, reason in report.held.items()]
         bad = {each.target for each in problems} | {each.target for each in report.reverted}
@@ -224,7 +224,7 @@ class Message:
 
     def text(self, style: Style = PLAIN) -> str:
         """The text below the title: what failed and the lines that show it, what was reverted, the commit, the link."""
-        urgent = (*self.stuck, *self.problems)
+        urgent = _together([*self.stuck, *self.problems])
         parts = [_problem(each, style) for each in urgent[:IN_FULL]]
         if more := urgent[IN_FULL:]:
             parts.append(style.escape(f"and {len(more)} more: {names(more)}"))
@@ -276,6 +276,25 @@ class Message:
         }
 
 
+def _failed(report: Report) -> list[Problem]:
+    """The failures of a report. What is the same for several targets has the same words."""
+    own = {(each.stage, each.target): each.text for each in report.failures}
+    found = []
+    for cause in report.causes:
+        for name in cause.said.names:
+            one = Problem.of(name, f"{cause.stage} failed", own[cause.stage, name])
+            found.append(replace(Problem.of(name, one.what, cause.said.text), key=one.key))
+    return found
+
+
+def _together(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, those that read the same as one of several targets."""
+    same: dict[tuple[object, ...], list[Problem]] = {}
+    for each in problems:
+        same.setdefault((each.what, each.why, each.lines, each.hint), []).append(each)
+    return [replace(group[0], target=names(group)) for group in same.values()]
+
+
 def _away(target: str, said: str) -> Problem:
     """A machine that does not answer. It is the same problem, whatever ssh says of it this time."""
     same = Problem.of(target, "unreachable", "it does not answer")
@@ -297,9 +316,7 @@ def _problem(problem: Problem, style: Style) -> str:
 
 def names(of: Sequence[str | Problem]) -> str:
     """Names in a line. Of many, it has the first few and the number of the others."""
-    every = list(dict.fromkeys(each if isinstance(each, str) else each.target for each in of))
-    more = len(every) - NAMES
-    return one_line(", ".join(every) if more < 2 else f"{', '.join(every[:NAMES])} and {more} more")
+    return one_line(listed(list(dict.fromkeys(each if isinstance(each, str) else each.target for each in of))))
 
 
 def _said(who: str, what: str) -> str:

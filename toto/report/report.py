@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from toto.base.errors import TotoError
+from toto.plan.alike import Alike, alike, listed
 from toto.plan.changes import ChangeSet
 from toto.plan.kinds import KINDS
 
@@ -27,6 +28,22 @@ class Failed:
     target: str
     stage: Stage
     text: str
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that failed, for all the targets that it is the same for."""
+
+    stage: Stage
+    said: Alike
+
+    @property
+    def title(self) -> str:
+        return f"{listed(self.said.names)}: {self.stage} failed"
+
+    @property
+    def first_line(self) -> str:
+        return f"{self.title}: {self.said.first_line}"
 
 
 @dataclass(frozen=True)
@@ -127,13 +144,19 @@ class Report:
         return [name for name in group if name not in self.held]
 
     @property
+    def causes(self) -> list[Cause]:
+        """What failed, each thing once: failed roll-outs first."""
+        found: dict[Stage, list[tuple[str, str]]] = {}
+        for each in sorted(self.failures, key=lambda each: each.stage not in ("roll-out", "going forward")):
+            found.setdefault(each.stage, []).append((each.target, each.text))
+        return [Cause(stage, each) for stage, said in found.items() for each in alike(said)]
+
+    @property
     def cause(self) -> str:
         """One line: what failed first; the first failed roll-out, when there is one."""
-        rolled_out = [each for each in self.failures if each.stage in ("roll-out", "going forward")]
-        first = (rolled_out or self.failures)[0]
-        more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-        what = f"{first.stage} failed: {_first_line(first.text, first.target)}"
-        return f"{self.commit[:8]}: {first.target}: {what}{more}"
+        first, *others = self.causes
+        more = f" (and {len(others)} more)" if others else ""
+        return f"{self.commit[:8]}: {first.first_line}{more}"
 
     def headline(self) -> str:
         """The result of the run in one line."""
@@ -219,7 +242,7 @@ class Report:
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """One row for each target: its label, its result, and why or how."""
+        """One row for each target: its label, its result, and what is told of it nowhere else in the report."""
         rows = []
         failures = {each.target: each for each in self.failures}
         reverted = {each.target: each for each in self.reverted}
@@ -227,24 +250,20 @@ class Report:
         for change in self.changes.changes:
             name = change.label
             if name in failures:
-                end, how = f"{failures[name].stage} failed", _first_line(failures[name].text, name)
+                end, how = f"{failures[name].stage} failed", ""
             elif name in self.excused:
                 end, how = "failed, a warning", _first_line(self.excused[name], name)
             elif name in self.held:
                 end, how = "held back", self.held[name]
             elif name in self.outcome:
-                how = _first_line(self.away[name], name) if name in self.away else self.rehearsals.get(name, "")
-                end = self.outcome[name]
+                end, how = self.outcome[name], "" if name in self.away else self.rehearsals.get(name, "")
             else:
                 end, how = "rehearsed" if name in self.rehearsals else str(change.action), self.rehearsals.get(name, "")
             if name in reverted:
                 back = reverted[name]
                 end += ", COULD NOT BE REVERTED" if back.error else ", reverted"
             rows.append((name, end, how))
-        rows += [
-            (each.target.label, "evaluation failed", _first_line(each.message, each.target.label))
-            for each in self.changes.failed
-        ]
+        rows += [(each.target.label, "evaluation failed", "") for each in self.changes.failed]
         rows += [
             (each.target.label, "failed, a warning", _first_line(each.message, each.target.label))
             for each in self.changes.excused

@@ -114,6 +114,7 @@ async def deploy(
     if moves.read(paths.state_home()):
         await _rename_in_waiting_runs(api, after)
     for name, each in after.items():
+        await _hide_origin(api, each)
         await _rename_in_schedules(api, name, each)
         if any(schedule["active"] for schedule in each["schedules"]):
             # Prefect has deleted the future runs, and would not create one again that is due right now.
@@ -202,6 +203,15 @@ async def _make_runs(api: Api, deployment: Mapping[str, Any], since: str) -> Non
     """Create the runs that a deployment's schedules have from the time `since` on. (A paused deployment gets none.)"""
     if not deployment["paused"]:
         await api.call("POST", f"/deployments/{deployment['id']}/schedule", {"start_time": since})
+
+
+async def _hide_origin(api: Api, deployment: Mapping[str, Any]) -> None:
+    """Take `origin` out of a deployment's form: whoever fills one in starts the run from the UI."""
+    schema = deployment["parameter_openapi_schema"] or {}
+    shown = {name: each for name, each in schema.get("properties", {}).items() if name != "origin"}
+    if shown != schema.get("properties", {}):
+        asked = {"parameter_openapi_schema": {**schema, "properties": shown}}
+        await api.call("PATCH", f"/deployments/{deployment['id']}", asked)
 
 
 async def _rename_in_schedules(api: Api, name: str, deployment: Mapping[str, Any]) -> None:

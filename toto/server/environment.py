@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -9,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+import yaml
 
 from toto.base import files, paths
 from toto.base.prefect_api import PROFILE, saved_auth
@@ -78,6 +81,8 @@ def server_environment(
         "TOTO_REPO": source.get("TOTO_REPO") or str(home / "repos" / "infra.git"),  # the deployment's default
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), env.get("PATH", os.defpath))),
     }
+    if not (home / "logging.yml").exists():  # (an operator's own)
+        env["PREFECT_LOGGING_SETTINGS_PATH"] = str(_logging(home))
     if database_url is not None:
         env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
         if database_url.startswith(POSTGRES):
@@ -86,6 +91,15 @@ def server_environment(
             env["PREFECT_SERVER_DATABASE_DRIVER"] = POSTGRES
     _save_profile(home, f"{address}/api", auth or saved_auth(home / PROFILES))
     return env
+
+
+def _logging(home: Path) -> Path:
+    """The file of the logging settings: Prefect's own, without what its worker says of itself in every run's log."""
+    found = importlib.util.find_spec("prefect")
+    assert found is not None and found.origin is not None
+    settings = yaml.safe_load((Path(found.origin).parent / "logging/logging.yml").read_text())
+    settings["loggers"] |= {f"prefect.flow_runs.{name}": {"level": "WARNING"} for name in ("worker", "runner")}
+    return files.write(home / "toto-logging.yml", yaml.safe_dump(settings))
 
 
 def block_key_file() -> Path:
