@@ -80,12 +80,22 @@ def stand() -> Iterator[Stand]:
         thread.join()
 
 
+# With the names and tags that tests limit a run to.
+MANIFEST = """\
+machines:
+  - {name: web1, address: 192.0.2.1, tags: [web, "helm:shop", fine, slow, broken, away]}
+  - {name: web2, address: 192.0.2.2}
+"""
+
+
 class Pusher:
     """A clone that makes commits and pushes them."""
 
     def __init__(self, folder: Path, remote: Path) -> None:
         self.folder, self.remote = folder, remote
         self.git("init", "--quiet", "--initial-branch=main", str(folder), cwd=folder.parent)
+        (folder / "machines.yaml").write_text(MANIFEST)
+        self.git("add", "--all")
         self.commit()
 
     def git(self, *words: str, cwd: Path | None = None) -> str:

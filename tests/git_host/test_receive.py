@@ -76,10 +76,13 @@ async def test_what_is_more_than_the_server_allows_is_refused_with_its_name(
     monkeypatch.delenv("TOTO_STATE")
     write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 61\nphase_timeout = 600000\n"})
     said = refused(pusher)
-    for words in ("test_timeout: 61 is more than the 60", "phase_timeout: 600000 is more than the 14400"):
-        assert f"toto: toto.toml: sandbox.{words} that this server allows (most.sandbox." in said
+    for words in (
+        "2: sandbox.test_timeout: 61 is more than the 60",
+        "3: sandbox.phase_timeout: 600000 is more than the 14400",
+    ):
+        assert f"toto: toto.toml:{words} that this server allows (most.sandbox." in said
     write(pusher, {"toto.toml": "[sandbox]\ntest_timeout = 60\n", "machines.yaml": f"{GOOD}    cores: 3\n"})
-    assert "toto: machines.yaml: web1: cores: 3 is more than the 2 that this server allows" in refused(pusher)
+    assert "toto: machines.yaml:4: web1: cores: 3 is more than the 2 that this server allows" in refused(pusher)
     write(pusher, {"machines.yaml": f"{GOOD}    cores: 2\n"})
     pusher.push()
 
@@ -225,7 +228,44 @@ def test_strange_manifests_are_refused_as_by_the_run(pusher: Pusher, content: by
     assert f"toto: {complaint}" in refused(pusher)
 
 
+def test_a_first_push_without_a_manifest_is_refused(pusher: Pusher) -> None:
+    write(pusher, {"machines.yaml": None, "hosts/web1.nix": "{ }"})
+    assert "toto: machines.yaml: is missing; list the machines in it, or `machines: []`" in refused(pusher)
+    write(pusher, {"machines.yaml": "machines: []\n"})
+    pusher.push()
+
+
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        ("web7,web1", "only=web7: nothing in this commit is called so: did you mean web1?"),
+        ("host/web7", "only=host/web7: nothing in this commit is called so"),
+        ("xyzzy", "only=xyzzy: nothing in this commit is called so; machines and tags are all, web1"),
+        ("web1,host/web1,host,helm,helm/shop,files,file,all,gold,laptop,dns,host/toto.canon", ""),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused_with_the_one_that_was_meant(pusher: Pusher, only: str, said: str) -> None:
+    write(
+        pusher,
+        {
+            "machines.yaml": "machines:\n  - {name: web1, address: 10.0.0.1, tags: [all]}\n",
+            "hosts/web1.nix": "{ }",
+            "hosts/toto.canon.nix": "{ }",
+            "helm/shop/release.yaml": "tags: [gold]\n",
+            "files/x": "",
+            "flake.nix": "{ nixosConfigurations.laptop = 1; }",
+            "toto.toml": '[terraform.roots.dns]\npath = "x"\n',
+        },
+    )
+    pusher.git("config", "push.pushOption", f"only={only}")
+    if said:
+        assert f"toto: {said}" in refused(pusher)
+    else:
+        pusher.push()
+
+
 def test_manifest_that_is_a_link_or_a_folder(pusher: Pusher) -> None:
+    (pusher.folder / "machines.yaml").unlink()
     (pusher.folder / "machines.yaml").symlink_to("fleet.yaml")
     write(pusher, {"fleet.yaml": GOOD})
     pusher.push()  # the run follows it

@@ -462,3 +462,24 @@ def test_any_structure_is_read_or_refused(tmp_path: Path, machines: Any) -> None
 def test_any_text_is_read_or_refused(tmp_path: Path, text: str) -> None:
     judge(tmp_path, text.encode("utf-8", "surrogatepass"))
     judge(tmp_path, b"machines:\n  - " + text.encode("utf-8", "surrogatepass"))
+
+
+def test_all_mistakes_are_told_at_once_also_those_between_machines() -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse(
+            """\
+machines:
+  - {name: web1, address: 192.0.2.1, after: [db1, webb2]}
+  - {name: web2, address: 192.0.2.2, adress: x}
+  - {name: db1, address: 192.0.2.3, after: [web2, web1]}
+fleet: 1
+"""
+        )
+    assert (
+        str(caught.value)
+        == """\
+machines.yaml:2: web1: after: there is no machine 'webb2'; did you mean 'web2'?
+machines.yaml:2: web1: after: this goes round in a circle: web1 after db1 after web1
+machines.yaml:3: web2: adress: is not a known field; did you mean 'address'?
+machines.yaml:5: fleet: is not a known field; known is machines"""
+    )

@@ -6,12 +6,13 @@ manifest or the settings. `toto.git_host.access` decides who may push; the post-
 """
 
 import asyncio
+import contextlib
 import difflib
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, Self
@@ -42,6 +43,8 @@ _QUARANTINE: Final = ("GIT_DIR", "GIT_QUARANTINE_PATH", "GIT_OBJECT_DIRECTORY", 
 _TWIN: Final[Mapping[str, str]] = {"heads": "tags", "tags": "heads"}
 _RESERVED: Final = re.compile(r"@|([A-Z]+_)*HEAD|refs/.*|[0-9a-f]{7,64}")  # git's own names, and those of commits
 _at_once: Final = asyncio.Semaphore(8)  # git processes; a push may have a thousand branches
+_MOST_FILES: Final = 200_000  # of a commit with more, no names are looked for
+_MOST_KNOWN: Final = 12  # names that are told when none is close
 _MOST_NAMED: Final = 5  # commits or files of one kind; the rest is counted
 
 
@@ -160,7 +163,11 @@ async def judge(repo: Path, updates: Sequence[Update], options: Sequence[str], u
         if update.ref.startswith("refs/tags/toto/"):
             return [f"{update.ref} belongs to toto: it names what was deployed"]
     checks = [_too_large(updates, policy)] if policy.max_file_size else []
+    only = [word for each in options if each.startswith("only=") for word in each[5:].split(",")]
     for update in updates:
+        starts = update.branch == policy.branch or {"plan", "rehearse"} & {*options}
+        if only and starts and update.branch is not None and not update.deletes:
+            checks.append(_unknown(update, only))
         if update.branch is not None and update.branch == policy.branch:
             checks += [_taken_away(update, policy, repo)] if not update.creates else []
             if not update.deletes:
@@ -271,10 +278,51 @@ async def _taken_away(update: Update, policy: Policy, repo: Path) -> list[str]:
     ]
 
 
+async def _unknown(update: Update, only: Sequence[str]) -> list[str]:
+    """Those of the words of `only=` that nothing in the commit is called: no machine, tag, file, folder or setting.
+
+    (The run itself knows better which of them are targets; what cannot be read here is left to it.)
+    """
+    from toto.infra_repo import manifest  # noqa: PLC0415
+
+    try:
+        fleet = manifest.parse((await _git("cat-file", "blob", f"{update.new}:{MANIFEST}", check=False)).stdout)
+    except TotoError:
+        return []
+    names = {word for each in fleet.machines.values() for word in (each.name, *each.tags)}
+    known, files = set(names), 0
+
+    def note(path: str) -> None:
+        nonlocal files
+        files += 1
+        for part in path.split("/") if files < _MOST_FILES else ():
+            known.update((part, part.partition(".")[0], part.rpartition(".")[0], part.removesuffix("s")))
+
+    await _git("ls-tree", "-r", "--name-only", update.new, on_line=note)
+    unknown = [word for word in dict.fromkeys(only) if word.rpartition("/")[2] not in known]
+    if not unknown or files >= _MOST_FILES:
+        return []
+    texts = ("flake.nix", SETTINGS, ":(glob)helm/*/release.yaml")  # which have names and tags of their own
+    words = [part for word in unknown for part in ("-e", word.rpartition("/")[2])]
+    found = await _git("grep", "-h", "-F", "-w", *words, update.new, "--", *texts, check=False)
+    lost = [word for word in unknown if word.rpartition("/")[2] not in found.stdout]
+    return [f"only={word}: nothing in this commit is called so{_meant(word, names)}" for word in lost]
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    """Which of the known words was meant, as the end of a sentence."""
+    if close := difflib.get_close_matches(word, sorted(known), n=1):
+        return f": did you mean {close[0]}?"
+    some = sorted(known)[:_MOST_KNOWN]
+    return f"; machines and tags are {', '.join(some)}{' …' if len(known) > len(some) else ''}" if some else ""
+
+
 async def _wrong_files(update: Update) -> list[str]:
     """The mistakes in the manifest and the settings, where the push changes them."""
     changed = await _changed(update, MANIFEST, SETTINGS)
     wrong = [f"{MANIFEST}: is gone; without it nothing can be deployed"] if changed.get(MANIFEST) == "" else []
+    if update.creates and MANIFEST not in changed:
+        wrong = [f"{MANIFEST}: is missing; list the machines in it, or `machines: []`: see docs/manifest.md"]
     there = [name for name, mode in changed.items() if mode not in ("", LINK)]  # the run follows links
     if not there:
         return wrong
@@ -298,13 +346,19 @@ async def _wrong_files(update: Update) -> list[str]:
             },
         )
         for name in there:
+            text = ""
+            with contextlib.suppress(OSError), Path(folder, name).open("rb") as file:  # (else it is told below)
+                text = file.read(settings.LARGEST).decode(errors="replace")
             try:
                 if name == MANIFEST:
-                    fleet = manifest.load(Path(folder, name))
-                    manifest.check_distinct(fleet)
-                    limits.check_machines(fleet)
+                    fleet, where = manifest.load(Path(folder, name)), manifest.places(text)
+                    for check in (manifest.check_distinct, limits.check_machines):
+                        try:
+                            check(fleet, where)
+                        except TotoError as error:
+                            wrong.append(str(error))
                 else:
-                    limits.within(settings.load(Path(folder)))
+                    limits.within(settings.load(Path(folder)), text)
             except TotoError as error:
                 wrong.append(str(error))
     return wrong

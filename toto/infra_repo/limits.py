@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from toto.base import server_rules
 from toto.base.errors import InputError
-from toto.infra_repo import manifest, settings
-from toto.infra_repo.manifest import Manifest, ManifestError
+from toto.infra_repo import settings
+from toto.infra_repo.manifest import Manifest, ManifestError, Where, somewhere
 from toto.infra_repo.settings import Settings, SettingsError
 
 HOUR: Final = 3600.0
@@ -49,8 +49,11 @@ def load() -> dict[str, float]:
     return MOST | own
 
 
-def within(chosen: Settings) -> Settings:
-    """The settings, with defaults that are too high lowered. Raises `SettingsError` for values that are too high."""
+def within(chosen: Settings, text: str = "") -> Settings:
+    """The settings, with defaults that are too high lowered. Raises `SettingsError` for values that are too high.
+
+    `text` is that of the file, for the lines of what is wrong.
+    """
     most = load()
     problems: list[str] = []
     changed: dict[str, BaseModel] = {}
@@ -59,7 +62,8 @@ def within(chosen: Settings) -> Settings:
         lowered: dict[str, Any] = {}
         for key, value, limit in _above(part, section, most):
             if key in part.model_fields_set:
-                problems.append(f"{settings.FILE}: {section}.{key}: {_words(value, limit, f'{section}.{key}')}")
+                what = _words(value, limit, f"{section}.{key}")
+                problems.append(settings.problem((section, key), what, settings.line_of(text, (section, key))))
             else:
                 lowered[key] = type(value)(limit)
         changed[section] = part.model_copy(update=lowered)
@@ -68,11 +72,11 @@ def within(chosen: Settings) -> Settings:
     return chosen.model_copy(update=changed)
 
 
-def check_machines(fleet: Manifest) -> None:
+def check_machines(fleet: Manifest, where: Where = somewhere) -> None:
     """Raise `ManifestError` when a machine asks for more than this server allows."""
     most = load()
     problems = [
-        f"{manifest.FILE}: {name}: {key}: {_words(value, limit, f'machine.{key}')}"
+        f"{where(name, key)}: {name}: {key}: {_words(value, limit, f'machine.{key}')}"
         for name, machine in fleet.machines.items()
         for key, value, limit in _above(machine, "machine", most)
     ]

@@ -6,8 +6,10 @@ the machines; `hosts/` in the infra repo says what runs on them.
 `python -m toto.infra_repo.manifest` prints the JSON schema of the file, for editors.
 """
 
+import contextlib
+import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
@@ -15,7 +17,7 @@ from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validato
 
 from toto.base.after import in_order
 from toto.base.model import Fields, Location, Model, shown
-from toto.base.yaml_file import FileError, Reading, quoted, read_text
+from toto.base.yaml_file import FileError, Reading, Unreadable, quoted, read_text
 from toto.infra_repo.fields import (
     Distinct,
     Freeze,
@@ -32,6 +34,7 @@ from toto.infra_repo.fields import (
 )
 
 FILE: Final = "machines.yaml"
+Where: TypeAlias = Callable[[str, str], str]
 
 
 class ManifestError(FileError):
@@ -151,7 +154,20 @@ def parse(text: str) -> Manifest:
     return _read(FILE, lambda: text)
 
 
-def check_distinct(fleet: Manifest) -> None:
+def places(text: str) -> Where:
+    """Where each machine's fields are in the text of a manifest: `machines.yaml:7`."""
+    reading = _Reading(FILE)
+    with contextlib.suppress(Unreadable):
+        reading.manifest(text)
+    return lambda name, field: f"{FILE}:{reading.line((*reading.places.get(name.lower(), ()), field))}"
+
+
+def somewhere(name: str, field: str) -> str:
+    """Where a machine's field is when the text of the manifest is not at hand: `machines.yaml`."""
+    return FILE
+
+
+def check_distinct(fleet: Manifest, where: Where = somewhere) -> None:
     """Raise `ManifestError` when two names are one machine: a commit that says so is not deployed.
 
     (`load` bears it, for what is deployed already has to be understood.)
@@ -162,7 +178,7 @@ def check_distinct(fleet: Manifest) -> None:
         place = (plain_address(machine.address), machine.ssh.port)
         if machine.deployed and (other := known.setdefault(place, name)) != name:
             problems.append(
-                f"{FILE}: {name}: address: {machine.address}, port {machine.ssh.port}, is {other}'s: "
+                f"{where(name, 'address')}: {name}: address: {machine.address}, port {machine.ssh.port}, is {other}'s: "
                 "one machine has one name"
             )
     if problems:
@@ -203,12 +219,18 @@ def json_schema() -> dict[str, Any]:
 Relation: TypeAlias = tuple[str, Location, str]
 
 
-def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
-    """The mistakes in how machines refer to each other: (machine, field, what)."""
+def _relations(machines: Mapping[str, Machine], wrong: Collection[str] = ()) -> Iterator[Relation]:
+    """The mistakes in how machines refer to each other: (machine, field, what).
+
+    `wrong` are the names of further machines, which have mistakes of their own.
+    """
     for machine in machines.values():
         for index, other in enumerate(machine.after):
             if other not in machines:
-                yield machine.name, ("after", index), f"there is no machine {shown(other)}"
+                if other not in wrong:
+                    close = difflib.get_close_matches(other, [*machines, *wrong], n=1)
+                    meant = f"; did you mean '{close[0]}'?" if close else ""
+                    yield machine.name, ("after", index), f"there is no machine {shown(other)}{meant}"
             elif machines[other].wave > machine.wave:
                 waves = f"wave {machines[other].wave}, which comes after this machine's wave {machine.wave}"
                 yield machine.name, ("after", index), f"{other} is in {waves}"
@@ -217,7 +239,11 @@ def _relations(machines: Mapping[str, Machine]) -> Iterator[Relation]:
 
 
 class _Reading(Reading):
-    """One reading of a manifest."""
+    """One reading of a manifest. `places` are those of the machines, by their names in lower case."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(file)
+        self.places: dict[str, Location] = {}
 
     def manifest(self, text: str) -> Manifest:
         root = self.document(text, empty="it should begin with `machines:`")
@@ -230,12 +256,14 @@ class _Reading(Reading):
             self.problem(1, "machines", "is missing")
             return Manifest()
         machines: dict[str, Machine] = {}
-        places: dict[str, Location] = {}
+        places = self.places
+        names: set[str] = set()
         for place, label, fields in self.entries(root["machines"]):
             machine = self.validated(Machine, fields, place, label)
             name = fields.get("name") if isinstance(fields, dict) else None
             if not isinstance(name, str):
                 continue
+            names.add(name)
             if name.lower() in places:
                 first = self.line(places[name.lower()])
                 self.problem(
@@ -248,10 +276,9 @@ class _Reading(Reading):
             places[name.lower()] = place
             if machine is not None:
                 machines[name] = machine
-        if not self.problems:
-            for name, where, what in _relations(machines):
-                place = places[name.lower()]
-                self.problem(self.line((*place, *where)), name, str(where[0]), what)
+        for name, where, what in _relations(machines, names - machines.keys()):
+            place = places[name.lower()]
+            self.problem(self.line((*place, *where)), name, str(where[0]), what)
         return Manifest() if self.problems else Manifest(machines=machines)
 
     def entries(self, machines: object) -> Iterator[tuple[Location, str, object]]:

@@ -256,7 +256,7 @@ def load(tree: Path, *, deployed: bool = False) -> Settings:
     except ValidationError as error:
         raise SettingsError(
             [
-                problem(location, what, _line(text, location) if number < _LOCATED else None)
+                problem(location, what, line_of(text, location) if number < _LOCATED else None)
                 for number, (location, what) in enumerate(explain(error, Settings))
             ]
         ) from None
@@ -268,7 +268,7 @@ def problem(location: Location, what: str, line: int | None = None) -> str:
     return f"{where}: {'.'.join(_key(part) for part in location if part != '[key]')}: {what}"
 
 
-def _line(text: str, location: Location) -> int | None:
+def line_of(text: str, location: Location) -> int | None:
     """The line that sets `location`, when that is one line: the file has it with this line, and not without it."""
     path = [part for part in location if part != "[key]"]
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
