@@ -6,17 +6,22 @@ A push, Prefect's UI or `prefect deployment run` starts a run; no command here d
 import argparse
 import asyncio
 import contextlib
+import difflib
 import getpass
 import os
 import pwd
+import re
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import uuid
 from pathlib import Path
+from typing import Any, Final, NoReturn
 
-from toto.base import paths, runs, server_rules
+from toto.base import paths, process, runs, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import ServerError, saved_auth
 from toto.git_host import access, follow, receive, shared
@@ -34,6 +39,15 @@ from toto.plan.changes import table
 from toto.server import database_move, environment, migrate
 from toto.server import serve as server
 
+_NARROWEST: Final = 40  # columns of a terminal for which lines are folded
+_MOST: Final = 5  # repositories that an error names
+_AS_IT_IS: Final[dict[str, Any]] = {
+    "replace_whitespace": False,
+    "drop_whitespace": True,
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
+
 
 def main() -> None:
     """The console script. Exit status 0, 1 when a host does not evaluate, 2 for an error of input or tools."""
@@ -43,6 +57,8 @@ def main() -> None:
         sys.exit(server.main(sys.argv[2:]))
     if sys.argv[1:2] == ["nix-daemon"]:
         sys.exit(nix_daemon.main(sys.argv[2:]))
+    if not sys.argv[1:]:
+        sys.argv.append("--help")
     try:
         try:
             arguments = _parser().parse_args()
@@ -60,11 +76,60 @@ def main() -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="toto", description=__doc__)
+class _Parser(argparse.ArgumentParser):
+    """Says of a wrong word what was meant, and not all that there is."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            close = difflib.get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), n=1)
+            meant = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists what there is"
+            self.exit(2, f"{self.prog}: there is no {process.shorten(ascii(wrong[1]), 60)}: {meant}\n")
+        super().error(message)
+
+
+def _print(text: str) -> None:
+    """Print text, its lines folded where a terminal is narrower."""
+    width = shutil.get_terminal_size((0, 0)).columns
+    for line in text.splitlines():
+        fits = len(line) <= width or width < _NARROWEST
+        print(line if fits else textwrap.fill(line, width, subsequent_indent="    ", **_AS_IT_IS))
+
+
+def _infra(chosen: Path | None) -> Path:
+    """The infra repo that is meant: the one named, that of this directory, or the only one on toto."""
+    if chosen is not None:
+        return git.bare(chosen)
+    with contextlib.suppress(InputError):
+        return git.bare(Path())
+    there = git_host.infra_repos(git_host.default_repos())
+    if len(there) == 1:
+        return git.bare(there[0])
+    raise InputError(
+        "this directory is no infra repo",
+        hint="say which: --repo " + (f"with one of {', '.join(map(str, there[:_MOST]))}" if there else "PATH"),
+    )
+
+
+def _on_toto(repos: Path, name: str) -> Path:
+    """A repository of the git host's. Raises `InputError` when there is none of this name."""
+    path = access.path_of(repos.absolute(), access.check_name(name))
+    if not path.exists():
+        there = [each.name.removesuffix(".git") for each in git_host.infra_repos(repos.absolute())]
+        close = difflib.get_close_matches(name, there, n=1)
+        raise InputError(
+            f"there is no repository {name}",
+            hint=f"did you mean {close[0]}?" if close else f"`toto repo create {name}` makes it",
+        )
+    return git.bare(path)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="toto", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    repo = argparse.ArgumentParser(add_help=False)
-    repo.add_argument("--repo", type=Path, default=Path(), help="the infra repo on toto (default: this directory)")
+    repo = _Parser(add_help=False)
+    repo.add_argument(
+        "--repo", type=Path, help="the infra repo on toto (default: this directory, or else toto's only one)"
+    )
 
     planning = verbs.add_parser("plan", parents=[repo], help="show what a commit would change, and why; touch nothing")
     planning.add_argument("--commit", default="HEAD", help="commit, tag or branch (default: the deployed branch)")
@@ -163,9 +228,9 @@ async def _migrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _database_verbs(parser: argparse.ArgumentParser) -> None:
+def _database_verbs(parser: _Parser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    where = argparse.ArgumentParser(add_help=False)
+    where = _Parser(add_help=False)
     where.add_argument(
         "--home",
         type=Path,
@@ -191,9 +256,9 @@ def _database_verbs(parser: argparse.ArgumentParser) -> None:
     upgrading.set_defaults(run=_database_upgrade)
 
 
-def _where() -> argparse.ArgumentParser:
+def _where() -> _Parser:
     """The option that says where the repositories are."""
-    where = argparse.ArgumentParser(add_help=False)
+    where = _Parser(add_help=False)
     where.add_argument(
         "--repos",
         type=Path,
@@ -203,7 +268,7 @@ def _where() -> argparse.ArgumentParser:
     return where
 
 
-def _machine_verbs(parser: argparse.ArgumentParser) -> None:
+def _machine_verbs(parser: _Parser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     listing = verbs.add_parser("list", help="show every machine that was deployed, and its repository")
     listing.set_defaults(run=_machine_list)
@@ -214,10 +279,10 @@ def _machine_verbs(parser: argparse.ArgumentParser) -> None:
     moving.set_defaults(run=_machine_move)
 
 
-def _repo_verbs(parser: argparse.ArgumentParser) -> None:
+def _repo_verbs(parser: _Parser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     where = _where()
-    policy = argparse.ArgumentParser(add_help=False, parents=[where], argument_default=argparse.SUPPRESS)
+    policy = _Parser(add_help=False, parents=[where], argument_default=argparse.SUPPRESS)
     policy.add_argument("name", metavar="NAME")
     policy.add_argument("--branch", help="the deployed branch")
     policy.add_argument(
@@ -254,17 +319,17 @@ def _repo_verbs(parser: argparse.ArgumentParser) -> None:
 
 
 async def _plan(arguments: argparse.Namespace) -> int:
-    repo = git.bare(arguments.repo)
+    repo = _infra(arguments.repo)
     run = f"plan-{uuid.uuid4()}"
     async with runs.claimed(repo, run):
         made = await plan.make(repo, git.resolve(repo, arguments.commit), run, arguments.only)
-        print(made.changes.text(await plan.previews(made.orders, build=not arguments.no_build)))
+        _print(made.changes.text(await plan.previews(made.orders, build=not arguments.no_build)))
     return 1 if made.changes.failed else 0
 
 
 async def _status(arguments: argparse.Namespace) -> int:
     rows = []
-    for target, entry in sorted(Ledger(git.bare(arguments.repo)).read().entries.items()):
+    for target, entry in sorted(Ledger(_infra(arguments.repo)).read().entries.items()):
         state = "good" if entry.good else "rehearsed only" if entry.rehearsed else "not deployed"
         if entry.accepted:
             state = f"accepted by {entry.accepted.by}: {entry.accepted.why}"
@@ -283,15 +348,15 @@ async def _status(arguments: argparse.Namespace) -> int:
                 "state": state,
             }
         )
-    print(table(rows, ("target", "commit", "since", "state")) if rows else "nothing was deployed from here yet")
+    _print(table(rows, ("target", "commit", "since", "state")) if rows else "nothing was deployed from here yet")
     return 0
 
 
 async def _log(arguments: argparse.Namespace) -> int:
     done = await git.git(
-        git.bare(arguments.repo), "log", f"--max-count={arguments.n}", "--format=%cI  %s", REF, check=False
+        _infra(arguments.repo), "log", f"--max-count={arguments.n}", "--format=%cI  %s", REF, check=False
     )
-    print(done.stdout if done.status == 0 else "nothing was deployed from here yet", end="")
+    _print(done.stdout.rstrip() if done.status == 0 else "nothing was deployed from here yet")
     return 0
 
 
@@ -407,7 +472,7 @@ async def _machine_list(arguments: argparse.Namespace) -> int:
         {"machine": name, "repository": shared.name_of(each.repo), "address": each.address, "since": each.at}
         for name, each in sorted(owners.read().machines.items())
     ]
-    print(table(rows, ("machine", "repository", "address", "since")) if rows else "no machine was deployed yet")
+    _print(table(rows, ("machine", "repository", "address", "since")) if rows else "no machine was deployed yet")
     return 0
 
 
@@ -421,7 +486,7 @@ async def _machine_move(arguments: argparse.Namespace) -> int:
 
 
 async def _key(arguments: argparse.Namespace) -> int:
-    repo = git.bare(access.path_of(arguments.repos.absolute(), access.check_name(arguments.name)))
+    repo = _on_toto(arguments.repos, arguments.name)
     try:
         name = check_key_name(arguments.key or keys.MACHINES)
     except ValueError as error:

@@ -346,9 +346,7 @@ async def _wrong_files(update: Update) -> list[str]:
             },
         )
         for name in there:
-            text = ""
-            with contextlib.suppress(OSError), Path(folder, name).open("rb") as file:  # (else it is told below)
-                text = file.read(settings.LARGEST).decode(errors="replace")
+            text = _text(Path(folder, name), settings.LARGEST)
             try:
                 if name == MANIFEST:
                     fleet, where = manifest.load(Path(folder, name)), manifest.places(text)
@@ -362,6 +360,13 @@ async def _wrong_files(update: Update) -> list[str]:
             except TotoError as error:
                 wrong.append(str(error))
     return wrong
+
+
+def _text(path: Path, most: int) -> str:
+    """The text of a file, or "" where it cannot be read: then it is told why elsewhere."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(most).decode(errors="replace")
+    return ""
 
 
 async def _unfinished(update: Update, repo: Path) -> list[str]:

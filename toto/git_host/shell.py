@@ -189,6 +189,8 @@ def _asked(words: list[str], user: str) -> tuple[str, str]:
             return service, repo
         case [program, repo] if program.removeprefix("git-") in SERVICES and program.startswith("git-"):
             return program.removeprefix("git-"), repo
+        case [verb, *_] if usage := next((each for each in COMMANDS if each.split()[0] == verb), None):
+            raise InputError("that is not how it is asked for", hint=f"ssh toto {usage}")
         case []:
             raise InputError(f"hello {user}: this is a git host, it runs nothing but git", hint=hint)
     raise InputError("only git's push and fetch are allowed here", hint=hint)
