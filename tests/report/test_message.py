@@ -51,6 +51,32 @@ http://toto:4200/runs/flow-run/1"""
     )
 
 
+def test_an_error_of_several_hosts_reads_like_this() -> None:
+    made = report("a", "b", "c")
+    for name in ("a", "b", "c"):
+        error = f"does not evaluate (hosts/{name}.nix):\nerror: option `x' is gone"
+        made.failure(name, "evaluation", TotoError(error, target=name, hint=f"fix hosts/{name}.nix and push again"))
+    sent = message(made)
+    assert (
+        f"{sent.title}\n\n{sent.text()}"
+        == """\
+[infra] a, b, c: evaluation failed
+
+a, b, c: evaluation failed: does not evaluate (hosts/{a,b,c}.nix)
+    error: option `x' is gone
+next: fix hosts/{a,b,c}.nix and push again
+
+nothing was touched
+
+12345678 a page of its own (Ada)
+http://toto:4200/runs/flow-run/1"""
+    )
+    alone = report("a")
+    text = "does not evaluate (hosts/a.nix):\nerror: option `x' is gone"
+    alone.failure("a", "evaluation", TotoError(text, target="a", hint="fix hosts/a.nix and push again"))
+    assert message(alone).problems[0].key == sent.problems[0].key, "it is no news that others have it too"
+
+
 def test_slack_reads_like_this() -> None:
     assert (
         failed().text(SLACK)

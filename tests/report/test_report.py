@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.report import as_markdown, markdown_table
+from tasks.report import as_markdown, markdown_table, plan_page
 from tests.plan.test_changes import host, manifest
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine, Manifest
@@ -137,6 +137,88 @@ def test_a_revert_says_what_failed_and_what_was_reverted(back: list[Reverted], s
     assert page.index("web.service failed") < page.index("## Reverted")
     for each in back:
         assert (each.error or each.to) in page
+
+
+def test_the_report_of_a_revert_reads_like_this() -> None:
+    made = report("a", "b", "c")
+    made.outcome["a"] = "deployed"
+    made.rehearsals |= {"a": "3 tests passed", "b": "2 tests passed"}
+    made.failure("c", "rehearsal", TotoError("it did not boot within 300 s", target="c", hint="read its console"))
+    made.failure(
+        "b",
+        "roll-out",
+        TotoError("smoke tests failed:\n  not ok 1 - welcome", target="b", hint="fix it, and push again"),
+    )
+    made.reverted = [
+        Reverted("b", "", "b: ssh does not reach it\nnext: is 192.0.2.2 up?"),
+        Reverted("a", "/nix/store/y"),
+    ]
+    assert (
+        as_markdown(made)
+        == """\
+# 🔴 12345678 failed: a reverted; b COULD NOT BE REVERTED
+
+## b COULD NOT BE REVERTED
+
+**Next:** is 192.0.2.2 up?
+
+```text
+ssh does not reach it
+```
+
+## b: roll-out failed
+
+**Next:** fix it, and push again
+
+```text
+smoke tests failed:
+  not ok 1 - welcome
+```
+
+## c: rehearsal failed
+
+**Next:** read its console
+
+```text
+it did not boot within 300 s
+```
+
+## Reverted
+
+| target | result | what it is now |
+| --- | --- | --- |
+| b | could not be reverted |  |
+| a | reverted | /nix/store/y |
+
+## Targets
+
+| target | result | more |
+| --- | --- | --- |
+| a | deployed, reverted | 3 tests passed |
+| b | roll-out failed, COULD NOT BE REVERTED |  |
+| c | rehearsal failed |  |"""
+    )
+
+
+def test_the_plan_with_a_diff_reads_like_this() -> None:
+    differences = {"a": "nothing in the closure", "b": "+ htop: 3.2\n- vim: 9.0\n~ ConfigMap/x\n    + data.y: 1"}
+    assert (
+        plan_page(report("a", "b").changes, differences)
+        == """\
+| target | action | why | what changes |
+| --- | --- | --- | --- |
+| host/a | deploy | new | nothing in the closure |
+| host/b | deploy | new | see below |
+
+## b
+
+```diff
++ htop: 3.2
+- vim: 9.0
+~ ConfigMap/x
++     data.y: 1
+```"""
+    )
 
 
 def test_the_cause_of_a_revert_is_what_failed_on_a_machine() -> None:
