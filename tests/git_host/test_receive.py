@@ -55,14 +55,14 @@ def test_mistakes_in_manifest_and_settings_are_reported_with_their_lines(pusher:
             "toto.toml": "[sandbox]\nmemroy = 3\n",
         },
     )
-    said = [line.removeprefix("remote: ").rstrip() for line in refused(pusher).splitlines() if "toto: " in line]
-    assert "\n".join(said) == (
+    lines = (line.removeprefix("remote: ").rstrip() for line in refused(pusher).splitlines())
+    assert "\n".join(line for line in lines if line.startswith("toto: ")) == (
         """\
 toto: machines.yaml:2: web1: address: is missing
 toto: machines.yaml:3: web1: adress: is not a known field; did you mean 'address'?
-toto: machines.yaml:4: 'we b': address: is missing
 toto: machines.yaml:4: 'we b': name: should be 1 to 63 letters, digits, '-', '_' and single dots, begin with a letter \
 or digit and not end in a dot, not 'we b'
+toto: machines.yaml:4: 'we b': address: is missing
 toto: toto.toml:2: sandbox.memroy: is not a known field; did you mean 'memory'?
 toto: nothing was accepted"""
     )
