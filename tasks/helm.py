@@ -106,7 +106,8 @@ async def try_to_compare(order: ReleaseOrder) -> tuple[Difference | None, str]:
     if access is None:
         return None, "rendered without the cluster's credentials, which this run does not get: not compared with it"
     try:
-        difference = await helm.difference(release, order.tree, before=_before(order))
+        masks = await _masks_of_last(order, helm)
+        difference = await helm.difference(release, order.tree, before=_before(order), masks=masks)
     except ClusterUnreachable as error:
         get_run_logger().warning("%s", error)
         return None, "rendered, and not compared with the cluster: the credentials that only read do not get there"

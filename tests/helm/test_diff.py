@@ -189,12 +189,13 @@ def test_every_resource_and_every_image_is_named_however_much_changes() -> None:
 
 def test_an_image_is_named_in_a_container_that_comes_and_in_an_argument() -> None:
     long = ", ".join(f"{{name: E{n}, value: x}}" for n in range(100))
-    first = "{name: a, args: ['--reloader=quay.io/x/y:v1']}"
+    first = f"{{name: a, args: ['--reloader=quay.io/x/y:v1'], image: 'web@sha256:{'0' * 300}v1'}}"
     more = f"{{name: b, env: [{long}], image: 'b:2'}}"
     lines = fields(
         deployment(f"{{containers: [{first}]}}"), deployment(f"{{containers: [{first.replace('v1', 'v2')}, {more}]}}")
     )
     where = "spec.template.spec.containers"
+    assert f"    {where}[a].image: web@sha256:{'0' * 300}v1 → web@sha256:{'0' * 300}v2" in lines
     assert f"    + {where}[b].image: b:2" in lines
     assert f"    {where}[a].args[0]: --reloader=quay.io/x/y:v1 → --reloader=quay.io/x/y:v2" in lines
 

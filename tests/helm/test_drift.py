@@ -72,6 +72,7 @@ def test_drift_is_shown_from_what_is_stated_to_what_is_live() -> None:
             "{webhooks: [{name: w, clientConfig: {caBundle: x}}]}",
         ),
         ("{replicas: 1.0}", "{replicas: 1}"),
+        ("{rules: [], x: {}, y: false}", "{rules: null, x: null, y: null}"),
     ],
 )
 def test_what_the_server_writes_its_own_way_is_no_drift(stated: str, live: str) -> None:
@@ -114,6 +115,14 @@ def test_what_differed_just_after_the_roll_out_is_known_and_only_that() -> None:
         "    spec.template.spec.y: 1 → 2",
     ]
     assert drifted(stated, deployment("{x: by hand, y: 1}") + secret(password=POISON), known=then.marks) != []
+
+
+def test_what_is_to_come_is_said_from_what_is_live() -> None:
+    stated, live = parse(deployment("{x: new, y: 1}")), parse(deployment("{x: old}"))
+    assert drift(stated, live, to_come=True).difference.lines()[1:] == [
+        "    spec.template.spec.x: old → new",
+        "    + spec.template.spec.y: 1",
+    ]
 
 
 def test_a_kind_that_is_gone_is_told_and_hides_no_other() -> None:

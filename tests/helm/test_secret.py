@@ -9,14 +9,13 @@ import pytest
 from tests.helm.test_release import CHART, one
 from toto.helm.diff import masks_of
 from toto.helm.manifest import parse
-from toto.helm.secret import Masks, names_in_values, of_values
+from toto.helm.secret import Masks, of_values
 
 
 def masks(tree: Path, files: dict[str, str], text: str = "") -> set[str]:
     """What is masked by the values of a release."""
     release = one(tree, text, {"helm/web/Chart.yaml": CHART, **files})
-    found = Masks.worth(of_values(release, tree), names_in_values(release, tree)).texts
-    return set(found)
+    return set(Masks.worth(*of_values(release, tree)).texts)
 
 
 def test_values_of_keys_that_sound_like_secrets_are_known(tmp_path: Path) -> None:

@@ -584,7 +584,9 @@ class Helm:
     async def _differing_crds(self, release: Release, chart: Path) -> Difference:
         """The CRDs of a chart's `crds/` that the cluster does not have (`removed`), or has different."""
         wanted = own.crds_of(chart)
-        return drifts.drift(wanted, await self._live(release, wanted)).difference if wanted else Difference()
+        if not wanted:
+            return Difference()
+        return drifts.drift(wanted, await self._live(release, wanted), to_come=True).difference
 
     async def _apply_crds(self, release: Release, chart: Path) -> None:
         """Create and change the CRDs of a chart's `crds/`, by a release that is gone again afterwards.

@@ -18,9 +18,11 @@ from toto.helm.manifest import Key, Resource
 from toto.helm.secret import MASK, Hidden, Masks
 
 LONGEST_LINE: Final = 300  # characters
+LONGEST_IMAGE: Final = 1_500
 MOST_LINES: Final = 120  # for fields; resources and images are not counted
 MOST_OF_A_FIELD: Final = 15  # lines
 MOST_FIELDS: Final = 2_000  # that are looked at of one resource
+MOST_NAMED: Final = 3  # in a summary
 
 IMAGE, ORDINARY, LAST = range(3)  # what is shown first when there is not room for all
 
@@ -117,7 +119,8 @@ class Difference:
             counts.append((len(self.crds), "apply (CRDs)"))
         nothing = "nothing to change" if self.identical else "only its order or form changes"
         said = ", ".join(f"{count} to {what}" for count, what in counts if count) or nothing
-        said = f"{said}; not applied: {', '.join(self.left_out)}" if self.left_out else said
+        if left := self.left_out:
+            said += f"; not applied: {', '.join(left) if len(left) <= MOST_NAMED else f'{len(left)} CRDs'}"
         return f"{said}; not checked by the cluster yet: {'; '.join(self.unchecked)}" if self.unchecked else said
 
     def __str__(self) -> str:
@@ -132,7 +135,8 @@ def _lines_of(one: Field) -> tuple[str, ...]:
 def _chosen(changes: Sequence[Change], most: int) -> list[list[Field]]:
     """The fields of each change that there is room for: every image, then in turn one of each resource."""
     chosen: list[set[int]] = [{n for n, one in enumerate(each.fields) if one.rank == IMAGE} for each in changes]
-    for rank in (ORDINARY, LAST):
+    for rank, room in ((ORDINARY, most), (LAST, most // 4)):
+        most = min(most, room)
         ranked = [[n for n, one in enumerate(each.fields) if one.rank == rank] for each in changes]
         for row in itertools.zip_longest(*ranked):
             for number, index in enumerate(row):
@@ -232,7 +236,8 @@ class _Comparison:
 
     def _field(self, path: str, *lines: str, values: Sequence[object] = (), image: bool = False) -> Field:
         # Mask before shortening: half of a secret is a secret too.
-        cut = tuple(process.shorten(self.masks(line), LONGEST_LINE) for line in lines)
+        longest = LONGEST_IMAGE if _IMAGE.search(path) else LONGEST_LINE
+        cut = tuple(process.shorten(self.masks(line), longest) for line in lines)
         image = image or any(isinstance(each, str) and _is_image(each) for each in values)
         return Field(cut, IMAGE if image else rank_of(self.key, path))
 

@@ -63,16 +63,18 @@ def drift(
     known: Collection[str] = (),
     absent: Collection[Key] = (),
     masks: Iterable[str] = (),
+    to_come: bool = False,
 ) -> Drift:
     """Where the `live` resources differ from a manifest.
 
     `known` are marks of an earlier drift, which are left out. `absent` are those whose kind the cluster does not have.
+    With `to_come` it is said as a change from what is live to what the manifest states.
     """
     hidden = masks_of([*stated.values(), *live.values()], masks)
     marks: list[str] = []
     changes = []
     for key in sorted(stated.keys() & live.keys()):
-        comparison = _Comparison(key, hidden)
+        comparison = _Comparison(key, hidden, to_come)
         comparison.find(stated[key], live[key])
         marks += (mark for _, mark in comparison.found)
         if fields := [each for each, mark in comparison.found if not mark or mark not in known]:
@@ -88,6 +90,7 @@ class _Comparison:
 
     key: Key
     masks: Masks
+    to_come: bool = False
     found: list[tuple[Field, str]] = field(default_factory=list)
     _seen: set[tuple[int, int]] = field(default_factory=set)
 
@@ -105,6 +108,8 @@ class _Comparison:
     def _of(self, stated: Any, live: Any, path: str, *, verbatim: bool) -> Iterator[tuple[str, str, bool]]:
         if path in _THE_SERVERS or path.endswith("caBundle") or _unsaid(stated, verbatim=verbatim):
             return
+        if _empty(stated) and _empty(live):
+            return
         if isinstance(stated, dict | list):
             if (id(stated), id(live)) in self._seen:
                 return
@@ -119,7 +124,8 @@ class _Comparison:
                 for number, (one, other) in enumerate(zip(stated, live, strict=True)):
                     yield from self._of(one, other, f"{path}[{number}]", verbatim=verbatim)
             case _ if not _same_value(stated, live, exact=verbatim):
-                yield path, f"{path}: {changed(stated, live, self.masks)}", isinstance(stated, Hidden)
+                old, new = (live, stated) if self.to_come else (stated, live)
+                yield path, f"{path}: {changed(old, new, self.masks)}", isinstance(stated, Hidden)
 
     def _of_mapping(
         self, stated: Mapping[Any, Any], live: Mapping[Any, Any], path: str, *, verbatim: bool
@@ -129,7 +135,7 @@ class _Comparison:
             if key in live:
                 yield from self._of(each, live[key], where, verbatim=exact)
             elif not _empty(each):
-                yield where, f"- {where}: {shown(each)}", isinstance(each, Hidden)
+                yield where, f"{'+' if self.to_come else '-'} {where}: {shown(each)}", isinstance(each, Hidden)
 
 
 def _unsaid(value: object, *, verbatim: bool) -> bool:

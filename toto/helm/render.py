@@ -1,5 +1,6 @@
 """Renders a pushed chart with helm in a cell, which has no cluster and no kubeconfig; fetches the remote ones."""
 
+import asyncio
 import hashlib
 import json
 import re
@@ -54,7 +55,7 @@ class Renderer:
         """
         if release.remote:
             return
-        command, place = await self._in_cell(release, tree)
+        command, place = await self._in_cell(release, tree, Masks())
         rest, wrong = [(release.chart, place)], list[str]()
         while rest and not wrong:
             chart, place = rest.pop()
@@ -76,7 +77,7 @@ class Renderer:
 
     async def lint(self, release: Release, tree: Path) -> tuple[str, ...]:
         """The warnings of `helm lint`. Raises `RenderFailed`, `ChartUnavailable`."""
-        command, chart = await self._in_cell(release, tree)
+        command, chart = await self._in_cell(release, tree, Masks.worth(*await self.secrets(release, tree)))
         done = await command.attempt(["lint", chart, "--quiet", *_values(release)])
         said = _by_names_of_the_repo(command.clean(f"{done.stdout}\n{done.stderr}"), release, tree)
         if done.status != 0:
@@ -91,7 +92,7 @@ class Renderer:
         A new release brings the kinds of its chart's `crds/`, so it finds them among the cluster's. Raises
         `RenderFailed`, `ChartUnavailable`.
         """
-        command, chart = await self._in_cell(release, tree)
+        command, chart = await self._in_cell(release, tree, Masks.worth(*await self.secrets(release, tree)))
         words = ["template", release.name, chart, "--namespace", release.namespace, "--include-crds", *_values(release)]
         words += [*([] if new else ["--is-upgrade"]), *(["--kube-version", kube] if kube else [])]
         try:
@@ -110,7 +111,7 @@ class Renderer:
 
     async def wrap(self, release: Release, tree: Path, rendered: Rendered, chart: Path, run: str) -> None:
         """Write a chart that renders to exactly `rendered`, under the name and version of the release's chart."""
-        command, place = await self._in_cell(release, tree)
+        command, place = await self._in_cell(release, tree, Masks())
         (said, *_) = manifest.load((await command.run(["show", "chart", place])).decode())
         facts = {key: said[key] for key in ("name", "version", "appVersion") if key in said}
         own.write(
@@ -128,7 +129,7 @@ class Renderer:
         Raises `ChartUnavailable`.
         """
         archive = await self.chart(release, tree) if release.remote else None
-        return secret.of_values(release, tree, archive), secret.names_in_values(release, tree, archive)
+        return await asyncio.to_thread(secret.of_values, release, tree, archive)
 
     async def chart(self, release: Release, tree: Path) -> Path:
         """The chart's folder or archive. A remote chart is fetched once, so the rehearsed chart is the deployed one.
@@ -147,7 +148,7 @@ class Renderer:
             files.write_bytes(kept / "chart.tgz", archive, 0o644)
         return next(kept.glob("*.tgz"))
 
-    async def _in_cell(self, release: Release, tree: Path) -> tuple[Command, Path]:
+    async def _in_cell(self, release: Release, tree: Path, masks: Masks) -> tuple[Command, Path]:
         """helm in a cell that sees the commit's files, and the path of the release's chart there.
 
         The cell has no network, no kubeconfig and no cluster. Raises `ChartUnavailable`.
@@ -164,7 +165,7 @@ class Renderer:
             timeout=2 * self.patience,
             failure=RenderFailed,
             target=release.label,
-            secrets=Masks.worth(*await self.secrets(release, tree)).texts,
+            secrets=masks.texts,
             cell=cell,
         )
         return command, _CHART if release.remote else _REPO / release.chart

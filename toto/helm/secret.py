@@ -26,6 +26,7 @@ from toto.helm.release import Release
 
 SHORTEST: Final = 6  # characters: a shorter text turns up everywhere by chance
 LARGEST: Final = 4_000_000  # bytes of values that are read of one file
+MOST: Final = 8_000_000  # bytes of values that are read of one release
 MOST_FILES: Final = 2_000  # of an archive that are looked at
 MOST_UNPACKED: Final = 100_000_000  # bytes
 MASK: Final = "******"
@@ -67,12 +68,16 @@ def of_manifest(resources: Iterable[Resource]) -> set[str]:
     return found
 
 
-def of_values(release: Release, tree: Path, archive: Path | None = None) -> set[str]:
-    """The texts that the values of a release call secret: in its files, in its chart's own and in those of its parts.
+def of_values(release: Release, tree: Path, archive: Path | None = None) -> tuple[set[str], set[str]]:
+    """The texts that the values of a release call secret, and words that are none: their keys, the release's names.
 
-    `archive` is the chart, when it is a remote one.
+    Its files of values, its chart's own and those of its parts are read. `archive` is the chart, if it is a remote one.
     """
-    return {text for each in _documents(release, tree, archive) for text in _sensitive(each, False, set())}
+    texts, names = set[str](), {release.name, release.namespace, Path(release.chart).name}
+    for each in _documents(release, tree, archive):
+        texts.update(_sensitive(each, False, set()))
+        names.update(_keys(each, set()))
+    return texts, names | {word for each in names for word in re.split(r"[^A-Za-z]+", each)}
 
 
 @dataclass(frozen=True)
@@ -158,21 +163,13 @@ def data(secret: Resource) -> dict[str, str]:
     }
 
 
-def names_in_values(release: Release, tree: Path, archive: Path | None = None) -> set[str]:
-    """The words that are keys in the values, and the release's own names."""
-    found = {release.name, release.namespace, Path(release.chart).name}
-    seen: set[int] = set()
-
-    def look(value: object) -> None:
-        if isinstance(value, dict | list) and id(value) not in seen:
-            seen.add(id(value))
-            found.update(str(each) for each in value if isinstance(value, dict))
-            for each in value.values() if isinstance(value, dict) else value:
-                look(each)
-
-    for document in _documents(release, tree, archive):
-        look(document)
-    return found | {word for each in found for word in re.split(r"[^A-Za-z]+", each)}
+def _keys(value: object, seen: set[int]) -> Iterator[str]:
+    if isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            yield from map(str, value)
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _keys(each, seen)
 
 
 def _is_secret(text: str, public: Container[str]) -> bool:
@@ -200,7 +197,11 @@ def _sensitive(value: object, under: bool, seen: set[tuple[int, bool]]) -> Itera
 
 def _documents(release: Release, tree: Path, archive: Path | None) -> Iterator[object]:
     """The documents of all files of values. What cannot be read is left out: helm says what is wrong with it."""
+    left = MOST
     for text in _texts(release, tree, archive):
+        left -= len(text)
+        if left < 0:
+            return
         with contextlib.suppress(InputError):
             yield from load(text)
 
