@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import pytest
 
+from bench import real
+
 ROOT: Final = Path(__file__).parents[2]
 NIXPKGS: Final = os.environ.get("TOTO_NIXPKGS", "")
 
@@ -332,6 +334,12 @@ NAMES: Final = {
     "openssh-server": "openssh",
     "etcd-server": "etcd-3",
 }
+
+
+@pytest.mark.parametrize("name", ["LXC", "sshd in the initrd", "aarch64", "toto's user, hardened"])
+def test_hosts_such_as_people_have_are_fit_to_be_rehearsed(name: str) -> None:
+    """Some of them; `python bench/real.py NIXPKGS` has more, and takes longer."""
+    assert real.see(NIXPKGS, name).wrong == ""
 
 
 def test_the_flake_has_the_module_the_package_and_a_shell_with_every_program() -> None:

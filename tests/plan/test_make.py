@@ -361,6 +361,29 @@ async def test_toto_s_module_changes_the_vm_and_never_the_toplevel(
     assert vm(await make(made.commit)) == vm(other), "the same from run to run"
 
 
+@pytest.mark.parametrize(
+    "forced",
+    [
+        "services.openssh.enable = lib.mkForce false;",
+        "users.users.root.openssh.authorizedKeys.keys = lib.mkForce [ ];",
+        "virtualisation.forwardPorts = lib.mkForce [ 22 ]; virtualisation.graphics = lib.mkForce true;",
+        "boot.isContainer = true; boot.initrd.network.ssh = { enable = true; hostKeys = [ /etc/no-key ]; };",
+        'networking.nftables = { enable = true; ruleset = "table inet x { }"; }; networking.firewall.enable = false;',
+    ],
+)
+async def test_toto_s_module_wins_over_what_a_host_forces_and_reaches_the_vm_alone(
+    repo: InfraRepo, make: Make, forced: str
+) -> None:
+    text = f'{{ lib, ... }}: {{ networking.hostName = "a"; {forced} }}\n'
+    made = await make(repo.commit({"machines.yaml": machines("a"), "hosts/a.nix": text}))
+    assert not made.changes.failed, made.changes.failed
+    key = await keys.public("sandbox")
+    for drv, there in ((vm(made), True), (made.orders[0].desired.identity, False)):
+        etc = [Path(each).read_text() for each in await nix.closure(drv) if each.endswith("-etc.drv")]
+        assert any(key.split()[1] in each for each in etc) is there
+        assert not there or any("ssh/sshd_config" in each and key.split()[1] in each for each in etc)
+
+
 async def test_the_difference_of_two_closures_names_packages_and_units(
     repo: InfraRepo, make: Make, tmp_path: Path
 ) -> None:
