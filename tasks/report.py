@@ -131,12 +131,15 @@ async def show_report(report: Report) -> None:
 
 
 def as_markdown(report: Report) -> str:
-    """The report as Markdown: what is wrong and the next step for it, then what was reverted, targets and timing."""
+    """The report as Markdown: what is wrong and the next step for it, then what was reverted, targets and timing.
+
+    (The UI has the artifact's description above it: the result in one line.)
+    """
     if report.failed:
         after = report.aftermath()
         parts = [f"# 🔴 {report.commit[:8]} failed{f': {MARKDOWN.escape(after)}' if after else ''}"]
     else:
-        parts = [f"# {'🟠 Partial' if report.partial else '🟢 Done'}", MARKDOWN.escape(report.headline())]
+        parts = [f"# {'🟠 Partial' if report.partial else '🟢 Done'}"]
     for back in report.reverted:
         if back.error:
             parts += [f"## {back.target} COULD NOT BE REVERTED", *_cause(back.target, back.error)]

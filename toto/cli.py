@@ -514,7 +514,7 @@ async def _repo_create(arguments: argparse.Namespace) -> int:
 
 
 async def _repo_set(arguments: argparse.Namespace) -> int:
-    repo = git.bare(access.path_of(arguments.repos.absolute(), access.check_name(arguments.name)))
+    repo = _on_toto(arguments.repos, arguments.name)
     changes = {field: value for field, value in vars(arguments).items() if field in git_host.POLICY}
     for file in ("allowed_signers", "gpg_home"):
         if file in changes:

@@ -304,7 +304,7 @@ def test_the_operators_commands(
     for words, complaint in (
         (("set", "infra", "--max-file-size", "many"), "is not a file size"),
         (("set", "infra", "--branch", "a b"), "is not a branch name"),
-        (("set", "other"), "is not a git repository"),
+        (("set", "other"), "there is no repository other\nnext: `toto repo create other` makes it"),
         (("create", "../x"), "does not name a repository"),
         (("create", ADMIN), "holds the rules of access"),
         (("admin", "bob", tmp_path / "none.pub"), "cannot be read"),

@@ -65,12 +65,11 @@ def test_a_machine_that_was_not_reached_is_told_in_sshs_words_with_the_next_step
     made.outcome |= {"a": "deployed", "b": "deployed", "c": "unreachable"}
     made.away["c"] = str(Unreachable("Connection timed out", target="c", hint="is 192.0.2.3 up?"))
     assert made.partial and not made.failed
+    assert made.headline() == "12345678: 2 of 3 hosts: a, b deployed; c unreachable"
     assert (
         as_markdown(made)
         == f"""\
 # 🟠 Partial
-
-12345678: 2 of 3 hosts: a, b deployed; c unreachable
 
 ## c: unreachable
 
