@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from toto.base.process import Completed
-from toto.nix import messages
+from toto.cell.limits import Limits
+from toto.nix import commands, messages
 from toto.nix.hosts import Host
 
 COPY = f"/nix/store/{'0' * 32}-source"
@@ -209,3 +210,32 @@ def test_a_download_of_a_build_that_failed_is_the_networks(tmp_path: Path, said:
         assert str(messages.of_the_network(error, "x could not be downloaded", 3)).startswith(
             "a: x could not be downloaded, after 3 tries:\nerror: "
         )
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+async def test_a_download_that_fails_is_tried_again_and_then_the_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """A network that comes back cannot be had in a test: an evaluation that fails so often stands in for it."""
+    host = Host("a", "hosts/a.nix")
+    tries = iter(range(failures))
+    done = Completed((), 0, "", "", 0)
+
+    async def evaluate(*_: object) -> Completed:
+        if next(tries, None) is not None:
+            raise messages.failed(Completed((), 1, "", IFD, 0), host, tmp_path)
+        return done
+
+    monkeypatch.setattr(commands, "_evaluate_once", evaluate)
+    monkeypatch.setattr(commands, "_PAUSES", (0, 0))
+    if failures == 2:
+        assert await commands._evaluate(host, tmp_path, [], Limits(), 60) is done
+        return
+    with pytest.raises(messages.EvaluationFailed) as caught:
+        await commands._evaluate(host, tmp_path, [], Limits(), 60)
+    assert str(caught.value).startswith(
+        "a: what its evaluation builds could not be downloaded, after 3 tries:\nerror: builder for"
+    )
+    assert str(caught.value).endswith(
+        "that is the network's or the other server's; start the run again when it answers"
+    )

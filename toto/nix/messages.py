@@ -150,6 +150,8 @@ def failed(done: process.Completed, host: Host, tree: Path, copy: str = "") -> E
 
 def of_the_vm(error: EvaluationFailed, host: Host) -> EvaluationFailed:
     """The error of a host's VM, when the host's own system evaluates."""
+    if not error.message.startswith("does not evaluate"):
+        return error
     option = _OPTION.search(error.message)
     which = f"`{option[1]}`" if option else "what only the real machine has"
     made = EvaluationFailed(
