@@ -248,7 +248,7 @@ def test_a_first_push_without_a_manifest_is_refused(pusher: Pusher) -> None:
         ("web7,web1", "only=web7: nothing in this commit is called so: did you mean web1?"),
         ("host/web7", "only=host/web7: nothing in this commit is called so"),
         ("xyzzy", "only=xyzzy: nothing in this commit is called so; machines and tags are all, web1"),
-        ("web1,host/web1,host,helm,helm/shop,files,file,all,gold,laptop,dns,host/toto.canon", ""),
+        ("web1,host/web1,host,helm,helm/shop,files,file,all,gold,laptop,desk,dns,host/toto.canon", ""),
     ],
 )
 def test_a_name_that_nothing_has_is_refused_with_the_one_that_was_meant(pusher: Pusher, only: str, said: str) -> None:
@@ -261,6 +261,7 @@ def test_a_name_that_nothing_has_is_refused_with_the_one_that_was_meant(pusher: 
             "helm/shop/release.yaml": "tags: [gold]\n",
             "files/x": "",
             "flake.nix": "{ nixosConfigurations.laptop = 1; }",
+            "nixos/parts/all.nix": "{ desk = 1; }",
             "toto.toml": '[terraform.roots.dns]\npath = "x"\n',
         },
     )

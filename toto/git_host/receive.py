@@ -302,7 +302,8 @@ async def _unknown(update: Update, only: Sequence[str]) -> list[str]:
     unknown = [word for word in dict.fromkeys(only) if word.rpartition("/")[2] not in known]
     if not unknown or files >= _MOST_FILES:
         return []
-    texts = ("flake.nix", SETTINGS, ":(glob)helm/*/release.yaml")  # which have names and tags of their own
+    # What has names and tags of its own. (Which file of a flake names its hosts, only nix knows.)
+    texts = (":(glob)**/*.nix", SETTINGS, ":(glob)helm/*/release.yaml")
     words = [part for word in unknown for part in ("-e", word.rpartition("/")[2])]
     found = await _git("grep", "-h", "-F", "-w", *words, update.new, "--", *texts, check=False)
     lost = [word for word in unknown if word.rpartition("/")[2] not in found.stdout]
