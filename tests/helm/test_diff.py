@@ -187,6 +187,23 @@ def test_every_resource_and_every_image_is_named_however_much_changes() -> None:
     assert "    … and 2 more fields" in lines and len(lines) < 450
 
 
+def test_labels_that_only_repeat_the_version_of_the_chart_take_little_room() -> None:
+    labels = "{helm.sh/chart: c-VERSION, chart: c-VERSION}"
+    text = f"---\napiVersion: v1\nkind: Service\nmetadata: {{name: s-NUMBER, labels: {labels}}}\n"
+
+    def lines(count: int) -> list[str]:
+        manifest = "".join(text.replace("NUMBER", str(n)) for n in range(count)) + DEPLOYMENT
+        return fields(manifest.replace("VERSION", "1"), manifest.replace("VERSION", "2"))
+
+    assert lines(2)[:3] == [
+        "~ Service s-0",
+        "    metadata.labels.chart: c-1 → c-2",
+        "    metadata.labels.helm.sh/chart: c-1 → c-2",
+    ]
+    assert lines(40)[:2] == [f"~ Service s-{n} (only labels of the chart, or descriptions)" for n in (0, 1)]
+    assert lines(40)[40:] == lines(2)[6:] and len(lines(40)) == 45
+
+
 def test_an_image_is_named_in_a_container_that_comes_and_in_an_argument() -> None:
     long = ", ".join(f"{{name: E{n}, value: x}}" for n in range(100))
     first = f"{{name: a, args: ['--reloader=quay.io/x/y:v1'], image: 'web@sha256:{'0' * 300}v1'}}"

@@ -64,6 +64,11 @@ class Change:
     resource: str
     fields: tuple[Field, ...]
 
+    @property
+    def dull(self) -> bool:
+        """Whether nothing differs but labels with the chart's version, or descriptions."""
+        return all(each.rank == LAST for each in self.fields)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -103,6 +108,9 @@ class Difference:
         how = "~" if self.applies else "! NOT APPLIED (`crds: apply` in release.yaml does):"
         changes = [*(("~", each) for each in self.changed), *((how, each) for each in self.crds)]
         for (sign, change), shown in zip(changes, _chosen([each for _, each in changes], most), strict=True):
+            if not shown and change.dull:
+                lines.append(f"{sign} {change.resource} (only labels of the chart, or descriptions)")
+                continue
             lines += [f"{sign} {change.resource}", *(f"    {line}" for each in shown for line in _lines_of(each))]
             if left := len(change.fields) - len(shown):
                 lines.append(f"    … and {left} more field{'s' if left > 1 else ''}")
@@ -133,11 +141,19 @@ def _lines_of(one: Field) -> tuple[str, ...]:
 
 
 def _chosen(changes: Sequence[Change], most: int) -> list[list[Field]]:
-    """The fields of each change that there is room for: every image, then in turn one of each resource."""
+    """The fields of each change that there is room for: every image, then in turn one of each resource.
+
+    Of resources in which nothing but labels or descriptions differ, it is all of them or none.
+    """
     chosen: list[set[int]] = [{n for n, one in enumerate(each.fields) if one.rank == IMAGE} for each in changes]
-    for rank, room in ((ORDINARY, most), (LAST, most // 4)):
-        most = min(most, room)
-        ranked = [[n for n, one in enumerate(each.fields) if one.rank == rank] for each in changes]
+    room = most // 4
+    brief = sum(len(_lines_of(one)) for each in changes if each.dull for one in each.fields) > room
+    for rank in (ORDINARY, LAST):
+        most = min(most, room) if rank == LAST else most
+        ranked = [
+            [n for n, one in enumerate(each.fields) if one.rank == rank and not (brief and each.dull)]
+            for each in changes
+        ]
         for row in itertools.zip_longest(*ranked):
             for number, index in enumerate(row):
                 if index is not None and most > 0:
