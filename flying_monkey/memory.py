@@ -32,6 +32,7 @@ class Lost(Exception):
 class Memory:
     """What the machine remembers; `Memory()` is that of a machine which has never had a document.
 
+    `activation` is the name of the newest activation that a document began, as `activate.sh` has it.
     `digest` is that of the newest document's text, `issued` the newest time at which one was issued, in seconds since
     1970.
     """
@@ -40,6 +41,7 @@ class Memory:
     digest: str = ""
     issued: int = 0
     step: Step = "finished"
+    activation: str = ""
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -53,6 +55,7 @@ class Memory:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise Lost(f"{file}: {error}") from None
         sound = type(memory.serial) is int and type(memory.issued) is int and isinstance(memory.digest, str)
+        sound = sound and isinstance(memory.activation, str)
         if not sound or memory.step not in get_args(Step):
             raise Lost(f"{file}: it is not what this agent wrote")
         return memory

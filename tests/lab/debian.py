@@ -136,7 +136,12 @@ class DebianMachine(Machine):
     ) -> None:
         """`files` maps absolute paths to a text and permissions. The key's owner logs in as root."""
         super().__init__(name, directory, key, address=address, ports=(), memory=512, user="root")
-        self._files = {**files, "/root/.ssh/authorized_keys": (f"{self.public_key}\n", 0o600)}
+        self._files = {
+            "/etc/hostname": (f"{name}\n", 0o644),
+            "/etc/hosts": (f"127.0.0.1 localhost {name}\n", 0o644),
+            "/root/.ssh/authorized_keys": (f"{self.public_key}\n", 0o600),
+            **files,
+        }
 
     async def _program(self) -> tuple[Sequence[str], dict[str, str]]:
         base = await asyncio.to_thread(image)
@@ -198,7 +203,8 @@ class DebianMachine(Machine):
 
     async def restore(self, name: str) -> None:
         """Make it be again as it was at `snapshot`. Connections to it are lost."""
-        (self.directory / "login").unlink(missing_ok=True)
+        for shared in ("login", "toto"):
+            (self.directory / shared).unlink(missing_ok=True)
         await self._monitor(f"loadvm {name}")
 
     async def _monitor(self, line: str) -> None:

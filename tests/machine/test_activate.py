@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from toto.machine import activation
+import flying_monkey
 
 SHELLS = [each for each in (["dash"], ["bash"], ["busybox", "sh"]) if shutil.which(each[0])]
-SCRIPT = Path(activation.__file__).with_name("activate.sh")
+SCRIPT = Path(flying_monkey.__file__).with_name("activate.sh")
 
 
 class Machine:

@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeAlias
 
 import anyio
 
+import flying_monkey
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Before
@@ -24,7 +25,7 @@ from toto.nix import commands as nix
 
 Verb: TypeAlias = Literal["test", "switch", "boot"]
 
-_SCRIPT: Final = Path(__file__).with_name("activate.sh")
+_SCRIPT: Final = Path(flying_monkey.__file__).with_name("activate.sh")
 UNITS_FAILED: Final = 4  # the exit status of switch-to-configuration when it worked, but units failed
 _SSH_FAILED: Final = 255  # the exit status of ssh when the connection is lost
 _ON_MACHINE: Final = "/run/toto/activate.sh"

@@ -1,0 +1,133 @@
+"""What a machine knows of itself: who it is, what it runs, and which closures are in its store."""
+
+import base64
+import json
+import os
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from flying_monkey.desired import System
+
+CONFIGURATION: Final = Path("/etc/flying-monkey/config.json")
+PROFILE: Final = Path("/nix/var/nix/profiles/system")
+RUNNING: Final = Path("/run/current-system")
+_MOST: Final = 65_536  # bytes of the configuration
+_ROOM: Final = 64 * 2**20  # bytes that an activation needs on each disk that it writes to
+_BASE32: Final = "0123456789abcdfghijklmnpqrsvwxyz"
+_LONGEST: Final = 1_800.0  # seconds to look at a whole closure, on a slow disk
+_PATH: Final = (
+    "/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+)
+
+
+class Misconfigured(Exception):
+    """The configuration of this machine's agent cannot be used."""
+
+
+class NotReady(Exception):
+    """A system cannot be activated on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What root configured. `name` is the machine's in the manifest of `repo`; `signers` and `revoked` are files.
+
+    `helper` is what sudo lets toto's user run as root.
+    `built` is when the agent was built, in seconds since 1970: no honest clock is behind it. With `writable_store` toto
+    may write to the store over ssh; then nothing may be built here (`max-jobs = 0`), for who writes can build.
+    """
+
+    repo: str
+    name: str
+    signers: str
+    revoked: str | None = None
+    memory: str = "/var/lib/flying-monkey/memory.json"
+    host_keys: str = "/etc/ssh"
+    helper: str = "/run/current-system/sw/bin/flying-monkey-helper"
+    built: float = 0
+    writable_store: bool = False
+
+    @classmethod
+    def load(cls, file: Path = CONFIGURATION) -> Self:
+        """What `file` says, which must be root's alone to write. Raises `Misconfigured`."""
+        try:
+            with file.open("rb") as source:
+                seen = os.fstat(source.fileno())
+                found = json.loads(source.read(_MOST))
+            if seen.st_uid != 0 or seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise Misconfigured(f"{file}: not root's, or others may write to it")
+            return cls(**found)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise Misconfigured(f"{file}: {error}") from None
+
+    def public_keys(self) -> list[str]:
+        """This machine's ssh host keys: type and base64."""
+        found = []
+        for file in sorted(Path(self.host_keys).glob("ssh_host_*_key.pub")):
+            found.append(" ".join(file.read_text(errors="replace").split()[:2]))
+        return found
+
+
+def environment() -> dict[str, str]:
+    """What a program of this machine's gets, whoever asked for it. Nix uses the store directly: this is root."""
+    return {"PATH": _PATH, "LANG": "C.UTF-8", "NIX_REMOTE": "", "HOME": "/root"}
+
+
+def running() -> str:
+    """The store path of the system that runs, or ""."""
+    return str(RUNNING.resolve()) if RUNNING.exists() else ""
+
+
+def boots() -> str:
+    """The store path of the system that the next boot begins, or ""."""
+    return str(PROFILE.resolve()) if PROFILE.exists() else ""
+
+
+def check(system: System) -> None:
+    """Check that a system is in the store as its document says, signed throughout, and that there is room.
+
+    A signature is asked of each path whose name does not itself follow from its contents. Raises `NotReady`.
+    """
+    found = _nix("nix-store", "--query", "--hash", system.path)
+    if _plain(found) != _plain(system.nar_hash):
+        raise NotReady(f"{system.path} has the hash {found}, and the document says {system.nar_hash}")
+    verify = ("nix", "--extra-experimental-features", "nix-command", "store", "verify")
+    _nix(*verify, "--recursive", "--no-contents", "--sigs-needed", "1", system.path)
+    if not os.access(f"{system.path}/bin/switch-to-configuration", os.X_OK):
+        raise NotReady(f"{system.path} is no NixOS system: it has no bin/switch-to-configuration")
+    for place in ("/nix/var", "/var/lib", "/etc"):
+        room = os.statvfs(place)
+        if room.f_bavail * room.f_frsize < _ROOM:
+            raise NotReady(f"less than {_ROOM // 2**20} MiB are free at {place}")
+
+
+def _nix(*argv: str) -> str:
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_LONGEST,
+            env=environment(),
+        )
+    except subprocess.TimeoutExpired:
+        raise NotReady(f"{argv[0]} did not end within {_LONGEST:.0f} s") from None
+    if done.returncode != 0:
+        raise NotReady(done.stderr.strip()[-1_000:] or f"{argv[0]} exited with status {done.returncode}")
+    return done.stdout.strip()
+
+
+def _plain(text: str) -> bytes:
+    """The bytes of a SHA-256 hash in one of nix's ways to write it."""
+    if text.startswith("sha256-"):
+        return base64.b64decode(text.removeprefix("sha256-"))
+    number = 0
+    for letter in text.removeprefix("sha256:"):
+        number = number * 32 + _BASE32.index(letter)
+    return number.to_bytes(33, "little")[:32]
