@@ -131,7 +131,7 @@ class Locked:
         return replace(made, phase=phase, **more)
 
     async def ssh(self, command: str, stdin: bytes = b"", options: tuple[str, ...] = ()) -> Answer:
-        """What toto's user is answered. Without `options` by a login that is shared: each takes an emulated one long."""
+        """What toto's user is answered. Without `options` by a login that is shared: each takes a while."""
         shared = (
             "-o",
             "ControlMaster=auto",
