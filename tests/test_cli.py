@@ -32,7 +32,7 @@ def said(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "toto.cli", *words],
         cwd=folder,
-        env={**os.environ, "TOTO_STATE": str(folder / "state"), **environment},
+        env={**os.environ, "TOTO_STATE": str(folder / "state"), "COLUMNS": "", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
