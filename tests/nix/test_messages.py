@@ -31,6 +31,23 @@ def test_only_a_file_of_the_operators_is_theirs_to_fix(tmp_path: Path, stray: st
     assert f"at {stray[:100]}" in said
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("nixpkgs/nixos", "next: say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"),
+        (
+            "home-manager/nixos",
+            "next: toto's NIX_PATH has no <home-manager>: pin it in the repo (npins, niv, or an input",
+        ),
+    ],
+)
+def test_what_is_not_on_the_search_path_is_named(tmp_path: Path, missing: str, words: str) -> None:
+    said = told(
+        tmp_path, f"error: file '{missing}' was not found in the Nix search path (add it using $NIX_PATH or -I)"
+    )
+    assert words in said
+
+
 def test_a_module_of_totos_names_itself(tmp_path: Path) -> None:
     said = told(tmp_path, "error: The option `x' is defined twice\n\n at /toto/rehearsal.nix:20:3:")
     assert "at toto's nix/rehearsal.nix:20:3" in said

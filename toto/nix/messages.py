@@ -54,7 +54,7 @@ _LOCK_VERSION: Final = re.compile(r"lock file '[^']*' has unsupported version (\
 _NOT_LOCKED: Final = re.compile(r"requires? lock file changes|cannot update (flake|unlocked) input")
 # The flake's own reference, with the hash of its files: of one at the root, and of one in a folder (for an old nix).
 _SELF: Final = re.compile(r"path:\.\?[^'\s]*|https://tree\.invalid/[^'\s]*")
-_NO_NIXPKGS: Final = re.compile(r"Nix search path")
+_NOT_ON_PATH: Final = re.compile(r"file '([^'/]*)[^']*' was not found in the Nix search path")
 _FETCH: Final = re.compile(r"error: unable to download '([^']*)'")
 _NETWORK: Final = re.compile(
     r"unable to download|Could(n't| not) resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
@@ -252,8 +252,13 @@ def _what_and_hint(error: str, where: str) -> tuple[str, str]:
         )
     if _NOT_LOCKED.search(error):
         return "its flake.lock is not what flake.nix asks for", LOCK
-    if _NO_NIXPKGS.search(error):
-        return what, "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
+    if found := _NOT_ON_PATH.search(error):
+        if found[1] == "nixpkgs":
+            return what, "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
+        return what, (
+            f"toto's NIX_PATH has no <{found[1]}>: pin it in the repo (npins, niv, or an input of a flake), or add it to "
+            "NIX_PATH of toto's server"
+        )
     if (fetched := _FETCH.match(error)) and not _OF_A_BUILD.search(error):
         return what, (
             f"an evaluation has no network: have {fetched[1]} as an input of a flake, or fetch it in a build "
