@@ -256,8 +256,8 @@ def _what_and_hint(error: str, where: str) -> tuple[str, str]:
         if found[1] == "nixpkgs":
             return what, "say where nixpkgs is: nix.nixpkgs in toto.toml, or NIX_PATH of toto's server"
         return what, (
-            f"toto's NIX_PATH has no <{found[1]}>: pin it in the repo (npins, niv, or an input of a flake), or add it to "
-            "NIX_PATH of toto's server"
+            f"toto's NIX_PATH has no <{found[1]}>: pin it in the repo (npins, niv, or an input of a flake), or add it "
+            "to NIX_PATH of toto's server"
         )
     if (fetched := _FETCH.match(error)) and not _OF_A_BUILD.search(error):
         return what, (
