@@ -151,7 +151,7 @@ class Locked:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        out, err = await asyncio.wait_for(process.communicate(stdin), 120)
+        out, err = await asyncio.wait_for(process.communicate(stdin), 300)
         return Answer(
             process.returncode or 0, out.decode(errors="replace").strip(), err.decode(errors="replace").strip()
         )

@@ -192,6 +192,10 @@ class DebianMachine(Machine):
             f"/etc/ssh/{file.name}.pub": (file.with_suffix(".pub").read_text(), 0o644),
         }
 
+    async def check(self, *command: str, timeout: float = 300, login: bool = True) -> str:
+        """As of each machine, and with time for what real systemd does on a busy, emulated one."""
+        return await super().check(*command, timeout=timeout, login=login)
+
     @property
     def host_key(self) -> str:
         """Its ssh host key: type and base64."""
