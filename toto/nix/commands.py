@@ -446,6 +446,12 @@ async def closure(path: str) -> list[str]:
     return (await process.run(["nix-store", "--query", "--requisites", path], env=environment(), timeout=120)).lines
 
 
+async def nar_hash(path: str) -> str:
+    """The hash of what is at a store path, as `sha256:…`. Raises `CommandFailed` when it is not in the store."""
+    done = await process.run(["nix-store", "--query", "--hash", "--", path], env=environment(), timeout=60)
+    return done.stdout.strip()
+
+
 async def sizes(paths: Sequence[str]) -> dict[str, int]:
     """The bytes of each store path, without its references. Raises `CommandFailed`."""
     if not paths:

@@ -1,0 +1,224 @@
+"""The signer: the one process that reads the key by which machines are told what to be.
+
+It signs no text that it is given. It is asked for a phase of a machine's deployment and writes the document itself,
+from what the ledger says: what an open intent deploys may be tried, and kept once its roll-out has come so far; a
+machine may go back to its last good, or to what it ran before toto. So nobody who gets hold of the web server, or of
+what runs in a cell, makes a machine run anything else.
+
+    python -m toto.machine.signer      serve, on a socket in toto's state that only this user may open
+
+A request is a line of JSON (`Request`), and so is the answer: `{"envelope": …}`, or `{"error": …}`.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flying_monkey.desired import Activation, BadDocument, Deadlines, Desired, Phase, System
+from flying_monkey.desired import Machine as DocumentMachine
+from flying_monkey.signature import CannotSign, seal
+from toto.base import files, paths, process
+from toto.base.errors import TotoError
+from toto.git_host.shared import name_of
+from toto.ledger.ledger import Before, Deployed, Entry, Ledger
+from toto.ledger.target import HOST, Target
+from toto.machine import owners
+from toto.nix import commands as nix
+
+log = logging.getLogger(__name__)
+
+VALID: Final = timedelta(days=7)  # of a document
+KEEP: Final = "keep"  # the step of a roll-out whose smoke tests have passed
+_AHEAD: Final = (
+    10 * 366 * 86_400
+)  # seconds that a machine's serial may be ahead of the clock: more is a machine that lies
+_LONGEST: Final = 65_536  # bytes of a request
+_PATIENCE: Final = 60.0  # seconds for an answer
+
+
+class NotSigned(TotoError):
+    """The ledger does not say what the document should."""
+
+
+class Request(BaseModel):
+    """What is asked for. `reported` is the newest serial that the machine has had, by its own account."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    repo: str
+    machine: str
+    phase: Phase
+    activation: Activation
+    reported: int = 0
+    confirm: int = 120
+    """seconds until a machine goes back by itself"""
+
+
+class _Path(Deployed):
+    path: str
+
+
+class _Systems(Before):
+    system: str = ""
+
+
+async def document(asked: Request, now: datetime) -> Desired:
+    """The document for a request, by the ledger, at the time `now`. Raises `NotSigned`, `NotOwned`, `TotoError`."""
+    repo, target = Path(asked.repo), Target(HOST, asked.machine)
+    owner = owners.read().machines.get(asked.machine)
+    if owner is None or owner.repo != repo.resolve():
+        raise owners.NotOwned(f"is not a machine of {name_of(repo)}", target=asked.machine)
+    if not owner.host_keys:
+        raise NotSigned("its host key is not known", target=asked.machine, hint="set ssh.host_key in machines.yaml")
+    entry = Ledger(repo).read().get(target)
+    try:
+        return Desired(
+            repo=name_of(repo),
+            machine=DocumentMachine(asked.machine, owner.host_keys[0]),
+            serial=_serial(repo, asked, now),
+            issued=now,
+            expires=now + VALID,
+            phase=asked.phase,
+            activation=asked.activation,
+            system=await _system(_wanted(entry, asked), asked.machine),
+            deadlines=Deadlines(confirm=asked.confirm),
+            good=await _system(good, asked.machine) if (good := _good(entry)) else None,
+        )
+    except BadDocument as error:
+        raise NotSigned(str(error), target=asked.machine) from None
+
+
+def _wanted(entry: Entry, asked: Request) -> str:
+    """The store path that a document of this phase is about. Raises `NotSigned`."""
+    intent = entry.intent
+    if intent is None:
+        raise NotSigned("no run is deploying it", target=asked.machine)
+    if asked.phase == "back":
+        return _good(entry)
+    tried = "activation boot" if asked.activation == "boot" else "activation test"
+    wanted = tried if asked.phase == "try" else KEEP
+    if intent.step != wanted:
+        raise NotSigned(f"its roll-out is at `{intent.step}`, not at `{wanted}`", target=asked.machine)
+    return _Path.of(intent.desired).path
+
+
+def _good(entry: Entry) -> str:
+    """What a machine goes back to: its last good, or what it ran before toto; "" when neither is known."""
+    if entry.good is not None:
+        return _Path.of(entry.good).path
+    return "" if entry.intent is None else _Systems.of(entry.intent.before).system
+
+
+async def _system(path: str, machine: str) -> System:
+    try:
+        return System(path, await nix.nar_hash(path))
+    except process.CommandFailed:
+        raise NotSigned(f"{path or 'what it ran before'} is not in toto's store", target=machine) from None
+
+
+def _serial(repo: Path, asked: Request, now: datetime) -> int:
+    """The next serial of a machine: above all before, also when toto was restored from a backup."""
+    clock = int(now.timestamp())
+    if asked.reported > clock + _AHEAD:
+        raise NotSigned(
+            f"it says that it has had the serial {asked.reported}, which toto never gave",
+            target=asked.machine,
+            hint="look at /var/lib/flying-monkey on the machine",
+        )
+    file = paths.repo_state(repo) / "serials.json"
+    with files.lock(file.with_suffix(".lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            given: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError:  # the clock is above all that was given
+            log.warning("%s cannot be read, and is begun anew", file)
+            given = {}
+        serial = max(given.get(asked.machine, 0), clock, asked.reported) + 1
+        files.write(file, json.dumps({**given, asked.machine: serial}))
+    return serial
+
+
+async def key() -> Path:
+    """The file of the signing key; it is made when there is none."""
+    file = paths.private_folder(paths.state_home() / "signer") / "key"
+    if not file.exists():
+        fresh = file.with_name("new")
+        for each in (fresh, fresh.with_suffix(".pub")):
+            each.unlink(missing_ok=True)
+        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "toto", "-f", fresh], timeout=_PATIENCE)
+        fresh.with_suffix(".pub").replace(file.with_suffix(".pub"))
+        fresh.replace(file)
+    return file
+
+
+def socket() -> Path:
+    """The socket at which the signer answers."""
+    return paths.state_home() / "signer" / "socket"
+
+
+async def ask(asked: Request) -> bytes:
+    """A signed document. Raises `NotSigned` when the signer refuses, or does not answer."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            reader, writer = await asyncio.open_unix_connection(str(socket()), limit=_LONGEST * 8)
+            with contextlib.closing(writer):
+                writer.write(asked.model_dump_json().encode() + b"\n")
+                answer = json.loads(await reader.readline())
+    except (OSError, ValueError, TimeoutError) as error:
+        raise NotSigned(
+            f"the signer does not answer: {error or 'no answer'}", target=asked.machine, hint="does `toto serve` run?"
+        ) from None
+    if "error" in answer:
+        raise NotSigned(answer["error"], target=asked.machine, hint=answer.get("hint"))
+    return str(answer["envelope"]).encode()
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[None]:
+    """Answer requests to the end of the block."""
+    secret, place = await key(), socket()
+    place.unlink(missing_ok=True)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            said: dict[str, str | None]
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    asked = Request.model_validate_json(await reader.readline())
+                    made = await document(asked, datetime.now(UTC).replace(microsecond=0))
+                    envelope = await asyncio.to_thread(seal, made.write(), secret)
+                said = {"envelope": envelope.decode()}
+                log.info("signed %s for %s, serial %d: %s", made.phase, asked.machine, made.serial, made.system.path)
+            except TotoError as error:
+                said = {"error": error.message, "hint": error.hint}
+            except (CannotSign, ValidationError, ValueError, TimeoutError, OSError) as error:
+                said = {"error": f"{type(error).__name__}: {error}"}
+            writer.write(json.dumps(said).encode() + b"\n")
+            await writer.drain()
+
+    server = await asyncio.start_unix_server(answer, str(place), limit=_LONGEST)
+    place.chmod(0o600)
+    try:
+        yield
+    finally:
+        server.close()
+        place.unlink(missing_ok=True)
+
+
+async def _serve() -> None:
+    async with serving():
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve())
