@@ -1,4 +1,5 @@
 # nixosModules.toto: the server, on NixOS (docs/operations.md). packages.SYSTEM.toto: its package.
+# nixosModules.flying-monkey: a machine's side (docs/flying-monkey.md).
 #
 # `nix develop`: the programs that setup/debian-packages.txt names on Debian, for a machine that has Nix and no apt.
 # `setup/prepare` then makes the Python environment from requirements.lock, as everywhere.
@@ -19,10 +20,12 @@
     in
     {
       nixosModules.toto = ./nix/toto.nix;
+      nixosModules.flying-monkey = ./nix/flying-monkey.nix;
       nixosModules.default = ./nix/toto.nix;
 
       packages = lib.genAttrs systems (system: rec {
         toto = (packages system).callPackage ./nix/package.nix { };
+        flying-monkey = (packages system).callPackage ./nix/flying-monkey-package.nix { };
         default = toto;
       });
 

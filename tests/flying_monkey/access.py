@@ -21,7 +21,7 @@ sys.path.insert(0, {PLACE!r})
 from flying_monkey.%s import main
 main()
 """
-_SSHD: Final = """Match User toto
+SSHD: Final = """Match User toto
   AuthorizedKeysFile /etc/ssh/authorized_keys.d/toto
   PasswordAuthentication no
   DisableForwarding yes
@@ -29,7 +29,7 @@ _SSHD: Final = """Match User toto
   PermitUserRC no
 Match all
 """
-_SUDO: Final = f'toto ALL=(root:root) NOPASSWD: {PLACE}/helper ""\n'
+SUDO: Final = f'toto ALL=(root:root) NOPASSWD: {PLACE}/helper ""\n'
 # A system that notes each activation, and is then what runs.
 _SYSTEM: Final = """
   export PATH=/usr/bin:/bin
@@ -72,8 +72,8 @@ class Locked:
             "/etc/flying-monkey/config.json": (json.dumps(configuration | more), 0o644),
             "/etc/flying-monkey/signers": (f'infra namespaces="{NAMESPACE}" {public}\n', 0o644),
             "/etc/ssh/authorized_keys.d/toto": (f"{key}\n", 0o644),
-            "/etc/ssh/sshd_config.d/20-toto.conf": (_SSHD, 0o644),
-            "/etc/sudoers.d/toto": (_SUDO, 0o440),
+            "/etc/ssh/sshd_config.d/20-toto.conf": (SSHD, 0o644),
+            "/etc/sudoers.d/toto": (SUDO, 0o440),
             "/etc/nix/nix.conf": ("max-jobs = 0\nsubstituters =\nbuild-users-group = nixbld\n", 0o644),
         }
 

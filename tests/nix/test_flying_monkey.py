@@ -1,0 +1,84 @@
+"""nix/flying-monkey.nix and its package, evaluated against a real nixpkgs, as tests/nix/test_module.py does.
+
+What it writes is what tests/flying_monkey/test_access.py tries on a machine with real systemd.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from flying_monkey.machine import Configuration
+from tests.flying_monkey import access
+from tests.nix import test_module as module
+from tests.nix.test_module import NIXPKGS, ROOT, evaluated
+
+pytestmark = module.pytestmark
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f"
+HOST = f"""
+{{ config, lib, pkgs, ... }}: {{
+  imports = [ {ROOT}/nix/flying-monkey.nix ({{ config, lib, pkgs, ... }}: {{ %s }}) ];
+  boot.loader.grub.device = "nodev";
+  fileSystems."/" = {{ device = "/dev/vda"; fsType = "ext4"; }};
+  system.stateVersion = "24.11";
+  networking.hostName = "web1";
+  services.openssh.enable = lib.mkDefault true;
+  services.flying-monkey = {{ enable = true; repo = "infra"; signers = [ "{KEY}" ]; loginKeys = [ "{KEY} toto" ]; }};
+}}"""
+
+
+def of_host(what: str, options: str = "") -> Any:
+    nixos = f"(import {NIXPKGS}/nixos {{ configuration = {HOST % options}; }})"
+    return evaluated(f"let inherit ({nixos}) config pkgs; inherit (pkgs) lib; in {what}")
+
+
+def test_what_it_writes_is_what_was_tried_on_a_real_machine() -> None:
+    written = of_host(
+        """{
+          sshd = config.services.openssh.extraConfig;
+          sudo = config.security.sudo.configFile;
+          configuration = config.environment.etc."flying-monkey/config.json".text;
+          signers = config.environment.etc."flying-monkey/signers".text;
+          user = { inherit (config.users.users.toto) isSystemUser home createHome hashedPassword shell; };
+          keys = config.users.users.toto.openssh.authorizedKeys.keys;
+          groups = config.users.users.toto.extraGroups;
+          jobs = config.nix.settings.max-jobs;
+        }"""
+    )
+    assert written["sshd"].endswith(access.SSHD)
+    rule = access.SUDO.replace(f"{access.PLACE}/helper", "/run/current-system/sw/bin/flying-monkey-helper")
+    assert " ".join(rule.split()) in " ".join(
+        written["sudo"].replace(" : ", ":").replace("NOPASSWD: ", "NOPASSWD: ").split()
+    )
+    found = Configuration(**json.loads(written["configuration"]))
+    assert (found.repo, found.name, found.writable_store) == ("infra", "web1", False)
+    assert found.helper == "/run/current-system/sw/bin/flying-monkey-helper"
+    assert written["signers"] == f'infra namespaces="desired@toto" {KEY}\n'
+    shell = written["user"].pop("shell")
+    assert shell.startswith("/nix/store/") and shell.endswith("/bin/flying-monkey-gate")
+    assert written["user"] == {"isSystemUser": True, "home": "/var/empty", "createHome": False, "hashedPassword": "!"}
+    assert written["keys"] == [f"{KEY} toto"] and written["groups"] == [] and written["jobs"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("services.openssh.enable = false;", "set services.openssh.enable"),
+        ('nix.settings.trusted-users = [ "toto" ];', "lets toto become root"),
+        ("security.sudo.execWheelOnly = true;", "does not let the user toto run its one helper"),
+        ("", ""),
+    ],
+)
+def test_what_would_break_it_is_said(options: str, words: str) -> None:
+    said = of_host("map (each: each.message) (lib.filter (each: !each.assertion) config.assertions)", options)
+    assert [words in each for each in said] == [True] * bool(words), said
+
+
+def test_a_store_that_is_written_to_builds_nothing() -> None:
+    found = of_host("config.nix.settings.max-jobs", "services.flying-monkey.writableStore = true;")
+    assert found == 0
+    revoked = of_host(
+        'config.environment.etc."flying-monkey/revoked".text', f'services.flying-monkey.revokedKeys = [ "{KEY}" ];'
+    )
+    assert revoked == f"{KEY}\n"
