@@ -166,16 +166,4 @@ def _script(*words: str) -> str:
     fresh = _ON_MACHINE.with_name(f".{_ON_MACHINE.name}.{os.getpid()}")
     fresh.write_bytes(_SCRIPT.read_bytes())
     fresh.replace(_ON_MACHINE)
-    done = subprocess.run(
-        ["/bin/sh", str(_ON_MACHINE), *words],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=_PATIENCE,
-        env=machine.environment(),
-    )
-    if done.returncode != 0:
-        raise NotReady(done.stderr.strip()[-1_000:] or f"activate.sh {words[0]} exited with status {done.returncode}")
-    return done.stdout
+    return machine.run("/bin/sh", str(_ON_MACHINE), *words, longest=_PATIENCE)

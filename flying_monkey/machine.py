@@ -91,11 +91,11 @@ def check(system: System) -> None:
 
     A signature is asked of each path whose name does not itself follow from its contents. Raises `NotReady`.
     """
-    found = _nix("nix-store", "--query", "--hash", system.path)
+    found = run("nix-store", "--query", "--hash", system.path)
     if _plain(found) != _plain(system.nar_hash):
         raise NotReady(f"{system.path} has the hash {found}, and the document says {system.nar_hash}")
     verify = ("nix", "--extra-experimental-features", "nix-command", "store", "verify")
-    _nix(*verify, "--recursive", "--no-contents", "--sigs-needed", "1", system.path)
+    run(*verify, "--recursive", "--no-contents", "--sigs-needed", "1", system.path)
     if not os.access(f"{system.path}/bin/switch-to-configuration", os.X_OK):
         raise NotReady(f"{system.path} is no NixOS system: it has no bin/switch-to-configuration")
     for place in ("/nix/var", "/var/lib", "/etc"):
@@ -104,7 +104,8 @@ def check(system: System) -> None:
             raise NotReady(f"less than {_ROOM // 2**20} MiB are free at {place}")
 
 
-def _nix(*argv: str) -> str:
+def run(*argv: str, longest: float = _LONGEST) -> str:
+    """What a program prints. Raises `NotReady` when it fails, or does not end within `longest` seconds."""
     try:
         done = subprocess.run(
             argv,
@@ -113,11 +114,11 @@ def _nix(*argv: str) -> str:
             text=True,
             errors="replace",
             check=False,
-            timeout=_LONGEST,
+            timeout=longest,
             env=environment(),
         )
     except subprocess.TimeoutExpired:
-        raise NotReady(f"{argv[0]} did not end within {_LONGEST:.0f} s") from None
+        raise NotReady(f"{argv[0]} did not end within {longest:.0f} s") from None
     if done.returncode != 0:
         raise NotReady(done.stderr.strip()[-1_000:] or f"{argv[0]} exited with status {done.returncode}")
     return done.stdout.strip()

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import shlex
+import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import pytest
 import pytest_asyncio
@@ -14,6 +17,8 @@ from flying_monkey.desired import Deadlines, Machine, System
 from flying_monkey.signature import seal
 from tests.flying_monkey.access import PLACE, Locked
 from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.setup import environment, setup
+from toto.base import process
 
 pytestmark = [pytest.mark.minutes(4), pytest.mark.xdist_group("127.0.8"), pytest.mark.asyncio(loop_scope="module")]
 
@@ -215,6 +220,60 @@ async def test_sudo_gives_root_nothing_but_the_helper(locked: Locked) -> None:
     ):
         answer = await locked.machine.ssh(f"echo '{request}' | {as_toto} sudo -n {PLACE}/helper")
         assert json.loads(answer.out)["kind"] == "BadRequest", request
+
+
+BUILT: Final = """derivation {
+  name = "toto-access-NAME"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo NAME > $out" ];
+}"""
+
+
+async def build_over_ssh(locked: Locked, drv: str) -> str:
+    """Ask for a build by nix's serve protocol, version 2.1; what the machine says to it."""
+    magic, version, build, no_limit = 0x390C9DEB, 0x201, 6, 0
+    path = struct.pack("<Q", len(drv)) + drv.encode().ljust(-len(drv) % 8 + len(drv), b"\0")
+    words = [*locked.machine.ssh_options, f"toto@{locked.machine.address}", "nix-store --serve --write"]
+    ssh = await asyncio.create_subprocess_exec(
+        "ssh", *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert ssh.stdin and ssh.stdout
+    ssh.stdin.write(struct.pack("<4Q", magic, version, build, 1) + path + struct.pack("<2Q", no_limit, no_limit))
+    said, built = b"", bytes(8)
+    async with asyncio.timeout(300):
+        while b"max-jobs" not in said and said[16:24] != built and (more := await ssh.stdout.read(1_000)):
+            said += more
+    ssh.stdin.close()
+    await ssh.wait()
+    return "built" if said[16:24] == built else said.decode(errors="replace")
+
+
+async def test_toto_writes_what_is_signed_to_the_store_and_builds_nothing(locked: Locked, tmp_path: Path) -> None:
+    """(A path whose name follows from its contents needs no signature: it is what it says.)"""
+    setup()
+    to = f"ssh://toto@{locked.machine.address}"
+    env = environment() | {"NIX_SSHOPTS": shlex.join(locked.machine.ssh_options)}
+
+    async def nix(*words: str, check: bool = True) -> process.Completed:
+        return await process.run(words, env=env, timeout=300, check=check)
+
+    mine = (await nix("nix-build", "--no-out-link", "--expr", BUILT.replace("NAME", tmp_path.parent.name))).lines[-1]
+    copy = ("nix", "copy", "--to", to)
+    for words in ((*copy, mine), (*copy, "--no-check-sigs", mine)):
+        refused = await nix(*words, check=False)
+        assert refused.status != 0 and "signature" in refused.stderr, refused.stderr
+    key = tmp_path / "secret"
+    key.write_text(await locked.machine.check("cat /root/secret"))
+    await nix("nix", "store", "sign", "--recursive", "--key-file", str(key), mine)
+    await nix(*copy, mine)
+    assert await locked.machine.check(f"cat {mine}") == tmp_path.parent.name
+
+    other = (await nix("nix-instantiate", "--expr", BUILT.replace("NAME", f"other-{tmp_path.parent.name}"))).lines[-1]
+    await nix(*copy, "--derivation", other)
+    await locked.machine.check(f"test -e {other}")
+    # (No command of nix's own asks for that over ssh. A program that speaks the protocol does.)
+    said = await build_over_ssh(locked, other)
+    assert "max-jobs" in said, said
+    document = locked.document(System(mine, (await nix("nix-store", "--query", "--hash", mine)).stdout.strip()))
+    assert "is no NixOS system" in (await locked.ask("arm", document))["error"]
 
 
 async def test_a_configuration_that_others_may_write_is_not_used(locked: Locked) -> None:
