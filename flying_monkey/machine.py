@@ -1,6 +1,5 @@
 """What a machine knows of itself: who it is, what it runs, and which closures are in its store."""
 
-import base64
 import json
 import os
 import stat
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Final, Self
 
 from flying_monkey.desired import System
+from flying_monkey.nix_hash import sha256
 
 CONFIGURATION: Final = Path("/etc/flying-monkey/config.json")
 PROFILE: Final = Path("/nix/var/nix/profiles/system")
 RUNNING: Final = Path("/run/current-system")
 _MOST: Final = 65_536  # bytes of the configuration
 _ROOM: Final = 64 * 2**20  # bytes that an activation needs on each disk that it writes to
-_BASE32: Final = "0123456789abcdfghijklmnpqrsvwxyz"
 _LONGEST: Final = 1_800.0  # seconds to look at a whole closure, on a slow disk
 _PATH: Final = (
     "/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -92,7 +91,8 @@ def check(system: System) -> None:
     A signature is asked of each path whose name does not itself follow from its contents. Raises `NotReady`.
     """
     found = run("nix-store", "--query", "--hash", system.path)
-    if _plain(found) != _plain(system.nar_hash):
+    digest = sha256(found)
+    if digest is None or digest != sha256(system.nar_hash):
         raise NotReady(f"{system.path} has the hash {found}, and the document says {system.nar_hash}")
     verify = ("nix", "--extra-experimental-features", "nix-command", "store", "verify")
     run(*verify, "--recursive", "--no-contents", "--sigs-needed", "1", system.path)
@@ -122,13 +122,3 @@ def run(*argv: str, longest: float = _LONGEST) -> str:
     if done.returncode != 0:
         raise NotReady(done.stderr.strip()[-1_000:] or f"{argv[0]} exited with status {done.returncode}")
     return done.stdout.strip()
-
-
-def _plain(text: str) -> bytes:
-    """The bytes of a SHA-256 hash in one of nix's ways to write it."""
-    if text.startswith("sha256-"):
-        return base64.b64decode(text.removeprefix("sha256-"))
-    number = 0
-    for letter in text.removeprefix("sha256:"):
-        number = number * 32 + _BASE32.index(letter)
-    return number.to_bytes(33, "little")[:32]

@@ -6,8 +6,6 @@ network: it finds in the store what the hash names, for `<nixpkgs>` as for the p
 """
 
 import asyncio
-import base64
-import binascii
 import json
 import logging
 import re
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from flying_monkey.nix_hash import sha256
 from toto.base import process
 from toto.base.errors import InputError
 from toto.base.model import shown
@@ -38,7 +37,6 @@ _ARCHIVES: Final = frozenset(
     {"Git", "GitRelease", "Channel", "Tarball", "Url", "MutableUrl", "tarball", "builtin-tarball"}
 )
 _URL: Final = re.compile(r"https?://[!-~]{1,2000}")
-_BASE32: Final = "0123456789abcdfghijklmnpqrsvwxyz"  # nix's own
 _DAEMON: Final = Path("/daemon")
 _FETCH: Final = '{ url, sha256 }: builtins.fetchTarball { inherit url sha256; name = "source"; }'
 
@@ -173,28 +171,8 @@ def _archive(pin: Any) -> tuple[str, str]:
         raise ValueError("it is a git repository; pin the archive of one, such as GitHub's, or a channel")
     if not (isinstance(url, str) and _URL.fullmatch(url)):
         raise ValueError(f"its address should be like https://example.org/archive.tar.gz, not {shown(url)}")
-    digest = _hexadecimal(pin.get("hash") or pin.get("sha256"))
+    text = pin.get("hash") or pin.get("sha256")
+    digest = sha256(text) if isinstance(text, str) else None
     if digest is None:
         raise ValueError("it has no sha256 hash, and without one nobody knows what comes")
-    return url, digest
-
-
-def _hexadecimal(text: object) -> str | None:
-    """A sha256 hash in hexadecimal, from that, from base 64 as in `sha256-…`, or from nix's base 32."""
-    if not isinstance(text, str):
-        return None
-    if text.startswith("sha256-"):
-        try:
-            data = base64.b64decode(text.removeprefix("sha256-"), validate=True)
-        except binascii.Error:
-            return None
-        return data.hex() if len(data) == 32 else None
-    text = text.removeprefix("sha256:")
-    if re.fullmatch(r"[0-9a-f]{64}", text):
-        return text
-    if len(text) == 52 and not set(text) - set(_BASE32):
-        value = 0
-        for letter in text:
-            value = value << 5 | _BASE32.index(letter)
-        return value.to_bytes(33, "little")[:32].hex() if value < 1 << 256 else None
-    return None
+    return url, digest.hex()
