@@ -10,7 +10,7 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
-from toto.plan.alike import alike, listed
+from toto.plan.alike import alike, all_of, listed
 from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
 from toto.rehearsal.results import PhaseResult
@@ -65,7 +65,7 @@ def plan_page(changes: ChangeSet, differences: Mapping[str, str]) -> str:
     parts += [markdown_table(COLUMNS, rows) if rows else "nothing to do"]
     parts += [f"⚠ {MARKDOWN.escape(each)} ({', '.join(names)})" for each, names in changes.warnings.items()]
     for error in changes.errors:
-        parts += [f"## {listed(error.names)}: evaluation failed", *_cause("", error.text)]
+        parts += [f"## {listed(error.names)}: evaluation failed", *_cause("", error.text, error.names)]
     for label, text in long.items():
         parts += [f"## {label}", as_diff(text)]
     return "\n\n".join(parts)
@@ -118,7 +118,7 @@ async def show_report(report: Report) -> None:
     """Show the report of a run as one page, failures first, and a short form in the last lines of the log."""
     logger = get_run_logger()
     for cause in report.causes:
-        logger.error("%s: %s", cause.title, cause.said.text)
+        logger.error("%s", "\n".join(filter(None, (f"{cause.title}: {cause.said.text}", all_of(cause.said.names)))))
     for back in report.reverted:
         if back.error:
             logger.error("%s COULD NOT BE REVERTED: %s", back.target, back.error)
@@ -144,9 +144,9 @@ def as_markdown(report: Report) -> str:
         if back.error:
             parts += [f"## {back.target} COULD NOT BE REVERTED", *_cause(back.target, back.error)]
     for cause in report.causes:
-        parts += [f"## {cause.title}", *_cause("", cause.said.text)]
+        parts += [f"## {cause.title}", *_cause("", cause.said.text, cause.said.names)]
     for away in alike((name, report.away.get(name, "")) for name in report.unreachable):
-        parts += [f"## {listed(away.names)}: unreachable", *_cause("", away.text)]
+        parts += [f"## {listed(away.names)}: unreachable", *_cause("", away.text, away.names)]
     if report.reverted:
         parts += [
             "## Reverted",
@@ -165,12 +165,13 @@ def as_markdown(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _cause(target: str, text: str) -> list[str]:
-    """An error as Markdown: the next step, then what was said."""
+def _cause(target: str, text: str, names: Sequence[str] = ()) -> list[str]:
+    """An error as Markdown: all its targets where the title leaves some out, the next step, then what was said."""
     said, _, hint = text.removeprefix(f"{target}: ").rpartition("\nnext: ")
     if not said or "\n" in hint:
         said, hint = text.removeprefix(f"{target}: "), ""
-    return ([f"**Next:** {MARKDOWN.escape(hint)}"] if hint else []) + ([fenced(said)] if said else [])
+    parts = (all_of(names), f"**Next:** {MARKDOWN.escape(hint)}" if hint else "", fenced(said) if said else "")
+    return [each for each in parts if each]
 
 
 def fenced(text: str, language: str = "text") -> str:

@@ -128,8 +128,14 @@ class Way:
     def told(self, messages: list[tuple[str, str]]) -> str:
         """What a run said of the target, without its own text: nix shows the lines where an error is."""
         subflow = self.name if self.kind in ("terraform", "helm", "host") else None
-        mine = [text for run, text in messages if run == subflow or text.startswith(f"{self.target}: ")]
+        mine = [text for run, text in messages if run == subflow or self.target in _named(text)]
         return EXCERPT.sub("", "\n".join(mine))
+
+
+def _named(text: str) -> list[str]:
+    """The targets that a message of a run is about: before its first colon; or in its last line, when they are many."""
+    everyone = re.search(r"^all \d+: (.*)\Z", text, re.MULTILINE)
+    return (everyone[1] if everyone else text.partition(": ")[0]).split(", ")
 
 
 def _way(path: Path) -> Way:

@@ -247,3 +247,14 @@ a: reverted           █    0.0 s"""
     with made.timed("a", "verify"):
         pass
     assert made.spans[-1].step == "verify"
+
+
+def test_of_many_targets_with_one_error_none_is_left_out() -> None:
+    many = [f"host{number}" for number in range(9)]
+    made = report(*many)
+    for name in many:
+        made.failure(name, "rehearsal", TotoError("the network is gone", target=name))
+    page = as_markdown(made)
+    assert page.count("the network is gone") == 1
+    assert "## host0, host1, host2, host3 and 5 more: rehearsal failed" in page
+    assert f"all 9: {', '.join(many)}" in page

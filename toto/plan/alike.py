@@ -49,3 +49,8 @@ def listed(names: Sequence[str]) -> str:
     """Names in a line. Of many, it has the first few and the number of the others."""
     more = len(names) - NAMES
     return ", ".join(names) if more < 2 else f"{', '.join(names[:NAMES])} and {more} more"
+
+
+def all_of(names: Sequence[str]) -> str:
+    """A line with all names, where `listed` leaves some out: whoever looks for one target finds it; else empty."""
+    return f"all {len(names)}: {', '.join(names)}" if len(names) - NAMES > 1 else ""

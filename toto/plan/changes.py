@@ -14,7 +14,7 @@ from toto.base.model import shown
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Deployed, Entry
 from toto.ledger.target import Target
-from toto.plan.alike import Alike, alike, listed
+from toto.plan.alike import Alike, alike, all_of, listed
 
 
 class Why(StrEnum):
@@ -174,8 +174,8 @@ class ChangeSet(_Value):
 
     def text(self, differences: Mapping[str, str] | None = None) -> str:
         """The plan as `str`, then each error in full."""
-        errors = [f"\n{listed(each.names)}: {each.text}" for each in self.errors]
-        return "\n".join([self._table(differences), *errors])
+        errors = [[f"\n{listed(each.names)}: {each.text}", all_of(each.names)] for each in self.errors]
+        return "\n".join([self._table(differences), *(line for error in errors for line in error if line)])
 
     def _table(self, differences: Mapping[str, str] | None = None) -> str:
         """The rows as a table, below a line that says so when nothing is deployed at all; then the warnings."""
