@@ -51,12 +51,26 @@ def main() -> None:
     os.environ.update(machine.environment())
     os.chdir("/")
     try:
-        answer = _answer(_request(sys.stdin.buffer.read(MOST + 1)))
+        said = answer(_request(sys.stdin.buffer.read(MOST + 1)))
+    except BadRequest as error:
+        said = _refused(error)
+    sys.stdout.write(json.dumps(said) + "\n")
+
+
+def answer(request: dict[str, Any]) -> Answer:
+    """The answer to a request, by this process, which is root's. It never raises: see `error` and `kind`."""
+    try:
+        return _answer(request)
     except (BadRequest, BadDocument, Refused, Lost, Misconfigured, NotReady, signature.NotGenuine) as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
+        return _refused(error)
     except (OSError, subprocess.SubprocessError) as error:
-        answer = {"error": str(error), "kind": "Broken"}
-    sys.stdout.write(json.dumps(answer) + "\n")
+        return {"error": str(error), "kind": "Broken"}
+    except Exception as error:  # whoever asks goes on living
+        return {"error": f"{type(error).__name__}: {error}", "kind": "Broken"}
+
+
+def _refused(error: Exception) -> Answer:
+    return {"error": str(error), "kind": type(error).__name__}
 
 
 def _request(text: bytes) -> dict[str, Any]:
