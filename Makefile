@@ -1,12 +1,12 @@
-# make demo | test | test-fast | lint | bench | attack | torture | kube | clean | help. What they need is installed by
-# setup/prepare first.
+# make demo | test | test-fast | lint | bench | attack | torture | kube | server | install | clean | help. What they need
+# is installed by setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
 #   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
 #   make torture ROUNDS=30 SEQUENCES=500 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help prepare demo test test-fast lint bench attack torture kube clean
+.PHONY: help prepare server install demo test test-fast lint bench attack torture kube clean
 TESTS ?=
 K ?=
 JOBS ?= 3
@@ -29,10 +29,18 @@ help:
 	@echo "             and has random runs on terraform roots fail (SEQUENCES=500), and sees that they harm nothing"
 	@echo "make attack  a red team's ways out of toto's cells, all of them; none may reach anything"
 	@echo "make kube    builds a Kubernetes API server, for the tests of helm (8 minutes, 3.5 GB while it does; once)"
+	@echo "make server  prepares for \`toto serve\` alone, without what only demo and tests need"
+	@echo "make install as root, on a server with systemd: the same into /opt/toto-env, and toto's user, units and command"
 	@echo "make clean   removes what was generated in the checkout (rm -r ~/.cache/toto removes the rest)"
 
 prepare:
 	@setup/prepare
+
+server:
+	@setup/prepare server
+
+install:
+	@setup/install
 
 demo: prepare
 	@$(run) python -m tests.lab.demo

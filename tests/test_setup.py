@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[1]
-SAYS: Final = '. setup/env && echo "$TOTO_VENV" "$TOTO_PYTHON" "$XDG_CACHE_HOME"'
+SAYS: Final = 'toto_preparing=1; . setup/env && echo "$TOTO_VENV" "$TOTO_PYTHON" "$XDG_CACHE_HOME"'
 
 
 def said(cache: Path, *, home: Path, as_user: Sequence[str] = (), **env: str) -> list[str]:
@@ -80,6 +81,101 @@ def test_a_server_whose_environment_is_root_s_has_its_caches_in_its_state(tmp_pa
     assert said(cache, home=tmp_path)[2] == f"{cache}/xdg"
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"] if os.geteuid() == 0 else []
     assert said(Path("/usr"), home=tmp_path, as_user=nobody, TOTO_STATE="/srv/toto")[2] == "/srv/toto/cache"
+
+
+def started(cache: Path, home: Path, *, as_user: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    """What comes of a unit's command."""
+    return subprocess.run(
+        [*as_user, "sh", "-c", ". setup/env && exec toto serve"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(home), "TOTO_CACHE": str(cache), "TOTO_STATE": str(home)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_unit_that_cannot_run_says_why(tmp_path: Path, elsewhere: Path) -> None:
+    cache = tmp_path / "cache"
+    nothing = started(cache, tmp_path)
+    assert nothing.returncode == 78 and f"no environment for this checkout in {cache}" in nothing.stderr
+    assert f"TOTO_CACHE={cache} setup/prepare" in nothing.stderr
+    venv = prepared(cache, elsewhere)
+    (venv / "bin/toto").write_text('#!/bin/sh\necho "$@"\n')
+    (venv / "bin/toto").chmod(0o755)
+    done = started(cache, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "serve\n", "")
+    for link in venv.glob("bin/python*"):  # its Python is gone, or in a home that its user cannot enter
+        link.unlink()
+        link.symlink_to("/nowhere/python")
+    gone = started(cache, tmp_path)
+    assert gone.returncode == 78 and f"{venv} is of {elsewhere}, which is gone, or which " in gone.stderr
+    assert "may not run: set PYTHON" in gone.stderr
+    units = [(ROOT / f"setup/systemd/{name}.service").read_text() for name in ("toto", "toto-nix-daemon")]
+    assert ["\nRestartPreventExitStatus=78\n" in each for each in units] == [True, True]
+
+
+# In a mount namespace, whose /etc, /opt, /usr/local/bin and /var/lib are its own.
+APART: Final = """
+set -eu
+mount -t tmpfs none "$1"
+for each in etc opt usr/local/bin var/lib; do
+    mkdir -p "$1/$each/up" "$1/$each/work"
+    mount -t overlay -o "lowerdir=/$each,upperdir=$1/$each/up,workdir=$1/$each/work" overlay "/$each"
+done
+mkdir -p /opt/toto-9 /opt/toto-env/helm/4
+cp -r --parents setup requirements.lock Makefile /opt/toto-9
+install -m 755 /bin/true /opt/toto-env/helm/4/helm
+cp setup/helm.lock /opt/toto-env/helm/lock
+cp -r "$2" /opt/toto-env
+chown -R root:root /opt/toto-9 /opt/toto-env
+chmod -R go-w /opt/toto-9 /opt/toto-env
+cd /opt/toto-9
+"""
+
+
+def installed(tmp_path: Path, venv: Path, script: str) -> "subprocess.CompletedProcess[str]":
+    (tmp_path / "apart").mkdir(exist_ok=True)
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", APART + textwrap.dedent(script), "sh", tmp_path / "apart", venv],
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs units")
+def test_make_install_has_units_that_the_user_toto_can_run(tmp_path: Path) -> None:
+    venv = prepared(tmp_path / "cache", Path("/usr/bin/python3").resolve())
+    (venv / "bin/toto").write_text('#!/bin/sh\necho "$(id -un) $PWD $TOTO_STATE $*"\n')
+    (venv / "bin/toto").chmod(0o755)
+    done = installed(
+        tmp_path,
+        venv,
+        """
+        make -s install 2>/dev/null && setup/install
+        cd / && /usr/local/bin/toto password
+        ls /etc/systemd/system/toto*.service; stat -c '%U %a' /var/lib/toto
+        """,
+    )
+    assert "next: systemctl enable --now toto-nix-daemon toto" in done.stderr and "about to make" not in done.stderr
+    assert done.stdout.splitlines() == [
+        "toto / /var/lib/toto password",
+        "/etc/systemd/system/toto-nix-daemon.service",
+        "/etc/systemd/system/toto.service",
+        "toto 700",
+    ], done.stderr
+    wrong = {
+        "chown daemon /opt/toto-9/setup/env; setup/install": "/opt/toto-9/setup/env is not root's alone",
+        "chmod o+w /opt/toto-env/helm/4/helm; setup/install": "/opt/toto-env/helm/4/helm is not root's alone",
+        "ln -s toto-8 /opt/toto; setup/install": "if that is meant",
+        "install -m 700 /usr/bin/python3 /opt/python; PYTHON=/opt/python setup/install": "cannot run /opt/python",
+    }
+    for script, words in wrong.items():
+        refused = installed(tmp_path, venv, script)
+        assert refused.returncode == 1 and words in refused.stderr, refused.stderr
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="THE UNITS ARE NOT VERIFIED: no systemd-analyze")

@@ -311,7 +311,7 @@ def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
 def test_debian_s_units_are_protected_as_those_of_nixos() -> None:
     own = {  # what is different on purpose, or says where things are
         *("Environment", "EnvironmentFile", "ExecStart", "WorkingDirectory", "ProtectHome", "Description"),
-        *("RestrictAddressFamilies", "X-StopIfChanged"),
+        *("RestrictAddressFamilies", "X-StopIfChanged", "RestartPreventExitStatus"),
     }
     for name in ("toto.service", "toto-nix-daemon.service"):
         nixos, debian = unit(name), settings((ROOT / "setup/systemd" / name).read_text())
