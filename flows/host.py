@@ -17,6 +17,7 @@ from tasks.roll_out import (
     copy,
     endpoint_of,
     inspect,
+    keep,
     revert,
     try_way_in,
 )
@@ -50,13 +51,12 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
     try:
         async with connect(machine, order.repo, order.run, settings.connect_timeout) as activator:
             await claim(order, activator)
-            where = endpoint_of(machine, activator)
             smoke, post_switch = (
                 run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)
             )
             if order.change.action is Action.VERIFY:
                 before = await inspect(order, activator, expected=order.last.path if order.last else None)
-                done = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[before])
+                done = await post_switch(order, Phase.POST_SWITCH, endpoint_of(machine, activator), wait_for=[before])
                 await record_verified(order, wait_for=[done])
                 return "verified"
             copied = await copy(order, activator)
@@ -72,12 +72,14 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 step = await activate.with_options(task_run_name="activate: test")(
                     order, activator, "test", quote(before), wait_for=[step]
                 )
-                step = await smoke(order, Phase.SMOKE, where, wait_for=[step])
+                step = await smoke(order, Phase.SMOKE, endpoint_of(machine, activator), wait_for=[step])
                 if machine.activation == "switch":
                     step = await activate.with_options(task_run_name="activate: switch")(
                         order, activator, "switch", quote(before), wait_for=[step]
                     )
-                step = await post_switch(order, Phase.POST_SWITCH, where, wait_for=[step])
+                step = await post_switch(order, Phase.POST_SWITCH, endpoint_of(machine, activator), wait_for=[step])
+            if machine.activation != "switch" and machine.access == "locked":
+                step = await keep(order, activator, machine.activation, wait_for=[step])
             step = await add_gc_root(order, wait_for=[step])
             step = await record_good(order, wait_for=[step])
             await clean_up(activator, wait_for=[step])

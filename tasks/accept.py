@@ -25,7 +25,6 @@ from toto.ledger import steps
 from toto.ledger.ledger import Accepted, Deployed, Entry, Ledger, TargetBusy
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
-from toto.machine.activation import Activator
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost
 from toto.plan.kind import Source
@@ -118,10 +117,11 @@ async def host(asked: Asked) -> Present:
     owners.check(asked.repo, machine)
     rules = asked.settings.roll_out
     async with roll_out.connect(machine, asked.repo, asked.run, rules.connect_timeout) as activator:
-        await activator.install()
+        await activator.prepare()
         if intent is not None:  # a watchdog that is still armed would change what is read here
-            armed = Activator(activator.connection, intent.desired.run, rules.connect_timeout)
-            await armed.take_charge(patience=rules.activation_timeout * 2 + rules.confirm_timeout)
+            await activator.take_charge(
+                intent.desired.run, patience=rules.activation_timeout * 2 + rules.confirm_timeout
+            )
         facts = await activator.facts()
         await activator.clean_up()
     words = f"it runs {facts.system}"

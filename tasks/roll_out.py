@@ -19,16 +19,19 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Intent, Ledger
-from toto.machine import keys, owners, ssh, way_in
-from toto.machine.activation import Activator, MachineState, Verb
+from toto.machine import access, keys, owners, ssh, way_in
+from toto.machine.access import OverSsh
+from toto.machine.activation import Activator, MachineState, SudoActivator, Verb
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost, HostOrder
+from toto.rehearsal import suite
 from toto.rehearsal.phase_run import Endpoint
+from toto.rehearsal.suite import Phase
 
 
 @asynccontextmanager
-async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[Activator]:
+async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[OverSsh]:
     """Connect to a machine; the result has the activation verbs.
 
     Raises `Unreachable` after `connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
@@ -44,8 +47,9 @@ async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float
         connect_timeout=max(1, round(connect_timeout)),
         ip=await owners.located(repo, machine, connect_timeout),
     )
-    async with ssh.connection(target, runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine") as connection:
-        yield Activator(connection, run, connect_timeout)
+    folder = runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine"
+    async with access.over_ssh(target, folder, machine, repo, run, connect_timeout) as activator:
+        yield activator
 
 
 async def _identity(machine: Machine, repo: Path, run: str) -> Path:
@@ -58,16 +62,16 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
     return await keys.identity(repo, machine.ssh.identity)
 
 
-async def claim(order: HostOrder, activator: Activator) -> None:
+async def claim(order: HostOrder, activator: OverSsh) -> None:
     """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
     assert order.machine is not None
     target = activator.connection.target
     await owners.claim(order.repo, order.machine, owners.host_keys(target), target.ip or "")
 
 
-def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
+def endpoint_of(machine: Machine, activator: OverSsh) -> Endpoint:
     """How test scripts connect to the machine itself: its ports are not mapped."""
-    return Endpoint(activator.connection, {port: port for port in machine.ports})
+    return Endpoint(activator.connection, {port: port for port in machine.ports}, command=activator.command)
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
@@ -77,7 +81,7 @@ async def inspect(order: HostOrder, activator: Activator, expected: str | None =
     A warning says so when that is the system of a different host: the address may be wrong.
     Raises `NotWhatItShouldBe` when it does not run `expected`, and `Unreachable`.
     """
-    await activator.install()
+    await activator.prepare()
     facts = await activator.facts()
     for other in whose(facts.system, order):
         get_run_logger().warning(
@@ -113,13 +117,10 @@ def whose(system: str, order: HostOrder) -> list[str]:
 )
 async def copy(order: HostOrder, activator: Activator) -> Done:
     """Copy exactly the rehearsed closure to the machine. Raises `CopyFailed`, `Unreachable`."""
+    assert order.machine is not None
     settings = order.settings.nix
-    key = None if settings.signing_key is None else keys.signing(order.repo, settings.signing_key)
-    try:
-        await _copy(order.host.path, activator, order.repo, key, timeout=settings.build_timeout, on_line=sink())
-    except nix.CopyFailed:
-        await activator.connection.run(["true"], fresh=True, timeout=60)  # raises Unreachable when that was why
-        raise
+    key = await keys.for_closures(order.repo, settings.signing_key, needed=order.machine.access == "locked")
+    await _copy(order.host.path, activator, order.repo, key, timeout=settings.build_timeout, on_line=sink())
     return Done()
 
 
@@ -133,13 +134,11 @@ async def _copy(
     on_line: process.LineSink | None = None,
 ) -> None:
     """Copy a closure to a machine, signed with a secret key when there is one. Raises `CopyFailed`."""
-    name, signed = activator.connection.target.name, None
+    signed = None
     if key is not None:
-        signed = runs.run_directory(repo, activator.run) / "signed" / name
+        signed = runs.run_directory(repo, activator.run) / "signed" / activator.name
         await nix.sign(path, key, signed)
-    await nix.copy(
-        path, name, activator.connection.config, timeout=timeout, target=name, signed=signed, on_line=on_line
-    )
+    await activator.copy(path, signed=signed, timeout=timeout, on_line=on_line)
 
 
 @task(name="try the way in", task_run_name="try the way in", cache_policy=NO_CACHE)
@@ -148,7 +147,8 @@ async def try_way_in(order: HostOrder, activator: Activator, before: MachineStat
 
     Raises `WouldLockOut`.
     """
-    await way_in.check(activator, order.host.path, before.system, address=order.settings.roll_out.check_address)
+    if isinstance(activator, SudoActivator):  # who has no root there cannot try it: the watchdog is what is left
+        await way_in.check(activator, order.host.path, before.system, address=order.settings.roll_out.check_address)
     return before.model_copy()
 
 
@@ -160,14 +160,39 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     """
     await set_step(order, verb, f"activation {verb}")
     settings = order.settings.roll_out
-    if settings.method == "nixos-rebuild":
+    if settings.method == "nixos-rebuild" and isinstance(activator, SudoActivator):
         await activator.nixos_rebuild(
             verb, order.host.path, before, timeout=settings.activation_timeout, on_line=sink()
         )
     else:
         await activator.activate(
-            verb, order.host.path, before, finish=settings.activation_timeout, confirm=settings.confirm_timeout
+            verb, order.host.path, before, finish=settings.activation_timeout, confirm=_patience(order)
         )
+    return Done()
+
+
+def _patience(order: HostOrder) -> float:
+    """Seconds until a machine goes back by itself.
+
+    toto confirms at once by sudo, and after its own tests where a signed document says that a system is kept.
+    """
+    rules, sandbox = order.settings.roll_out, order.settings.sandbox
+    if order.machine is None or order.machine.access == "sudo":
+        return rules.confirm_timeout
+    phases = (Phase.SMOKE,) if order.machine.activation == "switch" else (Phase.SMOKE, Phase.POST_SWITCH)
+    found = suite.find(order.tree, order.name)
+    return rules.confirm_timeout + sandbox.test_timeout * sum(len(found.of(phase)) for phase in phases)
+
+
+@task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
+async def keep(order: HostOrder, activator: Activator, verb: Verb) -> Done:
+    """Have kept what passed its tests, on a machine that does what documents say, when no `switch` follows.
+
+    Raises `ActivationFailed`, `Unreachable`, `LostTarget`.
+    """
+    if verb == "test":
+        await set_step(order, "keep", "to be kept")
+    await activator.keep(verb, order.host.path, finish=order.settings.roll_out.activation_timeout)
     return Done()
 
 
@@ -229,23 +254,24 @@ async def revert(reversal: Reversal) -> str:
 async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState) -> None:
     settings = reversal.settings.roll_out
     async with connect(machine, reversal.repo, reversal.run, settings.connect_timeout) as activator:
-        await activator.install()
+        await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
-        armed = Activator(activator.connection, intent.desired.run, settings.connect_timeout)
-        await armed.take_charge(patience=settings.activation_timeout * 2 + settings.confirm_timeout)
+        armed = intent.desired.run
+        await activator.take_charge(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
         if (await activator.facts()).system != to.system and await nix.valid(to.system):
-            key = _signing_key_now(reversal)
+            key = await _signing_key_now(reversal, machine)
             await _copy(to.system, activator, reversal.repo, key, timeout=settings.activation_timeout)
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
-        await armed.clean_up()
+        await activator.clean_up(armed)
         await activator.clean_up()
 
 
-def _signing_key_now(reversal: Reversal) -> Path | None:
+async def _signing_key_now(reversal: Reversal, machine: Machine) -> Path | None:
     """The key that signs what a revert copies. Without it the machine may accept the closure all the same."""
-    name = reversal.settings.nix.signing_key
     try:
-        return None if name is None else keys.signing(reversal.repo, name)
+        return await keys.for_closures(
+            reversal.repo, reversal.settings.nix.signing_key, needed=machine.access == "locked"
+        )
     except TotoError as error:
         get_run_logger().warning("what is copied is not signed: %s", error)
         return None

@@ -32,7 +32,7 @@ from toto.infra_repo.fields import check_key_name
 from toto.ledger import approvals
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import Target
-from toto.machine import keys, owners
+from toto.machine import keys, owners, signer
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -272,6 +272,11 @@ def _machine_verbs(parser: _Parser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     listing = verbs.add_parser("list", help="show every machine that was deployed, and its repository")
     listing.set_defaults(run=_machine_list)
+    setup = verbs.add_parser(
+        "setup", parents=[_where()], help="print what the configuration of a machine says to be deployed by documents"
+    )
+    setup.add_argument("name", metavar="REPO")
+    setup.set_defaults(run=_machine_setup)
     moving = verbs.add_parser("move", parents=[_where()], help="let a different repository deploy a machine")
     moving.add_argument("name", metavar="MACHINE")
     moving.add_argument("old", metavar="FROM", help="the repository that it belongs to")
@@ -482,6 +487,23 @@ async def _machine_move(arguments: argparse.Namespace) -> int:
     await owners.move(arguments.name, old, new)
     print(f"{arguments.name} belongs to {arguments.new}, whose key it must let in:")
     print(await keys.public_half(await keys.of_machines(new)))
+    return 0
+
+
+async def _machine_setup(arguments: argparse.Namespace) -> int:
+    repo = _on_toto(arguments.repos, arguments.name)
+    login = await keys.public_half(await keys.of_machines(repo), f"toto {arguments.name}")
+    closures = await keys.public_half(await keys.make(repo, keys.STORE, "signing"))
+    print(
+        f"""services.flying-monkey = {{
+  enable = true;
+  repo = "{arguments.name}";
+  signers = [ "{await keys.public_half(await signer.key())}" ];
+  loginKeys = [ "{login}" ];
+  writableStore = true;
+}};
+nix.settings.trusted-public-keys = [ "{closures}" ];"""
+    )
     return 0
 
 

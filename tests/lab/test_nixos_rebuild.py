@@ -13,7 +13,7 @@ import pytest_asyncio
 from tests.lab.machine import Machine
 from tests.lab.test_lab import key  # noqa: F401
 from tests.lab.test_way_in import activating, on_the_machine
-from toto.machine.activation import ActivationFailed, Activator, LockedOut
+from toto.machine.activation import ActivationFailed, LockedOut, SudoActivator
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(2)]
 
@@ -31,7 +31,10 @@ def fails(name: str) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+async def activator(
+    tmp_path_factory: pytest.TempPathFactory,
+    key: Path,  # noqa: F811
+) -> AsyncIterator[tuple[Machine, SudoActivator]]:
     folder = tmp_path_factory.mktemp("rebuild")
     (folder / "bin").mkdir()
     (folder / "bin/nixos-rebuild").write_text(REBUILD)
@@ -43,7 +46,7 @@ async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Asyn
 
 
 async def test_units_that_were_broken_before_fail_nothing(
-    activator: tuple[Machine, Activator],
+    activator: tuple[Machine, SudoActivator],
     key: Path,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -64,7 +67,7 @@ async def test_units_that_were_broken_before_fail_nothing(
 
 
 async def test_what_locks_toto_out_is_reverted_over_the_old_connection(
-    activator: tuple[Machine, Activator],
+    activator: tuple[Machine, SudoActivator],
     key: Path,  # noqa: F811
 ) -> None:
     machine, made = activator

@@ -13,7 +13,7 @@ from tests.lab.machine import SSH_PORT, Machine
 from tests.lab.setup import setup
 from tests.lab.test_lab import changed, key  # noqa: F401
 from toto.machine import ssh, way_in
-from toto.machine.activation import Activator
+from toto.machine.activation import SudoActivator
 from toto.machine.way_in import WouldLockOut
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.mark.minutes(2)]
@@ -44,19 +44,22 @@ REFUSED = {
 
 
 @contextlib.asynccontextmanager
-async def activating(folder: Path, key: Path, address: str) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+async def activating(folder: Path, key: Path, address: str) -> AsyncIterator[tuple[Machine, SudoActivator]]:  # noqa: F811
     """A machine at an address, and toto's way to activate on it."""
     setup()
     async with Machine("box", folder / "box", key, address=address) as machine:
         target = ssh.SshTarget("box", machine.address, SSH_PORT, machine.user, key, known_hosts=folder / "known")
         async with ssh.connection(target, folder / "ssh") as connection:
-            made = Activator(connection, "a-run")
-            await made.install()
+            made = SudoActivator(connection, "a-run")
+            await made.prepare()
             yield machine, made
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def activator(tmp_path_factory: pytest.TempPathFactory, key: Path) -> AsyncIterator[tuple[Machine, Activator]]:  # noqa: F811
+async def activator(
+    tmp_path_factory: pytest.TempPathFactory,
+    key: Path,  # noqa: F811
+) -> AsyncIterator[tuple[Machine, SudoActivator]]:
     async with activating(tmp_path_factory.mktemp("way-in"), key, "127.0.1.92") as made:
         yield made
 
@@ -68,7 +71,7 @@ async def on_the_machine(machine: Machine, key: Path, more: str) -> str:  # noqa
     return str(system)
 
 
-async def test_what_would_lock_toto_out_is_not_activated(activator: tuple[Machine, Activator], key: Path) -> None:  # noqa: F811
+async def test_what_would_lock_toto_out_is_not_activated(activator: tuple[Machine, SudoActivator], key: Path) -> None:  # noqa: F811
     machine, made = activator
     before = await made.facts()
     etc = await machine.check(
@@ -92,7 +95,7 @@ async def test_what_would_lock_toto_out_is_not_activated(activator: tuple[Machin
 
 
 async def test_where_the_present_configuration_cannot_be_tried_either_a_warning_is_all(
-    activator: tuple[Machine, Activator],
+    activator: tuple[Machine, SudoActivator],
     key: Path,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -104,7 +107,7 @@ async def test_where_the_present_configuration_cannot_be_tried_either_a_warning_
 
 
 async def test_the_address_is_one_that_the_configuration_sets_when_that_is_asked_for(
-    activator: tuple[Machine, Activator],
+    activator: tuple[Machine, SudoActivator],
     key: Path,  # noqa: F811
 ) -> None:
     machine, made = activator
@@ -125,7 +128,7 @@ async def test_the_address_is_one_that_the_configuration_sets_when_that_is_asked
 
 
 async def test_a_user_whom_the_configuration_no_longer_has_is_missed(
-    activator: tuple[Machine, Activator],
+    activator: tuple[Machine, SudoActivator],
     key: Path,  # noqa: F811
 ) -> None:
     """NixOS writes such a file into its activation script; the lab's does not, so this adds it."""

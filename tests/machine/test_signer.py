@@ -70,10 +70,12 @@ async def test_a_phase_is_signed_when_the_roll_out_is_there(world: World) -> Non
     made = await signer.document(world.request(), NOW)
     assert (made.system.path, made.phase, made.repo, made.machine.host_key) == (world.new, "try", "infra", HOST_KEY)
     assert made.good is not None and made.good.path == world.good and made.expires == NOW + timedelta(days=7)
-    with pytest.raises(NotSigned, match="is at `activation test`, not at `keep`"):
+    with pytest.raises(NotSigned, match="is at `activation test`, not at `activation switch`"):
         await signer.document(world.request("keep"), NOW)
-    await world.at(signer.KEEP)
-    assert (await signer.document(world.request("keep"), NOW)).system.path == world.new
+    for activation, step in signer.KEEP.items():
+        await world.at(step)
+        made = await signer.document(world.request("keep", activation=activation), NOW)
+        assert (made.system.path, made.activation) == (world.new, activation)
     assert (await signer.document(world.request("back"), NOW)).system.path == world.good
 
 
@@ -130,7 +132,7 @@ async def test_who_asks_at_its_socket_gets_a_signed_document_and_never_the_key(s
     envelope = await signer.ask(served.request())
     made = Desired.read(opened(envelope, "infra", tmp_path / "signers", datetime.now(UTC)))
     assert made.system.path == served.new
-    with pytest.raises(NotSigned, match="not at `keep`"):
+    with pytest.raises(NotSigned, match="not at `activation switch`"):
         await signer.ask(served.request("keep"))
     for place in (signer.socket(), await signer.key()):
         assert place.stat().st_mode & 0o077 == 0

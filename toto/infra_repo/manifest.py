@@ -73,6 +73,8 @@ class Machine(Fields):
     """a wave begins when every machine of the earlier waves is done"""
     deploy: Literal["push", "pull", "none"] = "push"
     """toto pushes, the machine's flying-monkey pulls, or neither"""
+    access: Literal["sudo", "locked"] = "sudo"
+    """`sudo`: toto may do everything on it. `locked`: it only hands over signed documents, which flying-monkey obeys"""
     activation: Literal["switch", "boot", "test"] = "switch"
     """what a roll-out ends with; a netbooted host is only ever `test`ed"""
     ssh: SSH = SSH()

@@ -9,10 +9,11 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -20,10 +21,12 @@ import flying_monkey
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Before
+from toto.machine import login_shell
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 from toto.nix import commands as nix
 
 Verb: TypeAlias = Literal["test", "switch", "boot"]
+Prove: TypeAlias = Callable[[], Awaitable[None]]
 
 _SCRIPT: Final = Path(flying_monkey.__file__).with_name("activate.sh")
 UNITS_FAILED: Final = 4  # the exit status of switch-to-configuration when it worked, but units failed
@@ -39,6 +42,24 @@ _GRACE: Final = 60.0  # seconds that activate.sh may take besides the activation
 
 class ActivationFailed(TotoError):
     """switch-to-configuration failed on the machine; the message ends with its last lines."""
+
+
+async def copy(
+    connection: Connection,
+    path: str,
+    *,
+    signed: Path | None,
+    timeout: float,
+    on_line: process.LineSink | None = None,
+    probe: str = "true",
+) -> None:
+    """Copy a closure over a connection. Raises `CopyFailed`, or `Unreachable` when that was why: `probe` tells it."""
+    name = connection.target.name
+    try:
+        await nix.copy(path, name, connection.config, timeout=timeout, target=name, signed=signed, on_line=on_line)
+    except nix.CopyFailed:
+        await connection.run([probe], fresh=True, timeout=_GRACE, check=False)
+        raise
 
 
 def rebuild_failed(verb: str, status: int, said: str, target: str) -> ActivationFailed:
@@ -72,9 +93,64 @@ class MachineState(Before):
     profile: str = ""
 
 
+def compare(facts: MachineState, path: str, *, profile: bool, running: bool, target: str) -> None:
+    """Raise `NotWhatItShouldBe` unless a machine runs `path`, and, with `profile`, boots it next."""
+    for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
+        if wanted and found != path:
+            raise NotWhatItShouldBe(
+                f"{what} {found or 'nothing'}, not {path}",
+                target=target,
+                hint="someone else may be deploying to it; see `nixos-version` there",
+            )
+
+
+class Activator(Protocol):
+    """What a roll-out does on one machine, for one run, whichever way toto reaches it. `name` is the machine's.
+
+    Times are in seconds; `finish` is how long one activation may take. All raise `Unreachable`, `ActivationFailed`,
+    `WentBack` and `NotWhatItShouldBe`. `SudoActivator` has the meaning of each in full.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def run(self) -> str: ...
+
+    async def prepare(self) -> None:
+        """Do what has to be done before anything else."""
+
+    async def facts(self, *, fresh: bool = False) -> MachineState:
+        """What the machine runs, and what it boots next; `fresh` asks over a new connection."""
+        ...
+
+    async def copy(
+        self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
+    ) -> None:
+        """Let the machine have a closure; `signed` is the folder that `nix.sign` has filled. Raises `CopyFailed`."""
+
+    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+        """Activate `path`; without a word of toto's within `confirm` seconds the machine goes back to `before`."""
+
+    async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
+        """Keep what was activated by `verb`, when that does not end with a `switch`, which keeps it."""
+
+    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
+        """Check that the machine runs `path`; with `profile`, that it boots it next."""
+
+    async def take_charge(self, run: str, *, patience: float) -> None:
+        """Wait for what a run has begun on the machine, so that nothing there acts by itself any more."""
+
+    async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
+        """Make the machine run and boot `to`."""
+
+    async def clean_up(self, run: str = "") -> None:
+        """Remove what a run has left on the machine, this run or a different one."""
+
+
 @dataclass(frozen=True)
-class Activator:
-    """The activation verbs on one machine, for one run: its files there have `run` in their names.
+class SudoActivator:
+    """The activation verbs on one machine, by sudo, for one run: its files there have `run` in their names.
 
     `connect_timeout` is in seconds.
     """
@@ -84,7 +160,11 @@ class Activator:
     connect_timeout: float = 15
     _refusals: dict[str, float] = field(default_factory=dict)
 
-    async def install(self) -> None:
+    @property
+    def name(self) -> str:
+        return self.connection.target.name
+
+    async def prepare(self) -> None:
         """Copy the script to the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
         await self._run(
             [
@@ -95,6 +175,16 @@ class Activator:
             ],
             stdin=_SCRIPT.read_bytes(),
         )
+
+    async def copy(
+        self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
+    ) -> None:
+        """Copy a closure to the machine over ssh, as in `nix.copy`. Raises `CopyFailed`, `Unreachable`."""
+        await copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line)
+
+    def command(self, words: Sequence[str]) -> str:
+        """The line for its login shell that runs words in a test."""
+        return login_shell.line(words)
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs now; `fresh` is as in `Connection.run`.
@@ -111,27 +201,34 @@ class Activator:
             )
         return MachineState(system=facts["system"], profile=facts.get("profile", ""))
 
-    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+    async def activate(
+        self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float, prove: Prove | None = None
+    ) -> None:
         """Activate `path`, then confirm over a new connection.
 
         An activation by another tool is waited for first, for up to `finish` seconds. Then the activation may take as
         long; `confirm` seconds after it the watchdog reverts the machine to `before`. `switch` and `boot` set the
         system profile first. toto also confirms an activation that fails, since it can connect and decides itself what
         comes next. When the machine lets in no new connection, it is reverted over the old one, at once.
+        With `prove`, that is how toto connects from now on, and the watchdog stays armed: something else disarms it.
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
         name = self._new_name(verb)
         await self._begin(name, verb, path, before, finish, confirm)
         deadline = time.monotonic() + finish + _GRACE + confirm
         code, log = await self._ended(name, deadline)
-        await self._confirm(name, deadline)
+        await self._proven(name, deadline, prove or partial(self._confirm, name))
         if code != 0:
             raise ActivationFailed(
                 f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
                 target=self.connection.target.name,
                 hint=_HINTS.get(code),
             )
-        await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
+        if prove is None:
+            await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
+
+    async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
+        """Nothing: a confirmed activation is kept already."""
 
     async def nixos_rebuild(
         self, verb: Verb, path: str, before: MachineState, *, timeout: float, on_line: process.LineSink | None = None
@@ -179,8 +276,8 @@ class Activator:
                 raise failed
             logging.getLogger(__name__).warning("%s: units that failed were broken before: %s", name, " ".join(now))
 
-    async def take_charge(self, *, patience: float) -> None:
-        """Wait for every activation of this run to end, and disarm their watchdogs, within `patience` seconds.
+    async def take_charge(self, run: str, *, patience: float) -> None:
+        """Wait for every activation of a run to end, and disarm their watchdogs, within `patience` seconds.
 
         A watchdog that has begun to revert is waited for, and so is an activation that a dead toto began, and one by
         a different tool, such as a nixos-rebuild that toto gave up on: it holds the lock of the configuration until
@@ -188,7 +285,7 @@ class Activator:
         `Unreachable`.
         """
         deadline = time.monotonic() + patience
-        for name in (await self._verb("names", self.run)).lines:
+        for name in (await self._verb("names", run)).lines:
             said = (await self._verb("confirm", name)).stdout.strip()
             while said != "unknown":
                 word = ((await self._verb("result", name, "20")).lines or ["unknown"])[0].split()[0]
@@ -228,18 +325,11 @@ class Activator:
 
         Raises `NotWhatItShouldBe`, `Unreachable`.
         """
-        facts = await self.facts(fresh=fresh)
-        for wanted, what, found in ((running, "runs", facts.system), (profile, "boots next", facts.profile)):
-            if wanted and found != path:
-                raise NotWhatItShouldBe(
-                    f"{what} {found or 'nothing'}, not {path}",
-                    target=self.connection.target.name,
-                    hint="someone else may be deploying to it; see `nixos-version` there",
-                )
+        compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
 
-    async def clean_up(self) -> None:
-        """Remove this run's files from the machine, once no activation is under way."""
-        await self._verb("clean-up", self.run)
+    async def clean_up(self, run: str = "") -> None:
+        """Remove a run's files from the machine, this run's or a different one's, once no activation is under way."""
+        await self._verb("clean-up", run or self.run)
 
     async def _revert_to(self, verb: Verb, path: str, finish: float) -> None:
         """Activate without a watchdog, which would have nothing to revert to."""
@@ -287,14 +377,17 @@ class Activator:
             if time.monotonic() > deadline:
                 raise ActivationFailed("the activation did not end in time", target=host)
 
-    async def _confirm(self, name: str, deadline: float) -> None:
-        """Confirm over a new connection: an old one may live on where a new one is refused."""
+    async def _proven(self, name: str, deadline: float, prove: Prove) -> None:
+        """Connect anew by `prove`: an old connection may live on where a new one is refused."""
         while True:
             try:
-                answer = (await self._verb("confirm", name, fresh=True)).stdout.strip()
-                break
+                return await prove()
             except Unreachable as error:
                 await self._unreachable(name, error, deadline)
+
+    async def _confirm(self, name: str) -> None:
+        """Confirm over a new connection."""
+        answer = (await self._verb("confirm", name, fresh=True)).stdout.strip()
         if answer != "confirmed":
             raise WentBack(
                 "answered too late after the activation: its watchdog had begun to revert it",

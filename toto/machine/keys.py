@@ -21,6 +21,7 @@ from toto.nix import commands as nix
 
 MACHINES: Final = "machines"
 INPUTS: Final = "inputs"  # reads the private inputs of flakes
+STORE: Final = "store"  # signs closures, where no setting names another
 Use: TypeAlias = Literal["ssh", "signing"]
 USES: Final[tuple[Use, ...]] = get_args(Use)
 _WORDS: Final[dict[Use, str]] = {"ssh": "a private ssh key", "signing": "a secret key of nix"}
@@ -95,6 +96,16 @@ async def identity(repo: Path, name: str | None) -> Path:
 def signing(repo: Path, name: str) -> Path:
     """The secret key of an infra repo that `nix.signing_key` names. Raises `InputError` when it is missing."""
     return named(repo, name, "signing", "toto.toml: nix.signing_key")
+
+
+async def for_closures(repo: Path, name: str | None, *, needed: bool) -> Path | None:
+    """The secret key that signs what a repo's machines get: the one of the settings; its own when one is `needed`.
+
+    Raises `InputError` when the one of the settings is missing: toto makes only its own, `store`.
+    """
+    if name is None:
+        return await make(repo, STORE, "signing") if needed else None
+    return signing(repo, name)
 
 
 def of_inputs(repo: Path) -> tuple[Path, Path]:

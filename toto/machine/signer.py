@@ -15,7 +15,7 @@ import contextlib
 import fcntl
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -36,7 +36,14 @@ from toto.nix import commands as nix
 log = logging.getLogger(__name__)
 
 VALID: Final = timedelta(days=7)  # of a document
-KEEP: Final = "keep"  # the step of a roll-out whose smoke tests have passed
+# The step of a roll-out at which a system may be tried, and the one at which it may be kept, by what a roll-out ends
+# with: smoke tests come before a switch, and all of them before the end of one that only ever tests.
+TRY: Final[Mapping[Activation, str]] = {
+    "switch": "activation test",
+    "test": "activation test",
+    "boot": "activation boot",
+}
+KEEP: Final[Mapping[Activation, str]] = {"switch": "activation switch", "test": "keep", "boot": "activation boot"}
 _AHEAD: Final = (
     10 * 366 * 86_400
 )  # seconds that a machine's serial may be ahead of the clock: more is a machine that lies
@@ -58,6 +65,8 @@ class Request(BaseModel):
     phase: Phase
     activation: Activation
     reported: int = 0
+    activate: int = 900
+    """seconds that an activation may take"""
     confirm: int = 120
     """seconds until a machine goes back by itself"""
 
@@ -68,6 +77,7 @@ class _Path(Deployed):
 
 class _Systems(Before):
     system: str = ""
+    profile: str = ""
 
 
 async def document(asked: Request, now: datetime) -> Desired:
@@ -89,7 +99,7 @@ async def document(asked: Request, now: datetime) -> Desired:
             phase=asked.phase,
             activation=asked.activation,
             system=await _system(_wanted(entry, asked), asked.machine),
-            deadlines=Deadlines(confirm=asked.confirm),
+            deadlines=Deadlines(activate=asked.activate, confirm=asked.confirm),
             good=await _system(good, asked.machine) if (good := _good(entry)) else None,
         )
     except BadDocument as error:
@@ -102,10 +112,9 @@ def _wanted(entry: Entry, asked: Request) -> str:
     if intent is None:
         raise NotSigned("no run is deploying it", target=asked.machine)
     if asked.phase == "back":
-        return _good(entry)
-    tried = "activation boot" if asked.activation == "boot" else "activation test"
-    wanted = tried if asked.phase == "try" else KEEP
-    if intent.step != wanted:
+        before = _Systems.of(intent.before)
+        return before.profile if entry.good is None and asked.activation == "boot" else _good(entry)
+    if intent.step != (wanted := (TRY if asked.phase == "try" else KEEP)[asked.activation]):
         raise NotSigned(f"its roll-out is at `{intent.step}`, not at `{wanted}`", target=asked.machine)
     return _Path.of(intent.desired).path
 

@@ -10,12 +10,11 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from toto.base import process
 from toto.base.errors import TotoError
@@ -60,28 +59,17 @@ if said:
 sys.exit(int(status) if status else 255)
 '''
 
-# What a login shell is given: in single quotes, every shell leaves all characters but these as they are. `sh` on the
-# machine makes the words out of it.
-_SPECIAL: Final = re.compile(rb"[^A-Za-z0-9 _.,:;=@%^+/()<>{}~*?#&|$\"-]")
-_RUN: Final = '"$@"'
-_UNPACK: Final = (
-    'n=$#; while [ "$n" -gt 0 ]; do w=$(printf "%b." "$1"); shift; set -- "$@" "${w%.}"; n=$((n-1)); done; '
-)
-
-
-def line(words: Sequence[str]) -> str:
-    """The line for a login shell, whichever it is, that runs `words` as they are; a single word is a line for sh."""
-    command = [os.fsencode(word) for word in (["/bin/sh", "-c", *words] if len(words) == 1 else words)]
-    packed = [_SPECIAL.sub(lambda found: b"\\0%03o" % found[0][0], word) for word in command]
-    run = _RUN if packed == command else _UNPACK + _RUN
-    return f"/bin/sh -c '{run}' sh " + " ".join(f"'{word.decode()}'" for word in packed)
+Command: TypeAlias = Callable[[Sequence[str]], str]
 
 
 @asynccontextmanager
-async def serving(folder: Path, connection: Connection, python: Sequence[str], user: int | None) -> AsyncIterator[None]:
+async def serving(
+    folder: Path, connection: Connection, python: Sequence[str], user: int | None, command: Command
+) -> AsyncIterator[None]:
     """Serve `on-host` from `folder`, which scripts see at `PLACE`, while the block runs.
 
-    `python` runs the interpreter in their cell, and `user` the machine's user who may ask, when toto is root.
+    `command` makes of the words what the machine's login shell is given. `python` runs the interpreter in their cell,
+    and `user` is the machine's user who may ask, when toto is root.
     """
     client = folder / "bin" / "on-host"
     client.parent.mkdir(mode=0o755)
@@ -104,7 +92,7 @@ async def serving(folder: Path, connection: Connection, python: Sequence[str], u
         async def accept() -> None:
             while True:
                 asking, _ = await loop.sock_accept(listener)
-                task = asyncio.create_task(_answer(asking, connection, at_once))
+                task = asyncio.create_task(_answer(asking, connection, command, at_once))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
 
@@ -117,14 +105,14 @@ async def serving(folder: Path, connection: Connection, python: Sequence[str], u
             await asyncio.gather(accepting, *tasks, return_exceptions=True)
 
 
-async def _answer(asking: socket.socket, connection: Connection, at_once: asyncio.Semaphore) -> None:
+async def _answer(asking: socket.socket, connection: Connection, make: Command, at_once: asyncio.Semaphore) -> None:
     """Run one command for a client, and tell it the exit status. A client whose request is wrong gets no answer."""
     streams: list[int] = []
     asking.setblocking(False)
     with asking, contextlib.suppress(OSError, ValueError, TotoError):
         try:
             words = await _request(asking, streams)
-            if len(packed := line(words)) > LONGEST_LINE:
+            if len(packed := make(words)) > LONGEST_LINE:
                 said = b"64 the command is too long; give it by a file, or by --stdin\n"
                 return await asyncio.get_running_loop().sock_sendall(asking, said)
             async with at_once:

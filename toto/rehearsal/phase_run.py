@@ -15,6 +15,7 @@ from toto.base.model import Model
 from toto.cell import relay as relays
 from toto.cell.cell import INFRA, Cell, python, search_path
 from toto.cell.namespace import Namespace, namespace
+from toto.machine import login_shell
 from toto.machine.ssh import Connection
 from toto.rehearsal import on_host
 from toto.rehearsal.on_host import PLACE
@@ -27,13 +28,15 @@ class Endpoint:
     """How toto reaches a machine for its tests: `connection`, its address, and the ports that scripts may use.
 
     A sandbox has a `network`, where its `ports` are on the loopback, by the guest's; scripts get its ssh `key`. Of a
-    real machine scripts get no key. They reach it at its own address, and there only the ports.
+    real machine scripts get no key. They reach it at its own address, and there only the ports. `command` makes what
+    the machine's login shell gets for `on-host`.
     """
 
     connection: Connection
     ports: Mapping[int, int]
     network: Namespace | None = None
     key: Path | None = None
+    command: on_host.Command = login_shell.line
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
             else:
                 address = "127.0.0.1"
             interpreter, mounts = python()
-            await stack.enter_async_context(on_host.serving(folder, endpoint.connection, interpreter, network.user))
+            await stack.enter_async_context(
+                on_host.serving(folder, endpoint.connection, interpreter, network.user, endpoint.command)
+            )
             env = {
                 "PATH": f"{PLACE}/bin:{search_path()}",
                 "TOTO_HOST": host,

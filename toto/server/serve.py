@@ -138,6 +138,14 @@ async def running_fork_server(
 
 
 @contextlib.asynccontextmanager
+async def running_signer(env: Mapping[str, str], log_file: Path) -> AsyncIterator[process.Running]:
+    """Run the signer (`toto.machine.signer`) to the end of the block. It gets no word of Prefect's."""
+    own = {name: value for name, value in env.items() if not name.startswith("PREFECT_")}
+    async with _logged([sys.executable, "-m", "toto.machine.signer"], own, log_file, grace=5) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
 async def _logged(
     argv: Sequence[str], env: Mapping[str, str], log_file: Path, grace: float, cwd: Path | None = None
 ) -> AsyncIterator[process.Running]:
@@ -290,7 +298,7 @@ async def _serving(
 async def _working(
     env: Mapping[str, str], log_file: Path, repos: Path, root: Path
 ) -> AsyncIterator[dict[Path, process.Running]]:
-    """Run the worker and its fork server."""
+    """Run the worker, its fork server, and the signer of documents for machines."""
     _say("starting the worker")
     api = Api.of(env)
     if not await api.wait(PATIENCE):
@@ -303,11 +311,13 @@ async def _working(
             "skipped %d runs of schedules that came due while toto was down; the newest are started", len(skipped)
         )
     await orphans.have_settled(api, settled, repos)
+    signed = log_file.with_name("signer.log")
     async with (
+        running_signer(env, signed) as signer,
         _beside(_keep_warm(env, log_file.with_name("runs.log"), root)),
         running_worker(env, log_file, root=root) as worker,
     ):
-        yield {log_file: worker}
+        yield {log_file: worker, signed: signer}
 
 
 @contextlib.asynccontextmanager
