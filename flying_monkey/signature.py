@@ -27,12 +27,28 @@ class CannotSign(Exception):
     """The signing key cannot be used."""
 
 
-def seal(text: bytes, key: Path) -> bytes:
-    """An envelope: `text` and its signature by the private key in the file `key`. Raises `CannotSign`."""
-    done = _run(["-Y", "sign", "-q", "-n", NAMESPACE, "-f", str(key)], text)
+def sign(text: bytes, key: Path, namespace: str) -> str:
+    """The signature of `text` by the private key in the file `key`. Raises `CannotSign`."""
+    done = _run(["-Y", "sign", "-q", "-n", namespace, "-f", str(key)], text)
     if done.returncode != 0 or not done.stdout:
         raise CannotSign(_last(done))
-    return json.dumps({"text": text.decode(), "signature": done.stdout.decode()}).encode() + b"\n"
+    return done.stdout.decode()
+
+
+def seal(text: bytes, key: Path, namespace: str = NAMESPACE) -> bytes:
+    """An envelope: `text` and its signature by the private key in the file `key`. Raises `CannotSign`."""
+    return json.dumps({"text": text.decode(), "signature": sign(text, key, namespace)}).encode() + b"\n"
+
+
+def unsealed(envelope: bytes) -> tuple[bytes, bytes]:
+    """The text of an envelope and its signature, which nobody has checked. Raises `NotGenuine`."""
+    if len(envelope) > MOST:
+        raise NotGenuine(f"it has more than {MOST} bytes")
+    try:
+        found = json.loads(envelope)
+        return found["text"].encode(), found["signature"].encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise NotGenuine("it is not a signed document") from None
 
 
 def opened(envelope: bytes, repo: str, signers: Path, now: datetime, revoked: Path | None = None) -> bytes:
@@ -40,23 +56,33 @@ def opened(envelope: bytes, repo: str, signers: Path, now: datetime, revoked: Pa
 
     Raises `NotGenuine`.
     """
-    if len(envelope) > MOST:
-        raise NotGenuine(f"it has more than {MOST} bytes")
-    try:
-        found = json.loads(envelope)
-        text: bytes = found["text"].encode()
-        signature: bytes = found["signature"].encode()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise NotGenuine("it is not a signed document") from None
-    with _in_memory(signature) as file:
-        words = ["-Y", "verify", "-q", "-n", NAMESPACE, "-f", str(signers), "-I", repo, "-s", f"/proc/self/fd/{file}"]
-        words.append(f"-Overify-time={now.astimezone(UTC):%Y%m%d%H%M%SZ}")
+    text, signed = unsealed(envelope)
+    check(text, signed, repo, signers, NAMESPACE, now, revoked)
+    return text
+
+
+def check(
+    text: bytes,
+    signed: bytes,
+    who: str,
+    signers: Path,
+    namespace: str,
+    now: datetime | None = None,
+    revoked: Path | None = None,
+) -> None:
+    """Check that `signed` is the signature of `text` by a key that `signers` has for `who` (valid at `now`, if given).
+
+    Raises `NotGenuine`.
+    """
+    with _in_memory(signed) as file:
+        words = ["-Y", "verify", "-q", "-n", namespace, "-f", str(signers), "-I", who, "-s", f"/proc/self/fd/{file}"]
+        if now is not None:
+            words.append(f"-Overify-time={now.astimezone(UTC):%Y%m%d%H%M%SZ}")
         if revoked is not None:
             words += ["-r", str(revoked)]
         done = _run(words, text, keep=file)
     if done.returncode != 0:
         raise NotGenuine(_last(done))
-    return text
 
 
 def _run(words: list[str], text: bytes, keep: int | None = None) -> "subprocess.CompletedProcess[bytes]":

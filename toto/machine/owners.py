@@ -57,15 +57,19 @@ class Owners(BaseModel):
     adopted: bool = False
 
 
+def file() -> Path:
+    """The file with the owners of all machines; there may be none."""
+    return paths.state_home() / FILE
+
+
 def read() -> Owners:
     """The owners of all machines. Raises `TotoError` when the file cannot be read."""
-    file = paths.state_home() / FILE
     try:
-        return Owners.model_validate_json(file.read_text())
+        return Owners.model_validate_json(file().read_text())
     except FileNotFoundError:
         return Owners()
     except (OSError, ValueError, ValidationError) as error:
-        raise TotoError(f"cannot be read: {error}", target=str(file), hint="restore it from the backup") from None
+        raise TotoError(f"cannot be read: {error}", target=str(file()), hint="restore it from the backup") from None
 
 
 async def check_distinct(fleet: Manifest) -> None:
@@ -264,13 +268,13 @@ async def _adopted(owners: Owners, repos: Iterable[Path]) -> tuple[Owners, list[
 
 def relocate(state: Path, moved: Callable[[Path], Path]) -> None:
     """Give the owners in `state` the paths that their repositories have by now."""
-    file = state / FILE
-    if file.exists():
-        owners = Owners.model_validate_json(file.read_text())
+    known = state / FILE
+    if known.exists():
+        owners = Owners.model_validate_json(known.read_text())
         machines = {
             name: owner.model_copy(update={"repo": moved(owner.repo)}) for name, owner in owners.machines.items()
         }
-        files.write(file, f"{owners.model_copy(update={'machines': machines}).model_dump_json(indent=1)}\n")
+        files.write(known, f"{owners.model_copy(update={'machines': machines}).model_dump_json(indent=1)}\n")
 
 
 def host_keys(target: SshTarget) -> list[str]:
@@ -361,4 +365,4 @@ def _lock() -> Path:
 
 def _write(owners: Owners, machines: dict[str, Owner]) -> None:
     text = owners.model_copy(update={"machines": machines}).model_dump_json(indent=1)
-    files.write(paths.state_home() / FILE, f"{text}\n")
+    files.write(file(), f"{text}\n")

@@ -17,6 +17,7 @@ import posixpath
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -494,6 +495,30 @@ async def sign(path: str, key: Path, folder: Path) -> None:
         await process.run(["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=own, timeout=300)
     except process.CommandFailed as error:
         raise CopyFailed(f"could not sign {path}: {error.message}", hint="see nix.signing_key in toto.toml") from None
+
+
+async def copy_to_cache(path: str, cache: Path, key: Path, *, timeout: float, target: str) -> None:
+    """Copy a closure to a binary cache in a folder, signed with a secret key file. What is there already stays.
+
+    Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="toto-cache-") as short:  # (whatever the folder is called)
+        Path(short, "cache").symlink_to(cache)
+        Path(short, "key").symlink_to(key)
+        words = f"compression=zstd&secret-key={short}/key"
+        try:
+            await process.run(
+                ["nix", *_NEW, "copy", "--to", f"file://{short}/cache?{words}", path],
+                env=environment(),
+                timeout=timeout,
+                target=target,
+            )
+        except process.CommandFailed as error:
+            raise CopyFailed(
+                f"the closure could not be offered to the machine:\n{error.tail}",
+                target=target,
+                hint="is there room where toto's state is? see nix.signing_key in toto.toml",
+            ) from None
 
 
 def _with_database(env: dict[str, str], folder: Path) -> dict[str, str]:
