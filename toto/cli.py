@@ -36,7 +36,7 @@ from toto.machine import keys, owners, signer
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
-from toto.server import database_move, environment, migrate
+from toto.server import backup, database_move, environment, migrate
 from toto.server import serve as server
 
 _NARROWEST: Final = 40  # columns of a terminal for which lines are folded
@@ -198,6 +198,7 @@ def _parser() -> _Parser:
     migrating.add_argument("--dry-run", action="store_true", help="change nothing: tell all that would be done")
     migrating.set_defaults(run=_migrate)
 
+    _saving_verbs(verbs)
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
@@ -226,6 +227,17 @@ async def _migrate(arguments: argparse.Namespace) -> int:
     repos = (arguments.repos or home / "repos").absolute()
     await migrate.migrate(migrate.Migration(user, old, home, repos, arguments.to.absolute(), dry=arguments.dry_run))
     return 0
+
+
+def _saving_verbs(verbs: Any) -> None:
+    for verb, help, run in (
+        ("backup", "write all that cannot be made again to a file, also while toto runs", _backup),
+        ("restore", "put a backup in the place of what is there, while toto does not run", _restore),
+    ):
+        saving = verbs.add_parser(verb, parents=[_where()], help=help)
+        saving.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
+        saving.add_argument("file", metavar="FILE", help=f"- for standard {'out' if verb == 'backup' else 'in'}put")
+        saving.set_defaults(run=run)
 
 
 def _database_verbs(parser: _Parser) -> None:
@@ -459,6 +471,21 @@ async def _database_upgrade(arguments: argparse.Namespace) -> int:
         f"{home / 'postgres' / str(old)}: remove it when all is well"
     )
     return 0
+
+
+async def _backup(arguments: argparse.Namespace) -> int:
+    await backup.backup(*_saved(arguments), _say)
+    return 0
+
+
+async def _restore(arguments: argparse.Namespace) -> int:
+    await backup.restore(*_saved(arguments), _say)
+    return 0
+
+
+def _saved(arguments: argparse.Namespace) -> tuple[backup.Place, Path | None]:
+    place = backup.Place(paths.state_home(), arguments.home.absolute(), arguments.repos.absolute())
+    return place, None if arguments.file == "-" else Path(arguments.file).absolute()
 
 
 def _home(arguments: argparse.Namespace) -> Path:

@@ -65,6 +65,11 @@ class Programs:
         folders = dict.fromkeys([*on_path, *sorted(_DEBIAN.glob("*/bin"))])
         return [await cls.of(each) for each in folders if (each / "postgres").exists() and (each / "initdb").exists()]
 
+    def program(self, name: str) -> Path:
+        """One of them. (`folder` may have links to `postgres` and `initdb` alone.)"""
+        there = self.folder / name
+        return there if there.exists() else (self.folder / "postgres").resolve().parent / name
+
     @classmethod
     async def of(cls, folder: Path) -> "Programs":
         """The programs in `folder`. Raises `DatabaseError` when they do not print their version."""

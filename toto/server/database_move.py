@@ -62,10 +62,10 @@ async def move(home: Path, say: Say) -> list[Moved]:
     installed = await Programs.installed()
     if not installed:
         raise InputError("there is no `postgres` on PATH", hint="install PostgreSQL (Debian: postgresql)")
-    async with _new_cluster(home, max(installed, key=lambda each: each.major)) as cluster:
+    async with new_cluster(home, max(installed, key=lambda each: each.major)) as cluster:
         say(f"copying {file} ({file.stat().st_size / 1e6:.0f} MB), and bringing the copy up to date")
         copy = cluster.home / "prefect.db"
-        await asyncio.to_thread(_back_up, file, copy)
+        await asyncio.to_thread(copy_sqlite, file, copy)
         await _migrate(cluster.home, f"sqlite+aiosqlite:///{copy}")
         say(f"making the tables in PostgreSQL {cluster.programs.major}")
         await _migrate(cluster.home, cluster.url)
@@ -106,19 +106,20 @@ async def upgrade(home: Path, say: Say, old_bin: Path | None = None) -> tuple[in
             hint="install them again, or name their bin folder: --from DIR",
         )
     current = Cluster(home, old)
-    async with _new_cluster(home, newest) as cluster, current.running(home / "logs" / "database.log"):
+    async with new_cluster(home, newest) as cluster, current.running(home / "logs" / "database.log"):
         dump = cluster.home / "dump"
         say(f"dumping the cluster of PostgreSQL {old.major}")
-        await _tool(newest, "pg_dump", current, "--format=custom", f"--file={dump}")
+        await tool(newest, "pg_dump", current, "--format=custom", f"--file={dump}")
         say(f"restoring it in PostgreSQL {newest.major}")
-        await _tool(newest, "pg_restore", cluster, "--exit-on-error", str(dump))
+        await tool(newest, "pg_restore", cluster, "--exit-on-error", str(dump))
     return old.major, newest.major
 
 
-async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) -> None:
+async def tool(programs: Programs, name: str, cluster: Cluster, *words: str) -> None:
+    """Run a client program of PostgreSQL's on a cluster's database. Raises `CommandFailed`."""
     where = [f"--host={cluster.socket}", f"--username={USER}", f"--dbname={NAME}"]
     await process.run(
-        [programs.folder / name, *where, *words],
+        [programs.program(name), *where, *words],
         env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
         timeout=LONGEST,
         target=str(cluster.folder),
@@ -126,7 +127,7 @@ async def _tool(programs: Programs, name: str, cluster: Cluster, *words: str) ->
 
 
 @contextlib.asynccontextmanager
-async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]:
+async def new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]:
     """A new cluster. The block fills it; it becomes the cluster of `home` when the block ends without an error."""
     beside = home / "new"  # short: the path of a socket has a limit
     shutil.rmtree(beside, ignore_errors=True)
@@ -142,7 +143,7 @@ async def _new_cluster(home: Path, programs: Programs) -> AsyncIterator[Cluster]
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _back_up(file: Path, copy: Path) -> None:
+def copy_sqlite(file: Path, copy: Path) -> None:
     """Copy a database as it is at one instant, including its write-ahead log. The source is only read."""
     with (
         contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as source,
