@@ -59,6 +59,7 @@
               e2fsprogs
               cpio
               kmod
+              debootstrap
               # reaching them, and the post-receive hook
               openssh
               curl
@@ -68,6 +69,9 @@
               etcd
               # toto's own database
               postgresql
+              # login shells of machines' users
+              fish
+              zsh
               # what some tests look with
               procps
             ]);

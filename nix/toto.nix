@@ -3,7 +3,8 @@
 #   imports = [ ./toto/nix/toto.nix ];   (or nixosModules.toto of the flake)
 #   services.toto = { enable = true; firstAdmin = { name = "alice"; key = "ssh-ed25519 AAAA…"; }; };
 #
-# Two units: `toto`, the server, and `toto-nix-daemon`, the only part that runs as root. sshd lets pushers in.
+# The units: `toto`, the server; `toto-nix-daemon`, the only part that runs as root; where wanted, `toto-machines`, the
+# web server that machines ask, and `toto-backup`. sshd lets pushers in, nginx who has the UI's password.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -65,6 +66,42 @@ let
     NIX_REMOTE = "unix:///run/toto-nix/client/socket";
   };
 
+  # What every unit of the user toto has. The server's own says why there is no more.
+  hardened = {
+    User = "toto";
+    Group = "toto";
+    StateDirectory = "toto";
+    StateDirectoryMode = "0700";
+    WorkingDirectory = state;
+    UMask = "0077";
+    CapabilityBoundingSet = "";
+    AmbientCapabilities = "";
+    NoNewPrivileges = true;
+    ProtectSystem = "strict";
+    ProtectHome = true;
+    PrivateTmp = true;
+    PrivateIPC = true;
+    ProtectClock = true;
+    ProtectControlGroups = true;
+    ProtectKernelModules = true;
+    LockPersonality = true;
+    RestrictRealtime = true;
+    RestrictSUIDSGID = true;
+    SystemCallArchitectures = "native";
+  };
+
+  # What the units without cells have besides.
+  enclosed = hardened // {
+    PrivateDevices = true;
+    ProtectHostname = true;
+    ProtectKernelLogs = true;
+    ProtectKernelTunables = true;
+    RestrictNamespaces = true;
+    MemoryDenyWriteExecute = true;
+    SystemCallFilter = [ "@system-service" "~@privileged @resources" ];
+    SystemCallErrorNumber = "EPERM";
+  };
+
   environment = networks // own // cfg.environment // lib.optionalAttrs (cfg.nixPath != [ ]) {
     NIX_PATH = lib.concatStringsSep ":" cfg.nixPath;
   };
@@ -84,6 +121,7 @@ let
   # For the assertions.
   isInStore = lib.hasPrefix builtins.storeDir;
   sets = lib.any (name: cfg.environment ? ${name});
+  hasCertificate = host: host.enableACME || host.useACMEHost != null || (builtins.tryEval host.sslCertificate).success;
   letsIn = setting:
     let allowed = config.services.openssh.settings.${setting} or null;
     in allowed == null || lib.elem "toto" allowed;
@@ -135,12 +173,72 @@ in
 
     uiUrl = mkOption {
       type = types.nullOr (types.strMatching "https://[^[:space:]]+");
-      default = null;
+      default = if cfg.nginx.enable then "https://${cfg.nginx.virtualHost}" else null;
+      defaultText = lib.literalMD "that of `nginx`, where it is enabled";
       example = "https://toto.example.org";
       description = ''
         The address of the UI in a browser, where a proxy on this machine does TLS for it and connects to the port on
         the loopback. Without one the UI is reached on this machine only, such as by `ssh -L`.
       '';
+    };
+
+    nginx = {
+      enable = lib.mkEnableOption "a proxy with TLS for the UI, on this machine";
+      virtualHost = mkOption {
+        type = types.strMatching "[A-Za-z0-9.-]+";
+        default = config.networking.fqdnOrHostName;
+        defaultText = lib.literalExpression "config.networking.fqdnOrHostName";
+        example = "toto.example.org";
+        description = ''
+          Its name in a browser. The certificate is yours to give, by `services.nginx.virtualHosts.NAME.enableACME`, or
+          by `sslCertificate` and `sslCertificateKey` there.
+        '';
+      };
+    };
+
+    machines = {
+      listen = mkOption {
+        type = types.nullOr (types.strMatching "[0-9a-fA-F.:]+");
+        default = null;
+        example = "10.0.0.2";
+        description = ''
+          The address of this machine at which machines that pull ask what they should be; null for none. It needs no
+          proxy: it has TLS by an authority of its own, ${state}/api/ca.pem, which the machines are given.
+        '';
+      };
+      port = mkOption {
+        type = types.port;
+        default = 4201;
+        description = "Its port. The firewall is yours to open.";
+      };
+      names = mkOption {
+        type = types.listOf (types.strMatching "[A-Za-z0-9.:-]+");
+        default = [ config.networking.fqdnOrHostName ];
+        defaultText = lib.literalExpression "[ config.networking.fqdnOrHostName ]";
+        description = "The host names and addresses by which machines reach it, for its certificate.";
+      };
+    };
+
+    backup = {
+      enable = lib.mkEnableOption "a backup of toto (`toto backup`) at regular times";
+      folder = mkOption {
+        type = types.strMatching "/[^[:space:]%]+";
+        default = "/var/lib/toto-backup";
+        description = ''
+          Where the backups are, a file for each. Whoever reads one has every key of toto's. Copy them to elsewhere: what
+          is on this machine is lost with it. A different folder must be there, and the user toto's.
+        '';
+      };
+      at = mkOption {
+        type = types.str;
+        default = "daily";
+        description = "When, as systemd.time(7) says it.";
+      };
+      keep = mkOption {
+        type = types.ints.positive;
+        default = 14;
+        description = "How many of the newest ones are kept.";
+      };
     };
 
     blockKey = {
@@ -251,6 +349,12 @@ in
         assertion = !sets ([ "PATH" "TOTO_NIX_SOCKET" "TOTO_ALLOWED_NETWORKS" ] ++ lib.attrNames own);
         message = "services.toto: environment names a variable that the module sets.";
       }
+    ] ++ lib.optionals cfg.nginx.enable [
+      {
+        assertion = hasCertificate config.services.nginx.virtualHosts.${cfg.nginx.virtualHost};
+        message = "services.toto: nginx needs a certificate: set enableACME or sslCertificate in "
+          + "services.nginx.virtualHosts.\"${cfg.nginx.virtualHost}\".";
+      }
     ] ++ lib.optionals cfg.gitHost [
       {
         assertion = config.services.openssh.enable;
@@ -314,17 +418,14 @@ in
           ${lib.getExe cfg.package} repo admin ${cfg.firstAdmin.name} ${pkgs.writeText "key.pub" cfg.firstAdmin.key}
         fi
       '';
-      serviceConfig = {
+      # A deployment of this machine by toto goes on to its end, and is recorded: then toto is started anew.
+      reloadIfChanged = true;
+      serviceConfig = hardened // {
+        ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
         ExecStart = lib.escapeShellArgs ([ (lib.getExe cfg.package) "serve" "--port" (toString cfg.port) ]
           ++ lib.optionals (cfg.uiUrl != null) [ "--behind-proxy" "--ui-url" cfg.uiUrl ]
           ++ lib.optional (cfg.postgresql == null) "--sqlite");
-        User = "toto";
-        Group = "toto";
         SupplementaryGroups = [ "kvm" ];
-        StateDirectory = "toto";
-        StateDirectoryMode = "0700";
-        WorkingDirectory = state;
-        UMask = "0077";
         EnvironmentFile = lib.mkIf (cfg.environmentFile != null) cfg.environmentFile;
         ${if cfg.blockKey.encrypted then "LoadCredentialEncrypted" else "LoadCredential"} =
           lib.mkIf (cfg.blockKey.file != null) "toto-blocks:${cfg.blockKey.file}";
@@ -334,24 +435,10 @@ in
         TimeoutStopSec = 180;  # terraform may take a minute to save its state, and then toto's PostgreSQL one to stop
         OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
 
-        # What keeps toto from the machine. setup/systemd/toto.service, for Debian, has the same lines.
-        CapabilityBoundingSet = "";
-        AmbientCapabilities = "";
-        NoNewPrivileges = true;
-        ProtectSystem = "strict";
-        ProtectHome = true;
-        PrivateTmp = true;
-        PrivateIPC = true;
+        # What keeps toto from the machine, besides `hardened`. setup/systemd/toto.service, for Debian, has the same lines.
         DevicePolicy = "closed";
         DeviceAllow = [ "/dev/kvm rw" "/dev/net/tun rw" ];
-        ProtectClock = true;
-        ProtectControlGroups = true;
-        ProtectKernelModules = true;
-        LockPersonality = true;
         RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" "AF_NETLINK" ];
-        RestrictRealtime = true;
-        RestrictSUIDSGID = true;
-        SystemCallArchitectures = "native";
         SystemCallFilter = "~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap";
         SystemCallErrorNumber = "EPERM";
         # What is not there, since cells end with it:
@@ -363,6 +450,61 @@ in
         # - MemoryDenyWriteExecute: QEMU without KVM writes the code that it runs.
         # PrivateUsers would not end them, and adds nothing: toto has no capability, whose user it is.
       };
+    };
+
+    services.nginx = lib.mkIf cfg.nginx.enable {
+      enable = true;
+      virtualHosts.${cfg.nginx.virtualHost} = {
+        forceSSL = lib.mkDefault true;
+        locations."/" = {
+          proxyPass = "http://127.0.0.1:${toString cfg.port}";
+          proxyWebsockets = true;
+          recommendedProxySettings = true;  # (toto answers under its own names)
+        };
+      };
+    };
+
+    systemd.services.toto-machines = lib.mkIf (cfg.machines.listen != null) {
+      description = "the web server of toto that machines ask";
+      wantedBy = [ "multi-user.target" ];
+      wants = [ "network-online.target" ];
+      after = [ "network-online.target" ];
+      path = [ config.programs.ssh.package ];
+      environment = { HOME = state; TOTO_STATE = state; };
+      serviceConfig = enclosed // {
+        ExecStart = lib.escapeShellArgs ([ "${cfg.package}/bin/toto-machines" "--host" cfg.machines.listen ]
+          ++ [ "--port" (toString cfg.machines.port) ]
+          ++ lib.concatMap (name: [ "--name" name ]) cfg.machines.names);
+        Restart = "always";
+        RestartSec = 5;
+        LimitNOFILE = 65536;
+        RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" ];
+        # It reads what was signed for machines, and no key but that of its TLS.
+        InaccessiblePaths = map (each: "-${state}/${each}") [ "keys" "signer" "server" ];
+      };
+    };
+
+    systemd.services.toto-backup = lib.mkIf cfg.backup.enable {
+      description = "a backup of toto";
+      startAt = cfg.backup.at;
+      after = [ "toto.service" ];
+      path = [ pkgs.git pkgs.coreutils pkgs.util-linux config.programs.ssh.package ] ++ database;
+      inherit environment;
+      script = ''
+        cd ${lib.escapeShellArg cfg.backup.folder}
+        ${lib.getExe cfg.package} backup "toto-$(date -u +%Y%m%d-%H%M%S).tar"
+        ls | grep -x 'toto-[0-9]*-[0-9]*[.]tar' | sort | head -n -${toString cfg.backup.keep} | xargs -r rm --
+      '';
+      serviceConfig = enclosed // {
+        Type = "oneshot";
+        EnvironmentFile = lib.mkIf (cfg.environmentFile != null) cfg.environmentFile;
+        StateDirectory = [ "toto" ] ++ lib.optional (cfg.backup.folder == "/var/lib/toto-backup") "toto-backup";
+        ReadWritePaths = lib.mkIf (cfg.backup.folder != "/var/lib/toto-backup") [ cfg.backup.folder ];
+        RestrictAddressFamilies = [ "AF_UNIX" ];
+      };
+    };
+    systemd.timers.toto-backup = lib.mkIf cfg.backup.enable {
+      timerConfig = { Persistent = true; RandomizedDelaySec = "10min"; };
     };
 
     # As root: it owns the store, and changes to nix's build users.
@@ -382,9 +524,10 @@ in
         config.programs.ssh.package  # remote builders
       ];
       environment = networks // { TOTO_STATE = "/var/lib/toto-nix"; };
-      stopIfChanged = false;
+      reloadIfChanged = true;  # (it ends when it has no client, and is started anew)
       serviceConfig = {
         Type = "notify";
+        ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
         ExecStart = "${lib.getExe cfg.package} nix-daemon --group toto";
         StateDirectory = "toto-nix";
         StateDirectoryMode = "0700";

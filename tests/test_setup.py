@@ -189,6 +189,7 @@ def test_systemd_knows_every_line_of_the_units() -> None:
 def test_root_s_unit_runs_nothing_but_the_nix_daemon() -> None:
     lines = (ROOT / "setup/systemd/toto-nix-daemon.service").read_text().splitlines()
     assert [line for line in lines if line.startswith("Exec")] == [
-        "ExecStart=/bin/sh -c '. setup/env && exec toto nix-daemon --group toto'"
+        "ExecStart=/bin/sh -c '. setup/env && exec toto nix-daemon --group toto'",
+        "ExecReload=/bin/kill -HUP $MAINPID",
     ]
     assert "User=toto" in (ROOT / "setup/systemd/toto.service").read_text().splitlines()

@@ -175,9 +175,20 @@ async def test_it_tells_systemd_when_it_answers(tmp_path_factory: pytest.TempPat
         systemd.bind(str(home / "notify"))
         systemd.settimeout(60)
         command = [sys.executable, "-m", "toto.cli", "nix-daemon", "--home", str(home / "nix"), "--group", "nogroup"]
-        async with process.start(command, env={**os.environ, "NOTIFY_SOCKET": str(home / "notify")}):
+        async with process.start(command, env={**os.environ, "NOTIFY_SOCKET": str(home / "notify")}) as running:
             assert await asyncio.to_thread(systemd.recv, 100) == b"READY=1"
             assert daemon._answers(home / "nix" / "client" / "socket")
+            # Its unit is asked to start what is installed now: a client goes on to its end.
+            with sockets.socket(sockets.AF_UNIX) as client:
+                client.connect(str(home / "nix" / "client" / "socket"))
+                async with asyncio.timeout(10):
+                    while len(daemon._daemons(running.pid)) < 2:
+                        await asyncio.sleep(0.05)
+                os.kill(running.pid, signal.SIGHUP)
+                await asyncio.sleep(2.5)
+                assert running.status is None
+            async with asyncio.timeout(30):
+                assert await running.process.wait() == 0
 
 
 def test_its_shell_is_busybox_wherever_nix_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,60 @@ def test_settings_reach_the_server() -> None:
     assert re.search(r"^export TOTO_CELL_MEMORY='?8000'?$", command, re.MULTILINE)
 
 
+PARTS: Final = """
+networking.domain = "example.org"; networking.hostName = "toto";
+security.acme = { acceptTerms = true; defaults.email = "a@example.org"; };
+services.nginx.virtualHosts."toto.example.org".enableACME = true;
+services.toto = {
+  nginx.enable = true; machines.listen = "10.0.0.2"; backup = { enable = true; at = "hourly"; keep = 3; };
+  environmentFile = "/etc/toto.env";
+};"""
+
+
+def test_a_proxy_the_server_for_machines_and_a_backup_are_there_when_they_are_wanted(tmp_path: Path) -> None:
+    said = of_host(
+        """{
+          units = lib.genAttrs [ "toto.service" "toto-machines.service" "toto-backup.service" "toto-backup.timer" ]
+            (name: config.systemd.units.${name}.text);
+          script = config.systemd.services.toto-backup.script;
+          host = { inherit (config.services.nginx.virtualHosts."toto.example.org") forceSSL; }
+            // { inherit (config.services.nginx.virtualHosts."toto.example.org".locations."/") extraConfig proxyPass
+              proxyWebsockets recommendedProxySettings; };
+          failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);
+        }""",
+        PARTS,
+    )
+    assert said["failed"] == []
+    assert said["host"]["proxyPass"] == "http://127.0.0.1:4200" and said["host"]["forceSSL"]
+    assert said["host"]["proxyWebsockets"] and said["host"]["recommendedProxySettings"]
+    units = {name: settings(text) for name, text in said["units"].items()}
+    assert units["toto.service"]["ExecStart"][0].endswith("'--behind-proxy' '--ui-url' 'https://toto.example.org'")
+    machines = units["toto-machines.service"]
+    assert re.fullmatch(
+        r"'/nix/store/\S+/bin/toto-machines' '--host' '10.0.0.2' '--port' '4201' '--name' 'toto.example.org'",
+        machines["ExecStart"][0],
+    )
+    assert machines["User"] == ["toto"] and machines["CapabilityBoundingSet"] == [""]
+    assert machines["InaccessiblePaths"] == [f"-/var/lib/toto/{each}" for each in ("keys", "signer", "server")]
+    assert "EnvironmentFile" not in machines and "NIX_REMOTE" not in environment(machines)
+    backup = units["toto-backup.service"]
+    assert backup["Type"] == ["oneshot"] and backup["User"] == ["toto"]
+    assert backup["StateDirectory"] == ["toto", "toto-backup"] and backup["EnvironmentFile"] == ["/etc/toto.env"]
+    assert re.search(r"-postgresql-16[^:]*/bin(:|$)", environment(backup)["PATH"])
+    assert units["toto-backup.timer"]["OnCalendar"] == ["hourly"]
+    # The script, with a stand-in for toto: the newest are kept, and nothing else is touched.
+    names = [f"toto-2026010{day}-000000.tar" for day in range(1, 6)]
+    for name in (*names, "mine.tar"):
+        (tmp_path / name).write_text("")
+    script = said["script"].replace("/var/lib/toto-backup", str(tmp_path))
+    script = re.sub(r"/nix/store/\S+/bin/toto backup", "touch", script)
+    subprocess.run(["sh", "-euc", script], check=True)
+    (new,) = {each.name for each in tmp_path.iterdir()} - {*names, "mine.tar"}
+    assert {each.name for each in tmp_path.iterdir()} == {"mine.tar", *names[-2:], new}
+    if shutil.which("systemd-analyze") is not None:
+        verified(said["units"], tmp_path / "units")
+
+
 def test_the_first_admin_is_made_once() -> None:
     script = of_host(
         "config.systemd.services.toto.preStart", f'services.toto.firstAdmin = {{ name = "alice"; key = "{KEY}"; }};'
@@ -180,7 +234,8 @@ def test_root_runs_toto_s_nix_daemon_and_nothing_else_of_toto_s() -> None:
     assert mine == {"toto.service", "toto-nix-daemon.service"}
     daemon = settings(text["units"]["toto-nix-daemon.service"])
     assert daemon["ExecStart"] == [f"{text['toto']}/bin/toto nix-daemon --group toto"]
-    assert not {"User", "ExecStartPre", "ExecStartPost", "ExecStop", "ExecReload"} & set(daemon)
+    assert not {"User", "ExecStartPre", "ExecStartPost", "ExecStop"} & set(daemon)
+    assert re.fullmatch(r"/nix/store/\S+/bin/kill -HUP [$]MAINPID", daemon["ExecReload"][0])
     assert daemon["Type"] == ["notify"] and daemon["StateDirectoryMode"] == ["0700"]
     # With these it could not build: they take away a capability, a device, or a part of /proc.
     assert not (BREAKS_CELLS | {"CapabilityBoundingSet", "ProtectClock", "DeviceAllow", "LockPersonality"}) & set(
@@ -240,6 +295,7 @@ def test_sshd_lets_pushers_in_and_nobody_else_differently(tmp_path: Path) -> Non
         ),
         ('services.toto.environmentFile = "${pkgs.writeText "k" "k"}";', "environmentFile is there"),
         ("nix.enable = false;", "nix.enable is false"),
+        ("services.toto.nginx.enable = true;", "nginx needs a certificate"),
     ],
 )
 def test_what_could_not_work_is_refused(options: str, message: str) -> None:
@@ -296,22 +352,29 @@ def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("THE UNITS ARE NOT VERIFIED: there is no systemd-analyze")
     options = f"""services.toto = {{ firstAdmin = {{ name = "alice"; key = "{KEY}"; }}; blockKey.file = "/etc/x"; }};"""
-    for name in ("toto.service", "toto-nix-daemon.service"):
-        text = of_host(f'config.systemd.units."{name}".text', options)
-        # (Nothing of it was built here: the programs are others.)
-        text = re.sub(r"^(ExecStart\w*)=.*$", r"\1=/bin/true", text, flags=re.MULTILINE)
-        (tmp_path / name).write_text(re.sub(r"/nix/store/[^:\"]*", "/bin", text))
-    done = subprocess.run(
-        ["systemd-analyze", "verify", *(tmp_path / name for name in ("toto.service", "toto-nix-daemon.service"))],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    names = ("toto.service", "toto-nix-daemon.service")
+    texts = of_host(
+        " ".join(["map (name: config.systemd.units.${name}.text) [", *map(json.dumps, names), "]"]), options
+    )
+    verified(dict(zip(names, texts, strict=True)), tmp_path / "units")
+
+
+def verified(units: dict[str, str], folder: Path) -> None:
+    """Have systemd look at units. (Nothing of them was built here: the programs are others.)"""
+    folder.mkdir()
+    for name, text in units.items():
+        runs = re.sub(r"^(Exec\w*)=.*$", r"\1=/bin/true", text, flags=re.MULTILINE)
+        (folder / name).write_text(re.sub(r"/nix/store/[^:\"\n]*", "/bin", runs))
+    words = ["systemd-analyze", "verify", *(folder / name for name in units)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_debian_s_units_are_protected_as_those_of_nixos() -> None:
     own = {  # what is different on purpose, or says where things are
         *("Environment", "EnvironmentFile", "ExecStart", "WorkingDirectory", "ProtectHome", "Description"),
-        *("RestrictAddressFamilies", "X-StopIfChanged", "RestartPreventExitStatus"),
+        *("RestrictAddressFamilies", "X-StopIfChanged", "X-ReloadIfChanged"),
+        *("RestartPreventExitStatus", "ExecReload"),
     }
     for name in ("toto.service", "toto-nix-daemon.service"):
         nixos, debian = unit(name), settings((ROOT / "setup/systemd" / name).read_text())
@@ -352,7 +415,9 @@ def test_the_flake_has_the_module_the_package_and_a_shell_with_every_program() -
         shells = builtins.mapAttrs (system: each: map (tool: tool.pname or tool.name) each.default.nativeBuildInputs)
           outputs.devShells;
       }}""")
-    assert flake["modules"] == dict.fromkeys(("default", "toto"), f"{ROOT}/nix/toto.nix")
+    assert flake["modules"] == dict.fromkeys(("default", "toto"), f"{ROOT}/nix/toto.nix") | {
+        "flying-monkey": f"{ROOT}/nix/flying-monkey.nix"
+    }
     assert set(flake["packages"]) == set(flake["shells"]) == {"x86_64-linux", "aarch64-linux"}
     lines = (ROOT / "setup/debian-packages.txt").read_text().splitlines()
     for package in (line.split()[0] for line in lines if line and not line.startswith("#")):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,7 @@ from tests.git_host.test_host import Pusher
 from tests.lab.setup import setup
 from tests.ledger.test_ledger import WEB1, deployed, intent
 from tests.machine.test_signer import HOST_KEY, added
-from tests.server.test_serve import Part
+from tests.server.test_serve import Part, until
 from toto.base import files, paths
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api
@@ -29,7 +30,7 @@ from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.machine import keys, owners, signer
-from toto.server import backup
+from toto.server import backup, deployments
 from toto.server.backup import Place
 
 pytestmark = pytest.mark.minutes(1)
@@ -145,7 +146,7 @@ async def test_a_toto_that_runs_is_backed_up_and_one_of_the_backup_serves(
         assert done.returncode == 0, done.stderr
         refused = await asyncio.to_thread(toto, "restore", file)
         assert refused.returncode == 2 and "already runs" in refused.stderr
-        await first.end()
+        await asked_to_leave(first, api)
     finally:
         first.kill()
     tip = pusher.git("rev-parse", "HEAD")
@@ -169,6 +170,19 @@ async def test_a_toto_that_runs_is_backed_up_and_one_of_the_backup_serves(
         await second.end()
     finally:
         second.kill()
+
+
+async def asked_to_leave(part: Part, api: Api) -> None:
+    """SIGHUP, as `systemctl reload` sends it when toto's own machine is deployed: the run goes on to its end."""
+    [deployment] = (await deployments.deployments(api)).values()
+    run = await api.call(
+        "POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": "x", "seconds": 6}}
+    )
+    await until(api, run["id"], {"RUNNING"})
+    part.process.send_signal(signal.SIGHUP)
+    await until(api, run["id"], {"COMPLETED"})
+    assert await asyncio.to_thread(part.process.wait, 60) == 0
+    assert part.process.stdout and "it ends as soon as no run is under way" in part.process.stdout.read()
 
 
 def tar_with(

@@ -226,6 +226,31 @@ def _unless_read(stop: asyncio.Event) -> None:
         stop.set()
 
 
+async def _when_idle(leave: asyncio.Event, stop: asyncio.Event) -> None:
+    """Once asked to `leave`, set `stop` as soon as the daemon has no client."""
+    await leave.wait()
+    while len(_daemons(os.getpid())) > 1:  # noqa: ASYNC110 - it has a process of its own for each
+        await asyncio.sleep(1)
+    stop.set()
+
+
+def _daemons(root: int) -> set[int]:
+    """The processes below `root` that are nix daemons."""
+    parents, named = {}, set()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                name, _, rest = Path(entry.path, "stat").read_text().rpartition(")")
+                parents[int(entry.name)] = int(rest.split()[1])
+                if name.endswith("(nix-daemon"):
+                    named.add(int(entry.name))
+    found, more = {root}, {root}
+    while more:
+        more = {each for each, parent in parents.items() if parent in more} - found
+        found |= more
+    return found & named
+
+
 def _tell_systemd() -> None:
     """Say that the daemon is ready, as sd_notify(3) does, where a unit of Type=notify asks for it."""
     address = os.environ.get("NOTIFY_SOCKET")
@@ -235,7 +260,10 @@ def _tell_systemd() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status."""
+    """`toto nix-daemon`: run the daemon in the foreground until SIGTERM or SIGINT; the exit status.
+
+    SIGHUP ends it when it has no client: its unit then starts what is installed now.
+    """
     parser = argparse.ArgumentParser("toto nix-daemon", description="Run toto's nix daemon, as root.")
     parser.add_argument("--home", type=Path, default=MACHINES, help="folder of its socket and log (%(default)s)")
     parser.add_argument("--group", required=True, help="the group of the user as whom toto runs")
@@ -247,15 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault(paths.STATE, str(chosen.home))
 
     async def until_signalled() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stop, leave = asyncio.Event(), asyncio.Event()
+        for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, leave)):
+            asyncio.get_running_loop().add_signal_handler(number, event.set)
         if chosen.lifeline:
             asyncio.get_running_loop().add_reader(sys.stdin, _unless_read, stop)
         async with running(chosen.home, chosen.group) as path:
             print(f"toto: the nix daemon answers at {path}", flush=True)
             _tell_systemd()
+            leaving = asyncio.create_task(_when_idle(leave, stop))
             await stop.wait()
+            leaving.cancel()
 
     try:
         asyncio.run(until_signalled())

@@ -41,6 +41,7 @@ Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
 CLEANING_UP: Final = 75.0  # seconds for runs when toto stops: terraform has a minute of them to save its state
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
+IDLE: Final = 2  # seconds between two looks at whether a run is under way
 LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
 
 
@@ -201,8 +202,11 @@ async def serve(
     ui_url: str | None = None,
     root: Path = ROOT,
     ready: asyncio.Event | None = None,
+    leave: asyncio.Event | None = None,
 ) -> None:
     """Run server, deployments and worker until `stop` is set, or only one `part` ("server" includes the deployments).
+
+    Once `leave` is set, it ends as soon as no run is under way.
 
     The server starts runs for pushes that wait in the spools of `repos`/*.git. The worker settles what an earlier
     worker left. Prefect's database is at `database_url`, else in a PostgreSQL of toto's own, else (or with `sqlite`) in
@@ -252,6 +256,8 @@ async def serve(
         )
         if ready is not None:
             ready.set()
+        if leave is not None:
+            await stack.enter_async_context(_beside(_when_idle(leave, stop, Api.of(settings))))
         try:
             await _until(stop, watched)
         finally:
@@ -394,6 +400,19 @@ async def _drain(repos: Path) -> None:
                 log.error("%s: %s", repo.name, error)
 
 
+async def _when_idle(leave: asyncio.Event, stop: asyncio.Event, api: Api) -> None:
+    """Once asked to `leave`, set `stop` as soon as no run is under way, such as one that deploys toto's own machine."""
+    await leave.wait()
+    _say("asked to leave: it ends as soon as no run is under way")
+    under_way = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}}, "limit": 1}
+    while True:
+        with contextlib.suppress(ServerError):
+            if not await api.call("POST", "/flow_runs/filter", under_way):
+                break
+        await asyncio.sleep(IDLE)
+    stop.set()
+
+
 async def _until(stop: asyncio.Event, parts: Mapping[Path, process.Running]) -> None:
     """Wait for `stop`. Raises `ServerError` when a part (by its log file) dies: then all of toto ends."""
     while not stop.is_set():
@@ -414,7 +433,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`toto serve`: run toto in the foreground until SIGTERM or SIGINT; the exit status."""
+    """`toto serve`: run toto in the foreground until SIGTERM or SIGINT; the exit status.
+
+    SIGHUP ends it when no run is under way: its unit then starts what is installed now.
+    """
     state = paths.state_home()
     parser = argparse.ArgumentParser("toto serve", description="Run toto: Prefect's server, a worker, deployments.")
     parser.add_argument("--home", type=Path, default=state / "server", help="database, results, logs (%(default)s)")
@@ -458,9 +480,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     database_url, auth = os.environ.pop("TOTO_DATABASE_URL", None), os.environ.pop("TOTO_AUTH", None)
 
     async def until_signalled() -> None:
-        stop, ready = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stop, ready, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, leave)):
+            asyncio.get_running_loop().add_signal_handler(number, event.set)
         work = asyncio.create_task(
             serve(
                 chosen.home,
@@ -476,6 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 auth=auth,
                 ui_url=chosen.ui_url,
                 ready=ready,
+                leave=leave,
             )
         )
         stopping = asyncio.create_task(stop.wait())
