@@ -1,4 +1,5 @@
-# What a machine runs of toto: the gate, which is the login shell of toto's user there, and the helper, which runs as root.
+# What a machine runs of toto: the gate, which is the login shell of toto's user there; and, as root, the helper, the agent
+# that asks toto, and what goes on with an update after a boot.
 #
 #   pkgs.callPackage ./nix/flying-monkey-package.nix { }
 { lib, stdenvNoCC, python3 }:
@@ -15,7 +16,8 @@ stdenvNoCC.mkDerivation {
   installPhase = ''
     mkdir -p $out/lib/flying-monkey $out/bin
     cp -r flying_monkey $out/lib/flying-monkey
-    for each in gate helper; do
+    for each in gate helper agent update; do
+      [ -e flying_monkey/$each.py ] || continue
       cat > $out/bin/flying-monkey-$each <<END
     #!${python3.interpreter} -IS
     import sys

@@ -1,9 +1,8 @@
-# A machine's side of toto: a user that may ask for a few things, and a helper that obeys signed documents and nothing else.
+# A machine's side of toto: a user that may ask for a few things, or an agent that asks toto by itself; and a helper that
+# obeys signed documents and nothing else. See docs/flying-monkey.md.
 #
 #   imports = [ ./toto/nix/flying-monkey.nix ];   (or nixosModules.flying-monkey of the flake)
 #   services.flying-monkey = { enable = true; repo = "infra"; signers = [ "ssh-ed25519 AAAA…" ]; loginKeys = [ … ]; };
-#
-# toto itself does not deploy by it yet: this is for trying it out. See docs/flying-monkey.md.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -12,6 +11,23 @@ let
   helper = "/run/current-system/sw/bin/flying-monkey-helper";
   key = types.strMatching "(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]+=*";
   name = types.strMatching "[A-Za-z0-9_]([A-Za-z0-9._-]{0,127}[A-Za-z0-9_-])?";
+  pulls = cfg.url != null;
+  letsIn = cfg.loginKeys != [ ];
+
+  # The machine's own programs, by the folders of /etc/flying-monkey in which the agent looks for them.
+  folders = { "prepare.d" = cfg.prepareHooks; "finish.d" = cfg.finishHooks; "checks.d" = cfg.checks; };
+  programs = lib.concatMapAttrs
+    (folder: lib.mapAttrs' (name: text: lib.nameValuePair "flying-monkey/${folder}/${name}" {
+      # (In a folder of its own: the agent runs nothing from one that a group may write to, such as the store.)
+      source = "${pkgs.writeShellScriptBin name text}/bin/${name}";
+    }))
+    folders;
+  scripts = example: what: mkOption {
+    type = types.attrsOf types.lines;
+    default = { };
+    inherit example;
+    description = what;
+  };
 in
 {
   options.services.flying-monkey = {
@@ -56,7 +72,9 @@ in
       type = types.listOf types.singleLineStr;
       default = [ ];
       example = [ "ssh-ed25519 AAAA… toto" ];
-      description = "The public ssh keys with which toto logs in as the user `toto`. Without any, nobody does.";
+      description = ''
+        The public ssh keys with which toto logs in as the user `toto`. Without any, there is no such user.
+      '';
     };
 
     writableStore = mkOption {
@@ -66,6 +84,56 @@ in
         Whether toto may copy closures to this machine's store over ssh. They must be signed by a key of
         `nix.settings.trusted-public-keys`. Then this machine builds nothing: who writes to a store can build in it.
       '';
+    };
+
+    url = mkOption {
+      type = types.nullOr (types.strMatching "https://[^[:space:]]+");
+      default = null;
+      example = "https://toto.example.org:4201";
+      description = "Where this machine asks toto what it should be; null for one that is only pushed to.";
+    };
+
+    ca = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = lib.literalExpression "./keys/toto-ca.pem";
+      description = ''
+        The certificate of the authority by which toto's is trusted, and no other: `/var/lib/toto/api/ca.pem` of toto.
+        Null for the authorities that this machine trusts anyway, where a proxy does TLS for toto.
+      '';
+    };
+
+    prepareHooks = scripts { "10-drain" = "curl --fail -X POST http://127.0.0.1:8080/drain"; } ''
+      Shell scripts that run as root before an update, by their names; those that the document names. One that fails
+      stops the update.
+    '';
+
+    finishHooks = scripts { "10-undrain" = "curl --fail -X POST http://127.0.0.1:8080/undrain"; } ''
+      Shell scripts that run as root after an update, also after one that was not kept.
+    '';
+
+    checks = scripts { "10-page" = "echo 1..1; curl --fail -s http://127.0.0.1/ && echo ok || echo not ok"; } ''
+      Shell scripts that say in TAP whether the machine is well; a new system that is not is not kept.
+    '';
+
+    tests = mkOption {
+      type = types.bool;
+      default = true;
+      description = "Whether toto's tests may run commands here, as a user of no rights.";
+    };
+
+    metrics = {
+      folder = mkOption {
+        type = types.nullOr (types.strMatching "/[^[:space:]%]+");
+        default = null;
+        example = "/var/lib/node-exporter";
+        description = "The folder of node_exporter's textfile collector, where the agent keeps `flying-monkey.prom`.";
+      };
+      port = mkOption {
+        type = types.nullOr types.port;
+        default = null;
+        description = "A port of the loopback at which the same is served.";
+      };
     };
 
     built = mkOption {
@@ -79,15 +147,27 @@ in
   config = lib.mkIf cfg.enable {
     assertions = [
       {
-        assertion = config.services.openssh.enable || cfg.loginKeys == [ ];
+        assertion = config.services.openssh.enable || !letsIn;
         message = "services.flying-monkey.loginKeys: toto logs in by ssh; set services.openssh.enable";
       }
       {
-        assertion = !lib.any (each: lib.elem each [ "toto" "@toto" "*" ]) config.nix.settings.trusted-users;
+        assertion = letsIn -> config.security.sudo.enable;
+        message = "services.flying-monkey.loginKeys: the user toto needs security.sudo for its one helper";
+      }
+      {
+        assertion = letsIn || pulls;
+        message = "services.flying-monkey: set loginKeys for a machine that is pushed to, or url for one that pulls";
+      }
+      {
+        assertion = lib.all (lib.all (each: name.check each)) (map lib.attrNames (lib.attrValues folders));
+        message = "services.flying-monkey: the name of a hook or check has letters, digits and . _ - only";
+      }
+      {
+        assertion = letsIn -> !lib.any (each: lib.elem each [ "toto" "@toto" "*" ]) config.nix.settings.trusted-users;
         message = "nix.settings.trusted-users lets toto become root: leave it out there";
       }
       {
-        assertion = !config.security.sudo.execWheelOnly;
+        assertion = letsIn -> !config.security.sudo.execWheelOnly;
         message = "security.sudo.execWheelOnly does not let the user toto run its one helper: set it to false";
       }
     ];
@@ -100,15 +180,54 @@ in
         signers = "/etc/flying-monkey/signers";
         inherit helper;
         writable_store = cfg.writableStore;
-      } // lib.optionalAttrs (cfg.revokedKeys != [ ]) { revoked = "/etc/flying-monkey/revoked"; });
+      }
+      // lib.optionalAttrs (!cfg.tests) { tests = false; }
+      // lib.optionalAttrs pulls { inherit (cfg) url; user = "flying-monkey"; }
+      // lib.optionalAttrs (cfg.ca != null) { ca = "${cfg.ca}"; }
+      // lib.optionalAttrs (cfg.metrics.folder != null) { metrics = "${cfg.metrics.folder}/flying-monkey.prom"; }
+      // lib.optionalAttrs (cfg.metrics.port != null) { metrics_port = cfg.metrics.port; }
+      // lib.optionalAttrs (cfg.revokedKeys != [ ]) { revoked = "/etc/flying-monkey/revoked"; });
       "flying-monkey/signers".text =
         lib.concatMapStrings (each: "${cfg.repo} namespaces=\"desired@toto\" ${each}\n") cfg.signers;
       "flying-monkey/revoked" = lib.mkIf (cfg.revokedKeys != [ ]) { text = lib.concatLines cfg.revokedKeys; };
-    };
-    systemd.tmpfiles.rules = [ "d /var/lib/flying-monkey 0700 root root -" ];
+    } // programs;
+    systemd.tmpfiles.rules = [ "d /var/lib/flying-monkey 0700 root root -" ]
+      ++ lib.optional (cfg.metrics.folder != null) "d ${cfg.metrics.folder} 0755 root root -";
 
-    users.groups.toto = { };
-    users.users.toto = {
+    # It reads what comes from the network.
+    users.users.flying-monkey = lib.mkIf pulls { isSystemUser = true; group = "flying-monkey"; };
+    users.groups.flying-monkey = lib.mkIf pulls { };
+
+    # An update that changes the agent goes on, and then the agent ends by itself, and is started anew.
+    systemd.services.flying-monkey = lib.mkIf pulls {
+      description = "asks toto what this machine should be";
+      wantedBy = [ "multi-user.target" ];
+      after = [ "network.target" "time-sync.target" ];
+      restartIfChanged = false;
+      unitConfig.StartLimitIntervalSec = 0;
+      serviceConfig = {
+        ExecStart = "${cfg.package}/bin/flying-monkey-agent";
+        Restart = "always";
+        RestartSec = 5;
+        KillMode = "mixed";
+        RuntimeDirectory = "flying-monkey";
+        RuntimeDirectoryMode = "0700";
+      };
+    };
+    # What a power cut ended is completed, or undone.
+    systemd.services.flying-monkey-resume = lib.mkIf (builtins.pathExists ../flying_monkey/update.py) {
+      description = "goes on with an update that the last boot ended";
+      wantedBy = [ "multi-user.target" ];
+      restartIfChanged = false;
+      serviceConfig = {
+        Type = "exec";
+        RemainAfterExit = true;
+        ExecStart = "${cfg.package}/bin/flying-monkey-update resume";
+      };
+    };
+
+    users.groups.toto = lib.mkIf letsIn { };
+    users.users.toto = lib.mkIf letsIn {
       isSystemUser = true;
       group = "toto";
       home = "/var/empty";
@@ -118,7 +237,7 @@ in
       openssh.authorizedKeys.keys = cfg.loginKeys;
     };
     # (After what others add there: a Match goes up to the next one.)
-    services.openssh.extraConfig = lib.mkOrder 2000 ''
+    services.openssh.extraConfig = lib.mkIf letsIn (lib.mkOrder 2000 ''
       Match User toto
         AuthorizedKeysFile /etc/ssh/authorized_keys.d/toto
         PasswordAuthentication no
@@ -126,8 +245,8 @@ in
         PermitTTY no
         PermitUserRC no
       Match all
-    '';
-    security.sudo.extraRules = [{
+    '');
+    security.sudo.extraRules = lib.mkIf letsIn [{
       users = [ "toto" ];
       runAs = "root:root";
       commands = [{ command = "${helper} \"\""; options = [ "NOPASSWD" ]; }];

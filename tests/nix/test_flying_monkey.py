@@ -4,6 +4,7 @@ What it writes is what tests/flying_monkey/test_access.py tries on a machine wit
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,9 @@ def test_what_it_writes_is_what_was_tried_on_a_real_machine() -> None:
         ("services.openssh.enable = false;", "set services.openssh.enable"),
         ('nix.settings.trusted-users = [ "toto" ];', "lets toto become root"),
         ("security.sudo.execWheelOnly = true;", "does not let the user toto run its one helper"),
+        ("services.flying-monkey.loginKeys = lib.mkForce [ ];", "set loginKeys for a machine that is pushed to"),
+        ('services.flying-monkey.checks."../x" = "";', "the name of a hook or check"),
+        ("security.sudo.enable = false;", "needs security.sudo"),
         ("", ""),
     ],
 )
@@ -82,3 +86,47 @@ def test_a_store_that_is_written_to_builds_nothing() -> None:
         'config.environment.etc."flying-monkey/revoked".text', f'services.flying-monkey.revokedKeys = [ "{KEY}" ];'
     )
     assert revoked == f"{KEY}\n"
+
+
+PULLED = """
+services.flying-monkey = {
+  loginKeys = lib.mkForce [ ]; url = "https://toto.example.org:4201"; ca = ./README.md; tests = false;
+  prepareHooks."10-drain" = "echo drained"; finishHooks."10-undrain" = "echo here"; checks.page = "echo 1..0";
+  metrics = { folder = "/var/lib/node-exporter"; port = 9101; };
+};"""
+
+
+def test_a_machine_that_pulls_has_an_agent_and_no_user_of_toto_s(tmp_path: Path) -> None:
+    options = PULLED.replace("./README.md", str(ROOT / "README.md"))
+    written = of_host(
+        """{
+          users = lib.attrNames (lib.filterAttrs (name: lib.const (lib.elem name [ "toto" "flying-monkey" ]))
+            config.users.users);
+          sshd = config.services.openssh.extraConfig;
+          sudo = config.security.sudo.configFile;
+          configuration = config.environment.etc."flying-monkey/config.json".text;
+          units = lib.mapAttrs (name: each: each.text)
+            (lib.filterAttrs (name: lib.const (lib.hasPrefix "flying-monkey" name)) config.systemd.units);
+          hooks = lib.mapAttrs (name: each: toString each.source)
+            (lib.filterAttrs (name: each: lib.hasInfix ".d/" name && lib.hasPrefix "flying-monkey/" name)
+              config.environment.etc);
+          tmp = config.systemd.tmpfiles.rules;
+          failed = lib.filter (each: !each.assertion) config.assertions;
+        }""",
+        options,
+    )
+    assert written["failed"] == [] and written["users"] == ["flying-monkey"]
+    assert "toto" not in written["sshd"] + written["sudo"]
+    found = json.loads(written["configuration"])
+    assert (found["url"], found["user"]) == ("https://toto.example.org:4201", "flying-monkey")
+    assert found["tests"] is False and found["ca"].startswith("/nix/store/")
+    assert found["metrics"] == "/var/lib/node-exporter/flying-monkey.prom" and found["metrics_port"] == 9101
+    assert {name: Path(source).parent.name for name, source in written["hooks"].items()} == dict.fromkeys(
+        [f"flying-monkey/{each}" for each in ("checks.d/page", "finish.d/10-undrain", "prepare.d/10-drain")], "bin"
+    )
+    assert "d /var/lib/node-exporter 0755 root root -" in written["tmp"]
+    units = {name: module.settings(text) for name, text in written["units"].items()}
+    assert units["flying-monkey.service"]["ExecStart"][0].endswith("/bin/flying-monkey-agent")
+    assert units["flying-monkey.service"]["Restart"] == ["always"]
+    assert {each["X-RestartIfChanged"][0] for each in units.values()} == {"false"}
+    module.verified(written["units"], tmp_path / "units")
