@@ -29,6 +29,17 @@
         default = toto;
       });
 
+      apps = lib.genAttrs systems (system: {
+        default = { type = "app"; program = lib.getExe self.packages.${system}.toto; };
+      });
+
+      # `nix flake check` builds the packages, and runs the modules in virtual machines.
+      checks = lib.genAttrs systems (system: {
+        inherit (self.packages.${system}) toto flying-monkey;
+        toto-in-a-machine = import ./nix/tests/toto.nix { pkgs = packages system; };
+        flying-monkey-in-a-machine = import ./nix/tests/flying-monkey.nix { pkgs = packages system; };
+      });
+
       devShells = lib.genAttrs systems (system:
         let
           pkgs = packages system;

@@ -15,7 +15,8 @@ in
   fileSystems."/boot" = { device = "/dev/disk/by-label/boot"; fsType = "vfat"; };
 
   networking.hostName = "toto";  # change
-  networking.firewall.allowedTCPPorts = [ 22 ];
+  networking.domain = "example.org";  # change
+  networking.firewall.allowedTCPPorts = [ 22 80 443 4201 ];
   system.stateVersion = "24.11";
 
   # Who looks after this machine.
@@ -38,9 +39,18 @@ in
     # blockKey.file = "/etc/toto/blocks.cred";
     # For hosts without a flake: the nixpkgs of this machine.
     # nixPath = [ "nixpkgs=${pkgs.path}" ];
+    # The UI, with TLS; its certificate is below.
+    nginx.enable = true;
+    # Where machines that pull ask what they should be.
+    machines.listen = "0.0.0.0";
+    # Copy /var/lib/toto-backup to elsewhere.
+    backup.enable = true;
     # What test scripts run besides the usual programs.
     programs = [ pkgs.jq ];
   };
+
+  security.acme = { acceptTerms = true; defaults.email = "alice@example.org"; };  # change
+  services.nginx.virtualHosts."toto.example.org".enableACME = true;  # change
 
   # Rehearsals build whole systems: keep room.
   nix.gc = { automatic = true; dates = "weekly"; options = "--delete-older-than 30d"; };

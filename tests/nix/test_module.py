@@ -333,19 +333,29 @@ def test_what_no_option_means_is_refused(options: str) -> None:
         unit("toto.service", f"services.toto = {{ {options} }};")
 
 
-def test_the_example_is_a_whole_system(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["toto", "pulled", "builder", "btg"])
+def test_the_example_is_a_whole_system(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         ["nix-instantiate", f"{NIXPKGS}/nixos", "-A", "system", "--store", tmp_path, "--arg", "configuration",
-         ROOT / "examples/toto.nix"],
+         ROOT / f"examples/{name}.nix"],
         env={name: value for name, value in os.environ.items() if not name.startswith("NIX_")},
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     drv = tmp_path / done.stdout.strip().removeprefix("/")
-    assert re.search(r"-nixos-system-toto-\S+[.]drv$", drv.name) and drv.is_file()
+    assert re.search(r"-nixos-system-\w+-\S+[.]drv$", drv.name) and drv.is_file()
     assert "evaluation warning" not in done.stderr
-    package = next(each for each in (tmp_path / "nix/store").glob("*-toto-0.*.drv"))
-    assert str(ROOT) not in package.read_text()
+    for package in (tmp_path / "nix/store").glob("*-toto-0.*.drv"):
+        assert str(ROOT) not in package.read_text()
+    assert any((tmp_path / "nix/store").glob("*-toto-0.*.drv")) == (name == "toto")
+    assert any((tmp_path / "nix/store").glob("*-flying-monkey-0.*.drv")) == (name == "pulled")
+
+
+@pytest.mark.parametrize("name", ["toto", "flying-monkey"])
+def test_the_test_in_virtual_machines_evaluates(name: str, tmp_path: Path) -> None:
+    """It is NOT RUN here: that needs a binary cache and /dev/kvm."""
+    tests = f"(import {ROOT} {{ pkgs = import {NIXPKGS} {{ }}; }}).tests"
+    assert evaluated(f"{tests}.{name}.drvPath", writes=tmp_path).endswith(f"-vm-test-run-{name}.drv")
 
 
 def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
@@ -408,9 +418,11 @@ def test_hosts_such_as_people_have_are_fit_to_be_rehearsed(name: str) -> None:
 def test_the_flake_has_the_module_the_package_and_a_shell_with_every_program() -> None:
     flake = evaluated(f"""
       let outputs = (import {ROOT}/flake.nix).outputs {{
-        self = {{ }}; nixpkgs = {{ outPath = {NIXPKGS}; lib = import {NIXPKGS}/lib; }}; }};
+        self = outputs; nixpkgs = {{ outPath = {NIXPKGS}; lib = import {NIXPKGS}/lib; }}; }};
       in {{
         modules = builtins.mapAttrs (name: toString) outputs.nixosModules;
+        apps = builtins.mapAttrs (system: each: each.default.program) outputs.apps;
+        checks = builtins.attrNames outputs.checks.x86_64-linux;
         packages = builtins.mapAttrs (system: each: [ each.toto.drvPath each.toto.wheels.drvPath ]) outputs.packages;
         shells = builtins.mapAttrs (system: each: map (tool: tool.pname or tool.name) each.default.nativeBuildInputs)
           outputs.devShells;
@@ -418,6 +430,9 @@ def test_the_flake_has_the_module_the_package_and_a_shell_with_every_program() -
     assert flake["modules"] == dict.fromkeys(("default", "toto"), f"{ROOT}/nix/toto.nix") | {
         "flying-monkey": f"{ROOT}/nix/flying-monkey.nix"
     }
+    assert all(each.endswith("/bin/toto") for each in flake["apps"].values()) and {"toto", "flying-monkey"} <= set(
+        flake["checks"]
+    )
     assert set(flake["packages"]) == set(flake["shells"]) == {"x86_64-linux", "aarch64-linux"}
     lines = (ROOT / "setup/debian-packages.txt").read_text().splitlines()
     for package in (line.split()[0] for line in lines if line and not line.startswith("#")):
