@@ -4,8 +4,9 @@
 # (The idea is deploy-rs's "magic rollback"; this one reverts to the store path that toto recorded.)
 #
 #   facts                                               print what the machine runs and boots
-#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM  start an activation and its watchdog; print busy, and start
-#                                                       none, while another tool activates
+#   begin NAME ACTION PATH SYSTEM PROFILE FINISH CONFIRM [SECONDS]  start an activation and its watchdog; print busy,
+#                                                       and start none, while another tool activates. With SECONDS, go
+#                                                       on as `result`: who asks may not be let in a second time
 #   result NAME SECONDS                                 wait for an activation to end; print how it ended, and its log
 #   confirm NAME                                        stop the watchdog: toto can connect
 #   back NAME                                           have the watchdog revert at once: toto cannot connect anew
@@ -86,6 +87,7 @@ begin() {
 	fi
 	# Wait until it runs: before that, the end of this connection could still end it.
 	within 20 [ -e "$dir/begun" ] || die "the activation did not begin"
+	[ $# -lt 8 ] || result "$1" "$8"
 }
 
 # The process that outlives the connection: it runs the activation, and is its watchdog.

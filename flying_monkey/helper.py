@@ -110,6 +110,7 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "name": configuration.name,
         "host_keys": configuration.public_keys(),
         "system": machine.running(),
+        "nar_hash": machine.nar_hash(machine.running()),
         "profile": machine.boots(),
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         "serial": memory.serial,

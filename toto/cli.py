@@ -522,14 +522,19 @@ async def _machine_setup(arguments: argparse.Namespace) -> int:
     login = await keys.public_half(await keys.of_machines(repo), f"toto {arguments.name}")
     closures = await keys.public_half(await keys.make(repo, keys.STORE, "signing"))
     print(
-        f"""services.flying-monkey = {{
-  enable = true;
-  repo = "{arguments.name}";
-  signers = [ "{await keys.public_half(await signer.key())}" ];
-  loginKeys = [ "{login}" ];
-  writableStore = true;
-}};
-nix.settings.trusted-public-keys = [ "{closures}" ];"""
+        f"""\
+# A machine that does what signed documents of toto's say. The user `toto` can only hand them over, and copy closures
+# that are signed. By `toto machine setup {arguments.name}`; import nixosModules.flying-monkey of toto besides.
+{{
+  services.flying-monkey = {{
+    enable = true;
+    repo = "{arguments.name}";
+    signers = [ "{await keys.public_half(await signer.key())}" ];
+    loginKeys = [ "{login}" ];
+    writableStore = true;
+  }};
+  nix.settings.trusted-public-keys = [ "{closures}" ];
+}}"""
     )
     return 0
 

@@ -122,9 +122,14 @@ async def hosts(whole: Fleet) -> None:
     claim("no machine has changed", await whole.systems() == after)
     say(f"   · it took {nothing.seconds:.1f} s, evaluation of the three hosts and all")
 
-    title("3. A change of the module that web1 and web2 share: only these two")
+    title("3. A change of the module that web1 and web2 share: only these two. And web2 is locked down")
     page = (whole.work / "modules/web.nix").read_text()
-    shared = await push(whole, "a different greeting", {"modules/web.nix": page.replace("Hello", "Good morning")})
+    say("   $ toto machine setup infra > modules/flying-monkey.nix")
+    shared = await push(
+        whole,
+        "a different greeting, and toto may do less on web2",
+        {"modules/web.nix": page.replace("Hello", "Good morning"), **locked_down(whole, "web2")},
+    )
     changed = await whole.systems()
     claim("the run is green", shared.state == "COMPLETED")
     claim(
@@ -133,6 +138,8 @@ async def hosts(whole: Fleet) -> None:
     )
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the new page", "Good morning" in served)
+    said = await whole.machines["web2"].ssh("id", user="toto")
+    claim("on web2, toto's key opens nothing but the gate", said.status == 64 and "this user can do" in said.err)
 
     title("4. A change whose with-internet test fails: no machine is touched")
     refused = await push(
@@ -158,6 +165,17 @@ async def hosts(whole: Fleet) -> None:
     claim("and all machines are back at their last good", await whole.systems() == changed)
     served = await whole.machines["web1"].check("wget", "-q", "-O", "-", "http://127.0.0.1:8080/")
     claim("web1 serves the page it served before", "Good morning" in served)
+
+
+def locked_down(whole: Fleet, name: str) -> dict[str, str | None]:
+    """What a commit changes for a machine to do what signed documents say, and toto to have no root there."""
+    manifest, host = (whole.work / "machines.yaml").read_text(), (whole.work / f"hosts/{name}.nix").read_text()
+    start, _, rest = manifest.partition(f"  - name: {name}\n")
+    return {
+        "machines.yaml": f"{start}  - name: {name}\n    access: locked\n{rest}",
+        "modules/flying-monkey.nix": whole.toto("machine", "setup", "infra"),
+        f"hosts/{name}.nix": host.replace("common.nix", "machine.nix ../modules/flying-monkey.nix"),
+    }
 
 
 async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
@@ -235,7 +253,7 @@ async def main(start_only: bool = False) -> int:
             if keep and not stop.is_set():
                 say(
                     f"Left running: {whole.url}\nPush from {whole.work}; log in with `ssh -i {whole.key} -p 2222 "
-                    "toto@127.0.1.12`. Ctrl-C ends it all."
+                    "admin@127.0.1.12`. Ctrl-C ends it all."
                 )
                 await stop.wait()
     except Claim as error:

@@ -188,7 +188,12 @@ class Fleet:
         """Freshly installed machines that let toto in, and run nothing yet."""
         for name in names:
             machine = Machine(
-                name, self.directory / "machines" / name, self.key, address=self.addresses[name], ports=PORTS[name]
+                name,
+                self.directory / "machines" / name,
+                self.key,
+                address=self.addresses[name],
+                ports=PORTS[name],
+                user="admin",
             )
             self.machines[name] = machine
         await asyncio.gather(*(self.machines[name].start() for name in names))
@@ -200,6 +205,11 @@ class Fleet:
         await asyncio.gather(*(machine.power_cut() for machine in self.machines.values()))
 
     # What an operator does
+
+    def toto(self, *arguments: str) -> str:
+        """The output of a command of toto's, on the machine that it runs on."""
+        command = [sys.executable, "-m", "toto.cli", *arguments, "--repos", str(self.repo.parent)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
 
     def git(self, *arguments: str) -> str:
         """git in the clone; what it printed, to the pusher's eye (stdout and stderr)."""

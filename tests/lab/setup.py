@@ -1,4 +1,4 @@
-"""Sets the lab up: Debian packages become three trees in the nix store, and `nix/lab` learns their hashes.
+"""Sets the lab up: Debian packages become four trees in the nix store, and `nix/lab` learns their hashes.
 
 Nothing is installed and no file outside the cache and /nix is touched. The packages are downloaded and
 unpacked; what the lab needs is picked out of them (programs, and the libraries that their own loader
@@ -7,8 +7,10 @@ says they load, so no soname is written down here) and added to the store:
     lab-base    /usr of a guest: static busybox, bash, sshd, sudo, nix, runit
     lab-kernel  Debian's cloud kernel and the few modules a guest loads, in an order that loads
     lab-tools   what builders run: static busybox, mksquashfs, mke2fs
+    lab-python  Python with its standard library, precompiled, for what a machine runs of toto
 
-The result is `<cache>/nixpkgs`: a copy of `nix/lab` with `pinned.nix` beside it, for NIX_PATH or a flake input.
+The result is `<cache>/nixpkgs`: a copy of `nix/lab` with `pinned.nix` beside it, for NIX_PATH or a flake input. Beside
+them is what a machine runs of toto, as if nixpkgs had it: hosts of the lab import nothing to be locked down or to pull.
 Needed on this machine: apt, dpkg-deb and nix. A second run takes half a second.
 """
 
@@ -26,7 +28,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-SOURCE: Final = Path(__file__).resolve().parents[2] / "nix" / "lab"
+ROOT: Final = Path(__file__).resolve().parents[2]
+SOURCE: Final = ROOT / "nix" / "lab"
+TREES: Final = ("lab-base", "lab-kernel", "lab-tools", "lab-python")
 
 NIX_CONFIG: Final = """\
 build-users-group =
@@ -46,6 +50,8 @@ PACKAGES: Final = (
     "openssh-client",
     "openssh-server",
     "openssh-sftp-server",
+    "python3-minimal",
+    "libpython3-stdlib",
     "runit",
     "squashfs-tools",
     "sudo",
@@ -139,7 +145,7 @@ def _closure(wanted: Sequence[str]) -> list[str]:
         found += level
         following: set[str] = set()
         for name in _depends(level):
-            if name.startswith(("lib", "zlib", "linux-image-")) and "perl" not in name:
+            if name.startswith(("lib", "zlib", "linux-image-", "python3.")) and "perl" not in name:
                 following.add(name)
         level = sorted(following - set(found))
     return sorted(found)
@@ -169,10 +175,11 @@ def _make_trees(versions: dict[str, str]) -> str:
         root = Path(scratch) / "debian"
         _unpack(debs, versions, root)
         debian = Debian(root)
-        trees = {name: Path(scratch) / name for name in ("lab-base", "lab-kernel", "lab-tools")}
+        trees = {name: Path(scratch) / name for name in TREES}
         make_base(debian, trees["lab-base"])
         release = make_kernel(debian, trees["lab-kernel"])
         make_tools(debian, trees["lab-tools"])
+        make_python(debian, trees["lab-python"])
         lines = [f'  {name} = "{_add(name, tree)}";' for name, tree in trees.items()]
     return "\n".join(
         [
@@ -223,6 +230,13 @@ class Debian:
         (self.loader,) = {self.real(path) for path in self.by_name["ld-linux-x86-64.so.2"]}
         self.busybox = self.find("busybox", within="bin/")
         self.libraries = sorted({str(path.parent) for path in files if re.search(r"^lib.*\.so(\.|$)", path.name)})
+
+    @property
+    def python(self) -> list[Path]:
+        """The interpreter, and the modules of its standard library that load libraries of the system."""
+        (program,) = (path for path in (self.root / "usr/bin").iterdir() if re.fullmatch(r"python3\.\d+", path.name))
+        modules = self.root / f"usr/lib/{program.name}/lib-dynload"
+        return [program, *(path for name in ("_hashlib", "_ssl") for path in modules.glob(f"{name}.*.so"))]
 
     def applets(self) -> list[str]:
         """The names by which busybox is called."""
@@ -288,7 +302,7 @@ def make_base(debian: Debian, base: Path) -> None:
     libraries = {
         name: debian.find(name) for name in debian.by_name if re.match(r"(libgcc_s|libnss_dns|libnss_files)\.so", name)
     }
-    for path in programs.values():
+    for path in (*programs.values(), *debian.python):
         if _is_elf(path):
             libraries |= debian.needs(path)
     for name, path in libraries.items():
@@ -349,6 +363,31 @@ def make_tools(debian: Debian, tools: Path) -> None:
         _copy(debian.real(file), tools, f"lib/{library}")
 
 
+def make_python(debian: Debian, tree: Path) -> None:
+    """Python and its standard library. (Without bytecode a first start takes an emulated machine seconds.)"""
+    program = debian.python[0]
+    _copy(program, tree, "bin/python3")
+    library = debian.root / "usr/lib" / program.name
+    for path in sorted(library.rglob("*")):
+        if path.is_file() and not any(each in path.parts for each in ("__pycache__", "test", "ensurepip", "idlelib")):
+            _copy(path, tree, f"lib/{program.name}/{path.relative_to(library)}")
+    run: list[str | Path] = [
+        debian.loader,
+        "--library-path",
+        ":".join(debian.libraries),
+        program,
+        "-IS",
+        "-m",
+        "compileall",
+        "-q",
+    ]
+    subprocess.run(
+        [*run, "--invalidation-mode", "unchecked-hash", "-s", tree, "-p", "/", tree / "lib"],
+        check=True,
+        env={"PYTHONHOME": str(debian.root / "usr"), "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "1"},
+    )
+
+
 def _add(name: str, tree: Path) -> str:
     """Adds the tree to the store under that name, keeps it from the garbage collector; returns its hash."""
     path = _output("nix-store", "--add-fixed", "--recursive", "sha256", str(tree), env=environment()).strip()
@@ -363,7 +402,7 @@ def _root(name: str) -> Path:
 
 
 def _roots_are_valid() -> bool:
-    links = [_root(name) for name in ("lab-base", "lab-kernel", "lab-tools")]
+    links = [_root(name) for name in TREES]
     if not all(link.exists() for link in links):
         return False
     paths = [str(link.readlink()) for link in links]
@@ -376,6 +415,11 @@ def _roots_are_valid() -> bool:
 def _publish(pinned: Path) -> None:
     """Copies `nix/lab` with the hashes; leaves the directory alone when it is already right."""
     wanted = {path.relative_to(SOURCE): path.read_bytes() for path in SOURCE.rglob("*") if path.is_file()}
+    wanted |= {
+        Path("flying-monkey") / path.relative_to(ROOT): path.read_bytes()
+        for path in (ROOT / "nix/flying-monkey.nix", *(ROOT / "flying_monkey").iterdir())
+        if path.suffix in (".nix", ".py", ".sh")
+    }
     wanted[Path("pinned.nix")] = pinned.read_bytes()
     have = {path.relative_to(nixpkgs()): path.read_bytes() for path in nixpkgs().rglob("*") if path.is_file()}
     if wanted == have:

@@ -66,11 +66,11 @@ async def test_a_phase_is_signed_when_the_roll_out_is_there(world: World) -> Non
     for phase in ("try", "keep"):
         with pytest.raises(NotSigned, match="its roll-out is at `roll out`, not at `"):
             await signer.document(world.request(phase), NOW)
-    await world.at("activation test")
+    await world.at("test")
     made = await signer.document(world.request(), NOW)
     assert (made.system.path, made.phase, made.repo, made.machine.host_key) == (world.new, "try", "infra", HOST_KEY)
     assert made.good is not None and made.good.path == world.good and made.expires == NOW + timedelta(days=7)
-    with pytest.raises(NotSigned, match="is at `activation test`, not at `activation switch`"):
+    with pytest.raises(NotSigned, match="is at `test`, not at `switch`"):
         await signer.document(world.request("keep"), NOW)
     for activation, step in signer.KEEP.items():
         await world.at(step)
@@ -82,7 +82,7 @@ async def test_a_phase_is_signed_when_the_roll_out_is_there(world: World) -> Non
 async def test_nothing_is_signed_without_an_intent_or_for_a_machine_of_someone_else(
     world: World, tmp_path: Path
 ) -> None:
-    await world.at("activation test")
+    await world.at("test")
     with pytest.raises(owners.NotOwned, match="is not a machine of infra"):
         await signer.document(world.request(machine="web2"), NOW)
     git("init", "--quiet", "--bare", "lab.git", cwd=tmp_path)
@@ -98,13 +98,13 @@ async def test_what_is_not_in_the_store_is_not_signed(world: World) -> None:
     gone = world.new.replace("-nixos-system-new", "-nixos-system-gone")
     desired = intent("run-2", gone)
     await world.book.write(WEB1, lambda entry: entry.model_copy(update={"intent": desired}), "gone")
-    await world.at("activation test")
+    await world.at("test")
     with pytest.raises(NotSigned, match="-gone is not in toto's store"):
         await signer.document(world.request(), NOW)
 
 
 async def test_serials_only_grow_also_after_a_restore(world: World) -> None:
-    await world.at("activation test")
+    await world.at("test")
     serials = [(await signer.document(world.request(), NOW)).serial for _ in range(2)]
     assert serials == [int(NOW.timestamp()) + 1, int(NOW.timestamp()) + 2]
     ahead = serials[1] + 1_000
@@ -121,7 +121,7 @@ async def test_serials_only_grow_also_after_a_restore(world: World) -> None:
 
 @pytest.fixture
 async def served(world: World) -> AsyncIterator[World]:
-    await world.at("activation test")
+    await world.at("test")
     async with signer.serving():
         yield world
 
@@ -132,7 +132,7 @@ async def test_who_asks_at_its_socket_gets_a_signed_document_and_never_the_key(s
     envelope = await signer.ask(served.request())
     made = Desired.read(opened(envelope, "infra", tmp_path / "signers", datetime.now(UTC)))
     assert made.system.path == served.new
-    with pytest.raises(NotSigned, match="not at `activation switch`"):
+    with pytest.raises(NotSigned, match="not at `switch`"):
         await signer.ask(served.request("keep"))
     for place in (signer.socket(), await signer.key()):
         assert place.stat().st_mode & 0o077 == 0

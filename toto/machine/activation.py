@@ -87,10 +87,14 @@ class NotWhatItShouldBe(TotoError):
 
 
 class MachineState(Before):
-    """What a machine runs, and what it boots next: store paths, or "" for none."""
+    """What a machine runs, and what it boots next: store paths, or "" for none.
+
+    `nar_hash` is that of what it runs, by its own account, where it gives one.
+    """
 
     system: str = ""
     profile: str = ""
+    nar_hash: str = ""
 
 
 def compare(facts: MachineState, path: str, *, profile: bool, running: bool, target: str) -> None:
@@ -214,9 +218,13 @@ class SudoActivator:
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
         name = self._new_name(verb)
-        await self._begin(name, verb, path, before, finish, confirm)
-        deadline = time.monotonic() + finish + _GRACE + confirm
-        code, log = await self._ended(name, deadline)
+        if prove is None:
+            await self._begin(name, verb, path, before, finish, confirm)
+            deadline = time.monotonic() + finish + _GRACE + confirm
+            code, log = await self._ended(name, deadline)
+        else:
+            code, log = await self._begun_and_ended(name, verb, path, before, finish, confirm)
+            deadline = time.monotonic() + _GRACE + confirm
         await self._proven(name, deadline, prove or partial(self._confirm, name))
         if code != 0:
             raise ActivationFailed(
@@ -356,6 +364,34 @@ class SudoActivator:
             if time.monotonic() > deadline:
                 raise self._busy()
             await anyio.sleep(1)
+
+    async def _begun_and_ended(
+        self, name: str, verb: Verb, path: str, before: MachineState, finish: float, confirm: float
+    ) -> tuple[int, str]:
+        """Begin an activation and wait for its end by one command: it may take away toto's right to a second one.
+
+        When the connection is lost, the exit status is taken for 0: the new way in tells what became of the machine.
+        """
+        words = ("begin", name, verb, path, before.system, before.profile, f"{finish:.0f}", f"{confirm:.0f}")
+        command, deadline = self.words(*words, f"{finish + _GRACE:.0f}"), time.monotonic() + finish
+        try:
+            while True:
+                done = await self.connection.run(command, timeout=finish + 3 * _GRACE, check=False)
+                if done.stdout.strip() != "busy" or time.monotonic() > deadline:
+                    break
+                await anyio.sleep(1)
+        except Unreachable:
+            return 0, ""
+        word, _, code = done.lines[0].partition(" ") if done.lines else ("unknown", "", "")
+        if word == "done":
+            return int(code), "\n".join(done.lines[1:])
+        raise (
+            self._busy()
+            if word == "busy"
+            else ActivationFailed(
+                f"the activation did not end as it should: {process.tail(done.stdout + done.stderr)}", target=self.name
+            )
+        )
 
     async def _ended(self, name: str, deadline: float) -> tuple[int, str]:
         """Wait until the activation has ended, over several connections if need be; return its status and log."""

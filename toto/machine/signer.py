@@ -38,12 +38,8 @@ log = logging.getLogger(__name__)
 VALID: Final = timedelta(days=7)  # of a document
 # The step of a roll-out at which a system may be tried, and the one at which it may be kept, by what a roll-out ends
 # with: smoke tests come before a switch, and all of them before the end of one that only ever tests.
-TRY: Final[Mapping[Activation, str]] = {
-    "switch": "activation test",
-    "test": "activation test",
-    "boot": "activation boot",
-}
-KEEP: Final[Mapping[Activation, str]] = {"switch": "activation switch", "test": "keep", "boot": "activation boot"}
+TRY: Final[Mapping[Activation, str]] = {"switch": "test", "test": "test", "boot": "boot"}
+KEEP: Final[Mapping[Activation, str]] = {"switch": "switch", "test": "keep", "boot": "boot"}
 _AHEAD: Final = (
     10 * 366 * 86_400
 )  # seconds that a machine's serial may be ahead of the clock: more is a machine that lies
@@ -78,6 +74,7 @@ class _Path(Deployed):
 class _Systems(Before):
     system: str = ""
     profile: str = ""
+    nar_hash: str = ""
 
 
 async def document(asked: Request, now: datetime) -> Desired:
@@ -98,9 +95,9 @@ async def document(asked: Request, now: datetime) -> Desired:
             expires=now + VALID,
             phase=asked.phase,
             activation=asked.activation,
-            system=await _system(_wanted(entry, asked), asked.machine),
+            system=await _system(_wanted(entry, asked), entry, asked.machine),
             deadlines=Deadlines(activate=asked.activate, confirm=asked.confirm),
-            good=await _system(good, asked.machine) if (good := _good(entry)) else None,
+            good=await _known(_good(entry), entry),
         )
     except BadDocument as error:
         raise NotSigned(str(error), target=asked.machine) from None
@@ -126,11 +123,20 @@ def _good(entry: Entry) -> str:
     return "" if entry.intent is None else _Systems.of(entry.intent.before).system
 
 
-async def _system(path: str, machine: str) -> System:
-    try:
+async def _system(path: str, entry: Entry, machine: str) -> System:
+    if (found := await _known(path, entry)) is None:
+        raise NotSigned(f"{path or 'what it ran before'} is not in toto's store", target=machine)
+    return found
+
+
+async def _known(path: str, entry: Entry) -> System | None:
+    """A system with its hash: by toto's store, or else, for what ran before toto, by the machine's own account."""
+    if not path:
+        return None
+    with contextlib.suppress(process.CommandFailed):
         return System(path, await nix.nar_hash(path))
-    except process.CommandFailed:
-        raise NotSigned(f"{path or 'what it ran before'} is not in toto's store", target=machine) from None
+    before = None if entry.intent is None else _Systems.of(entry.intent.before)
+    return System(path, before.nar_hash) if before and before.nar_hash and before.system == path else None
 
 
 def _serial(repo: Path, asked: Request, now: datetime) -> int:

@@ -13,16 +13,19 @@ import fcntl
 import ipaddress
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, Self, TypeAlias, get_args
 
+from toto.api import run as api_run
+from toto.api.run import running_api
 from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
@@ -43,6 +46,27 @@ CLEANING_UP: Final = 75.0  # seconds for runs when toto stops: terraform has a m
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
 IDLE: Final = 2  # seconds between two looks at whether a run is under way
 LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the web server for machines listens, and the names by which they reach it."""
+
+    host: str
+    port: int
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, place: str, names: Sequence[str]) -> Self:
+        """By `ADDRESS:PORT`, `[ADDRESS]:PORT`, or an address alone. Raises `ServerError`."""
+        found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+))(?::([0-9]{1,5}))?", place)
+        try:
+            if found is None:
+                raise ValueError(place)
+            host, port = str(ipaddress.ip_address(found[1] or found[2])), int(found[3] or api_run.PORT)
+        except ValueError:
+            raise ServerError(f"--machines {place}: not an address, such as 0.0.0.0:{api_run.PORT}") from None
+        return cls(host, port, tuple(names))
 
 
 @contextlib.asynccontextmanager
@@ -201,10 +225,13 @@ async def serve(
     auth: str | None = None,
     ui_url: str | None = None,
     root: Path = ROOT,
+    machines: Machines | None = None,
     ready: asyncio.Event | None = None,
     leave: asyncio.Event | None = None,
 ) -> None:
     """Run server, deployments and worker until `stop` is set, or only one `part` ("server" includes the deployments).
+
+    With `machines` it also runs the web server that machines ask, beside Prefect's.
 
     Once `leave` is set, it ends as soon as no run is under way.
 
@@ -246,6 +273,12 @@ async def serve(
                 )
             serving = _serving(settings, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
+            if machines is not None:
+                asked = home / "logs" / "machines.log"
+                watched[asked] = await stack.enter_async_context(
+                    running_api(settings, asked, host=machines.host, port=machines.port, names=machines.names)
+                )
+                _say(f"machines that pull ask at {machines.host}, port {machines.port}")
         if part != "server":
             working = _working(settings, home / "logs" / "worker.log", repos, root)
             watched |= await stack.enter_async_context(working)
@@ -464,6 +497,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="all",
         help="run only the server (with the deployments) or only the worker (%(default)s)",
     )
+    parser.add_argument(
+        "--machines",
+        metavar="ADDRESS:PORT",
+        help=f"also serve machines that pull, with TLS, at this address; the usual port is {api_run.PORT}",
+    )
+    parser.add_argument(
+        "--machines-name",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name or address by which machines reach it, for its certificate; may be given more than once",
+    )
     # Secrets come from the environment: every user of the machine can see arguments.
     parser.epilog = "environment: TOTO_DATABASE_URL, TOTO_AUTH (user:password)"
     chosen = parser.parse_args(arguments)
@@ -477,6 +522,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.addLevelName(logging.ERROR, "error: ")
     logging.addLevelName(logging.WARNING, "")
     logging.basicConfig(level=logging.WARNING, format="toto: %(levelname)s%(message)s")
+    try:
+        machines = Machines.of(chosen.machines, chosen.machines_name) if chosen.machines else None
+    except ServerError as error:
+        print(f"toto: {error}", file=sys.stderr)
+        return 1
     database_url, auth = os.environ.pop("TOTO_DATABASE_URL", None), os.environ.pop("TOTO_AUTH", None)
 
     async def until_signalled() -> None:
@@ -497,6 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sqlite=chosen.sqlite,
                 auth=auth,
                 ui_url=chosen.ui_url,
+                machines=machines,
                 ready=ready,
                 leave=leave,
             )

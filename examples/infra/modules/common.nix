@@ -1,22 +1,13 @@
-# What all hosts share: the user that toto logs in as, and the hardware.
+# A machine on which toto may do everything, by sudo. `toto machine setup infra` prints what lets it do less.
 { lib, ... }:
-let
-  # Every key in keys/ may log in. toto's own is written to keys/toto.pub.
-  keys = map (name: ../keys + "/${name}")
-    (builtins.filter (lib.hasSuffix ".pub") (builtins.attrNames (builtins.readDir ../keys)));
-in
 {
-  services.openssh.enable = true;
+  imports = [ ./machine.nix ];
+  # Every key in keys/ may log in. toto's own is written to keys/toto.pub.
   users.users.toto = {
     isNormalUser = true;
     extraGroups = [ "wheel" ];
-    openssh.authorizedKeys.keyFiles = keys;
+    openssh.authorizedKeys.keyFiles = map (name: ../keys + "/${name}")
+      (builtins.filter (lib.hasSuffix ".pub") (builtins.attrNames (builtins.readDir ../keys)));
   };
-  security.sudo.wheelNeedsPassword = false;
   nix.settings.trusted-users = [ "toto" ];
-
-  fileSystems."/".device = "/dev/vda";
-  fileSystems."/".fsType = "ext4";
-  boot.loader.grub.device = "/dev/vda";
-  system.stateVersion = "24.11";
 }

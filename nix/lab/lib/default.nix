@@ -4,6 +4,7 @@ let
   lib = builtins // rec {
     trivial.release = "24.11";
     id = x: x;
+    literalExpression = text: text;
     const = x: _: x;
     flip = f: a: b: f b a;
     optional = condition: value: if condition then [ value ] else [ ];

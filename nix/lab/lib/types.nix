@@ -27,6 +27,7 @@ rec {
   port = simple "16 bit unsigned integer; between 0 and 65535 (both inclusive)" (x: isInt x && x >= 0 && x < 65536);
   str = simple "string" isString;
   singleLineStr = str;
+  strMatching = pattern: simple "string matching the pattern ${pattern}" (x: isString x && builtins.match pattern x != null);
   nonEmptyStr = simple "non-empty string" (x: isString x && x != "");
   lines = { name = "strings concatenated with \"\\n\""; check = isString; merge = _: defs: lib.concatStringsSep "\n" (values defs); };
   path = simple "path" loose;
@@ -57,6 +58,7 @@ rec {
         (builtins.filter present d.value)) defs;
     emptyValue = [ ];
   };
+  nonEmptyListOf = type: removeAttrs (listOf type) [ "emptyValue" ] // { check = x: isList x && x != [ ]; };
   attrsOf = type: {
     name = "attribute set of ${type.name}";
     check = isAttrs;

@@ -1,4 +1,4 @@
-# The lab's `pkgs`: three pinned trees and the trivial builders of nixpkgs.
+# The lab's `pkgs`: four pinned trees and the trivial builders of nixpkgs.
 #
 # The trees come from Debian packages and are put into the store by `python -m tests.lab setup`. Here they
 # are fixed-output derivations of the same name and hash, so they have the same store path, are
@@ -28,6 +28,7 @@ let
 
   base = pin "lab-base" // { version = pinned.version; };
   tools = pin "lab-tools";
+  python = pin "lab-python";
   kernel = pin "lab-kernel";
 
   writeTextFile = { name, text, executable ? false, destination ? "", meta ? { } }:
@@ -65,6 +66,7 @@ in
   nix = base;
   openssh = base;
   sudo = base;
+  python3 = python // { interpreter = "${python}/bin/python3"; };
   runtimeShell = "${base}/bin/bash";
 
   writeText = name: text: writeTextFile { inherit name text; };

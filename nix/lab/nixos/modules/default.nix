@@ -1,6 +1,7 @@
 [
   ./accepted.nix
   ./environment.nix
+  ./flying-monkey.nix
   ./network.nix
   ./nix.nix
   ./services.nix

@@ -5,6 +5,11 @@ let
   users = lib.attrValues config.users.users;
   keysOf = user: user.openssh.authorizedKeys.keys
     ++ map (file: lib.fileContents file) user.openssh.authorizedKeys.keyFiles;
+  rule = { users ? [ ], runAs ? "ALL:ALL", commands, ... }: lib.concatMapStrings
+    (user: lib.concatMapStrings
+      (each: "${user} ALL=(${runAs}) ${lib.concatMapStrings (option: "${option}: ") each.options or [ ]}${each.command}\n")
+      commands)
+    users;
 in
 {
   options.users = {
@@ -38,6 +43,8 @@ in
     sudo = {
       enable = mkOption { type = types.bool; default = true; };
       wheelNeedsPassword = mkOption { type = types.bool; default = true; };
+      execWheelOnly = mkOption { type = types.bool; default = false; };
+      extraRules = mkOption { type = types.listOf types.anything; default = [ ]; };
       extraConfig = mkOption { type = types.lines; default = ""; };
     };
   };
@@ -63,6 +70,7 @@ in
           Defaults !fqdn
           root ALL=(ALL:ALL) ALL
           %wheel ALL=(ALL:ALL) ${lib.optionalString (!config.security.sudo.wheelNeedsPassword) "NOPASSWD: "}ALL
+          ${lib.concatMapStrings rule config.security.sudo.extraRules}
           ${config.security.sudo.extraConfig}
         '';
       };

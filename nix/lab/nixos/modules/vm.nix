@@ -11,7 +11,7 @@ let
 
   # The part that all lab hosts share is packed once.
   shared = pkgs.build "lab-image-shared" { inherit (config.system.build) initrd; } ''
-    ${pkgs.tool "mksquashfs"} ${pkgs.base} ${pkgs.kernel} $initrd image -no-progress -quiet \
+    ${pkgs.tool "mksquashfs"} ${pkgs.base} ${pkgs.kernel} ${pkgs.python3} $initrd image -no-progress -quiet \
       -noI -noD -noF -noX -all-root -no-xattrs -processors 1 -mkfs-time 1 -all-time 1
     mkdir $out
     mv image $out/image
@@ -43,7 +43,7 @@ let
           print field("path") > "paths"
         }' > registration
       mkdir -p "$out" tree
-      grep -v -x -F -e ${pkgs.base} -e ${pkgs.kernel} -e ${config.system.build.initrd} paths > own
+      grep -v -x -F -e ${pkgs.base} -e ${pkgs.kernel} -e ${pkgs.python3} -e ${config.system.build.initrd} paths > own
       # nix's database is made here: it takes a tenth of a second, and two on an emulated machine.
       NIX_STATE_DIR=$PWD/state NIX_LOG_DIR=$PWD/log NIX_REMOTE= NIX_CONFIG="build-users-group =" \
         ${pkgs.base}/lib64/ld-linux-x86-64.so.2 --library-path ${pkgs.base}/lib/x86_64-linux-gnu \
