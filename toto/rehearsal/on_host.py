@@ -64,12 +64,12 @@ Command: TypeAlias = Callable[[Sequence[str]], str]
 
 @asynccontextmanager
 async def serving(
-    folder: Path, connection: Connection, python: Sequence[str], user: int | None, command: Command
+    folder: Path, connection: Connection | None, python: Sequence[str], user: int | None, command: Command
 ) -> AsyncIterator[None]:
     """Serve `on-host` from `folder`, which scripts see at `PLACE`, while the block runs.
 
-    `command` makes of the words what the machine's login shell is given. `python` runs the interpreter in their cell,
-    and `user` is the machine's user who may ask, when toto is root.
+    There is no `connection` to a machine that pulls. `command` makes of the words what a login shell is given. `python`
+    runs the interpreter in their cell, and `user` is the machine's user who may ask, when toto is root.
     """
     client = folder / "bin" / "on-host"
     client.parent.mkdir(mode=0o755)
@@ -105,13 +105,18 @@ async def serving(
             await asyncio.gather(accepting, *tasks, return_exceptions=True)
 
 
-async def _answer(asking: socket.socket, connection: Connection, make: Command, at_once: asyncio.Semaphore) -> None:
+async def _answer(
+    asking: socket.socket, connection: Connection | None, make: Command, at_once: asyncio.Semaphore
+) -> None:
     """Run one command for a client, and tell it the exit status. A client whose request is wrong gets no answer."""
     streams: list[int] = []
     asking.setblocking(False)
     with asking, contextlib.suppress(OSError, ValueError, TotoError):
         try:
             words = await _request(asking, streams)
+            if connection is None:
+                said = b"69 toto runs no command on a machine that pulls: test it at its address, or in its checks.d\n"
+                return await asyncio.get_running_loop().sock_sendall(asking, said)
             if len(packed := make(words)) > LONGEST_LINE:
                 said = b"64 the command is too long; give it by a file, or by --stdin\n"
                 return await asyncio.get_running_loop().sock_sendall(asking, said)

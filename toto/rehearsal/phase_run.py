@@ -32,11 +32,21 @@ class Endpoint:
     the machine's login shell gets for `on-host`.
     """
 
-    connection: Connection
+    connection: Connection | None
     ports: Mapping[int, int]
     network: Namespace | None = None
     key: Path | None = None
     command: on_host.Command = login_shell.line
+    address: str = ""
+    ip: str = ""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The address of a real machine, and where that was found to be."""
+        if self.connection is None:
+            return self.address, self.ip or self.address
+        target = self.connection.target
+        return target.address, target.ip or target.address
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,7 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
         async with AsyncExitStack() as stack:
             if (network := endpoint.network) is None:
                 network = await stack.enter_async_context(namespace())
-                target = endpoint.connection.target
-                address, place = target.address, target.ip or target.address
+                address, place = endpoint.place
                 ports = set(endpoint.ports.values())
                 if ":" in place:  # cells have no IPv6: the ports are on their loopback
                     leads = {("127.0.0.1", port): (place, port) for port in ports}
@@ -85,7 +94,7 @@ async def bench(endpoint: Endpoint, host: str, phase: Phase, tree: Path, scratch
                 "TOTO_ADDRESS": address,
                 **{f"TOTO_PORT_{port}": str(where) for port, where in endpoint.ports.items()},
             }
-            if endpoint.key is not None:
+            if endpoint.key is not None and endpoint.connection is not None:
                 _give(endpoint.key, folder / "key", network.user)
                 replace(endpoint.connection.target, identity=PLACE / "key").write_config(folder)
                 (folder / "ssh_config").chmod(0o644)
