@@ -48,6 +48,16 @@ class Configuration:
     helper: str = "/run/current-system/sw/bin/flying-monkey-helper"
     built: float = 0
     writable_store: bool = False
+    url: str = ""
+    """where the agent asks toto; "" for a machine that is pushed to"""
+    ca: str | None = None
+    """a file with the authorities by which toto's certificate is trusted, instead of the machine's own"""
+    user: str = "nobody"
+    """who reads what comes from the network"""
+    metrics: str | None = None
+    """a file for Prometheus' textfile collector"""
+    metrics_port: int = 0
+    """a port of loopback where the same is served; 0 for none"""
 
     @classmethod
     def load(cls, file: Path = CONFIGURATION) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
-MOST: Final = 49_152  # bytes of a report
+MOST: Final = 65_536  # bytes of a report
 LOG: Final = 16_000  # bytes of a log
 _ERROR: Final = 4_000  # characters
 _LARGEST: Final = 2**53 - 1
