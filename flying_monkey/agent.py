@@ -37,7 +37,7 @@ _FETCH: Final = 4 * 3_600.0  # seconds for a closure
 _TRIES: Final = 3  # to fetch one, each by a new session
 _AGAIN: Final = 600.0  # seconds after which what could not be kept, or gone back to, is tried once more
 _SETTLING: Final = 900.0  # seconds after a change in which more of them are expected
-_ASKED: Final = 10.0  # seconds between two reports that toto asks for
+_ASKED: Final = 2.0  # seconds between two reports that toto asks for
 _ERROR: Final = 4_000  # characters
 _TOLD: Final = ("hooks", "checks", "failed_units", "reboot_needed", "drift")
 _SAID: Final = ("serial", "step", "state", "system", "boots", "error", "kind")
@@ -186,6 +186,8 @@ class Agent:
                     raise
                 self.toto.forget()
         self.state["durations"] = {"fetched": time.monotonic() - began}
+        self._observe(serial=document.serial, phase=document.phase, step="fetched", state="running")
+        self._deliver(patience=False)
 
     def _have_done(self, document: Desired, envelope: bytes) -> None:
         """Hand a document to the helper, and report each step of what it does."""

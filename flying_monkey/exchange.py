@@ -3,6 +3,7 @@
 Only as much of HTTP as toto's server speaks: an answer has a `Content-Length` and what it says, and is whole or none.
 """
 
+import encodings.idna  # noqa: F401  (before the rights to read it are gone)
 import json
 import re
 import socket

@@ -82,7 +82,7 @@ def check(
             words += ["-r", str(revoked)]
         done = _run(words, text, keep=file)
     if done.returncode != 0:
-        raise NotGenuine(_last(done))
+        raise NotGenuine(_last(done, f"no key that may sign for {who} has signed it"))
 
 
 def _run(words: list[str], text: bytes, keep: int | None = None) -> "subprocess.CompletedProcess[bytes]":
@@ -98,9 +98,11 @@ def _run(words: list[str], text: bytes, keep: int | None = None) -> "subprocess.
     )
 
 
-def _last(done: "subprocess.CompletedProcess[bytes]") -> str:
+def _last(done: "subprocess.CompletedProcess[bytes]", otherwise: str = "") -> str:
+    """The last line that ssh-keygen said; it says nothing of a key that it does not know."""
     lines = done.stderr.decode(errors="replace").split("\n")
-    return next((each.strip() for each in reversed(lines) if each.strip()), f"ssh-keygen: status {done.returncode}")
+    otherwise = otherwise or f"ssh-keygen: status {done.returncode}"
+    return next((each.strip() for each in reversed(lines) if each.strip()), otherwise)
 
 
 @contextmanager

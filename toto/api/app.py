@@ -209,6 +209,7 @@ class _File(Response):
             left = 0 if scope["method"] == "HEAD" else self.size
             async with asyncio.timeout(_STREAM):
                 while left > 0 and not gone.done():
+                    documents.note_contact(self.session.place)
                     data = await asyncio.to_thread(os.read, self.opened, min(_CHUNK, left))
                     left = left - len(data) if data else 0
                     await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -1,0 +1,208 @@
+"""Roll-outs on a machine that pulls: a real ledger, signer, server and agent; the helper is a stand-in."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from flying_monkey import proof, signature
+from flying_monkey.desired import Desired
+from flying_monkey.report import Report
+from tests.api.conftest import World, served, state, until, world
+from tests.flying_monkey.pulling import Pulling
+from tests.ledger.test_ledger import WEB1, deployed, intent
+from toto.base import process
+from toto.ledger import steps
+from toto.ledger.ledger import Ledger
+from toto.machine import documents, keys, pulled, signer
+from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, WentBack
+from toto.machine.pulled import PullActivator
+from toto.machine.signer import NotSigned
+from toto.machine.ssh import Unreachable
+from toto.nix import commands as nix
+
+__all__ = ["served", "state", "world"]  # fixtures
+pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]
+
+
+@dataclass
+class Run:
+    """A run that deploys `new` to web1, whose last good is `good`."""
+
+    world: World
+    web1: Pulling
+    activator: PullActivator
+    new: str
+    good: str
+
+    async def at(self, step: str) -> None:
+        await Ledger(self.world.repo).write(WEB1, lambda entry: steps.set_step(entry, "run-2", step), step)
+
+    @property
+    def before(self) -> MachineState:
+        return MachineState(system=self.good, profile=self.good)
+
+    async def try_it(self, confirm: float = 120) -> None:
+        await self.at("activation test")
+        await self.activator.activate("test", self.new, self.before, finish=60, confirm=confirm)
+
+    def is_(self) -> str:
+        return (self.web1.folder / "is.json").read_text()
+
+
+async def added(folder: Path, name: str) -> str:
+    """A path in toto's store."""
+    file = folder / f"nixos-system-{name}"
+    file.write_text(f"{name} {folder}")
+    return (await process.run(["nix-store", "--add", file], env=nix.environment())).stdout.strip()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def signing(state: Path) -> AsyncIterator[Path]:
+    """The signer, which runs for this module; its key."""
+    async with signer.serving():
+        yield await signer.key()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def run(world: World, signing: Path, tmp_path: Path) -> AsyncIterator[Run]:
+    new, good = await added(tmp_path, "new"), await added(tmp_path, "good")
+    book = Ledger(world.repo)
+    await book.write(WEB1, steps.intend(intent("run-1", good)), "intend")
+    await book.write(WEB1, steps.good(deployed(good), "run-1"), "good")
+    await book.write(WEB1, steps.intend(intent("run-2", new)), "intend")
+    key = await keys.make(world.repo, "cache", "signing")
+    web1 = Pulling(
+        tmp_path / "web1",
+        "web1",
+        world.machines["web1"].keys,
+        world.url,
+        world.ca,
+        signing,
+        await keys.public_half(key),
+        system=good,
+    )
+    activator = PullActivator("web1", world.repo, "run-2", "switch", key, patience=15)
+    yield Run(world, web1, activator, new, good)
+    await book.write(WEB1, steps.good(deployed(good, "run-2"), "run-2"), "over")
+
+
+async def test_a_roll_out_is_tried_and_kept(run: Run) -> None:
+    async with run.web1.running():
+        assert await run.activator.facts() == run.before
+        await run.activator.copy(run.new, timeout=60)
+        await run.try_it()
+        assert await run.activator.facts(fresh=True) == MachineState(system=run.new, profile=run.good)
+        with pytest.raises(NotSigned):
+            await run.activator.keep("switch", run.new, finish=60)
+        await run.at("activation switch")
+        await run.activator.activate("switch", run.new, run.before, finish=60, confirm=0)
+        await run.activator.check(run.new, profile=True)
+        await run.activator.clean_up()
+    assert run.web1.activations() == [f"try {run.new}", f"keep {run.new}"]
+
+
+async def test_a_roll_out_that_fails_its_tests_is_reverted(run: Run) -> None:
+    async with run.web1.running():
+        await run.activator.copy(run.new, timeout=60)
+        await run.try_it()
+        await run.activator.take_charge("run-2", patience=30)
+        await run.activator.revert(run.before, finish=60, boot=True)
+        assert await run.activator.facts(fresh=True) == run.before
+    assert run.web1.activations() == [f"try {run.new}", f"back {run.good}"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "error", "words"),
+    [
+        ("done 1", ActivationFailed, "exited with status 1:\nthe stand-in's log"),
+        ("back 0", WentBack, "reverted by its watchdog"),
+        ("refused", ActivationFailed, "the disk is full"),
+    ],
+)
+async def test_what_goes_wrong_on_the_machine_is_told(run: Run, ends: str, error: type[Exception], words: str) -> None:
+    run.web1.behave(new=ends)
+    async with run.web1.running():
+        await run.activator.copy(run.new, timeout=60)
+        with pytest.raises(error, match=words):
+            await run.try_it()
+
+
+async def test_what_is_not_granted_cannot_be_fetched(run: Run) -> None:
+    async with run.web1.running():
+        with pytest.raises(ActivationFailed, match="toto does not offer"):
+            await run.try_it()
+
+
+async def test_a_machine_that_does_not_ask_is_unreachable_and_goes_back_when_it_returns(run: Run) -> None:
+    run.activator.patience = 1
+    with pytest.raises(Unreachable, match="does not ask what it should be: it has never asked"):
+        await run.activator.facts()
+    await run.activator.copy(run.new, timeout=60)
+    async with run.web1.running():
+        await until(lambda: documents.numbers(run.world.place()))
+    with pytest.raises(Unreachable, match="it asked last"):
+        await run.try_it()
+    with pytest.raises(Unreachable):
+        await run.activator.revert(run.before, finish=60, boot=True)
+    async with run.web1.running():
+        run.activator.patience = 15
+        await until(run.web1.activations)
+        await run.activator.check(run.good, profile=True, fresh=True)
+    assert run.web1.activations() == [f"back {run.good}"], "what was to be tried meanwhile is not"
+
+
+async def test_a_report_that_is_not_the_machines_is_not_believed(run: Run) -> None:
+    """Whoever takes the web server over can write reports: toto asks for the machine's signature."""
+    run.activator.patience = 4
+    web1, web2 = run.world.machines["web1"], run.world.machines["web2"]
+    await run.at("activation test")
+    trying = asyncio.create_task(run.activator.activate("test", run.new, run.before, finish=60, confirm=120))
+    await until(lambda: documents.published(run.world.place()))
+    envelope = documents.published(run.world.place())
+    assert envelope is not None
+    serial = Desired.read(signature.unsealed(envelope)[0]).serial
+    good = {"serial": serial, "system": run.new, "boots": run.good}
+    old = web1.report(serial=serial - 1, state="done 0", number=1)
+    forged = {
+        2: signature.seal(web1.report(**good, number=2).write(), web2.key, proof.REPORT),
+        3: signature.seal(web1.report(**good, number=3).write(), web1.key, proof.ASK),
+        4: signature.seal(web1.report(**good, number=5).write(), web1.key, proof.REPORT),
+        6: signature.seal(web2.report(**good, number=6).write(), web1.key, proof.REPORT),
+        7: web1.sealed(old),
+        8: b"{}",
+    }
+    reports = run.world.place() / "reports"
+    reports.mkdir()
+    for number, each in forged.items():
+        (reports / f"{number:016d}.json").write_bytes(each)
+    with pytest.raises(Unreachable, match="does not ask"):
+        await trying
+
+
+async def test_serials_follow_what_the_machine_has_had(run: Run) -> None:
+    """After toto is restored from an old backup, and with a clock that is behind."""
+    web1 = run.world.machines["web1"]
+    ahead = 2_000_000_000
+    report = Report.read(web1.report(serial=ahead).write())
+    documents.take(run.world.place(), "infra", "web1", web1.sealed(report))
+    run.activator.patience = 1
+    with pytest.raises(Unreachable):
+        await run.try_it()
+    envelope = documents.published(run.world.place())
+    assert envelope is not None and f'"serial":{ahead + 1}' in signature.unsealed(envelope)[0].decode()
+
+
+async def test_what_runs_by_hand_is_seen(run: Run) -> None:
+    async with run.web1.running():
+        assert await run.activator.facts() == run.before
+        (run.web1.folder / "is.json").write_text(run.is_().replace(run.good, run.new))
+        with pytest.raises(NotWhatItShouldBe, match=f"runs {run.new}, not {run.good}"):
+            await run.activator.check(run.good, fresh=True)
+
+
+async def test_its_error_says_what_it_says() -> None:
+    assert "ssh" not in str(pulled.NotHeardFrom("does not ask", target="web1"))

@@ -1,0 +1,248 @@
+"""Activating on a machine that pulls: documents are published for it, and what it reports says how they are obeyed.
+
+toto connects to nothing. The machine asks (`flying_monkey.agent`), fetches what a document is about, has it done, and
+reports each step, signed by its host key. A machine that does not ask is unreachable; what was published for it stays
+there, so that one which comes back later goes where the last word of toto's sends it.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from flying_monkey.desired import Desired
+from flying_monkey.report import Report
+from flying_monkey.signature import unsealed
+from toto.base import process
+from toto.base.errors import TotoError
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import HOST, Target
+from toto.machine import activation, documents, grants, owners, signer
+from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
+from toto.machine.documents import Reports
+from toto.machine.ssh import Unreachable
+from toto.nix import commands as nix
+
+PATIENCE: Final = 60.0  # seconds without a word after which a machine is unreachable; idle ones answer within 2
+_LOOK: Final = 0.25  # seconds between two looks
+_STEP: Final = 660.0  # seconds for a step besides an activation: hooks have ten minutes
+
+
+class NotHeardFrom(Unreachable):
+    """A machine that pulls does not ask, or says nothing."""
+
+    def __init__(self, words: str, *, target: str | None = None, hint: str | None = None) -> None:
+        TotoError.__init__(self, words, target=target, hint=hint)
+        self.words = words
+
+
+@dataclass
+class PullActivator:
+    """A machine that pulls, for one run of a repo. `activation` is what a roll-out ends with on it.
+
+    What it may fetch is signed by the secret `key`. `patience` is how many seconds it may say nothing, before it has
+    begun to obey.
+    """
+
+    name: str
+    repo: Path
+    run: str
+    activation: Verb
+    key: Path
+    patience: float = PATIENCE
+    _reports: Reports | None = None
+    _heard: Report | None = field(default=None)
+
+    async def prepare(self) -> None:
+        """Nothing: what obeys is the machine's own."""
+
+    async def facts(self, *, fresh: bool = False) -> MachineState:
+        """What the machine runs and boots, by its newest report of this run, or by one that it is asked for.
+
+        Raises `Unreachable`, `NotWhatItShouldBe`.
+        """
+        return _state(await self._asked() if fresh or self._heard is None else self._heard)
+
+    async def copy(
+        self, path: str, *, signed: Path | None = None, timeout: float, on_line: process.LineSink | None = None
+    ) -> None:
+        """Let the machine fetch a closure, and its last good; nothing is sent. Raises `CopyFailed`, `CommandTimeout`.
+
+        What it fetches is signed by this activator's key, whatever is in `signed`.
+        """
+        await grants.grant(self.repo, self.name, [path, *await self._good()], self.key, timeout=timeout)
+
+    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+        """Have `path` tried, and hear of it over a new connection; or, for a `switch`, have it kept.
+
+        The machine goes back by itself unless it is told within `confirm` seconds to keep it.
+        Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
+        """
+        if verb == "switch":
+            return await self.keep(verb, path, finish=finish)
+        report = await self._have_done("try", finish, confirm)
+        self._expect(report, f"activation `{verb}`")
+        await self.check(path, profile=verb != "test", running=verb != "boot")
+
+    async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
+        """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
+        self._expect(await self._have_done("keep", finish, 0), "keeping it")
+        await self.check(path, profile=verb != "test", running=verb != "boot")
+
+    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
+        """Check that the machine runs `path`; with `profile`, that it boots it next. `fresh` is as in `facts`."""
+        activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
+
+    async def take_charge(self, run: str, *, patience: float) -> None:
+        """Wait until nothing that was begun on the machine goes on; its watchdog needs no word, a new document does."""
+        deadline = time.monotonic() + patience
+        while (await self._asked()).state == "running":
+            if time.monotonic() > deadline:
+                raise ActivationFailed(
+                    "an earlier activation has not ended",
+                    target=self.name,
+                    hint="on the machine: journalctl -u flying-monkey",
+                )
+            await anyio.sleep(1)
+
+    async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
+        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done.
+
+        What says so stays published when the machine does not answer: it obeys when it comes back.
+        """
+        if to.profile and to.profile != to.system:
+            await self._back("test", finish)
+            if boot or (await self.facts()).profile != to.profile:
+                await self._back("boot", finish)
+        else:
+            await self._back("switch" if to.profile else "test", finish)
+        await self.check(to.system)
+        if to.profile:
+            await self.check(to.profile, profile=True, running=False)
+
+    async def clean_up(self, run: str = "") -> None:
+        """Nothing on the machine. It may fetch its last good from now on, and what is being tried if anything is."""
+        closures = await self._good()
+        if closures and Ledger(self.repo).read().get(self._target).intent is None:
+            await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
+
+    async def _back(self, verb: Verb, finish: float) -> None:
+        report = await self._have_done("back", finish, 0, verb)
+        self._expect(report, "going back", also=activation.UNITS_FAILED)
+
+    async def _have_done(self, phase: str, finish: float, confirm: float, verb: Verb | None = None) -> Report:
+        """Publish a document, and wait until the machine has done what it says, or cannot. Raises `Unreachable`."""
+        reports = self._read()
+        asked = signer.Request.model_validate(
+            {
+                "repo": str(self.repo),
+                "machine": self.name,
+                "phase": phase,
+                "activation": verb or self.activation,
+                "reported": reports.serial,
+                "activate": max(1, round(finish)),
+                "confirm": max(1, round(confirm)),
+            }
+        )
+        envelope = await signer.ask(asked)
+        serial = Desired.read(unsealed(envelope)[0]).serial
+        documents.publish(self.repo, self.name, envelope)
+        return await self._done(serial, finish)
+
+    async def _done(self, serial: int, finish: float) -> Report:
+        """The report of how the document `serial` has been obeyed, once that is decided."""
+        published, last = time.time(), None
+        deadline = float("inf")
+        while True:
+            for report in self._fresh():
+                if report.serial == serial:
+                    last, deadline = report, time.monotonic() + max(finish, _STEP)
+                    if report.error or report.state.startswith("back"):
+                        return report
+                    if report.state.startswith("done") and report.step in ("tried", "finished"):
+                        return report
+                elif report.serial > serial:
+                    raise ActivationFailed("obeys a newer document than this run's", target=self.name)
+            silent = time.time() - max(published, documents.contact(documents.folder(self.repo, self.name)))
+            if last is None and silent > self.patience:
+                raise self._not_heard_from()
+            if time.monotonic() > deadline:
+                assert last is not None
+                raise NotHeardFrom(
+                    f"has said nothing more since `{last.step}`, for {max(finish, _STEP):.0f} s",
+                    target=self.name,
+                    hint="on the machine: journalctl -u flying-monkey",
+                )
+            await anyio.sleep(_LOOK)
+
+    def _expect(self, report: Report, what: str, also: int = 0) -> None:
+        """Raise `WentBack` or `ActivationFailed` unless a document was obeyed well, or with the exit status `also`."""
+        said = process.tail("\n".join(filter(None, (report.log, report.error))))
+        word, _, code = report.state.partition(" ")
+        if word == "back" and report.phase != "back":
+            raise WentBack(f"was reverted by its watchdog, as it should be:\n{said}", target=self.name)
+        if report.error:
+            raise ActivationFailed(
+                f"{what}: {report.error}", target=self.name, hint=_HINTS.get(report.kind, "see its journal")
+            )
+        if int(code or 0) not in (0, also):
+            raise ActivationFailed(f"{what} exited with status {code}:\n{said}", target=self.name)
+
+    async def _asked(self) -> Report:
+        """A report that the machine is asked for now. Raises `Unreachable`."""
+        self._read()
+        word, began = documents.ask(self.repo, self.name), time.monotonic()
+        while time.monotonic() < began + self.patience:
+            for report in self._fresh():
+                if report.asked == word:
+                    return report
+            await anyio.sleep(_LOOK)
+        raise self._not_heard_from()
+
+    def _not_heard_from(self) -> NotHeardFrom:
+        seen = documents.contact(documents.folder(self.repo, self.name))
+        ago = f"asked last {time.time() - seen:.0f} s ago" if seen else "has never asked"
+        return NotHeardFrom(
+            f"does not ask what it should be: it {ago}",
+            target=self.name,
+            hint="on the machine: systemctl status flying-monkey",
+        )
+
+    def _read(self) -> Reports:
+        """The machine's reports, with all that came before this."""
+        if self._reports is None:
+            owner = owners.read().machines.get(self.name)
+            keys = owner.host_keys if owner and owner.repo == self.repo.resolve() else ()
+            self._reports = Reports(self.repo, self.name, keys)
+            self._reports.read()
+        return self._reports
+
+    def _fresh(self) -> list[Report]:
+        """The reports since the last look."""
+        found = self._read().read()
+        self._heard = found[-1] if found else self._heard
+        return found
+
+    async def _good(self) -> list[str]:
+        """The closure of the last good, when there is one that toto still has."""
+        good = Ledger(self.repo).read().get(self._target).good
+        path = None if good is None else getattr(good, "path", None)
+        return [path] if isinstance(path, str) and await nix.valid(path) else []
+
+    @property
+    def _target(self) -> Target:
+        return Target(HOST, self.name)
+
+
+_HINTS: Final = {
+    "NotGenuine": "its services.flying-monkey.signers must name toto's signer: toto key --signer",
+    "Lost": "look at /var/lib/flying-monkey on the machine",
+}
+
+
+def _state(report: Report) -> MachineState:
+    if not report.system:
+        raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=report.machine)
+    return MachineState(system=report.system, profile=report.boots)
