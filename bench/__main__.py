@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, cells, detect, latency, noop, parsing
+from bench import boot, cells, detect, latency, machines, noop, parsing
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -45,6 +45,7 @@ MEASURES: Final[dict[str, Measure]] = {
     "boot": boot.measure,
     "cells": cells.measure,
     "parsing": parsing.measure,
+    "machines": machines.measure,
 }
 
 

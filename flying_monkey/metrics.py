@@ -106,8 +106,8 @@ def serve(configuration: Configuration, who: User | None) -> int:
     file = place(configuration)
     assert file is not None
     if file == _SERVED:
-        file.parent.mkdir(mode=0o755, exist_ok=True)
-        file.parent.chmod(0o755)
+        file.parent.mkdir(mode=0o711, exist_ok=True)
+        file.parent.chmod(0o711)
     listener = socket.create_server(("127.0.0.1", configuration.metrics_port))
     alive, kept = os.pipe()
     if os.fork() != 0:
