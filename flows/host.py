@@ -45,11 +45,11 @@ async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
 async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified", "unreachable"]:
     """Copy the rehearsed closure to the machine, activate it, test, make it permanent, test again, and record it."""
     verdict.check(order)
-    machine, settings = order.machine, order.settings.roll_out
+    machine = order.machine
     assert machine is not None
     intended = False
     try:
-        async with connect(machine, order.repo, order.run, settings.connect_timeout) as activator:
+        async with connect(machine, order.repo, order.run, order.settings) as activator:
             await claim(order, activator)
             smoke, post_switch = (
                 run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)
@@ -78,7 +78,7 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                         order, activator, "switch", quote(before), wait_for=[step]
                     )
                 step = await post_switch(order, Phase.POST_SWITCH, endpoint_of(machine, activator), wait_for=[step])
-            if machine.activation != "switch" and machine.access == "locked":
+            if machine.activation != "switch" and machine.by_document:
                 step = await keep(order, activator, machine.activation, wait_for=[step])
             step = await add_gc_root(order, wait_for=[step])
             step = await record_good(order, wait_for=[step])

@@ -116,7 +116,7 @@ async def host(asked: Asked) -> Present:
         raise TotoError("is not in the manifest any more: toto does not know how to connect to it")
     owners.check(asked.repo, machine)
     rules = asked.settings.roll_out
-    async with roll_out.connect(machine, asked.repo, asked.run, rules.connect_timeout) as activator:
+    async with roll_out.connect(machine, asked.repo, asked.run, asked.settings) as activator:
         await activator.prepare()
         if intent is not None:  # a watchdog that is still armed would change what is read here
             await activator.take_charge(

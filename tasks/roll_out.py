@@ -17,11 +17,13 @@ from tasks.reversal import Reversal
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
+from toto.infra_repo.settings import Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Intent, Ledger
 from toto.machine import access, keys, owners, ssh, way_in
 from toto.machine.access import OverSsh
 from toto.machine.activation import Activator, MachineState, SudoActivator, Verb
+from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost, HostOrder
@@ -31,11 +33,17 @@ from toto.rehearsal.suite import Phase
 
 
 @asynccontextmanager
-async def connect(machine: Machine, repo: Path, run: str, connect_timeout: float) -> AsyncIterator[OverSsh]:
-    """Connect to a machine; the result has the activation verbs.
+async def connect(machine: Machine, repo: Path, run: str, settings: Settings) -> AsyncIterator[OverSsh | PullActivator]:
+    """Reach a machine; the result has the activation verbs.
 
-    Raises `Unreachable` after `connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
+    Raises `Unreachable` after `roll_out.connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
     """
+    connect_timeout = settings.roll_out.connect_timeout
+    if machine.deploy == "pull":
+        key = await keys.for_closures(repo, settings.nix.signing_key)
+        ip = await owners.located(repo, machine, connect_timeout)
+        yield PullActivator(machine, repo, run, key, ip, patience=max(connect_timeout, PATIENCE))
+        return
     target = ssh.SshTarget(
         name=machine.name,
         address=machine.address,
@@ -62,15 +70,22 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
     return await keys.identity(repo, machine.ssh.identity)
 
 
-async def claim(order: HostOrder, activator: OverSsh) -> None:
+async def claim(order: HostOrder, activator: OverSsh | PullActivator) -> None:
     """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
     assert order.machine is not None
-    target = activator.connection.target
-    await owners.claim(order.repo, order.machine, owners.host_keys(target), target.ip or "")
+    if isinstance(activator, PullActivator):
+        await owners.claim(
+            order.repo, order.machine, [owners.plain_key(order.machine.ssh.host_key or "")], activator.ip
+        )
+    else:
+        target = activator.connection.target
+        await owners.claim(order.repo, order.machine, owners.host_keys(target), target.ip or "")
 
 
-def endpoint_of(machine: Machine, activator: OverSsh) -> Endpoint:
+def endpoint_of(machine: Machine, activator: OverSsh | PullActivator) -> Endpoint:
     """How test scripts connect to the machine itself: its ports are not mapped."""
+    if isinstance(activator, PullActivator):
+        return Endpoint(None, {port: port for port in machine.ports}, address=machine.address, ip=activator.ip)
     return Endpoint(activator.connection, {port: port for port in machine.ports}, command=activator.command)
 
 
@@ -119,9 +134,16 @@ async def copy(order: HostOrder, activator: Activator) -> Done:
     """Copy exactly the rehearsed closure to the machine. Raises `CopyFailed`, `Unreachable`."""
     assert order.machine is not None
     settings = order.settings.nix
-    key = await keys.for_closures(order.repo, settings.signing_key, needed=order.machine.access == "locked")
+    key = await _signs(order.repo, settings.signing_key, order.machine)
     await _copy(order.host.path, activator, order.repo, key, timeout=settings.build_timeout, on_line=sink())
     return Done()
+
+
+async def _signs(repo: Path, name: str | None, machine: Machine) -> Path | None:
+    """The secret key that signs what is copied to a machine; None where toto is trusted with anything."""
+    if name is None and (machine.access == "sudo" or machine.deploy == "pull"):  # (What is pulled is signed anyway.)
+        return None
+    return await keys.for_closures(repo, name)
 
 
 async def _copy(
@@ -177,7 +199,7 @@ def _patience(order: HostOrder) -> float:
     toto confirms at once by sudo, and after its own tests where a signed document says that a system is kept.
     """
     rules, sandbox = order.settings.roll_out, order.settings.sandbox
-    if order.machine is None or order.machine.access == "sudo":
+    if order.machine is None or not order.machine.by_document:
         return rules.confirm_timeout
     phases = (Phase.SMOKE,) if order.machine.activation == "switch" else (Phase.SMOKE, Phase.POST_SWITCH)
     found = suite.find(order.tree, order.name)
@@ -253,7 +275,7 @@ async def revert(reversal: Reversal) -> str:
 
 async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState) -> None:
     settings = reversal.settings.roll_out
-    async with connect(machine, reversal.repo, reversal.run, settings.connect_timeout) as activator:
+    async with connect(machine, reversal.repo, reversal.run, reversal.settings) as activator:
         await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
         armed = intent.desired.run
@@ -269,9 +291,7 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
 async def _signing_key_now(reversal: Reversal, machine: Machine) -> Path | None:
     """The key that signs what a revert copies. Without it the machine may accept the closure all the same."""
     try:
-        return await keys.for_closures(
-            reversal.repo, reversal.settings.nix.signing_key, needed=machine.access == "locked"
-        )
+        return await _signs(reversal.repo, reversal.settings.nix.signing_key, machine)
     except TotoError as error:
         get_run_logger().warning("what is copied is not signed: %s", error)
         return None

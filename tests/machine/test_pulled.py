@@ -15,6 +15,7 @@ from tests.api.conftest import World, served, state, until, world
 from tests.flying_monkey.pulling import Pulling
 from tests.ledger.test_ledger import WEB1, deployed, intent
 from toto.base import process
+from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.machine import documents, keys, pulled, signer
@@ -85,7 +86,9 @@ async def run(world: World, signing: Path, tmp_path: Path) -> AsyncIterator[Run]
         await keys.public_half(key),
         system=good,
     )
-    activator = PullActivator("web1", world.repo, "run-2", "switch", key, patience=15)
+    host_key = (world.machines["web1"].keys / "ssh_host_ed25519_key.pub").read_text().strip()
+    listed = Machine(name="web1", address="192.0.2.1", deploy="pull", ssh=SSH(host_key=host_key))
+    activator = PullActivator(listed, world.repo, "run-2", key, patience=15)
     yield Run(world, web1, activator, new, good)
     await book.write(WEB1, steps.good(deployed(good, "run-2"), "run-2"), "over")
 

@@ -86,10 +86,9 @@ def test_an_equal_identity_is_no_change(entry: Entry) -> None:
         manifest(),
         manifest(Machine(name="web1", address="192.0.2.1", role="other")),
         manifest(Machine(name="web1", address="192.0.2.1", deploy="none")),
-        manifest(Machine(name="web1", address="192.0.2.1", deploy="pull")),
     ],
 )
-def test_a_host_that_toto_does_not_push_to_is_rehearsed_once(machines: Manifest) -> None:
+def test_a_host_that_toto_does_not_deploy_is_rehearsed_once(machines: Manifest) -> None:
     first = compare("c", [host()], [], machines, ledger())
     assert only(first).action is Action.REHEARSE
     second = compare("c", [host()], [], machines, ledger(web1=Entry(rehearsed=was())))

@@ -94,15 +94,21 @@ class Machine(Fields):
     cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
     """processors of its sandbox; when left out, the host's VM decides"""
 
+    @model_validator(mode="after")
+    def _proves_itself(self) -> Self:
+        if self.deploy == "pull" and self.ssh.host_key is None:
+            raise ValueError("a machine that pulls proves itself by its host key: write it as ssh.host_key")
+        return self
+
+    @property
+    def by_document(self) -> bool:
+        """Whether it does what signed documents say, instead of what toto runs on it by sudo."""
+        return self.access == "locked" or self.deploy == "pull"
+
     @property
     def deployed(self) -> bool:
         """Whether toto may ever change this machine."""
         return self.role == "nixos" and self.deploy != "none"
-
-    @property
-    def pushed(self) -> bool:
-        """Whether toto itself rolls out to this machine."""
-        return self.role == "nixos" and self.deploy == "push"
 
 
 class Manifest(Model):

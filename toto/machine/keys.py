@@ -98,14 +98,12 @@ def signing(repo: Path, name: str) -> Path:
     return named(repo, name, "signing", "toto.toml: nix.signing_key")
 
 
-async def for_closures(repo: Path, name: str | None, *, needed: bool) -> Path | None:
-    """The secret key that signs what a repo's machines get: the one of the settings; its own when one is `needed`.
+async def for_closures(repo: Path, name: str | None) -> Path:
+    """The secret key that signs what a repo's machines get: the one of the settings, else its own, which is made.
 
-    Raises `InputError` when the one of the settings is missing: toto makes only its own, `store`.
+    Raises `InputError` when the one of the settings is missing.
     """
-    if name is None:
-        return await make(repo, STORE, "signing") if needed else None
-    return signing(repo, name)
+    return await make(repo, STORE, "signing") if name is None else signing(repo, name)
 
 
 def of_inputs(repo: Path) -> tuple[Path, Path]:

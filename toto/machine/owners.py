@@ -280,7 +280,7 @@ def relocate(state: Path, moved: Callable[[Path], Path]) -> None:
 def host_keys(target: SshTarget) -> list[str]:
     """The host keys by which toto knows a machine: the manifest's, or those that were seen at the first connection."""
     if target.host_key is not None:
-        return [_plain(target.host_key)]
+        return [plain_key(target.host_key)]
     return list(_known(target.known_hosts, target.name)) if target.known_hosts else []
 
 
@@ -314,7 +314,7 @@ async def _deployed(repo: Path) -> AsyncIterator[tuple[Path, Machine, Owner]]:
     """The machines that a repo's ledger has, as the manifest of their last commit knows them."""
     async for machine, at, _ in _known_by_ledger(repo):
         pinned = machine.ssh.host_key
-        keys = [_plain(pinned)] if pinned else list(_known(paths.repo_state(repo) / "known_hosts", machine.name))
+        keys = [plain_key(pinned)] if pinned else list(_known(paths.repo_state(repo) / "known_hosts", machine.name))
         yield repo, machine, _owner(repo, machine, keys, at)
 
 
@@ -355,7 +355,7 @@ def _known(known_hosts: Path, name: str) -> Iterator[str]:
                 yield f"{kind} {key}"
 
 
-def _plain(key: str) -> str:
+def plain_key(key: str) -> str:
     return " ".join(key.split()[:2])
 
 

@@ -17,6 +17,7 @@ from flying_monkey.report import Report
 from flying_monkey.signature import unsealed
 from toto.base import process
 from toto.base.errors import TotoError
+from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
 from toto.machine import activation, documents, grants, owners, signer
@@ -40,20 +41,24 @@ class NotHeardFrom(Unreachable):
 
 @dataclass
 class PullActivator:
-    """A machine that pulls, for one run of a repo. `activation` is what a roll-out ends with on it.
+    """A machine that pulls, for one run of a repo. `ip` is where its address has been found to be.
 
     What it may fetch is signed by the secret `key`. `patience` is how many seconds it may say nothing, before it has
     begun to obey.
     """
 
-    name: str
+    machine: Machine
     repo: Path
     run: str
-    activation: Verb
     key: Path
+    ip: str = ""
     patience: float = PATIENCE
     _reports: Reports | None = None
     _heard: Report | None = field(default=None)
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
 
     async def prepare(self) -> None:
         """Nothing: what obeys is the machine's own."""
@@ -140,7 +145,7 @@ class PullActivator:
                 "repo": str(self.repo),
                 "machine": self.name,
                 "phase": phase,
-                "activation": verb or self.activation,
+                "activation": verb or self.machine.activation,
                 "reported": reports.serial,
                 "activate": max(1, round(finish)),
                 "confirm": max(1, round(confirm)),

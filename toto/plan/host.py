@@ -109,7 +109,7 @@ class HostKind(Kind[Host]):
 
     def is_deployed(self, found: Found[Host], manifest: Manifest) -> bool:
         machine = manifest.machines.get(found.target.name)
-        return machine is not None and machine.pushed
+        return machine is not None and machine.deployed
 
     def told(self, source: Source, found: Sequence[Found[Host]], deployed: Collection[str]) -> list[Told]:
         """Files that are no hosts because of a flake, hosts that are not due, and machines whose host is not there."""
@@ -205,7 +205,7 @@ class HostKind(Kind[Host]):
         """
         assert isinstance(desired, DesiredHost)
         machine = manifest.machines.get(desired.target.name)
-        if machine is None or not machine.pushed:
+        if machine is None or not machine.deployed:
             return _rehearsed_only(
                 desired,
                 entry,
