@@ -76,7 +76,7 @@ facts() {
 begin() {
 	use_run "$1"
 	[ "$(quiet 0)" = quiet ] || { echo "busy"; return; }
-	mkdir "$dir" || die "cannot make $dir"
+	mkdir "$dir" && echo "$3" >"$dir/path" || die "cannot make $dir"
 	# The guard runs a copy of this file: a shell reads its script while it runs, and a new run replaces this file.
 	cp "$0" "$dir/guard.sh.new" && mv "$dir/guard.sh.new" "$dir/guard.sh" || die "cannot write to $dir"
 	if [ -d /run/systemd/system ]; then
@@ -93,7 +93,7 @@ begin() {
 # The process that outlives the connection: it runs the activation, and is its watchdog.
 guard() {
 	use_run "$1"
-	: >"$dir/begun"
+	echo $$ >"$dir/begun"
 	action=$2 path=$3 system=$4 profile_before=$5 finish=$6 confirm=$7
 	# The system from before stays usable, and in the store, until this is decided.
 	PATH=$system/sw/bin:$PATH

@@ -4,14 +4,17 @@ sshd starts it as `gate -c COMMAND`. It compares the whole command with what it 
 hands a request to the helper, which sudo runs as root without arguments. Documents come on standard input.
 """
 
+import base64
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from typing import Final, NoReturn
 
 from flying_monkey.machine import Configuration, Misconfigured
+from flying_monkey.sandbox import MOST_INPUT, pump
 
 WRITE: Final = "nix-store --serve --write"  # what nix-copy-closure and ssh:// send
 MOST: Final = 200_000  # bytes of a document
@@ -19,6 +22,7 @@ _PATH: Final = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/bin:/bin"
 _PLAIN: Final = {"facts", "log"}
 _DOCUMENTS: Final = {"arm", "confirm"}
 _STATUS: Final = re.compile(r"status ([0-9]{1,2})", re.ASCII)
+_TEST: Final = re.compile(r"test ([A-Za-z0-9_-]{2,40000})={0,2}", re.ASCII)
 
 
 def main() -> None:
@@ -33,12 +37,29 @@ def main() -> None:
     match sys.argv[1:]:
         case ["-c", str(command)] if command == WRITE and configuration.writable_store:
             os.execvp("nix-store", WRITE.split())  # noqa: S606
+        case ["-c", str(command)] if found := _TEST.fullmatch(command):
+            _test(configuration, found[1])
         case ["-c", str(command)] if (request := _request(command)) is not None:
             done = subprocess.run(
                 ["sudo", "-n", "--", configuration.helper], input=json.dumps(request).encode(), check=False
             )
             raise SystemExit(done.returncode)
     _refuse()
+
+
+def _test(configuration: Configuration, words: str) -> NoReturn:
+    """Have the helper run a command, with our input and outputs; its exit status is ours."""
+    if not configuration.tests:
+        _refuse("this machine runs no tests")
+    try:
+        argv = json.loads(base64.urlsafe_b64decode(words + "=" * (-len(words) % 4)))
+    except (ValueError, RecursionError):
+        _refuse("a test is a list of words: JSON, in base 64 for URLs")
+    with subprocess.Popen(["sudo", "-n", "--", configuration.helper], stdin=subprocess.PIPE) as helper:
+        assert helper.stdin is not None
+        line = json.dumps({"verb": "test", "argv": argv}).encode() + b"\n"
+        threading.Thread(target=pump, args=(0, helper.stdin, MOST_INPUT, line), daemon=True).start()
+        raise SystemExit(helper.wait())
 
 
 def _request(command: str) -> dict[str, object] | None:
@@ -55,6 +76,6 @@ def _request(command: str) -> dict[str, object] | None:
     return None
 
 
-def _refuse(why: str = "this user can do: facts, status SECONDS, arm, confirm, log") -> NoReturn:
+def _refuse(why: str = "this user can do: facts, status SECONDS, arm, confirm, log, test") -> NoReturn:
     sys.stderr.write(f"flying-monkey: {why}\n")
     raise SystemExit(64)

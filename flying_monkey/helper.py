@@ -6,33 +6,31 @@ refused. There are no arguments and no words of the environment's.
     facts             who the machine is, what it runs and boots, what it remembers
     arm ENVELOPE      obey a document of phase `try` or `back`
     confirm ENVELOPE  obey one of phase `keep`: toto's own tests have passed
-    status WAIT       how the newest activation is, after up to so many seconds
+    status WAIT       how the newest update is, after up to so many seconds
     log               what it said
+    test ARGV         run a command as a user that may do nothing here; what follows the request's line is its input
 
-What is activated, and the way back when nobody confirms, is `activate.sh`, as in a deployment by sudo.
+See `flying_monkey.update` for what is done with a document, and `flying_monkey.sandbox` for a test.
 """
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from flying_monkey import machine, signature
-from flying_monkey.desired import BadDocument, Desired
+from flying_monkey import activation, health, machine, sandbox, signature, update
+from flying_monkey.desired import BadDocument, Desired, Phase
 from flying_monkey.machine import Configuration, Misconfigured, NotReady
-from flying_monkey.memory import Lost, Memory, Refused, Step
+from flying_monkey.memory import Lost, Memory, Refused
 
 MOST: Final = 300_000  # bytes of a request
-_SCRIPT: Final = Path(__file__).with_name("activate.sh")
-_ON_MACHINE: Final = Path("/run/toto/activate.sh")
 _WAIT: Final = 60  # seconds that a status may wait
-_PATIENCE: Final = 120.0  # seconds for a verb of the script that waits for nothing
-_PHASES: Final = {"arm": ("try", "back"), "confirm": ("keep",)}
+_TICK: Final = 0.2  # seconds between two looks
+_AGAIN: Final = 3.0  # seconds between two looks at whether anybody is at it
+_PHASES: Final[dict[str, tuple[Phase, ...]]] = {"arm": ("try", "back"), "confirm": ("keep",)}
 
 Answer = dict[str, Any]
 
@@ -51,7 +49,13 @@ def main() -> None:
     os.environ.update(machine.environment())
     os.chdir("/")
     try:
-        said = answer(_request(sys.stdin.buffer.read(MOST + 1)))
+        request = _request(sys.stdin.buffer.readline(MOST + 1))
+        if request["verb"] == "test":
+            raise SystemExit(sandbox.run(Configuration.load(), request.get("argv")))
+        said = answer(request)
+    except (sandbox.NotRun, Misconfigured) as error:
+        sys.stderr.write(f"flying-monkey: {error}\n")
+        raise SystemExit(sandbox.NOT_RUN) from None
     except BadRequest as error:
         said = _refused(error)
     sys.stdout.write(json.dumps(said) + "\n")
@@ -87,20 +91,17 @@ def _request(text: bytes) -> dict[str, Any]:
 
 def _answer(request: dict[str, Any]) -> Answer:
     configuration = Configuration.load()
-    memory_file = Path(configuration.memory)
+    memory = Memory.load(Path(configuration.memory))
     match request:
         case {"verb": "facts"}:
-            return _facts(configuration, Memory.load(memory_file))
+            return _facts(configuration, memory)
         case {"verb": "status", "wait": int(wait)}:
-            return _status(Memory.load(memory_file), min(max(wait, 0), _WAIT))
+            return _status(configuration, min(max(wait, 0), _WAIT))
         case {"verb": "log"}:
-            memory = Memory.load(memory_file)
-            return {"log": _script("result", memory.activation, "0").partition("\n")[2] if memory.activation else ""}
+            return {"log": update.log(configuration, memory)}
         case {"verb": "arm" | "confirm" as verb, "envelope": str(envelope)}:
-            memory_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with (memory_file.parent / "lock").open("w") as lock:  # one document after the other
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                return _obey(configuration, memory_file, envelope.encode(), _PHASES[verb])
+            memory = update.arm(configuration, envelope.encode(), _PHASES[verb])
+            return {"serial": memory.serial, "step": memory.step}
     raise BadRequest("no such verb, or not with these words")
 
 
@@ -112,73 +113,54 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "system": machine.running(),
         "nar_hash": machine.nar_hash(machine.running()),
         "profile": machine.boots(),
-        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "boot": machine.boot(),
         "serial": memory.serial,
         "issued": memory.issued,
         "step": memory.step,
+        **_condition(memory),
     }
 
 
-def _status(memory: Memory, wait: int) -> Answer:
-    """How the newest activation is: `none`, `running`, `done N`, `back N` (an exit status), or `unknown` (rebooted)."""
-    state = _script("result", memory.activation, str(wait)).partition("\n")[0] if memory.activation else "none"
-    return {"serial": memory.serial, "step": memory.step, "state": state, "system": machine.running()}
+def _status(configuration: Configuration, wait: int) -> Answer:
+    """How the newest update is; one that is `running` is waited for to change, for up to so many seconds.
+
+    The state is `none`, `running`, `done N` (it is tried, and to be kept; or all is finished) or `back N`.
+    """
+    file, end = Path(configuration.memory), time.monotonic() + wait
+    update.go_on(configuration)  # whoever was to do it may have been killed
+    memory = first = Memory.load(file)
+    looked = time.monotonic()
+    while _state(memory) == "running" and memory.step == first.step:
+        if time.monotonic() > looked + _AGAIN:
+            update.go_on(configuration)
+            looked = time.monotonic()
+        if time.monotonic() > end:
+            break
+        time.sleep(_TICK)
+        memory = Memory.load(file)
+    complaint = update.COMPLAINT.read_text(errors="replace") if update.COMPLAINT.exists() else ""
+    optional = {"error": memory.error or complaint, "hooks": dict(memory.hooks), "checks": dict(memory.checks)}
+    return {
+        "serial": memory.serial,
+        "phase": Desired.read(memory.text.encode()).phase if memory.text else "",
+        "step": memory.step,
+        "state": _state(memory),
+        "system": machine.running(),
+        "boots": machine.boots(),
+        **{name: value for name, value in optional.items() if value},
+        **_condition(memory),
+    }
 
 
-def _obey(configuration: Configuration, file: Path, envelope: bytes, phases: tuple[str, ...]) -> Answer:
-    before = Memory.load(file)
-    now = before.now(time.time(), configuration.built)
-    revoked = None if configuration.revoked is None else Path(configuration.revoked)
-    text = signature.opened(envelope, configuration.repo, Path(configuration.signers), now, revoked)
-    document = Desired.read(text)
-    if document.phase not in phases:
-        raise Refused(f"its phase is {document.phase}")
-    memory = before.accept(document, configuration.repo, configuration.name, configuration.public_keys(), now)
-    if memory == before and memory.step != "accepted":
-        return {"serial": memory.serial, "step": memory.step}  # said before, and begun
-    machine.check(document.system)
-    step: Step
-    match document.phase:
-        case "try":
-            step, verb, confirm = "tried", _tried(document), document.deadlines.confirm
-        case "back":
-            step, verb, confirm = "back", document.activation, 0
-        case "keep":
-            step, verb, confirm = "kept", document.activation, 0
-            _keep(before, document)
-    name = f"monkey.{document.phase}.{document.serial}"
-    replace(memory, step=step, activation=name).save(file)
-    good = document.good.path if document.good else machine.running()
-    boots = document.good.path if document.good else machine.boots()
-    finish = str(document.deadlines.activate)
-    if before.activation and document.phase == "back":
-        _script("back", before.activation)
-    said = _script("begin", name, verb, document.system.path, good, boots, finish, str(confirm))
-    if "busy" in said:
-        before.save(file)
-        raise NotReady("another tool activates something on this machine just now")
-    return {"serial": document.serial, "step": step}
+def _state(memory: Memory) -> str:
+    """After a reboot what was begun is yet to be settled."""
+    return memory.state if memory.step == "finished" or memory.boot == machine.boot() else "running"
 
 
-def _tried(document: Desired) -> str:
-    """How a system is tried: what is to be booted only is not activated before."""
-    return "boot" if document.activation == "boot" else "test"
-
-
-def _keep(memory: Memory, document: Desired) -> None:
-    """Stop the watchdog of what is tried. Raises `NotReady` when it has gone back, or when something else runs."""
-    if memory.activation:
-        said = _script("confirm", memory.activation).strip()
-        if said not in ("confirmed", "unknown"):
-            raise NotReady("it was not confirmed in time, and the machine has gone back")
-    if document.activation != "boot" and machine.running() != document.system.path:
-        raise NotReady(f"this machine runs {machine.running()}, and not {document.system.path}")
-
-
-def _script(*words: str) -> str:
-    """What a verb of `activate.sh` says."""
-    _ON_MACHINE.parent.mkdir(mode=0o700, exist_ok=True)
-    fresh = _ON_MACHINE.with_name(f".{_ON_MACHINE.name}.{os.getpid()}")
-    fresh.write_bytes(_SCRIPT.read_bytes())
-    fresh.replace(_ON_MACHINE)
-    return machine.run("/bin/sh", str(_ON_MACHINE), *words, longest=_PATIENCE)
+def _condition(memory: Memory) -> Answer:
+    """What the operator should know of a machine, whatever is done with it."""
+    return {
+        "failed_units": list(activation.broken()),
+        "reboot_needed": health.reboot_needed(),
+        "drift": health.drift(memory),
+    }

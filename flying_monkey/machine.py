@@ -17,7 +17,7 @@ RUNNING: Final = Path("/run/current-system")
 _MOST: Final = 65_536  # bytes of the configuration
 _ROOM: Final = 64 * 2**20  # bytes that an activation needs on each disk that it writes to
 _LONGEST: Final = 1_800.0  # seconds to look at a whole closure, on a slow disk
-_PATH: Final = (
+PATH: Final = (
     "/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
@@ -58,6 +58,8 @@ class Configuration:
     """a file for Prometheus' textfile collector"""
     metrics_port: int = 0
     """a port of loopback where the same is served; 0 for none"""
+    tests: bool = True
+    """whether toto's user may run commands as a user of no rights, for the infra repo's tests"""
 
     @classmethod
     def load(cls, file: Path = CONFIGURATION) -> Self:
@@ -82,7 +84,7 @@ class Configuration:
 
 def environment() -> dict[str, str]:
     """What a program of this machine's gets, whoever asked for it. Nix uses the store directly: this is root."""
-    return {"PATH": _PATH, "LANG": "C.UTF-8", "NIX_REMOTE": "", "HOME": "/root"}
+    return {"PATH": PATH, "LANG": "C.UTF-8", "NIX_REMOTE": "", "HOME": "/root"}
 
 
 def running() -> str:
@@ -109,8 +111,13 @@ def nar_hash(path: str) -> str:
         return ""
 
 
+def boot() -> str:
+    """The kernel's name for this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def check(system: System) -> None:
-    """Check that a system is in the store as its document says, signed throughout, and that there is room.
+    """Check that a system is in the store as its document says, signed throughout.
 
     A signature is asked of each path whose name does not itself follow from its contents. Raises `NotReady`.
     """
@@ -128,6 +135,10 @@ def check(system: System) -> None:
             ) from None
     if not os.access(f"{system.path}/bin/switch-to-configuration", os.X_OK):
         raise NotReady(f"{system.path} is no NixOS system: it has no bin/switch-to-configuration")
+
+
+def check_room() -> None:
+    """Check that there is room on each disk that an activation writes to. Raises `NotReady`."""
     for place in ("/nix/var", "/var/lib", "/etc"):
         room = os.statvfs(place)
         if room.f_bavail * room.f_frsize < _ROOM:

@@ -51,7 +51,7 @@ async def test_a_system_is_tried_kept_and_put_back(locked: Locked) -> None:
     facts = await locked.ask("facts")
     assert facts["system"] == facts["profile"] == locked.good.path and facts["serial"] == 0
     assert facts["host_keys"] == [" ".join(locked.machine.host_key.split()[:2])]
-    assert await locked.ask("arm", locked.document(new)) == {"serial": 1, "step": "tried"}
+    assert await locked.ask("arm", locked.document(new)) == {"serial": 1, "step": "accepted"}
     assert await locked.ended() == "done 0"
     facts = await locked.ask("facts")
     assert (facts["system"], facts["profile"]) == (new.path, locked.good.path), "not yet what the next boot begins"
@@ -59,7 +59,7 @@ async def test_a_system_is_tried_kept_and_put_back(locked: Locked) -> None:
     assert await locked.ended() == "done 0"
     facts = await locked.ask("facts")
     assert (facts["system"], facts["profile"]) == (new.path, new.path)
-    assert await locked.ask("arm", locked.document(locked.good, "back")) == {"serial": 3, "step": "back"}
+    assert await locked.ask("arm", locked.document(locked.good, "back")) == {"serial": 3, "step": "accepted"}
     assert await locked.ended() == "done 0"
     facts = await locked.ask("facts")
     assert (facts["system"], facts["profile"]) == (locked.good.path, locked.good.path)
@@ -94,9 +94,6 @@ async def test_nothing_is_obeyed_that_is_not_a_new_document_for_this_machine(
         (other_key, "a different host key"),
         (replace(first, repo="other"), "of the repo other"),
         (old, "it expired"),
-        (wrong_hash, "has the hash"),
-        (missing, "not valid"),
-        (replace(first, system=unsigned), "untrusted"),
         (replace(first, phase="keep"), "its phase is keep"),
     ]:
         refused = await locked.ask("arm", document)
@@ -108,7 +105,6 @@ async def test_nothing_is_obeyed_that_is_not_a_new_document_for_this_machine(
     changed = json.loads(seal(first.write(), locked.signer))
     changed["text"] = changed["text"].replace('"serial":1', '"serial":2')
     assert (await locked.ask("arm", json.dumps(changed).encode()))["kind"] == "NotGenuine"
-    assert await locked.activations() == []
     assert (await locked.ask("facts"))["serial"] == 0, "what was refused is not remembered"
 
     await locked.ask("arm", first)
@@ -117,6 +113,16 @@ async def test_nothing_is_obeyed_that_is_not_a_new_document_for_this_machine(
     assert await locked.ended() == "done 0"
     replayed = await locked.ask("arm", first)
     assert "its serial is 1, and this machine has had 2" in replayed["error"]
+    assert await locked.activations() == ["new test", "good test", "good switch"]
+    for document, words in [
+        (wrong_hash, "has the hash"),
+        (missing, "not valid"),
+        (replace(first, system=unsigned), "untrusted"),
+    ]:
+        locked.serial += 1
+        await locked.ask("arm", replace(document, serial=locked.serial))
+        assert await locked.ended() == "back 0"
+        assert words in (await locked.ask("status 0"))["error"]
     assert await locked.activations() == ["new test", "good test", "good switch"]
 
 
@@ -131,6 +137,7 @@ LINES = [
         "nix-store -q --roots",
     ),
     *("sudo -n id", "sudo -n /bin/sh", f"{PLACE}/helper", f"sudo -n {PLACE}/helper arm", "env facts", "../gate -c id"),
+    *("test", "test ", "test x;id", "test W10 W10", "test W10\n", "testW10"),
     *("arm x", "confirm keep", "git-upload-pack x", "login", "begin a b c", "facts\r", "\x1b[A"),
 ]
 
@@ -273,7 +280,9 @@ async def test_toto_writes_what_is_signed_to_the_store_and_builds_nothing(locked
     said = await build_over_ssh(locked, other)
     assert "max-jobs" in said, said
     document = locked.document(System(mine, (await nix("nix-store", "--query", "--hash", mine)).stdout.strip()))
-    assert "is no NixOS system" in (await locked.ask("arm", document))["error"]
+    await locked.ask("arm", document)
+    assert await locked.ended() == "back 0"
+    assert "is no NixOS system" in (await locked.ask("status 0"))["error"]
 
 
 async def test_a_configuration_that_others_may_write_is_not_used(locked: Locked) -> None:
