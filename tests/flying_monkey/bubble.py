@@ -39,7 +39,27 @@ for line in sys.stdin:
         said = helper.answer(request)
     print(json.dumps(said), flush=True)
 """
-_RESUME: Final = 'sys.argv[1:] = ["resume"]; from flying_monkey.update import main; main()'
+# Accepts a document, and is killed before it begins the update.
+ACCEPT: Final = """
+from flying_monkey import helper, update
+def killed(memory): os.kill(os.getpid(), 9)
+update._begin = killed
+helper.answer(json.load(open("/var/lib/request")))
+"""
+# Is the update, and is killed before it writes its memory for the nth time, or after that.
+RUN: Final = """
+from flying_monkey import machine, memory, update
+count, save = 0, memory.Memory.save
+def killed(self, file):
+    global count
+    count += 1
+    if (count, WHEN) == (NTH, "before"): os.kill(os.getpid(), 9)
+    save(self, file)
+    if count == NTH: os.kill(os.getpid(), 9)
+memory.Memory.save = killed
+os.environ.update(machine.environment())
+update.run(machine.Configuration.load())
+"""
 _PROGRAMS: Final = {
     "at": """
 echo "$1" >> /var/lib/events
@@ -155,7 +175,12 @@ at "{name} $1 done" """
 
     def resume(self) -> None:
         """What a unit does at each boot."""
-        self.sh(f"{self._python} -IS -c 'import sys; sys.path.insert(0, \"/agent\")\n{_RESUME}'")
+        self.python('sys.argv[1:] = ["resume"]; from flying_monkey.update import main; main()')
+
+    def python(self, text: str) -> None:
+        """Run a program of the agent's, which may be killed."""
+        (self.var / "program").write_text(f'import json, os, sys\nsys.path.insert(0, "/agent")\n{text}')
+        self.sh(f"{self._python} -IS /var/lib/program; test $? = 0 -o $? = 137")
 
     def power_cut(self) -> None:
         """Everything that runs is gone at once."""
@@ -188,6 +213,12 @@ at "{name} $1 done" """
         """The answer to a document."""
         verb = "confirm" if document.phase == "keep" else "arm"
         return self._ask(verb=verb, envelope=seal(document.write(), self.signer).decode())
+
+    def accept(self, document: Desired) -> None:
+        """Have it accepted by a helper that is killed then."""
+        verb, envelope = "confirm" if document.phase == "keep" else "arm", seal(document.write(), self.signer)
+        (self.var / "request").write_text(json.dumps({"verb": verb, "envelope": envelope.decode()}))
+        self.python(ACCEPT)
 
     def status(self, wait: int = 0) -> dict[str, Any]:
         return self._ask(verb="status", wait=wait)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flying_monkey.desired import Deadlines, Hooks, Phase
-from tests.flying_monkey.bubble import Bubble
+from tests.flying_monkey.bubble import RUN, Bubble
 
 HOOKS = Hooks(prepare=("drain", "backup"), finish=("undrain",))
 
@@ -245,3 +245,91 @@ def test_an_update_that_is_killed_at_any_step_goes_on(bubble: Bubble, cut: str) 
             assert bubble.ended()["state"] == "done 0"
             bubble.say(bubble.document(phase="keep", hooks=HOOKS))
             is_finished(bubble, "done 0", bubble.new.path, "kept")
+
+
+WRITES = [(phase, when, nth) for phase in ("try", "keep") for when in ("before", "after") for nth in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "when", "nth"), WRITES if os.environ.get("TOTO_CUTS") else random.Random(1).sample(WRITES, 4)
+)
+def test_a_kill_between_any_two_steps_leaves_no_update_half_done(
+    bubble: Bubble, phase: Phase, when: str, nth: int
+) -> None:
+    if phase == "keep":
+        bubble.say(bubble.document(hooks=HOOKS))
+        assert bubble.ended()["state"] == "done 0"
+    bubble.accept(bubble.document(phase=phase, hooks=HOOKS))
+    bubble.kill("flying_monkey.update")
+    bubble.python(RUN.replace("WHEN", repr(when)).replace("NTH", str(nth)))
+    if phase == "try":
+        assert bubble.ended()["state"] == "done 0"
+        bubble.say(bubble.document(phase="keep", hooks=HOOKS))
+    is_finished(bubble, "done 0", bubble.new.path, "kept")
+
+
+def test_a_full_disk_activates_nothing_and_is_told(tmp_path: Path, new_key: Callable[[str], Path]) -> None:
+    bubble = Bubble(tmp_path.resolve() / "machine", new_key("signer"), memory_size=65_536)
+    bubble.hook("prepare.d/drain")
+    bubble.hook("finish.d/undrain")
+    fill, free = "cat /dev/zero > /var/lib/flying-monkey/filler || true", "rm /var/lib/flying-monkey/filler"
+    with bubble:
+        first = bubble.document(hooks=TRIED)
+        bubble.sh(f"mkdir -p /var/lib/flying-monkey; {fill}")
+        assert bubble.say(first)["error"].endswith("No space left on device")
+        assert bubble.events() == []
+        bubble.sh(free)
+        bubble.stop_at("verify")
+        bubble.say(first)
+        bubble.reached("verify")
+        bubble.sh(fill)
+        bubble.release()
+        while "error" not in (status := bubble.status(1)):
+            assert (status["step"], status["state"]) == ("accepted", "running")
+        assert status["error"].endswith("No space left on device")
+        bubble.sh(free)
+        is_finished(bubble, "back 0", bubble.good.path, "back")
+        assert bubble.events() == ["verify"]
+
+        bubble.say(bubble.document(hooks=TRIED, deadlines=Deadlines(confirm=4)))
+        assert bubble.ended()["state"] == "done 0"
+        bubble.sh(fill)
+        assert bubble.say(bubble.document(phase="keep"))["kind"] == "Lost"
+        while "undrain back" not in bubble.events():
+            bubble.status(1)
+        bubble.sh(free)
+        while bubble.status(5)["step"] != "finished":
+            pass
+        is_finished(bubble, "back 0", bubble.good.path, "back")
+
+
+def test_a_watchdog_that_is_killed_lets_the_machine_go_back_all_the_same(bubble: Bubble) -> None:
+    bubble.say(bubble.document(hooks=TRIED))
+    assert bubble.ended()["state"] == "done 0"
+    bubble.kill("guard.sh")
+    while bubble.status(5)["step"] != "finished":
+        pass
+    is_finished(bubble, "back 0", bubble.good.path, "back")
+
+
+def test_what_is_only_to_be_booted_goes_back_after_a_power_cut_too(bubble: Bubble) -> None:
+    bubble.say(bubble.document(activation="boot"))
+    status = bubble.ended()
+    assert (status["state"], status["system"], status["boots"]) == ("done 0", bubble.good.path, bubble.new.path)
+    bubble.power_cut()
+    bubble.boot()
+    status = bubble.ended()
+    assert (status["step"], status["state"]) == ("finished", "back 0")
+    assert (status["system"], status["boots"]) == (bubble.new.path, bubble.good.path), "until it is booted again"
+
+
+def test_drift_and_a_needed_reboot_are_told(bubble: Bubble) -> None:
+    for system, kernel in ((bubble.good, "old"), (bubble.new, "fresh")):
+        (bubble.root / system.path[1:] / "kernel").symlink_to(f"/nix/store/{kernel}")
+    bubble.say(bubble.document())
+    assert bubble.ended()["reboot_needed"] is False
+    bubble.say(bubble.document(phase="keep"))
+    facts = (bubble.ended(), bubble.facts())[1]
+    assert (facts["reboot_needed"], facts["drift"], facts["failed_units"]) == (True, "", [])
+    bubble.sh(f"ln -sfn {bubble.good.path} /run/current-system")
+    assert bubble.facts()["drift"] == f"it runs {bubble.good.path}, and not {bubble.new.path}"
