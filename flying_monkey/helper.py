@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from flying_monkey import activation, health, machine, sandbox, signature, update
+from flying_monkey import activation, health, hooks, machine, sandbox, signature, update
 from flying_monkey.desired import BadDocument, Desired, Phase
 from flying_monkey.machine import Configuration, Misconfigured, NotReady
 from flying_monkey.memory import Lost, Memory, Refused
@@ -117,6 +117,7 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "serial": memory.serial,
         "issued": memory.issued,
         "step": memory.step,
+        "hooks": {each: hooks.names(f"{each}.d") for each in ("prepare", "finish")},
         **_condition(memory),
     }
 

@@ -111,21 +111,18 @@ def _may_keep(before: Memory, document: Desired) -> None:
     """Check that the system to keep is what is tried, or what runs already. Raises `NotReady`."""
     tried = Desired.read(before.text.encode()) if before.text else None
     path = document.system.path
-    if before.step == "finished":
-        if before.error and tried and tried.phase == "try" and tried.system.path == path:
-            raise NotReady(before.error)
-    elif before.boot != machine.boot():
-        raise NotReady("the machine has rebooted")
-    elif before.step != "tried" or tried is None or tried.system.path != path:
-        raise NotReady(f"the update by document {before.serial} is not finished: it is {before.step}")
-    elif not before.state.startswith("done"):
-        raise NotReady("its activation and its checks have not ended")
+    is_tried = tried is not None and tried.phase == "try" and tried.system.path == path
+    if before.step != "finished":
+        if before.boot != machine.boot():
+            raise NotReady("the machine has rebooted")
+        if before.step != "tried" or not is_tried:
+            raise NotReady(f"the update by document {before.serial} is not finished: it is {before.step}")
+        if not before.state.startswith("done"):
+            raise NotReady("its activation and its checks have not ended")
+    does, found = ("boots", machine.boots()) if document.activation == "boot" else ("runs", machine.running())
+    if found != path:
+        raise NotReady((is_tried and before.error) or f"this machine {does} {found or 'nothing'}, and not {path}")
     machine.check_room()
-    if document.activation == "boot":
-        if machine.boots() != path:
-            raise NotReady(f"this machine boots {machine.boots() or 'nothing'} next, and not {path}")
-    elif machine.running() != path:
-        raise NotReady(f"this machine runs {machine.running() or 'nothing'}, and not {path}")
 
 
 def go_on(configuration: Configuration) -> None:

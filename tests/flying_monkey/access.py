@@ -69,6 +69,7 @@ class Locked:
         return found | {
             f"{PLACE}/gate": (_MAIN % "gate", 0o755),
             f"{PLACE}/helper": (_MAIN % "helper", 0o755),
+            f"{PLACE}/update": (_MAIN % "update", 0o755),
             "/etc/flying-monkey/config.json": (json.dumps(configuration | more), 0o644),
             "/etc/flying-monkey/signers": (f'infra namespaces="{NAMESPACE}" {public}\n', 0o644),
             "/etc/ssh/authorized_keys.d/toto": (f"{key}\n", 0o644),

@@ -207,9 +207,17 @@ class DebianMachine(Machine):
 
     async def restore(self, name: str) -> None:
         """Make it be again as it was at `snapshot`. Connections to it are lost."""
+        self._forget_logins()
+        await self._monitor(f"loadvm {name}")
+
+    async def reset(self) -> None:
+        """A power cut, and the power back at once: what it had not written to its disk is lost."""
+        self._forget_logins()
+        await self._monitor("system_reset")
+
+    def _forget_logins(self) -> None:
         for shared in ("login", "toto"):
             (self.directory / shared).unlink(missing_ok=True)
-        await self._monitor(f"loadvm {name}")
 
     async def _monitor(self, line: str) -> None:
         if said := await self._qmp("human-monitor-command", **{"command-line": line}):

@@ -1,0 +1,284 @@
+"""An update on a machine where systemd, sshd and sudo are real: hooks, kills, power cuts, and tests in their sandbox.
+
+Every program of an update's waits at `/usr/lib/lab/at NAME` when a test asked for that.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+
+from flying_monkey.desired import Deadlines, Hooks, Phase, System
+from tests.flying_monkey.access import PLACE, PROFILE, Locked
+from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.machine import Answer
+
+pytestmark = [pytest.mark.minutes(8), pytest.mark.xdist_group("127.0.8"), pytest.mark.asyncio(loop_scope="module")]
+
+HOOKS: Final = Hooks(prepare=("drain",), finish=("undrain",))
+AT: Final = "/usr/lib/lab/at"
+_AT: Final = """#!/bin/sh
+echo "$1" >> /var/log/activations
+sync
+[ "$(cat /root/stop 2>/dev/null)" != "$1" ] || { touch /run/reached; sleep 600; }
+"""
+_UNIT: Final = """[Unit]
+After=local-fs.target %s
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=%s
+[Install]
+WantedBy=multi-user.target
+"""
+# What NixOS does at a boot.
+_BOOTED: Final = f"/bin/sh -c 'ln -sfn $(readlink -f {PROFILE}) /run/current-system'"
+
+
+def hook(name: str, more: str = "") -> tuple[str, int]:
+    return f'#!/bin/sh\n{AT} "{name} $TOTO_REASON" >/dev/null\n{more}\n', 0o755
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[str], Path]) -> AsyncIterator[Locked]:
+    try:
+        image()
+    except NoDebian as error:
+        pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
+    login, signer = new_key("login"), new_key("signer")
+    files = {
+        **Locked.files(login.with_suffix(".pub").read_text().strip(), signer),
+        AT: (_AT, 0o755),
+        "/etc/flying-monkey/prepare.d/drain": hook("drain"),
+        "/etc/flying-monkey/finish.d/undrain": hook("undrain"),
+        "/etc/flying-monkey/checks.d/web": hook("web", "echo 1..1; echo ok 1 - it answers"),
+        "/etc/systemd/system/lab-booted.service": (_UNIT % ("", _BOOTED), 0o644),
+        "/etc/systemd/system/flying-monkey-resume.service": (
+            _UNIT % ("lab-booted.service", f"{PLACE}/update resume"),
+            0o644,
+        ),
+    }
+    folder = tmp_path_factory.mktemp("update")
+    async with DebianMachine("web1", folder, login, address="127.0.8.3", files=files) as machine:
+        locked = Locked(machine, signer)
+        await locked.prepare()
+        locked.good = await locked.system("good", f'{AT} "good $1 begins"')
+        locked.new = await locked.system("new", f'{AT} "new $1 begins"')  # type: ignore[attr-defined]
+        await machine.check(
+            f"ln -sfn {locked.good.path} /run/current-system; nix-env -p {PROFILE} --set {locked.good.path};"
+            "systemctl enable lab-booted flying-monkey-resume; sync"
+        )
+        await machine.snapshot("ready")
+        yield locked
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def locked(booted: Locked) -> Locked:
+    await booted.machine.restore("ready")
+    booted.serial = 0
+    return booted
+
+
+def new(locked: Locked) -> System:
+    found: System = locked.new  # type: ignore[attr-defined]
+    return found
+
+
+async def remembered(locked: Locked) -> dict[str, Any]:
+    """What the machine's memory has, without asking its helper, who would go on with what was begun."""
+    found: dict[str, Any] = json.loads(
+        await locked.machine.check("cat /var/lib/flying-monkey/memory.json || echo '{}'", login=False)
+    )
+    return found
+
+
+async def settled(locked: Locked, *words: str) -> dict[str, Any]:
+    """The memory once its step and state are `words`."""
+    async with asyncio.timeout(240):
+        while ((found := await remembered(locked)).get("step"), found.get("state")) != words:
+            await asyncio.sleep(0.5)
+    return found
+
+
+async def stopped_at(locked: Locked, event: str, document: Any) -> None:
+    """Hand over a document, and wait until its update is at `event`."""
+    await locked.machine.check(f"rm -f /run/reached; echo '{event}' > /root/stop; sync")
+    await locked.ask("confirm" if document.phase == "keep" else "arm", document)
+    async with asyncio.timeout(240):
+        while (await locked.machine.ssh("test -e /run/reached", login=False)).status != 0:
+            await asyncio.sleep(0.3)
+
+
+async def test_an_update_is_prepared_for_checked_kept_and_finished(locked: Locked) -> None:
+    await locked.ask("arm", locked.document(new(locked), hooks=HOOKS))
+    assert await locked.ended() == "done 0"
+    status = await locked.ask("status 0")
+    assert (status["step"], status["hooks"], status["checks"]) == ("tried", {"prepare.d/drain": ""}, {"web": ""})
+    await locked.ask("confirm", locked.document(new(locked), "keep", hooks=HOOKS))
+    assert await locked.ended() == "done 0"
+    status = await locked.ask("status 0")
+    assert (status["step"], status["system"], status["boots"]) == ("finished", new(locked).path, new(locked).path)
+    assert (status["drift"], status["reboot_needed"]) == ("", False)
+    assert await locked.activations() == [
+        *("drain try", "new test begins", "new test", "web try"),
+        *("new switch begins", "new switch", "undrain kept"),
+    ]
+    assert await locked.machine.check("ls /run/toto") == "activate.sh", "nothing is left of it"
+
+
+async def test_an_update_that_is_killed_goes_on_by_itself(locked: Locked) -> None:
+    kill = "systemctl kill --signal=KILL 'flying-monkey-update-*'; rm /root/stop"
+    await stopped_at(locked, "drain try", locked.document(new(locked), hooks=HOOKS, deadlines=Deadlines(confirm=600)))
+    await locked.machine.check(kill)
+    await settled(locked, "tried", "done 0")
+    await stopped_at(locked, "new switch begins", locked.document(new(locked), "keep", hooks=HOOKS))
+    await locked.machine.check(f"{kill}; pkill sleep")
+    await settled(locked, "finished", "done 0")
+    assert (await locked.activations())[-1] == "undrain kept"
+
+
+CUTS: Final = [
+    *(("try", each) for each in ("drain try", "new test begins", "new test", "web try", "wait")),
+    *(("keep", each) for each in ("new switch begins", "new switch", "undrain kept")),
+    *(("late", each) for each in ("good test begins", "good test", "undrain back")),
+    *(("back", each) for each in ("good switch begins", "good switch", "undrain back")),
+    # And at any instant: seconds after the document was handed over.
+    *((phase, seconds) for phase in ("try", "keep") for seconds in ("0.2", "1.5", "4")),
+]
+
+
+@pytest.mark.parametrize(("phase", "cut"), CUTS if os.environ.get("TOTO_CUTS") else random.Random(4).sample(CUTS, 4))
+async def test_a_power_cut_leaves_nothing_half_done(locked: Locked, phase: str, cut: str) -> None:
+    tried = locked.document(new(locked), hooks=HOOKS, deadlines=Deadlines(confirm=2 if phase == "late" else 600))
+    last = tried
+    if phase in ("keep", "back"):
+        await locked.ask("arm", tried)
+        assert await locked.ended() == "done 0"
+        system: tuple[System, Phase] = (new(locked), "keep") if phase == "keep" else (locked.good, "back")
+        last = locked.document(*system, hooks=HOOKS)
+    if cut[0].isdigit():
+        await locked.ask("confirm" if phase == "keep" else "arm", last)
+        await asyncio.sleep(float(cut))
+    elif cut == "wait":
+        await locked.ask("arm", last)
+        assert await locked.ended() == "done 0"
+    else:
+        await stopped_at(locked, cut, last)
+    await locked.machine.reset()
+    await locked.machine.wait_ssh()
+    found = await settled(locked, "finished", "done 0" if phase in ("keep", "back") else "back 0")
+    facts = await locked.ask("facts")
+    wanted = new(locked) if phase == "keep" else locked.good
+    assert facts["system"] == facts["profile"] == wanted.path, found
+    events = await locked.activations()
+    drained, undrained = ([each for each in events if each.startswith(f"{word} ")] for word in ("drain", "undrain"))
+    if drained:
+        assert undrained[-1] == ("undrain kept" if phase == "keep" else "undrain back"), events
+
+
+async def test_a_full_disk_activates_nothing_and_is_told(locked: Locked) -> None:
+    await locked.machine.check("fallocate -l $(($(df -k --output=avail / | tail -n 1) - 20000))K /filler")
+    await locked.ask("arm", locked.document(new(locked), hooks=HOOKS))
+    assert await locked.ended() == "back 0"
+    assert "less than 64 MiB are free" in (await locked.ask("status 0"))["error"]
+    assert await locked.activations() == []
+
+
+# What a test may do, and what it tries: prints which of them worked.
+TRIES: Final = """
+import json, os, pathlib, signal, socket, subprocess, sys
+worked = {}
+def tries(name):
+    def run(function):
+        try:
+            worked[name] = str(function())
+        except Exception as error:
+            worked[name] = "no: " + str(error)
+    return run
+def write(path):
+    tries("write " + path)(lambda: pathlib.Path(path).write_text("x"))
+def read(path):
+    here = pathlib.Path(path)
+    tries("read " + path)(lambda: here.read_bytes()[:10] if here.is_file() else os.listdir(path))
+def runs(name, *argv):
+    tries(name)(lambda: subprocess.run(argv, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout)
+def connect(name, address, family=socket.AF_INET):
+    def run():
+        with socket.socket(family) as each:
+            each.settimeout(5)
+            each.connect(address)
+            return "connected"
+    tries("connect " + name)(run)
+for each in ("/etc/x", "/usr/x", "/nix/x", "/var/log/x", "/var/lib/x", "/root/x", "/dev/shm/x", "/run/x", "/tmp/x"):
+    write(each)
+for each in ("/etc/shadow", "/root", "/home", "/var/lib/flying-monkey", "/run/toto", "/etc/sudoers.d/toto",
+             "/nix/var/nix/daemon-socket", "/etc/ssh/ssh_host_ed25519_key", "/etc/hostname", "/var/log/journal"):
+    read(each)
+connect("loopback", ("127.0.0.1", 22))
+connect("outside", ("10.0.2.2", %(port)d))
+connect("daemon", "/nix/var/nix/daemon-socket/socket", socket.AF_UNIX)
+tries("kill 1")(lambda: os.kill(1, signal.SIGTERM))
+tries("kill all")(lambda: os.kill(-1, signal.SIGCONT))
+tries("setuid")(lambda: os.setuid(0))
+runs("sudo", "sudo", "-n", "%(helper)s")
+runs("su", "su", "-c", "id")
+runs("mount", "mount", "-t", "tmpfs", "x", "/mnt")
+runs("namespace", "unshare", "-Ur", "id")
+runs("start a unit", "systemctl", "--no-ask-password", "stop", "ssh")
+runs("build", "nix-store", "--add", "/etc/hostname")
+tries("setuid file")(lambda: (os.system("cp /bin/sh /tmp/sh"), os.chmod("/tmp/sh", 0o4755)))
+worked["uid"] = os.getuid()
+worked["processes"] = len([each for each in os.listdir("/proc") if each.isdigit()])
+json.dump(worked, sys.stdout)
+"""
+
+
+async def on_machine(locked: Locked, *words: str, stdin: bytes = b"") -> Answer:
+    text = base64.urlsafe_b64encode(json.dumps(words).encode()).decode()
+    return await locked.ssh(f"test {text}", stdin)
+
+
+async def test_a_test_runs_as_nobody_with_its_input_outputs_and_exit_status(locked: Locked) -> None:
+    answer = await on_machine(locked, "/bin/sh", "-c", "cat; echo wrong >&2; exit 3", stdin=b"told\n" * 3)
+    assert answer == Answer(3, "told\n" * 2 + "told", "wrong")
+    assert (await on_machine(locked, "no-such-program")).status == 127
+    answer = await on_machine(locked, "head", "-c", "30000000", "/dev/zero")
+    assert len(answer.out) <= 16 * 2**20, "what it prints is bounded"
+    for line in ("test W10", "test e30", "test Iiki", "test AAAA"):
+        answer = await locked.ssh(line)
+        assert answer.status in (64, 125) and not answer.out and "a test is a list" in answer.err, (line, answer)
+
+
+async def test_a_test_reaches_nothing_of_the_machine(locked: Locked) -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert (
+        await locked.machine.check(f"python3 -c 'import socket; socket.create_connection((\"10.0.2.2\", {port}))'")
+        == ""
+    )
+    await locked.ask("status 0")
+    tries = TRIES % {"port": port, "helper": f"{PLACE}/helper"}
+    answer = await on_machine(locked, "python3", "-", stdin=tries.encode())
+    server.close()
+    assert answer.status == 0, answer
+    found = json.loads(answer.out)
+    worked = {name for name, value in found.items() if not str(value).startswith("no: ")}
+    allowed = {"write /tmp/x", "read /etc/hostname", "connect loopback", "kill all", "uid", "processes"}
+    assert worked <= allowed | {"write /dev/shm/x"}, {name: found[name] for name in worked - allowed}
+    assert {"write /tmp/x", "read /etc/hostname", "connect loopback"} <= worked, found
+    assert found["uid"] >= 61_184 and found["processes"] < 10
+    assert await locked.machine.check("ls /tmp/x /dev/shm/x 2>/dev/null; systemctl is-active ssh") == "active"
+
+
+async def test_a_machine_may_refuse_tests(locked: Locked) -> None:
+    file = "/etc/flying-monkey/config.json"
+    await locked.machine.check(f"sed -i 's/{{/{{\"tests\": false, /' {file}")
+    answer = await on_machine(locked, "id")
+    assert answer == Answer(64, "", "flying-monkey: this machine runs no tests")
