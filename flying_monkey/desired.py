@@ -18,6 +18,9 @@ MOST: Final = 65_536  # bytes of a document
 Phase: TypeAlias = Literal["try", "keep", "back"]
 """`try` a configuration until a deadline, `keep` the one that is tried or runs, go `back` to one"""
 Activation: TypeAlias = Literal["switch", "boot", "test"]
+Reboot: TypeAlias = Literal["never", "window", "now"]
+"""what a machine does that is told to keep a system with a different kernel: only say so, also in case it is to reboot
+in a `window` (a document that says so comes then), or reboot `now`"""
 
 _STORE_PATH: Final = re.compile(r"/nix/store/[0-9a-df-np-sv-z]{32}-[0-9A-Za-z+._?=-]{1,211}")
 _NAR_HASH: Final = re.compile(r"sha256:[0-9a-df-np-sv-z]{52}|sha256-[A-Za-z0-9+/]{43}=")
@@ -105,12 +108,14 @@ class Desired:
     deadlines: Deadlines = field(default_factory=Deadlines)
     hooks: Hooks = field(default_factory=Hooks)
     good: System | None = None
+    reboot: Reboot = "never"
 
     def __post_init__(self) -> None:
         _matches("repo", self.repo, _NAME)
         _within("serial", self.serial, 1, _LARGEST)
         _among("phase", self.phase, get_args(Phase))
         _among("activation", self.activation, get_args(Activation))
+        _among("reboot", self.reboot, get_args(Reboot))
         for name, value in (("issued", self.issued), ("expires", self.expires)):
             if value.tzinfo != UTC or value.microsecond:
                 raise BadDocument(f"{name}: not a time in UTC, in whole seconds")
@@ -126,7 +131,7 @@ class Desired:
             found = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise BadDocument(f"it is not JSON: {error}") from None
-        found = _fields("the document", found, required=_REQUIRED, optional=("good",))
+        found = _fields("the document", found, required=_REQUIRED, optional=("good", "reboot"))
         if found["version"] != VERSION:
             raise BadDocument(f"version: this agent reads version {VERSION}")
         good = found.get("good")
@@ -142,14 +147,21 @@ class Desired:
             deadlines=Deadlines(**_fields("deadlines", found["deadlines"], _names(Deadlines))),
             hooks=Hooks(**_fields("hooks", found["hooks"], _names(Hooks))),
             good=None if good is None else System(**_fields("good", good, _names(System))),
+            reboot=found.get("reboot", "never"),
         )
 
     def write(self) -> bytes:
-        """The text of the document, always the same for the same document: what is signed."""
+        """The text of the document, always the same for the same document: what is signed.
+
+        What is as ever is left out where older agents do not know it.
+        """
+        fields = asdict(self)
+        if self.reboot == "never":
+            del fields["reboot"]
         times = {"issued": self.issued.strftime(_TIME), "expires": self.expires.strftime(_TIME)}
         return (
             json.dumps(
-                asdict(self) | times | {"version": VERSION}, sort_keys=True, ensure_ascii=True, separators=(",", ":")
+                fields | times | {"version": VERSION}, sort_keys=True, ensure_ascii=True, separators=(",", ":")
             ).encode()
             + b"\n"
         )

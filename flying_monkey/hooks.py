@@ -4,7 +4,7 @@ They lie in folders below /etc/flying-monkey, and only what root alone can write
 that says what happens, and no input:
 
     TOTO_PHASE    prepare, check or finish
-    TOTO_REASON   try or back before an update; kept or back after it
+    TOTO_REASON   try, back or reboot: what comes, and what a check is of; or kept or back: what came of it
     TOTO_SERIAL   the serial of the document
     TOTO_SYSTEM   the store path that the document is about
 """

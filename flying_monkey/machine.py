@@ -160,6 +160,8 @@ def run(*argv: str, longest: float = _LONGEST) -> str:
         )
     except subprocess.TimeoutExpired:
         raise NotReady(f"{argv[0]} did not end within {longest:.0f} s") from None
+    except OSError as error:
+        raise NotReady(f"{argv[0]}: {error.strerror}") from None
     if done.returncode != 0:
         raise NotReady(done.stderr.strip()[-1_000:] or f"{argv[0]} exited with status {done.returncode}")
     return done.stdout.strip()

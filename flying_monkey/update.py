@@ -6,7 +6,8 @@
     prepared   the hooks of `prepare.d` that the document names run; one that fails stops the update
     tried      the system is activated, under a watchdog; the machine's checks run; then a document to keep it is
                waited for, and when none comes in time the machine goes back
-    kept       that came: the system becomes the boot default
+    kept       that came: the system becomes the boot default; when its kernel is a different one, and the document says
+               so, the machine reboots, and its checks run once more
     back       the machine goes back, by itself or because a document says so
     finished   after the hooks of `finish.d`, which run whenever those of `prepare.d` were begun
 
@@ -36,6 +37,7 @@ from flying_monkey.memory import Lost, Memory, Refused, Step, locked
 COMPLAINT: Final = activation.STATE / "complaint"  # what the update cannot write to the disk
 LATE: Final = "it was not confirmed in time, and the machine has gone back"
 NOT_BEGUN: Final = 75  # in place of an exit status: the activation could not begin
+NOT_WELL: Final = 69  # the same: what was kept does not do after a reboot, or the machine does not reboot
 _TICK: Final = 0.2  # seconds between two looks
 _BEGINS: Final = 20.0  # seconds that an activation may take to have a process of its own
 _GRACE: Final = 60.0  # seconds that an activation may take besides its own time
@@ -218,18 +220,18 @@ class Update:
                 owed = self.document.hooks.finish
                 self._note(step="prepared", prepared=True, owed=owed, units=activation.broken())
             if self.memory.step == "prepared":
-                self._prepare()
+                self._prepare("try")
             if self.memory.state == "running":
                 self._activate_on_trial()
-                self._check()
+                self._check("try")
                 self._note(state="done 0")
             self._wait_for_word()
         except (Stopped, NotReady, Lost) as error:
             self._over(str(error))
 
-    def _prepare(self) -> None:
+    def _prepare(self, reason: str) -> None:
         for name in self.document.hooks.prepare:
-            if problem := self._hook("prepare", name, self.document.phase):
+            if problem := self._hook("prepare", name, reason):
                 raise Stopped(f"the hook prepare.d/{name} failed: {problem}")
 
     def _activate_on_trial(self) -> None:
@@ -241,23 +243,33 @@ class Update:
         if status != 0:
             raise Stopped(f"its activation exited with status {status}")
 
-    def _check(self) -> None:
-        """Look at what has failed since, and run the machine's own checks. Raises `Stopped`."""
+    def _check(self, reason: str, patience: float = 0) -> None:
+        """Raises `Stopped` when the machine is not well, and does not become so within `patience` seconds."""
+        end = time.monotonic() + patience
+        while problem := self._unwell(reason):
+            if time.monotonic() > end:
+                raise Stopped(problem)
+            self._look()
+            time.sleep(_SETTLE)
+
+    def _unwell(self, reason: str) -> str:
+        """What is wrong with the machine, by the units that have failed since and by its own checks; or ""."""
         failed = set(activation.broken()) - set(self.memory.units)
         if failed:
             time.sleep(_SETTLE)
             failed &= set(activation.broken())
         if failed:
-            raise Stopped(f"units have failed since: {' '.join(sorted(failed))}")
+            return f"units have failed since: {' '.join(sorted(failed))}"
         for name in hooks.names("checks.d"):
             try:
-                ran = self._run("check", name, self.document.phase, self.document.deadlines.confirm)
+                ran = self._run("check", name, reason, self.document.deadlines.confirm)
                 problem = "it printed too much" if ran.cut else health.tap(ran.said, ran.problem)
             except hooks.Unfit as error:
                 problem = str(error)
-            self._note(checks={**self.memory.checks, name: problem})
+            self._tell(checks={**self.memory.checks, name: problem})
             if problem:
-                raise Stopped(f"the check {name} failed: {problem}")
+                return f"the check {name} failed: {problem}"
+        return ""
 
     def _wait_for_word(self) -> None:
         """Wait for a newer document. Raises `Superseded` then, and `Stopped` when none comes in time."""
@@ -314,7 +326,7 @@ class Update:
             self._insist(step=step, prepared=True, owed=_owed(self.memory, self.document), activation="")
         if self.memory.step == "prepared":
             for name in self.document.hooks.prepare:
-                self._hook("prepare", name, self.document.phase)
+                self._hook("prepare", name, "back")
             self._insist(step="back")
 
     def _complete(self, step: Step) -> None:
@@ -329,7 +341,30 @@ class Update:
             except (NotReady, Stopped) as failed:
                 status, error = NOT_BEGUN, str(failed)
         self._tell(error=error, kept=self.memory.kept if status else path)
+        if step == "kept" and status == 0 and self.document.reboot == "now":
+            status = self._reboot()
         self._finish(f"done {status}", step)
+
+    def _reboot(self) -> int:
+        """Reboot into the system, once, where its kernel differs; after that check it. The exit status to tell."""
+        try:
+            if self.rebooted:
+                self._check("reboot", patience=self.document.deadlines.activate)
+            elif health.reboot_needed():
+                if not self.memory.prepared:
+                    owed = _owed(self.memory, self.document)
+                    self._insist(prepared=True, owed=owed, units=activation.broken())
+                self._prepare("reboot")
+                machine.run("reboot")
+                end = time.monotonic() + self.document.deadlines.activate
+                while time.monotonic() < end:
+                    self._look()
+                    time.sleep(_TICK)
+                raise Stopped("the machine does not reboot")
+        except (NotReady, Stopped) as failed:
+            self._tell(error=str(failed))
+            return NOT_WELL
+        return 0
 
     def _is_there(self) -> bool:
         """Whether the machine runs and boots what it should."""

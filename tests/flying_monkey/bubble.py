@@ -71,6 +71,7 @@ echo "$1" >> /var/lib/events
     "nix": ':; for path; do :; done; [ ! -e "$path/untrusted" ]',
     "nix-env": 'at profile; ln -sfn "$4" "$2.new"; mv -T "$2.new" "$2"; at profile-set',
     "sync": ":",
+    "reboot": "at reboot",
     "systemctl": '[ "$1" != list-units ] || cat /var/lib/broken 2>/dev/null; [ "$1" != is-active ]',
 }
 

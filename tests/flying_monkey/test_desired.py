@@ -13,7 +13,12 @@ from flying_monkey.desired import MOST, BadDocument, Desired, Hooks
 
 
 def test_what_is_written_is_read_again_and_is_one_line(document: Desired) -> None:
-    for each in (document, replace(document, good=None, phase="keep", hooks=Hooks(("10-drain",), ("90-undrain",)))):
+    assert b"reboot" not in document.write(), "older agents do not know it"
+    for each in (
+        document,
+        replace(document, reboot="now"),
+        replace(document, good=None, phase="keep", hooks=Hooks(("10-drain",), ("90-undrain",))),
+    ):
         text = each.write()
         assert Desired.read(text) == each
         assert text.count(b"\n") == 1 and text == Desired.read(text).write()
@@ -45,6 +50,7 @@ MISSING: Any = object()
         ("phase", "force", "phase: not one of try, keep, back"),
         ("phase", ["try"], "phase"),
         ("activation", "dry-activate", "activation"),
+        ("reboot", "later", "reboot: not one of never, window, now"),
         ("system.path", "/nix/store/../etc", "path"),
         ("system.path", f"/nix/store/{'a' * 32}-x/bin/sh", "path"),
         ("system.path", f"/nix/store/{'e' * 32}-x", "path"),

@@ -333,3 +333,26 @@ def test_drift_and_a_needed_reboot_are_told(bubble: Bubble) -> None:
     assert (facts["reboot_needed"], facts["drift"], facts["failed_units"]) == (True, "", [])
     bubble.sh(f"ln -sfn {bubble.good.path} /run/current-system")
     assert bubble.facts()["drift"] == f"it runs {bubble.good.path}, and not {bubble.new.path}"
+
+
+def test_a_different_kernel_is_rebooted_into_when_the_document_says_so(bubble: Bubble) -> None:
+    for system, kernel in ((bubble.good, "old"), (bubble.new, "fresh")):
+        (bubble.root / system.path[1:] / "kernel").symlink_to(f"/nix/store/{kernel}")
+    bubble.say(bubble.document(hooks=HOOKS))
+    assert bubble.ended()["state"] == "done 0"
+    bubble.stop_at("reboot")
+    bubble.say(bubble.document(phase="keep", hooks=HOOKS, reboot="now"))
+    bubble.reached("reboot")
+    assert bubble.status()["reboot_needed"] is True
+    bubble.power_cut()
+    bubble.boot()
+    bubble.resume()
+    assert is_finished(bubble, "done 0", bubble.new.path, "kept")["reboot_needed"] is False
+    assert bubble.events()[-4:] == ["new switch done", "reboot", "web reboot", "undrain kept"]
+    bubble.hook("checks.d/web", "echo 1..1; echo not ok 1 - it answers")
+    (bubble.root / bubble.good.path[1:] / "initrd").symlink_to("/nix/store/other")
+    bubble.sh(f"ln -sfn {bubble.good.path} /run/current-system")
+    bubble.say(bubble.document(bubble.good, "keep", hooks=HOOKS, reboot="now", deadlines=Deadlines(activate=1)))
+    status = bubble.ended()
+    assert (status["state"], status["error"]) == ("done 69", "the machine does not reboot")
+    assert bubble.events()[-4:] == ["drain reboot", "backup reboot", "reboot", "undrain kept"]
