@@ -297,12 +297,11 @@ class Update:
 
     def _gone_back(self, name: str) -> int:
         """The exit status of the watchdog's way back, once it is over; 0 when there is none."""
-        while not (state := activation.state(name)).startswith("back"):
+        while activation.has_begun(name) and not activation.has_died(name):
             self._look()
-            if not activation.has_begun(name) or activation.has_died(name):
-                return 0
             time.sleep(_TICK)
-        return int(state.split()[1])
+        word, _, status = activation.state(name).partition(" ")
+        return int(status) if word == "back" else 0
 
     def _restored(self) -> int:
         """Where neither a watchdog nor a reboot has brought the machine back, do so. The exit status."""
