@@ -41,7 +41,7 @@ def main() -> None:
             _test(configuration, found[1])
         case ["-c", str(command)] if (request := _request(command)) is not None:
             done = subprocess.run(
-                ["sudo", "-n", "--", configuration.helper], input=json.dumps(request).encode(), check=False
+                [configuration.sudo, "-n", "--", configuration.helper], input=json.dumps(request).encode(), check=False
             )
             raise SystemExit(done.returncode)
     _refuse()

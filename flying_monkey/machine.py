@@ -46,6 +46,8 @@ class Configuration:
     memory: str = "/var/lib/flying-monkey/memory.json"
     host_keys: str = "/etc/ssh"
     helper: str = "/run/current-system/sw/bin/flying-monkey-helper"
+    sudo: str = "sudo"
+    """what runs the helper as root for toto's user, where not everybody may run `sudo` itself"""
     built: float = 0
     writable_store: bool = False
     url: str = ""

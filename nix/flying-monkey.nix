@@ -14,6 +14,10 @@ let
   pulls = cfg.url != null;
   letsIn = cfg.loginKeys != [ ];
 
+  # A hardened machine lets members of wheel start sudo, and nobody else. The user toto is none, and has its own way to it,
+  # for the one rule below.
+  ownSudo = letsIn && config.security.sudo.execWheelOnly;
+
   # The machine's own programs, by the folders of /etc/flying-monkey in which the agent looks for them.
   folders = { "prepare.d" = cfg.prepareHooks; "finish.d" = cfg.finishHooks; "checks.d" = cfg.checks; };
   programs = lib.concatMapAttrs
@@ -166,10 +170,6 @@ in
         assertion = letsIn -> !lib.any (each: lib.elem each [ "toto" "@toto" "*" ]) config.nix.settings.trusted-users;
         message = "nix.settings.trusted-users lets toto become root: leave it out there";
       }
-      {
-        assertion = letsIn -> !config.security.sudo.execWheelOnly;
-        message = "security.sudo.execWheelOnly does not let the user toto run its one helper: set it to false";
-      }
     ];
 
     environment.systemPackages = [ cfg.package ];
@@ -181,6 +181,7 @@ in
         inherit helper;
         writable_store = cfg.writableStore;
       }
+      // lib.optionalAttrs ownSudo { sudo = "/run/wrappers/bin/flying-monkey-sudo"; }
       // lib.optionalAttrs (!cfg.tests) { tests = false; }
       // lib.optionalAttrs pulls { inherit (cfg) url; user = "flying-monkey"; }
       // lib.optionalAttrs (cfg.ca != null) { ca = "${cfg.ca}"; }
@@ -251,6 +252,15 @@ in
       runAs = "root:root";
       commands = [{ command = "${helper} \"\""; options = [ "NOPASSWD" ]; }];
     }];
+    security.wrappers = lib.optionalAttrs ownSudo {
+      flying-monkey-sudo = {
+        source = "${config.security.sudo.package}/bin/sudo";
+        owner = "root";
+        group = "toto";
+        setuid = true;
+        permissions = "u+rx,g+x";
+      };
+    };
     nix.settings.max-jobs = lib.mkIf cfg.writableStore 0;
   };
 }

@@ -67,7 +67,7 @@ def test_what_it_writes_is_what_was_tried_on_a_real_machine() -> None:
     [
         ("services.openssh.enable = false;", "set services.openssh.enable"),
         ('nix.settings.trusted-users = [ "toto" ];', "lets toto become root"),
-        ("security.sudo.execWheelOnly = true;", "does not let the user toto run its one helper"),
+        ("security.sudo.execWheelOnly = true;", ""),
         ("services.flying-monkey.loginKeys = lib.mkForce [ ];", "set loginKeys for a machine that is pushed to"),
         ('services.flying-monkey.checks."../x" = "";', "the name of a hook or check"),
         ("security.sudo.enable = false;", "needs security.sudo"),
@@ -86,6 +86,21 @@ def test_a_store_that_is_written_to_builds_nothing() -> None:
         'config.environment.etc."flying-monkey/revoked".text', f'services.flying-monkey.revokedKeys = [ "{KEY}" ];'
     )
     assert revoked == f"{KEY}\n"
+
+
+def test_a_machine_on_which_only_wheel_starts_sudo_has_a_way_to_it_for_toto_alone() -> None:
+    found = of_host(
+        """{
+          configuration = config.environment.etc."flying-monkey/config.json".text;
+          wrappers = lib.mapAttrs (name: each: { inherit (each) owner group setuid permissions source; })
+            { inherit (config.security.wrappers) sudo flying-monkey-sudo; };
+        }""",
+        "security.sudo.execWheelOnly = true;",
+    )
+    own, sudo = found["wrappers"]["flying-monkey-sudo"], found["wrappers"]["sudo"]
+    assert own == {**sudo, "group": "toto"} and (sudo["group"], sudo["permissions"]) == ("wheel", "u+rx,g+x")
+    configuration = Configuration(**json.loads(found["configuration"]))
+    assert configuration.sudo == "/run/wrappers/bin/flying-monkey-sudo"
 
 
 PULLED = """
