@@ -55,7 +55,7 @@ def _test(configuration: Configuration, words: str) -> NoReturn:
         argv = json.loads(base64.urlsafe_b64decode(words + "=" * (-len(words) % 4)))
     except (ValueError, RecursionError):
         _refuse("a test is a list of words: JSON, in base 64 for URLs")
-    with subprocess.Popen(["sudo", "-n", "--", configuration.helper], stdin=subprocess.PIPE) as helper:
+    with subprocess.Popen([configuration.sudo, "-n", "--", configuration.helper], stdin=subprocess.PIPE) as helper:
         assert helper.stdin is not None
         line = json.dumps({"verb": "test", "argv": argv}).encode() + b"\n"
         threading.Thread(target=pump, args=(0, helper.stdin, MOST_INPUT, line), daemon=True).start()

@@ -216,12 +216,12 @@ in
       };
     };
     # What a power cut ended is completed, or undone.
-    systemd.services.flying-monkey-resume = lib.mkIf (builtins.pathExists ../flying_monkey/update.py) {
+    systemd.services.flying-monkey-resume = {
       description = "goes on with an update that the last boot ended";
       wantedBy = [ "multi-user.target" ];
       restartIfChanged = false;
       serviceConfig = {
-        Type = "exec";
+        Type = "oneshot";
         RemainAfterExit = true;
         ExecStart = "${cfg.package}/bin/flying-monkey-update resume";
       };
