@@ -26,10 +26,11 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Who does the work."""
+    """Who does the work. The groups are for what asks the nix daemon; what reads the network itself has none."""
 
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
 
 
 def user(name: str) -> User | None:
@@ -45,7 +46,7 @@ def user(name: str) -> User | None:
         raise Failed(f"there is no user {name}") from None
     if found.pw_uid == 0:
         raise Failed(f"{name} is root")
-    return User(found.pw_uid, found.pw_gid)
+    return User(found.pw_uid, found.pw_gid, tuple(os.getgrouplist(name, found.pw_gid)))
 
 
 def run(work: Callable[[], bytes], who: User | None, *, longest: float, most: int) -> bytes:

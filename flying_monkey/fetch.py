@@ -157,7 +157,7 @@ def _missing(path: str, source: str, words: list[str], environment: dict[str, st
 
 def _copy(argv: list[str], environment: dict[str, str], who: User | None, deadline: float) -> None:
     """Run a copy, and end it when its time is over or the disk is almost full. Raises `NotReady`."""
-    rights: dict[str, Any] = {} if who is None else {"user": who.uid, "group": who.gid, "extra_groups": []}
+    rights: dict[str, Any] = {} if who is None else {"user": who.uid, "group": who.gid, "extra_groups": who.groups}
     copying = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,

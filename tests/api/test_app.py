@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from tests.api.conftest import ADDRESS, Asking, World
+from tests.conftest import free_port
+from toto.api.run import running_api
 from toto.machine import documents, owners
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -211,6 +213,23 @@ async def test_nothing_secret_is_logged(world: World) -> None:
     said = (world.folder / "api.log").read_text()
     assert headers["Authorization"].removeprefix("Bearer ") not in said and "SSH SIGNATURE" not in said
     assert "GET" not in said, "there is no access log"
+
+
+async def test_a_server_that_is_told_to_stop_lets_those_go_who_wait(world: World) -> None:
+    port, log = free_port(), world.folder / "stopped.log"
+    async with running_api(world.env, log, host=ADDRESS, port=port) as server, world.client() as client:
+        client.base_url = httpx.URL(f"https://{ADDRESS}:{port}")
+        client.headers["Connection"] = "close"  # as agents do
+        headers = await world.token(client)
+        waiting = asyncio.create_task(client.get("/document?wait=60", headers=headers))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        server.process.terminate()
+        assert (await waiting).status_code == 304
+        while server.status is None:
+            await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 5
+    assert log.read_text() == ""
 
 
 @pytest.mark.slow  # (it waits)

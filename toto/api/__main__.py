@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Final
 
 import uvicorn
@@ -14,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from toto.api import certificate
 from toto.api.app import create_app
+from toto.api.published import Published
 
 _BEGINS: Final = 20.0  # seconds without a request on a connection
 _CONNECTIONS: Final = 4_000
@@ -36,6 +38,18 @@ class _Prompt(H11Protocol):
             self.loop.call_later(_BEGINS, self._look, (self.cycle,) if idle else None)
 
 
+class _Server(uvicorn.Server):
+    """A server that lets those go who wait for a document, when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, published: Published) -> None:
+        super().__init__(config)
+        self._published = published
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._published.end()
+        super().handle_exit(sig, frame)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser("toto.api", description="The web server that machines ask.")
@@ -54,21 +68,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.plain:
         own = certificate.own([*chosen.name, chosen.host])
         tls = {"ssl_certfile": str(own.certificate), "ssl_keyfile": str(own.key)}
-    uvicorn.run(
-        create_app(),
-        host=chosen.host,
-        port=chosen.port,
-        http=_Prompt,
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=20,
-        timeout_graceful_shutdown=2,
-        limit_concurrency=_CONNECTIONS,
-        h11_max_incomplete_event_size=16_384,
-        **tls,
-    )
+    app = create_app()
+    _Server(
+        uvicorn.Config(
+            app,
+            host=chosen.host,
+            port=chosen.port,
+            http=_Prompt,
+            ws="none",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=20,
+            timeout_graceful_shutdown=2,
+            limit_concurrency=_CONNECTIONS,
+            h11_max_incomplete_event_size=16_384,
+            **tls,
+        ),
+        app.state.published,
+    ).run()
     return 0
 
 

@@ -73,7 +73,7 @@ def create_app(sessions: Sessions | None = None) -> Starlette:
         finally:
             watching.cancel()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/challenge", _told(server.challenge), methods=["POST"]),
             Route("/session", _told(server.session), methods=["POST"]),
@@ -83,6 +83,8 @@ def create_app(sessions: Sessions | None = None) -> Starlette:
         ],
         lifespan=lifespan,
     )
+    app.state.published = server.published
+    return app
 
 
 def _told(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -164,7 +166,7 @@ class _Server:
                     if word and word != asked:
                         return Response(status_code=304, headers=headers)
                 left = deadline - asyncio.get_running_loop().time()
-                if left <= 0 or gone.done():
+                if left <= 0 or gone.done() or self.published.ended:
                     documents.note_contact(session.place)
                     return Response(status_code=304, headers=headers)
                 change = asyncio.create_task(self.published.change(left))

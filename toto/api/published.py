@@ -15,6 +15,12 @@ class Published:
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
+        self.ended = False
+
+    def end(self) -> None:
+        """Let everybody who waits go: the server stops."""
+        self.ended = True
+        self._changed.set()
 
     async def watch(self) -> None:
         """Look for changes, to the end of the program."""
