@@ -40,6 +40,7 @@ in
     };
   };
   options.security = {
+    wrappers = mkOption { type = types.attrsOf types.anything; default = { }; };
     sudo = {
       enable = mkOption { type = types.bool; default = true; };
       wheelNeedsPassword = mkOption { type = types.bool; default = true; };
