@@ -117,7 +117,6 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "serial": memory.serial,
         "issued": memory.issued,
         "step": memory.step,
-        "hooks": {each: hooks.names(f"{each}.d") for each in ("prepare", "finish")},
         **_condition(memory),
     }
 
@@ -164,4 +163,5 @@ def _condition(memory: Memory) -> Answer:
         "failed_units": list(activation.broken()),
         "reboot_needed": health.reboot_needed(),
         "drift": health.drift(memory),
+        "has_hooks": {each: hooks.names(f"{each}.d") for each in ("prepare", "finish")},
     }

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import difflib
 import getpass
+import json
 import os
 import pwd
 import re
@@ -21,6 +22,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from toto.api import certificate
 from toto.base import paths, process, runs, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import ServerError, saved_auth
@@ -288,6 +290,9 @@ def _machine_verbs(parser: _Parser) -> None:
         "setup", parents=[_where()], help="print what the configuration of a machine says to be deployed by documents"
     )
     setup.add_argument("name", metavar="REPO")
+    setup.add_argument(
+        "--pull", metavar="URL", help="for a machine that asks at this address, such as https://toto:4201"
+    )
     setup.set_defaults(run=_machine_setup)
     moving = verbs.add_parser("move", parents=[_where()], help="let a different repository deploy a machine")
     moving.add_argument("name", metavar="MACHINE")
@@ -519,24 +524,42 @@ async def _machine_move(arguments: argparse.Namespace) -> int:
 
 async def _machine_setup(arguments: argparse.Namespace) -> int:
     repo = _on_toto(arguments.repos, arguments.name)
-    login = await keys.public_half(await keys.of_machines(repo), f"toto {arguments.name}")
-    closures = await keys.public_half(await keys.make(repo, keys.STORE, "signing"))
+    closures = await keys.public_half(await keys.for_closures(repo, None))
+    lines = [
+        "enable = true;",
+        f"repo = {_nix(arguments.name)};",
+        f"signers = [ {_nix(await keys.public_half(await signer.key()))} ];",
+    ]
+    if arguments.pull is None:
+        what = "toto hands them over as the user `toto`, who can do little else, and copies closures that are signed"
+        login = await keys.public_half(await keys.of_machines(repo), f"toto {arguments.name}")
+        lines += [f"loginKeys = [ {_nix(login)} ];", "writableStore = true;"]
+    else:
+        what = "it asks for them, and nobody logs in for toto"
+        lines += [f"url = {_nix(arguments.pull)};"]
+        if (authority := certificate.authority()).exists():
+            lines += [f"ca = pkgs.writeText \"toto-ca.pem\" ''\n{authority.read_text()}    '';"]
     print(
-        f"""\
-# A machine that does what signed documents of toto's say. The user `toto` can only hand them over, and copy closures
-# that are signed. By `toto machine setup {arguments.name}`; import nixosModules.flying-monkey of toto besides.
-{{
-  services.flying-monkey = {{
-    enable = true;
-    repo = "{arguments.name}";
-    signers = [ "{await keys.public_half(await signer.key())}" ];
-    loginKeys = [ "{login}" ];
-    writableStore = true;
-  }};
-  nix.settings.trusted-public-keys = [ "{closures}" ];
-}}"""
+        "\n".join(
+            [
+                f"# A machine that does what signed documents of toto's say: {what}.",
+                f"# From `toto machine setup {arguments.name}`. Import nixosModules.flying-monkey of toto besides.",
+                "{ pkgs, ... }:",
+                "{",
+                "  services.flying-monkey = {",
+                *(f"    {line}" for line in lines),
+                "  };",
+                f"  nix.settings.trusted-public-keys = [ {_nix(closures)} ];",
+                "}",
+            ]
+        )
     )
     return 0
+
+
+def _nix(text: str) -> str:
+    """A string of the nix language."""
+    return json.dumps(text).replace("${", "\\${")
 
 
 async def _key(arguments: argparse.Namespace) -> int:

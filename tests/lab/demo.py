@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from tests.lab import nix_daemon, setup
-from tests.lab.fleet import ADDRESSES, EXAMPLE, Fleet, Run, fleet
+from tests.lab.fleet import ADDRESSES, EXAMPLE, SEEN_BY_GUESTS, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
 from tests.lab.parts import while_all_live
 from toto.base.errors import TotoError
@@ -108,7 +108,7 @@ async def hosts(whole: Fleet) -> None:
     """Five pushes of what machines run."""
     title("1. The first push: every host is rehearsed in a VM, then rolled out")
     before = await whole.systems()
-    first = await push(whole, "the fleet", {})
+    first = await push(whole, "the fleet", asks(whole, "gate"))
     after = await whole.systems()
     claim("the run is green", first.state == "COMPLETED")
     claim("every machine runs what was rehearsed", all(whole.runs_its_good(name, after[name]) for name in ADDRESSES))
@@ -178,6 +178,29 @@ def locked_down(whole: Fleet, name: str) -> dict[str, str | None]:
     }
 
 
+def asks(whole: Fleet, name: str) -> dict[str, str | None]:
+    """What a commit has for a machine to ask toto by itself, beside being pushed to."""
+    url = f"https://{SEEN_BY_GUESTS}:{whole.machines_port}"
+    host = (whole.work / f"hosts/{name}.nix").read_text()
+    return {
+        "modules/asks.nix": whole.toto("machine", "setup", "infra", "--pull", url),
+        f"hosts/{name}.nix": host.replace("common.nix", "common.nix ../modules/asks.nix"),
+    }
+
+
+async def by_pull(whole: Fleet, name: str) -> dict[str, str | None]:
+    """What a commit changes for a machine to be pulled, and toto to have no user there."""
+    manifest, host = (whole.work / "machines.yaml").read_text(), (whole.work / f"hosts/{name}.nix").read_text()
+    key = " ".join((await whole.machines[name].check("cat", "/etc/ssh/ssh_host_ed25519_key.pub")).split()[:2])
+    start, _, rest = manifest.partition(f"  - name: {name}\n")
+    ssh = "ssh: { user: toto, port: 2222 }"
+    return {
+        "machines.yaml": f"{start}  - name: {name}\n    deploy: pull\n"
+        + rest.replace(ssh, f'ssh: {{ port: 2222, host_key: "{key}" }}', 1),
+        f"hosts/{name}.nix": host.replace("common.nix", "machine.nix").replace("open\\n", "half open\\n"),
+    }
+
+
 async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     """Two pushes of what is no machine; the machines stay as they are."""
     if shutil.which("terraform") is None:
@@ -186,7 +209,6 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
             "(no failure)"
         )
         return
-    machines = await whole.systems()
 
     async def greeting() -> str | None:
         found = await cluster.get("/api/v1/namespaces/page/configmaps/page")
@@ -195,14 +217,17 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     def record() -> str:
         return str(whole.terraform_state("dns")["terraform_data.www"]["output"]["value"])
 
-    title("6. A terraform root and a release: planned and rendered first, then applied, terraform before helm")
+    title("6. A terraform root and a release, terraform before helm. And gate, which asks from now on, is pulled")
     more = {str(path.relative_to(MORE)): path.read_text() for path in MORE.glob("*/**/*") if path.is_file()}
     good: dict[str, str | None] = {
         "modules/web.nix": whole.git("show", "HEAD~2:modules/web.nix"),
         "tests/web2/post-switch/50-customer": None,
     }
-    both = await push(whole, "a record, and a page in the cluster", {**more, **good})
+    pulled = await by_pull(whole, "gate")
+    both = await push(whole, "a record, a page in the cluster, and an open gate", {**more, **good, **pulled})
     claim("the run is green", both.state == "COMPLETED")
+    machines = await whole.systems()
+    claim("gate fetched what it runs, and booted that", whole.runs_its_good("gate", machines["gate"]))
     claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
     claim("the page is in the cluster", await greeting() == "Hello")
 

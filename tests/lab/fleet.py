@@ -39,6 +39,7 @@ EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 PATIENCE: Final = 600.0  # seconds after which something hangs, however busy this machine is
 NET: Final = "127.0.1."  # what the example says; a fleet that stands beside another has a net of its own
+SEEN_BY_GUESTS: Final = "10.0.2.2"  # the loopback of this machine, from a lab machine
 ADDRESSES: Final = {"gate": "127.0.1.11", "web1": "127.0.1.12", "web2": "127.0.1.13"}
 PORTS: Final = {"gate": (8081,), "web1": (8080,), "web2": (8080,)}
 
@@ -64,11 +65,12 @@ class Fleet:
         self.repo, self.work = directory / "repos" / "infra.git", directory / "work"
         self.key = self.state / "keys" / "machines"
         self.machines: dict[str, Machine] = {}
-        self.port = _free_port()
+        self.port, self.machines_port = _free_port(), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: subprocess.Popen[bytes] | None = None
         self.kubeconfig: Path | None = None
         self.database_url: str | None = None
+        self.serves_machines = False
         self.readable: list[Path] = []  # folders that every cell may read
 
     @property
@@ -128,6 +130,7 @@ class Fleet:
                 "--repos",
                 self.repo.parent,
                 "--sqlite",
+                *(self._for_machines() if self.serves_machines else []),
             ],
             # As root it runs a nix daemon of its own, whatever the session of tests has.
             env={name: value for name, value in self.environment.items() if name != daemon.SOCKET or os.geteuid() != 0},
@@ -142,6 +145,9 @@ class Fleet:
                 return
         await asyncio.to_thread(self.server.wait)
         raise self.parts[0].died()
+
+    def _for_machines(self) -> list[str]:
+        return ["--machines", f"127.0.0.1:{self.machines_port}", "--machines-name", SEEN_BY_GUESTS]
 
     async def stop_server(self) -> None:
         """An orderly stop."""
@@ -420,7 +426,7 @@ async def fleet(
 ) -> AsyncIterator[Fleet]:
     """A whole toto under `directory`, for as long as the block lasts; its releases go where `kubeconfig` says."""
     whole = Fleet(directory)
-    whole.kubeconfig = kubeconfig
+    whole.kubeconfig, whole.serves_machines = kubeconfig, True
     try:
         await whole.prepare()
         await asyncio.gather(whole.start_server(), whole.start_machines(machines))

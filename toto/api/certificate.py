@@ -30,6 +30,11 @@ class Files(NamedTuple):
     key: Path
 
 
+def authority() -> Path:
+    """The authority's certificate, for machines; there is none before the server's first start with TLS of its own."""
+    return paths.state_home() / "api" / "ca.pem"
+
+
 def own(names: Sequence[str]) -> Files:
     """toto's certificate for these host names and addresses; what is missing is made, and made anew for new names."""
     place = paths.private_folder(paths.state_home() / "api")

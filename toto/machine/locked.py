@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import anyio
 
+from flying_monkey.desired import Phase
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.machine import activation, signer
@@ -24,7 +25,8 @@ from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, U
 
 USER: Final = "toto"  # whose login shell the gate is
 _WAIT: Final = 20  # seconds that a machine is asked to wait for a change
-_GRACE: Final = 60.0  # seconds that a document may take besides the activation
+_GRACE: Final = 60.0  # seconds for an answer
+_HOOKS: Final = 660.0  # seconds that an update may take besides its activation: hooks have ten minutes
 _RESTART: Final = 20.0  # seconds that sshd and the network may take to be there again
 
 
@@ -74,7 +76,7 @@ class LockedActivator:
         if verb == "switch":
             return await self.keep(verb, path, finish=finish)
         await self._hand_over("try", finish, confirm)
-        deadline = time.monotonic() + finish + _GRACE
+        deadline = time.monotonic() + finish + _HOOKS
         try:
             code, said = await self._ended(deadline, finish, fresh=prove is None)
         except NoGate:  # the new configuration has none, and the new way in tells what became of the machine
@@ -90,7 +92,7 @@ class LockedActivator:
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
         await self._hand_over("keep", finish, 0)
-        code, said = await self._ended(time.monotonic() + finish + _GRACE, finish)
+        code, said = await self._ended(time.monotonic() + finish + _HOOKS, finish)
         if code != 0:
             raise ActivationFailed(f"keeping it exited with status {code}:\n{said}", target=self.name)
         await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
@@ -130,23 +132,23 @@ class LockedActivator:
 
     async def _back(self, verb: Verb, finish: float) -> None:
         await self._hand_over("back", finish, 0, verb)
-        code, said = await self._ended(time.monotonic() + 2 * finish + _GRACE, finish)
+        code, said = await self._ended(time.monotonic() + 2 * finish + _HOOKS, finish)
         if code not in (0, activation.UNITS_FAILED):
             raise ActivationFailed(f"going back exited with status {code}:\n{said}", target=self.name)
 
-    async def _hand_over(self, phase: str, finish: float, confirm: float, verb: Verb | None = None) -> None:
+    async def _hand_over(self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None) -> None:
         """Ask the signer for a document, and hand it over."""
-        serial = (await self._facts()).get("serial")
-        asked = signer.Request.model_validate(
-            {
-                "repo": str(self.repo),
-                "machine": self.name,
-                "phase": phase,
-                "activation": verb or self.activation,
-                "reported": serial if isinstance(serial, int) else 0,
-                "activate": max(1, round(finish)),
-                "confirm": max(1, round(confirm)),
-            }
+        facts = await self._facts()
+        serial = facts.get("serial")
+        asked = signer.Request.of(
+            self.repo,
+            self.name,
+            phase,
+            verb or self.activation,
+            reported=serial if isinstance(serial, int) else 0,
+            finish=finish,
+            confirm=confirm,
+            has_hooks=facts.get("has_hooks"),
         )
         await self._ask("confirm" if phase == "keep" else "arm", stdin=await signer.ask(asked))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import anyio
 
-from flying_monkey.desired import Desired
+from flying_monkey.desired import Desired, Phase
 from flying_monkey.report import Report
 from flying_monkey.signature import unsealed
 from toto.base import process
@@ -137,19 +137,19 @@ class PullActivator:
         report = await self._have_done("back", finish, 0, verb)
         self._expect(report, "going back", also=activation.UNITS_FAILED)
 
-    async def _have_done(self, phase: str, finish: float, confirm: float, verb: Verb | None = None) -> Report:
+    async def _have_done(self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None) -> Report:
         """Publish a document, and wait until the machine has done what it says, or cannot. Raises `Unreachable`."""
         reports = self._read()
-        asked = signer.Request.model_validate(
-            {
-                "repo": str(self.repo),
-                "machine": self.name,
-                "phase": phase,
-                "activation": verb or self.machine.activation,
-                "reported": reports.serial,
-                "activate": max(1, round(finish)),
-                "confirm": max(1, round(confirm)),
-            }
+        heard = self._heard or reports.newest
+        asked = signer.Request.of(
+            self.repo,
+            self.name,
+            phase,
+            verb or self.machine.activation,
+            reported=reports.serial,
+            finish=finish,
+            confirm=confirm,
+            has_hooks=heard.details.get("has_hooks") if heard else None,
         )
         envelope = await signer.ask(asked)
         serial = Desired.read(unsealed(envelope)[0]).serial

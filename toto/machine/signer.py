@@ -18,11 +18,11 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flying_monkey.desired import Activation, BadDocument, Deadlines, Desired, Phase, System
+from flying_monkey.desired import Activation, BadDocument, Deadlines, Desired, Hooks, Phase, System
 from flying_monkey.desired import Machine as DocumentMachine
 from flying_monkey.signature import CannotSign, seal
 from toto.base import files, paths, process
@@ -65,6 +65,40 @@ class Request(BaseModel):
     """seconds that an activation may take"""
     confirm: int = 120
     """seconds until a machine goes back by itself"""
+    prepare: tuple[str, ...] = ()
+    finish: tuple[str, ...] = ()
+    """the names of the machine's own hooks that are to run"""
+
+    @classmethod
+    def of(
+        cls,
+        repo: Path,
+        machine: str,
+        phase: Phase,
+        activation: Activation,
+        *,
+        reported: int,
+        finish: float,
+        confirm: float,
+        has_hooks: object,
+    ) -> Self:
+        """A request, with the hooks that a machine says it has; what it says of them otherwise counts as none."""
+
+        def named(when: str) -> tuple[str, ...]:
+            found = has_hooks.get(when) if isinstance(has_hooks, Mapping) else None
+            return tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
+
+        return cls(
+            repo=str(repo),
+            machine=machine,
+            phase=phase,
+            activation=activation,
+            reported=reported,
+            activate=max(1, round(finish)),
+            confirm=max(1, round(confirm)),
+            prepare=named("prepare"),
+            finish=named("finish"),
+        )
 
 
 class _Path(Deployed):
@@ -97,6 +131,7 @@ async def document(asked: Request, now: datetime) -> Desired:
             activation=asked.activation,
             system=await _system(_wanted(entry, asked), entry, asked.machine),
             deadlines=Deadlines(activate=asked.activate, confirm=asked.confirm),
+            hooks=Hooks(prepare=asked.prepare, finish=asked.finish),
             good=await _known(_good(entry), entry),
         )
     except BadDocument as error:
