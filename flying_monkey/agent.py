@@ -258,6 +258,7 @@ class Agent:
             "kind": words.get("kind") or "",
             "log": _shown(log)[-LOG:],
             "asked": words.get("asked") or "",
+            "nar_hash": words.get("nar_hash") or "",
         }
         try:
             report = Report(**made, details=details)
@@ -280,7 +281,8 @@ class Agent:
         if pause > 0 and self._reported:
             time.sleep(pause)
         self._reported = time.monotonic()
-        self._observe(asked=word)
+        facts = self.helper({"verb": "facts"})
+        self._observe(asked=word, nar_hash=str(facts.get("nar_hash", "")))
         self._asked = word
         self._deliver()
 

@@ -21,6 +21,7 @@ _FORMS: Final = {
     "boots": re.compile(r"(?:/nix/store/[0-9A-Za-z+._?=-]{1,250})?"),
     "kind": re.compile(r"[A-Za-z]{0,40}"),
     "asked": re.compile(r"[A-Za-z0-9]{0,64}"),
+    "nar_hash": re.compile(r"(?:sha256[:-][A-Za-z0-9+/=]{1,64})?"),
 }
 _LENGTHS: Final = {"error": _ERROR, "log": LOG}
 
@@ -36,7 +37,8 @@ class Report:
     `serial` and `phase` are the newest document's that it has had, also when it refused that: then `error` says why,
     and `kind` what sort of refusal it was. `step` and `state` are the helper's (see `flying_monkey.helper`), `system`
     and `boots` the store paths of what it runs and boots. `at` is the machine's time, in seconds since 1970; `number`
-    grows with each report of the machine. `asked` is toto's word when it asked for this very report.
+    grows with each report of the machine. `asked` is toto's word when it asked for this very report;
+    then `nar_hash` is that of what runs.
     `details` are the helper's further words (hooks, checks, failed units, drift), as they are.
     """
 
@@ -54,6 +56,7 @@ class Report:
     kind: str = ""
     log: str = ""
     asked: str = ""
+    nar_hash: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class Run:
         return MachineState(system=self.good, profile=self.good)
 
     async def try_it(self, confirm: float = 120) -> None:
-        await self.at("activation test")
+        await self.at(signer.TRY["switch"])
         await self.activator.activate("test", self.new, self.before, finish=60, confirm=confirm)
 
     def is_(self) -> str:
@@ -101,7 +101,7 @@ async def test_a_roll_out_is_tried_and_kept(run: Run) -> None:
         assert await run.activator.facts(fresh=True) == MachineState(system=run.new, profile=run.good)
         with pytest.raises(NotSigned):
             await run.activator.keep("switch", run.new, finish=60)
-        await run.at("activation switch")
+        await run.at(signer.KEEP["switch"])
         await run.activator.activate("switch", run.new, run.before, finish=60, confirm=0)
         await run.activator.check(run.new, profile=True)
         await run.activator.clean_up()
@@ -122,7 +122,7 @@ async def test_a_roll_out_that_fails_its_tests_is_reverted(run: Run) -> None:
     ("ends", "error", "words"),
     [
         ("done 1", ActivationFailed, "exited with status 1:\nthe stand-in's log"),
-        ("back 0", WentBack, "reverted by its watchdog"),
+        ("back 0", WentBack, "went back by itself"),
         ("refused", ActivationFailed, "the disk is full"),
     ],
 )
@@ -162,7 +162,7 @@ async def test_a_report_that_is_not_the_machines_is_not_believed(run: Run) -> No
     """Whoever takes the web server over can write reports: toto asks for the machine's signature."""
     run.activator.patience = 4
     web1, web2 = run.world.machines["web1"], run.world.machines["web2"]
-    await run.at("activation test")
+    await run.at(signer.TRY["switch"])
     trying = asyncio.create_task(run.activator.activate("test", run.new, run.before, finish=60, confirm=120))
     await until(lambda: documents.published(run.world.place()))
     envelope = documents.published(run.world.place())

@@ -187,7 +187,7 @@ class PullActivator:
         said = process.tail("\n".join(filter(None, (report.log, report.error))))
         word, _, code = report.state.partition(" ")
         if word == "back" and report.phase != "back":
-            raise WentBack(f"was reverted by its watchdog, as it should be:\n{said}", target=self.name)
+            raise WentBack(f"went back by itself:\n{said}", target=self.name)
         if report.error:
             raise ActivationFailed(
                 f"{what}: {report.error}", target=self.name, hint=_HINTS.get(report.kind, "see its journal")
@@ -250,4 +250,4 @@ _HINTS: Final = {
 def _state(report: Report) -> MachineState:
     if not report.system:
         raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=report.machine)
-    return MachineState(system=report.system, profile=report.boots)
+    return MachineState(system=report.system, profile=report.boots, nar_hash=report.nar_hash)
