@@ -44,6 +44,7 @@ _GRACE: Final = 60.0  # seconds that an activation may take besides its own time
 _SETTLE: Final = 5.0  # seconds after which a unit that has failed is looked at once more
 _RETRY: Final = 2.0  # seconds
 _MOST_LOG: Final = 65_536  # bytes
+_MOST_SAID: Final = 1_000  # characters of what an activation that failed said last
 _MAIN: Final = "import sys; sys.path.insert(0, sys.argv.pop(1)); from flying_monkey.update import main; main()"
 
 
@@ -241,7 +242,7 @@ class Update:
         verb = "boot" if self.document.activation == "boot" else "test"
         status = self._activated("tried", verb, self.document.system.path, before, self.document.deadlines.confirm)
         if status != 0:
-            raise Stopped(f"its activation exited with status {status}")
+            raise Stopped(self._failed(status))
 
     def _check(self, reason: str, patience: float = 0) -> None:
         """Raises `Stopped` when the machine is not well, and does not become so within `patience` seconds."""
@@ -336,7 +337,7 @@ class Update:
                 machine.check(self.document.system)
                 activation.confirm_all(path)
                 status = self._activated(step, self.document.activation, path, (machine.running(), ""), 0)
-                error = f"its activation exited with status {status}" if status else ""
+                error = self._failed(status) if status else ""
             except (NotReady, Stopped) as failed:
                 status, error = NOT_BEGUN, str(failed)
         self._tell(error=error, kept=self.memory.kept if status else path)
@@ -413,6 +414,10 @@ class Update:
         if not state.startswith("done"):
             raise Stopped(LATE)
         return int(state.split()[1])
+
+    def _failed(self, status: int) -> str:
+        said = activation.log(self.memory.activation).strip()[-_MOST_SAID:]
+        return f"its activation exited with status {status}{':' if said else ''}\n{said}".strip()
 
     # Hooks
 
