@@ -75,7 +75,10 @@ class Locked:
             "/etc/ssh/authorized_keys.d/toto": (f"{key}\n", 0o644),
             "/etc/ssh/sshd_config.d/20-toto.conf": (SSHD, 0o644),
             "/etc/sudoers.d/toto": (SUDO, 0o440),
-            "/etc/nix/nix.conf": ("max-jobs = 0\nsubstituters =\nbuild-users-group = nixbld\n", 0o644),
+            "/etc/nix/nix.conf": (
+                "max-jobs = 0\nsubstituters =\nbuild-users-group = nixbld\n!include keys.conf\n",
+                0o644,
+            ),
         }
 
     async def prepare(self) -> None:
@@ -85,7 +88,7 @@ class Locked:
             "usermod --append --groups nix-users toto",
             "mkdir -p /nix/var/nix/profiles /var/empty",
             "nix-store --generate-binary-cache-key lab /root/secret /root/public",
-            'echo "trusted-public-keys = $(cat /root/public)" >> /etc/nix/nix.conf',
+            'echo "trusted-public-keys = $(cat /root/public)" > /etc/nix/keys.conf; chmod 644 /etc/nix/keys.conf',
             "systemctl stop nix-daemon.service nix-daemon.socket; systemctl start nix-daemon.socket",
         ]
         await self.machine.check("set -e; " + "; ".join(lines))

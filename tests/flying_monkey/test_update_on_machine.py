@@ -144,53 +144,6 @@ async def test_an_update_that_is_killed_goes_on_by_itself(locked: Locked) -> Non
     assert (await locked.activations())[-1] == "undrain kept"
 
 
-CUTS: Final = [
-    *(("try", each) for each in ("drain try", "new test links", "web try", "wait")),
-    *(("keep", each) for each in ("new switch links", "undrain kept")),
-    *(("late", each) for each in ("good test links", "undrain back")),
-    *(("back", each) for each in ("good switch links", "undrain back")),
-    # And at any instant: seconds after the document was handed over.
-    *((phase, seconds) for phase in ("try", "keep") for seconds in ("0.1", "0.5", "1", "2", "4")),
-]
-
-
-@pytest.mark.parametrize(("phase", "cut"), CUTS if os.environ.get("TOTO_CUTS") else random.Random(14).sample(CUTS, 4))
-async def test_a_power_cut_leaves_nothing_half_done(locked: Locked, phase: str, cut: str) -> None:
-    tried = locked.document(new(locked), hooks=HOOKS, deadlines=Deadlines(confirm=2 if phase == "late" else 600))
-    last = tried
-    if phase in ("keep", "back"):
-        await locked.ask("arm", tried)
-        assert await locked.ended() == "done 0"
-        system: tuple[System, Phase] = (new(locked), "keep") if phase == "keep" else (locked.good, "back")
-        last = locked.document(*system, hooks=HOOKS)
-    if cut[0].isdigit():
-        await locked.ask("confirm" if phase == "keep" else "arm", last)
-        await asyncio.sleep(float(cut))
-    elif cut == "wait":
-        await locked.ask("arm", last)
-        assert await locked.ended() == "done 0"
-    else:
-        await stopped_at(locked, cut, last)
-    await locked.machine.reset()
-    await locked.machine.wait_ssh()
-    found = await settled(locked, "finished", "done 0" if phase in ("keep", "back") else "back 0")
-    facts = await locked.ask("facts")
-    wanted = new(locked) if phase == "keep" else locked.good
-    assert facts["system"] == facts["profile"] == wanted.path, found
-    events = await locked.activations()
-    drained, undrained = ([each for each in events if each.startswith(f"{word} ")] for word in ("drain", "undrain"))
-    if drained:
-        assert undrained[-1] == ("undrain kept" if phase == "keep" else "undrain back"), events
-
-
-async def test_a_full_disk_activates_nothing_and_is_told(locked: Locked) -> None:
-    await locked.machine.check("fallocate -l $(($(df -k --output=avail / | tail -n 1) - 20000))K /filler")
-    await locked.ask("arm", locked.document(new(locked), hooks=HOOKS))
-    assert await locked.ended() == "back 0"
-    assert "less than 64 MiB are free" in (await locked.ask("status 0"))["error"]
-    assert await locked.activations() == []
-
-
 # What a test may do, and what it tries: prints which of them worked.
 TRIES: Final = """
 import json, os, pathlib, signal, socket, subprocess, sys
@@ -282,3 +235,50 @@ async def test_a_machine_may_refuse_tests(locked: Locked) -> None:
     await locked.machine.check(f"sed -i 's/{{/{{\"tests\": false, /' {file}")
     answer = await on_machine(locked, "id")
     assert answer == Answer(64, "", "flying-monkey: this machine runs no tests")
+
+
+async def test_a_full_disk_activates_nothing_and_is_told(locked: Locked) -> None:
+    await locked.machine.check("fallocate -l $(($(df -k --output=avail / | tail -n 1) - 20000))K /filler")
+    await locked.ask("arm", locked.document(new(locked), hooks=HOOKS))
+    assert await locked.ended() == "back 0"
+    assert "less than 64 MiB are free" in (await locked.ask("status 0"))["error"]
+    assert await locked.activations() == []
+
+
+CUTS: Final = [
+    *(("try", each) for each in ("drain try", "new test links", "web try", "wait")),
+    *(("keep", each) for each in ("new switch links", "undrain kept")),
+    *(("late", each) for each in ("good test links", "undrain back")),
+    *(("back", each) for each in ("good switch links", "undrain back")),
+    # And at any instant: seconds after the document was handed over.
+    *((phase, seconds) for phase in ("try", "keep") for seconds in ("0.1", "0.5", "1", "2", "4")),
+]
+
+
+@pytest.mark.parametrize(("phase", "cut"), CUTS if os.environ.get("TOTO_CUTS") else random.Random(14).sample(CUTS, 4))
+async def test_a_power_cut_leaves_nothing_half_done(locked: Locked, phase: str, cut: str) -> None:
+    tried = locked.document(new(locked), hooks=HOOKS, deadlines=Deadlines(confirm=2 if phase == "late" else 600))
+    last = tried
+    if phase in ("keep", "back"):
+        await locked.ask("arm", tried)
+        assert await locked.ended() == "done 0"
+        system: tuple[System, Phase] = (new(locked), "keep") if phase == "keep" else (locked.good, "back")
+        last = locked.document(*system, hooks=HOOKS)
+    if cut[0].isdigit():
+        await locked.ask("confirm" if phase == "keep" else "arm", last)
+        await asyncio.sleep(float(cut))
+    elif cut == "wait":
+        await locked.ask("arm", last)
+        assert await locked.ended() == "done 0"
+    else:
+        await stopped_at(locked, cut, last)
+    await locked.machine.reset()
+    await locked.machine.wait_ssh()
+    found = await settled(locked, "finished", "done 0" if phase in ("keep", "back") else "back 0")
+    facts = await locked.ask("facts")
+    wanted = new(locked) if phase == "keep" else locked.good
+    assert facts["system"] == facts["profile"] == wanted.path, found
+    events = await locked.activations()
+    drained, undrained = ([each for each in events if each.startswith(f"{word} ")] for word in ("drain", "undrain"))
+    if drained:
+        assert undrained[-1] == ("undrain kept" if phase == "keep" else "undrain back"), events
