@@ -22,7 +22,7 @@ from toto.report.venues import Origin
 
 @flow(name="drift", flow_run_name=names.of_flow, persist_result=False)
 async def drift(repo: Path, origin: Origin = "ui", venues: list[str] | None = None) -> State[None]:
-    """Compare every terraform root and every release with what its last good commit wants.
+    """Compare every machine, terraform root and release with what its last good commit wants.
 
     Nothing is applied. To undo a change, start `reconcile` with `force` and the target in `only`.
 

@@ -16,6 +16,7 @@ from tasks.roll_out import (
     connect,
     copy,
     endpoint_of,
+    find_drift,
     inspect,
     keep,
     revert,
@@ -28,7 +29,7 @@ from toto.plan.verdict import Verdict
 from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.suite import Phase
 
-__all__ = ["rehearse", "revert", "roll_out"]
+__all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 
 
 @flow(name="rehearse host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

@@ -38,7 +38,7 @@ class Steps:
 
 
 STEPS: Final[dict[str, Steps]] = {
-    "host": Steps("hosts", host.rehearse, host.roll_out, host.revert, present=accept.host),
+    "host": Steps("hosts", host.rehearse, host.roll_out, host.revert, host.find_drift, accept.host),
     "terraform": Steps(
         "terraform", terraform.rehearse, terraform.roll_out, terraform.revert, terraform.find_drift, accept.root
     ),

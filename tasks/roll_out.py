@@ -14,14 +14,16 @@ from blocks import SshIdentity
 from tasks import Done, sink
 from tasks.record import record_reverted, set_step
 from tasks.reversal import Reversal
+from tasks.settle import manifest_of
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.infra_repo.settings import Settings
 from toto.ledger import steps
-from toto.ledger.ledger import Intent, Ledger
+from toto.ledger.ledger import Deployed, Intent, Ledger
+from toto.ledger.target import Target
 from toto.machine import access, keys, owners, ssh, way_in
-from toto.machine.access import OverSsh
+from toto.machine.access import Moving, OverSsh
 from toto.machine.activation import Activator, MachineState, SudoActivator, Verb
 from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
@@ -295,3 +297,31 @@ async def _signing_key_now(reversal: Reversal, machine: Machine) -> Path | None:
     except TotoError as error:
         get_run_logger().warning("what is copied is not signed: %s", error)
         return None
+
+
+async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> list[str]:
+    """What a machine runs or boots instead of its last good, one line for each.
+
+    A machine that does not answer is a warning: the next check may find it. Raises `TotoError` for one that cannot be
+    read.
+    """
+    settings, manifest = await manifest_of(repo, good.commit)
+    machine, deployed, logger = manifest.machines.get(target.name), DeployedHost.of(good), get_run_logger()
+    if machine is None or not machine.deployed or deployed is None:
+        return []
+    owners.check(repo, machine)
+    try:
+        async with connect(machine, repo, run, settings) as activator:
+            await activator.prepare()
+            facts = await activator.facts(fresh=True)
+            if not isinstance(activator, SudoActivator | Moving) and await activator.needs_reboot():
+                logger.warning("%s: it needs a reboot for its kernel, initrd or modules", target.label)
+    except ssh.Unreachable as error:
+        logger.warning("%s", error)
+        return []
+    found = []
+    if machine.activation != "boot" and facts.system != deployed.path:
+        found.append(f"it runs {facts.system}, and not {deployed.path}")
+    if machine.activation != "test" and facts.profile != deployed.path:
+        found.append(f"it boots {facts.profile or 'nothing'} next, and not {deployed.path}")
+    return found

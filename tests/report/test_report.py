@@ -206,8 +206,8 @@ def test_the_plan_with_a_diff_reads_like_this() -> None:
         == """\
 | target | action | why | what changes |
 | --- | --- | --- | --- |
-| host/a | deploy | new | nothing in the closure |
-| host/b | deploy | new | see below |
+| host/a | deploy | new (by sudo) | nothing in the closure |
+| host/b | deploy | new (by sudo) | see below |
 
 ## b
 

@@ -122,6 +122,10 @@ class LockedActivator:
         if to.profile:
             await self.check(to.profile, profile=True, running=False)
 
+    async def needs_reboot(self) -> bool:
+        """Whether its next boot begins with a different kernel, initrd or set of modules."""
+        return (await self._facts()).get("reboot_needed") is True
+
     async def clean_up(self, run: str = "") -> None:
         """Nothing: the helper tidies up."""
 

@@ -127,6 +127,10 @@ class PullActivator:
         if to.profile:
             await self.check(to.profile, profile=True, running=False)
 
+    async def needs_reboot(self) -> bool:
+        """Whether its next boot begins with a different kernel, initrd or set of modules."""
+        return (self._heard or await self._asked()).details.get("reboot_needed") is True
+
     async def clean_up(self, run: str = "") -> None:
         """Nothing on the machine. It may fetch its last good from now on, and what is being tried if anything is."""
         closures = await self._good()

@@ -231,7 +231,10 @@ class HostKind(Kind[Host]):
                     action=Action.VERIFY if tests_differ else Action.RECORD,
                 )
             return Change(desired=desired, why=Why.TESTS, action=Action.VERIFY, last=last) if tests_differ else None
-        return deploy(desired, entry, Why.CHANGED)
+        found = deploy(desired, entry, Why.CHANGED)
+        # That toto may do everything there is said where the roll-out is.
+        said = ["by sudo"] if not machine.by_document else []
+        return found.model_copy(update={"note": "; ".join(filter(None, (found.note, *said)))})
 
     def retired(self, target: Target, entry: Entry, known: Collection[Target], manifest: Manifest) -> bool:
         """A host is retired when its machine leaves the manifest, unless it is rehearsed without one."""
