@@ -5,6 +5,7 @@ reports each step, signed by its host key. A machine that does not ask is unreac
 there, so that one which comes back later goes where the last word of toto's sends it.
 """
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from toto.machine.activation import ActivationFailed, MachineState, NotWhatItSho
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
 from toto.nix import commands as nix
+
+log = logging.getLogger(__name__)
 
 PATIENCE: Final = 60.0  # seconds without a word after which a machine is unreachable; idle ones answer within 2
 _LOOK: Final = 0.25  # seconds between two looks
@@ -168,7 +171,7 @@ class PullActivator:
             for report in self._fresh():
                 if report.serial == serial:
                     last, deadline = report, time.monotonic() + max(finish, _STEP)
-                    if report.error or report.state.startswith("back"):
+                    if report.kind or report.state.startswith("back"):  # refused, or gone back
                         return report
                     if report.state.startswith("done") and report.step in ("tried", "finished"):
                         return report
@@ -192,12 +195,14 @@ class PullActivator:
         word, _, code = report.state.partition(" ")
         if word == "back" and report.phase != "back":
             raise WentBack(f"went back by itself:\n{said}", target=self.name)
-        if report.error:
+        if report.kind:
             raise ActivationFailed(
                 f"{what}: {report.error}", target=self.name, hint=_HINTS.get(report.kind, "see its journal")
             )
         if int(code or 0) not in (0, also):
             raise ActivationFailed(f"{what} exited with status {code}:\n{said}", target=self.name)
+        if report.error:  # such as a hook of `finish.d`
+            log.warning("%s: %s", self.name, report.error)
 
     async def _asked(self) -> Report:
         """A report that the machine is asked for now. Raises `Unreachable`."""
