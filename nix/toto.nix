@@ -98,7 +98,7 @@ let
     ProtectKernelTunables = true;
     RestrictNamespaces = true;
     MemoryDenyWriteExecute = true;
-    SystemCallFilter = [ "@system-service" "~@privileged @resources" ];
+    SystemCallFilter = "@system-service";  # (setpriv, by which toto starts processes, sets its capabilities: to none)
     SystemCallErrorNumber = "EPERM";
   };
 

@@ -76,7 +76,9 @@ async def until(machine: DebianMachine, command: str) -> str:
     return str(said)
 
 
-async def test_the_agent_runs_comes_back_and_is_replaced_when_it_is_another_one(machine: DebianMachine) -> None:
+async def test_the_agent_runs_is_started_anew_and_replaced_and_the_gate_has_its_own_sudo(
+    machine: DebianMachine,
+) -> None:
     await machine.check("useradd --system --user-group flying-monkey; mkdir -p /var/lib/node-exporter")
     await machine.check("systemctl start $(cd /etc/systemd/system && ls flying-monkey*.service)")
     assert URL in await until(machine, "journalctl -u flying-monkey -o cat | grep asking")
@@ -91,9 +93,11 @@ async def test_the_agent_runs_comes_back_and_is_replaced_when_it_is_another_one(
     assert await until(machine, f"{again} -e {second}") != second
     assert await until(machine, "journalctl -u flying-monkey -o cat | grep 'asking https://10.0.2.2:2'")
     assert await machine.check("systemctl list-units --failed --no-legend 'flying-monkey*'") == ""
+    await gate_reaches_the_helper_where_sudo_is_for_others(machine)
 
 
-async def test_where_not_everybody_may_start_sudo_toto_has_a_way_of_its_own(machine: DebianMachine) -> None:
+async def gate_reaches_the_helper_where_sudo_is_for_others(machine: DebianMachine) -> None:
+    """As on a machine on which only members of wheel may start sudo."""
     await machine.check("useradd --system --user-group --no-create-home toto; chmod 4510 /usr/bin/sudo")
     asked = f"setpriv --reuid=toto --regid=toto --clear-groups {PLACE}/gate -c facts"
     refused = await machine.ssh(asked, timeout=60)
