@@ -16,6 +16,7 @@ PROFILE: Final = Path("/nix/var/nix/profiles/system")
 RUNNING: Final = Path("/run/current-system")
 _MOST: Final = 65_536  # bytes of the configuration
 _ROOM: Final = 64 * 2**20  # bytes that an activation needs on each disk that it writes to
+_AT_ONCE: Final = 500  # store paths of a command
 _LONGEST: Final = 1_800.0  # seconds to look at a whole closure, on a slow disk
 PATH: Final = (
     "/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -99,6 +100,11 @@ def boots() -> str:
     return str(PROFILE.resolve()) if PROFILE.exists() else ""
 
 
+def _closure(*paths: str) -> set[str]:
+    there = [each for each in paths if Path(each).exists()]
+    return {*run("nix-store", "--query", "--requisites", *there).split()} if there else set()
+
+
 def known() -> set[str]:
     """The systems that this machine runs, boots or has a generation of: root took those, whoever signed them."""
     generations = PROFILE.parent.glob(f"{PROFILE.name}-*-link") if PROFILE.exists() else ()
@@ -121,16 +127,18 @@ def boot() -> str:
 def check(system: System) -> None:
     """Check that a system is in the store as its document says, signed throughout.
 
-    A signature is asked of each path whose name does not itself follow from its contents. Raises `NotReady`.
+    A signature is asked of each path whose name does not itself follow from its contents, and which is in none of the
+    systems that this machine has run: what root has run it may run again. Raises `NotReady`.
     """
     found = run("nix-store", "--query", "--hash", system.path)
     digest = sha256(found)
     if digest is None or digest != sha256(system.nar_hash):
         raise NotReady(f"{system.path} has the hash {found}, and the document says {system.nar_hash}")
-    if system.path not in known():
-        verify = ("nix", "--extra-experimental-features", "nix-command", "store", "verify")
+    verify = ("nix", "--extra-experimental-features", "nix-command", "store", "verify", "--no-contents")
+    fresh = sorted(_closure(system.path) - _closure(*known()))
+    for some in (fresh[start : start + _AT_ONCE] for start in range(0, len(fresh), _AT_ONCE)):
         try:
-            run(*verify, "--recursive", "--no-contents", "--sigs-needed", "1", system.path)
+            run(*verify, "--sigs-needed", "1", *some)
         except NotReady as error:
             raise NotReady(
                 f"not all of {system.path} is signed by a key of this machine's trusted-public-keys:\n{error}"
