@@ -18,7 +18,7 @@ from flying_monkey.machine import Configuration
 
 NOT_RUN: Final = 125  # the exit status when a command could not be run at all
 MOST_INPUT: Final = 16 * 2**20  # bytes
-_MOST_OUTPUT: Final = 16 * 2**20  # bytes of each output
+_MOST_OUTPUT: Final = 4 * 2**20  # bytes of each output
 _MOST_WORDS: Final = 64
 _MOST_WORD: Final = 16_384  # bytes
 _CHUNK: Final = 65_536  # bytes
@@ -93,7 +93,7 @@ def run(configuration: Configuration, argv: object) -> int:
     # (What was read of our input after the request's line is in the buffer.)
     threading.Thread(target=pump, args=(sys.stdin.buffer, process.stdin, MOST_INPUT), daemon=True).start()
     outputs = [
-        threading.Thread(target=pump, args=(source, sink, _MOST_OUTPUT), daemon=True)
+        threading.Thread(target=_pass_on, args=(source, sink), daemon=True)
         for source, sink in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
     ]
     try:
@@ -109,6 +109,12 @@ def run(configuration: Configuration, argv: object) -> int:
 
 def _is_word(word: object) -> bool:
     return isinstance(word, str) and "\0" not in word and len(word.encode(errors="replace")) <= _MOST_WORD
+
+
+def _pass_on(source: IO[bytes], sink: IO[bytes]) -> None:
+    """What a command prints beyond the bound, or to somebody who is gone, ends it as a closed pipe does."""
+    pump(source, sink, _MOST_OUTPUT)
+    source.close()
 
 
 def pump(source: "IO[bytes] | int", sink: IO[bytes], most: int, first: bytes = b"") -> None:
