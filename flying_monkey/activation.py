@@ -35,6 +35,11 @@ def is_decided(name: str) -> bool:
     return (STATE / name / "decided").exists()
 
 
+def is_confirmed(name: str) -> bool:
+    """Whether somebody has stopped an activation's watchdog: a document, or root itself."""
+    return (STATE / name / "confirmed").exists()
+
+
 def has_died(name: str) -> bool:
     """Whether an activation's process, which is its watchdog, is gone."""
     try:

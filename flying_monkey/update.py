@@ -273,13 +273,19 @@ class Update:
         return ""
 
     def _wait_for_word(self) -> None:
-        """Wait for a newer document. Raises `Superseded` then, and `Stopped` when none comes in time."""
+        """Wait for a newer document, or for root's own word, as when toto moves to sudo on this machine.
+
+        Raises `Superseded` for a newer document, and `Stopped` when nothing comes in time.
+        """
         name = self.memory.activation
         while not activation.is_decided(name) and not activation.has_died(name):
             self._look()
             time.sleep(_TICK)
         self._look()
-        raise Stopped(LATE)
+        if not activation.is_confirmed(name):
+            raise Stopped(LATE)
+        self._tell(kept=self.document.system.path)
+        self._finish("done 0", "kept")
 
     def _over(self, why: str) -> None:
         """What was tried is over: go back from as far as it came."""

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -356,3 +357,17 @@ def test_a_different_kernel_is_rebooted_into_when_the_document_says_so(bubble: B
     status = bubble.ended()
     assert (status["state"], status["error"]) == ("done 69", "the machine does not reboot")
     assert bubble.events()[-4:] == ["drain reboot", "backup reboot", "reboot", "undrain kept"]
+
+
+def test_roots_own_word_keeps_what_is_tried(bubble: Bubble) -> None:
+    """As when toto moves from documents to sudo: the new configuration may have nothing left that takes a document."""
+    bubble.say(bubble.document(hooks=TRIED))
+    assert bubble.ended()["step"] == "tried"
+    said = bubble.sh("for each in /run/toto/monkey.*; do sh /run/toto/activate.sh confirm ${each##*/}; done")
+    assert said == "confirmed"
+    end = time.monotonic() + 60
+    while (status := bubble.status())["step"] != "finished" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert (status["step"], status["state"]) == ("finished", "done 0"), status
+    assert (status["system"], status["boots"]) == (bubble.new.path, bubble.good.path)
+    assert bubble.events()[-1] == "undrain kept" and "error" not in status
