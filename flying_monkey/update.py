@@ -75,7 +75,7 @@ def arm(configuration: Configuration, envelope: bytes, phases: tuple[Phase, ...]
         is_new = memory != before
         if is_new:
             memory = _accepted(file, before, memory, document)
-    if is_new:
+    if is_new and memory.step != "finished":
         _begin(memory)
     else:
         go_on(configuration)
@@ -90,6 +90,10 @@ def _accepted(file: Path, before: Memory, memory: Memory, document: Desired) -> 
         memory = replace(memory, system=machine.running(), profile=machine.boots())
     if document.phase == "try" and not finished:
         raise NotReady(f"the update by document {before.serial} is not finished: it is {before.step}")
+    if finished and document.phase != "try" and _is_kept(before, document):
+        memory = replace(memory, step="finished", state="done 0")
+        memory.save(file)
+        return memory
     if document.phase == "keep":
         _may_keep(before, document)
         memory = replace(memory, step="kept", activation="", owed=_owed(memory, document) if memory.prepared else ())
@@ -103,6 +107,17 @@ def _accepted(file: Path, before: Memory, memory: Memory, document: Desired) -> 
         with contextlib.suppress(OSError):
             _log_file(file).unlink(missing_ok=True)
     return memory
+
+
+def _is_kept(before: Memory, document: Desired) -> bool:
+    """Whether the system of a document was kept last, all of it done, and is what the machine runs and boots."""
+    path, activated = document.system.path, document.activation
+    return (
+        before.kept == path
+        and before.state in ("done 0", "back 0")
+        and (activated == "boot" or machine.running() == path)
+        and (activated == "test" or machine.boots() == path)
+    )
 
 
 def _owed(memory: Memory, document: Desired) -> tuple[str, ...]:

@@ -371,3 +371,16 @@ def test_roots_own_word_keeps_what_is_tried(bubble: Bubble) -> None:
     assert (status["step"], status["state"]) == ("finished", "done 0"), status
     assert (status["system"], status["boots"]) == (bubble.new.path, bubble.good.path)
     assert bubble.events()[-1] == "undrain kept" and "error" not in status
+
+
+@pytest.mark.parametrize("phase", ["keep", "back"])
+def test_a_newer_document_for_what_was_kept_changes_nothing(bubble: Bubble, phase: Phase) -> None:
+    bubble.say(bubble.document(hooks=TRIED))
+    bubble.ended()
+    bubble.say(bubble.document(phase="keep", hooks=TRIED))
+    is_finished(bubble, "done 0", bubble.new.path, "kept")
+    events = bubble.events()
+    said = bubble.say(bubble.document(system=bubble.new, phase=phase, hooks=TRIED))
+    assert said == {"serial": 3, "step": "finished"}
+    is_finished(bubble, "done 0", bubble.new.path, "kept")
+    assert bubble.events() == events

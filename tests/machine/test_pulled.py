@@ -108,6 +108,24 @@ async def test_a_roll_out_is_tried_and_kept(run: Run) -> None:
     assert run.web1.activations() == [f"try {run.new}", f"keep {run.new}"]
 
 
+async def test_when_a_run_is_over_a_machine_that_asks_finds_its_last_good(run: Run) -> None:
+    async with run.web1.running():
+        await run.activator.copy(run.new, timeout=60)
+        await run.try_it()
+        await run.at(signer.KEEP["switch"])
+        await run.activator.activate("switch", run.new, run.before, finish=60, confirm=0)
+        await Ledger(run.world.repo).write(WEB1, steps.good(deployed(run.new, "run-2"), "run-2"), "good")
+        await run.activator.clean_up()
+        published = documents.published(documents.folder(run.world.repo, "web1"))
+        assert published is not None
+        made = Desired.read(signature.unsealed(published)[0])
+        assert (made.phase, made.system.path) == ("back", run.new)
+        async with asyncio.timeout(30):
+            while run.web1.activations()[-1] != f"back {run.new}":
+                await asyncio.sleep(0.2)
+    await Ledger(run.world.repo).write(WEB1, steps.intend(intent("run-2", run.good)), "intend")
+
+
 async def test_a_roll_out_that_fails_its_tests_is_reverted(run: Run) -> None:
     async with run.web1.running():
         await run.activator.copy(run.new, timeout=60)

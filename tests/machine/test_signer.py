@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flying_monkey.desired import Desired
-from flying_monkey.signature import NAMESPACE, opened
+from flying_monkey.signature import NAMESPACE, opened, unsealed
 from tests.lab import nix as lab_nix
 from tests.lab.setup import setup
 from tests.ledger.test_ledger import WEB1, deployed, intent
@@ -17,7 +17,7 @@ from toto.base import paths
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import owners, signer
+from toto.machine import documents, owners, renewal, signer
 from toto.machine.signer import NotSigned, Request
 
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHl1bmdlcnRoYW55b3V0aGluazAwMDAwMDAwMDAwMDAw"
@@ -89,7 +89,8 @@ async def test_nothing_is_signed_without_an_intent_or_for_a_machine_of_someone_e
     with pytest.raises(owners.NotOwned, match="is not a machine of lab"):
         await signer.document(world.request(repo=str(tmp_path / "lab.git")), NOW)
     await world.book.write(WEB1, steps.good(deployed(world.new, "run-2"), "run-2"), "good")
-    for phase in ("try", "keep", "back"):
+    assert (await signer.document(world.request("back"), NOW)).system.path == world.new, "its last good, at any time"
+    for phase in ("try", "keep"):
         with pytest.raises(NotSigned, match="no run is deploying it"):
             await signer.document(world.request(phase), NOW)
 
@@ -156,3 +157,23 @@ async def test_a_signer_that_is_not_there_is_said(world: World) -> None:
     with pytest.raises(NotSigned, match="the signer does not answer") as caught:
         await signer.ask(world.request())
     assert caught.value.hint == "does `toto serve` run?"
+
+
+async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_works_on_the_machine(
+    served: World,
+) -> None:
+    now, place = datetime.now(UTC).replace(microsecond=0), documents.folder(served.repo, "web1")
+    documents.publish(served.repo, "web1", await signer.ask(served.request()))
+    late = now + timedelta(days=5)
+    assert await renewal.renew([served.repo], late) == [], "a run works on it"
+    await served.book.write(WEB1, steps.good(deployed(served.new, "run-2"), "run-2"), "good")
+    assert await renewal.renew([served.repo], now) == [], "it is not due"
+    old = documents.published(place)
+    assert await renewal.renew([served.repo], late) == ["web1"]
+    fresh = documents.published(place)
+    assert old is not None and fresh is not None
+    before, made = (Desired.read(unsealed(each)[0]) for each in (old, fresh))
+    assert (made.phase, made.system.path, made.activation) == ("back", served.new, before.activation)
+    assert made.serial > before.serial and made.expires >= before.expires
+    (place / "document").write_bytes(b"{half")
+    assert await renewal.renew([served.repo], late) == []

@@ -21,7 +21,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import activation, documents, grants, owners, signer
+from toto.machine import activation, documents, grants, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
@@ -135,10 +135,14 @@ class PullActivator:
         return (self._heard or await self._asked()).details.get("reboot_needed") is True
 
     async def clean_up(self, run: str = "") -> None:
-        """Nothing on the machine. It may fetch its last good from now on, and what is being tried if anything is."""
-        closures = await self._good()
-        if closures and Ledger(self.repo).read().get(self._target).intent is None:
-            await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
+        """Nothing on the machine. From now on it may fetch its last good, and finds a document that leads to it."""
+        closures, place = await self._good(), documents.folder(self.repo, self.name)
+        if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
+            return
+        await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
+        if (envelope := documents.published(place)) is not None:
+            old = Desired.read(unsealed(envelope)[0])
+            documents.publish(self.repo, self.name, await signer.ask(renewal.resting(self.repo, old)))
 
     async def _back(self, verb: Verb, finish: float) -> None:
         report = await self._have_done("back", finish, 0, verb)

@@ -2,8 +2,8 @@
 
 It signs no text that it is given. It is asked for a phase of a machine's deployment and writes the document itself,
 from what the ledger says: what an open intent deploys may be tried, and kept once its roll-out has come so far; a
-machine may go back to its last good, or to what it ran before toto. So nobody who gets hold of the web server, or of
-what runs in a cell, makes a machine run anything else.
+machine may go back to its last good at any time, and during a roll-out to what it ran before toto. So nobody who gets
+hold of the web server, or of what runs in a cell, makes a machine run anything else.
 
     python -m toto.machine.signer      serve, on a socket in toto's state that only this user may open
 
@@ -141,6 +141,8 @@ async def document(asked: Request, now: datetime) -> Desired:
 def _wanted(entry: Entry, asked: Request) -> str:
     """The store path that a document of this phase is about. Raises `NotSigned`."""
     intent = entry.intent
+    if intent is None and asked.phase == "back" and entry.good is not None:
+        return _good(entry)
     if intent is None:
         raise NotSigned("no run is deploying it", target=asked.machine)
     if asked.phase == "back":

@@ -31,7 +31,7 @@ from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shared
-from toto.machine import keys, owners
+from toto.machine import keys, owners, renewal
 from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
@@ -354,6 +354,7 @@ async def _working(
     async with (
         running_signer(env, signed) as signer,
         _beside(_keep_warm(env, log_file.with_name("runs.log"), root)),
+        _beside(renewal.keep_up(repos)),
         running_worker(env, log_file, root=root) as worker,
     ):
         yield {log_file: worker, signed: signer}
