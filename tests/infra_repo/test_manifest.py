@@ -483,3 +483,30 @@ machines.yaml:2: web1: after: this goes round in a circle: web1 after db1 after 
 machines.yaml:3: web2: adress: is not a known field; did you mean 'address'?
 machines.yaml:5: fleet: is not a known field; known is machines"""
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ("deploy: pull", "a machine that pulls proves itself by its host key: write it as ssh.host_key"),
+        ("access: locked\n    reboot: window", "reboot: window needs a window"),
+        ("reboot: now", "reboot is for machines with access: locked or deploy: pull; others only tell"),
+    ],
+)
+def test_what_does_not_go_together_is_said(tmp_path: Path, fields: str, says: str) -> None:
+    found = problems(tmp_path, f"machines:\n  - name: web1\n    address: 10.0.0.1\n    {fields}\n")
+    assert len(found) == 1 and found[0].startswith("machines.yaml:2: web1: ") and found[0].endswith(says), found
+
+
+def test_a_machine_reboots_by_its_policy(tmp_path: Path) -> None:
+    inside, outside = datetime(2026, 3, 7, 23), datetime(2026, 3, 9, 12)
+    listed = "machines:\n" + "".join(
+        f"  - {{name: {name}, address: 10.0.0.{number}, access: locked, window: Sat 22:00-06:00, reboot: {name}}}\n"
+        for number, name in enumerate(("never", "window", "now"), 1)
+    )
+    machines = read(tmp_path, listed).machines
+    assert [(each.reboots(inside), each.reboots(outside)) for each in machines.values()] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]

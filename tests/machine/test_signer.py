@@ -74,8 +74,8 @@ async def test_a_phase_is_signed_when_the_roll_out_is_there(world: World) -> Non
         await signer.document(world.request("keep"), NOW)
     for activation, step in signer.KEEP.items():
         await world.at(step)
-        made = await signer.document(world.request("keep", activation=activation), NOW)
-        assert (made.system.path, made.activation) == (world.new, activation)
+        made = await signer.document(world.request("keep", activation=activation, reboot=True), NOW)
+        assert (made.system.path, made.activation, made.reboot) == (world.new, activation, "now")
     assert (await signer.document(world.request("back"), NOW)).system.path == world.good
 
 

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
@@ -77,6 +78,8 @@ class Machine(Fields):
     """`sudo`: toto may do everything on it. `locked`: it only hands over signed documents, which flying-monkey obeys"""
     activation: Literal["switch", "boot", "test"] = "switch"
     """what a roll-out ends with; a netbooted host is only ever `test`ed"""
+    reboot: Literal["never", "window", "now"] = "never"
+    """whether a machine that does what documents say reboots for a new kernel: `now`, or if its window is open"""
     ssh: SSH = SSH()
     """how to connect to it"""
     ports: Annotated[tuple[Port, ...], Distinct] = ()
@@ -93,6 +96,20 @@ class Machine(Fields):
     """MB of memory of its sandbox; when left out, the host's VM decides"""
     cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
     """processors of its sandbox; when left out, the host's VM decides"""
+
+    @model_validator(mode="after")
+    def _can_reboot(self) -> Self:
+        if self.reboot == "window" and self.window is None:
+            raise ValueError("reboot: window needs a window")
+        if self.reboot != "never" and not self.by_document:
+            raise ValueError("reboot is for machines with access: locked or deploy: pull; others only tell")
+        return self
+
+    def reboots(self, moment: datetime) -> bool:
+        """Whether a roll-out at `moment`, in toto's local time, may reboot it."""
+        return self.reboot == "now" or (
+            self.reboot == "window" and self.window is not None and self.window.contains(moment)
+        )
 
     @model_validator(mode="after")
     def _proves_itself(self) -> Self:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -129,7 +130,8 @@ async def over_ssh(
 
         def activator(access: Access, connection: Connection) -> SudoActivator | LockedActivator:
             if access == "locked":
-                return LockedActivator(connection, repo, run, machine.activation, connect_timeout)
+                reboot = machine.reboots(datetime.now())
+                return LockedActivator(connection, repo, run, machine.activation, connect_timeout, reboot)
             return SudoActivator(connection, run, connect_timeout)
 
         wanted: Access = machine.access

@@ -36,13 +36,17 @@ class NoGate(ActivationFailed):
 
 @dataclass
 class LockedActivator:
-    """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it."""
+    """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
+
+    With `reboot` a system with a different kernel is rebooted into when it is kept.
+    """
 
     connection: Connection
     repo: Path
     run: str
     activation: Verb
     connect_timeout: float = 15
+    reboot: bool = False
     _refused_since: float = 0
 
     @property
@@ -92,7 +96,8 @@ class LockedActivator:
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
         await self._hand_over("keep", finish, 0)
-        code, said = await self._ended(time.monotonic() + finish + _HOOKS, finish)
+        longest = finish + _HOOKS + (2 * finish if self.reboot else 0)  # it goes down, and its checks pass, in time
+        code, said = await self._ended(time.monotonic() + longest, finish)
         if code != 0:
             raise ActivationFailed(f"keeping it exited with status {code}:\n{said}", target=self.name)
         await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
@@ -153,6 +158,7 @@ class LockedActivator:
             finish=finish,
             confirm=confirm,
             has_hooks=facts.get("has_hooks"),
+            reboot=self.reboot,
         )
         await self._ask("confirm" if phase == "keep" else "arm", stdin=await signer.ask(asked))
 

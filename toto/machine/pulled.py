@@ -8,6 +8,7 @@ there, so that one which comes back later goes where the last word of toto's sen
 import logging
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -161,6 +162,7 @@ class PullActivator:
             finish=finish,
             confirm=confirm,
             has_hooks=heard.details.get("has_hooks") if heard else None,
+            reboot=self.machine.reboots(datetime.now()),
         )
         envelope = await signer.ask(asked)
         serial = Desired.read(unsealed(envelope)[0]).serial

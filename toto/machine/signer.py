@@ -68,6 +68,8 @@ class Request(BaseModel):
     prepare: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
     """the names of the machine's own hooks that are to run"""
+    reboot: bool = False
+    """whether a machine that is to keep a system with a different kernel reboots into it"""
 
     @classmethod
     def of(
@@ -81,6 +83,7 @@ class Request(BaseModel):
         finish: float,
         confirm: float,
         has_hooks: object,
+        reboot: bool = False,
     ) -> Self:
         """A request, with the hooks that a machine says it has; what it says of them otherwise counts as none."""
 
@@ -98,6 +101,7 @@ class Request(BaseModel):
             confirm=max(1, round(confirm)),
             prepare=named("prepare"),
             finish=named("finish"),
+            reboot=reboot,
         )
 
 
@@ -133,6 +137,7 @@ async def document(asked: Request, now: datetime) -> Desired:
             deadlines=Deadlines(activate=asked.activate, confirm=asked.confirm),
             hooks=Hooks(prepare=asked.prepare, finish=asked.finish),
             good=await _known(_good(entry), entry),
+            reboot="now" if asked.reboot and asked.phase == "keep" else "never",
         )
     except BadDocument as error:
         raise NotSigned(str(error), target=asked.machine) from None
