@@ -166,6 +166,8 @@ async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_wo
     documents.publish(served.repo, "web1", await signer.ask(served.request()))
     late = now + timedelta(days=5)
     assert await renewal.renew([served.repo], late) == [], "a run works on it"
+    with pytest.raises(NotSigned, match="run run-2 works on it"):
+        await signer.ask(served.request("back", resting=True))
     await served.book.write(WEB1, steps.good(deployed(served.new, "run-2"), "run-2"), "good")
     assert await renewal.renew([served.repo], now) == [], "it is not due"
     old = documents.published(place)
@@ -175,5 +177,7 @@ async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_wo
     before, made = (Desired.read(unsealed(each)[0]) for each in (old, fresh))
     assert (made.phase, made.system.path, made.activation) == ("back", served.new, before.activation)
     assert made.serial > before.serial and made.expires >= before.expires
+    documents.publish(served.repo, "web1", old)
+    assert documents.published(place) == fresh, "an older one does not take its place"
     (place / "document").write_bytes(b"{half")
     assert await renewal.renew([served.repo], late) == []

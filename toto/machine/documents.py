@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from flying_monkey import proof
+from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.report import BadReport, Report
 from flying_monkey.signature import MOST, NotGenuine, unsealed
 from toto.base import files, paths
@@ -51,9 +53,22 @@ def stamp() -> Path:
 
 
 def publish(repo: Path, machine: str, envelope: bytes) -> None:
-    """Have a machine fetch a signed document, in place of the one before."""
-    files.write_bytes(folder(repo, machine) / "document", envelope)
+    """Have a machine fetch a signed document, in place of the one before, unless that one is newer."""
+    place = folder(repo, machine)
+    with files.lock(place / "document.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _serial(published(place)) > _serial(envelope):
+            return
+        files.write_bytes(place / "document", envelope)
     files.write(stamp(), secrets.token_hex(8))
+
+
+def _serial(envelope: bytes | None) -> int:
+    """The serial of a document; 0 for none, and for what is no document."""
+    try:
+        return Desired.read(unsealed(envelope)[0]).serial if envelope else 0
+    except (NotGenuine, BadDocument):
+        return 0
 
 
 def published(place: Path) -> bytes | None:

@@ -75,4 +75,5 @@ def resting(repo: Path, old: Desired) -> signer.Request:
         activate=old.deadlines.activate,
         prepare=old.hooks.prepare,
         finish=old.hooks.finish,
+        resting=True,
     )

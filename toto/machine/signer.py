@@ -70,6 +70,8 @@ class Request(BaseModel):
     """the names of the machine's own hooks that are to run"""
     reboot: bool = False
     """whether a machine that is to keep a system with a different kernel reboots into it"""
+    resting: bool = False
+    """whether it is only to be signed while no run works on the machine"""
 
     @classmethod
     def of(
@@ -146,6 +148,8 @@ async def document(asked: Request, now: datetime) -> Desired:
 def _wanted(entry: Entry, asked: Request) -> str:
     """The store path that a document of this phase is about. Raises `NotSigned`."""
     intent = entry.intent
+    if intent is not None and asked.resting:
+        raise NotSigned(f"run {intent.run} works on it", target=asked.machine)
     if intent is None and asked.phase == "back" and entry.good is not None:
         return _good(entry)
     if intent is None:
