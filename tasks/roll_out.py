@@ -281,8 +281,11 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
         armed = intent.desired.run
-        await activator.take_charge(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
-        if (await activator.facts()).system != to.system and await nix.valid(to.system):
+        # (One that pulls goes back whenever it is told, also if it is away, and is told when it comes back.)
+        pulls = isinstance(activator, PullActivator)
+        if not pulls:
+            await activator.take_charge(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
+        if (pulls or (await activator.facts()).system != to.system) and await nix.valid(to.system):
             key = await _signing_key_now(reversal, machine)
             await _copy(to.system, activator, reversal.repo, key, timeout=settings.activation_timeout)
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")

@@ -21,6 +21,7 @@ from toto.base import process
 from toto.base.errors import TotoError
 from toto.machine import activation, signer
 from toto.machine.activation import ActivationFailed, LockedOut, MachineState, NotWhatItShouldBe, Prove, Verb, WentBack
+from toto.machine.by_document import HINTS, ByDocument
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 
 USER: Final = "toto"  # whose login shell the gate is
@@ -35,7 +36,7 @@ class NoGate(ActivationFailed):
 
 
 @dataclass
-class LockedActivator:
+class LockedActivator(ByDocument):
     """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
 
     With `reboot` a system with a different kernel is rebooted into when it is kept.
@@ -52,9 +53,6 @@ class LockedActivator:
     @property
     def name(self) -> str:
         return self.connection.target.name
-
-    async def prepare(self) -> None:
-        """Nothing: what obeys is the machine's own."""
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs and boots, by its helper's account."""
@@ -102,10 +100,6 @@ class LockedActivator:
             raise ActivationFailed(f"keeping it exited with status {code}:\n{said}", target=self.name)
         await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
 
-    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
-        """Check that the machine runs `path`; with `profile`, that it boots it next."""
-        activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
-
     async def take_charge(self, run: str, *, patience: float) -> None:
         """Wait until nothing that was begun on the machine goes on; its watchdog needs no word, a new document does."""
         deadline = time.monotonic() + patience
@@ -114,18 +108,6 @@ class LockedActivator:
                 raise ActivationFailed(
                     "an earlier activation has not ended", target=self.name, hint=f"ssh {USER}@{self.name} log"
                 )
-
-    async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
-        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done."""
-        if to.profile and to.profile != to.system:
-            await self._back("test", finish)
-            if boot or (await self.facts()).profile != to.profile:
-                await self._back("boot", finish)
-        else:
-            await self._back("switch" if to.profile else "test", finish)
-        await self.check(to.system)
-        if to.profile:
-            await self.check(to.profile, profile=True, running=False)
 
     async def needs_reboot(self) -> bool:
         """Whether its next boot begins with a different kernel, initrd or set of modules."""
@@ -251,15 +233,9 @@ class LockedActivator:
             )
         if "error" in found and command in ("arm", "confirm"):
             raise ActivationFailed(
-                f"refuses the document: {found['error']}", target=self.name, hint=_HINTS.get(str(found.get("kind")))
+                f"refuses the document: {found['error']}", target=self.name, hint=HINTS.get(str(found.get("kind")))
             )
         return found
-
-
-_HINTS: Final = {
-    "NotGenuine": "its services.flying-monkey.signers must name toto's signer: toto key --signer",
-    "Lost": "look at /var/lib/flying-monkey on the machine",
-}
 
 
 def answer_of(done: process.Completed) -> dict[str, Any] | None:

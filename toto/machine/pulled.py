@@ -24,6 +24,7 @@ from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
 from toto.machine import activation, documents, grants, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
+from toto.machine.by_document import HINTS, ByDocument
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
 from toto.nix import commands as nix
@@ -44,7 +45,7 @@ class NotHeardFrom(Unreachable):
 
 
 @dataclass
-class PullActivator:
+class PullActivator(ByDocument):
     """A machine that pulls, for one run of a repo. `ip` is where its address has been found to be.
 
     What it may fetch is signed by the secret `key`. `patience` is how many seconds it may say nothing, before it has
@@ -63,9 +64,6 @@ class PullActivator:
     @property
     def name(self) -> str:
         return self.machine.name
-
-    async def prepare(self) -> None:
-        """Nothing: what obeys is the machine's own."""
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs and boots, by its newest report of this run, or by one that it is asked for.
@@ -100,10 +98,6 @@ class PullActivator:
         self._expect(await self._have_done("keep", finish, 0), "keeping it")
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
-    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
-        """Check that the machine runs `path`; with `profile`, that it boots it next. `fresh` is as in `facts`."""
-        activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
-
     async def take_charge(self, run: str, *, patience: float) -> None:
         """Wait until nothing that was begun on the machine goes on; its watchdog needs no word, a new document does."""
         deadline = time.monotonic() + patience
@@ -115,21 +109,6 @@ class PullActivator:
                     hint="on the machine: journalctl -u flying-monkey",
                 )
             await anyio.sleep(1)
-
-    async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
-        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done.
-
-        What says so stays published when the machine does not answer: it obeys when it comes back.
-        """
-        if to.profile and to.profile != to.system:
-            await self._back("test", finish)
-            if boot or (await self.facts()).profile != to.profile:
-                await self._back("boot", finish)
-        else:
-            await self._back("switch" if to.profile else "test", finish)
-        await self.check(to.system)
-        if to.profile:
-            await self.check(to.profile, profile=True, running=False)
 
     async def needs_reboot(self) -> bool:
         """Whether its next boot begins with a different kernel, initrd or set of modules."""
@@ -203,7 +182,7 @@ class PullActivator:
             raise WentBack(f"went back by itself:\n{said}", target=self.name)
         if report.kind:
             raise ActivationFailed(
-                f"{what}: {report.error}", target=self.name, hint=_HINTS.get(report.kind, "see its journal")
+                f"{what}: {report.error}", target=self.name, hint=HINTS.get(report.kind, "see its journal")
             )
         if int(code or 0) not in (0, also):
             raise ActivationFailed(f"{what} exited with status {code}:\n{said}", target=self.name)
@@ -254,12 +233,6 @@ class PullActivator:
     @property
     def _target(self) -> Target:
         return Target(HOST, self.name)
-
-
-_HINTS: Final = {
-    "NotGenuine": "its services.flying-monkey.signers must name toto's signer: toto key --signer",
-    "Lost": "look at /var/lib/flying-monkey on the machine",
-}
 
 
 def _state(report: Report) -> MachineState:

@@ -1,0 +1,49 @@
+"""What is the same on all machines that do what signed documents say, whichever way they get them."""
+
+import abc
+from typing import Final
+
+from toto.machine import activation
+from toto.machine.activation import MachineState, Verb
+
+# What a refusal of the machine's helper calls for, by its kind.
+HINTS: Final = {
+    "NotGenuine": "its services.flying-monkey.signers must name toto's signer: see `toto machine setup`",
+    "Lost": "look at /var/lib/flying-monkey on the machine",
+}
+
+
+class ByDocument(abc.ABC):
+    """A part of an `Activator`: what follows from the machine's facts, and from having it go back."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The machine's name."""
+
+    @abc.abstractmethod
+    async def facts(self, *, fresh: bool = False) -> MachineState:
+        """What the machine runs, and what it boots next."""
+
+    @abc.abstractmethod
+    async def _back(self, verb: Verb, finish: float) -> None:
+        """Have it go back, by a document that ends with `verb`."""
+
+    async def prepare(self) -> None:  # noqa: B027
+        """Nothing: what obeys is the machine's own."""
+
+    async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
+        """Check that the machine runs `path`; with `profile`, that it boots it next. `fresh` is as in `facts`."""
+        activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
+
+    async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
+        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done."""
+        if to.profile and to.profile != to.system:
+            await self._back("test", finish)
+            if boot or (await self.facts()).profile != to.profile:
+                await self._back("boot", finish)
+        else:
+            await self._back("switch" if to.profile else "test", finish)
+        await self.check(to.system)
+        if to.profile:
+            await self.check(to.profile, profile=True, running=False)
