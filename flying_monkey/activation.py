@@ -68,6 +68,13 @@ def back(name: str) -> None:
     _script("back", name)
 
 
+def back_all() -> None:
+    """The same for every activation that is not decided, whoever began it: each holds up the next."""
+    for file in STATE.glob("*/begun"):
+        if not is_decided(file.parent.name):
+            back(file.parent.name)
+
+
 def confirm(name: str) -> bool:
     """Stop the watchdog of an activation; False when it has gone back. Raises `NotReady`."""
     return _script("confirm", name).strip() == "confirmed"

@@ -263,7 +263,8 @@ class Agent:
         try:
             report = Report(**made, details=details)
         except BadReport as wrong:
-            report = Report(**made | {"error": f"{wrong}"[:_ERROR]})
+            known = {key: details[key] for key in ("has_hooks",) if key in details}
+            report = Report(**made | {"error": f"{wrong}"[:_ERROR]}, details=known)
         self.outbox.add(report, self.toto.key or ask.host_keys(self.configuration)[0])
 
     def _refuse(self, serial: int, phase: str, error: Exception) -> None:

@@ -109,6 +109,8 @@ class Desired:
     hooks: Hooks = field(default_factory=Hooks)
     good: System | None = None
     reboot: Reboot = "never"
+    resting: bool = False
+    """whether it is for between two updates: a machine that kept this system last does nothing, whatever it runs"""
 
     def __post_init__(self) -> None:
         _matches("repo", self.repo, _NAME)
@@ -116,6 +118,8 @@ class Desired:
         _among("phase", self.phase, get_args(Phase))
         _among("activation", self.activation, get_args(Activation))
         _among("reboot", self.reboot, get_args(Reboot))
+        if type(self.resting) is not bool:
+            raise BadDocument("resting: not true or false")
         for name, value in (("issued", self.issued), ("expires", self.expires)):
             if value.tzinfo != UTC or value.microsecond:
                 raise BadDocument(f"{name}: not a time in UTC, in whole seconds")
@@ -131,7 +135,7 @@ class Desired:
             found = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise BadDocument(f"it is not JSON: {error}") from None
-        found = _fields("the document", found, required=_REQUIRED, optional=("good", "reboot"))
+        found = _fields("the document", found, required=_REQUIRED, optional=("good", "reboot", "resting"))
         if found["version"] != VERSION:
             raise BadDocument(f"version: this agent reads version {VERSION}")
         good = found.get("good")
@@ -148,6 +152,7 @@ class Desired:
             hooks=Hooks(**_fields("hooks", found["hooks"], _names(Hooks))),
             good=None if good is None else System(**_fields("good", good, _names(System))),
             reboot=found.get("reboot", "never"),
+            resting=found.get("resting", False),
         )
 
     def write(self) -> bytes:
@@ -158,6 +163,8 @@ class Desired:
         fields = asdict(self)
         if self.reboot == "never":
             del fields["reboot"]
+        if not self.resting:
+            del fields["resting"]
         times = {"issued": self.issued.strftime(_TIME), "expires": self.expires.strftime(_TIME)}
         return (
             json.dumps(

@@ -29,6 +29,7 @@ from flying_monkey.memory import Lost, Memory, Refused
 MOST: Final = 300_000  # bytes of a request
 _WAIT: Final = 60  # seconds that a status may wait
 _TICK: Final = 0.2  # seconds between two looks
+_UNITS: Final = 50  # that are told
 _AGAIN: Final = 3.0  # seconds between two looks at whether anybody is at it
 _PHASES: Final[dict[str, tuple[Phase, ...]]] = {"arm": ("try", "back"), "confirm": ("keep",)}
 
@@ -113,6 +114,7 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "system": machine.running(),
         "nar_hash": machine.nar_hash(machine.running()),
         "profile": machine.boots(),
+        "profile_hash": machine.nar_hash(machine.boots()),
         "boot": machine.boot(),
         "serial": memory.serial,
         "issued": memory.issued,
@@ -160,7 +162,7 @@ def _state(memory: Memory) -> str:
 def _condition(memory: Memory) -> Answer:
     """What the operator should know of a machine, whatever is done with it."""
     return {
-        "failed_units": list(activation.broken()),
+        "failed_units": list(activation.broken())[:_UNITS],
         "reboot_needed": health.reboot_needed(),
         "drift": health.drift(memory),
         "has_hooks": {each: hooks.names(f"{each}.d") for each in ("prepare", "finish")},

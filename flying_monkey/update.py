@@ -110,9 +110,12 @@ def _accepted(file: Path, before: Memory, memory: Memory, document: Desired) -> 
 
 
 def _is_kept(before: Memory, document: Desired) -> bool:
-    """Whether the system of a document was kept last, all of it done, and is what the machine runs and boots."""
+    """Whether the system of a document was kept last, all of it done, and is what the machine runs and boots.
+
+    Between two updates that is enough which was kept last: what somebody has changed since by hand is theirs.
+    """
     path, activated = document.system.path, document.activation
-    return (
+    return (before.kept == path and document.resting) or (
         before.kept == path
         and before.state in ("done 0", "back 0")
         and (activated == "boot" or machine.running() == path)
@@ -303,8 +306,11 @@ class Update:
         self._finish("done 0", "kept")
 
     def _over(self, why: str) -> None:
-        """What was tried is over: go back from as far as it came."""
+        """What was tried is over: go back from as far as it came, unless root has said that it stays."""
         name, status = self.memory.activation, 0
+        if activation.is_confirmed(name):
+            self._tell(error=why, kept=self.document.system.path)
+            return self._finish("done 0", "kept")
         with contextlib.suppress(NotReady):
             activation.back(name)
         self._tell(step="back", state="running", error=why)
@@ -341,7 +347,7 @@ class Update:
         if self.memory.step == "accepted":
             tried = self.memory.activation
             with contextlib.suppress(NotReady):
-                activation.back(tried)
+                activation.back_all()
             self._write(activation.log(tried))
             step: Step = "back" if self.memory.prepared else "prepared"
             self._insist(step=step, prepared=True, owed=_owed(self.memory, self.document), activation="")

@@ -211,6 +211,10 @@ in
         Restart = "always";
         RestartSec = 5;
         KillMode = "mixed";
+        # (Updates have units of their own.)
+        MemoryMax = "1G";
+        TasksMax = 256;
+        OOMPolicy = "continue";
         RuntimeDirectory = "flying-monkey";
         RuntimeDirectoryMode = "0700";
       };

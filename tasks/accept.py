@@ -6,6 +6,7 @@ later runs go on from it.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -24,7 +25,8 @@ from toto.infra_repo.settings import Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Accepted, Deployed, Entry, Ledger, TargetBusy
 from toto.ledger.target import HOST, Target
-from toto.machine import owners
+from toto.machine import owners, renewal
+from toto.machine.pulled import PullActivator
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost
 from toto.plan.kind import Source
@@ -103,6 +105,7 @@ async def accept(repo: Path, run: str, target: Target, read: Reader, *, why: str
         f"{target.label}: {present.words}, accepted by {by}: {why}",
     )
     get_run_logger().warning("%s: %s; accepted by %s: %s", target.label, present.words, by, why)
+    await renewal.renew([repo], datetime.now(UTC))  # a document that was to lead elsewhere gives way to this
     return present.words
 
 
@@ -122,8 +125,9 @@ async def host(asked: Asked) -> Present:
             await activator.take_charge(
                 intent.desired.run, patience=rules.activation_timeout * 2 + rules.confirm_timeout
             )
-        facts = await activator.facts()
-        await activator.clean_up()
+        facts = await activator.facts(fresh=True)
+        if not isinstance(activator, PullActivator):  # (It would be told to go back: see `renewal` below.)
+            await activator.clean_up()
     words = f"it runs {facts.system}"
     if facts.profile and facts.profile != facts.system:
         words += f" and boots {facts.profile} next"

@@ -24,7 +24,8 @@ from toto.ledger.ledger import Deployed, Intent, Ledger
 from toto.ledger.target import Target
 from toto.machine import access, keys, owners, ssh, way_in
 from toto.machine.access import Moving, OverSsh
-from toto.machine.activation import Activator, MachineState, SudoActivator, Verb
+from toto.machine.activation import Activator, MachineState, SudoActivator, Verb, WayChanged
+from toto.machine.by_document import ByDocument
 from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
@@ -259,12 +260,15 @@ async def revert(reversal: Reversal) -> str:
     deadline = time.monotonic() + reversal.patience
     while True:
         try:
-            await _go_back(reversal, machine, intent, to)
+            await _go_back(reversal, machine, intent, to, is_good=good is not None and to.system == good.path)
             break
-        except ssh.Unreachable:
+        except (ssh.Unreachable, WayChanged) as error:
             if time.monotonic() > deadline:
                 raise
-            get_run_logger().warning("does not answer yet; it reverts itself when toto does not confirm")
+            if isinstance(error, WayChanged):
+                get_run_logger().warning("%s; going on by that", error.message)
+            else:
+                get_run_logger().warning("does not answer yet; it reverts itself when toto does not confirm")
             await anyio.sleep(2)
     if good is not None:
         try:
@@ -275,17 +279,18 @@ async def revert(reversal: Reversal) -> str:
     return to.system
 
 
-async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState) -> None:
+async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState, *, is_good: bool) -> None:
+    """Once. Only its last good is copied: what ran before toto is there, and its path is the machine's own account."""
     settings = reversal.settings.roll_out
     async with connect(machine, reversal.repo, reversal.run, reversal.settings) as activator:
         await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
         armed = intent.desired.run
-        # (One that pulls goes back whenever it is told, also if it is away, and is told when it comes back.)
-        pulls = isinstance(activator, PullActivator)
-        if not pulls:
+        # (By document a machine goes back whenever it is told; one that pulls also later, if it is away.)
+        if not isinstance(activator, ByDocument):
             await activator.take_charge(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
-        if (pulls or (await activator.facts()).system != to.system) and await nix.valid(to.system):
+        copied = isinstance(activator, PullActivator) or (await activator.facts()).system != to.system
+        if copied and is_good and await nix.valid(to.system):
             key = await _signing_key_now(reversal, machine)
             await _copy(to.system, activator, reversal.repo, key, timeout=settings.activation_timeout)
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")

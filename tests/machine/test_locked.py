@@ -114,7 +114,6 @@ class World:
 
     async def revert(self, activator: OverSsh, to: MachineState) -> None:
         await activator.prepare()
-        await activator.take_charge(self.run, patience=300)
         await activator.revert(to, finish=120, boot=True)
 
     async def activations(self) -> list[str]:

@@ -130,7 +130,6 @@ async def test_a_roll_out_that_fails_its_tests_is_reverted(run: Run) -> None:
     async with run.web1.running():
         await run.activator.copy(run.new, timeout=60)
         await run.try_it()
-        await run.activator.take_charge("run-2", patience=30)
         await run.activator.revert(run.before, finish=60, boot=True)
         assert await run.activator.facts(fresh=True) == run.before
     assert run.web1.activations() == [f"try {run.new}", f"back {run.good}"]

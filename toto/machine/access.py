@@ -63,8 +63,18 @@ class Moving:
         await self.old.prepare()
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
-        """What the machine runs and boots."""
-        return await self._now.facts(fresh=fresh)
+        """What the machine runs and boots; before it has moved to documents, with the hashes that these need."""
+        found = await self._now.facts(fresh=fresh)
+        if self.new is not None or isinstance(self.old, LockedActivator):
+            return found
+        hashes = {"nar_hash": await self._hash(found.system), "profile_hash": await self._hash(found.profile)}
+        return found.model_copy(update=hashes)
+
+    async def _hash(self, path: str) -> str:
+        if not path:
+            return ""
+        asked = ["nix-store", "--query", "--hash", path]
+        return (await self.connection.run(asked, check=False, timeout=_PROBE)).stdout.strip()
 
     async def copy(
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
@@ -126,6 +136,10 @@ async def over_ssh(
             entered = ssh.connection(replace(target, user=user), folder / (place or access))
             connection = await stack.enter_async_context(entered)
             answer = answer_of(await connection.run(["facts"], check=False, timeout=_PROBE))
+            if answer is None and access == "sudo" and user not in ("root", USER):
+                sudo = await connection.run(["sudo", "-n", "true"], check=False, timeout=_PROBE)
+                if sudo.status != 0:
+                    raise AuthenticationFailed(f"{user} may not become root: {sudo.stderr.strip()}", target=target.name)
             return "sudo" if answer is None else "locked", connection
 
         def activator(access: Access, connection: Connection) -> SudoActivator | LockedActivator:

@@ -78,6 +78,10 @@ class WentBack(TotoError):
     """The machine reverted by itself: toto did not connect in time after an activation, or the machine rebooted."""
 
 
+class WayChanged(ActivationFailed):
+    """The machine answers as the other way in does (see `toto.machine.access`): connect anew, by that one."""
+
+
 class LockedOut(WentBack):
     """The activation shut toto out: no new connection was let in, so it was reverted over the old one."""
 
@@ -89,12 +93,13 @@ class NotWhatItShouldBe(TotoError):
 class MachineState(Before):
     """What a machine runs, and what it boots next: store paths, or "" for none.
 
-    `nar_hash` is that of what it runs, by its own account, where it gives one.
+    `nar_hash` and `profile_hash` are those of the two, by its own account, where it gives them.
     """
 
     system: str = ""
     profile: str = ""
     nar_hash: str = ""
+    profile_hash: str = ""
 
 
 def compare(facts: MachineState, path: str, *, profile: bool, running: bool, target: str) -> None:
@@ -526,6 +531,8 @@ class SudoActivator:
                 target=name,
                 hint="find out why; to deploy it, push again, or retry the run",
             )
+        if said[-1].startswith("flying-monkey:"):
+            return WayChanged(f"a gate answers now: {said[-1]}", target=name)
         if said[-1].startswith("sudo:"):
             return ActivationFailed(
                 f"{self.connection.target.user} may not become root: {said[-1]}",

@@ -5,6 +5,7 @@ from typing import Final
 
 from toto.machine import activation
 from toto.machine.activation import MachineState, Verb
+from toto.machine.ssh import Unreachable
 
 # What a refusal of the machine's helper calls for, by its kind.
 HINTS: Final = {
@@ -25,9 +26,14 @@ class ByDocument(abc.ABC):
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs, and what it boots next."""
 
+    @property
     @abc.abstractmethod
-    async def _back(self, verb: Verb, finish: float) -> None:
-        """Have it go back, by a document that ends with `verb`."""
+    def ends_with(self) -> Verb:
+        """What a roll-out ends with on it."""
+
+    @abc.abstractmethod
+    async def _back(self, verb: Verb, path: str, finish: float) -> None:
+        """Have it go back to `path`, by a document that ends with `verb`."""
 
     async def prepare(self) -> None:  # noqa: B027
         """Nothing: what obeys is the machine's own."""
@@ -37,13 +43,26 @@ class ByDocument(abc.ABC):
         activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
 
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
-        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done."""
-        if to.profile and to.profile != to.system:
-            await self._back("test", finish)
-            if boot or (await self.facts()).profile != to.profile:
-                await self._back("boot", finish)
+        """Have the machine go back to `to`, also when it has gone back by itself: its boot default may be half done.
+
+        What a roll-out does not touch is left alone. A machine that does not answer is told all the same, if it can be.
+        """
+        try:
+            facts = await self.facts()
+        except Unreachable:
+            facts = None
+        if facts is None:
+            runs, boots = self.ends_with != "boot", self.ends_with != "test"
         else:
-            await self._back("switch" if to.profile else "test", finish)
+            runs, boots = facts.system != to.system, facts.profile != to.profile
+        boots = bool(to.profile) and (boots or (boot and self.ends_with != "test"))
+        if to.profile == to.system and self.ends_with == "switch":
+            await self._back("switch", to.system, finish)
+        else:
+            if runs:
+                await self._back("test", to.system, finish)
+            if boots:
+                await self._back("boot", to.profile, finish)
         await self.check(to.system)
         if to.profile:
             await self.check(to.profile, profile=True, running=False)

@@ -11,6 +11,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -57,10 +58,19 @@ def publish(repo: Path, machine: str, envelope: bytes) -> None:
     place = folder(repo, machine)
     with files.lock(place / "document.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _serial(published(place)) > _serial(envelope):
+        # (A serial that toto never gave was put there by somebody else.)
+        if _serial(envelope) < _serial(published(place)) <= _given(repo, machine):
             return
         files.write_bytes(place / "document", envelope)
     files.write(stamp(), secrets.token_hex(8))
+
+
+def _given(repo: Path, machine: str) -> int:
+    """The newest serial that the signer gave a machine, as `toto.machine.signer` keeps it."""
+    try:
+        return int(json.loads((paths.repo_state(repo) / "serials.json").read_text()).get(machine, 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
 
 
 def _serial(envelope: bytes | None) -> int:
@@ -170,18 +180,19 @@ class Reports:
         for number in numbers(place):
             if number <= self._seen:
                 continue
-            self._seen = number
+            file = place / "reports" / f"{number:016d}.json"
             try:
-                envelope = (place / "reports" / f"{number:016d}.json").read_bytes()
+                envelope = file.read_bytes()
                 report = verified(envelope, name_of(self.repo), self.machine, self.host_keys)
+                if report.number != number:
+                    raise NotVerified("it has a different number than its file")
             except FileNotFoundError:  # newer ones took its place
                 continue
             except NotVerified as error:
-                log.warning("%s: a report that is not the machine's: %s", self.machine, error)
+                log.warning("%s: a report that is not the machine's is removed: %s", self.machine, error)
+                file.unlink(missing_ok=True)
                 continue
-            if report.number != number:
-                log.warning("%s: a report with a different number than its file's", self.machine)
-                continue
+            self._seen = number
             found.append(report)
         if found:
             self.newest = found[-1]

@@ -20,7 +20,16 @@ from flying_monkey.desired import Phase
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.machine import activation, signer
-from toto.machine.activation import ActivationFailed, LockedOut, MachineState, NotWhatItShouldBe, Prove, Verb, WentBack
+from toto.machine.activation import (
+    ActivationFailed,
+    LockedOut,
+    MachineState,
+    NotWhatItShouldBe,
+    Prove,
+    Verb,
+    WayChanged,
+    WentBack,
+)
 from toto.machine.by_document import HINTS, ByDocument
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 
@@ -29,10 +38,6 @@ _WAIT: Final = 20  # seconds that a machine is asked to wait for a change
 _GRACE: Final = 60.0  # seconds for an answer
 _HOOKS: Final = 660.0  # seconds that an update may take besides its activation: hooks have ten minutes
 _RESTART: Final = 20.0  # seconds that sshd and the network may take to be there again
-
-
-class NoGate(ActivationFailed):
-    """What answers on the machine is no gate."""
 
 
 @dataclass
@@ -60,7 +65,8 @@ class LockedActivator(ByDocument):
         system, profile = found.get("system"), found.get("profile")
         if not (isinstance(system, str) and isinstance(profile, str) and system.startswith("/nix/store/")):
             raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.name)
-        return MachineState(system=system, profile=profile, nar_hash=str(found.get("nar_hash", "")))
+        hashes = {name: str(found.get(name, "")) for name in ("nar_hash", "profile_hash")}
+        return MachineState(system=system, profile=profile, **hashes)
 
     async def copy(
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
@@ -81,7 +87,7 @@ class LockedActivator(ByDocument):
         deadline = time.monotonic() + finish + _HOOKS
         try:
             code, said = await self._ended(deadline, finish, fresh=prove is None)
-        except NoGate:  # the new configuration has none, and the new way in tells what became of the machine
+        except WayChanged:  # the new configuration has none, and the new way in tells what became of the machine
             if prove is None:
                 raise
             code, said = 0, ""
@@ -101,9 +107,9 @@ class LockedActivator(ByDocument):
         await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
 
     async def take_charge(self, run: str, *, patience: float) -> None:
-        """Wait until nothing that was begun on the machine goes on; its watchdog needs no word, a new document does."""
+        """Wait until nothing that was begun on the machine goes on, and nothing that is tried may yet go back."""
         deadline = time.monotonic() + patience
-        while (await self._status(_WAIT))[0] == "running":
+        while (await self._ask(f"status {_WAIT}")).get("step", "finished") != "finished":
             if time.monotonic() > deadline:
                 raise ActivationFailed(
                     "an earlier activation has not ended", target=self.name, hint=f"ssh {USER}@{self.name} log"
@@ -121,13 +127,19 @@ class LockedActivator(ByDocument):
         words = ["/bin/sh", "-c", *words] if len(words) == 1 else list(words)
         return f"test {base64.urlsafe_b64encode(json.dumps(words).encode()).decode()}"
 
-    async def _back(self, verb: Verb, finish: float) -> None:
-        await self._hand_over("back", finish, 0, verb)
+    @property
+    def ends_with(self) -> Verb:
+        return self.activation
+
+    async def _back(self, verb: Verb, path: str, finish: float) -> None:
+        await self._hand_over("back", finish, 0, verb, path)
         code, said = await self._ended(time.monotonic() + 2 * finish + _HOOKS, finish)
         if code not in (0, activation.UNITS_FAILED):
             raise ActivationFailed(f"going back exited with status {code}:\n{said}", target=self.name)
 
-    async def _hand_over(self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None) -> None:
+    async def _hand_over(
+        self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None, path: str = ""
+    ) -> None:
         """Ask the signer for a document, and hand it over."""
         facts = await self._facts()
         serial = facts.get("serial")
@@ -141,6 +153,7 @@ class LockedActivator(ByDocument):
             confirm=confirm,
             has_hooks=facts.get("has_hooks"),
             reboot=self.reboot,
+            path=path,
         )
         await self._ask("confirm" if phase == "keep" else "arm", stdin=await signer.ask(asked))
 
@@ -226,7 +239,7 @@ class LockedActivator(ByDocument):
         )
         if (found := answer_of(done)) is None:
             said = process.tail(done.stderr) or process.tail(done.stdout) or f"status {done.status}"
-            raise NoGate(
+            raise WayChanged(
                 f"its flying-monkey has no answer to `{command}`:\n{said}",
                 target=self.name,
                 hint="is services.flying-monkey enabled on it?",

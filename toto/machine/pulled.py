@@ -99,9 +99,9 @@ class PullActivator(ByDocument):
         await self.check(path, profile=verb != "test", running=verb != "boot")
 
     async def take_charge(self, run: str, *, patience: float) -> None:
-        """Wait until nothing that was begun on the machine goes on; its watchdog needs no word, a new document does."""
+        """Wait until nothing that was begun on the machine goes on, and nothing that is tried may yet go back."""
         deadline = time.monotonic() + patience
-        while (await self._asked()).state == "running":
+        while (await self._asked()).step != "finished":
             if time.monotonic() > deadline:
                 raise ActivationFailed(
                     "an earlier activation has not ended",
@@ -124,11 +124,17 @@ class PullActivator(ByDocument):
             old = Desired.read(unsealed(envelope)[0])
             documents.publish(self.repo, self.name, await signer.ask(renewal.resting(self.repo, old)))
 
-    async def _back(self, verb: Verb, finish: float) -> None:
-        report = await self._have_done("back", finish, 0, verb)
+    @property
+    def ends_with(self) -> Verb:
+        return self.machine.activation
+
+    async def _back(self, verb: Verb, path: str, finish: float) -> None:
+        report = await self._have_done("back", finish, 0, verb, path)
         self._expect(report, "going back", also=activation.UNITS_FAILED)
 
-    async def _have_done(self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None) -> Report:
+    async def _have_done(
+        self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None, path: str = ""
+    ) -> Report:
         """Publish a document, and wait until the machine has done what it says, or cannot. Raises `Unreachable`."""
         reports = self._read()
         heard = self._heard or reports.newest
@@ -142,6 +148,7 @@ class PullActivator(ByDocument):
             confirm=confirm,
             has_hooks=heard.details.get("has_hooks") if heard else None,
             reboot=self.machine.reboots(datetime.now()),
+            path=path,
         )
         envelope = await signer.ask(asked)
         serial = Desired.read(unsealed(envelope)[0]).serial

@@ -1,7 +1,8 @@
 """Documents of machines that pull are renewed before they expire, so that one which asks anew finds its last good.
 
-A renewed document says "back to the last good": a machine that is there does nothing, and one that was installed anew,
-or was away for long, goes there. While a run works on a machine, its document is the run's.
+A renewed document says "back to the last good, if that is not what you kept last": so it changes nothing that a person
+has changed by hand since, and a machine that was installed anew, or was away for long, goes there. While a run works on
+a machine, its document is the run's.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ async def keep_up(repos: Path) -> None:
 
 
 async def renew(repos: Iterable[Path], now: datetime) -> list[str]:
-    """Renew the documents that expire within half of their time; the names of their machines."""
+    """Renew the documents that expire within half of their time, or lead away from the last good; whose they are."""
     done = []
     for repo in repos:
         try:
@@ -46,19 +47,19 @@ async def renew(repos: Iterable[Path], now: datetime) -> list[str]:
             if entry is None or entry.good is None or entry.intent is not None:
                 continue
             try:
-                if await _renewed(repo, folder, now):
+                if await _renewed(repo, folder, getattr(entry.good, "path", None), now):
                     done.append(folder.name)
             except (TotoError, NotGenuine, BadDocument, OSError) as error:
                 log.warning("%s: its document cannot be renewed: %s", folder.name, error)
     return done
 
 
-async def _renewed(repo: Path, folder: Path, now: datetime) -> bool:
+async def _renewed(repo: Path, folder: Path, good: str | None, now: datetime) -> bool:
     """Renew a machine's document if it is due; whether it was. Raises `NotSigned`, `NotGenuine`, `BadDocument`."""
     if (envelope := documents.published(folder)) is None:
         return False
     old = Desired.read(unsealed(envelope)[0])
-    if old.expires - now > signer.VALID / 2:
+    if old.expires - now > signer.VALID / 2 and old.system.path == good:
         return False
     documents.publish(repo, folder.name, await signer.ask(resting(repo, old)))
     return True

@@ -44,6 +44,7 @@ _AHEAD: Final = (
     10 * 366 * 86_400
 )  # seconds that a machine's serial may be ahead of the clock: more is a machine that lies
 _LONGEST: Final = 65_536  # bytes of a request
+_HOOKS: Final = 64  # that a document names of a kind
 _PATIENCE: Final = 60.0  # seconds for an answer
 
 
@@ -70,6 +71,8 @@ class Request(BaseModel):
     """the names of the machine's own hooks that are to run"""
     reboot: bool = False
     """whether a machine that is to keep a system with a different kernel reboots into it"""
+    path: str = ""
+    """what to go back to, when it is not simply the last good: one of what the ledger has for the machine"""
     resting: bool = False
     """whether it is only to be signed while no run works on the machine"""
 
@@ -86,12 +89,13 @@ class Request(BaseModel):
         confirm: float,
         has_hooks: object,
         reboot: bool = False,
+        path: str = "",
     ) -> Self:
         """A request, with the hooks that a machine says it has; what it says of them otherwise counts as none."""
 
         def named(when: str) -> tuple[str, ...]:
             found = has_hooks.get(when) if isinstance(has_hooks, Mapping) else None
-            return tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
+            return tuple(filter(_is_hook, found))[:_HOOKS] if isinstance(found, list) else ()
 
         return cls(
             repo=str(repo),
@@ -104,6 +108,7 @@ class Request(BaseModel):
             prepare=named("prepare"),
             finish=named("finish"),
             reboot=reboot,
+            path=path,
         )
 
 
@@ -115,6 +120,7 @@ class _Systems(Before):
     system: str = ""
     profile: str = ""
     nar_hash: str = ""
+    profile_hash: str = ""
 
 
 async def document(asked: Request, now: datetime) -> Desired:
@@ -140,6 +146,7 @@ async def document(asked: Request, now: datetime) -> Desired:
             hooks=Hooks(prepare=asked.prepare, finish=asked.finish),
             good=await _known(_good(entry), entry),
             reboot="now" if asked.reboot and asked.phase == "keep" else "never",
+            resting=asked.resting,
         )
     except BadDocument as error:
         raise NotSigned(str(error), target=asked.machine) from None
@@ -156,7 +163,9 @@ def _wanted(entry: Entry, asked: Request) -> str:
         raise NotSigned("no run is deploying it", target=asked.machine)
     if asked.phase == "back":
         before = _Systems.of(intent.before)
-        return before.profile if entry.good is None and asked.activation == "boot" else _good(entry)
+        if asked.path not in ("", _good(entry), before.system, before.profile):
+            raise NotSigned(f"it has never been {asked.path}, by the ledger", target=asked.machine)
+        return asked.path or _good(entry)
     if intent.step != (wanted := (TRY if asked.phase == "try" else KEEP)[asked.activation]):
         raise NotSigned(f"its roll-out is at `{intent.step}`, not at `{wanted}`", target=asked.machine)
     return _Path.of(intent.desired).path
@@ -181,8 +190,18 @@ async def _known(path: str, entry: Entry) -> System | None:
         return None
     with contextlib.suppress(process.CommandFailed):
         return System(path, await nix.nar_hash(path))
-    before = None if entry.intent is None else _Systems.of(entry.intent.before)
-    return System(path, before.nar_hash) if before and before.nar_hash and before.system == path else None
+    before = _Systems() if entry.intent is None else _Systems.of(entry.intent.before)
+    told = {before.profile: before.profile_hash, before.system: before.nar_hash}
+    return System(path, told[path]) if told.get(path) else None
+
+
+def _is_hook(name: object) -> bool:
+    """Whether a document may name it: a machine's other files in those folders are left out."""
+    try:
+        Hooks(prepare=(name,))  # type: ignore[arg-type]
+    except BadDocument:
+        return False
+    return True
 
 
 def _serial(repo: Path, asked: Request, now: datetime) -> int:
