@@ -159,6 +159,15 @@ async def test_a_signer_that_is_not_there_is_said(world: World) -> None:
     assert caught.value.hint == "does `toto serve` run?"
 
 
+async def test_a_long_path_of_the_state_is_no_trouble(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / ("long" * 30)))
+    async with signer.serving():
+        with pytest.raises(NotSigned, match="is not a machine of infra"):
+            await signer.ask(world.request())
+
+
 async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_works_on_the_machine(
     served: World,
 ) -> None:

@@ -15,7 +15,8 @@ import contextlib
 import fcntl
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
@@ -244,11 +245,22 @@ def socket() -> Path:
     return paths.state_home() / "signer" / "socket"
 
 
+@contextlib.contextmanager
+def _short(place: Path) -> Iterator[str]:
+    """A name of a socket that the kernel takes: the path of one may have 107 bytes."""
+    folder = os.open(place.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{place.name}"
+    finally:
+        os.close(folder)
+
+
 async def ask(asked: Request) -> bytes:
     """A signed document. Raises `NotSigned` when the signer refuses, or does not answer."""
     try:
         async with asyncio.timeout(_PATIENCE):
-            reader, writer = await asyncio.open_unix_connection(str(socket()), limit=_LONGEST * 8)
+            with _short(socket()) as place:
+                reader, writer = await asyncio.open_unix_connection(place, limit=_LONGEST * 8)
             with contextlib.closing(writer):
                 writer.write(asked.model_dump_json().encode() + b"\n")
                 answer = json.loads(await reader.readline())
@@ -284,7 +296,8 @@ async def serving() -> AsyncIterator[None]:
             writer.write(json.dumps(said).encode() + b"\n")
             await writer.drain()
 
-    server = await asyncio.start_unix_server(answer, str(place), limit=_LONGEST)
+    with _short(place) as name:
+        server = await asyncio.start_unix_server(answer, name, limit=_LONGEST)
     place.chmod(0o600)
     try:
         yield
