@@ -107,9 +107,8 @@ class World:
         await self.at("switch")
         await activator.activate("switch", path, before, finish=120, confirm=240)
         await self.book.write(WEB1, steps.good(deployed(path, self.run), self.run), "good")
-        assert await activator.facts() == MachineState(
-            system=path, profile=path, nar_hash=(await activator.facts()).nar_hash
-        )
+        facts = await activator.facts()
+        assert (facts.system, facts.profile) == (path, path)
         await activator.clean_up()
 
     async def revert(self, activator: OverSsh, to: MachineState) -> None:

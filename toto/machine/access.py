@@ -70,11 +70,11 @@ class Moving:
         hashes = {"nar_hash": await self._hash(found.system), "profile_hash": await self._hash(found.profile)}
         return found.model_copy(update=hashes)
 
-    async def _hash(self, path: str) -> str:
+    async def _hash(self, path: str) -> str | None:
         if not path:
-            return ""
+            return None
         asked = ["nix-store", "--query", "--hash", path]
-        return (await self.connection.run(asked, check=False, timeout=_PROBE)).stdout.strip()
+        return (await self.connection.run(asked, check=False, timeout=_PROBE)).stdout.strip() or None
 
     async def copy(
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None

@@ -98,8 +98,8 @@ class MachineState(Before):
 
     system: str = ""
     profile: str = ""
-    nar_hash: str = ""
-    profile_hash: str = ""
+    nar_hash: str | None = None
+    profile_hash: str | None = None
 
 
 def compare(facts: MachineState, path: str, *, profile: bool, running: bool, target: str) -> None:

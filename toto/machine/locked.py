@@ -65,8 +65,8 @@ class LockedActivator(ByDocument):
         system, profile = found.get("system"), found.get("profile")
         if not (isinstance(system, str) and isinstance(profile, str) and system.startswith("/nix/store/")):
             raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=self.name)
-        hashes = {name: str(found.get(name, "")) for name in ("nar_hash", "profile_hash")}
-        return MachineState(system=system, profile=profile, **hashes)
+        nar_hash, profile_hash = (str(found.get(name) or "") or None for name in ("nar_hash", "profile_hash"))
+        return MachineState(system=system, profile=profile, nar_hash=nar_hash, profile_hash=profile_hash)
 
     async def copy(
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None

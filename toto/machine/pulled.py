@@ -245,4 +245,4 @@ class PullActivator(ByDocument):
 def _state(report: Report) -> MachineState:
     if not report.system:
         raise NotWhatItShouldBe("has no /run/current-system in the nix store", target=report.machine)
-    return MachineState(system=report.system, profile=report.boots, nar_hash=report.nar_hash)
+    return MachineState(system=report.system, profile=report.boots, nar_hash=report.nar_hash or None)

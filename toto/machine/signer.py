@@ -120,8 +120,8 @@ class _Path(Deployed):
 class _Systems(Before):
     system: str = ""
     profile: str = ""
-    nar_hash: str = ""
-    profile_hash: str = ""
+    nar_hash: str | None = None
+    profile_hash: str | None = None
 
 
 async def document(asked: Request, now: datetime) -> Desired:
@@ -193,7 +193,7 @@ async def _known(path: str, entry: Entry) -> System | None:
         return System(path, await nix.nar_hash(path))
     before = _Systems() if entry.intent is None else _Systems.of(entry.intent.before)
     told = {before.profile: before.profile_hash, before.system: before.nar_hash}
-    return System(path, told[path]) if told.get(path) else None
+    return System(path, found) if (found := told.get(path)) else None
 
 
 def _is_hook(name: object) -> bool:

@@ -37,13 +37,14 @@ class Endpoint:
     network: Namespace | None = None
     key: Path | None = None
     command: on_host.Command = login_shell.line
-    address: str = ""
-    ip: str = ""
+    address: str | None = None  # (no "": Prefect takes one for the same object as in a task's result)
+    ip: str | None = None
 
     @property
     def place(self) -> tuple[str, str]:
         """The address of a real machine, and where that was found to be."""
         if self.connection is None:
+            assert self.address is not None
             return self.address, self.ip or self.address
         target = self.connection.target
         return target.address, target.ip or target.address
