@@ -112,7 +112,7 @@ async def pulls(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[str
         await machine.check(
             "useradd --system --groups nix-users flying-monkey;"
             f"python3 -m compileall -q {PLACE}; mkdir -p -m 700 /var/lib/flying-monkey;"
-            f"sed -i 's|^trusted-public-keys = .*|& {public}|' /etc/nix/nix.conf;"
+            f"sed -i 's|^trusted-public-keys = .*|& {public}|' /etc/nix/keys.conf;"
             "systemctl restart nix-daemon.socket nix-daemon.service; systemctl daemon-reload"
         )
         host_key = " ".join(machine.host_key.split()[:2])
