@@ -107,14 +107,16 @@ def _answer(request: dict[str, Any]) -> Answer:
 
 
 def _facts(configuration: Configuration, memory: Memory) -> Answer:
+    running, boots = machine.running(), machine.boots()
+    hashes = {path: machine.nar_hash(path) for path in {running, boots}}
     return {
         "repo": configuration.repo,
         "name": configuration.name,
         "host_keys": configuration.public_keys(),
-        "system": machine.running(),
-        "nar_hash": machine.nar_hash(machine.running()),
-        "profile": machine.boots(),
-        "profile_hash": machine.nar_hash(machine.boots()),
+        "system": running,
+        "nar_hash": hashes[running],
+        "profile": boots,
+        "profile_hash": hashes[boots],
         "boot": machine.boot(),
         "serial": memory.serial,
         "issued": memory.issued,

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import flying_monkey
 from flying_monkey.desired import Deadlines, Desired, Machine, Phase, System
@@ -41,6 +41,16 @@ _SYSTEM: Final = """
   } > $out/bin/switch-to-configuration
   chmod 755 $out/bin/switch-to-configuration
 """
+
+
+def expression(name: str, script: str = ":", once: str = "") -> str:
+    """The derivation of a system that notes each activation and runs `script`; a new one for each `once`."""
+    text = _SYSTEM.replace("NAME", name).replace("SCRIPT", script)
+    again = f'once = "{once}"; ' if once else ""
+    return (
+        f'derivation {{ name = "nixos-system-{name}"; system = "x86_64-linux"; builder = "/bin/sh"; {again}'
+        f"args = [ \"-c\" ''{text}'' ]; }}"
+    )
 
 
 class Locked:
@@ -97,16 +107,17 @@ class Locked:
             f"ln -sfn {self.good.path} /run/current-system; nix-env -p {PROFILE} --set {self.good.path}"
         )
 
+    async def again(self) -> Self:
+        """The same as it was at the snapshot `ready`."""
+        await self.machine.restore("ready")
+        self.serial = 0
+        return self
+
     async def system(self, name: str, script: str = ":", *, signed: bool = True) -> System:
         """A system in the machine's store, which root built there."""
-        text = _SYSTEM.replace("NAME", name).replace("SCRIPT", script)
-        expression = (
-            f'derivation {{ name = "nixos-system-{name}"; system = "x86_64-linux"; builder = "/bin/sh"; '
-            f"args = [ \"-c\" ''{text}'' ]; }}"
-        )
         built = "nix-build --option sandbox false --option max-jobs 1 --option build-users-group '' --no-out-link"
         await self.machine.check(
-            f"cat > /root/x.nix <<'EOF'\n{expression}\nEOF\nNIX_REMOTE= {built} /root/x.nix > /root/built"
+            f"cat > /root/x.nix <<'EOF'\n{expression(name, script)}\nEOF\nNIX_REMOTE= {built} /root/x.nix > /root/built"
         )
         nix = "nix --extra-experimental-features nix-command"
         sign = f"{nix} store sign --recursive --key-file /root/secret $(cat /root/built)"

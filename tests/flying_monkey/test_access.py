@@ -41,9 +41,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[st
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def locked(booted: Locked) -> Locked:
-    await booted.machine.restore("ready")
-    booted.serial = 0
-    return booted
+    return await booted.again()
 
 
 async def test_a_system_is_tried_kept_and_put_back(locked: Locked) -> None:

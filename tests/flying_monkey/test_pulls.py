@@ -47,12 +47,8 @@ class Pulls:
 
     async def system(self, folder: Path, name: str) -> System:
         """A system in toto's store, like those of the machine's own."""
-        text = access._SYSTEM.replace("NAME", name).replace("SCRIPT", ":")
         file = folder / "system.nix"
-        file.write_text(
-            f'derivation {{ name = "nixos-system-{name}"; system = "x86_64-linux"; builder = "/bin/sh"; '
-            f"args = [ \"-c\" ''{text}'' ]; PATH = \"/bin\"; }}"
-        )
+        file.write_text(access.expression(name))
         drv = (await process.run(["nix-instantiate", file], env=nix.environment())).stdout.strip()
         path = await nix.build(drv, folder / "root", timeout=60, target="test")
         return System(path, await nix.nar_hash(path))

@@ -81,9 +81,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[st
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def locked(booted: Locked) -> Locked:
-    await booted.machine.restore("ready")
-    booted.serial = 0
-    return booted
+    return await booted.again()
 
 
 def new(locked: Locked) -> System:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import pytest
 import pytest_asyncio
 
-from tests.flying_monkey.access import PLACE, Locked
+from tests.flying_monkey.access import PLACE, Locked, expression
 from tests.lab import nix as lab_nix
 from tests.lab.debian import DebianMachine, NoDebian, image
 from tests.lab.machine import SSH_PORT
@@ -36,20 +36,6 @@ pytestmark = [
 ADDRESS: Final = "127.0.8.4"
 OPEN: Final = "usermod -s /bin/bash toto; install -m 440 /root/open /etc/sudoers.d/toto"
 CLOSED: Final = f"usermod -s {PLACE}/gate toto; install -m 440 /root/closed /etc/sudoers.d/toto"
-# A system that notes each activation, does something, and is then what runs.
-SYSTEM: Final = """derivation {
-  name = "nixos-system-NAME"; system = "x86_64-linux"; builder = "/bin/sh"; once = "ONCE";
-  args = [ "-c" ''
-    export PATH=/usr/bin:/bin
-    mkdir -p $out/bin $out/sw/bin
-    { echo '#!/bin/sh'
-      echo "echo NAME \\$1 >> /var/log/activations"
-      echo 'SCRIPT'
-      echo "case \\$1 in test | switch) ln -sfn $out /run/current-system ;; esac"
-    } > $out/bin/switch-to-configuration
-    chmod 755 $out/bin/switch-to-configuration
-  '' ];
-}"""
 
 
 class World:
@@ -65,8 +51,7 @@ class World:
 
     async def system(self, name: str, script: str = ":") -> str:
         """A system in toto's store."""
-        text = SYSTEM.replace("NAME", name).replace("SCRIPT", script).replace("ONCE", uuid.uuid4().hex)
-        return await lab_nix.nix("nix-build", "--no-out-link", "--expr", text)
+        return await lab_nix.nix("nix-build", "--no-out-link", "--expr", expression(name, script, uuid.uuid4().hex))
 
     async def connect(
         self, way: Literal["sudo", "locked"] = "locked", activation: Literal["switch", "boot", "test"] = "switch"

@@ -67,8 +67,8 @@ class Moving:
         found = await self._now.facts(fresh=fresh)
         if self.new is not None or isinstance(self.old, LockedActivator):
             return found
-        hashes = {"nar_hash": await self._hash(found.system), "profile_hash": await self._hash(found.profile)}
-        return found.model_copy(update=hashes)
+        hashes = {path: await self._hash(path) for path in {found.system, found.profile}}
+        return found.model_copy(update={"nar_hash": hashes[found.system], "profile_hash": hashes[found.profile]})
 
     async def _hash(self, path: str) -> str | None:
         if not path:

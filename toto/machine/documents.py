@@ -11,7 +11,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from toto.base import files, paths
 from toto.base.errors import InputError
 from toto.git_host.shared import name_of
 from toto.machine import proof as machine_proof
+from toto.machine import serials
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ def publish(repo: Path, machine: str, envelope: bytes) -> None:
 
 
 def _given(repo: Path, machine: str) -> int:
-    """The newest serial that the signer gave a machine, as `toto.machine.signer` keeps it."""
+    """The newest serial that the signer gave a machine; 0 where that is not known."""
     try:
-        return int(json.loads((paths.repo_state(repo) / "serials.json").read_text()).get(machine, 0))
-    except (OSError, ValueError, TypeError, AttributeError):
+        return serials.read(repo).get(machine, 0)
+    except (OSError, ValueError):
         return 0
 
 

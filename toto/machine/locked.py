@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,9 +94,8 @@ class LockedActivator(ByDocument):
             code, said = 0, ""
         if code != 0:
             raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{said}", target=self.name)
-        await self._proven(deadline, finish, prove or self._connect_anew)
-        if prove is None:
-            await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
+        checked = partial(self.check, path, profile=verb != "test", running=verb != "boot", fresh=True)
+        await self._proven(deadline, finish, prove or checked)
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
@@ -182,9 +182,6 @@ class LockedActivator(ByDocument):
         if word == "back" or (word == "done" and code != "0"):
             said = "\n".join(filter(None, (said, process.tail(str((await self._ask("log")).get("log", ""))))))
         return word, int(code) if code.isdecimal() else 0, said
-
-    async def _connect_anew(self) -> None:
-        await self.facts(fresh=True)
 
     async def _proven(self, deadline: float, finish: float, prove: Prove) -> None:
         while True:

@@ -356,6 +356,7 @@ def _known(known_hosts: Path, name: str) -> Iterator[str]:
 
 
 def plain_key(key: str) -> str:
+    """A public host key without its comment: type and base64."""
     return " ".join(key.split()[:2])
 
 

@@ -7,7 +7,7 @@ there, so that one which comes back later goes where the last word of toto's sen
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -59,7 +59,7 @@ class PullActivator(ByDocument):
     ip: str = ""
     patience: float = PATIENCE
     _reports: Reports | None = None
-    _heard: Report | None = field(default=None)
+    _heard: Report | None = None
 
     @property
     def name(self) -> str:

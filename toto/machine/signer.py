@@ -31,7 +31,7 @@ from toto.base.errors import TotoError
 from toto.git_host.shared import name_of
 from toto.ledger.ledger import Before, Deployed, Entry, Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import owners
+from toto.machine import owners, serials
 from toto.nix import commands as nix
 
 log = logging.getLogger(__name__)
@@ -214,11 +214,11 @@ def _serial(repo: Path, asked: Request, now: datetime) -> int:
             target=asked.machine,
             hint="look at /var/lib/flying-monkey on the machine",
         )
-    file = paths.repo_state(repo) / "serials.json"
+    file = serials.file(repo)
     with files.lock(file.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            given: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+            given = serials.read(repo)
         except ValueError:  # the clock is above all that was given
             log.warning("%s cannot be read, and is begun anew", file)
             given = {}
