@@ -68,7 +68,7 @@ async def furnished(place: Place, folder: Path) -> Path:
     await book.write(WEB1, steps.intend(intent("run-1", good)), "intend")
     await book.write(WEB1, steps.good(deployed(good), "run-1"), "good")
     await book.write(WEB1, steps.intend(intent("run-2", await added(folder, "new"))), "intend")
-    await book.write(WEB1, lambda entry: steps.set_step(entry, "run-2", "activation test"), "test")
+    await book.write(WEB1, lambda entry: steps.set_step(entry, "run-2", "test"), "test")
     files.write(place.state / "server.toml", "resume_button = true\n")
     local = paths.repo_state(repo) / "terraform/dns/terraform.tfstate"
     local.parent.mkdir(parents=True)
