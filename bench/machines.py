@@ -36,18 +36,19 @@ async def measure(folder: Path) -> AsyncIterator[Row | Spread | Target]:
     os.environ["TOTO_STATE"] = str(folder / "state")
     try:
         world = _world(folder)
-        async with running_api(world.env, folder / "api.log", host=ADDRESS, port=world.port) as server:
+        async with running_api(folder / "api.log", host=ADDRESS, port=world.port) as api:
+            server = process.descendants(api.pid)[-1]  # in its cell
             await asyncio.sleep(1)
-            alone = await _cpu(server.pid)
+            alone = await _cpu(server)
             toto = Toto(world)
-            cpu, began = _ticks(server.pid), time.monotonic()
+            cpu, began = _ticks(server), time.monotonic()
             agents = await asyncio.gather(*(toto.proven(each) for each in world.machines.values()))
-            spent = (_ticks(server.pid) - cpu) / _TICK / AGENTS
+            spent = (_ticks(server) - cpu) / _TICK / AGENTS
             signing = [await _verifying(next(iter(world.machines.values()))) for _ in range(10)]
             yield Row("a machine proves itself, the server's CPU", [spent * 1e3], "`ssh-keygen -Y`", signing, "ms")
-            cpu, began = _ticks(server.pid), time.monotonic()
+            cpu, began = _ticks(server), time.monotonic()
             await asyncio.gather(*(toto.document(agents[each % AGENTS], wait=0) for each in range(REQUESTS)))
-            took, spent = time.monotonic() - began, (_ticks(server.pid) - cpu) / _TICK
+            took, spent = time.monotonic() - began, (_ticks(server) - cpu) / _TICK
             yield Row(
                 "requests a second, each a new TLS connection",
                 [REQUESTS / took],
@@ -58,7 +59,7 @@ async def measure(folder: Path) -> AsyncIterator[Row | Spread | Target]:
             yield Row("  CPU of the server for one of them", [spent / REQUESTS * 1e3], "a second", [1e3], "ms")
             waiting = [asyncio.create_task(toto.document(each, wait=50)) for each in agents]
             await asyncio.sleep(3)
-            busy = await _cpu(server.pid)
+            busy = await _cpu(server)
             yield Row(
                 f"CPU of the server, {AGENTS} agents waiting", [busy * 100], "no agent", [max(alone * 100, 0.01)], "%"
             )

@@ -66,7 +66,7 @@ stdenvNoCC.mkDerivation {
   installPhase = ''
     mkdir -p $out/share $out/bin
     cp -r . $out/share/toto
-    for each in toto:toto.cli toto-git-shell:toto.git_host.shell toto-machines:toto.api; do
+    for each in toto:toto.cli toto-git-shell:toto.git_host.shell; do
       cat > $out/bin/''${each%%:*} <<END
     #!${runtimeShell}
     PYTHONPATH=$out/share/toto PYTHONNOUSERSITE=1 exec ${environment}/bin/python3 -P -m ''${each#*:} "\$@"

@@ -3,8 +3,7 @@
 #   imports = [ ./toto/nix/toto.nix ];   (or nixosModules.toto of the flake)
 #   services.toto = { enable = true; firstAdmin = { name = "alice"; key = "ssh-ed25519 AAAA…"; }; };
 #
-# The units: `toto`, the server; `toto-nix-daemon`, the only part that runs as root; where wanted, `toto-machines`, the
-# web server that machines ask, and `toto-backup`. sshd lets pushers in, nginx who has the UI's password.
+# The units: `toto`, the server; `toto-nix-daemon`, the only part that runs as root; and, where wanted, `toto-backup`. sshd lets pushers in, nginx who has the UI's password.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;
@@ -117,6 +116,11 @@ let
     export PATH=${lib.makeBinPath (programs ++ database)}:$PATH
     exec ${lib.getExe cfg.package} "$@"
   '';
+
+  # Where machines that pull ask.
+  machines =
+    let host = cfg.machines.listen;
+    in "${if lib.hasInfix ":" host then "[${host}]" else host}:${toString cfg.machines.port}";
 
   # For the assertions.
   isInStore = lib.hasPrefix builtins.storeDir;
@@ -424,7 +428,9 @@ in
         ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
         ExecStart = lib.escapeShellArgs ([ (lib.getExe cfg.package) "serve" "--port" (toString cfg.port) ]
           ++ lib.optionals (cfg.uiUrl != null) [ "--behind-proxy" "--ui-url" cfg.uiUrl ]
-          ++ lib.optional (cfg.postgresql == null) "--sqlite");
+          ++ lib.optional (cfg.postgresql == null) "--sqlite"
+          ++ lib.optionals (cfg.machines.listen != null) ([ "--machines" machines ]
+            ++ lib.concatMap (name: [ "--machines-name" name ]) cfg.machines.names));
         SupplementaryGroups = [ "kvm" ];
         EnvironmentFile = lib.mkIf (cfg.environmentFile != null) cfg.environmentFile;
         ${if cfg.blockKey.encrypted then "LoadCredentialEncrypted" else "LoadCredential"} =
@@ -461,26 +467,6 @@ in
           proxyWebsockets = true;
           recommendedProxySettings = true;  # (toto answers under its own names)
         };
-      };
-    };
-
-    systemd.services.toto-machines = lib.mkIf (cfg.machines.listen != null) {
-      description = "the web server of toto that machines ask";
-      wantedBy = [ "multi-user.target" ];
-      wants = [ "network-online.target" ];
-      after = [ "network-online.target" ];
-      path = [ config.programs.ssh.package ];
-      environment = { HOME = state; TOTO_STATE = state; };
-      serviceConfig = enclosed // {
-        ExecStart = lib.escapeShellArgs ([ "${cfg.package}/bin/toto-machines" "--host" cfg.machines.listen ]
-          ++ [ "--port" (toString cfg.machines.port) ]
-          ++ lib.concatMap (name: [ "--name" name ]) cfg.machines.names);
-        Restart = "always";
-        RestartSec = 5;
-        LimitNOFILE = 65536;
-        RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" ];
-        # It reads what was signed for machines, and no key but that of its TLS.
-        InaccessiblePaths = map (each: "-${state}/${each}") [ "keys" "signer" "server" ];
       };
     };
 

@@ -1,7 +1,6 @@
 """A server for machines, with TLS, and machines with real ssh host keys that ask it."""
 
 import asyncio
-import os
 import shutil
 import ssl
 import subprocess
@@ -91,12 +90,8 @@ class World:
     def ca(self) -> Path:
         return certificate.own([ADDRESS]).ca
 
-    @property
-    def env(self) -> dict[str, str]:
-        return {**os.environ, "TOTO_STATE": str(self.folder / "state")}
-
-    def place(self, name: str = "web1") -> Path:
-        return documents.folder(self.repo, name)
+    def place(self, name: str = "web1") -> documents.Place:
+        return documents.Place.of(self.repo, name)
 
     def client(self) -> httpx.AsyncClient:
         """A client that trusts toto's authority, and nothing else."""
@@ -134,7 +129,7 @@ async def served(state: Path) -> AsyncIterator[World]:
     made = World(state, state / "infra.git", free_port())
     await made.claim("web1", 1)
     await made.claim("web2", 2)
-    async with running_api(made.env, state / "api.log", host=ADDRESS, port=made.port):
+    async with running_api(state / "api.log", host=ADDRESS, port=made.port):
         yield made
 
 
@@ -142,7 +137,8 @@ async def served(state: Path) -> AsyncIterator[World]:
 async def world(served: World) -> World:
     """The same, with nothing published or reported."""
     for name in served.machines:
-        shutil.rmtree(served.place(name))
+        for each in (served.place(name).told, served.place(name).said):
+            shutil.rmtree(each, ignore_errors=True)
     return served
 
 

@@ -48,7 +48,7 @@ async def test_an_unknown_machine_is_told_what_to_do_and_is_never_learnt(world: 
             refused = await client.post("/session", json=stranger.proof(await world.challenge(client), **says))
             assert refused.status_code == 403 and "ssh.host_key" in refused.text and "machines.yaml" in refused.text
     assert owners.file().read_bytes() == before
-    assert not (world.place().parent / "web9").exists()
+    assert not world.place("web9").told.exists() and not world.place("web9").said.exists()
 
 
 @pytest.mark.parametrize("token", ["", "x", "Bearer", f"Bearer {'A' * 43}", "Basic !!!", "Basic eDp5"])
@@ -130,12 +130,12 @@ async def test_the_cache_is_the_machines_own_and_nothing_else(world: World, tmp_
     secret = tmp_path / "secret"
     secret.write_text("secret")
     for name in ("web1", "web2"):
-        cache = world.place(name) / "cache"
+        cache = world.place(name).told / "cache"
         (cache / "nar").mkdir(parents=True)
         (cache / "nix-cache-info").write_text("StoreDir: /nix/store\n")
         (cache / f"{name[-1] * 32}.narinfo").write_text(name)
         (cache / "nar" / f"{name[-1] * 52}.nar.zst").write_bytes(os.urandom(1_000_000))
-    cache = world.place() / "cache"
+    cache = world.place().told / "cache"
     (cache / f"{'a' * 32}.narinfo").symlink_to(secret)
     (cache / f"{'b' * 32}.narinfo").mkdir()
     os.mkfifo(cache / f"{'c' * 32}.narinfo")
@@ -194,6 +194,7 @@ async def test_a_token_ends_when_the_machine_moves_or_its_key_changes(world: Wor
             assert (await client.get("/document", headers=headers)).status_code == 401
         finally:
             owners.file().write_text(before)
+            owners.make_known(known)
 
 
 async def test_who_fails_too_often_waits_and_nobody_else_does(world: World, tmp_path: Path) -> None:
@@ -217,17 +218,15 @@ async def test_nothing_secret_is_logged(world: World) -> None:
 
 async def test_a_server_that_is_told_to_stop_lets_those_go_who_wait(world: World) -> None:
     port, log = free_port(), world.folder / "stopped.log"
-    async with running_api(world.env, log, host=ADDRESS, port=port) as server, world.client() as client:
+    async with running_api(log, host=ADDRESS, port=port) as server, world.client() as client:
         client.base_url = httpx.URL(f"https://{ADDRESS}:{port}")
         client.headers["Connection"] = "close"  # as agents do
         headers = await world.token(client)
         waiting = asyncio.create_task(client.get("/document?wait=60", headers=headers))
         await asyncio.sleep(0.3)
         began = time.monotonic()
-        server.process.terminate()
+        await server.end(grace=10)
         assert (await waiting).status_code == 304
-        while server.status is None:
-            await asyncio.sleep(0.05)
         assert time.monotonic() - began < 5
     assert log.read_text() == ""
 

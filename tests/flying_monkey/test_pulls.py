@@ -99,7 +99,7 @@ async def pulls(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[str
     }
     async with (
         DebianMachine("web1", folder / "machine", login, address="127.0.8.9", files=files) as machine,
-        running_api(world.env, folder / "api.log", host=ADDRESS, port=world.port, names=[TOTO]),
+        running_api(folder / "api.log", host=ADDRESS, port=world.port, names=[TOTO]),
     ):
         locked = Locked(machine, signer)
         await locked.prepare()

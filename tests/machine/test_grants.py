@@ -38,7 +38,7 @@ async def closure(folder: Path, other: str = "") -> tuple[str, str]:
 
 def served(repo: Path, machine: str) -> set[str]:
     """The names of the store paths that a machine may fetch, by their hashes."""
-    cache = documents.folder(repo, machine) / "cache"
+    cache = documents.Place.of(repo, machine).told / "cache"
     nars = {f"nar/{each.name}" for each in (cache / "nar").iterdir()}
     texts = {each.stem: each.read_text() for each in cache.glob("*.narinfo")}
     named = {line.split()[1] for text in texts.values() for line in text.splitlines() if line.startswith("URL: ")}
@@ -65,7 +65,7 @@ async def test_a_machine_may_fetch_what_it_was_granted_last(repo: Path, tmp_path
     pool = paths.repo_state(repo) / "cache"
     name = f"{Path(one).name[:32]}.narinfo"
     assert (pool / name).exists(), "it may be wanted again soon"
-    twin = documents.folder(repo, "web1") / "cache" / f"{Path(shared).name[:32]}.narinfo"
+    twin = documents.Place.of(repo, "web1").told / "cache" / f"{Path(shared).name[:32]}.narinfo"
     assert twin.samefile(pool / twin.name), "compressed and signed once"
 
 
@@ -89,7 +89,7 @@ async def test_a_new_key_signs_what_an_old_one_had_signed(repo: Path, tmp_path: 
     await grants.grant(repo, "web1", [one], old, timeout=60)
     new = await keys.make(repo, "new", "signing")
     await grants.grant(repo, "web1", [one], new, timeout=60)
-    cache = documents.folder(repo, "web1") / "cache"
+    cache = documents.Place.of(repo, "web1").told / "cache"
     for each in hashes(one, shared):
         assert "Sig: infra-new:" in (cache / f"{each}.narinfo").read_text()
     machine = {"NIX_REMOTE": f"local?root={tmp_path / 'machine'}", "NIX_CONFIG": "build-users-group ="}

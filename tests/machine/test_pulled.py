@@ -116,7 +116,7 @@ async def test_when_a_run_is_over_a_machine_that_asks_finds_its_last_good(run: R
         await run.activator.activate("switch", run.new, run.before, finish=60, confirm=0)
         await Ledger(run.world.repo).write(WEB1, steps.good(deployed(run.new, "run-2"), "run-2"), "good")
         await run.activator.clean_up()
-        published = documents.published(documents.folder(run.world.repo, "web1"))
+        published = documents.published(run.world.place())
         assert published is not None
         made = Desired.read(signature.unsealed(published)[0])
         assert (made.phase, made.system.path) == ("back", run.new)
@@ -195,8 +195,8 @@ async def test_a_report_that_is_not_the_machines_is_not_believed(run: Run) -> No
         7: web1.sealed(old),
         8: b"{}",
     }
-    reports = run.world.place() / "reports"
-    reports.mkdir()
+    reports = run.world.place().said / "reports"
+    reports.mkdir(parents=True)
     for number, each in forged.items():
         (reports / f"{number:016d}.json").write_bytes(each)
     with pytest.raises(Unreachable, match="does not ask"):

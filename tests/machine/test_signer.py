@@ -171,7 +171,7 @@ async def test_a_long_path_of_the_state_is_no_trouble(
 async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_works_on_the_machine(
     served: World,
 ) -> None:
-    now, place = datetime.now(UTC).replace(microsecond=0), documents.folder(served.repo, "web1")
+    now, place = datetime.now(UTC).replace(microsecond=0), documents.Place.of(served.repo, "web1")
     documents.publish(served.repo, "web1", await signer.ask(served.request()))
     late = now + timedelta(days=5)
     assert await renewal.renew([served.repo], late) == [], "a run works on it"
@@ -188,5 +188,5 @@ async def test_a_published_document_is_renewed_before_it_expires_unless_a_run_wo
     assert made.serial > before.serial and made.expires >= before.expires
     documents.publish(served.repo, "web1", old)
     assert documents.published(place) == fresh, "an older one does not take its place"
-    (place / "document").write_bytes(b"{half")
+    (place.told / "document").write_bytes(b"{half")
     assert await renewal.renew([served.repo], late) == []

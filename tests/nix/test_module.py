@@ -172,7 +172,7 @@ services.toto = {
 def test_a_proxy_the_server_for_machines_and_a_backup_are_there_when_they_are_wanted(tmp_path: Path) -> None:
     said = of_host(
         """{
-          units = lib.genAttrs [ "toto.service" "toto-machines.service" "toto-backup.service" "toto-backup.timer" ]
+          units = lib.genAttrs [ "toto.service" "toto-backup.service" "toto-backup.timer" ]
             (name: config.systemd.units.${name}.text);
           script = config.systemd.services.toto-backup.script;
           host = { inherit (config.services.nginx.virtualHosts."toto.example.org") forceSSL; }
@@ -186,15 +186,10 @@ def test_a_proxy_the_server_for_machines_and_a_backup_are_there_when_they_are_wa
     assert said["host"]["proxyPass"] == "http://127.0.0.1:4200" and said["host"]["forceSSL"]
     assert said["host"]["proxyWebsockets"] and said["host"]["recommendedProxySettings"]
     units = {name: settings(text) for name, text in said["units"].items()}
-    assert units["toto.service"]["ExecStart"][0].endswith("'--behind-proxy' '--ui-url' 'https://toto.example.org'")
-    machines = units["toto-machines.service"]
-    assert re.fullmatch(
-        r"'/nix/store/\S+/bin/toto-machines' '--host' '10.0.0.2' '--port' '4201' '--name' 'toto.example.org'",
-        machines["ExecStart"][0],
+    assert units["toto.service"]["ExecStart"][0].endswith(
+        "'--behind-proxy' '--ui-url' 'https://toto.example.org' "
+        "'--machines' '10.0.0.2:4201' '--machines-name' 'toto.example.org'"
     )
-    assert machines["User"] == ["toto"] and machines["CapabilityBoundingSet"] == [""]
-    assert machines["InaccessiblePaths"] == [f"-/var/lib/toto/{each}" for each in ("keys", "signer", "server")]
-    assert "EnvironmentFile" not in machines and "NIX_REMOTE" not in environment(machines)
     backup = units["toto-backup.service"]
     assert backup["Type"] == ["oneshot"] and backup["User"] == ["toto"]
     assert backup["StateDirectory"] == ["toto", "toto-backup"] and backup["EnvironmentFile"] == ["/etc/toto.env"]

@@ -1,14 +1,18 @@
-"""`python -m toto.api`: serve machines. See `toto.api.run` for how toto starts it."""
+"""The program of the web server that machines ask. `toto.api.run` starts it, in a cell.
 
-import argparse
+    python -m toto.api LISTENER READY
+
+Both are descriptors: of a socket that listens, and of a pipe that is written to once the server serves.
+"""
+
 import asyncio
-import ipaddress
 import logging
+import os
 import resource
+import socket
 import sys
-from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from toto.api import certificate
 from toto.api.app import create_app
 from toto.api.published import Published
+from toto.base import paths
 
 _BEGINS: Final = 20.0  # seconds without a request on a connection
 _CONNECTIONS: Final = 4_000
@@ -39,56 +44,45 @@ class _Prompt(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """A server that lets those go who wait for a document, when it is told to stop."""
+    """A server that says when it serves, and lets those go who wait for a document when it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, published: Published) -> None:
+    def __init__(self, config: uvicorn.Config, published: Published, ready: int) -> None:
         super().__init__(config)
-        self._published = published
+        self._published, self._ready = published, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        os.write(self._ready, b"1")
+        os.close(self._ready)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._published.end()
         super().handle_exit(sig, frame)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(listener: int, ready: int) -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser("toto.api", description="The web server that machines ask.")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--name", action="append", default=[], help="a name or address of this server, for its TLS")
-    parser.add_argument("--plain", action="store_true", help="no TLS: a proxy on this machine does that; loopback only")
-    chosen = parser.parse_args(arguments)
-    if chosen.plain and not ipaddress.ip_address(chosen.host).is_loopback:
-        print("toto: without TLS it listens on loopback only: leave out --plain, or --host", file=sys.stderr)
-        return 1
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65_536) if most > 0 else 65_536, most))
-    tls: dict[str, Any] = {}
-    if not chosen.plain:
-        own = certificate.own([*chosen.name, chosen.host])
-        tls = {"ssl_certfile": str(own.certificate), "ssl_keyfile": str(own.key)}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    tls = paths.state_home() / "api" / "tls"
     app = create_app()
-    _Server(
-        uvicorn.Config(
-            app,
-            host=chosen.host,
-            port=chosen.port,
-            http=_Prompt,
-            ws="none",
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-            timeout_keep_alive=20,
-            timeout_graceful_shutdown=2,
-            limit_concurrency=_CONNECTIONS,
-            h11_max_incomplete_event_size=16_384,
-            **tls,
-        ),
-        app.state.published,
-    ).run()
-    return 0
+    config = uvicorn.Config(
+        app,
+        http=_Prompt,
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=2,
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=16_384,
+        ssl_certfile=str(tls / certificate.CERTIFICATE),
+        ssl_keyfile=str(tls / certificate.KEY),
+    )
+    _Server(config, app.state.published, ready).run(sockets=[socket.socket(fileno=listener)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*map(int, sys.argv[1:]))

@@ -117,7 +117,7 @@ class _Server:
         """A token for a machine that has signed a challenge."""
         address = request.client.host if request.client else ""
         if not self.sessions.may_try(address):
-            raise _Refused(429, "too many proofs from this address have failed: wait a minute\n")
+            raise _Refused(429, "too many proofs from this address: wait a minute\n")
         try:
             found = json.loads(await _body(request))
             asked = [found[each] for each in ("repo", "machine", "challenge", "signature")]
@@ -128,7 +128,7 @@ class _Server:
             raise _Refused(400, "a proof is an object of repo, machine, challenge and signature\n") from None
         repo, machine, challenge, signed = asked
         try:
-            token = await self.sessions.prove(repo, machine, challenge, signed.encode())
+            token = await self.sessions.prove(repo, machine, challenge, signed.encode(), address)
         except NotProven as error:
             self.sessions.note_failure(address)
             log.warning("%s of %s, at %s, was refused: %s", machine, repo, address, str(error).partition("\n")[0])
@@ -188,7 +188,7 @@ class _Server:
         name = request.path_params["file"]
         if _FILE.fullmatch(name) is None or session.streams >= _STREAMS:
             raise _Refused(429 if session.streams >= _STREAMS else 404, "no such file\n")
-        opened = _open(session.place / "cache", name)
+        opened = _open(session.place.told / "cache", name)
         if opened is None:
             raise _Refused(404, "no such file\n")
         kind = _KINDS.get(name.rpartition(".")[2], "application/x-nix-nar")
@@ -241,12 +241,12 @@ def _open(cache: Path, name: str) -> int | None:
     return opened
 
 
-def _changes(place: Path) -> tuple[int, ...]:
+def _changes(place: documents.Place) -> tuple[int, ...]:
     """What differs when the document, or what toto asks, has changed."""
     found: list[int] = []
     for name in ("document", "ask"):
         with contextlib.suppress(OSError):
-            seen = (place / name).stat()
+            seen = (place.told / name).stat()
             found += [seen.st_ino, seen.st_mtime_ns]
         found.append(0)
     return tuple(found)

@@ -18,6 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from toto.base import files, paths
 
+CERTIFICATE: Final = "tls.pem"
+KEY: Final = "tls.key"
 _BEGIN: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _END: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280's word for "no end"
 
@@ -37,14 +39,15 @@ def authority() -> Path:
 
 def own(names: Sequence[str]) -> Files:
     """toto's certificate for these host names and addresses; what is missing is made, and made anew for new names."""
-    place = paths.private_folder(paths.state_home() / "api")
-    made = Files(place / "ca.pem", place / "tls.pem", place / "tls.key")
-    authority, secret = _authority(made.ca, place / "ca.key")
-    if made.certificate.exists() and made.key.exists() and _is_for(made.certificate, names, authority):
+    place = paths.private_folder(authority().parent)
+    tls = paths.private_folder(place / "tls")  # all that the server itself sees
+    made = Files(authority(), tls / CERTIFICATE, tls / KEY)
+    issuer, secret = _authority(made.ca, place / "ca.key")
+    if made.certificate.exists() and made.key.exists() and _is_for(made.certificate, names, issuer):
         return made
     key = ec.generate_private_key(ec.SECP256R1())
     built = (
-        _builder("toto", authority.subject, key.public_key())
+        _builder("toto", issuer.subject, key.public_key())
         .add_extension(x509.SubjectAlternativeName(_alternatives(names)), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

@@ -1,18 +1,36 @@
-"""Starts the web server that machines ask, as a process of its own: for `toto serve`."""
+"""Starts the web server that machines ask, as a process of its own in a cell: for `toto serve`.
+
+Strangers talk to it, so it is kept like what is pushed (`toto.cell`). It sees Python, its own code, what machines are
+told and its TLS, and writes what they say; it has no network but the socket that it is given, so it reaches neither
+toto's other processes nor anything else.
+"""
 
 import asyncio
 import contextlib
-import sys
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import uvicorn
+
+import flying_monkey
+import toto
+from toto.api import certificate
 from toto.base import process
 from toto.base.errors import TotoError
+from toto.cell import folders
+from toto.cell.cell import STORE, Cell, python
+from toto.cell.limits import Limits
+from toto.machine import documents, owners
 
 PORT: Final = 4201
-_PATIENCE: Final = 60.0  # seconds until it answers
+_STATE: Final = Path("/state")  # in the cell
+_CODE: Final = Path("/opt/toto")
+_PATIENCE: Final = 60.0  # seconds until it serves
+_BACKLOG: Final = 1_024
+_LIMITS: Final = Limits(memory=1_000_000_000, processes=256, files=16_384, disk=2_000_000_000, every=20)
 
 
 class ApiFailed(TotoError):
@@ -21,42 +39,67 @@ class ApiFailed(TotoError):
 
 @contextlib.asynccontextmanager
 async def running_api(
-    env: Mapping[str, str],
-    log_file: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = PORT,
-    names: Sequence[str] = (),
-    plain: bool = False,
+    log_file: Path, *, host: str = "127.0.0.1", port: int = PORT, names: Sequence[str] = ()
 ) -> AsyncIterator[process.Running]:
-    """Serve machines, from the moment the server listens to the end of the block.
+    """Serve machines, from the moment the server answers to the end of the block.
 
-    `names` are those by which machines reach it, for its certificate. `plain` is for a proxy with TLS on this machine.
-    It has toto's state in `env` (TOTO_STATE) and nothing else of toto's. Raises `ApiFailed`.
+    `names` are those by which machines reach it, for its certificate. Raises `ApiFailed`.
     """
-    argv = [sys.executable, "-m", "toto.api", "--host", host, "--port", str(port)]
-    argv += [word for each in names for word in ("--name", each)] + (["--plain"] if plain else [])
+    cell, env = await _cell([*names, host])
+    words, _ = python()
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as sink:
-        own = process.without_secrets(env)
-        async with process.start(argv, env=own, stdout=sink.fileno(), stderr=sink.fileno(), grace=10) as running:
-            deadline = time.monotonic() + _PATIENCE
-            while not await _listens(host, port):
-                if running.status is not None or time.monotonic() > deadline:
+    ready, told = os.pipe()
+    try:
+        with _listening(host, port) as listener, log_file.open("ab") as sink:
+            argv = ["env", *words, "-m", "toto.api", str(listener.fileno()), str(told)]
+            out, passed = sink.fileno(), [listener.fileno(), told]
+            async with process.start(argv, cell=cell, env=env, stdout=out, stderr=out, pass_fds=passed) as running:
+                listener.close()
+                os.close(told)
+                told = -1
+                if not await asyncio.to_thread(os.read, ready, 1):
                     raise ApiFailed(
-                        f"the server for machines does not listen on {host}:{port}:\n"
+                        f"the server for machines did not start (status {running.status}):\n"
                         f"{process.tail(log_file.read_text(errors='replace'))}",
                         hint=f"see {log_file}",
                     )
-                await asyncio.sleep(0.1)
-            yield running
+                yield running
+    finally:
+        os.close(ready)
+        if told >= 0:
+            os.close(told)
 
 
-async def _listens(host: str, port: int) -> bool:
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        async with asyncio.timeout(5):
-            _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ApiFailed(f"{host}, port {port}, cannot be listened to: {error.strerror or error}") from None
+
+
+async def _cell(names: Sequence[str]) -> tuple[Cell, dict[str, str]]:
+    """The server's cell and environment; its files are made, and are its user's."""
+    owners.make_known(owners.read())
+    user = folders.shared(documents.said())
+    tls = certificate.own(names).key.parent
+    folders.own(tls, user)
+    _, read = python()
+    read = {**read, _STATE / "api/told": documents.told(), _STATE / "api/tls": tls}
+    store: list[str] = []
+    found: list[str] = []
+    for name, module in (("toto", toto), ("flying_monkey", flying_monkey), ("packages", uvicorn)):
+        assert module.__file__ is not None
+        code = Path(module.__file__).parent.resolve()
+        place = _CODE / name / name
+        if name == "packages":
+            code, place = code.parent, _CODE / name
+        if code.is_relative_to(STORE):
+            done = await process.run(["nix-store", "--query", "--requisites", Path(*code.parts[:4])], timeout=60)
+            store += done.lines
+            place = code
+        else:
+            read[place] = code
+        found.append(str(place if name == "packages" else place.parent))
+    cell = Cell(read=read, write={_STATE / "api/said": documents.said()}, store=store, limits=_LIMITS, user=user)
+    return cell, {"TOTO_STATE": str(_STATE), "PYTHONPATH": os.pathsep.join(dict.fromkeys(found))}

@@ -7,25 +7,25 @@ lives as long as this process. What a machine signed is taken once.
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from flying_monkey import proof
 from flying_monkey.signature import NotGenuine
-from toto.git_host.shared import name_of
-from toto.machine import documents, owners
+from toto.machine import documents
 from toto.machine import proof as machine_proof
 
 ANSWER: Final = 120.0  # seconds to answer a challenge
 IDLE: Final = 900.0  # seconds after its last use that a token is good
 LONGEST: Final = 4 * 3_600.0  # seconds that it is good in all
 MOST: Final = 4_096  # tokens; the oldest makes room
-FAILURES: Final = 20  # proofs of one address that may fail within a minute
+FAILURES: Final = 20  # proofs of one address (of IPv6, one /64) that may fail within a minute
+WAITING: Final = 8  # proofs of one address that may wait to be looked at
 _MINUTE: Final = 60.0
 _PROOFS: Final = 2  # at once
 _TIME: Final = 12  # characters of a challenge that are its time
@@ -37,39 +37,50 @@ UNKNOWN: Final = (
 )
 
 
+def network(address: str) -> str:
+    """Who asks from an address: of IPv6, where one machine has as many as it likes, its network of 64 bits."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
 class NotProven(Exception):
     """A machine has not proven itself; the message says what to do, and no more than a stranger may know."""
 
 
 class Known:
-    """The owners of machines, read again when their file has changed."""
+    """The machines that toto knows, read again when their file has changed."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, ...] = ()
-        self._owners = owners.Owners()
+        self._machines: dict[str, documents.Known] = {}
 
-    def owner(self, repo: str, machine: str) -> owners.Owner | None:
-        """The owner of a machine, when it is the repo of that name and knows a host key."""
+    def machine(self, repo: str, name: str) -> documents.Known | None:
+        """A machine, when it is one of the repo of that name."""
         try:
-            seen = owners.file().stat()
+            seen = documents.known_file().stat()
             now: tuple[int, ...] = (seen.st_mtime_ns, seen.st_ino, seen.st_size)
         except FileNotFoundError:
             now = ()
         if now != self._seen:
-            self._owners = owners.read()
+            self._machines = documents.read_known() if now else {}
             self._seen = now
-        found = self._owners.machines.get(machine)
-        return found if found and found.host_keys and name_of(found.repo) == repo else None
+        found = self._machines.get(name)
+        return found if found and found.repo == repo else None
 
 
 @dataclass
 class Session:
-    """A machine that has proven itself, as its `owner` knew it then. `streams` are the files that it fetches."""
+    """A machine that has proven itself, as it was `known` then. `streams` are the files that it fetches."""
 
     repo: str
     machine: str
-    owner: owners.Owner
-    place: Path
+    known: documents.Known
+    place: documents.Place
     began: float
     used: float
     streams: int = 0
@@ -86,6 +97,7 @@ class Sessions:
     _open: OrderedDict[bytes, Session] = field(default_factory=OrderedDict)
     _answered: dict[str, float] = field(default_factory=dict)
     _failed: dict[str, list[float]] = field(default_factory=dict)
+    _waiting: Counter[str] = field(default_factory=Counter)
     _proofs: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_PROOFS))
 
     def challenge(self) -> str:
@@ -93,29 +105,32 @@ class Sessions:
         word = f"{int(self.clock()):0{_TIME}d}{secrets.token_urlsafe(16)}"
         return word + self._code(word)
 
-    async def prove(self, repo: str, machine: str, challenge: str, signed: bytes) -> str:
-        """A token for a machine that has signed a challenge. Raises `NotProven`."""
-        owner = self.known.owner(repo, machine)
-        if owner is None:
+    async def prove(self, repo: str, machine: str, challenge: str, signed: bytes, address: str = "") -> str:
+        """A token for a machine that has signed a challenge, and asks from an address. Raises `NotProven`."""
+        known = self.known.machine(repo, machine)
+        if known is None:
             raise NotProven(UNKNOWN.format(machine=machine[:128], repo=repo[:128]))
         self._check(challenge)
         text = proof.text(repo, machine, challenge)
+        self._waiting[network(address)] += 1
         try:
             async with self._proofs:
-                await asyncio.to_thread(machine_proof.check, text, signed, machine, owner.host_keys, proof.ASK)
+                await asyncio.to_thread(machine_proof.check, text, signed, machine, known.host_keys, proof.ASK)
         except NotGenuine:
             raise NotProven(
                 f"this is not signed by the host key of {machine} that machines.yaml has\n"
                 "next: if the machine was installed anew, write its new host key there, and push\n"
             ) from None
+        finally:
+            self._waiting -= Counter((network(address),))  # (so those at 0 are left out)
         now = self.clock()
         self._answered = {word: at for word, at in self._answered.items() if at > now - ANSWER}
         if challenge in self._answered:
             raise NotProven("this challenge has been answered\n")
         self._answered[challenge] = now
         token = secrets.token_urlsafe(32)
-        place = documents.folder(owner.repo, machine)
-        self._open[self._hash(token)] = Session(repo, machine, owner, place, now, now)
+        place = documents.Place(known.folder, machine)
+        self._open[self._hash(token)] = Session(repo, machine, known, place, now, now)
         while len(self._open) > MOST:
             self._open.popitem(last=False)
         return token
@@ -126,28 +141,27 @@ class Sessions:
         found = self._open.get(name)
         if found is None:
             return None
-        owner = self.known.owner(found.repo, found.machine)
-        same = owner and (owner.repo, owner.host_keys) == (found.owner.repo, found.owner.host_keys)
-        if not same or now > min(found.used + IDLE, found.began + LONGEST):
+        over = now > min(found.used + IDLE, found.began + LONGEST)
+        if over or self.known.machine(found.repo, found.machine) != found.known:
             del self._open[name]
             return None
         found.used = now
         return found
 
     def may_try(self, address: str) -> bool:
-        """Whether proofs from an address are looked at: not after too many that failed."""
-        now = self.clock()
-        recent = [at for at in self._failed.pop(address, ()) if at > now - _MINUTE]
+        """Whether proofs from an address are looked at: not after too many that failed, nor beside too many others."""
+        now, place = self.clock(), network(address)
+        recent = [at for at in self._failed.pop(place, ()) if at > now - _MINUTE]
         if recent:
-            self._failed[address] = recent
-        return len(recent) < FAILURES
+            self._failed[place] = recent
+        return len(recent) < FAILURES and self._waiting[place] < WAITING
 
     def note_failure(self, address: str) -> None:
         """Note that a proof from an address has failed."""
         if len(self._failed) >= MOST:
             self._failed = {each: times for each, times in self._failed.items() if times[-1] > self.clock() - _MINUTE}
         if len(self._failed) < MOST:
-            self._failed.setdefault(address, []).append(self.clock())
+            self._failed.setdefault(network(address), []).append(self.clock())
 
     def _check(self, challenge: str) -> None:
         word, code = challenge[:-32], challenge[-32:]

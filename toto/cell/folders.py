@@ -5,8 +5,10 @@ What a cell has written may be anything: a link to a file of toto's, a pipe that
 
 import contextlib
 import fcntl
+import itertools
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -54,19 +56,46 @@ def read_regular(folder: Path, *names: str, most: int) -> bytes | None:
 
     None when it is not there, is no regular file, or has more than `most` bytes.
     """
+    try:
+        with _opened(folder, names, _FILE) as file:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                return None
+            with open(file, "rb", closefd=False) as source:
+                data = source.read(most + 1)
+    except OSError:
+        return None
+    return data if len(data) <= most else None
+
+
+def listed(folder: Path, *names: str, most: int) -> list[str]:
+    """The names in the folder that `names` lead to in the same way, `most` of them; none when it is not there."""
+    try:
+        with _opened(folder, names, _FOLDER) as place, os.scandir(place) as found:
+            return [each.name for each in itertools.islice(found, most)]
+    except OSError:
+        return []
+
+
+def modified(folder: Path, *names: str) -> float:
+    """When what `names` lead to in the same way was changed last, in seconds since 1970; 0 when it is not there."""
+    try:
+        with _opened(folder, names, _FILE) as file:
+            return os.fstat(file).st_mtime
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, names: Sequence[str], flags: int) -> Iterator[int]:
+    """What `names` lead to from `folder`, opened with `flags`. Raises OSError."""
     *folders, last = names
     opened: list[int] = []
     try:
         opened.append(os.open(folder, _FOLDER))
         for name in folders:
             opened.append(os.open(name, _FOLDER, dir_fd=opened[-1]))
-        with os.fdopen(os.open(last, _FILE, dir_fd=opened[-1]), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return None
-            data = file.read(most + 1)
-    except OSError:
-        return None
+        opened.append(os.open(last, flags, dir_fd=opened[-1]))
+        yield opened[-1]
     finally:
         for each in opened:
             os.close(each)
-    return data if len(data) <= most else None

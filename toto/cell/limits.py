@@ -23,7 +23,6 @@ from toto.base import process
 if TYPE_CHECKING:
     from toto.base.process import Running
 
-_EVERY: Final = 0.25  # seconds between two looks at what a cell uses
 _DEEPEST: Final = 100  # nested folders
 _BLOCK: Final = 4096
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -33,13 +32,14 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 @dataclass(frozen=True)
 class Limits:
     """What a cell may use: bytes of memory, processes and threads, open files a process, bytes of one file, and bytes
-    of all that it has written to its folders on the disk."""
+    of all that it has written to its folders on the disk; and how many seconds toto lets pass between two looks."""
 
     memory: int = 4_000_000_000
     processes: int = 1024
     files: int = 4096
     file_size: int = 20_000_000_000
     disk: int = 20_000_000_000
+    every: float = 0.25
 
     @property
     def prefix(self) -> list[str]:
@@ -75,7 +75,7 @@ async def _watch(running: "Running", limits: Limits, folders: Sequence[Path], gr
         group.add(running.pid)
     took = 0.0
     while running.exceeded is None:
-        await asyncio.sleep(max(_EVERY, 4 * took))
+        await asyncio.sleep(max(limits.every, 4 * took))
         began = time.monotonic()
         try:
             running.exceeded = await asyncio.to_thread(_exceeded, running, limits, folders, group)

@@ -26,7 +26,7 @@ async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *,
     Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
     """
     closures = sorted({*closures})
-    place = documents.folder(repo, machine)
+    place = documents.Place.of(repo, machine).told
     async with paths.alone(paths.repo_state(repo) / "cache.lock"):
         pool = paths.private_folder(paths.repo_state(repo) / "cache")
         named = (await nix.public_key(key.read_text())).partition(":")[0]
@@ -50,7 +50,9 @@ def _forget_other_keys(narinfo: Path, key: str) -> None:
 
 def _link(pool: Path, cache: Path, narinfos: dict[str, bytes]) -> None:
     """Make `cache` have these narinfos with what they name, and nothing else; a nar is there before it is named."""
-    paths.private_folder(paths.private_folder(cache) / "nar")
+    (cache / "nar").mkdir(parents=True, exist_ok=True)
+    for each in (cache.parent.parent, cache.parent, cache, cache / "nar"):
+        each.chmod(0o755)  # the server's user reads it
     nars = {found[1].decode() for text in narinfos.values() if (found := _NAR.search(text))}
     wanted = [*sorted(nars), *sorted(narinfos), "nix-cache-info"]
     for name in wanted:
@@ -59,6 +61,7 @@ def _link(pool: Path, cache: Path, narinfos: dict[str, bytes]) -> None:
         fresh = cache / f".{os.getpid()}.new"
         fresh.unlink(missing_ok=True)
         fresh.hardlink_to(pool / name)
+        fresh.chmod(0o644)
         fresh.replace(cache / name)
     for file in _files(cache):
         if str(file.relative_to(cache)) not in wanted:

@@ -24,6 +24,7 @@ from toto.infra_repo.fields import plain_address
 from toto.infra_repo.manifest import Machine, Manifest, ManifestError
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
+from toto.machine import documents
 from toto.machine.ssh import SshTarget, Unreachable
 
 FILE: Final = "machines.json"
@@ -365,5 +366,19 @@ def _lock() -> Path:
 
 
 def _write(owners: Owners, machines: dict[str, Owner]) -> None:
-    text = owners.model_copy(update={"machines": machines}).model_dump_json(indent=1)
-    files.write(file(), f"{text}\n")
+    now = owners.model_copy(update={"machines": machines})
+    files.write(file(), f"{now.model_dump_json(indent=1)}\n")
+    make_known(now)
+
+
+def make_known(owners: Owners) -> None:
+    """Tell the web server that machines ask which of them there are: those whose host key is known."""
+    documents.make_known(
+        {
+            name: documents.Known(
+                repo=name_of(each.repo), folder=paths.repo_folder(each.repo), host_keys=each.host_keys
+            )
+            for name, each in owners.machines.items()
+            if each.host_keys
+        }
+    )

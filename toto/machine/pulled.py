@@ -116,7 +116,7 @@ class PullActivator(ByDocument):
 
     async def clean_up(self, run: str = "") -> None:
         """Nothing on the machine. From now on it may fetch its last good, and finds a document that leads to it."""
-        closures, place = await self._good(), documents.folder(self.repo, self.name)
+        closures, place = await self._good(), self._place
         if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
             return
         await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
@@ -169,7 +169,7 @@ class PullActivator(ByDocument):
                         return report
                 elif report.serial > serial:
                     raise ActivationFailed("obeys a newer document than this run's", target=self.name)
-            silent = time.time() - max(published, documents.contact(documents.folder(self.repo, self.name)))
+            silent = time.time() - max(published, documents.contact(self._place))
             if last is None and silent > self.patience:
                 raise self._not_heard_from()
             if time.monotonic() > deadline:
@@ -202,13 +202,13 @@ class PullActivator(ByDocument):
         word, began = documents.ask(self.repo, self.name), time.monotonic()
         while time.monotonic() < began + self.patience:
             for report in self._fresh():
-                if report.asked == word:
+                if report.asked in documents.answers(self._place, word):
                     return report
             await anyio.sleep(_LOOK)
         raise self._not_heard_from()
 
     def _not_heard_from(self) -> NotHeardFrom:
-        seen = documents.contact(documents.folder(self.repo, self.name))
+        seen = documents.contact(self._place)
         ago = f"asked last {time.time() - seen:.0f} s ago" if seen else "has never asked"
         return NotHeardFrom(
             f"does not ask what it should be: it {ago}",
@@ -236,6 +236,10 @@ class PullActivator(ByDocument):
         good = Ledger(self.repo).read().get(self._target).good
         path = None if good is None else getattr(good, "path", None)
         return [path] if isinstance(path, str) and await nix.valid(path) else []
+
+    @property
+    def _place(self) -> documents.Place:
+        return documents.Place.of(self.repo, self.name)
 
     @property
     def _target(self) -> Target:

@@ -14,7 +14,6 @@ from typing import Final
 
 from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.signature import NotGenuine, unsealed
-from toto.base import paths
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
@@ -37,31 +36,31 @@ async def renew(repos: Iterable[Path], now: datetime) -> list[str]:
     done = []
     for repo in repos:
         try:
-            folders = [each for each in (paths.repo_state(repo) / "machines").glob("*") if each.is_dir()]
-            ledger = Ledger(repo).read() if folders else None
+            places = documents.machines(repo)
+            ledger = Ledger(repo).read() if places else None
         except (TotoError, OSError) as error:
             log.warning("%s: documents cannot be renewed: %s", repo.name, error)
             continue
-        for folder in folders:
-            entry = ledger.get(Target(HOST, folder.name)) if ledger else None
+        for place in places:
+            entry = ledger.get(Target(HOST, place.machine)) if ledger else None
             if entry is None or entry.good is None or entry.intent is not None:
                 continue
             try:
-                if await _renewed(repo, folder, getattr(entry.good, "path", None), now):
-                    done.append(folder.name)
+                if await _renewed(repo, place, getattr(entry.good, "path", None), now):
+                    done.append(place.machine)
             except (TotoError, NotGenuine, BadDocument, OSError) as error:
-                log.warning("%s: its document cannot be renewed: %s", folder.name, error)
+                log.warning("%s: its document cannot be renewed: %s", place.machine, error)
     return done
 
 
-async def _renewed(repo: Path, folder: Path, good: str | None, now: datetime) -> bool:
+async def _renewed(repo: Path, place: documents.Place, good: str | None, now: datetime) -> bool:
     """Renew a machine's document if it is due; whether it was. Raises `NotSigned`, `NotGenuine`, `BadDocument`."""
-    if (envelope := documents.published(folder)) is None:
+    if (envelope := documents.published(place)) is None:
         return False
     old = Desired.read(unsealed(envelope)[0])
     if old.expires - now > signer.VALID / 2 and old.system.path == good:
         return False
-    documents.publish(repo, folder.name, await signer.ask(resting(repo, old)))
+    documents.publish(repo, place.machine, await signer.ask(resting(repo, old)))
     return True
 
 

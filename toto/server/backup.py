@@ -47,7 +47,7 @@ Kind: TypeAlias = Literal["postgresql", "sqlite", "none"]
 _STATE: Final = (
     *("*.json", "*.toml", "keys/*", "signer/key", "signer/key.pub", "api/ca.pem", "api/ca.key"),
     *("repos/*/keys/*", "repos/*/serials.json", "repos/*/*known_hosts", "repos/*/terraform/**/*"),
-    "repos/*/machines/*/document",
+    "api/told/*/*/document",
 )
 _HOME: Final = (PROFILES, "logging.yml")
 _REPO: Final = ("HEAD", "config", "toto/id", "toto/creator")  # of a repository; hooks are installed by each start

@@ -43,6 +43,7 @@ DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
 CLEANING_UP: Final = 75.0  # seconds for runs when toto stops: terraform has a minute of them to save its state
+AGAIN: Final = 5  # seconds until the server for machines is started again
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
 IDLE: Final = 2  # seconds between two looks at whether a run is under way
 LEFT_BEHIND: Final = 20  # seconds: an older request is not one that its hook is just sending
@@ -274,10 +275,7 @@ async def serve(
             serving = _serving(settings, home / "logs" / "server.log", repos, branch, root)
             watched |= await stack.enter_async_context(serving)
             if machines is not None:
-                asked = home / "logs" / "machines.log"
-                watched[asked] = await stack.enter_async_context(
-                    running_api(settings, asked, host=machines.host, port=machines.port, names=machines.names)
-                )
+                await stack.enter_async_context(_asked(machines, home / "logs" / "machines.log"))
                 _say(f"machines that pull ask at {machines.host}, port {machines.port}")
         if part != "server":
             working = _working(settings, home / "logs" / "worker.log", repos, root)
@@ -331,6 +329,34 @@ async def _serving(
         await _adopt_all(repos, served)
         async with _beside(_drain(repos)), _beside(orphans.watch(Api.of(env))):
             yield {log_file: server}
+
+
+@contextlib.asynccontextmanager
+async def _asked(machines: Machines, log_file: Path) -> AsyncIterator[None]:
+    """Run the server that machines ask, and start it again when it has ended: whatever a stranger does to it, the rest
+    of toto goes on. Raises `ApiFailed` when it does not start at all."""
+    started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def keep() -> None:
+        while True:
+            try:
+                async with running_api(log_file, host=machines.host, port=machines.port, names=machines.names) as api:
+                    if not started.done():
+                        started.set_result(None)
+                    while api.status is None:  # noqa: ASYNC110
+                        await asyncio.sleep(1)
+                used = f"it used more than {api.exceeded}" if api.exceeded else f"status {api.status}"
+                log.error("the server for machines has ended (%s) and is started again: see %s", used, log_file)
+            except (TotoError, OSError) as error:
+                if not started.done():
+                    started.set_exception(error)
+                    return
+                log.error("the server for machines: %s", error)
+            await asyncio.sleep(AGAIN)
+
+    async with _beside(keep()):
+        await started
+        yield
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,150 @@
+"""The server's cell: what somebody who has taken it over can do, and what toto makes of what is left there."""
+
+import asyncio
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.api.conftest import ADDRESS, World
+from toto.api import run
+from toto.base import paths, process
+from toto.cell.cell import python
+from toto.machine import documents, keys
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+# It runs where the server does. Each line of what it prints is a thing that it could do.
+_TRIES: Final = r"""
+import os, socket, subprocess, sys
+from pathlib import Path
+secret, port, told, repo = sys.argv[1:]
+
+def can(what, do):
+    try:
+        do()
+    except Exception:
+        return
+    print(what)
+
+def connect():
+    socket.create_connection(("127.0.0.1", int(port)), 2)
+
+def abstract():
+    socket.socket(socket.AF_UNIX).connect("\0" + secret)
+
+can("read a key", lambda: Path(secret).read_bytes())
+can("list toto's state", lambda: os.listdir(Path(secret).parents[1]))
+can("see keys", lambda: os.listdir("/state/keys"))
+can("see the authority's key", lambda: os.listdir("/state/api").index("ca.key"))
+can("connect to toto", connect)
+can("connect to a socket without a file", abstract)
+can("write a document", lambda: (Path("/state/api/told") / repo / "web1/document").write_text("mine"))
+can("write beside it", lambda: (Path("/state/api/told") / repo / "web1/mine").write_text("mine"))
+can("know a machine", lambda: Path("/state/api/told/known.json").write_text("{}"))
+can("change its own code", lambda: Path(__import__("toto.api.app").__file__).with_name("more.py").write_text(""))
+can("see other processes", lambda: [1 for each in os.listdir("/proc") if each.isdigit() and int(each) > 20][0])
+can("be root of a user namespace", lambda: subprocess.run(["unshare", "--user", "true"], check=True))
+can("read what is told", lambda: (Path("/state/api/told") / repo / "web1/document").read_bytes())
+can("read its own TLS", lambda: Path("/state/api/tls/tls.key").read_bytes())
+can("write what is said", lambda: Path("/state/api/said/mine").write_text("mine"))
+"""
+
+
+async def test_who_takes_it_over_reaches_what_it_serves_and_nothing_else(world: World) -> None:
+    secret = await keys.of_machines(world.repo)
+    documents.publish(world.repo, "web1", b"{}")
+    cell, env = await run._cell([ADDRESS])
+    words, _ = python()
+    with socket.create_server((ADDRESS, 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{secret}")
+        abstract.listen()
+        told = [str(secret), str(listener.getsockname()[1]), str(documents.told()), world.place().folder]
+        done = await process.run(["env", *words, "-c", _TRIES, *told], cell=cell, env=env, timeout=60)
+    expected = ["read what is told", "read its own TLS", "write what is said"]
+    assert done.lines == expected, done.stderr
+
+
+async def test_the_server_runs_in_that_cell(world: World) -> None:
+    async with world.client() as client:
+        await world.challenge(client)
+    inside = [
+        each
+        for each in process.descendants(os.getpid())
+        if b"toto.api" in Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0") and _is_python(each)
+    ]
+    assert inside
+    for pid in inside:
+        for kind in ("net", "user", "pid", "mnt"):
+            assert Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert (status["CapEff"].strip(), status["NoNewPrivs"].strip()) == ("0" * 16, "1")
+        env = dict(each.split(b"=", 1) for each in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if each)
+        assert env[b"TOTO_STATE"] == b"/state" and not any(name.startswith(b"PREFECT") for name in env)
+
+
+def _is_python(pid: int) -> bool:
+    return "python" in Path(f"/proc/{pid}/exe").readlink().name
+
+
+async def test_what_a_server_that_was_taken_over_leaves_is_read_as_a_strangers(world: World, tmp_path: Path) -> None:
+    web1, place = world.machines["web1"], world.place()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "0000000000000001.json").write_bytes(web1.sealed(web1.report(number=1)))
+    place.said.parent.mkdir(parents=True, exist_ok=True)
+
+    def reports() -> list[int]:
+        found = documents.Reports(world.repo, "web1", [web1.host_key])
+        return [each.number for each in found.read()]
+
+    place.said.symlink_to(elsewhere)
+    (elsewhere / "contact").write_text("")
+    assert documents.contact(place) == 0 and documents.numbers(place) == []
+    place.said.unlink()
+    place.said.mkdir()
+    (place.said / "reports").symlink_to(elsewhere)
+    (place.said / "contact").symlink_to(elsewhere / "contact")
+    assert documents.contact(place) == 0 and documents.numbers(place) == []
+    (place.said / "reports").unlink()
+    (place.said / "reports").mkdir()
+    good = paths.private_folder(place.said / "reports") / "0000000000000002.json"
+    good.write_bytes(web1.sealed(web1.report(number=2)))
+    (place.said / "reports/0000000000000003.json").symlink_to(good)
+    os.mkfifo(place.said / "reports/0000000000000004.json")
+    with (place.said / "reports/0000000000000005.json").open("wb") as huge:
+        huge.truncate(1 << 40)
+    (place.said / "reports/0000000000000006.json").write_bytes(b"[" * 60_000)
+    (place.said / "reports/0000000000000007.json").mkdir()
+    began = time.monotonic()
+    assert await asyncio.to_thread(reports) == [2]
+    assert time.monotonic() - began < 20
+    for number in range(2_000):
+        (place.said / f"reports/9{number:015d}.json").write_text(json.dumps({"text": "{}", "signature": "x"}))
+    found = documents.Reports(world.repo, "web1", [web1.host_key])
+    for _ in range(20):
+        assert found.read() == []
+    assert len(found._forged) <= documents._FORGED + documents.KEPT
+
+
+async def test_two_who_ask_a_machine_at_once_are_both_answered(world: World) -> None:
+    place = world.place()
+    first = documents.ask(world.repo, "web1")
+    assert documents.answers(place, first) == {first}
+    second = documents.ask(world.repo, "web1")
+    assert documents.asked(place) == second, "the machine is told the newest"
+    assert documents.answers(place, first) == {first, second} and documents.answers(place, second) == {second}
+    for _ in range(documents._WORDS):
+        last = documents.ask(world.repo, "web1")
+    assert last in documents.answers(place, first) and second not in documents.answers(place, first)
+    assert documents.answers(place, last) == {last}
+
+
+async def test_a_port_that_is_taken_is_told(world: World, tmp_path: Path) -> None:
+    with pytest.raises(run.ApiFailed, match=rf"{ADDRESS}, port {world.port}, cannot be listened to: Address already"):
+        async with run.running_api(tmp_path / "log", host=ADDRESS, port=world.port):
+            pass
