@@ -3,18 +3,22 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import time
 from pathlib import Path
 from typing import Final
 
+import httpx
 import pytest
 
 from tests.api.conftest import ADDRESS, World
+from tests.conftest import free_port
 from toto.api import run
 from toto.base import paths, process
 from toto.cell.cell import python
 from toto.machine import documents, keys
+from toto.server import serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -148,3 +152,41 @@ async def test_a_port_that_is_taken_is_told(world: World, tmp_path: Path) -> Non
     with pytest.raises(run.ApiFailed, match=rf"{ADDRESS}, port {world.port}, cannot be listened to: Address already"):
         async with run.running_api(tmp_path / "log", host=ADDRESS, port=world.port):
             pass
+
+
+async def test_a_server_that_ends_is_started_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "AGAIN", 0.1)
+    port, log = free_port(), tmp_path / "log"
+
+    def inside() -> list[int]:
+        own = [each for each in process.descendants(os.getpid()) if f"{log}" in _output(each)]
+        return [each for each in own if _is_python(each)]
+
+    async with serve._asked(serve.Machines(ADDRESS, port), log):
+        (first,) = inside()
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while not (now := inside()) or now == [first]:
+                await asyncio.sleep(0.1)
+        async with world.client() as client:
+            client.base_url = httpx.URL(f"https://{ADDRESS}:{port}")
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        await world.challenge(client)
+                        break
+                    except httpx.TransportError:
+                        await asyncio.sleep(0.1)
+    assert inside() == []
+    with pytest.raises(run.ApiFailed):
+        async with serve._asked(serve.Machines(ADDRESS, world.port), log):
+            pass
+
+
+def _output(pid: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/fd/2").readlink())
+    except OSError:
+        return ""
