@@ -22,10 +22,8 @@ from toto.infra_repo.settings import Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Intent, Ledger
 from toto.ledger.target import Target
-from toto.machine import access, keys, owners, ssh, way_in
-from toto.machine.access import Moving, OverSsh
-from toto.machine.activation import Activator, MachineState, SudoActivator, Verb, WayChanged
-from toto.machine.by_document import ByDocument
+from toto.machine import access, keys, owners, ssh
+from toto.machine.activation import Activator, MachineState, Verb, WayChanged
 from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
@@ -36,7 +34,7 @@ from toto.rehearsal.suite import Phase
 
 
 @asynccontextmanager
-async def connect(machine: Machine, repo: Path, run: str, settings: Settings) -> AsyncIterator[OverSsh | PullActivator]:
+async def connect(machine: Machine, repo: Path, run: str, settings: Settings) -> AsyncIterator[Activator]:
     """Reach a machine; the result has the activation verbs.
 
     Raises `Unreachable` after `roll_out.connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
@@ -59,7 +57,8 @@ async def connect(machine: Machine, repo: Path, run: str, settings: Settings) ->
         ip=await owners.located(repo, machine, connect_timeout),
     )
     folder = runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine"
-    async with access.over_ssh(target, folder, machine, repo, run, connect_timeout) as activator:
+    rebuild = settings.roll_out.method == "nixos-rebuild"
+    async with access.over_ssh(target, folder, machine, repo, run, connect_timeout, rebuild=rebuild) as activator:
         yield activator
 
 
@@ -73,23 +72,18 @@ async def _identity(machine: Machine, repo: Path, run: str) -> Path:
     return await keys.identity(repo, machine.ssh.identity)
 
 
-async def claim(order: HostOrder, activator: OverSsh | PullActivator) -> None:
+async def claim(order: HostOrder, activator: Activator) -> None:
     """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
     assert order.machine is not None
-    if isinstance(activator, PullActivator):
-        await owners.claim(
-            order.repo, order.machine, [owners.plain_key(order.machine.ssh.host_key or "")], activator.ip
-        )
-    else:
-        target = activator.connection.target
-        await owners.claim(order.repo, order.machine, owners.host_keys(target), target.ip or "")
+    await owners.claim(order.repo, order.machine, activator.host_keys, activator.ip)
 
 
-def endpoint_of(machine: Machine, activator: OverSsh | PullActivator) -> Endpoint:
+def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
     """How test scripts connect to the machine itself: its ports are not mapped."""
-    if isinstance(activator, PullActivator):
-        return Endpoint(None, {port: port for port in machine.ports}, address=machine.address, ip=activator.ip)
-    return Endpoint(activator.connection, {port: port for port in machine.ports}, command=activator.command)
+    ports = {port: port for port in machine.ports}
+    return Endpoint(
+        activator.connection, ports, command=activator.command, address=machine.address, ip=activator.ip or None
+    )
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)
@@ -172,8 +166,7 @@ async def try_way_in(order: HostOrder, activator: Activator, before: MachineStat
 
     Raises `WouldLockOut`.
     """
-    if isinstance(activator, SudoActivator):  # who has no root there cannot try it: the watchdog is what is left
-        await way_in.check(activator, order.host.path, before.system, address=order.settings.roll_out.check_address)
+    await activator.try_way_in(order.host.path, before.system, address=order.settings.roll_out.check_address)
     return before.model_copy()
 
 
@@ -184,15 +177,8 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     Raises `ActivationFailed`, `Unreachable`, `LostTarget`.
     """
     await set_step(order, verb, f"activation {verb}")
-    settings = order.settings.roll_out
-    if settings.method == "nixos-rebuild" and isinstance(activator, SudoActivator):
-        await activator.nixos_rebuild(
-            verb, order.host.path, before, timeout=settings.activation_timeout, on_line=sink()
-        )
-    else:
-        await activator.activate(
-            verb, order.host.path, before, finish=settings.activation_timeout, confirm=_patience(order)
-        )
+    finish, confirm = order.settings.roll_out.activation_timeout, _patience(order)
+    await activator.activate(verb, order.host.path, before, finish=finish, confirm=confirm, on_line=sink())
     return Done()
 
 
@@ -286,11 +272,8 @@ async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: Mac
         await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
         armed = intent.desired.run
-        # (By document a machine goes back whenever it is told; one that pulls also later, if it is away.)
-        if not isinstance(activator, ByDocument):
-            await activator.take_charge(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
-        copied = isinstance(activator, PullActivator) or (await activator.facts()).system != to.system
-        if copied and is_good and await nix.valid(to.system):
+        await activator.interrupt(armed, patience=settings.activation_timeout * 2 + settings.confirm_timeout)
+        if is_good and await activator.may_lack(to.system) and await nix.valid(to.system):
             key = await _signing_key_now(reversal, machine)
             await _copy(to.system, activator, reversal.repo, key, timeout=settings.activation_timeout)
         await activator.revert(to, finish=settings.activation_timeout, boot=intent.step != "test")
@@ -322,7 +305,7 @@ async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> li
         async with connect(machine, repo, run, settings) as activator:
             await activator.prepare()
             facts = await activator.facts(fresh=True)
-            if not isinstance(activator, SudoActivator | Moving) and await activator.needs_reboot():
+            if await activator.needs_reboot():
                 logger.warning("%s: it needs a reboot for its kernel, initrd or modules", target.label)
     except ssh.Unreachable as error:
         logger.warning("%s", error)

@@ -8,7 +8,7 @@ connection is the proof that toto is not locked out.
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 from toto.base import process
 from toto.infra_repo.manifest import Machine
 from toto.machine import ssh
-from toto.machine.activation import MachineState, SudoActivator, Verb
+from toto.machine.activation import Connected, MachineState, SudoActivator, Verb
 from toto.machine.locked import USER, LockedActivator, answer_of
 from toto.machine.ssh import AuthenticationFailed, Connection, SshTarget
 
@@ -27,7 +27,7 @@ _PROBE: Final = 60.0  # seconds for an answer
 
 
 @dataclass
-class Moving:
+class Moving(Connected):
     """A machine that has one way in, `old`, and is to have the other: its next activation brings that.
 
     `enter` connects by the new way. Only after that has worked it is used.
@@ -36,23 +36,19 @@ class Moving:
     old: SudoActivator | LockedActivator
     enter: Callable[[], Awaitable[SudoActivator | LockedActivator]]
     new: SudoActivator | LockedActivator | None = None
+    connection: Connection = field(init=False)
+    """that by which the machine is reached now"""
+
+    def __post_init__(self) -> None:
+        self.connection = self.old.connection
 
     @property
     def _now(self) -> SudoActivator | LockedActivator:
         return self.new or self.old
 
     @property
-    def name(self) -> str:
-        return self.old.name
-
-    @property
     def run(self) -> str:
         return self.old.run
-
-    @property
-    def connection(self) -> Connection:
-        """That by which the machine is reached now."""
-        return self._now.connection
 
     def command(self, words: Sequence[str]) -> str:
         """The line for its login shell that runs words in a test."""
@@ -82,10 +78,26 @@ class Moving:
         """As the old way does."""
         await self._now.copy(path, signed=signed, timeout=timeout, on_line=on_line)
 
-    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+    async def may_lack(self, path: str) -> bool:
+        """As the way says that is there by now."""
+        return await self._now.may_lack(path)
+
+    async def try_way_in(self, path: str, running: str, *, address: bool) -> None:
+        """Nothing: the new way is not there yet."""
+
+    async def activate(
+        self,
+        verb: Verb,
+        path: str,
+        before: MachineState,
+        *,
+        finish: float,
+        confirm: float,
+        on_line: process.LineSink | None = None,
+    ) -> None:
         """Activate by the old way, and connect by the new one; from then on by that."""
         if self.new is not None:
-            return await self.new.activate(verb, path, before, finish=finish, confirm=confirm)
+            return await self.new.activate(verb, path, before, finish=finish, confirm=confirm, on_line=on_line)
         began = time.monotonic()
         await self.old.activate(verb, path, before, finish=finish, confirm=confirm, prove=self._enter)
         if isinstance(self.new, SudoActivator):
@@ -95,6 +107,7 @@ class Moving:
 
     async def _enter(self) -> None:
         self.new = await self.enter()
+        self.connection = self.new.connection
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """As the way does that is there by now."""
@@ -108,9 +121,17 @@ class Moving:
         """As the way does that is there by now."""
         await self._now.take_charge(run, patience=patience)
 
+    async def interrupt(self, run: str, *, patience: float) -> None:
+        """As the way does that is there by now."""
+        await self._now.interrupt(run, patience=patience)
+
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """As the way does that is there by now."""
         await self._now.revert(to, finish=finish, boot=boot)
+
+    async def needs_reboot(self) -> bool:
+        """As the way says that is there by now."""
+        return await self._now.needs_reboot()
 
     async def clean_up(self, run: str = "") -> None:
         """As the way does that is there by now."""
@@ -122,11 +143,19 @@ OverSsh: TypeAlias = SudoActivator | LockedActivator | Moving
 
 @asynccontextmanager
 async def over_ssh(
-    target: SshTarget, folder: Path, machine: Machine, repo: Path, run: str, connect_timeout: float
+    target: SshTarget,
+    folder: Path,
+    machine: Machine,
+    repo: Path,
+    run: str,
+    connect_timeout: float,
+    *,
+    rebuild: bool = False,
 ) -> AsyncIterator[OverSsh]:
     """Connect to a machine by the way in that it has; its files are below `folder`.
 
-    `target` is for the user of the manifest; the locked-down one is always called `toto`. Raises `Unreachable`.
+    `target` is for the user of the manifest; the locked-down one is always called `toto`. By sudo, `rebuild` has
+    nixos-rebuild activate. Raises `Unreachable`.
     """
     async with AsyncExitStack() as stack:
 
@@ -146,7 +175,7 @@ async def over_ssh(
             if access == "locked":
                 reboot = machine.reboots(datetime.now())
                 return LockedActivator(connection, repo, run, machine.activation, connect_timeout, reboot)
-            return SudoActivator(connection, run, connect_timeout)
+            return SudoActivator(connection, run, connect_timeout, rebuild)
 
         wanted: Access = machine.access
         try:

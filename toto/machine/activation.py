@@ -21,7 +21,7 @@ import flying_monkey
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Before
-from toto.machine import login_shell
+from toto.machine import login_shell, owners, way_in
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 from toto.nix import commands as nix
 
@@ -126,6 +126,24 @@ class Activator(Protocol):
     @property
     def run(self) -> str: ...
 
+    @property
+    def connection(self) -> Connection | None:
+        """That by which toto reaches the machine now; None where the machine asks toto."""
+
+    @property
+    def ip(self) -> str:
+        """Where the machine's address has been found to be."""
+        ...
+
+    @property
+    def host_keys(self) -> list[str]:
+        """Those by which toto knows the machine."""
+        ...
+
+    def command(self, words: Sequence[str]) -> str:
+        """The line for the machine's login shell that runs words in a test."""
+        ...
+
     async def prepare(self) -> None:
         """Do what has to be done before anything else."""
 
@@ -138,7 +156,23 @@ class Activator(Protocol):
     ) -> None:
         """Let the machine have a closure; `signed` is the folder that `nix.sign` has filled. Raises `CopyFailed`."""
 
-    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+    async def may_lack(self, path: str) -> bool:
+        """Whether a closure to go back to may have to be copied to the machine again."""
+        ...
+
+    async def try_way_in(self, path: str, running: str, *, address: bool) -> None:
+        """Log in as `path` would let toto in, where that can be tried (see `way_in.check`). Raises `WouldLockOut`."""
+
+    async def activate(
+        self,
+        verb: Verb,
+        path: str,
+        before: MachineState,
+        *,
+        finish: float,
+        confirm: float,
+        on_line: process.LineSink | None = None,
+    ) -> None:
         """Activate `path`; without a word of toto's within `confirm` seconds the machine goes back to `before`."""
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
@@ -150,28 +184,53 @@ class Activator(Protocol):
     async def take_charge(self, run: str, *, patience: float) -> None:
         """Wait for what a run has begun on the machine, so that nothing there acts by itself any more."""
 
+    async def interrupt(self, run: str, *, patience: float) -> None:
+        """See that what a run has begun on the machine does not get in the way of a revert."""
+
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot `to`."""
+
+    async def needs_reboot(self) -> bool:
+        """Whether the machine says that its next boot begins with a different kernel, initrd or set of modules."""
+        ...
 
     async def clean_up(self, run: str = "") -> None:
         """Remove what a run has left on the machine, this run or a different one."""
 
 
+class Connected:
+    """A part of an `Activator`: what follows from the connection by which toto reaches the machine."""
+
+    connection: Connection
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.connection.target.name
+
+    @property
+    def ip(self) -> str:
+        """Where its address has been found to be."""
+        return self.connection.target.ip or ""
+
+    @property
+    def host_keys(self) -> list[str]:
+        """Those by which toto knows the machine."""
+        return owners.host_keys(self.connection.target)
+
+
 @dataclass(frozen=True)
-class SudoActivator:
+class SudoActivator(Connected):
     """The activation verbs on one machine, by sudo, for one run: its files there have `run` in their names.
 
-    `connect_timeout` is in seconds.
+    With `rebuild` nixos-rebuild activates. `connect_timeout` is in seconds.
     """
 
     connection: Connection
     run: str
     connect_timeout: float = 15
+    rebuild: bool = False
     _refusals: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.connection.target.name
 
     async def prepare(self) -> None:
         """Copy the script to the machine. Raises `Unreachable`, or `ActivationFailed` when sudo refuses."""
@@ -190,6 +249,14 @@ class SudoActivator:
     ) -> None:
         """Copy a closure to the machine over ssh, as in `nix.copy`. Raises `CopyFailed`, `Unreachable`."""
         await copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line)
+
+    async def may_lack(self, path: str) -> bool:
+        """Unless it runs that."""
+        return (await self.facts()).system != path
+
+    async def try_way_in(self, path: str, running: str, *, address: bool) -> None:
+        """Log in as `path` would let toto in: see `way_in.check`. Raises `WouldLockOut`, `Unreachable`."""
+        await way_in.check(self, path, running, address=address)
 
     def command(self, words: Sequence[str]) -> str:
         """The line for its login shell that runs words in a test."""
@@ -211,9 +278,17 @@ class SudoActivator:
         return MachineState(system=facts["system"], profile=facts.get("profile", ""))
 
     async def activate(
-        self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float, prove: Prove | None = None
+        self,
+        verb: Verb,
+        path: str,
+        before: MachineState,
+        *,
+        finish: float,
+        confirm: float,
+        on_line: process.LineSink | None = None,
+        prove: Prove | None = None,
     ) -> None:
-        """Activate `path`, then confirm over a new connection.
+        """Activate `path`, then confirm over a new connection; or have nixos-rebuild do it, which prints to `on_line`.
 
         An activation by another tool is waited for first, for up to `finish` seconds. Then the activation may take as
         long; `confirm` seconds after it the watchdog reverts the machine to `before`. `switch` and `boot` set the
@@ -222,6 +297,8 @@ class SudoActivator:
         With `prove`, that is how toto connects from now on, and the watchdog stays armed: something else disarms it.
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
+        if self.rebuild and prove is None:
+            return await self.nixos_rebuild(verb, path, before, timeout=finish, on_line=on_line)
         name = self._new_name(verb)
         if prove is None:
             await self._begin(name, verb, path, before, finish, confirm)
@@ -315,6 +392,10 @@ class SudoActivator:
             if time.monotonic() > deadline:
                 raise self._busy()
 
+    async def interrupt(self, run: str, *, patience: float) -> None:
+        """A watchdog that is still armed would undo the revert: see `take_charge`."""
+        await self.take_charge(run, patience=patience)
+
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot `to`, by profile and activation, and check that it does.
 
@@ -339,6 +420,10 @@ class SudoActivator:
         Raises `NotWhatItShouldBe`, `Unreachable`.
         """
         compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
+
+    async def needs_reboot(self) -> bool:
+        """Not known: nobody on the machine tells it."""
+        return False
 
     async def clean_up(self, run: str = "") -> None:
         """Remove a run's files from the machine, this run's or a different one's, once no activation is under way."""

@@ -38,6 +38,16 @@ class ByDocument(abc.ABC):
     async def prepare(self) -> None:  # noqa: B027
         """Nothing: what obeys is the machine's own."""
 
+    async def may_lack(self, path: str) -> bool:
+        """Unless it runs that."""
+        return (await self.facts()).system != path
+
+    async def try_way_in(self, path: str, running: str, *, address: bool) -> None:  # noqa: B027
+        """Nothing: who has no root there cannot try it; the watchdog is what is left."""
+
+    async def interrupt(self, run: str, *, patience: float) -> None:  # noqa: B027
+        """Nothing: to go back is obeyed at any time, and by a machine that is away when it returns."""
+
     async def check(self, path: str, *, profile: bool = False, running: bool = True, fresh: bool = False) -> None:
         """Check that the machine runs `path`; with `profile`, that it boots it next. `fresh` is as in `facts`."""
         activation.compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)

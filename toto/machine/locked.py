@@ -23,6 +23,7 @@ from toto.base.errors import TotoError
 from toto.machine import activation, signer
 from toto.machine.activation import (
     ActivationFailed,
+    Connected,
     LockedOut,
     MachineState,
     NotWhatItShouldBe,
@@ -42,7 +43,7 @@ _RESTART: Final = 20.0  # seconds that sshd and the network may take to be there
 
 
 @dataclass
-class LockedActivator(ByDocument):
+class LockedActivator(Connected, ByDocument):
     """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
 
     With `reboot` a system with a different kernel is rebooted into when it is kept.
@@ -55,10 +56,6 @@ class LockedActivator(ByDocument):
     connect_timeout: float = 15
     reboot: bool = False
     _refused_since: float = 0
-
-    @property
-    def name(self) -> str:
-        return self.connection.target.name
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs and boots, by its helper's account."""
@@ -76,7 +73,15 @@ class LockedActivator(ByDocument):
         await activation.copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line, probe="facts")
 
     async def activate(
-        self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float, prove: Prove | None = None
+        self,
+        verb: Verb,
+        path: str,
+        before: MachineState,
+        *,
+        finish: float,
+        confirm: float,
+        on_line: process.LineSink | None = None,
+        prove: Prove | None = None,
     ) -> None:
         """Have `path` tried, and connect anew, by `prove` if that is given; or, for a `switch`, have it kept.
 

@@ -7,6 +7,7 @@ there, so that one which comes back later goes where the last word of toto's sen
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import activation, documents, grants, owners, renewal, signer
+from toto.machine import activation, documents, grants, login_shell, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
 from toto.machine.by_document import HINTS, ByDocument
 from toto.machine.documents import Reports
@@ -65,6 +66,19 @@ class PullActivator(ByDocument):
     def name(self) -> str:
         return self.machine.name
 
+    @property
+    def connection(self) -> None:
+        """None: the machine connects to toto."""
+
+    @property
+    def host_keys(self) -> list[str]:
+        """That of the manifest, by which it proves itself."""
+        return [owners.plain_key(self.machine.ssh.host_key or "")]
+
+    def command(self, words: Sequence[str]) -> str:
+        """As for any shell; there is no connection to give it to."""
+        return login_shell.line(words)
+
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs and boots, by its newest report of this run, or by one that it is asked for.
 
@@ -81,7 +95,20 @@ class PullActivator(ByDocument):
         """
         await grants.grant(self.repo, self.name, [path, *await self._good()], self.key, timeout=timeout)
 
-    async def activate(self, verb: Verb, path: str, before: MachineState, *, finish: float, confirm: float) -> None:
+    async def may_lack(self, path: str) -> bool:
+        """Always: it can fetch only what it is granted."""
+        return True
+
+    async def activate(
+        self,
+        verb: Verb,
+        path: str,
+        before: MachineState,
+        *,
+        finish: float,
+        confirm: float,
+        on_line: process.LineSink | None = None,
+    ) -> None:
         """Have `path` tried, and hear of it over a new connection; or, for a `switch`, have it kept.
 
         The machine goes back by itself unless it is told within `confirm` seconds to keep it.

@@ -13,12 +13,14 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from toto.base import process
 from toto.base.errors import TotoError
 from toto.cell.cell import STORE
-from toto.machine.activation import SudoActivator
+
+if TYPE_CHECKING:
+    from toto.machine.activation import SudoActivator
 
 _SECONDS: Final = 120.0  # for a login on a slow machine
 _MOST: Final = 10_000_000  # bytes of an activation script, or of what it says of the users
@@ -32,7 +34,7 @@ class WouldLockOut(TotoError):
     """The new configuration would not let toto in, so it is not activated."""
 
 
-async def check(activator: SudoActivator, closure: str, running: str, *, address: bool = False) -> None:
+async def check(activator: "SudoActivator", closure: str, running: str, *, address: bool = False) -> None:
     """Check that `closure`, which is on the machine, lets toto in as `running`, its present system, does.
 
     That is: the user stays, sshd listens where toto connects, lets the key in, and sudo asks for no password. With
@@ -68,7 +70,7 @@ async def check(activator: SudoActivator, closure: str, running: str, *, address
     )
 
 
-async def _login(activator: SudoActivator, system: str) -> str | None:
+async def _login(activator: "SudoActivator", system: str) -> str | None:
     """Log in, and become root, as `system` lets toto; None when that worked, else what sshd, ssh and sudo said."""
     connection = activator.connection
     target = connection.target
@@ -96,7 +98,7 @@ async def _login(activator: SudoActivator, system: str) -> str | None:
     return None if done.status == 0 else process.tail(done.stderr, _WORDS) or f"ssh exited with status {done.status}"
 
 
-async def _check_user(activator: SudoActivator, closure: str) -> None:
+async def _check_user(activator: "SudoActivator", closure: str) -> None:
     """NixOS removes a user whom it once made and who is not in the configuration any more."""
     target = activator.connection.target
     found = _users(closure)
@@ -132,7 +134,7 @@ def _read(path: Path) -> str:
         return file.read(_MOST).decode(errors="replace")
 
 
-async def _check_address(activator: SudoActivator, closure: str) -> None:
+async def _check_address(activator: "SudoActivator", closure: str) -> None:
     target = activator.connection.target
     wanted = target.ip or target.address
     found = await _lines(activator, "addresses", closure)
@@ -151,12 +153,12 @@ def _plain(address: str) -> str:
         return address
 
 
-async def _listening(activator: SudoActivator, system: str) -> list[str]:
+async def _listening(activator: "SudoActivator", system: str) -> list[str]:
     """Where a configuration's sshd listens, as `ADDRESS:PORT` or `PORT`; nothing when that cannot be seen."""
     return await _lines(activator, "listening", system)
 
 
-async def _serving(activator: SudoActivator) -> tuple[str, str] | None:
+async def _serving(activator: "SudoActivator") -> tuple[str, str] | None:
     """The address and port of the machine that serve toto; a router in between may show toto different ones."""
     done = await activator.connection.run(["sh", "-c", 'echo "$SSH_CONNECTION"'], check=False, timeout=_SECONDS)
     match done.stdout.split():
@@ -175,7 +177,7 @@ def _is_among(serving: tuple[str, str], listening: Sequence[str]) -> bool:
     return False
 
 
-async def _lines(activator: SudoActivator, *words: str) -> list[str]:
+async def _lines(activator: "SudoActivator", *words: str) -> list[str]:
     """The lines that a verb prints; none when it does not end."""
     try:
         done = await activator.connection.run(activator.words(*words), check=False, timeout=_SECONDS)
