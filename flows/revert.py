@@ -1,5 +1,6 @@
 """Revert what a run touched, in reverse order, each target on its own; settle what dead runs left open."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
@@ -19,9 +20,9 @@ from tasks.record import intend_to_revert
 from tasks.reversal import Reversal
 from tasks.run import Run
 from tasks.settle import (
+    activated_by,
     dead_intents,
     died_at,
-    healing_for,
     manifest_of,
     notify_of_death,
     retry_settle,
@@ -65,7 +66,7 @@ async def revert(run: Run) -> Run:
 async def _open_intents(run: Run) -> list[Reversal]:
     """What is to be reverted, the last first, each under an intent. It needs nothing but the repo."""
     entries = Ledger(run.repo).read()
-    patience = run.plan.settings.roll_out.confirm_timeout + HEALING
+    since = time.time() + HEALING
     reversals: list[Reversal] = []
     for target in run.to_revert:
         entry = entries.get(target)
@@ -83,7 +84,7 @@ async def _open_intents(run: Run) -> list[Reversal]:
                 "%s: toto reverts it, although it could not write the ledger: %s", target.label, error
             )
         reversals.append(
-            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, patience)
+            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, since)
         )
     return reversals[::-1]
 
@@ -149,7 +150,7 @@ async def _settle(repo: Path, run: str) -> list[Reverted]:
                         manifest,
                         settings,
                         died_at(intent.left_by or intent.run, intent.step),
-                        healing_for(intent, settings.roll_out),
+                        activated_by(intent, settings.roll_out),
                     )
                 ],
                 results,

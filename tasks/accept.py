@@ -122,9 +122,8 @@ async def host(asked: Asked) -> Present:
     async with roll_out.connect(machine, asked.repo, asked.run, asked.settings) as activator:
         await activator.prepare()
         if intent is not None:  # a watchdog that is still armed would change what is read here
-            await activator.take_charge(
-                intent.desired.run, patience=rules.activation_timeout * 2 + rules.confirm_timeout
-            )
+            longest = await roll_out.patience_at(asked.repo, asked.run, machine, asked.settings, intent.desired.commit)
+            await activator.take_charge(intent.desired.run, patience=rules.activation_timeout * 2 + longest)
         facts = await activator.facts(fresh=True)
         if not isinstance(activator, PullActivator):  # (It would be told to go back: see `renewal` below.)
             await activator.clean_up()

@@ -13,7 +13,7 @@ class Reversal:
     """One target that `run`, which has an open intent on it, reverts because of `why`.
 
     `manifest` and `settings` are those of the commit that was being deployed. When a machine does not answer, the
-    revert waits for it up to `patience` seconds, so that its watchdog can revert it.
+    revert waits for it, so that its watchdog can revert it: that counts from `since` on (seconds since 1970), or less.
     """
 
     repo: Path
@@ -22,4 +22,4 @@ class Reversal:
     manifest: Manifest
     settings: Settings
     why: str
-    patience: float
+    since: float

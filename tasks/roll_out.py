@@ -17,6 +17,7 @@ from tasks.reversal import Reversal
 from tasks.settle import manifest_of
 from toto.base import paths, process, runs
 from toto.base.errors import TotoError
+from toto.infra_repo import git
 from toto.infra_repo.manifest import Machine
 from toto.infra_repo.settings import Settings
 from toto.ledger import steps
@@ -177,22 +178,36 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     Raises `ActivationFailed`, `Unreachable`, `LostTarget`.
     """
     await set_step(order, verb, f"activation {verb}")
-    finish, confirm = order.settings.roll_out.activation_timeout, _patience(order)
+    assert order.machine is not None
+    finish, confirm = order.settings.roll_out.activation_timeout, _patience(order.machine, order.settings, order.tree)
     await activator.activate(verb, order.host.path, before, finish=finish, confirm=confirm, on_line=sink())
     return Done()
 
 
-def _patience(order: HostOrder) -> float:
-    """Seconds until a machine goes back by itself.
+def _patience(machine: Machine, settings: Settings, tree: Path) -> float:
+    """Seconds until a machine goes back by itself; `tree` is the commit that is deployed.
 
     toto confirms at once by sudo, and after its own tests where a signed document says that a system is kept.
     """
-    rules, sandbox = order.settings.roll_out, order.settings.sandbox
-    if order.machine is None or not order.machine.by_document:
-        return rules.confirm_timeout
-    phases = (Phase.SMOKE,) if order.machine.activation == "switch" else (Phase.SMOKE, Phase.POST_SWITCH)
-    found = suite.find(order.tree, order.name)
-    return rules.confirm_timeout + sandbox.test_timeout * sum(len(found.of(phase)) for phase in phases)
+    if not machine.by_document:
+        return settings.roll_out.confirm_timeout
+    phases = (Phase.SMOKE,) if machine.activation == "switch" else (Phase.SMOKE, Phase.POST_SWITCH)
+    found = suite.find(tree, machine.name)
+    tests = sum(len(found.of(phase)) for phase in phases)
+    return settings.roll_out.confirm_timeout + settings.sandbox.test_timeout * tests
+
+
+async def patience_at(repo: Path, run: str, machine: Machine, settings: Settings, commit: str) -> float:
+    """The same of a commit that was being deployed; no problem with that keeps a machine from being reverted."""
+    if not machine.by_document:
+        return settings.roll_out.confirm_timeout
+    tree = runs.run_directory(repo, run) / "deployed" / machine.name
+    try:
+        await git.checkout(repo, commit, tree)
+        return _patience(machine, settings, tree)
+    except (TotoError, OSError) as error:
+        get_run_logger().warning("how long its watchdog waits is not known: %s", error)
+        return settings.roll_out.confirm_timeout
 
 
 @task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
@@ -229,7 +244,7 @@ async def clean_up(activator: Activator) -> None:
 async def revert(reversal: Reversal) -> str:
     """Revert a host to its last good, or to what it ran before toto first touched it; return the path that it runs now.
 
-    A machine that does not answer may be reverting itself, so this waits for it (see `Reversal.patience`).
+    A machine that does not answer may be reverting itself, so this waits for it (see `Reversal`).
     Raises `Unreachable`, `ActivationFailed`, `LostTarget`; the intent is then still open.
     """
     repo, run, target = reversal.repo, reversal.run, reversal.target
@@ -243,7 +258,8 @@ async def revert(reversal: Reversal) -> str:
     entry = Ledger(repo).read().get(target)
     intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
     to = where_to(MachineState.of(intent.before), good.path if good else None, machine.activation)
-    deadline = time.monotonic() + reversal.patience
+    patience = await patience_at(repo, run, machine, reversal.settings, intent.desired.commit)
+    deadline = time.monotonic() + max(0.0, reversal.since + patience - time.time())
     while True:
         try:
             await _go_back(reversal, machine, intent, to, is_good=good is not None and to.system == good.path)

@@ -90,10 +90,9 @@ async def _dead(intent: Intent, run: str) -> bool:
     return state is not None and state.is_final()
 
 
-def healing_for(intent: Intent, settings: RollOut) -> float:
-    """Seconds for which the machine of a dead run may still be reverting itself; 0 when that time is over."""
-    opened = calendar.timegm(time.strptime(intent.at, "%Y-%m-%dT%H:%M:%SZ"))
-    return max(0.0, opened + settings.activation_timeout + settings.confirm_timeout - time.time())
+def activated_by(intent: Intent, settings: RollOut) -> float:
+    """When the activation of a dead run has ended at the latest, in seconds since 1970."""
+    return calendar.timegm(time.strptime(intent.at, "%Y-%m-%dT%H:%M:%SZ")) + settings.activation_timeout
 
 
 def with_choices(repo: Path, target: Target, error: Exception) -> str:
