@@ -70,6 +70,8 @@ class Memory:
     """the same of each check"""
     units: tuple[str, ...] = ()
     """units that had failed before the update"""
+    reboots: str = ""
+    """the boot in which the update began to reboot the machine"""
 
     @classmethod
     def load(cls, file: Path) -> Self:

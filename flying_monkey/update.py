@@ -375,19 +375,21 @@ class Update:
     def _reboot(self) -> int:
         """Reboot into the system, once, where its kernel differs; after that check it. The exit status to tell."""
         try:
-            if self.rebooted:
-                self._check("reboot", patience=self.document.deadlines.activate)
-            elif health.reboot_needed():
+            # (A power cut before the switch is no reboot into it; and one that did not help is not done again.)
+            if health.reboot_needed() and self.memory.reboots in ("", machine.boot()):
                 if not self.memory.prepared:
                     owed = _owed(self.memory, self.document)
                     self._insist(prepared=True, owed=owed, units=activation.broken())
                 self._prepare("reboot")
+                self._insist(reboots=machine.boot())
                 machine.run("reboot")
                 end = time.monotonic() + self.document.deadlines.activate
                 while time.monotonic() < end:
                     self._look()
                     time.sleep(_TICK)
                 raise Stopped("the machine does not reboot")
+            if self.rebooted:
+                self._check("reboot", patience=self.document.deadlines.activate)
         except (NotReady, Stopped) as failed:
             self._tell(error=str(failed))
             return NOT_WELL

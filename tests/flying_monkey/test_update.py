@@ -359,6 +359,26 @@ def test_a_different_kernel_is_rebooted_into_when_the_document_says_so(bubble: B
     assert bubble.events()[-4:] == ["drain reboot", "backup reboot", "reboot", "undrain kept"]
 
 
+def test_a_power_cut_before_the_switch_does_not_spare_the_reboot(bubble: Bubble) -> None:
+    for system, kernel in ((bubble.good, "old"), (bubble.new, "fresh")):
+        (bubble.root / system.path[1:] / "kernel").symlink_to(f"/nix/store/{kernel}")
+    bubble.say(bubble.document(hooks=HOOKS))
+    assert bubble.ended()["state"] == "done 0"
+    bubble.stop_at("profile")
+    bubble.say(bubble.document(phase="keep", hooks=HOOKS, reboot="now"))
+    bubble.reached("profile")
+    bubble.power_cut()
+    bubble.boot()
+    bubble.stop_at("reboot")
+    bubble.resume()
+    bubble.reached("reboot")
+    bubble.power_cut()
+    bubble.boot()
+    bubble.resume()
+    assert is_finished(bubble, "done 0", bubble.new.path, "kept")["reboot_needed"] is False
+    assert bubble.events()[-4:] == ["new switch done", "reboot", "web reboot", "undrain kept"]
+
+
 def test_roots_own_word_keeps_what_is_tried(bubble: Bubble) -> None:
     """As when toto moves from documents to sudo: the new configuration may have nothing left that takes a document."""
     bubble.say(bubble.document(hooks=TRIED))
