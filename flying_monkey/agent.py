@@ -35,7 +35,7 @@ _LAST: Final = 300.0  # seconds
 _STATUS: Final = 20  # seconds that the helper waits for a change
 _FETCH: Final = 4 * 3_600.0  # seconds for a closure
 _TRIES: Final = 3  # to fetch one, each by a new session
-_AGAIN: Final = 600.0  # seconds after which what could not be kept, or gone back to, is tried once more
+AGAIN: Final = 600.0  # seconds after which what the machine was not ready for is begun once more, while it is valid
 _SETTLING: Final = 900.0  # seconds after a change in which more of them are expected
 _ASKED: Final = 2.0  # seconds between two reports that toto asks for
 _ERROR: Final = 4_000  # characters
@@ -57,6 +57,7 @@ class Agent:
     helper: Answerer = helper.answer
     wait: tuple[float, float] = WAIT
     first_pause: float = FIRST
+    again: float = AGAIN
     state: dict[str, Any] = field(default_factory=dict)
     """for the metrics: see `flying_monkey.metrics.text`"""
     _tag: str = ""
@@ -134,7 +135,7 @@ class Agent:
             self._refuse(0, "", error)
             self._tag = tag
             return
-        self._document = document
+        self._document, self._again = document, None
         self.state |= {"desired": document.serial, "wanted": document.system.path}
         if not is_new:
             self._tag = tag
@@ -147,7 +148,7 @@ class Agent:
             self._refuse(document.serial, document.phase, error)
         except NotReady as error:
             self._refuse(document.serial, document.phase, error)
-            self._again = None if document.phase == "try" else time.monotonic() + _AGAIN
+            self._again = time.monotonic() + self.again
         self._tag = tag
 
     def _checked(self, envelope: bytes) -> tuple[Desired, bool]:
@@ -195,7 +196,6 @@ class Agent:
         if "error" in answer:
             again = answer.get("kind") in ("NotReady", "Broken")
             raise (NotReady if again else Refused)(str(answer["error"]))
-        self._again = None
         self.toto.forget()  # toto is asked anew, whatever held before
         began, step = time.monotonic(), ""
         while True:

@@ -103,7 +103,7 @@ def main(place: str) -> None:
     machine.environment = lambda: own  # (this machine's nix trusts other keys)
     made = agent.at(configuration)
     made.fetcher = Fetcher(made.toto.server, store=f"local?root={folder / 'root'}")
-    made.helper, made.wait, made.first_pause = StandIn(folder, configuration), WAIT, 0.2
+    made.helper, made.wait, made.first_pause, made.again = StandIn(folder, configuration), WAIT, 0.2, 0.2
     print("the helper is a stand-in", flush=True)
     while True:
         made.turn()
