@@ -72,6 +72,7 @@ echo "$1" >> /var/lib/events
     "nix-env": 'at profile; ln -sfn "$4" "$2.new"; mv -T "$2.new" "$2"; at profile-set',
     "sync": ":",
     "reboot": "at reboot",
+    "sudo": 'while [ "$1" = -n ] || [ "$1" = -- ]; do shift; done; exec "$@"',
     "systemctl": '[ "$1" != list-units ] || cat /var/lib/broken 2>/dev/null; [ "$1" != is-active ]',
 }
 
@@ -99,6 +100,11 @@ class Bubble:
 
     _python = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 
+    def agent(self, module: str) -> str:
+        """The shell line that is a program of the agent's, with its arguments."""
+        code = f'import sys; sys.path.insert(0, "/agent"); from flying_monkey.{module} import main; main()'
+        return f"exec {self._python} -IS -c '{code}' \"$@\""
+
     # What it is made of
 
     def program(self, file: Path, body: str, mode: int = 0o755) -> None:
@@ -110,18 +116,18 @@ class Bubble:
         """A program such as `prepare.d/drain`, which tells of itself by its name and its reason."""
         self.program(self.etc / "flying-monkey" / name, f'at "{name.partition("/")[2]} $TOTO_REASON"\n{body}')
 
-    def system(self, name: str, script: str = "") -> System:
-        path = f"/nix/store/{name[0] * 32}-nixos-system-{name}"
-        here = self.root / path[1:]
+    def system(self, name: str, script: str = "", stored: System | None = None) -> System:
+        """A system; with `stored` one that toto's store has too."""
+        made = stored or System(f"/nix/store/{name[0] * 32}-nixos-system-{name}", f"sha256:{'0' * 51}{name[0]}")
+        path, here = made.path, self.root / made.path[1:]
         switch = f"""
 at "{name} $1"
 {script}
 [ "$1" = boot ] || {{ ln -sfn {path} /run/current-system.new; mv -T /run/current-system.new /run/current-system; }}
 at "{name} $1 done" """
         self.program(here / "bin/switch-to-configuration", switch)
-        nar_hash = f"sha256:{'0' * 51}{name[0]}"
-        (here / "hash").write_text(f"{nar_hash}\n")
-        return System(path, nar_hash)
+        (here / "hash").write_text(f"{made.nar_hash}\n")
+        return made
 
     # Power
 

@@ -101,8 +101,8 @@ class Moving(Connected):
         began = time.monotonic()
         await self.old.activate(verb, path, before, finish=finish, confirm=confirm, prove=self._enter)
         if isinstance(self.new, SudoActivator):
-            # The watchdog that the document set up is sudo's to stop now.
-            await self.new.take_charge(_MONKEY, patience=finish + confirm - (time.monotonic() - began))
+            # The watchdog that the document set up is sudo's to stop now, and the activation sudo's to judge.
+            await self.new.take_over(_MONKEY, verb, patience=finish + confirm - (time.monotonic() - began))
         await self._now.check(path, profile=verb != "test", running=verb != "boot")
 
     async def _enter(self) -> None:

@@ -308,14 +308,29 @@ class SudoActivator(Connected):
             code, log = await self._begun_and_ended(name, verb, path, before, finish, confirm)
             deadline = time.monotonic() + _GRACE + confirm
         await self._proven(name, deadline, prove or partial(self._confirm, name))
+        self._judge(verb, code, log)
+        if prove is None:
+            await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
+
+    async def take_over(self, run: str, verb: Verb, *, patience: float) -> None:
+        """Confirm what a run, or the machine's agent, has activated, and judge that as `activate` does.
+
+        Its end is read first: when it is confirmed, its files may go. Raises `ActivationFailed`, `WentBack`,
+        `Unreachable`.
+        """
+        deadline = time.monotonic() + patience
+        for name in (await self._verb("names", run)).lines:
+            code, log = await self._ended(name, deadline)
+            await self._confirm(name)
+            self._judge(verb, code, log)
+
+    def _judge(self, verb: Verb, code: int, log: str) -> None:
         if code != 0:
             raise ActivationFailed(
                 f"activation `{verb}` exited with status {code}:\n{process.tail(log)}",
                 target=self.connection.target.name,
                 hint=_HINTS.get(code),
             )
-        if prove is None:
-            await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Nothing: a confirmed activation is kept already."""
