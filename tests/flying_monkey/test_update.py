@@ -141,6 +141,16 @@ def test_to_go_back_is_obeyed_at_any_time(bubble: Bubble) -> None:
     is_finished(bubble, "done 0", bubble.good.path, "back")
 
 
+def test_to_go_back_does_not_wait_for_what_somebody_else_has_begun(bubble: Bubble) -> None:
+    """As a run of before the machine obeyed documents: its watchdog holds up every later activation."""
+    bubble.facts()  # (which writes the script)
+    begin = f"sh /run/toto/activate.sh begin run.test.1 test {bubble.new.path} {bubble.good.path} {bubble.good.path}"
+    bubble.sh(f"{begin} 20 3000 && sh /run/toto/activate.sh result run.test.1 20")
+    bubble.say(bubble.document(bubble.good, "back", hooks=TRIED))
+    is_finished(bubble, "done 0", bubble.good.path, "back")
+    assert bubble.sh("sh /run/toto/activate.sh result run.test.1 0").startswith("back 0")
+
+
 def test_only_what_is_tried_is_kept_and_a_newer_try_waits(bubble: Bubble) -> None:
     other = bubble.system("spare")
     assert "this machine runs" in bubble.say(bubble.document(phase="keep"))["error"]
@@ -391,6 +401,25 @@ def test_roots_own_word_keeps_what_is_tried(bubble: Bubble) -> None:
     assert (status["step"], status["state"]) == ("finished", "done 0"), status
     assert (status["system"], status["boots"]) == (bubble.new.path, bubble.good.path)
     assert bubble.events()[-1] == "undrain kept" and "error" not in status
+
+
+@pytest.mark.parametrize("resting", [True, False])
+def test_only_a_document_of_a_run_undoes_what_somebody_changed_by_hand(bubble: Bubble, resting: bool) -> None:
+    """One that is renewed while no run works on the machine does not, unless it leads elsewhere."""
+    bubble.say(bubble.document())
+    bubble.ended()
+    bubble.say(bubble.document(phase="keep"))
+    is_finished(bubble, "done 0", bubble.new.path, "kept")
+    by_hand, events = bubble.system("by-hand").path, bubble.events()
+    bubble.sh(f"ln -sfn {by_hand} /run/current-system; ln -sfn {by_hand} /nix/var/nix/profiles/system")
+    bubble.say(bubble.document(bubble.new, "back", resting=resting))
+    status = bubble.ended()
+    wanted = by_hand if resting else bubble.new.path
+    assert (status["state"], status["system"], status["boots"]) == ("done 0", wanted, wanted)
+    if resting:
+        assert status["drift"] == f"it runs {by_hand}, and not {bubble.new.path}" and bubble.events() == events
+        bubble.say(bubble.document(bubble.good, "back", resting=True))
+        is_finished(bubble, "done 0", bubble.good.path, "back")
 
 
 @pytest.mark.parametrize("phase", ["keep", "back"])
