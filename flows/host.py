@@ -83,7 +83,7 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 step = await keep(order, activator, machine.activation, wait_for=[step])
             step = await add_gc_root(order, wait_for=[step])
             step = await record_good(order, wait_for=[step])
-            await clean_up(activator, wait_for=[step])
+            await clean_up(order, activator, wait_for=[step])
             return "deployed"
     except Unreachable as error:
         if intended or isinstance(error, AuthenticationFailed | HostKeyChanged):

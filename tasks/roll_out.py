@@ -23,7 +23,7 @@ from toto.infra_repo.settings import Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Deployed, Intent, Ledger
 from toto.ledger.target import Target
-from toto.machine import access, keys, owners, ssh
+from toto.machine import access, condition, keys, owners, ssh
 from toto.machine.activation import Activator, MachineState, Verb, WayChanged
 from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
@@ -233,10 +233,11 @@ async def add_gc_root(order: HostOrder) -> Done:
 
 
 @task(name="clean up", task_run_name="clean up", cache_policy=NO_CACHE)
-async def clean_up(activator: Activator) -> None:
-    """Remove this run's files from the machine. Nothing is lost if that fails."""
+async def clean_up(order: HostOrder, activator: Activator) -> None:
+    """Remove this run's files from the machine, and note how it is now. Nothing is lost if that fails."""
     try:
         await activator.clean_up()
+        condition.note(order.repo, order.name, await activator.condition())
     except TotoError as error:
         get_run_logger().warning("could not clean up its /run/toto: %s", error)
 
@@ -321,8 +322,7 @@ async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> li
         async with connect(machine, repo, run, settings) as activator:
             await activator.prepare()
             facts = await activator.facts(fresh=True)
-            if await activator.needs_reboot():
-                logger.warning("%s: it needs a reboot for its kernel, initrd or modules", target.label)
+            said = await activator.condition()
     except ssh.Unreachable as error:
         logger.warning("%s", error)
         return []
@@ -331,4 +331,7 @@ async def find_drift(repo: Path, run: str, target: Target, good: Deployed) -> li
         found.append(f"it runs {facts.system}, and not {deployed.path}")
     if machine.activation != "test" and facts.profile != deployed.path:
         found.append(f"it boots {facts.profile or 'nothing'} next, and not {deployed.path}")
+    if said is not None and said.reboot_needed:
+        logger.warning("%s: it needs a reboot for its kernel, initrd or modules", target.label)
+    condition.note(repo, target.name, said and said.model_copy(update={"drift": tuple(found)}))
     return found

@@ -19,6 +19,7 @@ import sys
 import textwrap
 import time
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -33,8 +34,8 @@ from toto.infra_repo import git
 from toto.infra_repo.fields import check_key_name
 from toto.ledger import approvals
 from toto.ledger.ledger import REF, Entry, Ledger
-from toto.ledger.target import Target
-from toto.machine import keys, owners, signer
+from toto.ledger.target import HOST, Target
+from toto.machine import condition, keys, owners, signer
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -350,8 +351,8 @@ async def _plan(arguments: argparse.Namespace) -> int:
 
 
 async def _status(arguments: argparse.Namespace) -> int:
-    rows = []
-    for target, entry in sorted(Ledger(_infra(arguments.repo)).read().entries.items()):
+    rows, repo = [], _infra(arguments.repo)
+    for target, entry in sorted(Ledger(repo).read().entries.items()):
         state = "good" if entry.good else "rehearsed only" if entry.rehearsed else "not deployed"
         if entry.accepted:
             state = f"accepted by {entry.accepted.by}: {entry.accepted.why}"
@@ -367,11 +368,22 @@ async def _status(arguments: argparse.Namespace) -> int:
                 "target": str(target),
                 "commit": last.commit[:8] if last else "",
                 "since": last.at if last else "",
-                "state": state,
+                "state": "\n".join([state, *(_heard_of(repo, target.name) if target.kind == HOST else ())]),
             }
         )
     _print(table(rows, ("target", "commit", "since", "state")) if rows else "nothing was deployed from here yet")
     return 0
+
+
+def _heard_of(repo: Path, machine: str) -> list[str]:
+    """What is known of a machine that does what documents say, without asking it."""
+    known = condition.read(repo, machine)
+    if not (at := condition.heard(repo, machine, known)):
+        return []
+    said = f"last contact {datetime.fromtimestamp(at, UTC).isoformat(timespec='seconds')}"
+    if known is None:
+        return [said]
+    return [f"{said}, reboot needed" if known.reboot_needed else said, *(f"drifted: {each}" for each in known.drift)]
 
 
 async def _log(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from toto.base import process
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import documents, keys, pulled, signer
+from toto.machine import condition, documents, keys, pulled, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, WentBack
 from toto.machine.pulled import PullActivator
 from toto.machine.signer import NotSigned
@@ -222,6 +222,9 @@ async def test_what_runs_by_hand_is_seen(run: Run) -> None:
         (run.web1.folder / "is.json").write_text(run.is_().replace(run.good, run.new))
         with pytest.raises(NotWhatItShouldBe, match=f"runs {run.new}, not {run.good}"):
             await run.activator.check(run.good, fresh=True)
+        noted = await run.activator.condition()
+        condition.note(run.world.repo, "web1", noted)
+        assert condition.read(run.world.repo, "web1") == noted and noted.report > 0
 
 
 async def test_its_error_says_what_it_says() -> None:

@@ -16,7 +16,7 @@ from toto.base.errors import InputError
 from toto.infra_repo import git as git_of
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
-from toto.machine import keys, owners
+from toto.machine import condition, keys, owners
 from toto.nix import closure
 from toto.nix import commands as nix
 from toto.nix.hosts import Host, in_files
@@ -650,6 +650,17 @@ async def test_a_deployed_machine_whose_host_is_gone_is_told(repo: InfraRepo, ma
     assert not (await make(repo.commit({"README.md": "x"}), "a")).changes.told, (
         "a run that is limited to a says nothing"
     )
+
+
+async def test_what_is_known_of_a_machine_is_in_the_plan_without_asking_it(repo: InfraRepo, make: Make) -> None:
+    locked = "machines:\n  - { name: a, address: 192.0.2.1, access: locked }\n"
+    commit = repo.commit({"machines.yaml": locked, "hosts/a.nix": host("a")})
+    condition.note(repo.bare, "a", condition.Condition(at=1, drift=("it runs /nix/store/x",), reboot_needed=True))
+    rows = [row for row in (await make(commit)).changes.rows()[1:] if row["target"] == "machine/a"]
+    assert [(row["why"], row["what changes"]) for row in rows] == [
+        ("drifted", "it runs /nix/store/x"),
+        ("reboot needed", "its next boot begins with a different kernel, initrd or modules"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from toto.base import process
 from toto.infra_repo.manifest import Machine
 from toto.machine import ssh
 from toto.machine.activation import Connected, MachineState, SudoActivator, Verb
+from toto.machine.condition import Condition
 from toto.machine.locked import USER, LockedActivator, answer_of
 from toto.machine.ssh import AuthenticationFailed, Connection, SshTarget
 
@@ -129,9 +130,9 @@ class Moving(Connected):
         """As the way does that is there by now."""
         await self._now.revert(to, finish=finish, boot=boot)
 
-    async def needs_reboot(self) -> bool:
+    async def condition(self) -> Condition | None:
         """As the way says that is there by now."""
-        return await self._now.needs_reboot()
+        return await self._now.condition()
 
     async def clean_up(self, run: str = "") -> None:
         """As the way does that is there by now."""

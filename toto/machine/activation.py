@@ -22,6 +22,7 @@ from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Before
 from toto.machine import login_shell, owners, way_in
+from toto.machine.condition import Condition
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 from toto.nix import commands as nix
 
@@ -190,8 +191,8 @@ class Activator(Protocol):
     async def revert(self, to: MachineState, *, finish: float, boot: bool) -> None:
         """Make the machine run and boot `to`."""
 
-    async def needs_reboot(self) -> bool:
-        """Whether the machine says that its next boot begins with a different kernel, initrd or set of modules."""
+    async def condition(self) -> Condition | None:
+        """How the machine says that it is; None where it says nothing by itself."""
         ...
 
     async def clean_up(self, run: str = "") -> None:
@@ -436,9 +437,8 @@ class SudoActivator(Connected):
         """
         compare(await self.facts(fresh=fresh), path, profile=profile, running=running, target=self.name)
 
-    async def needs_reboot(self) -> bool:
-        """Not known: nobody on the machine tells it."""
-        return False
+    async def condition(self) -> None:
+        """Nothing: it has no agent that toto would hear."""
 
     async def clean_up(self, run: str = "") -> None:
         """Remove a run's files from the machine, this run's or a different one's, once no activation is under way."""

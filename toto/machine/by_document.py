@@ -5,6 +5,7 @@ from typing import Final
 
 from toto.machine import activation
 from toto.machine.activation import MachineState, Verb
+from toto.machine.condition import Condition
 from toto.machine.ssh import Unreachable
 
 # What a refusal of the machine's helper calls for, by its kind.
@@ -25,6 +26,10 @@ class ByDocument(abc.ABC):
     @abc.abstractmethod
     async def facts(self, *, fresh: bool = False) -> MachineState:
         """What the machine runs, and what it boots next."""
+
+    @abc.abstractmethod
+    async def condition(self) -> Condition:
+        """How the machine says that it is."""
 
     @property
     @abc.abstractmethod

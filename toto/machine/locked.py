@@ -33,6 +33,7 @@ from toto.machine.activation import (
     WentBack,
 )
 from toto.machine.by_document import HINTS, ByDocument
+from toto.machine.condition import Condition
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 
 USER: Final = "toto"  # whose login shell the gate is
@@ -120,9 +121,9 @@ class LockedActivator(Connected, ByDocument):
                     "an earlier activation has not ended", target=self.name, hint=f"ssh {USER}@{self.name} log"
                 )
 
-    async def needs_reboot(self) -> bool:
-        """Whether its next boot begins with a different kernel, initrd or set of modules."""
-        return (await self._facts()).get("reboot_needed") is True
+    async def condition(self) -> Condition:
+        """How the machine is, by its helper's account."""
+        return Condition.of(await self._facts())
 
     async def clean_up(self, run: str = "") -> None:
         """Nothing: the helper tidies up."""

@@ -26,6 +26,7 @@ from toto.ledger.target import HOST, Target
 from toto.machine import activation, documents, grants, login_shell, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
 from toto.machine.by_document import HINTS, ByDocument
+from toto.machine.condition import Condition
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
 from toto.nix import commands as nix
@@ -137,9 +138,10 @@ class PullActivator(ByDocument):
                 )
             await anyio.sleep(1)
 
-    async def needs_reboot(self) -> bool:
-        """Whether its next boot begins with a different kernel, initrd or set of modules."""
-        return (self._heard or await self._asked()).details.get("reboot_needed") is True
+    async def condition(self) -> Condition:
+        """How the machine is, by its newest report."""
+        report = self._heard or await self._asked()
+        return Condition.of(report.details, report=report.number)
 
     async def clean_up(self, run: str = "") -> None:
         """Nothing on the machine. From now on it may fetch its last good, and finds a document that leads to it."""

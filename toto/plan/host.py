@@ -12,7 +12,7 @@ from toto.infra_repo import limits, manifest, settings
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import HOST, Target
-from toto.machine import keys, owners
+from toto.machine import condition, keys, owners
 from toto.nix import closure, hosts, inputs, pins
 from toto.nix import commands as nix
 from toto.nix.hosts import FLAKE, Host
@@ -23,6 +23,11 @@ from toto.plan.window import Rules
 from toto.rehearsal import suite
 
 _NAMED: Final = 10  # hosts in a line
+_REBOOT: Final = {
+    "never": "its next boot begins with a different kernel, initrd or modules",
+    "window": "its next boot begins with a different kernel, initrd or modules: a run in its window reboots it",
+    "now": "its next boot begins with a different kernel, initrd or modules: its next roll-out reboots it",
+}
 
 
 class DesiredHost(Desired):
@@ -149,7 +154,7 @@ class HostKind(Kind[Host]):
             elif close := difflib.get_close_matches(name, names - machines.keys(), n=1):
                 what = f"no host has this machine's name: did you mean {close[0]}? (or `role: other`: not toto's)"
                 told.append(Told(place=f"host/{name}", what=what))
-        return told
+        return [*told, *(each for machine in machines.values() for each in _known_of(source.repo, machine))]
 
     async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
         """Evaluate the host's toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
@@ -274,6 +279,17 @@ class HostKind(Kind[Host]):
 
     def roots(self, repo: Path, name: str) -> tuple[Path, ...]:
         return runs.last_good_root(repo, name), runs.previous_root(repo, name)
+
+
+def _known_of(repo: Path, machine: Machine) -> list[Told]:
+    """What toto knows of a machine without asking it."""
+    known = condition.read(repo, machine.name) if machine.deployed and machine.by_document else None
+    if known is None:
+        return []
+    said = [("drifted", each) for each in known.drift]
+    if known.reboot_needed:
+        said.append(("reboot needed", _REBOOT[machine.reboot]))
+    return [Told(place=f"machine/{machine.name}", what=what, why=why) for why, what in said]
 
 
 def _flake(source: Source) -> str:
