@@ -125,12 +125,15 @@ async def host(asked: Asked) -> Present:
             longest = await roll_out.patience_at(asked.repo, asked.run, machine, asked.settings, intent.desired.commit)
             await activator.take_charge(intent.desired.run, patience=rules.activation_timeout * 2 + longest)
         facts = await activator.facts(fresh=True)
+        here = await nix.valid(facts.system)
+        if here and await activator.may_lack(facts.system):  # one that pulls may be installed anew
+            await activator.copy(facts.system, signed=None, timeout=asked.settings.nix.build_timeout)
         if not isinstance(activator, PullActivator):  # (It would be told to go back: see `renewal` below.)
             await activator.clean_up()
     words = f"it runs {facts.system}"
     if facts.profile and facts.profile != facts.system:
         words += f" and boots {facts.profile} next"
-    if await nix.valid(facts.system):
+    if here:
         await nix.add_gc_root(facts.system, last_good_root(asked.repo, target.name))
     for known in (DeployedHost.of(asked.entry.good), DeployedHost.of(intent.desired if intent else None)):
         if known is not None and known.path == facts.system:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from prefect.logging import disable_run_logger
 
 from flying_monkey import proof, signature
 from flying_monkey.desired import Desired
 from flying_monkey.report import Report
+from tasks import accept
 from tests.api.conftest import World, served, state, until, world
 from tests.flying_monkey.pulling import Pulling
 from tests.ledger.test_ledger import WEB1, deployed, intent
+from tests.repos import git
 from toto.base import process
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
@@ -24,6 +27,7 @@ from toto.machine.pulled import PullActivator
 from toto.machine.signer import NotSigned
 from toto.machine.ssh import Unreachable
 from toto.nix import commands as nix
+from toto.plan.host import DeployedHost
 
 __all__ = ["served", "state", "world"]  # fixtures
 pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]
@@ -225,6 +229,47 @@ async def test_what_runs_by_hand_is_seen(run: Run) -> None:
         noted = await run.activator.condition()
         condition.note(run.world.repo, "web1", noted)
         assert condition.read(run.world.repo, "web1") == noted and noted.report > 0
+
+
+async def test_what_a_machine_runs_is_accepted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dead run was trying is over by then; what somebody did by hand is not undone."""
+    book, repo, by_hand = Ledger(run.world.repo), run.world.repo, await added(tmp_path, "by-hand")
+    git("clone", "--quiet", repo, tmp_path / "work", cwd=tmp_path)
+    machine = run.activator.machine
+    text = f"machines: [{{ name: web1, address: {machine.address}, deploy: pull, ssh: {{ host_key: '%s' }} }}]\n"
+    (tmp_path / "work/machines.yaml").write_text(text % machine.ssh.host_key)
+    git("add", "machines.yaml", cwd=tmp_path / "work")
+    git("commit", "--quiet", "--message", "a machine", cwd=tmp_path / "work")
+    git("push", "--quiet", "origin", "HEAD", cwd=tmp_path / "work")
+    for each in ("manifest_of", "dead_intents"):  # without Prefect
+        monkeypatch.setattr(accept, each, getattr(accept, each).fn)
+
+    async def accepted(by: str) -> str:
+        with disable_run_logger():
+            return await accept.accept.fn(repo, by, WEB1, accept.host, why="it is well", by="op")
+
+    def told() -> Desired:
+        envelope = documents.published(run.world.place())
+        assert envelope is not None
+        return Desired.read(signature.unsealed(envelope)[0])
+
+    async with run.web1.running():
+        await run.activator.copy(run.new, timeout=60)
+        await run.try_it(confirm=3)
+        assert await accepted("run-2") == f"it runs {run.good}, that of cccccccc"
+        entry = book.read().get(WEB1)
+        assert entry.intent is None and entry.accepted is not None
+        assert (told().phase, told().system.path, told().resting) == ("back", run.good, True)
+        await until(lambda: run.web1.activations()[-1] == f"back {run.good}")
+
+        (run.web1.folder / "is.json").write_text(run.is_().replace(run.good, by_hand))
+        assert await accepted("run-3") == f"it runs {by_hand}"
+        good = DeployedHost.of(book.read().get(WEB1).good)
+        assert good is not None and (good.path, good.identity) == (by_hand, accept.ACCEPTED + by_hand)
+        assert (told().phase, told().system.path, told().resting) == ("back", by_hand, True)
+        await until(lambda: run.web1.activations()[-1] == f"back {by_hand}")
+    assert run.web1.activations() == [f"try {run.new}", f"back {run.good}", f"back {by_hand}"]
+    await book.write(WEB1, steps.intend(intent("run-2", run.good)), "intend")
 
 
 async def test_its_error_says_what_it_says() -> None:
