@@ -26,7 +26,6 @@ from toto.ledger import steps
 from toto.ledger.ledger import Accepted, Deployed, Entry, Ledger, TargetBusy
 from toto.ledger.target import HOST, Target
 from toto.machine import owners, renewal
-from toto.machine.pulled import PullActivator
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost
 from toto.plan.kind import Source
@@ -124,12 +123,11 @@ async def host(asked: Asked) -> Present:
         if intent is not None:  # a watchdog that is still armed would change what is read here
             longest = await roll_out.patience_at(asked.repo, asked.run, machine, asked.settings, intent.desired.commit)
             await activator.take_charge(intent.desired.run, patience=rules.activation_timeout * 2 + longest)
+            await activator.clean_up(intent.desired.run)
         facts = await activator.facts(fresh=True)
         here = await nix.valid(facts.system)
         if here and await activator.may_lack(facts.system):  # one that pulls may be installed anew
             await activator.copy(facts.system, signed=None, timeout=asked.settings.nix.build_timeout)
-        if not isinstance(activator, PullActivator):  # (It would be told to go back: see `renewal` below.)
-            await activator.clean_up()
     words = f"it runs {facts.system}"
     if facts.profile and facts.profile != facts.system:
         words += f" and boots {facts.profile} next"

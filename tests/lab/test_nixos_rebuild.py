@@ -5,6 +5,7 @@ the profile, runs switch-to-configuration in a session of its own, and ends with
 """
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ async def test_units_that_were_broken_before_fail_nothing(
     assert "were broken before: old.service" in caplog.text
     fresh = await on_the_machine(machine, key, f"{{ imports = [ ({fails('old')}) ({fails('new')}) ]; }}")
     with pytest.raises(ActivationFailed, match=r"exited with status 4"):
-        await made.nixos_rebuild("switch", fresh, await made.facts(), timeout=120)
+        await replace(made, rebuild=True).activate("switch", fresh, await made.facts(), finish=120, confirm=60)
 
 
 async def test_what_locks_toto_out_is_reverted_over_the_old_connection(
