@@ -13,7 +13,7 @@ class Reversal:
     """One target that `run`, which has an open intent on it, reverts because of `why`.
 
     `manifest` and `settings` are those of the commit that was being deployed. When a machine does not answer, the
-    revert waits for it, so that its watchdog can revert it: that counts from `since` on (seconds since 1970), or less.
+    revert waits for its watchdog to revert it. That has begun to count by `since`, in seconds since 1970.
     """
 
     repo: Path
