@@ -39,7 +39,7 @@ AGAIN: Final = 600.0  # seconds after which what the machine was not ready for i
 _SETTLING: Final = 900.0  # seconds after a change in which more of them are expected
 _ASKED: Final = 2.0  # seconds between two reports that toto asks for
 _ERROR: Final = 4_000  # characters
-_TOLD: Final = ("hooks", "checks", "failed_units", "reboot_needed", "drift", "has_hooks")
+_TOLD: Final = ("hooks", "checks", "failed_units", "reboot_needed", "drift", "signers", "has_hooks")
 _SAID: Final = ("serial", "step", "state", "system", "boots", "error", "kind")
 _VERBS: Final = {"try": "arm", "back": "arm", "keep": "confirm"}
 

@@ -121,7 +121,7 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "serial": memory.serial,
         "issued": memory.issued,
         "step": memory.step,
-        **_condition(memory),
+        **_condition(configuration, memory),
     }
 
 
@@ -152,7 +152,7 @@ def _status(configuration: Configuration, wait: int) -> Answer:
         "system": machine.running(),
         "boots": machine.boots(),
         **{name: value for name, value in optional.items() if value},
-        **_condition(memory),
+        **_condition(configuration, memory),
     }
 
 
@@ -161,11 +161,12 @@ def _state(memory: Memory) -> str:
     return memory.state if memory.step == "finished" or memory.boot == machine.boot() else "running"
 
 
-def _condition(memory: Memory) -> Answer:
+def _condition(configuration: Configuration, memory: Memory) -> Answer:
     """What the operator should know of a machine, whatever is done with it."""
     return {
         "failed_units": list(activation.broken())[:_UNITS],
         "reboot_needed": health.reboot_needed(),
         "drift": health.drift(memory),
+        "signers": signature.listed(Path(configuration.signers)),
         "has_hooks": {each: hooks.names(f"{each}.d") for each in ("prepare", "finish")},
     }

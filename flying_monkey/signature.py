@@ -5,8 +5,12 @@ where wanted, until when it is valid: `infra namespaces="desired@toto",valid-bef
 list of revoked keys, or a KRL, may be given besides.
 """
 
+import base64
+import contextlib
+import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +20,11 @@ from typing import Final
 
 NAMESPACE: Final = "desired@toto"
 MOST: Final = 200_000  # bytes of an envelope
+_KEY: Final = re.compile(r"(?:ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]{20,}=*")
 _LONGEST: Final = 60.0  # seconds for ssh-keygen, on a slow machine
+
+
+_LISTED: Final = 16  # keys that are told
 
 
 class NotGenuine(Exception):
@@ -25,6 +33,24 @@ class NotGenuine(Exception):
 
 class CannotSign(Exception):
     """The signing key cannot be used."""
+
+
+def fingerprint(key: str) -> str:
+    """What ssh-keygen calls a public key, type and base64: `SHA256:…`. Raises ValueError."""
+    words = key.split()
+    if len(words) < 2:
+        raise ValueError(f"not a public key: {key[:80]!a}")
+    return f"SHA256:{base64.b64encode(hashlib.sha256(base64.b64decode(words[1])).digest()).decode().rstrip('=')}"
+
+
+def listed(signers: Path) -> list[str]:
+    """The fingerprints of the keys that a file of allowed signers has."""
+    found: dict[str, None] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in signers.read_text().splitlines():
+            if key := _KEY.search(line):
+                found[fingerprint(key[0])] = None
+    return list(found)[:_LISTED]
 
 
 def sign(text: bytes, key: Path, namespace: str) -> str:

@@ -62,7 +62,7 @@ in
       example = [ "ssh-ed25519 AAAA…" "ssh-ed25519 BBBB…" ];
       description = ''
         The public keys whose documents this machine obeys: toto's, and one of an administrator's that is kept offline,
-        for the day on which toto's is lost.
+        for the day on which toto's is lost. Each may also vouch for a new key of toto's, by a certificate.
       '';
     };
 
@@ -189,7 +189,10 @@ in
       // lib.optionalAttrs (cfg.metrics.port != null) { metrics_port = cfg.metrics.port; }
       // lib.optionalAttrs (cfg.revokedKeys != [ ]) { revoked = "/etc/flying-monkey/revoked"; });
       "flying-monkey/signers".text =
-        lib.concatMapStrings (each: "${cfg.repo} namespaces=\"desired@toto\" ${each}\n") cfg.signers;
+        lib.concatMapStrings
+          (each: lib.concatMapStrings
+            (options: "${cfg.repo} ${options}namespaces=\"desired@toto\" ${each}\n") [ "" "cert-authority," ])
+          cfg.signers;
       "flying-monkey/revoked" = lib.mkIf (cfg.revokedKeys != [ ]) { text = lib.concatLines cfg.revokedKeys; };
     } // programs;
     systemd.tmpfiles.rules = [ "d /var/lib/flying-monkey 0700 root root -" ]

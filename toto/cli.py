@@ -19,10 +19,12 @@ import sys
 import textwrap
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from flying_monkey.signature import fingerprint
 from toto.api import certificate
 from toto.base import paths, process, runs, server_rules
 from toto.base.errors import InputError, TotoError
@@ -35,7 +37,7 @@ from toto.infra_repo.fields import check_key_name
 from toto.ledger import approvals
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import condition, keys, owners, signer
+from toto.machine import condition, keys, owners, signing_key
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -295,6 +297,16 @@ def _machine_verbs(parser: _Parser) -> None:
         "--pull", metavar="URL", help="for a machine that asks at this address, such as https://toto:4201"
     )
     setup.set_defaults(run=_machine_setup)
+    signing = verbs.add_parser(
+        "signer", parents=[_where()], help="show the key that machines obey, and who lists it; change to a next one"
+    )
+    signing.add_argument("--next", action="store_true", help="first make the next key, when it is missing")
+    signing.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="first take over what a machine's other signer vouches by"
+    )
+    signing.add_argument("--use", action="store_true", help="sign by the next key from now on, if all machines list it")
+    signing.add_argument("--force", action="store_true", help="also if some would then obey nothing")
+    signing.set_defaults(run=_machine_signer)
     moving = verbs.add_parser("move", parents=[_where()], help="let a different repository deploy a machine")
     moving.add_argument("name", metavar="MACHINE")
     moving.add_argument("old", metavar="FROM", help="the repository that it belongs to")
@@ -540,7 +552,7 @@ async def _machine_setup(arguments: argparse.Namespace) -> int:
     lines = [
         "enable = true;",
         f"repo = {_nix(arguments.name)};",
-        f"signers = [ {_nix(await keys.public_half(await signer.key()))} ];",
+        f"signers = [ {' '.join(map(_nix, await _signers()))} ];",
     ]
     if arguments.pull is None:
         what = "toto hands them over as the user `toto`, who can do little else, and copies closures that are signed"
@@ -566,6 +578,67 @@ async def _machine_setup(arguments: argparse.Namespace) -> int:
             ]
         )
     )
+    return 0
+
+
+async def _signers() -> list[str]:
+    """The public keys that machines should list: the one that signs, and the next one when there is one."""
+    files = [await signing_key.current(), *filter(None, [signing_key.of_next()])]
+    return [await keys.public_half(each, "toto") for each in files]
+
+
+async def _machine_signer(arguments: argparse.Namespace) -> int:
+    repos = git_host.infra_repos(arguments.repos.absolute())
+    if arguments.next:
+        await signing_key.make_next()
+    if arguments.certificate is not None:
+        await signing_key.take_certificate(arguments.certificate, repos)
+    if arguments.use:
+        return await _use_signer(repos, force=arguments.force)
+    current, *following = await _signers()
+    print(f"signs: {current}")
+    for each in following:
+        print(f"next:  {each}")
+    names = {fingerprint(each): word for each, word in ((current, "signs"), *((each, "next") for each in following))}
+    machines = await signing_key.listed(repos)
+    rows = [
+        {"machine": name, "repository": repo, "lists": _lists(signers, names)}
+        for (repo, name), signers in sorted(machines.items())
+    ]
+    _print(table(rows, ("machine", "repository", "lists")) if rows else "no machine does what documents say yet")
+    newest = (following or [current])[-1]
+    if following:
+        print("next: list both in services.flying-monkey.signers of every machine, and push; then:")
+        print("    toto machine signer --use")
+    if any(fingerprint(newest) not in (signers or ()) for signers in machines.values()):
+        names_of = ",".join(map(shared.name_of, repos))
+        print("if the old one is lost: have an offline key that the machines list vouch for it, and take that over:")
+        print(f"    echo {shlex.quote(newest)} > toto.pub")
+        print(f"    ssh-keygen -s OFFLINE-KEY -I toto -n {names_of} -V +30d toto.pub")
+        print(f"    toto machine signer --certificate toto-cert.pub{' --use' if following else ''}")
+    return 0
+
+
+def _lists(signers: tuple[str, ...] | None, names: Mapping[str, str]) -> str:
+    """Which of toto's keys a machine lists, by their `names`, and how many others."""
+    if signers is None:
+        return "not known: nothing was heard of it"
+    known = [names[each] for each in signers if each in names]
+    others = len(signers) - len(known)
+    return ", ".join([*known, *([f"{others} other{'s' if others > 1 else ''}"] if others else [])]) or "nothing"
+
+
+async def _use_signer(repos: list[Path], *, force: bool) -> int:
+    if (following := signing_key.of_next()) is None:
+        raise InputError("there is no next key", hint="toto machine signer --next")
+    if not force:
+        await signing_key.require_all(following, repos)
+    before = await keys.public_half(await signing_key.current(), "toto")
+    old = await signing_key.use_next()
+    print(f"signs from now on: {await keys.public_half(await signing_key.current(), 'toto')}")
+    print(f"next: take the old one out of services.flying-monkey.signers everywhere, and push, then remove {old}:")
+    print(f"    {before}")
+    print("where it was stolen: put it into services.flying-monkey.revokedKeys as well")
     return 0
 
 

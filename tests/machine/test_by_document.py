@@ -24,7 +24,7 @@ from toto.infra_repo.manifest import SSH, Machine, Manifest
 from toto.infra_repo.settings import RollOut, Settings
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import activation, keys, owners, signer, ssh
+from toto.machine import activation, keys, owners, signer, signing_key, ssh
 from toto.machine.activation import ActivationFailed, Activator, MachineState
 from toto.nix import commands as nix
 
@@ -115,7 +115,7 @@ class World:
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     git("init", "--quiet", "--bare", "infra.git", cwd=tmp_path)
-    bubble = Bubble(tmp_path.resolve() / "machine", await signer.key(), helper="/etc/flying-monkey/helper")
+    bubble = Bubble(tmp_path.resolve() / "machine", await signing_key.current(), helper="/etc/flying-monkey/helper")
     bubble.program(bubble.etc / "flying-monkey/helper", bubble.agent("helper"))
     bubble.program(bubble.var / "gate", bubble.agent("gate"))
     bubble.program(bubble.var / "open", 'export PATH; exec /bin/sh "$@"')

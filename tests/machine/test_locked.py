@@ -19,7 +19,7 @@ from tests.repos import git
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import access, keys, owners, signer
+from toto.machine import access, keys, owners, signer, signing_key
 from toto.machine.access import Moving, OverSsh
 from toto.machine.activation import ActivationFailed, LockedOut, MachineState, SudoActivator, WentBack
 from toto.machine.locked import LockedActivator
@@ -117,7 +117,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
         patch.setenv("TOTO_STATE", str(folder / "state"))
         login = await keys.of_machines(folder / "infra.git")
         closures = await keys.public_half(await keys.make(folder / "infra.git", keys.STORE, "signing"))
-        files = Locked.files(await keys.public_half(login), await signer.key())
+        files = Locked.files(await keys.public_half(login), await signing_key.current())
         files |= {
             "/root/open": ("toto ALL=(ALL) NOPASSWD: ALL\n", 0o600),
             "/root/closed": (files["/etc/sudoers.d/toto"][0], 0o600),
@@ -126,7 +126,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
             DebianMachine("web1", folder / "web1", login, address=ADDRESS, files=files) as machine,
             signer.serving(),
         ):
-            await Locked(machine, await signer.key()).prepare()
+            await Locked(machine, await signing_key.current()).prepare()
             trust = f'echo "extra-trusted-public-keys = {closures}" >> /etc/nix/nix.conf'
             await machine.check(f"{trust}; systemctl stop nix-daemon.service nix-daemon.socket")
             await machine.check("systemctl start nix-daemon.socket")

@@ -21,7 +21,7 @@ from toto.base import process
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import condition, documents, keys, pulled, signer
+from toto.machine import condition, documents, keys, pulled, signer, signing_key
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, WentBack
 from toto.machine.pulled import PullActivator
 from toto.machine.signer import NotSigned
@@ -69,7 +69,7 @@ async def added(folder: Path, name: str) -> str:
 async def signing(state: Path) -> AsyncIterator[Path]:
     """The signer, which runs for this module; its key."""
     async with signer.serving():
-        yield await signer.key()
+        yield await signing_key.current()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

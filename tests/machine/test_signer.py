@@ -17,7 +17,7 @@ from toto.base import paths
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import documents, owners, renewal, signer
+from toto.machine import documents, owners, renewal, signer, signing_key
 from toto.machine.signer import NotSigned, Request
 
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHl1bmdlcnRoYW55b3V0aGluazAwMDAwMDAwMDAwMDAw"
@@ -128,14 +128,14 @@ async def served(world: World) -> AsyncIterator[World]:
 
 
 async def test_who_asks_at_its_socket_gets_a_signed_document_and_never_the_key(served: World, tmp_path: Path) -> None:
-    public = (await signer.key()).with_suffix(".pub").read_text()
+    public = (await signing_key.current()).with_suffix(".pub").read_text()
     (tmp_path / "signers").write_text(f'infra namespaces="{NAMESPACE}" {public}')
     envelope = await signer.ask(served.request())
     made = Desired.read(opened(envelope, "infra", tmp_path / "signers", datetime.now(UTC)))
     assert made.system.path == served.new
     with pytest.raises(NotSigned, match="not at `switch`"):
         await signer.ask(served.request("keep"))
-    for place in (signer.socket(), await signer.key()):
+    for place in (signer.socket(), await signing_key.current()):
         assert place.stat().st_mode & 0o077 == 0
 
 

@@ -55,7 +55,9 @@ def test_what_it_writes_is_what_was_tried_on_a_real_machine() -> None:
     found = Configuration(**json.loads(written["configuration"]))
     assert (found.repo, found.name, found.writable_store) == ("infra", "web1", False)
     assert found.helper == "/run/current-system/sw/bin/flying-monkey-helper"
-    assert written["signers"] == f'infra namespaces="desired@toto" {KEY}\n'
+    assert written["signers"] == "".join(
+        f'infra {options}namespaces="desired@toto" {KEY}\n' for options in ("", "cert-authority,")
+    )
     shell = written["user"].pop("shell")
     assert shell.startswith("/nix/store/") and shell.endswith("/bin/flying-monkey-gate")
     assert written["user"] == {"isSystemUser": True, "home": "/var/empty", "createHome": False, "hashedPassword": "!"}

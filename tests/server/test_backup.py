@@ -29,7 +29,7 @@ from toto.git_host import shared
 from toto.infra_repo.manifest import SSH, Machine
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import keys, owners, signer
+from toto.machine import keys, owners, signer, signing_key
 from toto.server import backup, deployments
 from toto.server.backup import Place
 
@@ -62,7 +62,7 @@ async def furnished(place: Place, folder: Path) -> Path:
     key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f")
     await git_host.make_admin(place.repos, "alice", key.read_text())
     await keys.of_machines(repo)
-    await signer.key()
+    await signing_key.current()
     await owners.claim(repo, Machine(name="web1", address="10.0.0.1", ssh=SSH()), [HOST_KEY])
     book, good = Ledger(repo), await added(folder, "good")
     await book.write(WEB1, steps.intend(intent("run-1", good)), "intend")

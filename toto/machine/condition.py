@@ -21,14 +21,17 @@ from toto.machine.documents import NotVerified, Place
 
 _LOOKED_AT: Final = 3  # reports, the newest: what is not the machine's is passed over
 _LONGEST: Final = 300  # characters of a line
+_SIGNERS: Final = 16
+_FINGERPRINT: Final = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 _UNPRINTABLE: Final = re.compile(r"[^ -~]")
 
 
 class Condition(BaseModel):
     """How a machine was `at` a time, in seconds since 1970.
 
-    `drift` says how it differs from what was deployed, a line for each difference. `report` is the number of the
-    machine's report that says all that, if it was one.
+    `drift` says how it differs from what was deployed, a line for each difference. `signers` are the fingerprints of
+    the keys whose documents it obeys; None when it does not say. `report` is the number of the machine's report that
+    says all that, if it was one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,16 +39,18 @@ class Condition(BaseModel):
     at: float
     drift: tuple[str, ...] = ()
     reboot_needed: bool = False
+    signers: tuple[str, ...] | None = None
     report: int = 0
 
     @classmethod
     def of(cls, said: Mapping[str, Any], at: float | None = None, report: int = 0) -> Self:
         """The condition in a machine's own words, which may be anything."""
-        drift = said.get("drift")
+        drift, signers = said.get("drift"), said.get("signers")
         return cls(
             at=time.time() if at is None else at,
             drift=(_UNPRINTABLE.sub("?", drift[:_LONGEST]),) if isinstance(drift, str) and drift else (),
             reboot_needed=said.get("reboot_needed") is True,
+            signers=tuple(filter(_is_fingerprint, signers[:_SIGNERS])) if isinstance(signers, list) else None,
             report=report,
         )
 
@@ -92,6 +97,10 @@ def _noted(repo: Path, machine: str) -> Condition | None:
         return Condition.model_validate_json(_file(repo, machine).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def _is_fingerprint(word: object) -> bool:
+    return isinstance(word, str) and _FINGERPRINT.fullmatch(word) is not None
 
 
 def _file(repo: Path, machine: str) -> Path:

@@ -25,13 +25,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flying_monkey.desired import Activation, BadDocument, Deadlines, Desired, Hooks, Phase, System
 from flying_monkey.desired import Machine as DocumentMachine
-from flying_monkey.signature import CannotSign, seal
+from flying_monkey.signature import CannotSign
 from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.git_host.shared import name_of
 from toto.ledger.ledger import Before, Deployed, Entry, Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import owners, serials
+from toto.machine import owners, serials, signing_key
 from toto.nix import commands as nix
 
 log = logging.getLogger(__name__)
@@ -227,19 +227,6 @@ def _serial(repo: Path, asked: Request, now: datetime) -> int:
     return serial
 
 
-async def key() -> Path:
-    """The file of the signing key; it is made when there is none."""
-    file = paths.private_folder(paths.state_home() / "signer") / "key"
-    if not file.exists():
-        fresh = file.with_name("new")
-        for each in (fresh, fresh.with_suffix(".pub")):
-            each.unlink(missing_ok=True)
-        await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "toto", "-f", fresh], timeout=_PATIENCE)
-        fresh.with_suffix(".pub").replace(file.with_suffix(".pub"))
-        fresh.replace(file)
-    return file
-
-
 def socket() -> Path:
     """The socket at which the signer answers."""
     return paths.state_home() / "signer" / "socket"
@@ -276,7 +263,8 @@ async def ask(asked: Request) -> bytes:
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[None]:
     """Answer requests to the end of the block."""
-    secret, place = await key(), socket()
+    await signing_key.current()
+    place = socket()
     place.unlink(missing_ok=True)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -286,7 +274,9 @@ async def serving() -> AsyncIterator[None]:
                 async with asyncio.timeout(_PATIENCE):
                     asked = Request.model_validate_json(await reader.readline())
                     made = await document(asked, datetime.now(UTC).replace(microsecond=0))
-                    envelope = await asyncio.to_thread(seal, made.write(), secret)
+                    envelope = await asyncio.to_thread(
+                        signing_key.sealed, made.write(), Path(asked.repo), asked.machine
+                    )
                 said = {"envelope": envelope.decode()}
                 log.info("signed %s for %s, serial %d: %s", made.phase, asked.machine, made.serial, made.system.path)
             except TotoError as error:

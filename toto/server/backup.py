@@ -45,7 +45,7 @@ Kind: TypeAlias = Literal["postgresql", "sqlite", "none"]
 
 # In toto's state; what else is there is made again.
 _STATE: Final = (
-    *("*.json", "*.toml", "keys/*", "signer/key", "signer/key.pub", "api/ca.pem", "api/ca.key"),
+    *("*.json", "*.toml", "keys/*", "signer/key*", "signer/next*", "api/ca.pem", "api/ca.key"),
     *("repos/*/keys/*", "repos/*/serials.json", "repos/*/*known_hosts", "repos/*/terraform/**/*"),
     "api/told/*/*/document",
 )
