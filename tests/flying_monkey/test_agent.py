@@ -153,7 +153,9 @@ async def test_what_is_not_genuine_or_not_for_this_machine_is_not_even_fetched(
         await toto.report(lambda each: True)
         for envelope, _ in envelopes:
             before = len(toto.read())
-            (toto.world.place().told / "document").write_bytes(envelope)  # as a server hands it out that was taken over
+            fresh = toto.world.place().told / "fresh"
+            fresh.write_bytes(envelope)
+            fresh.replace(fresh.with_name("document"))  # as a server hands it out that was taken over
             documents.ask(repo, "web1")
             await until(lambda before=before: any(each.error for each in toto.read()[before:]))
         assert web1.activations() == [] and not fetched(web1, new)
