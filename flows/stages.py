@@ -150,6 +150,8 @@ async def _roll_out(kind: str, run: Run) -> None:
 async def notify(run: Run) -> Run:
     """Show the report, and notify everybody for whom the result is news."""
     await report.show_report(run.report)
+    if run.request.deploys:
+        await report.show_results(run.report)
     if not run.request.plan_only:
         await send(
             run.repo,

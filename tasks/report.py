@@ -10,6 +10,7 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
+from toto.fleet import results
 from toto.plan.alike import alike, all_of, listed
 from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
@@ -127,6 +128,14 @@ async def show_report(report: Report) -> None:
     logger.log(logging.ERROR if report.failed else logging.INFO, "%s", report.headline())
     await acreate_markdown_artifact(
         key=key("report", report.repo), markdown=as_markdown(report), description=report.headline()
+    )
+
+
+@_best_effort
+async def show_results(report: Report) -> None:
+    """Keep how a run ended for each of its targets, for the page of the fleet."""
+    await acreate_table_artifact(
+        key=results.key(report.repo), table=report.results(), description=f"Targets of {report.commit[:8]}"
     )
 
 

@@ -1,5 +1,6 @@
 """Reads the history of every target from the ledger's commits, for notebooks and charts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -38,34 +39,50 @@ class Event:
     seconds: float | None = None
 
 
-def events(repo: Path, most: int = 10_000) -> list[Event]:
-    """What happened to the targets of an infra repo, oldest first, from the newest `most` commits of the ledger."""
+def events(repo: Path, most: int = 10_000, target: Target | None = None) -> list[Event]:
+    """What happened to the targets of an infra repo, or to one of them, oldest first.
+
+    It is read from the newest `most` commits of the ledger that are about them.
+    """
+    path = f"{target}.json" if target else None
     found: list[Event] = []
     with git.open_repo(repo) as opened:
         try:
-            commits = list(opened.iter_commits(REF, max_count=most))
+            commits = list(opened.iter_commits(REF, path or "", max_count=most))
         except (BadName, ValueError):
             return []
         entries: dict[Target, Entry] = {}
         begun: dict[Target, datetime] = {}
         for commit in reversed(commits):
-            for diff in commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE):
-                path = str(diff.b_path or diff.a_path)
-                kind, _, name = path.removesuffix(".json").partition("/")
-                target = Target(kind, name)
-                blob = None if diff.deleted_file else diff.b_blob
+            for changed, blob in [_entry(commit, target)] if target else _changed(commit):
                 new = Entry() if blob is None else Entry.model_validate_json(blob.data_stream.read())
                 at = commit.committed_datetime
-                event = _event(target, entries.get(target, Entry()), new, at, begun.get(target))
+                event = _event(changed, entries.get(changed, Entry()), new, at, begun.get(changed))
                 if blob is None:
-                    event = Event(at, target, What.RETIRED, "", "")
-                entries[target] = new
+                    event = Event(at, changed, What.RETIRED, "", "")
+                entries[changed] = new
                 if event is not None:
                     found.append(event)
-                    begun.pop(target, None)
+                    begun.pop(changed, None)
                     if event.what is What.BEGUN:
-                        begun[target] = event.at
+                        begun[changed] = event.at
     return found
+
+
+def _changed(commit: gitpython.Commit) -> Iterator[tuple[Target, gitpython.Blob | None]]:
+    """The targets whose entries a commit of the ledger changed, and the entries; None for one that is gone."""
+    for diff in commit.parents[0].diff(commit) if commit.parents else commit.diff(gitpython.NULL_TREE):
+        kind, _, name = str(diff.b_path or diff.a_path).removesuffix(".json").partition("/")
+        yield Target(kind, name), None if diff.deleted_file else diff.b_blob
+
+
+def _entry(commit: gitpython.Commit, target: Target) -> tuple[Target, gitpython.Blob | None]:
+    """A target's entry at a commit of the ledger. (That takes no process of git's.)"""
+    try:
+        found = commit.tree / f"{target}.json"
+    except KeyError:
+        return target, None
+    return target, found if isinstance(found, gitpython.Blob) else None
 
 
 def _event(target: Target, old: Entry, new: Entry, at: datetime, begun: datetime | None) -> Event | None:

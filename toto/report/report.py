@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from toto.base.errors import TotoError
+from toto.fleet import results
 from toto.plan.alike import Alike, alike, listed
 from toto.plan.changes import ChangeSet
 from toto.plan.kinds import KINDS
@@ -240,6 +241,23 @@ class Report:
             bar = " " * before + "█" * max(1, after - before)
             lines.append(f"{name:<{max(map(len, names))}}  {bar:<{width + 1}}  {each.ended - each.began:5.1f} s")
         return "\n".join(lines)
+
+    def results(self) -> list[dict[str, str]]:
+        """One row for each target that the run had to do with: its label, its result, why, and how long it took.
+
+        The last one is about all others, when the run found that they are as its commit says.
+        """
+        causes = {name: cause.first_line for cause in reversed(self.causes) for name in cause.said.names}
+        took: dict[str, list[str]] = {}
+        for span in sorted(self.spans, key=lambda each: each.began):
+            took.setdefault(span.target, []).append(f"{span.step} {span.ended - span.began:.0f} s")
+        rows = [
+            results.row(name, end, causes.get(name, how), ", ".join(took.get(name, ())))
+            for name, end, how in self.rows()
+        ]
+        if self.changes.whole and not self.changes.nothing:
+            rows.append(results.row(results.OTHERS, results.AS_WANTED))
+        return rows
 
     def rows(self) -> list[tuple[str, str, str]]:
         """One row for each target: its label, its result, and what is told of it nowhere else in the report."""

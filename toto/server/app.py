@@ -1,6 +1,8 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-It differs from Prefect's own in four ways.
+It differs from Prefect's own in five ways.
+
+It has the page of the fleet, at /fleet (`toto.fleet.page`).
 
 The key of its blocks is not in the database (`toto.server.block_key`).
 
@@ -39,8 +41,11 @@ from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from toto.base.prefect_api import Api
+from toto.fleet import page
+from toto.fleet.state import Fleet
 from toto.server import block_key
-from toto.server.environment import BLOCK_KEY
+from toto.server.environment import BLOCK_KEY, GRAFANA, REPOS
 
 _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
 
@@ -97,6 +102,10 @@ def create_app() -> FastAPI:
     app.add_middleware(OwnPages)
     if file := os.environ.get(BLOCK_KEY):
         block_key.install(app, Path(file))
+    if repos := os.environ.get(REPOS):
+        api = Api.of(os.environ)
+        fleet = page.create_page(Fleet(Path(repos), api), auth=api.auth, grafana=os.environ.get(GRAFANA, ""))
+        page.install(app, fleet)
     return app
 
 

@@ -20,6 +20,8 @@ from toto.server import orphans, prune
 PORT: Final = 4200
 PROFILES: Final = "profiles.toml"
 BLOCK_KEY: Final = "TOTO_BLOCK_KEY"
+REPOS: Final = "TOTO_REPOS"  # of the server's environment: the folder of the repositories
+GRAFANA: Final = "TOTO_GRAFANA_URL"  # the address of a Grafana with toto's dashboards, for links
 POSTGRES: Final = "postgresql+asyncpg"  # how the address of Prefect's database begins when that is PostgreSQL
 
 

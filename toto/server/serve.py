@@ -35,7 +35,7 @@ from toto.machine import keys, owners, renewal
 from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
-from toto.server.environment import BLOCK_KEY, PORT, block_key_file, password, server_environment
+from toto.server.environment import BLOCK_KEY, PORT, REPOS, block_key_file, password, server_environment
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ async def _serving(
     """Run the server, register deployments and hooks, and start runs for pushes whose hooks could not."""
     _say("starting Prefect's server (the first start creates its tables: up to 20 s)")
     # (The worker and its runs do not get the file's place; they have no use for it.)
-    async with running_server({**env, BLOCK_KEY: str(block_key_file())}, log_file) as server:
+    async with running_server({**env, BLOCK_KEY: str(block_key_file()), REPOS: str(repos)}, log_file) as server:
         _say("registering the deployments")
         ids = await deploy(env, root=root)
         await register_blocks(env)

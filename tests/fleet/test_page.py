@@ -1,0 +1,196 @@
+"""The page of the fleet, by a real Prefect server and repositories: as a person, a script and a stranger see it."""
+
+import asyncio
+import json
+import re
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fleet.conftest import DNS, HOSTILE, WEB1, WEB2, World
+from tests.ledger.test_ledger import deployed, intent, note
+from tests.repos import InfraRepo, git
+from toto.fleet import results
+from toto.fleet.page import ago
+from toto.fleet.state import Fleet
+from toto.ledger import steps
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.machine import documents
+from toto.plan.changes import Action, Change, ChangeSet, Desired, Why
+from toto.report.report import Report
+
+pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]
+
+
+async def test_a_stranger_gets_nothing(world: World) -> None:
+    pages = ("/fleet", "/fleet/", "/fleet/infra/host/web1", "/fleet/events", "/fleet/static/style.css", "/fleet/x")
+    async with httpx.AsyncClient(base_url=world.url, follow_redirects=True) as client:
+        for page in pages:
+            for auth in (None, ("toto", "wrong"), ("", "")):
+                refused = await client.get(page, auth=auth)
+                assert refused.status_code == 401 and "web1" not in refused.text
+                assert refused.headers["www-authenticate"].startswith("Basic")
+        for word in ("Basic !!!", "Bearer toto:secret", "Basic"):
+            assert (await client.get("/fleet/", headers={"Authorization": word})).status_code == 401
+        assert (await client.get("/fleet/", headers={"Host": "evil.example.org"})).status_code == 400
+    async with world.client() as client:
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            assert (await client.request(method, "/fleet/")).status_code == 405, "it is read-only"
+
+
+async def test_what_strangers_wrote_is_text(world: World) -> None:
+    await world.keep(results.row("web2", f"rehearsal failed {HOSTILE}", f"not ok 3 - {HOSTILE}"))
+    async with world.client() as client:
+        for page in ("/fleet/", "/fleet/infra/host/web1", "/fleet/infra/host/web2"):
+            got = await client.get(page)
+            assert got.status_code == 200
+            assert "<script>alert" not in got.text and "\x1b" not in got.text and "&lt;script&gt;alert(1)" in got.text
+            policy = got.headers["content-security-policy"]
+            assert "script-src 'self'" in policy and "default-src 'none'" in policy and "unsafe" not in policy
+            assert len(re.findall("<script", got.text)) == 1 and "style=" not in got.text
+
+
+async def test_what_needs_a_person_comes_first_and_each_target_says_why(world: World) -> None:
+    web1, web2 = await world.line(WEB1), await world.line(WEB2)
+    assert (web2["state"], web2["why"]) == ("reverted", "a test failed")
+    assert (web1["state"], web1["commit"]["author"], web1["system"][:11]) == ("good", "op", "/nix/store/")
+    assert [each["target"] for each in (await world.fleet())["targets"]] == ["host/web2", "host/web1"]
+    documents.note_contact(documents.Place.of(world.repo.bare, "web1"))
+    assert (await world.line(WEB1))["contact"] is not None
+
+
+async def test_the_result_of_the_newest_run_counts(world: World) -> None:
+    await world.keep(results.row("web1", "rehearsal failed", "web.sh: not ok 2 - it answers"))
+    web1 = await world.line(WEB1)
+    assert (web1["last"]["result"], web1["last"]["why"]) == ("rehearsal failed", "web.sh: not ok 2 - it answers")
+    await world.keep(results.row("terraform/dns", "evaluation failed", "dns.tf:3"))
+    assert (await world.line(WEB1))["last"]["result"] == "rehearsal failed", "that run had nothing to do with it"
+    assert (await world.line(DNS))["state"] == "not deployed", "its first run failed"
+    await world.keep(results.row(results.OTHERS, results.AS_WANTED))
+    assert (await world.line(WEB1))["last"]["result"] == "as wanted"
+    assert "terraform/dns" not in {each["target"] for each in (await world.fleet())["targets"]}, "it is no more"
+
+
+async def test_a_report_has_a_result_for_each_target() -> None:
+    desired = [Desired(target=each, file=f"{each}.nix", identity="x") for each in (WEB1, WEB2)]
+    changes = tuple(Change(desired=each, why=Why.CHANGED, action=Action.DEPLOY) for each in desired)
+    report = Report("infra", "c" * 40, ChangeSet(commit="c" * 40, ledger="", changes=changes, unchanged=(DNS,)))
+    with report.timed("web1", "rehearse"):
+        report.failure("web1", "rehearsal", ValueError("web1: tests failed\nweb.sh: not ok 2 - it answers"))
+    report.outcome["web2"] = "deployed"
+    assert report.results() == [
+        results.row("web1", "rehearsal failed", "web1: rehearsal failed: tests failed", "rehearse 0 s"),
+        results.row("web2", "deployed"),
+        results.row(results.OTHERS, results.AS_WANTED),
+    ]
+    part = replace(report, changes=report.changes.model_copy(update={"whole": False}), failures=[])
+    assert results.OTHERS not in {each["target"] for each in part.results()}
+
+
+async def test_one_target_has_its_history_tests_and_console(world: World) -> None:
+    table = [{"script": "web.sh", "result": "ok", "test": HOSTILE}]
+    console = "line\n" * 300 + HOSTILE
+    shown = {
+        "web1-difference": ("markdown", "```diff\n+ nginx 1.27\n- nginx 1.26\n```"),
+        "web1-console": ("markdown", f"```text\n{console}\n```"),
+        "web1-no-internet": ("table", json.dumps(table)),
+    }
+    for key, (kind, data) in shown.items():
+        await world.api.call("POST", "/artifacts/", {"key": key, "type": kind, "data": data})
+    async with world.client() as client:
+        found = (await client.get("/fleet/infra/host/web1?format=json")).json()
+        page = (await client.get("/fleet/infra/host/web1")).text
+        assert (await client.get("/fleet/infra/host/web9")).status_code == 404
+        assert (await client.get("/fleet/other/host/web1")).status_code == 404
+        assert (await client.get("/fleet/infra/..%2f..%2fhost/web1")).status_code == 404
+    assert [each["what"] for each in found["history"]] == ["good", "begun"]
+    assert found["tests"] == {"no-internet": table} and found["difference"] == "+ nginx 1.27\n- nginx 1.26"
+    assert '<span class="added">+ nginx 1.27</span>' in page and "Console of its last rehearsal" in page
+    assert "https://grafana.example.org" in page
+
+
+async def test_a_change_is_told_to_who_follows(world: World) -> None:
+    async with world.client() as client, client.stream("GET", "/fleet/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.aiter_lines()
+        assert await anext(lines) == "retry: 5000"
+        await world.book.write(DNS, steps.intend(intent("run-9")), "dns: intent")
+        async with asyncio.timeout(20):
+            async for line in lines:
+                if line == "event: change":
+                    break
+    (dns,) = (each for each in (await world.fleet())["targets"] if each["target"] == str(DNS))
+    assert dns["state"] == "being changed"
+    await world.book.write(DNS, lambda _: None, "dns: gone")
+
+
+class _Text(HTMLParser):
+    """The words and the links of a page, as a browser without JavaScript and pictures has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value for name, value in attrs if tag == "a" and name == "href" and value]
+
+
+async def test_every_link_leads_somewhere(world: World) -> None:
+    async with world.client() as client:
+        for page in ("/fleet/", "/fleet/infra/host/web1"):
+            text = _Text()
+            text.feed((await client.get(page)).text)
+            own = {each for each in text.links if each.startswith("/")}
+            assert {"/fleet/", "/runs"} <= own
+            for link in own:
+                assert (await client.get(link, headers={"Accept": "text/html"})).status_code == 200, link
+
+
+async def test_a_ledger_that_cannot_be_read_is_told_and_the_others_are_shown(world: World) -> None:
+    broken = InfraRepo(world.state / "more")
+    place = world.state / "repos/broken.git"
+    commit = broken.commit({"host/web9.json": "{broken"})
+    git("update-ref", "refs/toto/ledger", commit, cwd=broken.bare)
+    broken.bare.rename(place)
+    try:
+        await asyncio.sleep(1.1)
+        found = await world.fleet()
+        assert any(each.startswith("broken: its ledger cannot be read") for each in found["errors"])
+        assert {each["target"] for each in found["targets"]} >= {"host/web1", "host/web2"}
+    finally:
+        place.rename(world.state / "gone")
+
+
+async def test_a_fleet_of_a_thousand_is_read_once_and_then_only_what_changed(world: World, tmp_path: Path) -> None:
+    repo = InfraRepo(tmp_path)
+    entry = json.dumps({"good": json.loads(deployed("/nix/store/x").model_dump_json())})
+    files: dict[str, str | None] = {f"host/web{number}.json": entry for number in range(1_000)}
+    commit = repo.commit(files)
+    git("update-ref", "refs/toto/ledger", commit, cwd=repo.bare)
+    fleet = Fleet(tmp_path, world.api)
+    assert len((await fleet.now()).lines) == 1_000
+    before = fleet._books[repo.bare].entries
+    await Ledger(repo.bare).write(Target("host", "web7"), steps.not_reached(note("run-2")), "web7")
+    fleet._read = 0
+    began = time.monotonic()
+    lines = (await fleet.now()).lines
+    assert time.monotonic() - began < 10
+    after = fleet._books[repo.bare].entries
+    assert {path for path in after if after[path] is not before[path]} == {"host/web7.json"}
+    assert (lines[0].label, lines[0].state) == ("web7", "unreachable")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (119, "2 min ago"), (7_300, "2 h ago"), (200_000, "2 d ago")],
+)
+async def test_ages_are_in_words(seconds: float, said: str) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert ago(now - timedelta(seconds=seconds), now) == said
+    assert ago((now - timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z"), now) == said

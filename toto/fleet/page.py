@@ -1,0 +1,285 @@
+"""The page of the fleet, as a web application for Prefect's server: behind the same password, and read-only.
+
+    GET /                        every target, and the newest runs
+    GET /REPO/KIND/NAME          one target: its history, closure, tests and console
+    GET /events                  server-sent events: an empty one for each change
+
+A page is plain HTML, and works without JavaScript; with it, it follows the fleet. `Accept: application/json`, or
+`?format=json`, gives the same as JSON. What targets and runs say is text of strangers': templates escape it, and no
+script but the page's own may run (Content-Security-Policy).
+"""
+
+import asyncio
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from fastapi import FastAPI
+from jinja2 import Environment, PackageLoader
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from toto.base.errors import TotoError
+from toto.fleet.state import Fleet, Line, State
+from toto.ledger.target import HOST, Target
+from toto.nix import commands as nix
+
+PLACE: Final = "/fleet"
+_LISTENERS: Final = 64  # pages that follow the fleet at once
+_LOOK: Final = 2.0  # seconds between two looks for them
+_QUIET: Final = 20.0  # seconds after which a word is sent that says nothing: proxies close what is silent
+_PHASES: Final = ("no-internet", "with-internet", "smoke", "post-switch")
+_FENCE: Final = re.compile(r"\A(`{3,})\w*\n(.*)\n\1\Z", re.DOTALL)
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_POLICY: Final = "; ".join(
+    [
+        "default-src 'none'",
+        *("style-src 'self'", "script-src 'self'", "connect-src 'self'", "img-src 'self'"),
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    ]
+)
+_HEADERS: Final = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def create_page(fleet: Fleet, *, auth: str | None, grafana: str = "") -> Starlette:
+    """The application. `auth` is "user:password"; `grafana` the address of a Grafana with toto's dashboards."""
+    page = _Page(fleet, grafana)
+    app = Starlette(
+        routes=[
+            Route("/", page.fleet),
+            Route("/events", page.events),
+            Mount("/static", StaticFiles(packages=[("toto.fleet", "static")])),
+            Route("/{repo}/{kind}/{name}", page.target),
+        ]
+    )
+    app.add_middleware(_Locked, auth=auth)
+    return app
+
+
+def install(app: FastAPI, page: Starlette) -> None:
+    """Have `app` answer with the page below `PLACE`, before anything of its own."""
+    app.router.routes[:0] = [Route(PLACE, _entrance), Mount(PLACE, page)]
+
+
+async def _entrance(_: Request) -> Response:
+    return RedirectResponse(f"{PLACE}/")
+
+
+class _Locked:
+    """Asks for the password, and has every answer carry the headers of a page that runs nothing else."""
+
+    def __init__(self, app: ASGIApp, auth: str | None) -> None:
+        self.app, self.auth = app, auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
+            await send(message)
+
+        if self.auth is not None and not secrets.compare_digest(_given(Request(scope)), self.auth.encode()):
+            asked = {"WWW-Authenticate": 'Basic realm="toto", charset="UTF-8"'}
+            text = "the password of toto's UI, please (`toto password` prints it)\n"
+            await PlainTextResponse(text, 401, asked)(scope, receive, with_headers)
+            return
+        await self.app(scope, receive, with_headers)
+
+
+def _given(request: Request) -> bytes:
+    kind, _, word = request.headers.get("authorization", "").partition(" ")
+    with suppress(binascii.Error, ValueError):
+        if kind.lower() == "basic":
+            return base64.b64decode(word.strip(), validate=True)
+    return b""
+
+
+class _Page:
+    def __init__(self, fleet: Fleet, grafana: str) -> None:
+        self.state, self.grafana, self.listeners = fleet, grafana, 0
+        self.templates = Environment(loader=PackageLoader("toto.fleet"), autoescape=True, trim_blocks=True)
+        self.templates.filters |= {"ago": ago, "size": size, "lasted": lasted, "clean": clean}
+
+    async def fleet(self, request: Request) -> Response:
+        """Every target, and the newest runs."""
+        state = await self.state.now()
+        if _wants_json(request):
+            return JSONResponse(
+                {
+                    "targets": [each.json() for each in state.lines],
+                    "runs": [each.json() for each in state.runs],
+                    "errors": list(state.errors),
+                }
+            )
+        return await self._html("fleet.html", request, state=state)
+
+    async def target(self, request: Request) -> Response:
+        """One target."""
+        words = request.path_params
+        target, repo = Target(words["kind"], words["name"]), self.state.repo(words["repo"])
+        state = await self.state.now()
+        line = None if repo is None else state.line(words["repo"], target)
+        if repo is None or line is None:
+            return PlainTextResponse("there is no such target\n", 404)
+        events, shown, closure = await asyncio.gather(
+            self.state.events(repo, target), self._shown(target), self._closure(line)
+        )
+        if _wants_json(request):
+            history = [{**vars(each), "at": each.at.isoformat(), "target": str(each.target)} for each in events]
+            return JSONResponse(line.json() | {"history": history, "closure_bytes": closure, **shown})
+        return await self._html("target.html", request, line=line, events=events, closure=closure, **shown)
+
+    async def events(self, request: Request) -> Response:
+        """An event for each change, to who follows."""
+        if self.listeners >= _LISTENERS:
+            return PlainTextResponse("too many follow the fleet just now\n", 503)
+        return StreamingResponse(self._changes(request), media_type="text/event-stream")
+
+    async def _changes(self, request: Request) -> AsyncIterator[str]:
+        self.listeners += 1
+        try:
+            seen, quiet = _stamp(await self.state.now()), 0.0
+            yield "retry: 5000\n\n"
+            while not await request.is_disconnected():
+                await asyncio.sleep(_LOOK)
+                quiet += _LOOK
+                if (now := _stamp(await self.state.now())) != seen:
+                    seen, quiet = now, 0.0
+                    yield "event: change\ndata:\n\n"
+                elif quiet >= _QUIET:
+                    quiet = 0.0
+                    yield ":\n\n"
+        finally:
+            self.listeners -= 1
+
+    async def _shown(self, target: Target) -> dict[str, Any]:
+        """What the last runs showed of a target: what changed in it, its tests by phase, its console."""
+        keys = {each: _key(target.label, each) for each in ("difference", "console", *_PHASES)}
+        try:
+            found = await self.state.shown(list(keys.values()))
+        except TotoError:
+            found = {}
+        tests = {phase: _rows(found.get(keys[phase])) for phase in _PHASES}
+        return {
+            "difference": _unfenced(found.get(keys["difference"])),
+            "console": _unfenced(found.get(keys["console"])),
+            "tests": {phase: rows for phase, rows in tests.items() if rows},
+        }
+
+    async def _closure(self, line: Line) -> int | None:
+        """The bytes of a host's closure, when toto still has it."""
+        if line.target.kind != HOST or not line.system:
+            return None
+        with suppress(TotoError):
+            return await _closure_bytes(line.system)
+        return None
+
+    async def _html(self, template: str, request: Request, **more: Any) -> Response:
+        made = self.templates.get_template(template)
+        more |= {"place": PLACE, "now": datetime.now(UTC), "grafana": self.grafana}
+        text = await asyncio.to_thread(made.render, **more)
+        return Response(text, media_type="text/html")
+
+
+def _remembered(measure: Callable[[str], Awaitable[int]]) -> Callable[[str], Awaitable[int]]:
+    known: dict[str, int] = {}
+
+    @functools.wraps(measure)
+    async def once(path: str) -> int:
+        if path not in known:
+            while len(known) >= 4_096:
+                known.pop(next(iter(known)))
+            known[path] = await measure(path)
+        return known[path]
+
+    return once
+
+
+@_remembered
+async def _closure_bytes(path: str) -> int:
+    return sum((await nix.sizes(await nix.closure(path))).values())
+
+
+def _wants_json(request: Request) -> bool:
+    accepted = request.headers.get("accept", "")
+    return request.query_params.get("format") == "json" or accepted.partition(",")[0] == "application/json"
+
+
+def _stamp(state: State) -> str:
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def _key(*words: str) -> str:
+    """An artifact's key, as `tasks.report` makes it."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+def _rows(data: Any) -> list[dict[str, str]]:
+    """The rows of a table artifact, whose data is JSON in a text."""
+    rows = json.loads(data) if isinstance(data, str) else ()
+    return [{str(name): str(value) for name, value in each.items()} for each in rows]
+
+
+def _unfenced(data: Any) -> str:
+    text = data if isinstance(data, str) else ""
+    found = _FENCE.match(text)
+    return found[2] if found else text
+
+
+def clean(text: str) -> str:
+    """Text without control characters."""
+    return _CONTROL.sub("�", text)
+
+
+def ago(at: str | float | datetime, now: datetime) -> str:
+    """How long ago a moment (UTC) was, in words."""
+    if not at:
+        return ""
+    try:
+        then = at if isinstance(at, datetime) else _moment(at)
+    except ValueError:
+        return str(at)
+    seconds = max(0, (now - then).total_seconds())
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length or (seconds >= length and unit == "min"):
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _moment(at: str | float) -> datetime:
+    if isinstance(at, float):
+        return datetime.fromtimestamp(at, UTC)
+    then = datetime.fromisoformat(at.replace("Z", "+00:00"))
+    return then if then.tzinfo else then.replace(tzinfo=UTC)
+
+
+def size(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def lasted(seconds: float | None) -> str:
+    """How long something took, for people."""
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,316 @@
+"""What is known of every target, read from where it is kept: the ledgers, the results of runs, the contact of machines.
+
+Nothing is kept here but what was read, for as long as the ledger that it was read from has not changed.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from gitdb.exc import BadName
+from pydantic import ValidationError
+
+from toto.base.errors import InputError, TotoError
+from toto.base.prefect_api import Api
+from toto.fleet import results as results_of
+from toto.fleet.results import AS_WANTED, OTHERS, Result
+from toto.git_host.host import infra_repos
+from toto.git_host.shared import name_of
+from toto.infra_repo import git
+from toto.ledger import history
+from toto.ledger.ledger import REF, Entry
+from toto.ledger.target import HOST, Target
+from toto.machine import documents
+
+RUNS: Final = 50  # of the timeline
+FRESH: Final = 1.0  # seconds for which what was read is shown again
+_RESULTS: Final = 20  # runs, of one repo, among which the newest result of a target is looked for
+_EVENTS: Final = 100  # of a target's page
+
+Mood: TypeAlias = Literal["bad", "warn", "busy", "good", "none"]
+_MOODS: Final[tuple[Mood, ...]] = ("bad", "warn", "busy", "good", "none")  # what needs a person comes first
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit for people."""
+
+    hash: str
+    author: str = ""
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One target. `state` is by the ledger, `since` when (UTC); `commit` is what it runs, `desired` what it is to run.
+
+    `contact` is when a machine that pulls asked last, in seconds since 1970; 0 for never, and for all other targets.
+    """
+
+    repo: str
+    target: Target
+    state: str
+    why: str
+    mood: Mood
+    since: str
+    commit: Commit | None
+    desired: Commit | None
+    system: str
+    last: Result
+    contact: float = 0
+
+    @property
+    def label(self) -> str:
+        return self.target.label
+
+    def json(self) -> dict[str, Any]:
+        """As the page's JSON has it."""
+        asked = datetime.fromtimestamp(self.contact, UTC).isoformat(timespec="seconds") if self.contact else None
+        return {
+            "repo": self.repo,
+            "target": str(self.target),
+            "state": self.state,
+            "why": self.why,
+            "since": self.since,
+            "commit": None if self.commit is None else vars(self.commit),
+            "desired": None if self.desired is None else vars(self.desired),
+            "system": self.system,
+            "last": vars(self.last),
+            "contact": asked,
+        }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run: its id, name and flow, its state and what that says, when it began (UTC) and how many seconds it took."""
+
+    id: str
+    name: str
+    state: str
+    mood: Mood
+    message: str
+    began: str
+    seconds: float | None
+
+    def json(self) -> dict[str, Any]:
+        """As the page's JSON has it."""
+        return {name: value for name, value in vars(self).items() if name != "mood"}
+
+
+@dataclass(frozen=True)
+class State:
+    """The fleet at one moment: its targets, those that need a person first; its runs; and what cannot be read."""
+
+    lines: tuple[Line, ...]
+    runs: tuple[Ran, ...]
+    errors: tuple[str, ...]
+
+    def line(self, repo: str, target: Target) -> Line | None:
+        """One target of a repo."""
+        return next((each for each in self.lines if (each.repo, each.target) == (repo, target)), None)
+
+    @property
+    def counts(self) -> dict[Mood, int]:
+        """How many targets there are of each mood that there is."""
+        moods = [each.mood for each in self.lines]
+        return {mood: moods.count(mood) for mood in _MOODS if mood in moods}
+
+
+@dataclass
+class _Book:
+    """A ledger that was read, by the blobs of its entries; and the commits that it names."""
+
+    commit: str = ""
+    entries: dict[str, tuple[str, Target, Entry]] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict)
+
+
+class Fleet:
+    """The fleet of the infra repos in a folder; `api` is Prefect's, which has the runs."""
+
+    def __init__(self, repos: Path, api: Api) -> None:
+        self.repos, self.api = repos, api
+        self._books: dict[Path, _Book] = {}
+        self._reading = asyncio.Lock()
+        self._state = State((), (), ())
+        self._read = float("-inf")
+
+    async def now(self) -> State:
+        """The fleet as it is; at most `FRESH` seconds old."""
+        async with self._reading:
+            if time.monotonic() - self._read > FRESH:
+                self._state = await self._gathered()
+                self._read = time.monotonic()
+        return self._state
+
+    def repo(self, name: str) -> Path | None:
+        """The infra repo of this name."""
+        return next((each for each in infra_repos(self.repos) if name_of(each) == name), None)
+
+    async def events(self, repo: Path, target: Target) -> list[history.Event]:
+        """What happened to a target, newest first."""
+        return (await asyncio.to_thread(history.events, repo, _EVENTS, target))[::-1]
+
+    async def shown(self, keys: Sequence[str]) -> dict[str, Any]:
+        """The newest artifacts of these keys, by key: their data."""
+        found = await self.api.call(
+            "POST", "/artifacts/latest/filter", {"artifacts": {"key": {"any_": list(keys)}}, "limit": len(keys)}
+        )
+        return {each["key"]: each["data"] for each in found}
+
+    async def _gathered(self) -> State:
+        repos = infra_repos(self.repos)
+        errors: list[str] = []
+        try:
+            runs, results = await asyncio.gather(self._runs(), self._results([name_of(each) for each in repos]))
+        except TotoError as error:
+            runs, results = [], {}
+            errors.append(f"the runs cannot be read: {error}")
+        lines = await asyncio.to_thread(self._lines, repos, results, errors)
+        lines.sort(key=lambda each: (_MOODS.index(each.mood), each.repo, each.target.kind != HOST, each.target))
+        return State(tuple(lines), tuple(runs), tuple(errors))
+
+    def _lines(self, repos: Iterable[Path], results: Mapping[str, Sequence[Any]], errors: list[str]) -> list[Line]:
+        found: list[Line] = []
+        for repo in repos:
+            try:
+                book = self._read_book(repo)
+            except (TotoError, OSError, ValidationError) as error:
+                errors.append(f"{name_of(repo)}: its ledger cannot be read: {error}")
+                continue
+            last = results_of.newest(results.get(results_of.key(name_of(repo)), ()))
+            known = {target for _, target, _ in book.entries.values()}
+            found += [_line(repo, book, target, entry, last) for _, target, entry in book.entries.values()]
+            found += [
+                _line(repo, book, target, Entry(), last)  # such as one whose first rehearsal failed
+                for target in map(Target.of, last.keys() - {OTHERS})
+                if target not in known and last[target.label].result not in ("retired", AS_WANTED)
+            ]
+        return found
+
+    def _read_book(self, repo: Path) -> _Book:
+        book = self._books.setdefault(repo, _Book())
+        with git.open_repo(repo) as opened:
+            try:
+                head = opened.commit(REF)
+            except (BadName, ValueError):
+                return _Book()
+            if head.hexsha == book.commit:
+                return book
+            entries: dict[str, tuple[str, Target, Entry]] = {}
+            for folder in head.tree.trees:
+                for blob in folder.blobs:
+                    path = str(blob.path)
+                    if (had := book.entries.get(path)) is not None and had[0] == blob.hexsha:
+                        entries[path] = had
+                        continue
+                    entry = Entry.model_validate_json(blob.data_stream.read())
+                    kind, _, name = path.removesuffix(".json").partition("/")
+                    entries[path] = blob.hexsha, Target(kind, name), entry
+            named = {each for _, _, entry in entries.values() for each in _commits_of(entry)}
+            commits = {each: book.commits.get(each) or _commit(opened, each) for each in named}
+        self._books[repo] = _Book(head.hexsha, entries, commits)
+        return self._books[repo]
+
+    async def _runs(self) -> list[Ran]:
+        own = {"parent_task_run_id": {"is_null_": True}, "state": {"type": {"not_any_": ["SCHEDULED"]}}}
+        wanted = {"flow_runs": own, "sort": "EXPECTED_START_TIME_DESC", "limit": RUNS}
+        return [_ran(each) for each in await self.api.call("POST", "/flow_runs/filter", wanted)]
+
+    async def _results(self, repos: Sequence[str]) -> dict[str, list[Any]]:
+        """The newest results of each repo's runs, the newest first, by the artifacts' keys."""
+        keys = [results_of.key(each) for each in repos]
+        wanted = {"artifacts": {"key": {"any_": keys}}, "sort": "CREATED_DESC", "limit": min(200, _RESULTS * len(keys))}
+        found: dict[str, list[Any]] = {}
+        for each in await self.api.call("POST", "/artifacts/filter", wanted) if keys else ():
+            found.setdefault(each["key"], []).append(each)
+        return found
+
+
+def _line(repo: Path, book: _Book, target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:
+    state, why, since, mood = described(entry)
+    result = last.get(target.label) or last.get(OTHERS) or Result("")
+    if mood in ("good", "none") and result.failed:
+        mood = "bad"
+    elif mood in ("good", "none") and result.result in ("held back", "waiting"):
+        mood = "warn"
+    runs = entry.good or entry.rehearsed
+    contact = 0.0
+    if target.kind == HOST:
+        try:
+            contact = documents.contact(documents.Place.of(repo, target.name))
+        except InputError:
+            contact = 0.0
+    return Line(
+        repo=name_of(repo),
+        target=target,
+        state=state,
+        why=why,
+        mood=mood,
+        since=since,
+        commit=book.commits.get(runs.commit) if runs else None,
+        desired=book.commits.get(entry.intent.desired.commit) if entry.intent else None,
+        system=str(getattr(runs, "path", "") or ""),
+        last=result,
+        contact=contact,
+    )
+
+
+def described(entry: Entry) -> tuple[str, str, str, Mood]:
+    """The state of a target by its entry: in a word, why, since when (UTC), and how that is for a person."""
+    said: tuple[str, str, str, Mood] = ("not deployed", "", "", "none")
+    if entry.intent:
+        said = "being changed", f"run {entry.intent.run}: {entry.intent.step}", entry.intent.at, "busy"
+    elif entry.unreachable:
+        said = "unreachable", entry.unreachable.why, entry.unreachable.at, "warn"
+    elif entry.reverted:
+        said = "reverted", entry.reverted.why, entry.reverted.at, "bad"
+    elif entry.accepted:
+        said = "accepted", f"{entry.accepted.by}: {entry.accepted.why}", entry.accepted.at, "good"
+    elif entry.good:
+        said = "good", "", entry.good.at, "good"
+    elif entry.rehearsed:
+        said = "rehearsed only", "", entry.rehearsed.at, "good"
+    return said
+
+
+def _commits_of(entry: Entry) -> Iterator[str]:
+    runs = entry.good or entry.rehearsed
+    yield from (each.commit for each in (runs, entry.intent.desired if entry.intent else None) if each)
+
+
+def _commit(opened: Any, name: str) -> Commit:
+    try:
+        found = opened.commit(name)
+    except (BadName, ValueError):
+        return Commit(name)
+    return Commit(name, str(found.author.name or ""), str(found.summary))
+
+
+_RUN_MOODS: Final[Mapping[str, Mood]] = {
+    "COMPLETED": "good",
+    "FAILED": "bad",
+    "CRASHED": "bad",
+    "RUNNING": "busy",
+    "PENDING": "busy",
+    "CANCELLING": "busy",
+    "PAUSED": "warn",
+}
+
+
+def _ran(run: Mapping[str, Any]) -> Ran:
+    state = run["state"] or {}
+    mood = _RUN_MOODS.get(run["state_type"] or "", "none")
+    return Ran(
+        id=run["id"],
+        name=run["name"],
+        state=run["state_name"] or "",
+        mood="warn" if run["state_name"] == "Partial" else mood,
+        message=(state.get("message") or "").split("\n", 1)[0],
+        began=run["start_time"] or run["expected_start_time"] or "",
+        seconds=run["total_run_time"] if run["end_time"] else None,
+    )
