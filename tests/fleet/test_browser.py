@@ -1,4 +1,4 @@
-"""The page of the fleet in a real browser (Debian's chromium): for eyes, keyboards and screen readers, small and dark."""
+"""The page of the fleet in a real browser (Debian's chromium), for eyes, keyboards and screen readers."""
 
 import json
 import shutil

@@ -21,7 +21,8 @@ from toto.fleet.state import Fleet
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
-from toto.machine import documents
+from toto.machine import condition, documents
+from toto.machine.condition import Condition
 from toto.plan.changes import Action, Change, ChangeSet, Desired, Why
 from toto.report.report import Report
 
@@ -62,7 +63,15 @@ async def test_what_needs_a_person_comes_first_and_each_target_says_why(world: W
     assert (web1["state"], web1["commit"]["author"], web1["system"][:11]) == ("good", "op", "/nix/store/")
     assert [each["target"] for each in (await world.fleet())["targets"]] == ["host/web2", "host/web1"]
     documents.note_contact(documents.Place.of(world.repo.bare, "web1"))
-    assert (await world.line(WEB1))["contact"] is not None
+    now = time.time()
+    condition.note(world.repo.bare, "web1", Condition(at=now, drift=(f"it runs {HOSTILE}",), reboot_needed=True))
+    web1 = await world.line(WEB1)
+    assert (web1["drift"], web1["reboot_needed"]) == ([f"it runs {HOSTILE}"], True)
+    assert datetime.fromisoformat(web1["heard"]).timestamp() == pytest.approx(now, abs=60)
+    async with world.client() as client:
+        page = (await client.get("/fleet/")).text
+    assert "reboot needed" in page and "1 to look at" in page and "<script>alert" not in page
+    condition.note(world.repo.bare, "web1", None)
 
 
 async def test_the_result_of_the_newest_run_counts(world: World) -> None:

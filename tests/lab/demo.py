@@ -267,6 +267,7 @@ async def main(start_only: bool = False) -> int:
             fleet(directory, kubeconfig=cluster.kubeconfig) as whole,
         ):
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
+            say(f"   the page of the fleet is at {whole.url}/fleet")
             if not start_only:
                 await _unless(
                     stop,

@@ -6,7 +6,7 @@ Nothing is kept here but what was read, for as long as the ledger that it was re
 import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 from gitdb.exc import BadName
 from pydantic import ValidationError
 
-from toto.base.errors import InputError, TotoError
+from toto.base.errors import TotoError
 from toto.base.prefect_api import Api
 from toto.fleet import results as results_of
 from toto.fleet.results import AS_WANTED, OTHERS, Result
@@ -24,7 +24,8 @@ from toto.infra_repo import git
 from toto.ledger import history
 from toto.ledger.ledger import REF, Entry
 from toto.ledger.target import HOST, Target
-from toto.machine import documents
+from toto.machine import condition, owners
+from toto.machine.condition import Condition
 
 RUNS: Final = 50  # of the timeline
 FRESH: Final = 1.0  # seconds for which what was read is shown again
@@ -48,7 +49,7 @@ class Commit:
 class Line:
     """One target. `state` is by the ledger, `since` when (UTC); `commit` is what it runs, `desired` what it is to run.
 
-    `contact` is when a machine that pulls asked last, in seconds since 1970; 0 for never, and for all other targets.
+    `condition` is how a machine was when it was `heard` of last, in seconds since 1970; 0 for never.
     """
 
     repo: str
@@ -61,15 +62,24 @@ class Line:
     desired: Commit | None
     system: str
     last: Result
-    contact: float = 0
+    condition: Condition | None = None
+    heard: float = 0
 
     @property
     def label(self) -> str:
         return self.target.label
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of a machine besides: how it differs, and whether it waits for a reboot."""
+        if self.condition is None:
+            return []
+        drifted = [f"drifted: {each}" for each in self.condition.drift]
+        return [*drifted, *(["reboot needed"] if self.condition.reboot_needed else [])]
+
     def json(self) -> dict[str, Any]:
         """As the page's JSON has it."""
-        asked = datetime.fromtimestamp(self.contact, UTC).isoformat(timespec="seconds") if self.contact else None
+        heard = datetime.fromtimestamp(self.heard, UTC).isoformat(timespec="seconds") if self.heard else None
         return {
             "repo": self.repo,
             "target": str(self.target),
@@ -80,7 +90,9 @@ class Line:
             "desired": None if self.desired is None else vars(self.desired),
             "system": self.system,
             "last": vars(self.last),
-            "contact": asked,
+            "drift": list(self.condition.drift) if self.condition else [],
+            "reboot_needed": bool(self.condition and self.condition.reboot_needed),
+            "heard": heard,
         }
 
 
@@ -176,21 +188,27 @@ class Fleet:
 
     def _lines(self, repos: Iterable[Path], results: Mapping[str, Sequence[Any]], errors: list[str]) -> list[Line]:
         found: list[Line] = []
+        owned = owners.read()
         for repo in repos:
             try:
-                book = self._read_book(repo)
+                last = results_of.newest(results.get(results_of.key(name_of(repo)), ()))
+                found += self._lines_of(repo, last, owned)
             except (TotoError, OSError, ValidationError) as error:
                 errors.append(f"{name_of(repo)}: its ledger cannot be read: {error}")
-                continue
-            last = results_of.newest(results.get(results_of.key(name_of(repo)), ()))
-            known = {target for _, target, _ in book.entries.values()}
-            found += [_line(repo, book, target, entry, last) for _, target, entry in book.entries.values()]
-            found += [
-                _line(repo, book, target, Entry(), last)  # such as one whose first rehearsal failed
-                for target in map(Target.of, last.keys() - {OTHERS})
-                if target not in known and last[target.label].result not in ("retired", AS_WANTED)
-            ]
         return found
+
+    def _lines_of(self, repo: Path, last: Mapping[str, Result], owned: owners.Owners) -> Iterator[Line]:
+        book, machines = self._read_book(repo), condition.known(repo)
+        entries = {target: entry for _, target, entry in book.entries.values()}
+        for target in map(Target.of, last.keys() - {OTHERS}):  # such as one whose first rehearsal failed
+            if last[target.label].result not in ("retired", AS_WANTED):
+                entries.setdefault(target, Entry())
+        for target, entry in entries.items():
+            made = _line(name_of(repo), book, target, entry, last)
+            if target.kind == HOST and target.name in machines:
+                known = condition.read(repo, target.name, owned)
+                made = replace(made, condition=known, heard=condition.heard(repo, target.name, known))
+            yield replace(made, mood="warn") if made.notes and made.mood == "good" else made
 
     def _read_book(self, repo: Path) -> _Book:
         book = self._books.setdefault(repo, _Book())
@@ -231,7 +249,7 @@ class Fleet:
         return found
 
 
-def _line(repo: Path, book: _Book, target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:
+def _line(repo: str, book: _Book, target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:
     state, why, since, mood = described(entry)
     result = last.get(target.label) or last.get(OTHERS) or Result("")
     if mood in ("good", "none") and result.failed:
@@ -239,14 +257,8 @@ def _line(repo: Path, book: _Book, target: Target, entry: Entry, last: Mapping[s
     elif mood in ("good", "none") and result.result in ("held back", "waiting"):
         mood = "warn"
     runs = entry.good or entry.rehearsed
-    contact = 0.0
-    if target.kind == HOST:
-        try:
-            contact = documents.contact(documents.Place.of(repo, target.name))
-        except InputError:
-            contact = 0.0
     return Line(
-        repo=name_of(repo),
+        repo=repo,
         target=target,
         state=state,
         why=why,
@@ -256,7 +268,6 @@ def _line(repo: Path, book: _Book, target: Target, entry: Entry, last: Mapping[s
         desired=book.commits.get(entry.intent.desired.commit) if entry.intent else None,
         system=str(getattr(runs, "path", "") or ""),
         last=result,
-        contact=contact,
     )
 
 

@@ -65,10 +65,19 @@ def note(repo: Path, machine: str, condition: Condition | None) -> None:
     files.write(file, condition.model_dump_json())
 
 
-def read(repo: Path, machine: str) -> Condition | None:
-    """How a machine was last; None for one of which nothing was heard. A report is verified once."""
+def known(repo: Path) -> set[str]:
+    """The machines of a repo of which something was heard, or to which something was told."""
+    noted = {each.stem for each in _file(repo, "any").parent.glob("*.json")}
+    return noted | {each.machine for each in documents.machines(repo)}
+
+
+def read(repo: Path, machine: str, owned: owners.Owners | None = None) -> Condition | None:
+    """How a machine was last; None for one of which nothing was heard. A report is verified once.
+
+    `owned` are the owners of machines, for who asks for many.
+    """
     noted = _noted(repo, machine)
-    owner = owners.read().machines.get(machine)
+    owner = (owned or owners.read()).machines.get(machine)
     if owner is None or owner.repo != repo.resolve():
         return noted
     place = Place.of(repo, machine)
