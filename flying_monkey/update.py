@@ -390,6 +390,8 @@ class Update:
                 raise Stopped("the machine does not reboot")
             if self.rebooted:
                 self._check("reboot", patience=self.document.deadlines.activate)
+                if health.reboot_needed():
+                    raise Stopped("the machine has rebooted, and not into what it should boot: look at its boot loader")
         except (NotReady, Stopped) as failed:
             self._tell(error=str(failed))
             return NOT_WELL

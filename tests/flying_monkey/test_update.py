@@ -369,6 +369,21 @@ def test_a_different_kernel_is_rebooted_into_when_the_document_says_so(bubble: B
     assert bubble.events()[-4:] == ["drain reboot", "backup reboot", "reboot", "undrain kept"]
 
 
+def test_a_reboot_into_something_else_is_told(bubble: Bubble) -> None:
+    (bubble.root / bubble.new.path[1:] / "kernel").symlink_to("/nix/store/fresh")
+    bubble.say(bubble.document(hooks=HOOKS))
+    assert bubble.ended()["state"] == "done 0"
+    bubble.stop_at("reboot")
+    bubble.say(bubble.document(phase="keep", hooks=HOOKS, reboot="now"))
+    bubble.reached("reboot")
+    bubble.power_cut()
+    bubble.boot()
+    bubble.sh(f"ln -sfn {bubble.good.path} /run/booted-system")
+    bubble.resume()
+    status = is_finished(bubble, "done 69", bubble.new.path, "kept")
+    assert str(status["error"]).endswith("look at its boot loader")
+
+
 def test_a_power_cut_before_the_switch_does_not_spare_the_reboot(bubble: Bubble) -> None:
     for system, kernel in ((bubble.good, "old"), (bubble.new, "fresh")):
         (bubble.root / system.path[1:] / "kernel").symlink_to(f"/nix/store/{kernel}")

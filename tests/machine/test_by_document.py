@@ -22,10 +22,12 @@ from tests.repos import git
 from toto.base import process
 from toto.infra_repo.manifest import SSH, Machine, Manifest
 from toto.infra_repo.settings import RollOut, Settings
+from toto.infra_repo.window import Window
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
-from toto.machine import activation, keys, owners, signer, signing_key, ssh
+from toto.machine import activation, keys, locked, owners, signer, signing_key, ssh
 from toto.machine.activation import ActivationFailed, Activator, MachineState
+from toto.machine.by_document import NotBack
 from toto.nix import commands as nix
 
 pytestmark = pytest.mark.minutes(1)
@@ -49,7 +51,10 @@ class InPlaceOfSsh(ssh.Connection):
         assert bubble is not None
         (bubble.var / "stdin").write_bytes(stdin or b"")
         line = f"/var/lib/shell -c {shlex.quote(shlex.join(argv))} </var/lib/stdin"
-        done = await asyncio.to_thread(bubble._ask, sh=line)
+        try:
+            done = await asyncio.to_thread(bubble._ask, sh=line)
+        except (AssertionError, ValueError, OSError):
+            raise ssh.Unreachable("it is off", target=self.target.name) from None
         if check and done["status"] != 0:
             raise process.CommandFailed(argv, done["status"], done["err"], target=self.target.name)
         return process.Completed(tuple(argv), done["status"], done["out"], done["err"], 0)
@@ -80,9 +85,9 @@ class World:
         await self.book.write(WEB1, steps.good(deployed(self.good.path), "run-1"), "good")
         return self.good
 
-    def machine(self, way: Way, ends: Literal["switch", "boot", "test"] = "switch") -> Machine:
+    def machine(self, way: Way, ends: Literal["switch", "boot", "test"] = "switch", **more: Any) -> Machine:
         login = SSH(host_key=HOST_KEY, identity=keys.MACHINES)
-        return Machine(name="web1", address="192.0.2.1", access=way, activation=ends, ssh=login)
+        return Machine(name="web1", address="192.0.2.1", access=way, activation=ends, ssh=login, **more)
 
     @asynccontextmanager
     async def deploying(self, machine: Machine, new: System) -> AsyncIterator[tuple[Activator, MachineState]]:
@@ -197,3 +202,42 @@ async def test_what_does_not_end_with_a_switch_is_reverted_by_document(
     await world.revert(machine)
     done = {each for each in world.bubble.events()[count:] if each.startswith(("first", "second"))}
     assert done == {f"first {ends}", f"first {ends} done"}
+
+
+@pytest.mark.parametrize("returns", [True, False])
+async def test_what_runs_is_rolled_out_once_more_to_reboot(
+    world: World, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    """In its window, a machine whose reboot was put off gets it; one that does not come back is told as such."""
+    if not returns:
+        monkeypatch.setattr(locked, "_HOOKS", 1.0)
+    good, bubble = await world.begin("locked"), world.bubble
+    (bubble.root / good.path[1:] / "kernel").symlink_to("/nix/store/fresh")
+    bubble.sh(f"ln -sfn {bubble.system('before').path} /run/booted-system")
+    bubble.hook("prepare.d/drain", ":")
+    bubble.hook("checks.d/web", "echo 1..1; echo ok 1")
+    machine = world.machine("locked", reboot="window", window=Window.parse("00:00-24:00"))
+    async with world.deploying(machine, good) as (activator, before):
+        noted = await activator.condition()
+        assert noted is not None and noted.reboot_needed
+        await world.at("test")
+        await activator.activate("test", good.path, before, finish=20, confirm=60)
+        await world.at("switch")
+        bubble.stop_at("reboot")
+        keeping = asyncio.create_task(
+            activator.activate("switch", good.path, before, finish=20 if returns else 1, confirm=60)
+        )
+        await asyncio.to_thread(bubble.reached, "reboot")
+        bubble.power_cut()
+        if not returns:
+            with pytest.raises(NotBack, match="has not come back from its reboot within 4 s"):
+                await keeping
+            return
+        bubble.boot()
+        bubble.resume()
+        await keeping
+        noted = await activator.condition()
+        assert noted is not None and not noted.reboot_needed
+    assert [each for each in bubble.events() if each.startswith(("drain", "reboot", "web"))] == [
+        *("drain try", "web try", "reboot", "web reboot")
+    ]

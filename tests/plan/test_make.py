@@ -5,11 +5,13 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.lab import setup
+from tests.ledger.test_ledger import note
 from tests.repos import InfraRepo, git
 from toto.base import paths, process, server_rules
 from toto.base.errors import InputError
@@ -661,6 +663,40 @@ async def test_what_is_known_of_a_machine_is_in_the_plan_without_asking_it(repo:
         ("drifted", "it runs /nix/store/x"),
         ("reboot needed", "its next boot begins with a different kernel, initrd or modules"),
     ]
+
+
+async def test_a_machine_that_needs_a_reboot_is_due_in_its_window_and_each_by_itself(
+    repo: InfraRepo, make: Make
+) -> None:
+    closed = f"{datetime.now() + timedelta(days=3):%a} 10:00-11:00"
+    opens = {"a": "00:00-24:00", "b": "00:00-24:00", "c": closed, "d": "00:00-24:00"}
+    listed = "".join(
+        f"  - {{ name: {name}, address: 192.0.2.{number}, access: locked, reboot: window, window: {window} }}\n"
+        for number, (name, window) in enumerate(opens.items(), 1)
+    )
+    files: dict[str, str | None] = {
+        "machines.yaml": f"machines:\n{listed}",
+        **{f"hosts/{name}.nix": host(name) for name in opens},
+    }
+    first = await make(repo.commit(files))
+    await good(repo, first)
+    commit = git("rev-parse", "HEAD", cwd=repo.bare).strip()
+    assert (await make(commit)).changes.empty
+    for name in ("a", "b", "c"):
+        condition.note(repo.bare, name, condition.Condition(at=1, reboot_needed=True))
+    condition.note(repo.bare, "d", condition.Condition(at=1))
+    made = await make(commit)
+    assert [(each.label, each.why, each.action) for each in made.changes.changes] == [
+        ("a", Why.REBOOT, Action.DEPLOY),
+        ("b", Why.REBOOT, Action.DEPLOY),
+    ]
+    target = made.orders[0].target
+    groups = kind_of(target).groups(made.manifest, made.orders)
+    assert [[each.label for each in group] for group in groups] == [["a"], ["b"]]
+    await Ledger(repo.bare).write(
+        target, lambda entry: entry.model_copy(update={"reverted": note("run-1")}), "it did not come back"
+    )
+    assert [each.label for each in (await make(commit)).changes.changes] == ["b"], "a person looks at it first"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import abc
 from typing import Final
 
+from toto.base.errors import TotoError
 from toto.machine import activation
 from toto.machine.activation import MachineState, Verb
 from toto.machine.condition import Condition
@@ -13,6 +14,16 @@ HINTS: Final = {
     "NotGenuine": "its services.flying-monkey.signers must name toto's signer: see `toto machine setup`",
     "Lost": "look at /var/lib/flying-monkey on the machine",
 }
+
+
+class NotBack(Unreachable):
+    """A machine that was to reboot is not heard of any more."""
+
+    def __init__(self, seconds: float, *, target: str) -> None:
+        self.words = f"has not come back from its reboot within {seconds:.0f} s"
+        TotoError.__init__(
+            self, self.words, target=target, hint="look at its console: the system before is in its boot menu"
+        )
 
 
 class ByDocument(abc.ABC):

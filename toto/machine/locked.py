@@ -32,7 +32,7 @@ from toto.machine.activation import (
     WayChanged,
     WentBack,
 )
-from toto.machine.by_document import HINTS, ByDocument
+from toto.machine.by_document import HINTS, ByDocument, NotBack
 from toto.machine.condition import Condition
 from toto.machine.ssh import AuthenticationFailed, Connection, HostKeyChanged, Unreachable
 
@@ -107,7 +107,12 @@ class LockedActivator(Connected, ByDocument):
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
         await self._hand_over("keep", finish, 0)
         longest = finish + _HOOKS + (2 * finish if self.reboot else 0)  # it goes down, and its checks pass, in time
-        code, said = await self._ended(time.monotonic() + longest, finish)
+        try:
+            code, said = await self._ended(time.monotonic() + longest, finish)
+        except Unreachable as error:
+            if not self.reboot:
+                raise
+            raise NotBack(longest, target=self.name) from error
         if code != 0:
             raise ActivationFailed(f"keeping it exited with status {code}:\n{said}", target=self.name)
         await self.check(path, profile=verb != "test", running=verb != "boot", fresh=True)

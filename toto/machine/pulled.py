@@ -25,7 +25,7 @@ from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
 from toto.machine import activation, documents, grants, login_shell, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
-from toto.machine.by_document import HINTS, ByDocument
+from toto.machine.by_document import HINTS, ByDocument, NotBack
 from toto.machine.condition import Condition
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
@@ -167,6 +167,7 @@ class PullActivator(ByDocument):
         """Publish a document, and wait until the machine has done what it says, or cannot. Raises `Unreachable`."""
         reports = self._read()
         heard = self._heard or reports.newest
+        reboot = phase == "keep" and self.machine.reboots(datetime.now())
         asked = signer.Request.of(
             self.repo,
             self.name,
@@ -176,22 +177,23 @@ class PullActivator(ByDocument):
             finish=finish,
             confirm=confirm,
             has_hooks=heard.details.get("has_hooks") if heard else None,
-            reboot=self.machine.reboots(datetime.now()),
+            reboot=reboot,
             path=path,
         )
         envelope = await signer.ask(asked)
         serial = Desired.read(unsealed(envelope)[0]).serial
         documents.publish(self.repo, self.name, envelope)
-        return await self._done(serial, finish)
+        # (It goes down, and its checks pass, in time.)
+        return await self._done(serial, max(finish, _STEP) + (2 * finish if reboot else 0), reboot=reboot)
 
-    async def _done(self, serial: int, finish: float) -> Report:
-        """The report of how the document `serial` has been obeyed, once that is decided."""
+    async def _done(self, serial: int, longest: float, *, reboot: bool) -> Report:
+        """The report of how the document `serial` has been obeyed, once that is decided; a step takes `longest` s."""
         published, last = time.time(), None
         deadline = float("inf")
         while True:
             for report in self._fresh():
                 if report.serial == serial:
-                    last, deadline = report, time.monotonic() + max(finish, _STEP)
+                    last, deadline = report, time.monotonic() + longest
                     if report.kind or report.state.startswith("back"):  # refused, or gone back
                         return report
                     if report.state.startswith("done") and report.step in ("tried", "finished"):
@@ -203,8 +205,10 @@ class PullActivator(ByDocument):
                 raise self._not_heard_from()
             if time.monotonic() > deadline:
                 assert last is not None
+                if reboot and last.step == "kept" and silent > self.patience:
+                    raise NotBack(longest, target=self.name)
                 raise NotHeardFrom(
-                    f"has said nothing more since `{last.step}`, for {max(finish, _STEP):.0f} s",
+                    f"has said nothing more since `{last.step}`, for {longest:.0f} s",
                     target=self.name,
                     hint="on the machine: journalctl -u flying-monkey",
                 )

@@ -28,6 +28,7 @@ class Why(StrEnum):
     MOVED = "at a new address"
     UNREACHABLE = "unreachable last time"
     REVERTED = "reverted last time"
+    REBOOT = "reboot needed"
     FORCED = "forced"
 
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,12 +35,14 @@ class DesiredHost(Desired):
     """What a commit wants a host to be.
 
     `path` is the output path of the toplevel, which is activated. `tests` is the digest of the test scripts. `moved`
-    is the address at which its machine was deployed, when it has a new one now.
+    is the address at which its machine was deployed, when it has a new one now. `reboot` says that its machine needs a
+    reboot, and that its window for that is open.
     """
 
     path: str
     tests: str
     moved: str = ""
+    reboot: bool = False
 
 
 class DeployedHost(Deployed):
@@ -178,6 +181,7 @@ class HostKind(Kind[Host]):
             path=path,
             tests=tests.digest(list(suite.Phase)),
             moved=moved,
+            reboot=machine is not None and _reboots_now(source.repo, machine),
         )
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
@@ -227,6 +231,8 @@ class HostKind(Kind[Host]):
             )
         tests_differ = last is not None and last.tests != desired.tests
         if entry.intent is None and last is not None and last.path == desired.path:
+            if desired.reboot and entry.reverted is None:  # (One that was reverted is not tried again by itself.)
+                return Change(desired=desired, why=Why.REBOOT, action=Action.DEPLOY, last=last)
             if last.identity != desired.identity:
                 return Change(
                     desired=desired,
@@ -259,9 +265,16 @@ class HostKind(Kind[Host]):
         return {name: machine.after for name, machine in source.manifest.machines.items()}
 
     def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
-        """Hosts by their machines' wave and `after`. The hosts of a group are rolled out side by side."""
-        named = {each.name: each for each in orders}
-        return [[named[name] for name in group] for group in manifest.order(named.keys() & manifest.machines.keys())]
+        """Hosts by their machines' wave and `after`. The hosts of a group are rolled out side by side.
+
+        One that is only to reboot is a group of its own.
+        """
+        named, groups = {each.name: each for each in orders}, []
+        for names in manifest.order(named.keys() & manifest.machines.keys()):
+            group = [named[name] for name in names]
+            reboots = [each for each in group if each.change.why is Why.REBOOT]
+            groups += [[each for each in group if each not in reboots], *([each] for each in reboots)]
+        return list(filter(None, groups))
 
     async def preview(self, order: Order, *, build: bool = False) -> str:
         """What changes between the last good closure and the desired one. With `build`, the host is built first.
@@ -279,6 +292,14 @@ class HostKind(Kind[Host]):
 
     def roots(self, repo: Path, name: str) -> tuple[Path, ...]:
         return runs.last_good_root(repo, name), runs.previous_root(repo, name)
+
+
+def _reboots_now(repo: Path, machine: Machine) -> bool:
+    """Whether a machine needs a reboot by what is known of it, and has a window for that, which is open."""
+    if machine.reboot != "window" or not machine.reboots(datetime.now()):
+        return False
+    known = condition.read(repo, machine.name)
+    return known is not None and known.reboot_needed
 
 
 def _known_of(repo: Path, machine: Machine) -> list[Told]:
