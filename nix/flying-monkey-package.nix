@@ -1,5 +1,5 @@
 # What a machine runs of toto: the gate, which is the login shell of toto's user there; and, as root, the helper, the agent
-# that asks toto, and what goes on with an update after a boot.
+# that asks toto, what goes on with an update after a boot, and what makes room on the disk.
 #
 #   pkgs.callPackage ./nix/flying-monkey-package.nix { }
 { lib, stdenvNoCC, python3 }:
@@ -16,7 +16,7 @@ stdenvNoCC.mkDerivation {
   installPhase = ''
     mkdir -p $out/lib/flying-monkey $out/bin
     cp -r flying_monkey $out/lib/flying-monkey
-    for each in gate helper agent update; do
+    for each in gate helper agent update garbage; do
       [ -e flying_monkey/$each.py ] || continue
       cat > $out/bin/flying-monkey-$each <<END
     #!${python3.interpreter} -IS

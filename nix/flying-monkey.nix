@@ -140,6 +140,32 @@ in
       };
     };
 
+    garbage = {
+      enable = mkOption {
+        type = types.bool;
+        default = true;
+        description = ''
+          Whether old generations and garbage are removed by a timer, while no update is under way. What runs, boots,
+          was booted or was kept last always stays.
+        '';
+      };
+      at = mkOption {
+        type = types.str;
+        default = "daily";
+        description = "When, as systemd.time(7) says it.";
+      };
+      generations = mkOption {
+        type = types.ints.positive;
+        default = 10;
+        description = "How many of the newest generations of the system stay.";
+      };
+      free = mkOption {
+        type = types.ints.unsigned;
+        default = 2000;
+        description = "Garbage is collected until so many MB of the store's disk are free, and no further.";
+      };
+    };
+
     built = mkOption {
       type = types.ints.unsigned;
       default = 0;
@@ -232,6 +258,25 @@ in
         RemainAfterExit = true;
         ExecStart = "${cfg.package}/bin/flying-monkey-update resume";
       };
+    };
+
+    systemd.services.flying-monkey-garbage = lib.mkIf cfg.garbage.enable {
+      description = "removes old generations and garbage";
+      startAt = cfg.garbage.at;
+      restartIfChanged = false;
+      serviceConfig = {
+        Type = "oneshot";
+        ExecStart = lib.concatStringsSep " " [
+          "${cfg.package}/bin/flying-monkey-garbage"
+          (toString cfg.garbage.generations)
+          (toString (cfg.garbage.free * 1000000))
+        ];
+        Nice = 19;
+        IOSchedulingClass = "idle";
+      };
+    };
+    systemd.timers.flying-monkey-garbage = lib.mkIf cfg.garbage.enable {
+      timerConfig = { Persistent = true; RandomizedDelaySec = "1h"; };
     };
 
     users.groups.toto = lib.mkIf letsIn { };

@@ -110,6 +110,7 @@ services.flying-monkey = {
   loginKeys = lib.mkForce [ ]; url = "https://toto.example.org:4201"; ca = ./README.md; tests = false;
   prepareHooks."10-drain" = "echo drained"; finishHooks."10-undrain" = "echo here"; checks.page = "echo 1..0";
   metrics = { folder = "/var/lib/node-exporter"; port = 9101; };
+  garbage = { at = "weekly"; generations = 3; free = 5000; };
 };"""
 
 
@@ -145,5 +146,8 @@ def test_a_machine_that_pulls_has_an_agent_and_no_user_of_toto_s(tmp_path: Path)
     units = {name: module.settings(text) for name, text in written["units"].items()}
     assert units["flying-monkey.service"]["ExecStart"][0].endswith("/bin/flying-monkey-agent")
     assert units["flying-monkey.service"]["Restart"] == ["always"]
-    assert {each["X-RestartIfChanged"][0] for each in units.values()} == {"false"}
+    assert {each["X-RestartIfChanged"][0] for name, each in units.items() if name.endswith(".service")} == {"false"}
+    garbage = units["flying-monkey-garbage.service"]["ExecStart"][0]
+    assert garbage.endswith("/bin/flying-monkey-garbage 3 5000000000")
+    assert units["flying-monkey-garbage.timer"]["OnCalendar"] == ["weekly"]
     module.verified(written["units"], tmp_path / "units")
