@@ -11,7 +11,7 @@ from toto.infra_repo import git
 from toto.ledger import ledger, steps
 from toto.ledger.ledger import Before, Deployed, Entry, Intent, Ledger, Note
 from toto.ledger.target import Target
-from toto.machine import condition, owners
+from toto.machine import condition, documents, owners
 from toto.plan.host import HostKind
 from toto.plan.kinds import kind_of
 from toto.plan.order import Order
@@ -115,6 +115,7 @@ async def retire(repo: Path, target: Target, how: str = "retired") -> None:
     if target.kind == HostKind.name:
         await owners.release(repo, target.name)
         condition.note(repo, target.name, None)
+        documents.forget(repo, target.name)
 
 
 async def intend_to_revert(repo: Path, target: Target, run: str) -> None:

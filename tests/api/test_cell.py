@@ -135,6 +135,28 @@ async def test_what_a_server_that_was_taken_over_leaves_is_read_as_a_strangers(w
     assert len(found._forged) <= documents._FORGED + documents.KEPT
 
 
+async def test_a_machine_that_is_forgotten_takes_nothing_else_along(world: World, tmp_path: Path) -> None:
+    place = world.place()
+    documents.publish(world.repo, "web1", b"{}")
+    other = tmp_path / "other/web1"
+    other.mkdir(parents=True)
+    (other / "mine").write_text("mine")
+    place.said.mkdir(parents=True, exist_ok=True)
+    (place.said / "reports").symlink_to(other)
+    documents.forget(world.repo, "web1")
+    assert not place.told.exists() and not place.said.exists() and (other / "mine").exists()
+    place.said.symlink_to(other)
+    documents.forget(world.repo, "web1")
+    assert not place.said.is_symlink() and (other / "mine").exists()
+    aside = place.said.parent.with_name("aside")
+    place.said.parent.rename(aside)
+    place.said.parent.symlink_to(other.parent)
+    documents.forget(world.repo, "web1")
+    assert (other / "mine").exists(), "no link is followed on the way either"
+    place.said.parent.unlink()
+    aside.rename(place.said.parent)
+
+
 async def test_two_who_ask_a_machine_at_once_are_both_answered(world: World) -> None:
     place = world.place()
     first = documents.ask(world.repo, "web1")

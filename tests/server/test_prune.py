@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from toto.base import paths
+from toto.base import paths, process
+from toto.nix import commands as nix
 from toto.server import prune
 
 
@@ -49,3 +50,21 @@ def test_a_long_log_keeps_its_end_and_its_writer(tmp_path: Path, monkeypatch: py
     lines = log.read_text().splitlines()
     assert log.stat().st_size < 1100
     assert lines[0].startswith("line ") and lines[-2:] == ["line 999", "the next"]
+
+
+async def test_garbage_goes_until_there_is_room_and_what_is_needed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store of its own, and real nix."""
+    env = {**nix.environment(), "NIX_REMOTE": f"local?root={tmp_path / 'store'}", "NIX_CONFIG": "build-users-group ="}
+    monkeypatch.setattr(nix, "environment", lambda: env)
+    added = []
+    for name in ("needed", "garbage"):
+        file = tmp_path / name
+        file.write_text(name)
+        added.append((await process.run(["nix-store", "--add", file], env=env)).stdout.strip())
+    await nix.add_gc_root(added[0], tmp_path / "root")
+    there = [tmp_path / "store" / path[1:] for path in added]
+    assert await nix.make_room(0) > 0 and all(map(Path.exists, there)), "there is room"
+    assert await nix.make_room(10**18) > 0
+    assert [each.exists() for each in there] == [True, False]

@@ -42,6 +42,13 @@ class Evaluation(Model):
     """derivations that one evaluation may have built (import from derivation); 0 forbids it"""
 
 
+class Store(Model):
+    """The nix store of this server."""
+
+    free: Annotated[StrictInt, Field(ge=0)] = 5_000_000_000
+    """bytes of its disk that are to be free: every night garbage is collected until they are"""
+
+
 class ServerRules(Model):
     """Everything in `server.toml`."""
 
@@ -52,6 +59,7 @@ class ServerRules(Model):
     runs: Runs = Runs()
     push: Push = Push()
     evaluation: Evaluation = Evaluation()
+    store: Store = Store()
     most: dict[StrictStr, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     """the most that a `toto.toml` may set a number to, by the setting's name, such as `nix.build_timeout`"""
 

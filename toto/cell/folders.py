@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,14 @@ def modified(folder: Path, *names: str) -> float:
             return os.fstat(file).st_mtime
     except OSError:
         return 0
+
+
+def remove(folder: Path, *names: str) -> None:
+    """Remove what `names` lead to in the same way, with all that is in it, as far as that can be removed."""
+    *folders, last = names
+    with contextlib.suppress(OSError), _opened(folder, folders, _FOLDER) as place:
+        shutil.rmtree(last, ignore_errors=True, dir_fd=place)
+        os.unlink(last, dir_fd=place)  # (a link, or a file)
 
 
 @contextlib.contextmanager

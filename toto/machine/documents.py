@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,6 +169,13 @@ def machines(repo: Path) -> list[Place]:
     """The machines of a repo that have been told something."""
     folder = paths.repo_folder(repo)
     return [Place(folder, each.name) for each in sorted((told() / folder).glob("*"))]
+
+
+def forget(repo: Path, machine: str) -> None:
+    """Remove all that a machine was told and has said: it is not the repo's any more."""
+    place = Place.of(repo, machine)
+    shutil.rmtree(place.told, ignore_errors=True)
+    folders.remove(said(), place.folder, machine)
 
 
 def ask(repo: Path, machine: str) -> str:

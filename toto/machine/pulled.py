@@ -144,7 +144,7 @@ class PullActivator(ByDocument):
         return Condition.of(report.details, report=report.number)
 
     async def clean_up(self, run: str = "") -> None:
-        """Nothing on the machine. From now on it may fetch its last good, and finds a document that leads to it."""
+        """Nothing on the machine. It may fetch its last good and the one before from now on, and is led to the first."""
         closures, place = await self._good(), self._place
         if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
             return
@@ -265,10 +265,10 @@ class PullActivator(ByDocument):
         return found
 
     async def _good(self) -> list[str]:
-        """The closure of the last good, when there is one that toto still has."""
-        good = Ledger(self.repo).read().get(self._target).good
-        path = None if good is None else getattr(good, "path", None)
-        return [path] if isinstance(path, str) and await nix.valid(path) else []
+        """The closures of the last good and of the one before, as far as toto has them; none without a last good."""
+        entry = Ledger(self.repo).read().get(self._target)
+        paths = [getattr(each, "path", None) for each in (entry.good, entry.previous) if entry.good and each]
+        return [each for each in paths if isinstance(each, str) and await nix.valid(each)]
 
     @property
     def _place(self) -> documents.Place:

@@ -40,6 +40,7 @@ MEMORY: Final = 4_000_000_000  # bytes that an evaluation may use
 _EXPRESSIONS: Final = messages.IN_CELL
 _DAEMON: Final = Path("/daemon")
 _LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
+_GARBAGE: Final = 4 * 3_600.0  # seconds to collect it
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
@@ -467,6 +468,18 @@ async def add_gc_root(path: str, root: Path) -> None:
     await process.run(
         ["nix-store", "--realise", path, "--add-root", root, "--indirect"], env=environment(), timeout=300
     )
+
+
+async def make_room(free: int) -> int:
+    """Collect garbage until so many bytes of the store's disk are free, and no further; how many there are then.
+
+    Garbage is what no GC root needs: toto has one for each last good and previous system, and for what runs work on.
+    Raises `CommandFailed`, `CommandTimeout`.
+    """
+    if (had := shutil.disk_usage(STORE).free) < free:
+        words = ["nix-store", "--gc", "--max-freed", str(free - had)]
+        await process.run(words, env=environment(), timeout=_GARBAGE)
+    return shutil.disk_usage(STORE).free
 
 
 async def new_key(name: str) -> str:
