@@ -144,7 +144,7 @@ class PullActivator(ByDocument):
         return Condition.of(report.details, report=report.number)
 
     async def clean_up(self, run: str = "") -> None:
-        """Nothing on the machine. It may fetch what it was from now on, and finds a document that leads to its last good."""
+        """Nothing on the machine. It may fetch its last good and the one before, and is led to the first."""
         closures, place = await self._good(), self._place
         if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
             return
