@@ -299,6 +299,12 @@ class Update:
         while not activation.is_decided(name) and not activation.has_died(name):
             self._look()
             time.sleep(_TICK)
+        # Who confirms says that it is decided, and then how: in between it looks as if the machine went back.
+        end = time.monotonic() + _SETTLE
+        while (
+            activation.state(name).startswith("done") and not activation.is_confirmed(name) and time.monotonic() < end
+        ):
+            time.sleep(_TICK)
         self._look()
         if not activation.is_confirmed(name):
             raise Stopped(LATE)

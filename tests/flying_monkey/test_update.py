@@ -404,12 +404,18 @@ def test_a_power_cut_before_the_switch_does_not_spare_the_reboot(bubble: Bubble)
     assert bubble.events()[-4:] == ["new switch done", "reboot", "web reboot", "undrain kept"]
 
 
-def test_roots_own_word_keeps_what_is_tried(bubble: Bubble) -> None:
+@pytest.mark.parametrize(
+    "confirm",
+    [
+        "sh /run/toto/activate.sh confirm ${each##*/}",
+        "mkdir $each/decided; sleep 1; : >$each/confirmed; echo confirmed",
+    ],
+)
+def test_roots_own_word_keeps_what_is_tried(bubble: Bubble, confirm: str) -> None:
     """As when toto moves from documents to sudo: the new configuration may have nothing left that takes a document."""
     bubble.say(bubble.document(hooks=TRIED))
     assert bubble.ended()["step"] == "tried"
-    said = bubble.sh("for each in /run/toto/monkey.*; do sh /run/toto/activate.sh confirm ${each##*/}; done")
-    assert said == "confirmed"
+    assert bubble.sh(f"for each in /run/toto/monkey.*; do {confirm}; done") == "confirmed"
     end = time.monotonic() + 60
     while (status := bubble.status())["step"] != "finished" and time.monotonic() < end:
         time.sleep(0.1)
