@@ -22,7 +22,7 @@ from tests.lab.setup import environment
 
 SSH_PORT: Final = 2222
 ACCELERATOR: Final = os.environ.get("TOTO_LAB_ACCEL", "tcg")
-KERNEL: Final = "no_timer_check"  # an emulated timer may be late on a busy machine
+KERNEL: Final = "no_timer_check mitigations=off"  # (see `toto.rehearsal.sandbox`)
 
 
 class MachineError(Exception):
