@@ -263,7 +263,7 @@ def _environment(
         "QEMU_NET_OPTS": f"{_MANAGEMENT},{forwards}",
         "QEMU_OPTS": " ".join(options),
         # On a busy machine an emulated timer can be late enough for the kernel to give up ("IO-APIC + timer doesn't
-        # work"). The kernel skips this check under KVM; under TCG it needs the parameter. And what keeps real processors
+        # work"). The kernel skips this check under KVM; under TCG it needs the parameter. What keeps real processors
         # from telling secrets costs an emulated one, which cannot tell any, a tenth of its time.
         "QEMU_KERNEL_PARAMS": "no_timer_check mitigations=off" if accelerated == "tcg" else "",
     }
