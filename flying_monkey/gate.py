@@ -1,7 +1,9 @@
 """The login shell of toto's user on a machine: a few verbs, and nothing else.
 
-sshd starts it as `gate -c COMMAND`. It compares the whole command with what it knows, takes nothing of it apart, and
-hands a request to the helper, which sudo runs as root without arguments. Documents come on standard input.
+sshd starts it as `gate -c flying-monkey`, by its ForceCommand, with the command in the environment: so no subsystem is
+there that sshd runs by itself, such as `internal-sftp`. Without that it would be `gate -c COMMAND`. The gate compares
+the whole command with what it knows, takes nothing of it apart, and hands a request to the helper, which sudo runs as
+root without arguments. Documents come on standard input.
 """
 
 import base64
@@ -16,6 +18,7 @@ from typing import Final, NoReturn
 from flying_monkey.machine import Configuration, Misconfigured
 from flying_monkey.sandbox import MOST_INPUT, pump
 
+FORCED: Final = "flying-monkey"
 WRITE: Final = "nix-store --serve --write"  # what nix-copy-closure and ssh:// send
 MOST: Final = 200_000  # bytes of a document
 _PATH: Final = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/bin:/bin"
@@ -27,6 +30,7 @@ _TEST: Final = re.compile(r"test ([A-Za-z0-9_-]{2,40000})={0,2}", re.ASCII)
 
 def main() -> None:
     """Do what the command says."""
+    words, asked = sys.argv[1:], os.environ.get("SSH_ORIGINAL_COMMAND", "")
     for name in list(os.environ):
         del os.environ[name]
     os.environ.update({"PATH": _PATH, "LANG": "C.UTF-8", "HOME": "/var/empty"})
@@ -34,7 +38,7 @@ def main() -> None:
         configuration = Configuration.load()
     except Misconfigured as error:
         _refuse(str(error))
-    match sys.argv[1:]:
+    match ["-c", asked] if words == ["-c", FORCED] else words:
         case ["-c", str(command)] if command == WRITE and configuration.writable_store:
             os.execvp("nix-store", WRITE.split())  # noqa: S606
         case ["-c", str(command)] if found := _TEST.fullmatch(command):

@@ -23,6 +23,7 @@ _MOST_WORDS: Final = 64
 _MOST_WORD: Final = 16_384  # bytes
 _CHUNK: Final = 65_536  # bytes
 _LONGEST: Final = 900  # seconds
+SLICE: Final = "flying-monkey-tests.slice"  # bounds all of them together, where the machine's configuration says how
 _PROPERTIES: Final = (
     "DynamicUser=yes",
     "NoNewPrivileges=yes",
@@ -81,6 +82,7 @@ def run(configuration: Configuration, argv: object) -> int:
     unit = f"flying-monkey-test-{secrets.token_hex(8)}"
     options = [f"--property={each}" for each in _PROPERTIES]
     begin = ["systemd-run", "--pipe", "--wait", "--collect", "--quiet", "--no-ask-password", "--service-type=exec"]
+    begin.append(f"--slice={SLICE}")
     path = f"--setenv=PATH={machine.PATH}"
     # (By way of env: a program that is not there is then the test's failure.)
     process = subprocess.Popen(

@@ -248,6 +248,10 @@ in
         RuntimeDirectoryMode = "0700";
       };
     };
+    # What toto's tests run here, all of it together.
+    systemd.slices.flying-monkey-tests = lib.mkIf (letsIn && cfg.tests) {
+      sliceConfig = { MemoryMax = "1G"; TasksMax = 256; };
+    };
     # What a power cut ended is completed, or undone.
     systemd.services.flying-monkey-resume = {
       description = "goes on with an update that the last boot ended";
@@ -292,6 +296,7 @@ in
     # (After what others add there: a Match goes up to the next one.)
     services.openssh.extraConfig = lib.mkIf letsIn (lib.mkOrder 2000 ''
       Match User toto
+        ForceCommand flying-monkey
         AuthorizedKeysFile /etc/ssh/authorized_keys.d/toto
         PasswordAuthentication no
         DisableForwarding yes

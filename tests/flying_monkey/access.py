@@ -22,6 +22,7 @@ from flying_monkey.%s import main
 main()
 """
 SSHD: Final = """Match User toto
+  ForceCommand flying-monkey
   AuthorizedKeysFile /etc/ssh/authorized_keys.d/toto
   PasswordAuthentication no
   DisableForwarding yes
@@ -30,6 +31,7 @@ SSHD: Final = """Match User toto
 Match all
 """
 SUDO: Final = f'toto ALL=(root:root) NOPASSWD: {PLACE}/helper ""\n'
+SLICE: Final = "[Slice]\nMemoryMax=1G\nTasksMax=256\n"
 # A system that notes each activation, and is then what runs.
 _SYSTEM: Final = """
   export PATH=/usr/bin:/bin
@@ -85,6 +87,7 @@ class Locked:
             "/etc/ssh/authorized_keys.d/toto": (f"{key}\n", 0o644),
             "/etc/ssh/sshd_config.d/20-toto.conf": (SSHD, 0o644),
             "/etc/sudoers.d/toto": (SUDO, 0o440),
+            "/etc/systemd/system/flying-monkey-tests.slice": (SLICE, 0o644),
             "/etc/nix/nix.conf": (
                 "max-jobs = 0\nsubstituters =\nbuild-users-group = nixbld\n!include keys.conf\n",
                 0o644,

@@ -150,6 +150,30 @@ async def test_no_other_command_is_done(locked: Locked) -> None:
             assert "this user can do: facts, status SECONDS, arm, confirm, log" in answer.err, (line, answer)
 
 
+async def sftp(locked: Locked, user: str) -> bytes:
+    """How the answer to an sftp client begins; b"" when there is none."""
+    words = [*locked.machine.ssh_options, "-s", f"{user}@{locked.machine.address}", "sftp"]
+    ssh = await asyncio.create_subprocess_exec(
+        "ssh", *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert ssh.stdin and ssh.stdout
+    ssh.stdin.write(struct.pack(">IBI", 5, 1, 3))  # SSH_FXP_INIT
+    said = await asyncio.wait_for(ssh.stdout.read(2), 60)
+    ssh.stdin.close()
+    await ssh.wait()
+    return said
+
+
+async def test_no_subsystem_is_run_by_sshd_itself(locked: Locked) -> None:
+    """By `internal-sftp` sshd serves files as the user, whatever its login shell is."""
+    await locked.machine.check(
+        "sed -i 's/^Subsystem.*/Subsystem sftp internal-sftp/' /etc/ssh/sshd_config; systemctl restart ssh"
+    )
+    assert (await sftp(locked, "root"), await sftp(locked, "toto")) == (bytes(2), b"")
+    await locked.machine.check("sed -i /ForceCommand/d /etc/ssh/sshd_config.d/20-toto.conf; systemctl restart ssh")
+    assert await sftp(locked, "toto") == bytes(2), "the ForceCommand it is that keeps it out"
+
+
 async def test_no_word_of_the_environment_and_no_file_of_the_user_counts(locked: Locked) -> None:
     await locked.machine.check(
         "mkdir -p /var/empty/.ssh && echo 'echo LEAK' | tee /var/empty/.bashrc /var/empty/.profile /var/empty/.ssh/rc"

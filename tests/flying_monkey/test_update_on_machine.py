@@ -207,6 +207,15 @@ async def test_a_test_runs_as_nobody_with_its_input_outputs_and_exit_status(lock
         assert answer.status in (64, 125) and not answer.out and "a test is a list" in answer.err, (line, answer)
 
 
+async def test_all_tests_together_are_bounded(locked: Locked) -> None:
+    """Each may have 128 tasks, and all of them 256."""
+    many = "i=0; while [ $i -lt 100 ]; do sleep 40 & i=$((i + 1)); done; sleep 20; echo all"
+    answers = await asyncio.gather(*(on_machine(locked, "/bin/sh", "-c", many) for _ in range(3)))
+    refused = [each for each in answers if each.out != "all"]
+    assert refused and all("ork" in each.err for each in refused), answers
+    assert "/flying-monkey-tests.slice/" in (await on_machine(locked, "cat", "/proc/self/cgroup")).out
+
+
 async def test_a_test_reaches_nothing_of_the_machine(locked: Locked) -> None:
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]

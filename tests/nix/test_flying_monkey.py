@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flying_monkey.machine import Configuration
+from flying_monkey.sandbox import SLICE
 from tests.flying_monkey import access
 from tests.nix import test_module as module
 from tests.nix.test_module import NIXPKGS, ROOT, evaluated
@@ -79,6 +80,11 @@ def test_what_it_writes_is_what_was_tried_on_a_real_machine() -> None:
 def test_what_would_break_it_is_said(options: str, words: str) -> None:
     said = of_host("map (each: each.message) (lib.filter (each: !each.assertion) config.assertions)", options)
     assert [words in each for each in said] == [True] * bool(words), said
+
+
+def test_all_that_tests_run_is_bounded_together() -> None:
+    found = of_host(f'config.systemd.units."{SLICE}".text')
+    assert all(line in found.splitlines() for line in access.SLICE.splitlines())
 
 
 def test_a_store_that_is_written_to_builds_nothing() -> None:

@@ -18,6 +18,7 @@ in
     powerManagement = tree;
     swapDevices = lib.mkOption { type = lib.types.anything; default = [ ]; };
     systemd.network = tree;
+    systemd.slices = tree;
     time = tree;
     virtualisation = tree;
     programs = tree;
