@@ -80,6 +80,11 @@
               etcd
               # toto's own database
               postgresql
+              # what reads its figures
+              prometheus
+              prometheus.cli
+              prometheus-node-exporter
+              prometheus-alertmanager
               # login shells of machines' users
               fish
               zsh

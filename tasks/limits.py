@@ -24,7 +24,6 @@ from toto.base import files, paths, resources, server_rules
 from toto.ledger.ledger import owner, owner_lives
 
 USER: Final = "user:"  # the tag of a run that names its pusher begins with it
-SANDBOXES: Final = "toto-sandboxes"
 SANDBOX_MEMORY: Final = 2048  # MB: what one sandbox counts as when the limit is created
 LEASE: Final = 60  # seconds, the shortest that Prefect grants: a dead holder keeps its slot at most that long
 ON_SQLITE: Final = 4  # subflows at once: with more, Prefect's server answers 503
@@ -69,9 +68,11 @@ async def side_by_side() -> int:
 async def room_for_sandbox() -> AsyncIterator[None]:
     """Hold one slot of the limit `toto-sandboxes`, which is created with a size that fits memory and cores."""
     async with get_client() as client:
-        await _ensure(client, SANDBOXES, resources.at_once(SANDBOX_MEMORY))
+        await _ensure(client, resources.SANDBOXES, resources.at_once(SANDBOX_MEMORY))
     # Do not give up a rehearsal when its lease cannot be renewed: at worst there is one VM too many.
-    async with concurrency(SANDBOXES, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False):
+    async with concurrency(
+        resources.SANDBOXES, strict=True, lease_duration=LEASE, raise_on_lease_renewal_failure=False
+    ):
         yield
 
 

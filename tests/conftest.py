@@ -15,6 +15,7 @@ import pytest
 
 from tests import clean_logs, postgres
 from tests.lab import kube, nix_daemon
+from toto.base import paths
 from toto.base.prefect_api import Api
 from toto.server import environment
 from toto.server import serve as server
@@ -60,7 +61,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
     env = environment.server_environment(home, free_port())
 
     async def until(stop: asyncio.Event, ready: Callable[[], None]) -> None:
-        async with server.running_server(env, log):
+        async with server.running_server({**env, environment.REPOS: str(home / "repos"), paths.STATE: str(home)}, log):
             ready()
             await stop.wait()
 

@@ -38,6 +38,8 @@ from toto.ledger import approvals
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.ledger.target import HOST, Target
 from toto.machine import condition, keys, owners, signing_key
+from toto.metrics import machines as monitored
+from toto.metrics import token
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -188,12 +190,7 @@ def _parser() -> _Parser:
     accepting.set_defaults(run=_accept)
 
     _machine_verbs(verbs.add_parser("machine", help="which repository may deploy which machine"))
-    key = verbs.add_parser("key", parents=[_where()], help="print the public half of a key of a repository's")
-    key.add_argument("name", metavar="REPO")
-    key.add_argument("key", nargs="?", metavar="NAME", help="which key (default: the one for its machines)")
-    key.add_argument("--new", choices=keys.USES, help="first make the key, when it is missing")
-    key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
-    key.set_defaults(run=_key)
+    _key_verb(verbs)
 
     migrating = verbs.add_parser("migrate", help="take the state of a toto that ran as root to a user of its own")
     migrating.add_argument("--user", required=True, help="the user as whom toto will run")
@@ -203,6 +200,7 @@ def _parser() -> _Parser:
     migrating.add_argument("--dry-run", action="store_true", help="change nothing: tell all that would be done")
     migrating.set_defaults(run=_migrate)
 
+    _metrics_verbs(verbs.add_parser("metrics", help="what a Prometheus needs to read toto and the fleet's machines"))
     _saving_verbs(verbs)
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
@@ -234,6 +232,15 @@ async def _migrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _key_verb(verbs: Any) -> None:
+    key = verbs.add_parser("key", parents=[_where()], help="print the public half of a key of a repository's")
+    key.add_argument("name", metavar="REPO")
+    key.add_argument("key", nargs="?", metavar="NAME", help="which key (default: the one for its machines)")
+    key.add_argument("--new", choices=keys.USES, help="first make the key, when it is missing")
+    key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
+    key.set_defaults(run=_key)
+
+
 def _saving_verbs(verbs: Any) -> None:
     for verb, help, run in (
         ("backup", "write all that cannot be made again to a file, also while toto runs", _backup),
@@ -243,6 +250,14 @@ def _saving_verbs(verbs: Any) -> None:
         saving.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
         saving.add_argument("file", metavar="FILE", help=f"- for standard {'out' if verb == 'backup' else 'in'}put")
         saving.set_defaults(run=run)
+
+
+def _metrics_verbs(parser: _Parser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    secret = verbs.add_parser("token", help="print the token by which it reads /metrics: a secret")
+    secret.set_defaults(run=_metrics_token)
+    machines = verbs.add_parser("targets", parents=[_where()], help="print the machines, for a file of its file_sd")
+    machines.set_defaults(run=_metrics_targets)
 
 
 def _database_verbs(parser: _Parser) -> None:
@@ -478,6 +493,16 @@ async def _accept(arguments: argparse.Namespace) -> int:
     )
     print(f"toto: accepting {target.label} of {name} in run {run['id']}", flush=True)
     return await follow.to_the_end(repo, [run["id"]], time.monotonic() + follow.AT_MOST)
+
+
+async def _metrics_token(arguments: argparse.Namespace) -> int:
+    print(token.file().read_text())
+    return 0
+
+
+async def _metrics_targets(arguments: argparse.Namespace) -> int:
+    print(json.dumps(monitored.targets(git_host.infra_repos(arguments.repos.absolute())), indent=1))
+    return 0
 
 
 async def _database_move(arguments: argparse.Namespace) -> int:

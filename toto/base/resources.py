@@ -5,6 +5,9 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
+
+SANDBOXES: Final = "toto-sandboxes"  # Prefect's limit of how many virtual machines run at once
 
 
 def memory_available() -> int:

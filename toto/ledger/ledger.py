@@ -200,13 +200,18 @@ class Ledger:
 
     repo: Path
 
-    def read(self) -> Snapshot:
-        """The ledger as it is now. Raises `LedgerError`, with the file's name, for a file that does not parse."""
+    def read(self, known: Snapshot | None = None) -> Snapshot:
+        """The ledger as it is now: `known`, when that still is so.
+
+        Raises `LedgerError`, with the file's name, for a file that does not parse.
+        """
         with git.open_repo(self.repo) as repo:
             try:
                 head = repo.commit(REF)
             except (BadName, ValueError):
                 return Snapshot("")
+            if known is not None and known.commit == head.hexsha:
+                return known
             entries = {}
             for folder in head.tree.trees:
                 for blob in folder.blobs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from toto.base import files
+from toto.base import files, paths
 from toto.base.resources import Room, memory_available
 from toto.nix.messages import OutOfMemory
 
@@ -51,6 +51,11 @@ class Remembered:
         except (OSError, ValueError, AttributeError, RecursionError):
             used = {}
         return cls(file, used)
+
+    @classmethod
+    def in_repo(cls, repo: Path) -> Self:
+        """What the evaluations of an infra repo's hosts have used."""
+        return cls.of(paths.repo_state(repo) / "evaluations.json")
 
     def write(self, hosts: Collection[str] | None = None) -> None:
         """Write the file; when `hosts` are all that there are, without those that have gone. A full disk loses it."""

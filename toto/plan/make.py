@@ -29,7 +29,6 @@ from toto.plan.selector import Selector
 
 LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deployed to the whole fleet
 
-_EVALUATIONS: Final = "evaluations.json"  # in the repo's state: what they used of memory
 
 T = TypeVar("T")
 Identify: TypeAlias = Callable[[Kind[Any], Source, Found[Any]], Awaitable[Desired]]
@@ -76,7 +75,7 @@ async def make(
             override,
             deploys and await admission.on_deployed_branch(repo, commit),
         )
-        remembered = Remembered.of(paths.repo_state(repo) / _EVALUATIONS)
+        remembered = Remembered.in_repo(repo)
         evaluations = Evaluations(remembered, settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
         await owners.check_distinct(fleet)
         found, left, after = await _discover(source, only)

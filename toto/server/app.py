@@ -1,10 +1,12 @@
 """Prefect's API server as toto runs it: `uvicorn --factory toto.server.app:create_app`.
 
-It differs from Prefect's own in five ways.
+It differs from Prefect's own in six ways.
 
 It has the page of the fleet, at /fleet (`toto.fleet.page`).
 
 The key of its blocks is not in the database (`toto.server.block_key`).
+
+It tells Prometheus of toto and its fleet (`toto.metrics`).
 
 It answers under its own names only, and no page of another site may open a websocket to it.
 
@@ -17,7 +19,8 @@ timeout is (https://www.sqlite.org/isolation.html: SQLITE_BUSY_SNAPSHOT). Events
 automations and the UI's feed. Here every transaction takes the write lock when it begins, and waits for it in this
 process, in order. (SQLite itself waits by polling, in which an unlucky transaction sleeps up to 0.1 s each time.)
 
-Only this module, `block_key` and `fork_server` import Prefect in `toto/`: they run as its processes.
+Only this module, `block_key`, `toto.metrics.runs` and `fork_server` import Prefect in `toto/`: they run as its
+processes.
 """
 
 import asyncio
@@ -44,7 +47,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from toto.base.prefect_api import Api
 from toto.fleet import page
 from toto.fleet.state import Fleet
+from toto.metrics import app as metrics
 from toto.server import block_key
+from toto.server.deployments import POOL
 from toto.server.environment import BLOCK_KEY, GRAFANA, REPOS
 
 _ours: ContextVar[object | None] = ContextVar("_ours", default=None)
@@ -106,6 +111,7 @@ def create_app() -> FastAPI:
         api = Api.of(os.environ)
         fleet = page.create_page(Fleet(Path(repos), api), auth=api.auth, grafana=os.environ.get(GRAFANA, ""))
         page.install(app, fleet)
+        metrics.install(app, Path(repos), PREFECT_UI_URL.value() or "", POOL)
     return app
 
 

@@ -33,6 +33,7 @@ from toto.git_host.access import ADMIN, path_of
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
 from toto.ledger.ledger import Ledger
+from toto.metrics.fleet import BACKED_UP
 from toto.server import database_move
 from toto.server.database import Cluster, DatabaseError, Programs, choose, versions
 from toto.server.environment import PROFILES
@@ -118,6 +119,7 @@ async def backup(place: Place, file: Path | None, say: Say) -> None:
             await asyncio.to_thread(_pack, folder, sys.stdout.buffer)
         else:
             await asyncio.to_thread(_pack_file, folder, file)
+    (place.state / BACKED_UP).touch(mode=0o600)
 
 
 @contextlib.contextmanager

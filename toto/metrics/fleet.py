@@ -1,0 +1,133 @@
+"""Figures of the fleet: from the ledgers, from what machines said, and from files in toto's state.
+
+A ledger, and a machine's report, are read again only when they have changed.
+"""
+
+import contextlib
+import ssl
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+
+from flying_monkey.desired import BadDocument, Desired
+from flying_monkey.signature import NotGenuine, unsealed
+from toto.base import paths
+from toto.fleet.state import described
+from toto.git_host import host as git_host
+from toto.git_host.shared import name_of
+from toto.ledger.ledger import Entry, Ledger, Snapshot, owner_lives
+from toto.ledger.target import HOST, Target
+from toto.machine import condition, documents, owners
+from toto.nix.memory import MB, Remembered
+
+BACKED_UP: Final = "backed-up"  # a file in toto's state, of the time of the last backup
+_HOUR: Final = 3600.0
+_TARGET: Final = ("repo", "kind", "target")
+_MACHINE: Final = ("repo", "machine")
+_FIGURES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "target_state": ("1 for the state of a target", (*_TARGET, "state")),
+    "target_info": ("1 for the commit that is deployed, in eight digits", (*_TARGET, "commit")),
+    "target_good_timestamp_seconds": ("when a target became what it is", _TARGET),
+    "target_intent_timestamp_seconds": ("since when a target is being changed", _TARGET),
+    "target_unreachable_timestamp_seconds": ("since when a target does not answer", _TARGET),
+    "pushes_waiting": ("pushes for which no run was started yet", ("repo",)),
+    "evaluation_memory_bytes": ("what the last evaluation of a host used", ("repo", "host")),
+    "agent_contact_timestamp_seconds": ("when a machine that pulls asked for something last", _MACHINE),
+    "agent_reboot_needed": ("1 when a machine says that a different kernel is booted next", _MACHINE),
+    "agent_drift": ("1 when a machine says that it differs from what it was last told to be", _MACHINE),
+    "document_expiry_timestamp_seconds": ("until when a machine obeys its document", _MACHINE),
+    "backup_timestamp_seconds": ("when toto was backed up last; 0 for never", ()),
+    "certificate_expiry_timestamp_seconds": ("until when the certificate of the UI's address is valid", ("name",)),
+}
+
+
+class Fleet:
+    """The figures of all repositories in the folder `repos`, and of the server whose UI has the address `ui_url`."""
+
+    def __init__(self, repos: Path, ui_url: str) -> None:
+        self.repos, self.ui = repos, urlsplit(ui_url)
+        self._ledgers: dict[Path, Snapshot] = {}
+        self._certificate: tuple[float, float] = (0.0, 0.0)  # when it was looked at, and until when it is valid
+
+    def read(self) -> list[Metric]:
+        """The figures as they are now. Raises `TotoError`, OSError."""
+        self.families = {
+            name: GaugeMetricFamily(f"toto_{name}", what, labels=labels) for name, (what, labels) in _FIGURES.items()
+        }
+        owned = owners.read()
+        for repo in git_host.infra_repos(self.repos):
+            name, ledger = name_of(repo), Ledger(repo).read(self._ledgers.get(repo))
+            self._ledgers[repo] = ledger
+            self._add("pushes_waiting", len(git_host.waiting(repo)), name)
+            for target, entry in ledger.entries.items():
+                self._target(name, target, entry)
+            for host, mb in Remembered.in_repo(repo).used.items():
+                if "#" not in host:
+                    self._add("evaluation_memory_bytes", mb * MB, name, host)
+            for machine in condition.known(repo):
+                if Target(HOST, machine) in ledger.entries:
+                    self._machine(repo, machine, owned)
+        self._add("backup_timestamp_seconds", _modified(paths.state_home() / BACKED_UP))
+        if self.ui.scheme == "https" and (until := self._valid_until()):
+            self._add("certificate_expiry_timestamp_seconds", until, self.ui.hostname or "")
+        return [each for each in self.families.values() if each.samples]
+
+    def _add(self, figure: str, value: float, *labels: str) -> None:
+        self.families[figure].add_metric(labels, value)
+
+    def _target(self, repo: str, target: Target, entry: Entry) -> None:
+        labels = (repo, target.kind, target.name)
+        self._add("target_state", 1, *labels, state(entry))
+        if entry.good is not None:
+            self._add("target_info", 1, *labels, entry.good.commit[:8])
+            self._add("target_good_timestamp_seconds", _seconds(entry.good.at), *labels)
+        if entry.intent is not None:
+            self._add("target_intent_timestamp_seconds", _seconds(entry.intent.at), *labels)
+        if entry.unreachable is not None:
+            self._add("target_unreachable_timestamp_seconds", _seconds(entry.unreachable.at), *labels)
+
+    def _machine(self, repo: Path, machine: str, owned: owners.Owners) -> None:
+        labels, place = (name_of(repo), machine), documents.Place.of(repo, machine)
+        if contact := documents.contact(place):
+            self._add("agent_contact_timestamp_seconds", contact, *labels)
+        if (said := condition.read(repo, machine, owned)) is not None:
+            self._add("agent_reboot_needed", float(said.reboot_needed), *labels)
+            self._add("agent_drift", float(bool(said.drift)), *labels)
+        with contextlib.suppress(NotGenuine, BadDocument):
+            if envelope := documents.published(place):
+                expires = Desired.read(unsealed(envelope)[0]).expires
+                self._add("document_expiry_timestamp_seconds", expires.timestamp(), *labels)
+
+    def _valid_until(self) -> float:
+        """Until when the certificate with which the UI's address answers is valid, looked at once an hour; else 0."""
+        looked, until = self._certificate
+        if time.monotonic() - looked > _HOUR or not looked:
+            with contextlib.suppress(OSError, ValueError):
+                place = (self.ui.hostname or "", self.ui.port or 443)
+                found = x509.load_pem_x509_certificate(ssl.get_server_certificate(place, timeout=3).encode())
+                until = found.not_valid_after_utc.timestamp()
+            self._certificate = (time.monotonic(), until)
+        return until
+
+
+def state(entry: Entry) -> str:
+    """How a target is, in a word. `half done`: the process that was changing it is gone."""
+    if entry.intent is not None and owner_lives(entry.intent.owner) is False:
+        return "half done"
+    return described(entry)[0]
+
+
+def _seconds(at: str) -> float:
+    return datetime.fromisoformat(at).timestamp()
+
+
+def _modified(file: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime
+    return 0.0
