@@ -7,6 +7,7 @@
   nixosModules = {
     toto = ./nix/toto.nix;
     flying-monkey = ./nix/flying-monkey.nix;
+    monitoring = ./nix/monitoring.nix;
     default = ./nix/toto.nix;
   };
   # In virtual machines: `nix-build -A tests.toto`.

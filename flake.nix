@@ -1,5 +1,6 @@
 # nixosModules.toto: the server, on NixOS (docs/operations.md). packages.SYSTEM.toto: its package.
 # nixosModules.flying-monkey: a machine's side (docs/flying-monkey.md).
+# nixosModules.monitoring: Prometheus, Alertmanager and Grafana for both (docs/monitoring.md).
 #
 # `nix develop`: the programs that setup/debian-packages.txt names on Debian, for a machine that has Nix and no apt.
 # `setup/prepare` then makes the Python environment from requirements.lock, as everywhere.
@@ -21,6 +22,7 @@
     {
       nixosModules.toto = ./nix/toto.nix;
       nixosModules.flying-monkey = ./nix/flying-monkey.nix;
+      nixosModules.monitoring = ./nix/monitoring.nix;
       nixosModules.default = ./nix/toto.nix;
 
       packages = lib.genAttrs systems (system: rec {
@@ -85,6 +87,8 @@
               prometheus.cli
               prometheus-node-exporter
               prometheus-alertmanager
+              # a browser, for the page of the fleet
+              chromium
               # login shells of machines' users
               fish
               zsh

@@ -1,6 +1,7 @@
 """Whether Prometheus understands it: real ones, of Debian, with real servers of toto and of node_exporter."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -175,9 +176,9 @@ async def test_every_panel_has_an_answer_from_a_prometheus_that_has_read_toto_an
 ) -> None:
     toto = prefect_server.api_url.removesuffix("/api")
     assert [get(f"{toto}{path}")[0] for path in ("/metrics", "/metrics/machines")] == [401, 401]
-    assert get(f"{toto}/metrics", Authorization="Bearer x")[0] == 401
-    secret = {"Authorization": f"Bearer {token.file().read_text()}"}
-    status, text = get(f"{toto}/metrics", **secret)
+    assert get(f"{toto}/metrics", Authorization=f"Bearer {token.file().read_text()}")[0] == 401
+    password = base64.b64encode(f"prometheus:{token.file().read_text()}".encode()).decode()
+    status, text = get(f"{toto}/metrics", Authorization=f"Basic {password}")
     assert status == 200 and 'toto_metrics_complete{part="runs"} 1.0' in text, text
     subprocess.run(["promtool", "check", "metrics"], input=text.encode(), check=True)
     agent.write(tmp_path / "flying-monkey.prom", {**STATE, "contact": time.time()})

@@ -423,7 +423,7 @@ def test_the_flake_has_the_module_the_package_and_a_shell_with_every_program() -
           outputs.devShells;
       }}""")
     assert flake["modules"] == dict.fromkeys(("default", "toto"), f"{ROOT}/nix/toto.nix") | {
-        "flying-monkey": f"{ROOT}/nix/flying-monkey.nix"
+        name: f"{ROOT}/nix/{name}.nix" for name in ("flying-monkey", "monitoring")
     }
     assert all(each.endswith("/bin/toto") for each in flake["apps"].values()) and {"toto", "flying-monkey"} <= set(
         flake["checks"]

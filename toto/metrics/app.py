@@ -3,10 +3,11 @@
     GET /metrics            the figures, in the text form of OpenMetrics or of Prometheus
     GET /metrics/machines   the fleet's machines, for `http_sd`
 
-Both need toto's token for it, as a bearer's: whoever has it reads these, and nothing else.
+Both need toto's token for it, as the password of `prometheus`: whoever has it reads these, and nothing else.
 """
 
 import asyncio
+import base64
 import hmac
 import logging
 import time
@@ -31,6 +32,7 @@ from toto.metrics.runs import Runs
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+USER: Final = "prometheus"
 _FRESH: Final = 3.0  # seconds for which figures are told again as they were
 _PATIENCE: Final = 8.0  # seconds for a part of the figures; Prometheus waits for 10
 
@@ -90,9 +92,11 @@ def install(app: FastAPI, repos: Path, ui_url: str, pool: str) -> None:
 
     def known(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            right = f"Bearer {token.file().read_text().strip()}"
-            if not hmac.compare_digest(request.headers.get("authorization", "").encode(), right.encode()):
-                return PlainTextResponse("`toto metrics token` on toto prints the token for this\n", 401)
+            right = base64.b64encode(f"{USER}:{token.file().read_text()}".encode())
+            if not hmac.compare_digest(request.headers.get("authorization", "").encode(), b"Basic " + right):
+                asked = {"WWW-Authenticate": 'Basic realm="toto metrics"'}
+                text = f"the password of {USER}, please (`toto metrics token` on toto prints it)\n"
+                return PlainTextResponse(text, 401, asked)
             return await handler(request)
 
         return answer

@@ -75,7 +75,10 @@ def _dashboard(name: str, title: str, panels: Iterable[dict[str, Any]], *variabl
         "refresh": "1m",
         "time": {"from": "now-24h", "to": "now"},
         "timezone": "browser",
-        "links": [{"type": "dashboards", "tags": ["toto"], "title": "toto", "asDropdown": False, "keepTime": True}],
+        "links": [
+            {"type": "dashboards", "tags": ["toto"], "title": "toto", "icon": "", "tooltip": "", "keepTime": True}
+            | {"asDropdown": False, "includeVars": True, "targetBlank": False}
+        ],
         "templating": {"list": [source, repo, *variables]},
         "panels": placed,
     }
