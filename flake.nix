@@ -50,10 +50,15 @@
             mkdir -p $out/bin
             ln -s ${lib.getExe' pkgs.pkgsStatic.busybox "busybox"} $out/bin/busybox
           '';
+          # By its name on Debian.
+          node-exporter = pkgs.runCommand "prometheus-node-exporter" { } ''
+            mkdir -p $out/bin
+            ln -s ${lib.getExe pkgs.prometheus-node-exporter} $out/bin/prometheus-node-exporter
+          '';
         in
         {
           default = pkgs.mkShell {
-            packages = [ busybox ] ++ (with pkgs; [
+            packages = [ busybox node-exporter ] ++ (with pkgs; [
               # building
               nix
               python312
@@ -85,7 +90,6 @@
               # what reads its figures
               prometheus
               prometheus.cli
-              prometheus-node-exporter
               prometheus-alertmanager
               # a browser, for the page of the fleet
               chromium

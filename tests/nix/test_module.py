@@ -401,6 +401,7 @@ NAMES: Final = {
     "openssh-client": "openssh",
     "openssh-server": "openssh",
     "etcd-server": "etcd-3",
+    "prometheus-alertmanager": "alertmanager",
 }
 
 
