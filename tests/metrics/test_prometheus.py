@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from flying_monkey import metrics as agent
 from tests.conftest import PrefectServer, free_port
 from tests.flying_monkey.test_metrics import STATE
 from tests.metrics.fleet import SmallFleet
+from toto.api import certificate
 from toto.base import resources
 from toto.metrics import token
 from toto.metrics.dashboards import dashboards
@@ -97,7 +99,8 @@ class Prometheus:
         self.folder, self.port, self.log = folder, free_port(), folder / "prometheus.log"
         changes = {
             "/etc/prometheus/toto.token": str(token.file()),
-            "https": "http",
+            "scheme: https": f"scheme: https\n    tls_config: {{ca_file: {certificate.authority()}}}",
+            "basic_auth: *toto": f"basic_auth: *toto, tls_config: {{ca_file: {certificate.authority()}}}",
             "toto.example.org": toto,
             "30s": "1s",
             "$1:9100": f"$1:{node_exporter}",
@@ -135,6 +138,28 @@ class Prometheus:
                     return found
             assert time.monotonic() < deadline, f"nothing for {expression}:\n{self.log.read_text()[-3000:]}"
             await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def with_tls(port: int) -> AsyncIterator[int]:
+    """A port of the loopback that does TLS for `port`, as a proxy does: by a certificate of toto's own authority."""
+    made = certificate.own(["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.certificate, made.key)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, asks = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(copy(reader, asks), copy(answers, writer))
+
+    async with await asyncio.start_server(joined, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
 
 
 @task
@@ -183,7 +208,15 @@ async def test_every_panel_has_an_answer_from_a_prometheus_that_has_read_toto_an
     subprocess.run(["promtool", "check", "metrics"], input=text.encode(), check=True)
     agent.write(tmp_path / "flying-monkey.prom", {**STATE, "contact": time.time()})
     exporter = free_port()
-    prometheus = Prometheus(tmp_path, toto.removeprefix("http://"), exporter)
+    async with with_tls(int(toto.rpartition(":")[2])) as port:
+        prometheus = Prometheus(tmp_path, f"127.0.0.1:{port}", exporter)
+        await looked_at(prometheus, served, prefect_server, tmp_path, exporter)
+
+
+async def looked_at(
+    prometheus: Prometheus, served: SmallFleet, prefect_server: PrefectServer, tmp_path: Path, exporter: int
+) -> None:
+    """What the Prometheus finds, of runs too that end while it looks, is what the panels ask for."""
     with (
         started(
             "prometheus-node-exporter",

@@ -30,6 +30,7 @@ PHASES: Final = (
     *("smoke tests", "post-switch tests", "plan", "apply", "render and compare", "upgrade", "the chart's tests"),
 )
 NAMED: Final = ("evaluate", "revert")
+PARTIAL: Final = "Partial"  # the name of a run's state, as `toto.report` has it
 _ACTIONS: Final = ("deploy", "rehearse", "plan", "settle", "accept", "drift", "prune")
 _RESULTS: Final = ("completed", "partial", "failed", "crashed", "cancelled")
 _UNDER_WAY: Final = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
@@ -179,4 +180,4 @@ def _action(row: Any) -> str:
 
 
 def _result(row: Any) -> str:
-    return "partial" if row.state_name == "Partial" else str(row.state_type.value).lower()
+    return "partial" if row.state_name == PARTIAL else str(row.state_type.value).lower()
