@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -26,6 +27,7 @@ from tests.git_host.test_host import Pusher
 from toto.base import process
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
+from toto.metrics import token
 from toto.server import deployments, environment, orphans
 from toto.server import serve as server
 
@@ -381,6 +383,8 @@ async def test_server_and_worker_apart_on_postgresql(tiny_project: Path, tmp_pat
             for part in ("server", "worker"):
                 parts.append(await Part.begin(tiny_project, home, port, "--part", part, **given))
             await one_run()
+            answer = httpx.get(f"http://127.0.0.1:{port}/metrics", auth=("prometheus", token.file().read_text()))
+            assert "toto_worker_up 1.0" in answer.text and 'toto_metrics_complete{part="runs"} 1.0' in answer.text
             with temporary_settings({PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.auth}):
                 assert await limits.side_by_side() == limits.ON_POSTGRES
             with pytest.raises(AssertionError, match="a toto worker already runs in"):

@@ -70,9 +70,10 @@ class Fleet:
             for host, mb in Remembered.in_repo(repo).used.items():
                 if "#" not in host:
                     self._add("evaluation_memory_bytes", mb * MB, name, host)
+            folder = paths.repo_folder(repo)
             for machine in condition.known(repo):
                 if Target(HOST, machine) in ledger.entries:
-                    self._machine(repo, machine, owned)
+                    self._machine(repo, documents.Place(folder, machine), owned)
         self._add("backup_timestamp_seconds", _modified(paths.state_home() / BACKED_UP))
         if self.ui.scheme == "https" and (until := self._valid_until()):
             self._add("certificate_expiry_timestamp_seconds", until, self.ui.hostname or "")
@@ -92,11 +93,11 @@ class Fleet:
         if entry.unreachable is not None:
             self._add("target_unreachable_timestamp_seconds", _seconds(entry.unreachable.at), *labels)
 
-    def _machine(self, repo: Path, machine: str, owned: owners.Owners) -> None:
-        labels, place = (name_of(repo), machine), documents.Place.of(repo, machine)
+    def _machine(self, repo: Path, place: documents.Place, owned: owners.Owners) -> None:
+        labels = (name_of(repo), place.machine)
         if contact := documents.contact(place):
             self._add("agent_contact_timestamp_seconds", contact, *labels)
-        if (said := condition.read(repo, machine, owned)) is not None:
+        if (said := condition.read(repo, place.machine, owned)) is not None:
             self._add("agent_reboot_needed", float(said.reboot_needed), *labels)
             self._add("agent_drift", float(bool(said.drift)), *labels)
         with contextlib.suppress(NotGenuine, BadDocument):
