@@ -40,6 +40,12 @@ def of_reconcile() -> str:
     return f"{start}{f': {what}' if what else ''} ({_origin()})"
 
 
+def of_build() -> str:
+    """The name of a run of build, such as `build infra 3f1c9b2a`."""
+    repo = Path(runtime.flow_run.parameters["repo"])
+    return f"build {_repo(repo)} {_commit(repo, runtime.flow_run.parameters.get('commit'))}"
+
+
 def of_flow() -> str:
     """The name of a run of any other flow: the flow's name and the repo, such as `settle infra`."""
     return f"{runtime.flow_run.flow_name} {_repo(Path(runtime.flow_run.parameters['repo']))}"

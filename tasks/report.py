@@ -4,13 +4,16 @@ import functools
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import ParamSpec
 
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
-from toto.fleet import results
+from toto.fleet import builds, results
+from toto.fleet.results import slug as key
+from toto.git_host.shared import name_of
 from toto.plan.alike import alike, all_of, listed
 from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
@@ -33,11 +36,6 @@ def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[No
             get_run_logger().warning("could not write an artifact: %s", error)
 
     return attempt
-
-
-def key(*words: str) -> str:
-    """An artifact's key from words. (Prefect accepts lower-case letters, digits and dashes.)"""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
 @_best_effort
@@ -137,6 +135,13 @@ async def show_results(report: Report) -> None:
     await acreate_table_artifact(
         key=results.key(report.repo), table=report.results(), description=f"Targets of {report.commit[:8]}"
     )
+
+
+@_best_effort
+async def show_builds(repo: Path, commit: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Keep what was built of a commit, for the page of builds."""
+    table = [dict(row) for row in rows]
+    await acreate_table_artifact(key=builds.key(name_of(repo)), table=table, description=commit)
 
 
 def as_markdown(report: Report) -> str:

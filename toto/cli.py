@@ -609,7 +609,7 @@ async def _machine_setup(arguments: argparse.Namespace) -> int:
 async def _signers() -> list[str]:
     """The public keys that machines should list: the one that signs, and the next one when there is one."""
     files = [await signing_key.current(), *filter(None, [signing_key.of_next()])]
-    return [await keys.public_half(each, "toto") for each in files]
+    return [owners.plain_key(await keys.public_half(each)) for each in files]
 
 
 async def _machine_signer(arguments: argparse.Namespace) -> int:
@@ -658,9 +658,9 @@ async def _use_signer(repos: list[Path], *, force: bool) -> int:
         raise InputError("there is no next key", hint="toto machine signer --next")
     if not force:
         await signing_key.require_all(following, repos)
-    before = await keys.public_half(await signing_key.current(), "toto")
+    before, *_ = await _signers()
     old = await signing_key.use_next()
-    print(f"signs from now on: {await keys.public_half(await signing_key.current(), 'toto')}")
+    print(f"signs from now on: {(await _signers())[0]}")
     print(f"next: take the old one out of services.flying-monkey.signers everywhere, and push, then remove {old}:")
     print(f"    {before}")
     print("where it was stolen: put it into services.flying-monkey.revokedKeys as well")

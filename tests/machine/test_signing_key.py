@@ -1,5 +1,6 @@
 """The change of toto's signing key, with real keys, certificates and signatures of ssh-keygen."""
 
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.repos import InfraRepo
 from tests.test_cli import said
 from toto.machine import condition, signing_key
 from toto.machine.condition import Condition
+from toto.server.deployments import ROOT
 
 MANIFEST = """machines:
   - { name: web1, address: 192.0.2.1, access: locked }
@@ -78,8 +80,11 @@ async def test_a_key_is_used_once_all_machines_list_it(fleet: Fleet) -> None:
     assert fleet.signer("--use") == (2, "toto: there is no next key\nnext: toto machine signer --next\n")
     status, text = fleet.signer("--next")
     second = public(await signing_key.make_next())
-    assert status == 0 and f"signs: {first} toto\nnext:  {second} toto\n" in text and "db1" not in text
-    assert f'signers = [ "{first} toto" "{second} toto" ];' in said(fleet.folder, "machine", "setup", "infra")[1]
+    assert status == 0 and f"signs: {first}\nnext:  {second}\n" in text and "db1" not in text
+    assert f'signers = [ "{first}" "{second}" ];' in said(fleet.folder, "machine", "setup", "infra")[1]
+    module = (ROOT / "nix/flying-monkey.nix").read_text()
+    (pattern,) = re.findall(r'key = types.strMatching "(.*)";', module)
+    assert re.fullmatch(pattern, first), "what it prints is what the module takes"
     fleet.list("web1", first, second)
     status, text = fleet.signer("--use")
     assert status == 2 and "would obey nothing that the next key signs: web2 of infra\n" in text
@@ -90,7 +95,7 @@ async def test_a_key_is_used_once_all_machines_list_it(fleet: Fleet) -> None:
     assert ["web1", "infra", "signs,", "next"] in rows and ["web2", "infra", "signs,", "next,", "1", "other"] in rows
     assert fleet.obeys("web1") and public(await signing_key.current()) == first
     status, text = fleet.signer("--use")
-    assert status == 0 and f"    {first} toto\n" in text
+    assert status == 0 and f"    {first}\n" in text
     assert public(await signing_key.current()) == second and signing_key.of_next() is None
     for machine in ("web1", "web2"):
         fleet.list(machine, second)
@@ -105,7 +110,7 @@ async def test_after_a_loss_an_offline_key_vouches_for_a_new_one(fleet: Fleet) -
         (fleet.folder / "state/signer" / each).unlink()
     text = fleet.signer()[1]
     fresh = public(await signing_key.current())
-    assert fresh != lost and not fleet.obeys("web1") and f"signs: {fresh} toto\n" in text
+    assert fresh != lost and not fleet.obeys("web1") and f"signs: {fresh}\n" in text
     assert fleet.signer("--certificate", str(fleet.vouch(text)))[0] == 0
     assert fleet.obeys("web1") and fleet.obeys("web2")
     fleet.list("web1", fresh)

@@ -1,6 +1,7 @@
 """The page of the fleet, as a web application for Prefect's server: behind the same password, and read-only.
 
     GET /                        every target, and the newest runs
+    GET /REPO/builds             what was built: commits by hosts
     GET /REPO/KIND/NAME          one target: its history, closure, tests and console
     GET /events                  server-sent events: an empty one for each change
 
@@ -32,6 +33,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toto.base.errors import TotoError
+from toto.fleet.results import slug
 from toto.fleet.state import Fleet, Line, State
 from toto.ledger.target import HOST, Target
 from toto.nix import commands as nix
@@ -66,6 +68,7 @@ def create_page(fleet: Fleet, *, auth: str | None, grafana: str = "") -> Starlet
             Route("/", page.fleet),
             Route("/events", page.events),
             Mount("/static", StaticFiles(packages=[("toto.fleet", "static")])),
+            Route("/{repo}/builds", page.builds),
             Route("/{repo}/{kind}/{name}", page.target),
         ]
     )
@@ -149,6 +152,17 @@ class _Page:
             return JSONResponse(line.json() | {"history": history, "closure_bytes": closure, **shown})
         return await self._html("target.html", request, line=line, events=events, closure=closure, **shown)
 
+    async def builds(self, request: Request) -> Response:
+        """The newest commits that were built, and all their hosts."""
+        repo = request.path_params["repo"]
+        if self.state.repo(repo) is None:
+            return PlainTextResponse("there is no such repository\n", 404)
+        found = await self.state.builds(repo)
+        if _wants_json(request):
+            return JSONResponse([vars(each) for each in found])
+        hosts = sorted({host for each in found for host in each.rows})
+        return await self._html("builds.html", request, repo=repo, builds=found, hosts=hosts)
+
     async def events(self, request: Request) -> Response:
         """An event for each change, to who follows."""
         if self.listeners >= _LISTENERS:
@@ -174,7 +188,7 @@ class _Page:
 
     async def _shown(self, target: Target) -> dict[str, Any]:
         """What the last runs showed of a target: what changed in it, its tests by phase, its console."""
-        keys = {each: _key(target.label, each) for each in ("difference", "console", *_PHASES)}
+        keys = {each: slug(target.label, each) for each in ("difference", "console", *_PHASES)}
         try:
             found = await self.state.shown(list(keys.values()))
         except TotoError:
@@ -227,11 +241,6 @@ def _wants_json(request: Request) -> bool:
 
 def _stamp(state: State) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()
-
-
-def _key(*words: str) -> str:
-    """An artifact's key, as `tasks.report` makes it."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
 def _rows(data: Any) -> list[dict[str, str]]:

@@ -10,9 +10,14 @@ OTHERS: Final = "all others"  # the last row of a run that found all its other t
 AS_WANTED: Final = "as wanted"
 
 
+def slug(*words: str) -> str:
+    """An artifact's key from words. (Prefect accepts lower-case letters, digits and dashes.)"""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
 def key(repo: str) -> str:
-    """The key of the artifacts of a repo's runs. (Prefect accepts lower-case letters, digits and dashes.)"""
-    return re.sub(r"[^a-z0-9]+", "-", f"targets-{repo.lower()}").strip("-")
+    """The key of the artifacts of a repo's runs."""
+    return slug("targets", repo)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api
+from toto.fleet import builds
 from toto.fleet import results as results_of
+from toto.fleet.builds import Built
 from toto.fleet.results import AS_WANTED, OTHERS, Result
 from toto.git_host.host import infra_repos
 from toto.git_host.shared import name_of
@@ -31,6 +33,7 @@ RUNS: Final = 50  # of the timeline
 FRESH: Final = 1.0  # seconds for which what was read is shown again
 _RESULTS: Final = 20  # runs, of one repo, among which the newest result of a target is looked for
 _EVENTS: Final = 100  # of a target's page
+_BUILDS: Final = 20  # runs that built something
 
 Mood: TypeAlias = Literal["bad", "warn", "busy", "good", "none"]
 _MOODS: Final[tuple[Mood, ...]] = ("bad", "warn", "busy", "good", "none")  # what needs a person comes first
@@ -115,11 +118,12 @@ class Ran:
 
 @dataclass(frozen=True)
 class State:
-    """The fleet at one moment: its targets, those that need a person first; its runs; and what cannot be read."""
+    """The fleet at one moment: its targets, those that need a person first; its runs and repos; what is not known."""
 
     lines: tuple[Line, ...]
     runs: tuple[Ran, ...]
     errors: tuple[str, ...]
+    repos: tuple[str, ...] = ()
 
     def line(self, repo: str, target: Target) -> Line | None:
         """One target of a repo."""
@@ -174,6 +178,11 @@ class Fleet:
         )
         return {each["key"]: each["data"] for each in found}
 
+    async def builds(self, repo: str) -> list[Built]:
+        """What was built of a repo, by commit, the newest first."""
+        wanted = {"artifacts": {"key": {"any_": [builds.key(repo)]}}, "sort": "CREATED_DESC", "limit": _BUILDS}
+        return Built.of(await self.api.call("POST", "/artifacts/filter", wanted))
+
     async def _gathered(self) -> State:
         repos = infra_repos(self.repos)
         errors: list[str] = []
@@ -184,7 +193,7 @@ class Fleet:
             errors.append(f"the runs cannot be read: {error}")
         lines = await asyncio.to_thread(self._lines, repos, results, errors)
         lines.sort(key=lambda each: (_MOODS.index(each.mood), each.repo, each.target.kind != HOST, each.target))
-        return State(tuple(lines), tuple(runs), tuple(errors))
+        return State(tuple(lines), tuple(runs), tuple(errors), tuple(map(name_of, repos)))
 
     def _lines(self, repos: Iterable[Path], results: Mapping[str, Sequence[Any]], errors: list[str]) -> list[Line]:
         found: list[Line] = []

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar
@@ -13,6 +14,7 @@ from toto.base.runs import run_directory
 from toto.git_host import admission
 from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
+from toto.infra_repo.settings import Settings
 from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger, Snapshot
 from toto.ledger.target import HOST, Target
@@ -59,24 +61,9 @@ async def make(
     Raises `InputError` for mistakes in the manifest, the settings or `only`, and for a commit that is unfinished, such
     as one with a submodule; `NoSuchCommit`.
     """
-    async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
-        settings, fleet = read_tree(tree)
-        await git.check_finished(repo, commit, settings.tree.unfinished)
-        settings = limits.within(settings)
-        manifest.check_distinct(fleet)
-        limits.check_machines(fleet)
-        source = Source(
-            repo,
-            commit,
-            run,
-            tree,
-            settings,
-            fleet,
-            override,
-            deploys and await admission.on_deployed_branch(repo, commit),
-        )
-        remembered = Remembered.in_repo(repo)
-        evaluations = Evaluations(remembered, settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
+    async with _source(repo, commit, run, override, deploys=deploys) as source:
+        settings, fleet = source.settings, source.manifest
+        evaluations = _evaluations(source)
         await owners.check_distinct(fleet)
         found, left, after = await _discover(source, only)
         with hearing() as warnings:
@@ -102,7 +89,7 @@ async def make(
             "#vm",
             lambda source, each: kind_of(each.target).order(source, each, changed[each.target]),
         )
-        remembered.write(None if only else {each.target.name for each in (*found, *left)})
+        evaluations.remembered.write(None if only else {each.target.name for each in (*found, *left)})
     positions = {each.target: number for number, each in enumerate(found)}
     stops = {each.target: each.stops for each in found}
     orders = tuple(
@@ -143,6 +130,51 @@ async def make(
         orders=orders,
         after=after,
     )
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What the hosts of a commit are to be, those that do not evaluate, and the commit's settings."""
+
+    desired: tuple[Desired, ...]
+    failed: tuple[Failure, ...]
+    settings: Settings
+
+
+async def hosts(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, identify: Identify = identify) -> Hosts:
+    """What the hosts of a commit are to be, or those that `only` names; nothing is compared with the ledger.
+
+    Raises as `make` does.
+    """
+    async with _source(repo, commit, run) as source:
+        evaluations = _evaluations(source)
+        found, _, _ = await _discover(source, only or (HOST,))
+        hosts = [each for each in found if each.target.kind == HOST]
+        wanted = await _each(
+            hosts, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
+        )
+        evaluations.remembered.write(None)
+    return Hosts(tuple(wanted.made.values()), wanted.failures, source.settings)
+
+
+@asynccontextmanager
+async def _source(
+    repo: Path, commit: str, run: str, override: str | None = None, *, deploys: bool = False
+) -> AsyncIterator[Source]:
+    """A commit, exported to the end of the block, with its settings and its manifest. Raises as `make` does."""
+    async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
+        settings, fleet = read_tree(tree)
+        await git.check_finished(repo, commit, settings.tree.unfinished)
+        settings = limits.within(settings)
+        manifest.check_distinct(fleet)
+        limits.check_machines(fleet)
+        deployed = deploys and await admission.on_deployed_branch(repo, commit)
+        yield Source(repo, commit, run, tree, settings, fleet, override, deployed)
+
+
+def _evaluations(source: Source) -> Evaluations:
+    remembered = Remembered.in_repo(source.repo)
+    return Evaluations(remembered, source.settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
 
 
 async def _discover(

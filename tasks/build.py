@@ -1,0 +1,39 @@
+"""Builds a host of a commit, and keeps what was built; nothing is rehearsed, and no machine is asked."""
+
+import shutil
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks import sink
+from toto.base.errors import TotoError
+from toto.fleet import builds
+from toto.nix import commands as nix
+from toto.plan.changes import Desired, Failure
+
+
+@task(name="build", task_run_name="build", cache_policy=NO_CACHE)
+async def build(repo: Path, commit: str, host: Desired, timeout: float) -> dict[str, str]:
+    """Build a host's system; the row for it, which says why when it does not build."""
+    name = host.target.name
+    try:
+        path = await nix.build(
+            host.identity, builds.root(repo, commit, name), timeout=timeout, target=name, on_line=sink()
+        )
+        size = sum((await nix.sizes(await nix.closure(path))).values())
+    except TotoError as error:
+        return builds.row(name, builds.FAILED, why=str(error).partition("\n")[0])
+    return builds.row(name, builds.BUILT, path=path, size=size)
+
+
+def failed(failure: Failure) -> dict[str, str]:
+    """The row for a host that does not evaluate."""
+    return builds.row(failure.target.name, builds.NOT_EVALUATED, why=failure.where)
+
+
+def forget_all_but(repo: Path, keep: int) -> None:
+    """Let garbage collection have what was built of all commits but the newest `keep` ones."""
+    known = sorted(builds.folder(repo).glob("*"), key=lambda each: each.stat().st_mtime, reverse=True)
+    for old in known[max(1, keep) :]:
+        shutil.rmtree(old, ignore_errors=True)
