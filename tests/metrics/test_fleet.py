@@ -13,9 +13,11 @@ from prometheus_client.core import Metric
 
 from tests.ledger.test_ledger import WEB1, intent, note
 from tests.metrics.fleet import SmallFleet
+from tests.repos import InfraRepo
 from toto.api import certificate
 from toto.base import paths
-from toto.ledger.ledger import Entry, Ledger
+from toto.infra_repo import branch
+from toto.ledger.ledger import REF, Entry, Ledger
 from toto.machine import documents
 from toto.metrics import token
 from toto.metrics.fleet import BACKED_UP, Fleet, state
@@ -93,6 +95,17 @@ async def test_what_has_changed_is_read_again_and_nothing_else(
     assert time.time() - (Read(made).one("backup_timestamp_seconds") or 0) < 60
     await Ledger(fleet.bare).write(WEB1, lambda _: None, "retired")
     assert Read(made).one("agent_contact_timestamp_seconds") is None, "a machine that is retired is not waited for"
+
+
+async def test_a_ledger_that_cannot_be_read_hides_no_other(fleet: SmallFleet, tmp_path: Path) -> None:
+    other = InfraRepo(tmp_path / "more").bare.rename(fleet.repos / "other.git")
+    await Ledger(other).write(WEB1, lambda _: Entry(reverted=note()), "reverted")
+    await branch.change(
+        fleet.bare, REF, ["host/web1.json"], lambda _: {"host/web1.json": "{"}, "broken", named=lambda: []
+    )
+    read = Read(Fleet(fleet.repos, ""))
+    assert [read.one("ledger_readable", repo=repo) for repo in ("infra", "other")] == [0, 1]
+    assert read.one("target_state", state="reverted") == 1 and read.one("target_state", repo="infra") is None
 
 
 def test_who_changes_a_target_is_looked_for() -> None:

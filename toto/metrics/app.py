@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from fastapi import FastAPI
 from prometheus_client import Metric
@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from toto.base.errors import TotoError
 from toto.git_host import host as git_host
 from toto.metrics import token
 from toto.metrics.fleet import Fleet
@@ -31,7 +32,6 @@ from toto.metrics.runs import Runs
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 USER: Final = "prometheus"
 _FRESH: Final = 3.0  # seconds for which figures are told again as they were
 _PATIENCE: Final = 8.0  # seconds for a part of the figures; Prometheus waits for 10
@@ -79,16 +79,19 @@ def install(app: FastAPI, repos: Path, ui_url: str, pool: str) -> None:
     parts = [_Part("fleet", lambda: asyncio.to_thread(fleet.read)), _Part("runs", runs.read)]
 
     async def metrics(request: Request) -> Response:
-        read = [(part.name, await part.now()) for part in parts]
+        read = await asyncio.gather(*(part.now() for part in parts))
         complete = GaugeMetricFamily("toto_metrics_complete", "1 when this part could be read", labels=("part",))
-        for name, found in read:
-            complete.add_metric((name,), float(found is not None))
+        for part, found in zip(parts, read, strict=True):
+            complete.add_metric((part.name,), float(found is not None))
         encode, kind = choose_encoder(request.headers.get("accept", ""))
-        families: Any = _Figures([complete, *(each for _, found in read for each in found or ())])
+        families: Any = _Figures([complete, *(each for found in read for each in found or ())])
         return Response(encode(families), media_type=kind)
 
     async def machines(request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(targets, git_host.infra_repos(repos)))
+        try:
+            return JSONResponse(await asyncio.to_thread(targets, git_host.infra_repos(repos)))
+        except TotoError as error:  # then Prometheus goes on with those that it knows
+            return PlainTextResponse(f"{error}\n", 503)
 
     def known(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:

@@ -4,6 +4,7 @@ A ledger, and a machine's report, are read again only when they have changed.
 """
 
 import contextlib
+import logging
 import ssl
 import time
 from datetime import datetime
@@ -18,6 +19,7 @@ from prometheus_client.core import GaugeMetricFamily
 from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.signature import NotGenuine, unsealed
 from toto.base import paths
+from toto.base.errors import TotoError
 from toto.fleet.state import described
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
@@ -26,11 +28,14 @@ from toto.ledger.target import HOST, Target
 from toto.machine import condition, documents, owners
 from toto.nix.memory import MB, Remembered
 
+log = logging.getLogger(__name__)
+
 BACKED_UP: Final = "backed-up"  # a file in toto's state, of the time of the last backup
 _HOUR: Final = 3600.0
 _TARGET: Final = ("repo", "kind", "target")
 _MACHINE: Final = ("repo", "machine")
 _FIGURES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "ledger_readable": ("1 when the ledger could be read", ("repo",)),
     "target_state": ("1 for the state of a target", (*_TARGET, "state")),
     "target_info": ("1 for the commit that is deployed, in eight digits", (*_TARGET, "commit")),
     "target_good_timestamp_seconds": ("when a target became what it is", _TARGET),
@@ -62,18 +67,15 @@ class Fleet:
         }
         owned = owners.read()
         for repo in git_host.infra_repos(self.repos):
-            name, ledger = name_of(repo), Ledger(repo).read(self._ledgers.get(repo))
-            self._ledgers[repo] = ledger
-            self._add("pushes_waiting", len(git_host.waiting(repo)), name)
-            for target, entry in ledger.entries.items():
-                self._target(name, target, entry)
-            for host, mb in Remembered.in_repo(repo).used.items():
-                if "#" not in host:
-                    self._add("evaluation_memory_bytes", mb * MB, name, host)
-            folder = paths.repo_folder(repo)
-            for machine in condition.known(repo):
-                if Target(HOST, machine) in ledger.entries:
-                    self._machine(repo, documents.Place(folder, machine), owned)
+            self._add("pushes_waiting", len(git_host.waiting(repo)), name_of(repo))
+            try:
+                self._ledgers[repo] = Ledger(repo).read(self._ledgers.get(repo))
+            except TotoError as error:
+                log.error("metrics: %s", error)
+                self._add("ledger_readable", 0, name_of(repo))
+                continue
+            self._add("ledger_readable", 1, name_of(repo))
+            self._repo(repo, self._ledgers[repo], owned)
         self._add("backup_timestamp_seconds", _modified(paths.state_home() / BACKED_UP))
         if self.ui.scheme == "https" and (until := self._valid_until()):
             self._add("certificate_expiry_timestamp_seconds", until, self.ui.hostname or "")
@@ -81,6 +83,17 @@ class Fleet:
 
     def _add(self, figure: str, value: float, *labels: str) -> None:
         self.families[figure].add_metric(labels, value)
+
+    def _repo(self, repo: Path, ledger: Snapshot, owned: owners.Owners) -> None:
+        name, folder = name_of(repo), paths.repo_folder(repo)
+        for target, entry in ledger.entries.items():
+            self._target(name, target, entry)
+        for host, mb in Remembered.in_repo(repo).used.items():
+            if "#" not in host:
+                self._add("evaluation_memory_bytes", mb * MB, name, host)
+        for machine in condition.known(repo):
+            if Target(HOST, machine) in ledger.entries:
+                self._machine(repo, documents.Place(folder, machine), owned)
 
     def _target(self, repo: str, target: Target, entry: Entry) -> None:
         labels = (repo, target.kind, target.name)
