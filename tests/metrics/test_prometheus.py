@@ -68,7 +68,11 @@ def test_every_alert_is_tested_and_has_a_section_in_the_runbook() -> None:
 def test_the_example_of_an_alertmanager_is_one() -> None:
     if (amtool := shutil.which("amtool")) is None:
         pytest.skip("monitoring/alertmanager.yml IS NOT CHECKED: there is no amtool")
-    subprocess.run([amtool, "check-config", MONITORING / "alertmanager.yml"], check=True, capture_output=True)
+    file = str(MONITORING / "alertmanager.yml")
+    subprocess.run([amtool, "check-config", file], check=True, capture_output=True)
+    for severity in {rule["labels"]["severity"] for rule in rules()}:
+        words = [amtool, "config", "routes", "test", f"--config.file={file}", f"severity={severity}"]
+        assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == severity
 
 
 def get(url: str, **headers: str) -> tuple[int, str]:

@@ -29,9 +29,10 @@ PHASES: Final = (
     *("inspect the machine", "copy the closure", "activate: test", "activate: switch", "set for the next boot"),
     *("smoke tests", "post-switch tests", "plan", "apply", "render and compare", "upgrade", "the chart's tests"),
 )
-NAMED: Final = ("evaluate", "revert")
+NAMED: Final = ("evaluate", "build", "revert")
 PARTIAL: Final = "Partial"  # the name of a run's state, as `toto.report` has it
-_ACTIONS: Final = ("deploy", "rehearse", "plan", "settle", "accept", "drift", "prune")
+OF_RECONCILE: Final = ("deploy", "rehearse", "plan")
+ACTIONS: Final = (*OF_RECONCILE, "build", "settle", "accept", "drift", "prune")
 _RESULTS: Final = ("completed", "partial", "failed", "crashed", "cancelled")
 _UNDER_WAY: Final = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 _LATE: Final = timedelta(seconds=60)  # Prefect writes down what ended up to so long ago
@@ -74,7 +75,7 @@ class Runs:
         self.phases = Histogram(
             "toto_phase_duration_seconds", "how long phases of runs took", phase, buckets=_SECONDS, registry=of
         )
-        for each in _ACTIONS:  # what appears with 1 has not risen, for Prometheus: so all begin with 0
+        for each in ACTIONS:  # what appears with 1 has not risen, for Prometheus: so all begin with 0
             self.took.labels(each)
         for each in (*PHASES, *NAMED):
             self.phases.labels(each)
@@ -91,7 +92,7 @@ class Runs:
         """The figures as they are now."""
         known = {str(repo.resolve()): name_of(repo) for repo in git_host.infra_repos(self.repos)}
         for repo in known.values():
-            for action in _ACTIONS:
+            for action in ACTIONS:
                 for result in _RESULTS:
                     self.ended.labels(repo, action, result)
         database: Any = provide_database_interface()
@@ -113,7 +114,7 @@ class Runs:
         )
         for row in self._runs.fresh((await session.execute(query)).all()):
             repo, action, result = known.get(str(row.parameters.get("repo"))), _action(row), _result(row)
-            if repo is None or action not in _ACTIONS:
+            if repo is None or action not in ACTIONS:
                 continue
             if result != "cancelled":  # a newer one has taken its place, or a person knows of it
                 self.failed.labels(repo, action).set(result in ("failed", "crashed"))
@@ -126,7 +127,8 @@ class Runs:
         task, stage = database.TaskRun, aliased(database.FlowRun)
         parent, run = aliased(database.TaskRun), aliased(database.FlowRun)
         query = (
-            sqlalchemy.select(task.id, task.name, task.state_name, task.end_time, task.total_run_time, run.parameters)
+            sqlalchemy.select(task.id, task.name, task.state_name, task.end_time, task.total_run_time)
+            .add_columns(stage.parameters.label("own"), run.parameters.label("outer"))
             .outerjoin(stage, stage.id == task.flow_run_id)
             .outerjoin(parent, parent.id == stage.parent_task_run_id)
             .outerjoin(run, run.id == parent.flow_run_id)
@@ -143,8 +145,10 @@ class Runs:
             seconds = row.total_run_time.total_seconds()
             if row.end_time >= self._began and row.state_name != "Cached":
                 self.phases.labels(phase).observe(seconds)
-            if phase == "evaluate" and (repo := known.get(str((row.parameters or {}).get("repo")))):
-                self.evaluated.labels(repo, of).set(seconds)
+            if phase == "evaluate":
+                for parameters in (row.own, row.outer):  # of the run, or of a stage and its run
+                    if repo := known.get(str((parameters or {}).get("repo"))):
+                        self.evaluated.labels(repo, of).set(seconds)
 
     async def _read_now(self, session: AsyncSession, database: Any) -> None:
         run, limit, worker, pool = database.FlowRun, database.ConcurrencyLimitV2, database.Worker, database.WorkPool
