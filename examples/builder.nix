@@ -1,14 +1,13 @@
-# A machine that builds for toto. Whoever has the key of the user `builder` is root on it: to build there is to write to
-# its store. So it is a machine of its own, on which nothing else runs, and not one that toto deploys to with
-# `writableStore` (that builds nothing).
-# On toto: `services.toto` builds by a daemon of its own, which reads the machine's nix.conf:
+# A machine that builds for toto: docs/builders.md says how to use it. Whoever has the key of the user `builder` is root
+# on it: to build there is to write to its store. So it is a machine of its own, on which nothing else runs, and not one
+# that toto deploys to with `writableStore` (that builds nothing).
+# On toto:
 #
-#   nix.distributedBuilds = true;
-#   nix.buildMachines = [{
-#     hostName = "builder.example.org"; sshUser = "builder"; sshKey = "/var/lib/toto-nix/builder";
-#     systems = [ "aarch64-linux" ]; maxJobs = 4; supportedFeatures = [ "big-parallel" ];
-#     publicHostKey = "…";  # base64 -w0 /etc/ssh/ssh_host_ed25519_key.pub, on the builder
-#   }];
+#   services.toto.builders.builder = {
+#     address = "builder.example.org";
+#     hostKey = "ssh-ed25519 AAAA…";  # of /etc/ssh/ssh_host_ed25519_key.pub, on the builder
+#     systems = [ "aarch64-linux" ]; jobs = 4; features = [ "big-parallel" ];
+#   };
 { config, ... }:
 {
   # ./hardware-configuration.nix, in place of the next lines
@@ -25,7 +24,7 @@
     isSystemUser = true;
     group = "builder";
     useDefaultShell = true;
-    # The public half of toto's key, for nix and nothing else.  # change
+    # The public half of toto's key (`toto key builders`), for nix and nothing else.  # change
     openssh.authorizedKeys.keys = [
       ''restrict,command="nix-store --serve --write" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGr2d1b6cs9o1bfVn2dP7Wt6zD0mQyAqH1xS5dOJ1k2f toto''
     ];

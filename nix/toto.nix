@@ -122,6 +122,10 @@ let
     let host = cfg.machines.listen;
     in "${if lib.hasInfix ":" host then "[${host}]" else host}:${toString cfg.machines.port}";
 
+  builders = (pkgs.formats.toml { }).generate "toto-builders.toml" {
+    builders = lib.mapAttrs (_: each: removeAttrs each [ "hostKey" ] // { host_key = each.hostKey; }) cfg.builders;
+  };
+
   # For the assertions.
   isInStore = lib.hasPrefix builtins.storeDir;
   sets = lib.any (name: cfg.environment ? ${name});
@@ -280,6 +284,48 @@ in
       default = [ ];
       example = [ "192.168.7.0/24" ];
       description = "What cells and builds with an uplink reach besides the internet; see docs/security.md.";
+    };
+
+    builders = mkOption {
+      type = types.attrsOf (types.submodule {
+        options = {
+          address = mkOption {
+            type = types.strMatching "[A-Za-z0-9:][A-Za-z0-9.:-]*";
+            example = "10.0.0.7";
+            description = "Its host name or IP address.";
+          };
+          port = mkOption { type = types.port; default = 22; description = "Where its sshd listens."; };
+          user = mkOption {
+            type = types.strMatching "[A-Za-z0-9_][A-Za-z0-9._-]*";
+            default = "builder";
+            description = "As whom toto logs in; nix trusts that user there.";
+          };
+          hostKey = mkOption {
+            type = types.strMatching "(ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n]*)?";
+            example = "ssh-ed25519 AAAA…";
+            description = "Its public host key. A machine with a different one builds nothing.";
+          };
+          systems = mkOption {
+            type = types.nonEmptyListOf (types.strMatching "[a-z0-9_]+-[a-z0-9]+");
+            example = [ "aarch64-linux" ];
+            description = "The platforms that it builds for.";
+          };
+          jobs = mkOption { type = types.ints.positive; default = 1; description = "Builds at once."; };
+          speed = mkOption {
+            type = types.ints.positive;
+            default = 1;
+            description = "Of several builders with room, the fastest for its load gets a build.";
+          };
+          features = mkOption {
+            type = types.listOf (types.strMatching "[A-Za-z0-9_-]+");
+            default = [ ];
+            example = [ "big-parallel" "kvm" ];
+            description = "What derivations may require of it.";
+          };
+        };
+      });
+      default = { };
+      description = "Machines that build for toto, by names of yours; docs/builders.md says how to make one.";
     };
 
     nixPath = mkOption {
@@ -491,6 +537,12 @@ in
     };
     systemd.timers.toto-backup = lib.mkIf cfg.backup.enable {
       timerConfig = { Persistent = true; RandomizedDelaySec = "10min"; };
+    };
+
+    # The builders are root's to name. (The daemon sees a change within seconds.)
+    systemd.tmpfiles.settings.toto-builders = {
+      "/var/lib/toto-nix".d = { mode = "0700"; user = "root"; group = "root"; };
+      "/var/lib/toto-nix/server.toml"."L+".argument = toString builders;
     };
 
     # As root: it owns the store, and changes to nix's build users.

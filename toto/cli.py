@@ -40,6 +40,7 @@ from toto.ledger.target import HOST, Target
 from toto.machine import condition, keys, owners, signing_key
 from toto.metrics import machines as monitored
 from toto.metrics import token
+from toto.nix import builders
 from toto.nix import daemon as nix_daemon
 from toto.plan import make as plan
 from toto.plan.changes import table
@@ -234,7 +235,7 @@ async def _migrate(arguments: argparse.Namespace) -> int:
 
 def _key_verb(verbs: Any) -> None:
     key = verbs.add_parser("key", parents=[_where()], help="print the public half of a key of a repository's")
-    key.add_argument("name", metavar="REPO")
+    key.add_argument("name", metavar="REPO", help="or `builders`, for the key that logs in to remote builders")
     key.add_argument("key", nargs="?", metavar="NAME", help="which key (default: the one for its machines)")
     key.add_argument("--new", choices=keys.USES, help="first make the key, when it is missing")
     key.add_argument("--import", dest="file", type=Path, metavar="FILE", help="first take over this private key")
@@ -673,6 +674,12 @@ def _nix(text: str) -> str:
 
 
 async def _key(arguments: argparse.Namespace) -> int:
+    if (arguments.name, arguments.key) == (
+        builders.KEY,
+        None,
+    ):  # (a repository of that name: `toto key builders machines`)
+        print((nix_daemon.socket().parent / builders.PUBLIC).read_text().strip())
+        return 0
     repo = _on_toto(arguments.repos, arguments.name)
     try:
         name = check_key_name(arguments.key or keys.MACHINES)

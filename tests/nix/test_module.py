@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 
 from bench import real
+from toto.base import server_rules
 
 ROOT: Final = Path(__file__).parents[2]
 NIXPKGS: Final = os.environ.get("TOTO_NIXPKGS", "")
@@ -296,6 +297,29 @@ def test_sshd_lets_pushers_in_and_nobody_else_differently(tmp_path: Path) -> Non
 def test_what_could_not_work_is_refused(options: str, message: str) -> None:
     failed = of_host("map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions)", options)
     assert any("services.toto" in each and message in each for each in failed), failed
+
+
+def test_builders_are_what_the_daemon_reads_of_them(tmp_path: Path) -> None:
+    options = f"""services.toto.builders.pi = {{
+      address = "10.0.0.7"; hostKey = "{KEY}"; systems = [ "aarch64-linux" ]; jobs = 4; features = [ "kvm" ];
+    }};"""
+    files = "config.systemd.tmpfiles.settings.toto-builders"
+    file = f'{files}."/var/lib/toto-nix/server.toml"."L+".argument'
+    # (A program makes the file of a value. It is not built here: this is the value.)
+    (drv,) = of_host(f"builtins.attrNames (builtins.getContext {file})", options, writes=tmp_path)
+    value = re.search(r'\("value",("(?:[^"\\]|\\.)*")\)', (tmp_path / drv.removeprefix("/")).read_text())
+    assert value is not None
+    rules = server_rules.ServerRules.model_validate_json(json.loads(value[1]))
+    assert rules.builders == {
+        "pi": server_rules.Builder(
+            address="10.0.0.7", host_key=KEY, systems=("aarch64-linux",), jobs=4, features=("kvm",)
+        )
+    }
+    for right, wrong in ((KEY, "AAAA"), ('"aarch64-linux"', "")):
+        with pytest.raises(AssertionError, match="is not of type"):
+            of_host(file, options.replace(right, wrong))
+    folder = of_host(f'{files}."/var/lib/toto-nix".d')
+    assert (folder["mode"], folder["user"], folder["group"]) == ("0700", "root", "root")
 
 
 def test_what_works_is_not_refused() -> None:

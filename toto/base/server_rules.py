@@ -13,6 +13,7 @@ from toto.base.errors import InputError
 from toto.base.model import Model, explain
 
 FILE: Final = "server.toml"
+_SYSTEM: Final = r"^[a-z0-9_]+-[a-z0-9]+$"
 
 
 class Runs(Model):
@@ -49,6 +50,27 @@ class Store(Model):
     """bytes of its disk that are to be free: every night garbage is collected until they are"""
 
 
+class Builder(Model):
+    """A machine that builds for this server: docs/builders.md says how to make one."""
+
+    address: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]*$")]
+    """its host name or IP address"""
+    port: Annotated[StrictInt, Field(ge=1, le=65_535)] = 22
+    """where its sshd listens"""
+    user: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "builder"
+    """as whom toto logs in; nix trusts that user there"""
+    host_key: Annotated[StrictStr, Field(pattern=r"^(ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n\r]*)?$")]
+    """the host key by which it is known, such as `ssh-ed25519 AAAA…`; none is ever learnt"""
+    systems: Annotated[tuple[Annotated[StrictStr, Field(pattern=_SYSTEM)], ...], Field(min_length=1)]
+    """the platforms that it builds for, such as `aarch64-linux`"""
+    jobs: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    """builds at once"""
+    speed: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    """of several with room, the fastest for its load gets a build"""
+    features: tuple[Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]+$")], ...] = ()
+    """what derivations may require of it, such as `big-parallel` or `kvm`"""
+
+
 class ServerRules(Model):
     """Everything in `server.toml`."""
 
@@ -60,6 +82,10 @@ class ServerRules(Model):
     push: Push = Push()
     evaluation: Evaluation = Evaluation()
     store: Store = Store()
+    builders: dict[Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")], Builder] = Field(
+        default_factory=dict
+    )
+    """machines that build for this server, by their names; of the state of who runs the nix daemon"""
     most: dict[StrictStr, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     """the most that a `toto.toml` may set a number to, by the setting's name, such as `nix.build_timeout`"""
 

@@ -7,12 +7,11 @@ No repo can name a key of a different one.
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
-from toto.base import files, paths, process
+from toto.base import files, made_once, paths, process
 from toto.base.errors import InputError
 from toto.git_host import shared
 from toto.infra_repo.fields import check_key_name
@@ -198,20 +197,10 @@ def _folder(repo: Path) -> Path:
 
 async def _made(key: Path, comment: str, use: Use = "ssh") -> Path:
     """The private key `key`, which is made when missing; a key of nix is called by its `comment`."""
-    if key.exists():
-        return key
-    key.parent.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=key.parent) as directory:
-        fresh = Path(directory, key.name)
-        if use == "ssh":
-            await process.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", fresh], timeout=60)
-        else:
-            files.write(fresh, await nix.new_key(comment))
-        # The process that links it first has made the key; the others use that one.
-        try:
-            key.hardlink_to(fresh)
-        except FileExistsError:
-            return key
-        if use == "ssh":
-            Path(f"{fresh}.pub").replace(f"{key}.pub")
-    return key
+    if use == "ssh":
+        return await made_once.ssh_key(key, comment)
+
+    async def make(fresh: Path) -> None:
+        files.write(fresh, await nix.new_key(comment))
+
+    return await made_once.made(key, make)

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from toto.base.errors import TotoError
 from toto.cell.cell import INFRA, STORE, Cell, shared
 from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace, namespace
-from toto.nix import daemon, messages
+from toto.nix import builders, daemon, messages
 from toto.nix.hosts import FLAKE, Host, check_name
 from toto.nix.memory import Allowance
 from toto.nix.messages import EXPRESSIONS, EvaluationFailed, OutOfMemory, is_of_the_network
@@ -414,27 +415,48 @@ async def outputs(drv: str) -> list[str]:
 
 
 async def build(drv: str, root: Path, *, timeout: float, target: str, on_line: process.LineSink | None = None) -> str:
-    """Build a derivation and return its output path; a GC root at `root` keeps it.
+    """Build a derivation, here or on a builder, and return its output path; a GC root at `root` keeps it.
 
+    What a builder was lost with is built again elsewhere, in the end here.
     Raises `BuildFailed`, `CommandTimeout` after `timeout` seconds.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        await process.run(
-            ["nix-store", "--realise", drv, "--add-root", root, "--indirect"],
-            env=environment(),
-            timeout=timeout,
-            on_error_line=on_line,
-            target=target,
-        )
-    except process.CommandFailed as error:
+    heard = builders.Heard(on_line)
+    words: list[process.Argument] = ["nix-store", "--realise", drv, "--add-root", root, "--indirect"]
+    until = time.monotonic() + timeout
+    failed = await _realised(words, heard, timeout, target)
+    for more in ((), ("--builders", "")):
+        if failed is not None and heard.lost:
+            heard.lost = False
+            failed = await _realised([*words, *more], heard, max(1.0, until - time.monotonic()), target)
+    if failed is None:
+        return str(root.readlink())
+    if nobody := heard.nobody(failed.tail):
         raise BuildFailed(
-            f"did not build:\n{error.tail}",
+            nobody,
             target=target,
-            transient=is_of_the_network(error.tail),
-            hint=f"read the whole log with `nix-store --read-log {drv}`",
-        ) from None
-    return str(root.readlink())
+            transient=bool(heard.failed),
+            hint="look at the builders that are named here (docs/builders.md)"
+            if heard.failed
+            else f"add a builder for it to {server_rules.FILE} (docs/builders.md)",
+        )
+    raise BuildFailed(
+        f"did not build:\n{failed.tail}",
+        target=target,
+        transient=is_of_the_network(failed.tail),
+        hint=f"read the whole log with `nix-store --read-log {drv}`",
+    )
+
+
+async def _realised(
+    words: Sequence[process.Argument], heard: builders.Heard, timeout: float, target: str
+) -> process.CommandFailed | None:
+    """Run a nix command that builds; how it failed, if it did. Raises `CommandTimeout` after `timeout` seconds."""
+    try:
+        await process.run(words, env=environment(), timeout=timeout, on_error_line=heard, target=target)
+    except process.CommandFailed as error:
+        return error
+    return None
 
 
 async def valid(path: str) -> bool:

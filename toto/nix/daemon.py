@@ -23,9 +23,10 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, paths, process
+from toto.base import files, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.cell.namespace import namespace
+from toto.nix import builders
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ SOCKET: Final = "TOTO_NIX_SOCKET"  # of toto's environment: the socket of a daem
 GROUP: Final = "nixbld"  # as NixOS and Debian call it
 MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of root's runs, for a toto that is not
 _SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
+_BUILDERS: Final = "builders"  # the folder with what nix knows of remote builders, which is root's
 _LONGEST: Final = 107  # bytes
 _PATIENCE: Final = 60.0  # seconds until the daemon answers
 _PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
@@ -85,7 +87,7 @@ def home() -> Path:
 
 
 def configuration() -> str:
-    """The daemon's nix.conf: the machine's own (its substituters and remote builders), and what keeps builds in.
+    """The daemon's nix.conf: the machine's own (its substituters), and what keeps builds in.
 
     The logins of the machine's netrc-file are not used: nix hands that file to whatever build asks for it.
     Raises `InputError` when the machine has no build users or no static shell.
@@ -138,7 +140,8 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / _SHARED).mkdir(mode=0o755, exist_ok=True)
     (home / _SHARED).chmod(0o755)  # (for the cells of evaluations)
-    files.write(home / _SHARED / "nix.conf", configuration(), 0o644)
+    files.write(home / _SHARED / "nix.conf", configuration() + builders.settings(home / _BUILDERS), 0o644)
+    files.write(home / _SHARED / builders.PUBLIC, await builders.public_half(), 0o644)
     path = home / _SHARED / "socket"
     if group is not None:
         shutil.chown(home, group=group)
@@ -196,8 +199,10 @@ async def _keep(home: Path, ready: asyncio.Event) -> None:
 
 @contextlib.asynccontextmanager
 async def _once(home: Path) -> AsyncIterator[process.Running]:
+    listed = server_rules.load().builders
+    await builders.write(home / _BUILDERS, listed)
     environment = {
-        "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
+        "PATH": f"{home / _BUILDERS}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
         "LANG": "C.UTF-8",
         "HOME": "/root",
         "NIX_CONF_DIR": str(home / _SHARED),
@@ -217,7 +222,11 @@ async def _once(home: Path) -> AsyncIterator[process.Running]:
         ]
         with (home / "daemon.log").open("ab") as sink:
             async with process.start(words, env=environment, stdout=sink.fileno(), stderr=sink.fileno()) as daemon:
-                yield daemon
+                following = asyncio.create_task(builders.follow(home / _BUILDERS, listed))
+                try:
+                    yield daemon
+                finally:
+                    following.cancel()
 
 
 def _unless_read(stop: asyncio.Event) -> None:

@@ -58,8 +58,9 @@ _NOT_ON_PATH: Final = re.compile(r"file '([^'/]*)[^']*' was not found in the Nix
 _FETCH: Final = re.compile(r"error: unable to download '([^']*)'")
 _NETWORK: Final = re.compile(
     r"unable to download|Could(n't| not) resolve host|Couldn't connect|Connection (reset|refused|timed out)|"
-    r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS",
-    re.IGNORECASE,
+    r"HTTP error (429|5\d\d)|Timeout was reached|unexpected end-of-file|cannot connect to|TLS|"
+    r"^.{0,9}(Connection to \S+ closed by remote host|Timeout, server \S+ not responding)",  # of a builder
+    re.IGNORECASE | re.MULTILINE,
 )
 # What only a binary cache or a builder fetches while a host is evaluated: the evaluation itself has no network.
 _OF_A_BUILD: Final = re.compile(r"unable to download '[^']*(\.narinfo|/nar/[^']*|nix-cache-info)'|builder for '")

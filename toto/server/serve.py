@@ -32,6 +32,7 @@ from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shared
 from toto.machine import keys, owners, renewal
+from toto.nix import builders
 from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
@@ -429,7 +430,7 @@ async def _adopt_all(repos: Path, served: git_host.Served) -> None:
             log.warning("%s", error)
     try:
         known = git_host.infra_repos(repos)
-        for line in (*await owners.adopt(known), *keys.with_the_old_key(known)):
+        for line in (*await owners.adopt(known), *keys.with_the_old_key(known), *builders.unused()):
             log.warning("%s", line)
     except TotoError as error:
         log.error("%s", error)

@@ -1,0 +1,173 @@
+"""Remote builders: the machines to which toto's nix daemon hands builds over ssh, as the server's settings name them.
+
+nix (`nix __build-remote`, as root) finds them in a file `machines`, and logs in by the `ssh` that lies beside it, which
+knows these machines, each by its pinned host key, and no others. That `ssh` leaves the daemon's network, which leads to
+the internet only; builds, which are in that network, have neither the key nor a way out.
+
+A builder that does not answer is passed over: nix asks the next one, and then builds on this machine, if it can. Of one
+that is lost while it builds nix says only that the build failed; `Heard` tells the two apart.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from toto.base import files, made_once, paths, process, server_rules
+from toto.base.errors import InputError, TotoError
+from toto.base.server_rules import Builder
+
+log = logging.getLogger(__name__)
+
+KEY: Final = "builders"  # of toto's keys; on the builders it is as good as root's
+PUBLIC: Final = "builders.pub"  # its public half, beside the daemon's socket
+_PAUSE: Final = 2.0  # seconds until a change of the settings counts
+_DRV: Final = r"'(/nix/store/[a-z0-9]{32}-([^']+)[.]drv)'"
+_BEGINS: Final = re.compile(rf"building {_DRV} on 'ssh://([^']+)'")
+_AWAY: Final = re.compile(r"cannot build on 'ssh://([^']+)': (?:error: )?(.*)")
+_REFUSED: Final = re.compile(rf"error: build of {_DRV} on 'ssh://")  # the builder itself says that it failed
+_FAILED: Final = re.compile(rf"error: (?:builder for|Cannot build) {_DRV}")
+_NOBODY: Final = re.compile(
+    r"^error: a '([^']+)' with features \{(.*)\} is required to build '[^']+', but I am a '([^']+)'", re.MULTILINE
+)
+
+
+class Heard:
+    """Hears what nix says of a build, and passes it on: who builds what, and which builders failed, in plain words."""
+
+    def __init__(self, on_line: process.LineSink | None) -> None:
+        self._on_line = on_line or (lambda _line: None)
+        self._where: dict[str, str] = {}  # drv → builder
+        self.lost = False  # one of them went away with a build
+        self.failed: dict[str, str] = {}
+        """builders that did not do what they were asked to, and why"""
+
+    def __call__(self, line: str) -> None:
+        """Hear a line."""
+        if begins := _BEGINS.match(line):
+            drv, name, builder = begins.groups()
+            self._where[drv] = builder
+            line = f"building {name} on {builder}"
+        elif away := _AWAY.match(line):
+            builder, why = away.groups()
+            if "@@@@" in why:  # the first line of what ssh says then
+                why = "its host key is not the one of the settings"
+            self.failed[builder] = f"does not answer ({why})"
+            line = f"the builder {builder} is passed over: {why}"
+        elif refused := _REFUSED.match(line):
+            self._where.pop(refused[1], None)
+        elif (failed := _FAILED.match(line)) and (builder := self._where.pop(failed[1], "")):
+            self.lost, self.failed[builder] = True, f"was lost while it built {failed[2]}"
+            line = f"the builder {builder} was lost while it built {failed[2]}"
+        self._on_line(line)
+
+    def nobody(self, said: str) -> str | None:
+        """What to say when nix `said` that nobody here builds for a system; None when it did not."""
+        if (found := _NOBODY.search(said)) is None:
+            return None
+        what = f"{found[1]} (with {found[2]})" if found[2] else found[1]
+        failed = "; ".join(f"{builder} {why}" for builder, why in self.failed.items())
+        return f"nobody builds for {what}: this machine is {found[3]}, and " + (failed or "no builder offers it")
+
+
+async def key() -> Path:
+    """The private key by which the daemon logs in to builders; it is made when missing, in the daemon's own state."""
+    return await made_once.ssh_key(paths.state_home() / "keys" / KEY, "toto builders")
+
+
+async def public_half() -> str:
+    """Its public half, as one line. Raises `CommandFailed`."""
+    done = await process.run(["ssh-keygen", "-y", "-P", "", "-f", await key()], timeout=60)
+    return f"{' '.join(done.stdout.split()[:2])} toto\n"
+
+
+def unused() -> list[str]:
+    """A line when the settings of a toto that is not root name builders: root's daemon has settings of its own."""
+    if os.geteuid() == 0 or not server_rules.load().builders:
+        return []
+    return [
+        f"{paths.state_home() / server_rules.FILE} names builders, which are not used: the nix daemon is root's\n"
+        f"next: write them to {server_rules.FILE} in the TOTO_STATE of `toto nix-daemon` (/var/lib/toto-nix)"
+    ]
+
+
+def settings(folder: Path) -> str:
+    """The lines of nix.conf that name the builders in `folder`."""
+    return f"builders = @{folder}/machines\nbuilders-use-substitutes = true\n"
+
+
+async def follow(folder: Path, known: Mapping[str, Builder]) -> None:
+    """Write to `folder` whenever the server's settings have others than are `known`. Mistakes in them are logged."""
+    wrong = ""
+    while True:
+        await asyncio.sleep(_PAUSE)
+        try:
+            found = server_rules.load().builders
+        except TotoError as error:
+            if str(error) != wrong:
+                log.error("the builders stay as they are: %s", error)
+            wrong = str(error)
+            continue
+        if found != known:
+            await write(folder, found)
+            log.info("builders: %s", ", ".join(found) or "none")
+        known, wrong = found, ""
+
+
+async def write(folder: Path, builders: Mapping[str, Builder]) -> None:
+    """Write what nix and ssh need to know of the builders to `folder`, which only root can enter.
+
+    Its `ssh` works for as long as this process lives. Raises `InputError` when there is no ssh.
+    """
+    ssh = shutil.which("ssh")
+    if ssh is None and builders:
+        raise InputError(
+            "ssh is not on PATH, by which builders are reached", hint="on Debian: apt install openssh-client"
+        )
+    paths.private_folder(folder)
+    (folder / "key").unlink(missing_ok=True)
+    (folder / "key").symlink_to(await key())
+    of_toto = f"/proc/{os.getpid()}/ns"
+    leaving = ["nsenter", f"--mount={of_toto}/mnt", f"--net={of_toto}/net", "--", "env", f"--chdir={folder}"]
+    files.write(
+        folder / "ssh", f'#!/bin/sh\nexec {shlex.join([*leaving, ssh or "ssh", "-F", "ssh_config"])} "$@"\n', 0o700
+    )
+    files.write(
+        folder / "known_hosts",
+        "".join(f"{name} {' '.join(each.host_key.split()[:2])}\n" for name, each in builders.items()),
+    )
+    files.write(folder / "ssh_config", "".join(_of_ssh(name, each) for name, each in builders.items()) + _COMMON)
+    files.write(folder / "machines", "".join(_of_nix(name, each) for name, each in builders.items()))
+
+
+# Paths are relative: nix and ssh_config take no blanks, or each in a way of its own.
+_COMMON: Final = """\
+Host *
+  IdentityFile key
+  IdentitiesOnly yes
+  IdentityAgent none
+  BatchMode yes
+  StrictHostKeyChecking yes
+  UserKnownHostsFile known_hosts
+  GlobalKnownHostsFile /dev/null
+  UpdateHostKeys no
+  ConnectTimeout 5
+  ServerAliveInterval 15
+  ServerAliveCountMax 3
+  LogLevel ERROR
+"""
+
+
+def _of_ssh(name: str, builder: Builder) -> str:
+    place = f"HostName {builder.address}\nPort {builder.port}\nUser {builder.user}"
+    return f"Host {name}\n{place}\nHostKeyAlias {name}\n"
+
+
+def _of_nix(name: str, builder: Builder) -> str:
+    systems, features = ",".join(builder.systems), ",".join(builder.features) or "-"
+    return f"ssh://{name} {systems} - {builder.jobs} {builder.speed} {features} - -\n"
