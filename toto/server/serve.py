@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 DEPLOYMENT: Final = git_host.DEPLOYMENT
 Part: TypeAlias = Literal["all", "server", "worker"]
 PATIENCE: Final = 120  # seconds that a worker without a server of its own waits for the server
+STARTS: Final = 600  # seconds until a server of its own must answer; when it dies nobody waits
 CLEANING_UP: Final = 75.0  # seconds for runs when toto stops: terraform has a minute of them to save its state
 AGAIN: Final = 5  # seconds until the server for machines is started again
 SETTLED: Final = 60  # seconds that a fork server must live to be started again when it dies
@@ -73,12 +74,12 @@ class Machines:
 
 @contextlib.asynccontextmanager
 async def running_server(
-    env: Mapping[str, str], log_file: Path, *, timeout: float = 120
+    env: Mapping[str, str], log_file: Path, *, timeout: float = STARTS
 ) -> AsyncIterator[process.Running]:
     """Run Prefect's API server, from the moment it answers to the end of the block.
 
     Raises `ServerError` with the log's last lines when it dies before it answers, or takes longer than `timeout`
-    seconds (with a new database it takes 10 to 20 s on a slow machine).
+    seconds (with a new database it takes 10 to 20 s on a slow machine, and minutes on an emulated one).
     """
     host, port = env["PREFECT_SERVER_API_HOST"], int(env["PREFECT_SERVER_API_PORT"])
     _refuse_taken_port(host, port)
