@@ -97,6 +97,7 @@ class Locked:
     async def prepare(self) -> None:
         """The user, a signing key of the store's, and a system that runs."""
         lines = [
+            f"python3 -m compileall -q {PLACE}",  # as the package is
             "useradd --system --home-dir /var/empty --no-create-home --shell /usr/lib/flying-monkey/gate toto",
             "usermod --append --groups nix-users toto",
             "mkdir -p /nix/var/nix/profiles /var/empty",

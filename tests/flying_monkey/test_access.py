@@ -16,19 +16,15 @@ import pytest_asyncio
 from flying_monkey.desired import Deadlines, Machine, System
 from flying_monkey.signature import seal
 from tests.flying_monkey.access import PLACE, Locked
-from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.debian import DebianMachine
 from tests.lab.setup import environment, setup
 from toto.base import process
 
-pytestmark = [pytest.mark.minutes(4), pytest.mark.xdist_group("127.0.8"), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.minutes(5), pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[str], Path]) -> AsyncIterator[Locked]:
-    try:
-        image()
-    except NoDebian as error:
-        pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
     login, signer = new_key("login"), new_key("signer")
     files = Locked.files(login.with_suffix(".pub").read_text().strip(), signer)
     folder = tmp_path_factory.mktemp("debian")
@@ -234,9 +230,9 @@ async def test_sudo_gives_root_nothing_but_the_helper(locked: Locked) -> None:
         ),
         *(f"{PLACE}/gate", "-s", "-i"),
     ):
-        answer = await locked.machine.ssh(f"{as_toto} sudo -n {words} </dev/null")
+        answer = await locked.machine.ssh(f"{as_toto} sudo -n {words} </dev/null", login=False)
         assert answer.status != 0 and "uid=0" not in answer.out, (words, answer)
-    answer = await locked.machine.ssh(f'echo \'{{"verb": "facts"}}\' | {as_toto} sudo -n {PLACE}/helper')
+    answer = await locked.machine.ssh(f'echo \'{{"verb": "facts"}}\' | {as_toto} sudo -n {PLACE}/helper', login=False)
     assert answer.status == 0 and json.loads(answer.out)["name"] == "web1"
     for request in (
         "",
@@ -247,7 +243,7 @@ async def test_sudo_gives_root_nothing_but_the_helper(locked: Locked) -> None:
         '{"verb": "status", "wait": "1; id"}',
         "[" * 9_999,
     ):
-        answer = await locked.machine.ssh(f"echo '{request}' | {as_toto} sudo -n {PLACE}/helper")
+        answer = await locked.machine.ssh(f"echo '{request}' | {as_toto} sudo -n {PLACE}/helper", login=False)
         assert json.loads(answer.out)["kind"] == "BadRequest", request
 
 

@@ -17,10 +17,10 @@ import pytest_asyncio
 
 from flying_monkey.desired import Deadlines, Hooks, Phase, System
 from tests.flying_monkey.access import PLACE, PROFILE, Locked
-from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.debian import DebianMachine
 from tests.lab.machine import Answer
 
-pytestmark = [pytest.mark.minutes(8), pytest.mark.xdist_group("127.0.8"), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.minutes(8), pytest.mark.asyncio(loop_scope="module")]
 
 HOOKS: Final = Hooks(prepare=("drain",), finish=("undrain",))
 AT: Final = "/usr/lib/lab/at"
@@ -48,10 +48,6 @@ def hook(name: str, more: str = "") -> tuple[str, int]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[str], Path]) -> AsyncIterator[Locked]:
-    try:
-        image()
-    except NoDebian as error:
-        pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
     login, signer = new_key("login"), new_key("signer")
     files = {
         **Locked.files(login.with_suffix(".pub").read_text().strip(), signer),

@@ -252,19 +252,32 @@ class Machine:
     async def wait_ssh(self, deadline: float = 300) -> float:
         """Waits until the machine answers ssh; returns the seconds that took."""
         begin = time.monotonic()
-        answer = Answer(255, "", "not tried")
-        patience = 6.0
+        answer = Answer(255, "", "it does not listen")
+        patience = 4.0
         while (waited := time.monotonic() - begin) < deadline:
             if not self.running:
                 raise MachineError(f"{self.name} is not running:\n{self._tail()}")
-            # QEMU's forward accepts long before the guest listens: a try needs a deadline of its own. It grows, since
-            # on a busy machine a handshake with an emulated guest may take longer than is sensible at first.
-            answer = await self.ssh("true", timeout=patience)
-            if answer.status == 0:
-                return waited
-            patience = min(patience * 1.25, 30)
+            if await self._greets(patience):
+                # On a busy machine a handshake with an emulated guest may take long.
+                answer = await self.ssh("true", timeout=30)
+                if answer.status == 0:
+                    return waited
+            patience = min(patience * 1.1, 15)
             await asyncio.sleep(0.3)
         raise MachineError(f"{self.name} has not answered ssh within {deadline:g} s ({answer.err}):\n{self._tail()}")
+
+    async def _greets(self, patience: float) -> bool:
+        """Whether its sshd says within `patience` seconds that it is there.
+
+        QEMU's forward accepts long before the guest listens, and then asks the guest ever more seldom: several short
+        tries find it sooner than a long one."""
+        with contextlib.suppress(OSError, TimeoutError):
+            reader, writer = await asyncio.open_connection(self.address, SSH_PORT)
+            try:
+                return bool(await asyncio.wait_for(reader.readline(), patience))
+            finally:
+                writer.close()
+        return False
 
     async def copy(self, path: Path | str) -> None:
         """Copies a closure to the machine, as its ordinary user."""

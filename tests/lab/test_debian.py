@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.debian import DebianMachine
 
-pytestmark = [pytest.mark.minutes(2), pytest.mark.xdist_group("127.0.8")]
+pytestmark = pytest.mark.minutes(1)
 
 
 @pytest.fixture
@@ -20,10 +20,6 @@ def key(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def machine(tmp_path: Path, key: Path) -> AsyncIterator[DebianMachine]:
-    try:
-        image()
-    except NoDebian as error:
-        pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
     files = {"/etc/motd": ("of the lab\n", 0o644)}
     async with DebianMachine("debian", tmp_path / "debian", key, address="127.0.8.1", files=files) as machine:
         yield machine

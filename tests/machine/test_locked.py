@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from tests.flying_monkey.access import PLACE, Locked, expression
 from tests.lab import nix as lab_nix
-from tests.lab.debian import DebianMachine, NoDebian, image
+from tests.lab.debian import DebianMachine
 from tests.lab.machine import SSH_PORT
 from tests.lab.setup import setup
 from tests.ledger.test_ledger import WEB1, deployed, intent
@@ -26,12 +26,7 @@ from toto.machine.locked import LockedActivator
 from toto.machine.ssh import SshTarget
 from toto.nix import commands as nix
 
-pytestmark = [
-    pytest.mark.lab,
-    pytest.mark.minutes(4),
-    pytest.mark.xdist_group("127.0.8"),
-    pytest.mark.asyncio(loop_scope="module"),
-]
+pytestmark = [pytest.mark.lab, pytest.mark.minutes(4), pytest.mark.asyncio(loop_scope="module")]
 
 ADDRESS: Final = "127.0.8.4"
 OPEN: Final = "usermod -s /bin/bash toto; install -m 440 /root/open /etc/sudoers.d/toto"
@@ -106,10 +101,6 @@ class World:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    try:
-        image()
-    except NoDebian as error:
-        pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
     setup()
     folder = tmp_path_factory.mktemp("locked")
     git("init", "--quiet", "--bare", "infra.git", cwd=folder)
