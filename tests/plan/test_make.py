@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
@@ -19,7 +20,7 @@ from toto.infra_repo import git as git_of
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
 from toto.machine import condition, keys, owners
-from toto.nix import closure
+from toto.nix import builders, closure, daemon
 from toto.nix import commands as nix
 from toto.nix.hosts import Host, in_files
 from toto.nix.messages import EvaluationFailed
@@ -129,6 +130,32 @@ async def test_a_vm_that_asks_for_more_than_the_server_allows_is_refused_by_name
     if "memorySize" in asked:  # the memory that a person chose counts in its place
         made = await make(repo.commit({"toto.toml": "[sandbox]\nmemory = 700\n"}))
         assert [each.vm_memory for each in made.orders if isinstance(each, HostOrder)] == [700, 700]
+
+
+async def test_a_machine_that_obeys_documents_and_is_a_builder_is_warned_of(
+    repo: InfraRepo, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(address: str, key: str) -> server_rules.Builder:
+        return server_rules.Builder(address=address, host_key=f"ssh-ed25519 {key} a comment", systems=("x86_64-linux",))
+
+    await builders.write(tmp_path / "builders", {"one": of("10.0.0.1", "AAAA"), "two": of("10.0.0.2", "BBBB")})
+    (tmp_path / "client").mkdir()
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(tmp_path / "client/socket"))
+        monkeypatch.setenv(daemon.SOCKET, str(tmp_path / "client/socket"))
+        machine = "  - {{name: {0}, address: {1}, access: {2}, ssh: {{host_key: ssh-ed25519 {3}}}}}\n"
+        machines = (
+            ("a", "10.0.0.1", "locked", "XXXX"),
+            ("b", "10.0.0.9", "locked", "BBBB"),
+            ("c", "10.0.0.2", "sudo", "C"),
+        )
+        made = await make(
+            repo.commit({"machines.yaml": "machines:\n" + "".join(machine.format(*each) for each in machines)})
+        )
+    text = made.changes.text()
+    assert "it is also the builder one, whose user is root there (docs/builders.md) (a)" in text
+    assert "it is also the builder two, whose user is root there (docs/builders.md) (b)" in text
+    assert text.count("it is also the builder") == 2
 
 
 async def test_the_user_that_the_docs_have_for_toto_may_run_sudo_also_where_only_wheel_may(

@@ -9,6 +9,7 @@ that is lost while it builds nix says only that the build failed; `Heard` tells 
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -21,11 +22,13 @@ from typing import Final
 from toto.base import files, made_once, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.server_rules import Builder
+from toto.infra_repo.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 KEY: Final = "builders"  # of toto's keys; on the builders it is as good as root's
 PUBLIC: Final = "builders.pub"  # its public half, beside the daemon's socket
+_LISTED: Final = "builders.list"  # in the daemon's home: their names, addresses and host keys
 _PAUSE: Final = 2.0  # seconds until a change of the settings counts
 _DRV: Final = r"'(/nix/store/[a-z0-9]{32}-([^']+)[.]drv)'"
 _BEGINS: Final = re.compile(rf"building {_DRV} on 'ssh://([^']+)'")
@@ -101,6 +104,27 @@ def settings(folder: Path) -> str:
     return f"builders = @{folder}/machines\nbuilders-use-substitutes = true\n"
 
 
+def obeying(home: Path, fleet: Manifest) -> dict[str, str]:
+    """The machines that obey signed documents and are builders of the daemon in `home`, by their names: as which one.
+
+    That they build nothing for others is what keeps strangers out of their stores.
+    """
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (home / _LISTED).read_text().splitlines():
+            builder, address, host_key = line.split(" ", 2)
+            for name, machine in fleet.machines.items():
+                same = address == machine.address or host_key == _key(machine.ssh.host_key or "")
+                if same and machine.by_document:
+                    found[name] = builder
+    return found
+
+
+def _key(host_key: str) -> str:
+    """A host key without its comment."""
+    return " ".join(host_key.split()[:2])
+
+
 async def follow(folder: Path, known: Mapping[str, Builder]) -> None:
     """Write to `folder` whenever the server's settings have others than are `known`. Mistakes in them are logged."""
     wrong = ""
@@ -137,10 +161,10 @@ async def write(folder: Path, builders: Mapping[str, Builder]) -> None:
     files.write(
         folder / "ssh", f'#!/bin/sh\nexec {shlex.join([*leaving, ssh or "ssh", "-F", "ssh_config"])} "$@"\n', 0o700
     )
-    files.write(
-        folder / "known_hosts",
-        "".join(f"{name} {' '.join(each.host_key.split()[:2])}\n" for name, each in builders.items()),
-    )
+    files.write(folder / "known_hosts", "".join(f"{name} {_key(each.host_key)}\n" for name, each in builders.items()))
+    # For a toto that is not root.
+    listed = "".join(f"{name} {each.address} {_key(each.host_key)}\n" for name, each in builders.items())
+    files.write(folder.parent / _LISTED, listed, 0o644)
     files.write(folder / "ssh_config", "".join(_of_ssh(name, each) for name, each in builders.items()) + _COMMON)
     files.write(folder / "machines", "".join(_of_nix(name, each) for name, each in builders.items()))
 

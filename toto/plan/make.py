@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar
@@ -19,6 +19,7 @@ from toto.infra_repo.tree import read_tree
 from toto.ledger.ledger import Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
+from toto.nix import builders, daemon
 from toto.nix.memory import Evaluations, Remembered
 from toto.nix.messages import hearing
 from toto.plan import changes
@@ -67,6 +68,9 @@ async def make(
         await owners.check_distinct(fleet)
         found, left, after = await _discover(source, only)
         with hearing() as warnings:
+            with suppress(daemon.DaemonFailed):  # (there may be no hosts at all)
+                for name, builder in builders.obeying(daemon.socket().parent.parent, fleet).items():
+                    warnings[f"it is also the builder {builder}, whose user is root there (docs/builders.md)"] = [name]
             wanted = await _each(
                 found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
             )
