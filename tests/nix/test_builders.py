@@ -213,6 +213,30 @@ async def test_a_system_that_nobody_builds_is_named_and_one_that_a_builder_offer
         assert failed.value.transient
 
 
+DRV = "/nix/store/0kijw2kh0hhll9x5ilfwvzy9zbzask1f-thing.drv"
+BEGIN = f"building '{DRV}' on 'ssh://one'..."
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (f"{BEGIN}\nerror: builder for '{DRV}' failed with exit code 1;", True),
+        (f"{BEGIN}\nerror: Cannot build '{DRV}'.\n       Reason: builder failed with exit code 1.", True),  # nix 2.31
+        (f"{BEGIN}\nerror: build of '{DRV}' on 'ssh://one' failed: x\nerror: builder for '{DRV}' failed", False),
+        (f"building '{DRV}'...\nerror: builder for '{DRV}' failed with exit code 1;", False),
+        (f"{BEGIN}\nerror: builder for '{DRV.replace('thing', 'other')}' failed with exit code 1;", False),
+    ],
+)
+def test_a_lost_builder_and_a_failed_build_are_told_apart(said: str, lost: bool) -> None:
+    lines: list[str] = []
+    heard = builders.Heard(lines.append)
+    for line in said.splitlines():
+        heard(line)
+    assert heard.lost == lost
+    assert ("the builder one was lost while it built thing" in lines) == lost
+    assert ("building thing on one" in lines) == said.startswith(BEGIN)
+
+
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [

@@ -48,7 +48,15 @@ def test_a_root_of_version_0_1_0_becomes_a_user(tmp_path: Path) -> None:
 def migration(tmp_path: Path) -> Migration:
     """One between two folders of the same user, for the steps that need no root."""
     old = tmp_path / "old"
-    for name in ("keys/machines", "server/repos/a.git/HEAD", "repos/b-1/runs/x/file", "server/tmp/file", "limits.lock"):
+    for name in (
+        "keys/machines",
+        "server/repos/a.git/HEAD",
+        "repos/b-1/runs/x/file",
+        "server/tmp/file",
+        "limits.lock",
+        "keys/builders",
+        "keys/builders.pub",
+    ):
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         (old / name).write_text(name)
     (old / "keys/machines").chmod(0o600)

@@ -95,7 +95,8 @@ def unused() -> list[str]:
         return []
     return [
         f"{paths.state_home() / server_rules.FILE} names builders, which are not used: the nix daemon is root's\n"
-        f"next: write them to {server_rules.FILE} in the TOTO_STATE of `toto nix-daemon` (/var/lib/toto-nix)"
+        f"next: write them to {server_rules.FILE} in the TOTO_STATE of `toto nix-daemon` (/var/lib/toto-nix), and let "
+        f"the key in there that `toto key {KEY}` prints"
     ]
 
 

@@ -31,7 +31,7 @@ from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 from toto.ledger.ledger import Ledger
 from toto.machine import keys, owners
-from toto.nix import daemon
+from toto.nix import builders, daemon
 from toto.server import moves
 from toto.server.serve import only_one
 
@@ -77,10 +77,11 @@ class Migration:
         return [each for each in self.moves if not any(above in self.moves for above in each.parents)]
 
     def passes(self, path: Path) -> bool:
-        """Whether something of the old toto is made anew: what runs leave, sockets, locks."""
+        """Whether something of the old toto is made anew: what runs leave, sockets, locks, what is root's to have."""
         return (
             path.suffix == ".lock"
             or (path.parent == self.old and path.name in {"nix", "cells", "sandboxes"})
+            or path.with_suffix("") == self.old / "keys" / builders.KEY
             or (path.parent == self.home and path.name in {"tmp", "ui"})
             or (path.parent.parent == self.old / "repos" and path.name in {"runs", "runs.new"})
             or (path.parent.parent == self.home / "postgres" and path.name == "socket")
