@@ -338,6 +338,7 @@ def test_every_old_name_is_an_alias_without_schedules_that_does_the_same() -> No
         "reconcile/revert-to",
         "settle/settle",
         "accept/accept",
+        "build/build",
         "drift/drift",
         "prune/prune",
         *ALIASES.values(),
