@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks import names, report, together
-from tasks.build import build, failed, forget_all_but
+from tasks.build import build_host, failed, forget_all_but
 from tasks.detect import evaluate
 from toto.base import runs
 from toto.fleet.builds import BUILT
@@ -20,9 +20,7 @@ from toto.plan.changes import Desired
 
 
 @flow(name="build", flow_run_name=names.of_build, persist_result=False)
-async def build_hosts(
-    repo: Path, commit: str | None = None, only: list[str] | None = None, keep: int = 20
-) -> State[None]:
+async def build(repo: Path, commit: str | None = None, only: list[str] | None = None, keep: int = 20) -> State[None]:
     """Build the systems of a commit's hosts, and keep them from garbage collection: a roll-out finds them there.
 
     Args:
@@ -44,7 +42,7 @@ async def build_hosts(
 
         async def one(host: Desired) -> dict[str, str]:
             async with side_by_side:
-                return await build.with_options(task_run_name=f"build {host.target.label}")(
+                return await build_host.with_options(task_run_name=f"build {host.target.label}")(
                     repo, newest, host, hosts.settings.nix.build_timeout
                 )
 

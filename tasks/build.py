@@ -14,7 +14,7 @@ from toto.plan.changes import Desired, Failure
 
 
 @task(name="build", task_run_name="build", cache_policy=NO_CACHE)
-async def build(repo: Path, commit: str, host: Desired, timeout: float) -> dict[str, str]:
+async def build_host(repo: Path, commit: str, host: Desired, timeout: float) -> dict[str, str]:
     """Build a host's system; the row for it, which says why when it does not build."""
     name = host.target.name
     try:

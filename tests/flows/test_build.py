@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.build import build_hosts
+from flows.build import build
 from tests.conftest import PrefectServer
 from tests.lab import nix_daemon
 from tests.nix.test_evaluation import NIXOS
@@ -39,7 +39,7 @@ async def test_a_commit_is_built_and_kept_and_each_host_says_how_it_went(
 
     async def built(**more: Any) -> Any:
         with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect"}):
-            return await build_hosts(repo.bare, return_state=True, **more)
+            return await build(repo.bare, return_state=True, **more)
 
     state = await built()
     assert (state.type.value, state.message) == ("FAILED", f"{first[:8]}: 1 of 3 hosts built; not b, c")
