@@ -2,7 +2,7 @@
 
 `image()` makes its disk once (90 s, 500 MB below the lab's cache; debootstrap needs root or sudo), and each machine
 writes to a layer above it. The kernel is the lab's own. It answers ssh 15 to 30 s after it is switched on; then
-`DebianMachine.snapshot` and `restore` bring it back to where it was in about a second, as often as wanted.
+`DebianMachine.snapshot` and `restore` bring it back to where it was in a few seconds, as often as wanted.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
@@ -148,6 +149,7 @@ class DebianMachine(Machine):
     ) -> None:
         """`files` maps absolute paths to a text and permissions. The key's owner logs in as root."""
         super().__init__(name, directory, key, address=address, ports=(), memory=512, user="root")
+        self._resumed: tuple[str, ...] = ()
         self._files = {
             "/etc/hostname": (f"{name}\n", 0o644),
             "/etc/hosts": (f"127.0.0.1 localhost {name}\n", 0o644),
@@ -178,7 +180,7 @@ class DebianMachine(Machine):
             *("-net", "nic,netdev=user.0,model=virtio", "-netdev", f"user,id=user.0,{self._forwards()}"),
             *("-drive", f"file={self._disk},if=virtio,format=qcow2,cache=writeback,werror=report"),
             *("-device", "virtio-rng-pci", "-kernel", str(kernel / "vmlinuz"), "-initrd", str(initrd.absolute())),
-            *("-append", f"console=ttyS0 quiet {KERNEL}"),
+            *("-append", f"console=ttyS0 quiet {KERNEL}", *self._resumed),
         ]
         return words, dict(os.environ)
 
@@ -226,9 +228,18 @@ class DebianMachine(Machine):
         await self._monitor(f"savevm {name}")
 
     async def restore(self, name: str) -> None:
-        """Make it be again as it was at `snapshot`. Connections to it are lost."""
+        """Make it be again as it was at `snapshot`, but for its clock, which is right. Connections to it are lost.
+
+        QEMU is started anew for that: in one that runs, the guest's clocks would leap by all that was since, and what
+        waits by them is late for minutes.
+        """
         self._forget_logins()
-        await self._monitor(f"loadvm {name}")
+        await self.power_cut()
+        self._resumed = ("-loadvm", name)
+        await self.start()
+        self._resumed = ()
+        await self.wait_ssh()
+        await self.check(f"date --set=@{time.time():.0f} > /dev/null")
 
     async def reset(self) -> None:
         """A power cut, and the power back at once: what it had not written to its disk is lost."""

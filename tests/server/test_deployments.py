@@ -340,7 +340,6 @@ def test_every_old_name_is_an_alias_without_schedules_that_does_the_same() -> No
         "accept/accept",
         "build/build",
         "drift/drift",
-        "build/build",
         "prune/prune",
         *ALIASES.values(),
     } == entries.keys()
