@@ -640,7 +640,7 @@ async def _machine_signer(arguments: argparse.Namespace) -> int:
         names_of = ",".join(map(shared.name_of, repos))
         print("if the old one is lost: have an offline key that the machines list vouch for it, and take that over:")
         print(f"    echo {shlex.quote(newest)} > toto.pub")
-        print(f"    ssh-keygen -s OFFLINE-KEY -I toto -n {names_of} -V +30d toto.pub")
+        print(f"    ssh-keygen -s OFFLINE-KEY -I toto -n {names_of} -V -1d:+30d toto.pub")
         print(f"    toto machine signer --certificate toto-cert.pub{' --use' if following else ''}")
     return 0
 

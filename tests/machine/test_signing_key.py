@@ -140,7 +140,7 @@ async def test_a_certificate_that_would_not_do_is_refused(fleet: Fleet) -> None:
 async def test_an_expired_certificate_does_not_count(fleet: Fleet) -> None:
     fleet.list("web1", public(fleet.offline))
     (fleet.folder / "state/signer/key").unlink()
-    expired = fleet.vouch(fleet.signer()[1].replace("-V +30d", "-V 20200101:20200201"))
+    expired = fleet.vouch(fleet.signer()[1].replace("-V -1d:+30d", "-V 20200101:20200201"))
     assert fleet.signer("--certificate", str(expired))[0] == 0
     assert not fleet.obeys("web1")
 
