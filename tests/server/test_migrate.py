@@ -20,7 +20,7 @@ import pytest
 
 from tests import second_user
 from tests.conftest import free_port
-from toto.base import process
+from toto.base import paths, process
 from toto.base.prefect_api import Api
 from toto.server import database, migrate, moves
 from toto.server.migrate import Migration
@@ -87,6 +87,14 @@ def test_a_copy_that_broke_off_goes_on(migration: Migration) -> None:
     migrate._copy(migration, old, new)
     assert (new / "keys/machines").read_text() == "keys/machines"
     assert (new / "server/repos/a.git/HEAD").read_text() == "it went on in between"
+
+
+def test_what_machines_are_told_moves_with_their_repo(migration: Migration) -> None:
+    repo = migration.repos / "a.git"
+    told = migration.old / "api/told" / paths.repo_folder(repo)
+    (told / "web1").mkdir(parents=True)
+    moved = moves.moved(repo.resolve(), migration.moves)
+    assert migration.moves[told] == migration.new / "api/told" / paths.repo_folder(moved) != told
 
 
 def test_the_innermost_folder_says_where_something_has_moved() -> None:

@@ -67,8 +67,9 @@ class Migration:
             found[self.repos] = self.new / "server" / "repos"
         for repo in git_host.infra_repos(self.repos):
             old, new = (paths.repo_folder(each) for each in (repo, moves.moved(repo.resolve(), found)))
-            if (self.old / "repos" / old).is_dir():
-                found[self.old / "repos" / old] = self.new / "repos" / new
+            for each in ("repos", "api/told", "api/said"):
+                if (self.old / each / old).is_dir():
+                    found[self.old / each / old] = self.new / each / new
         return found
 
     @property
