@@ -5,12 +5,13 @@
 The newest GENERATIONS generations of the system stay, and whatever their age: what runs, what was booted, what the next
 boot begins, and what was kept last, to which toto sends the machine back. Garbage is collected until FREE bytes of the
 disk are free, and no further: what is in the store already need not be fetched again. While an update is under way
-nothing is removed.
+nothing is removed, and no garbage within an hour of anything that was added to the store.
 """
 
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ _BOOTED: Final = Path("/run/booted-system")
 _ROOT: Final = Path("/nix/var/nix/gcroots/flying-monkey-kept")
 _STORE: Final = Path("/nix/store")
 _LONGEST: Final = 3_600.0  # seconds to collect garbage
+_YOUNG: Final = 3_600.0  # seconds in which what toto has copied may not be an update's yet, and so has no root
 
 
 def collect(configuration: Configuration, generations: int, free: int) -> str:
@@ -33,9 +35,12 @@ def collect(configuration: Configuration, generations: int, free: int) -> str:
             return "an update is under way: nothing is removed"
         _keep(known.kept)
         removed = _remove_generations(generations, {known.kept, machine.running(), machine.boots(), _booted()})
-        had = _free()
-        if had < free:
-            machine.run("nix-store", "--gc", "--max-freed", str(free - had), longest=_LONGEST)
+        if abs(time.time() - _STORE.stat().st_mtime) < _YOUNG:
+            return f"{removed} generations removed; the store was just written to: garbage is left for the next time"
+    # (Without the lock: a machine may be told to go back at any time. What an update has begun with has roots.)
+    had = _free()
+    if had < free:
+        machine.run("nix-store", "--gc", "--max-freed", str(free - had), longest=_LONGEST)
     now = _free()
     line = f"{removed} generations removed; {now / 1e6:.0f} MB are free"
     return line if now >= free else f"{line}, less than the {free / 1e6:.0f} MB that should be: nothing else is garbage"

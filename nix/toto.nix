@@ -3,7 +3,8 @@
 #   imports = [ ./toto/nix/toto.nix ];   (or nixosModules.toto of the flake)
 #   services.toto = { enable = true; firstAdmin = { name = "alice"; key = "ssh-ed25519 AAAA…"; }; };
 #
-# The units: `toto`, the server; `toto-nix-daemon`, the only part that runs as root; and, where wanted, `toto-backup`. sshd lets pushers in, nginx who has the UI's password.
+# The units: `toto`, the server, with the web server that machines ask in a cell; `toto-nix-daemon`, the only part that
+# runs as root; and, where wanted, `toto-backup`. sshd lets pushers in, nginx who has the UI's password.
 { config, lib, pkgs, ... }:
 let
   inherit (lib) mkOption types;

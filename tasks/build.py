@@ -1,7 +1,10 @@
 """Builds a host of a commit, and keeps what was built; nothing is rehearsed, and no machine is asked."""
 
+import contextlib
 import shutil
+import time
 from pathlib import Path
+from typing import Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -11,6 +14,8 @@ from toto.base.errors import TotoError
 from toto.fleet import builds
 from toto.nix import commands as nix
 from toto.plan.changes import Desired, Failure
+
+_AT_WORK: Final = 3_600.0  # seconds for which a different run may still build into a commit's folder
 
 
 @task(name="build", task_run_name="build", cache_policy=NO_CACHE)
@@ -34,6 +39,10 @@ def failed(failure: Failure) -> dict[str, str]:
 
 def forget_all_but(repo: Path, keep: int) -> None:
     """Let garbage collection have what was built of all commits but the newest `keep` ones."""
-    known = sorted(builds.folder(repo).glob("*"), key=lambda each: each.stat().st_mtime, reverse=True)
-    for old in known[max(1, keep) :]:
-        shutil.rmtree(old, ignore_errors=True)
+    ages = {}
+    for each in builds.folder(repo).glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a different run has removed it
+            ages[each] = time.time() - each.stat().st_mtime
+    for old in sorted(ages, key=lambda each: ages[each])[max(1, keep) :]:
+        if ages[old] > _AT_WORK:
+            shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import SshIdentity
+from flying_monkey.desired import BadDocument
+from flying_monkey.signature import NotGenuine
 from tasks import Done, sink
 from tasks.record import record_reverted, set_step
 from tasks.reversal import Reversal
@@ -238,7 +240,7 @@ async def clean_up(order: HostOrder, activator: Activator) -> None:
     try:
         await activator.clean_up()
         condition.note(order.repo, order.name, await activator.condition())
-    except TotoError as error:
+    except (TotoError, OSError, NotGenuine, BadDocument) as error:  # the host is recorded as good by now
         get_run_logger().warning("could not clean up its /run/toto: %s", error)
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from tests.api.conftest import ADDRESS, World
 from tests.conftest import free_port
-from toto.api import run
+from toto.api import certificate, run
 from toto.base import paths, process
+from toto.base.prefect_api import ServerError
 from toto.cell.cell import python
 from toto.machine import documents, keys
 from toto.server import serve
@@ -215,3 +216,50 @@ def _output(pid: int) -> str:
         return str(Path(f"/proc/{pid}/fd/2").readlink())
     except OSError:
         return ""
+
+
+async def test_what_a_server_that_was_taken_over_has_left_does_not_keep_the_next_one_down(world: World) -> None:
+    web1, place = world.machines["web1"], world.place()
+    documents.publish(world.repo, "web1", b"{}")
+    for folder in (place.told, place.told.parent):
+        folder.chmod(0o700)  # as a restore makes them
+    (place.told / "document").chmod(0o600)
+    reports = place.said / "reports"
+    reports.mkdir(parents=True)
+    for number in range(documents.KEPT + 5):
+        (reports / f"{number:016d}.json").write_bytes(web1.sealed(web1.report(number=number)) if number > 60 else b"")
+    (reports / "mine").write_text("mine")
+    (place.said / "contact").write_text("")
+    for stray in (place.said / "mine", place.said.parent / "web9/reports", documents.said() / "other/web1"):
+        stray.mkdir(parents=True)
+    await run._cell([ADDRESS])
+    assert sorted(each.name for each in place.said.iterdir()) == ["contact", "reports"]
+    assert len(list(reports.iterdir())) == documents.KEPT and not (reports / "mine").exists()
+    assert [each.name for each in place.said.parent.iterdir()] == ["web1"]
+    assert [each.name for each in documents.said().iterdir()] == [place.folder]
+    assert {each.stat().st_mode & 0o777 for each in (place.told, place.told.parent)} == {0o755}
+    assert (place.told / "document").stat().st_mode & 0o777 == 0o644
+
+
+async def test_a_time_that_a_stranger_has_set_is_no_time_to_come(world: World) -> None:
+    place = world.place()
+    documents.note_contact(place)
+    os.utime(place.said / "contact", (2**33, 2**33))
+    assert documents.contact(place) <= time.time()
+    os.utime(place.said / "contact", (-5, -5))
+    assert documents.contact(place) == 0
+
+
+async def test_names_that_no_certificate_can_have_are_refused_and_any_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ServerError, match="neither a host name nor an address"):
+        serve.Machines.of("127.0.0.1", ["bücher.example"])
+
+    def broken(*_: object) -> None:
+        raise ValueError("a broken file")
+
+    monkeypatch.setattr(certificate, "own", broken)
+    with pytest.raises(ValueError, match="a broken file"):
+        async with asyncio.timeout(30), serve._asked(serve.Machines(ADDRESS, free_port()), tmp_path / "log"):
+            pass

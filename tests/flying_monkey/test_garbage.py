@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class Store:
         env = {"PATH": os.environ["PATH"], "NIX_REMOTE": "", "HOME": "/media", "NIX_CONF_DIR": "/media/etc"}
         return subprocess.run([*words, "--", *argv], env=env, capture_output=True, text=True, check=False)
 
-    def collect(self, generations: int, free: int) -> str:
+    def collect(self, generations: int, free: int, age: float = 7_200) -> str:
+        """What it prints; the store was written to `age` seconds ago."""
+        os.utime(self.root / "nix/store", (time.time() - age,) * 2)
         code = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from flying_monkey.garbage import main; main()"
         python = str(Path(sys.base_prefix) / "bin/python3")
         done = self.nix(python, "-IS", "-c", code, str(generations), str(free))
@@ -84,6 +87,8 @@ def test_nothing_is_collected_while_there_is_room_or_an_update_is_under_way(stor
     store.remember(kept=store.paths["five"])
     assert "0 generations removed" in store.collect(10, 0) and len(store.there()) == 6
     assert "4 generations removed" in store.collect(1, 0) and len(store.there()) == 6, "there is room: it can go back"
+    for age in (0, 3_000, -100_000):
+        assert "just written to" in store.collect(1, NEVER_ENOUGH, age) or age < -4_000
     store.collect(1, NEVER_ENOUGH)
     assert store.there() == {"five"}
 

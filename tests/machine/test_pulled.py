@@ -1,6 +1,7 @@
 """Roll-outs on a machine that pulls: a real ledger, signer, server and agent; the helper is a stand-in."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,28 @@ async def test_a_report_that_is_not_the_machines_is_not_believed(run: Run) -> No
         (reports / f"{number:016d}.json").write_bytes(each)
     with pytest.raises(Unreachable, match="does not ask"):
         await trying
+
+
+async def test_a_machine_that_does_not_list_totos_signer_says_so_and_holds_nothing_up(run: Run, tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", stranger], check=True)
+    cache = await keys.public_half(run.activator.key)
+    host_keys = run.world.machines["web1"].keys
+    deaf = Pulling(tmp_path / "deaf", "web1", host_keys, run.world.url, run.world.ca, stranger, cache, system=run.good)
+    await run.activator.copy(run.new, timeout=60)
+    async with deaf.running(), asyncio.timeout(60):
+        with pytest.raises(ActivationFailed, match="signers must name toto's signer"):
+            await run.try_it()
+
+
+async def test_a_machine_that_asks_and_never_answers_ends_the_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose reports a web server withholds that was taken over."""
+    monkeypatch.setattr(pulled, "_FETCH", 1)
+    monkeypatch.setattr(pulled, "_STEP", 1)
+    run.activator.patience = 10_000
+    await run.at(signer.TRY["switch"])
+    with pytest.raises(Unreachable, match="has said nothing of what it is told, for 3 s"):
+        await run.activator.activate("test", run.new, run.before, finish=2, confirm=120)
 
 
 async def test_serials_follow_what_the_machine_has_had(run: Run) -> None:

@@ -57,7 +57,11 @@ async def running_api(
                 listener.close()
                 os.close(told)
                 told = -1
-                if not await asyncio.to_thread(os.read, ready, 1):
+                try:
+                    serves = await asyncio.wait_for(asyncio.to_thread(os.read, ready, 1), _PATIENCE)
+                except TimeoutError:
+                    serves = b""
+                if not serves:
                     raise ApiFailed(
                         f"the server for machines did not start (status {running.status}):\n"
                         f"{process.tail(log_file.read_text(errors='replace'))}",
@@ -82,6 +86,7 @@ async def _cell(names: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     """The server's cell and environment; its files are made, and are its user's."""
     owners.make_known(owners.read())
     user = folders.shared(documents.said())
+    await asyncio.to_thread(documents.tidy)
     tls = certificate.own(names).key.parent
     folders.own(tls, user)
     _, read = python()

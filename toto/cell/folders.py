@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -78,10 +79,13 @@ def listed(folder: Path, *names: str, most: int) -> list[str]:
 
 
 def modified(folder: Path, *names: str) -> float:
-    """When what `names` lead to in the same way was changed last, in seconds since 1970; 0 when it is not there."""
+    """When what `names` lead to in the same way was changed last, in seconds since 1970; 0 when it is not there.
+
+    Whoever has written it may have set that: it is not in the future.
+    """
     try:
         with _opened(folder, names, _FILE) as file:
-            return os.fstat(file).st_mtime
+            return max(0.0, min(os.fstat(file).st_mtime, time.time()))
     except OSError:
         return 0
 

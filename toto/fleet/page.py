@@ -14,7 +14,6 @@ import asyncio
 import base64
 import binascii
 import functools
-import hashlib
 import json
 import re
 import secrets
@@ -34,7 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toto.base.errors import TotoError
 from toto.fleet.results import slug
-from toto.fleet.state import Fleet, Line, State
+from toto.fleet.state import Fleet, Line
 from toto.ledger.target import HOST, Target
 from toto.nix import commands as nix
 
@@ -172,12 +171,12 @@ class _Page:
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         self.listeners += 1
         try:
-            seen, quiet = _stamp(await self.state.now()), 0.0
+            seen, quiet = (await self.state.now()).stamp, 0.0
             yield "retry: 5000\n\n"
             while not await request.is_disconnected():
                 await asyncio.sleep(_LOOK)
                 quiet += _LOOK
-                if (now := _stamp(await self.state.now())) != seen:
+                if (now := (await self.state.now()).stamp) != seen:
                     seen, quiet = now, 0.0
                     yield "event: change\ndata:\n\n"
                 elif quiet >= _QUIET:
@@ -239,10 +238,6 @@ def _wants_json(request: Request) -> bool:
     return request.query_params.get("format") == "json" or accepted.partition(",")[0] == "application/json"
 
 
-def _stamp(state: State) -> str:
-    return hashlib.sha256(repr(state).encode()).hexdigest()
-
-
 def _rows(data: Any) -> list[dict[str, str]]:
     """The rows of a table artifact, whose data is JSON in a text."""
     rows = json.loads(data) if isinstance(data, str) else ()
@@ -266,7 +261,7 @@ def ago(at: str | float | datetime, now: datetime) -> str:
         return ""
     try:
         then = at if isinstance(at, datetime) else _moment(at)
-    except ValueError:
+    except (ValueError, OSError, OverflowError):
         return str(at)
     seconds = max(0, (now - then).total_seconds())
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):

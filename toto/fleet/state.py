@@ -4,6 +4,7 @@ Nothing is kept here but what was read, for as long as the ledger that it was re
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,8 @@ class State:
     runs: tuple[Ran, ...]
     errors: tuple[str, ...]
     repos: tuple[str, ...] = ()
+    stamp: str = ""
+    """differs when anything has changed but the time at which a machine was heard of"""
 
     def line(self, repo: str, target: Target) -> Line | None:
         """One target of a repo."""
@@ -193,7 +196,10 @@ class Fleet:
             errors.append(f"the runs cannot be read: {error}")
         lines = await asyncio.to_thread(self._lines, repos, results, errors)
         lines.sort(key=lambda each: (_MOODS.index(each.mood), each.repo, each.target.kind != HOST, each.target))
-        return State(tuple(lines), tuple(runs), tuple(errors), tuple(map(name_of, repos)))
+        names = tuple(map(name_of, repos))
+        told = [(replace(each, condition=None, heard=0), each.notes) for each in lines]
+        stamp = hashlib.sha256(repr((told, runs, errors, names)).encode()).hexdigest()
+        return State(tuple(lines), tuple(runs), tuple(errors), names, stamp)
 
     def _lines(self, repos: Iterable[Path], results: Mapping[str, Sequence[Any]], errors: list[str]) -> list[Line]:
         found: list[Line] = []
@@ -251,11 +257,9 @@ class Fleet:
     async def _results(self, repos: Sequence[str]) -> dict[str, list[Any]]:
         """The newest results of each repo's runs, the newest first, by the artifacts' keys."""
         keys = [results_of.key(each) for each in repos]
-        wanted = {"artifacts": {"key": {"any_": keys}}, "sort": "CREATED_DESC", "limit": min(200, _RESULTS * len(keys))}
-        found: dict[str, list[Any]] = {}
-        for each in await self.api.call("POST", "/artifacts/filter", wanted) if keys else ():
-            found.setdefault(each["key"], []).append(each)
-        return found
+        wanted = [{"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": _RESULTS} for key in keys]
+        found = await asyncio.gather(*(self.api.call("POST", "/artifacts/filter", each) for each in wanted))
+        return dict(zip(keys, found, strict=True))
 
 
 def _line(repo: str, book: _Book, target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:

@@ -174,8 +174,14 @@ async def over_ssh(
 
         def activator(access: Access, connection: Connection) -> SudoActivator | LockedActivator:
             if access == "locked":
-                reboot = machine.reboots(datetime.now())
-                return LockedActivator(connection, repo, run, machine.activation, connect_timeout, reboot)
+                return LockedActivator(
+                    connection,
+                    repo,
+                    run,
+                    machine.activation,
+                    connect_timeout,
+                    lambda: machine.reboots(datetime.now()),  # (its window may have ended by then)
+                )
             return SudoActivator(connection, run, connect_timeout, rebuild)
 
         wanted: Access = machine.access

@@ -4,6 +4,7 @@ Roll-outs and drift checks note it, and a machine that pulls reports it by itsel
 """
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Mapping
@@ -24,6 +25,10 @@ _LONGEST: Final = 300  # characters of a line
 _SIGNERS: Final = 16
 _FINGERPRINT: Final = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 _UNPRINTABLE: Final = re.compile(r"[^ -~]")
+
+_MOST_FORGED: Final = 10_000
+
+_forged: set[bytes] = set()  # reports that were looked at by this process and were not the machine's
 
 
 class Condition(BaseModel):
@@ -87,12 +92,18 @@ def read(repo: Path, machine: str, owned: owners.Owners | None = None) -> Condit
         path = (place.folder, machine, "reports", f"{number:016d}.json")
         if (envelope := folders.read_regular(documents.said(), *path, most=MOST)) is None:
             continue
+        seen = hashlib.sha256(repr((envelope, name_of(repo), machine, number, owner.host_keys)).encode()).digest()
+        if seen in _forged:
+            continue
         with contextlib.suppress(NotVerified):
             report = documents.verified(envelope, name_of(repo), machine, owner.host_keys)
             if report.number == number:
                 found = Condition.of(report.details, folders.modified(documents.said(), *path), number)
                 note(repo, machine, found)
                 return found
+        if len(_forged) >= _MOST_FORGED:
+            _forged.clear()
+        _forged.add(seen)
     return noted
 
 

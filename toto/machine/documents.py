@@ -44,6 +44,7 @@ KEPT: Final = 64  # reports of a machine
 _NAME: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,127}[A-Za-z0-9_-])?")
 _NUMBER: Final = re.compile(r"([0-9]{16})\.json")
 _WORDS: Final = 16  # of toto's asking, that are remembered for a machine
+_ALL: Final = 10_000_000  # names in a folder
 _FORGED: Final = 100  # reports that are not the machine's, until no more are looked at
 
 
@@ -121,6 +122,32 @@ def make_known(machines: Mapping[str, Known]) -> None:
     paths.private_folder(told().parent)
     _open_folder(told())
     files.write_bytes(known_file(), _KNOWN.dump_json(dict(machines)), 0o644)
+
+
+def tidy() -> None:
+    """See that a new server reads what is told, and that what is said is what machines say.
+
+    (A restore makes folders that only toto enters. And a server that was taken over may have filled its room.)
+    """
+    for folder in (*told().glob("*/"), *told().glob("*/*/")):
+        folder.chmod(0o755)
+    for file in (*told().glob("*/*/document"), *told().glob("*/*/ask")):
+        file.chmod(0o644)
+    known = {(each.folder, name) for name, each in read_known().items()}
+    for repo in folders.listed(said().parent, said().name, most=_ALL):
+        if not any(folder == repo for folder, _ in known):
+            folders.remove(said().parent, said().name, repo)
+            continue
+        for machine in folders.listed(said(), repo, most=_ALL):
+            if (repo, machine) not in known:
+                folders.remove(said(), repo, machine)
+                continue
+            for name in {*folders.listed(said(), repo, machine, most=_ALL)} - {"reports", "contact"}:
+                folders.remove(said(), repo, machine, name)
+            reports = folders.listed(said(), repo, machine, "reports", most=_ALL)
+            newest = sorted(name for name in reports if _NUMBER.fullmatch(name))[-KEPT:]
+            for name in {*reports} - {*newest}:
+                folders.remove(said(), repo, machine, "reports", name)
 
 
 def read_known() -> dict[str, Known]:

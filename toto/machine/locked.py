@@ -9,7 +9,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ _RESTART: Final = 20.0  # seconds that sshd and the network may take to be there
 class LockedActivator(Connected, ByDocument):
     """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
 
-    With `reboot` a system with a different kernel is rebooted into when it is kept.
+    When `reboots` says so, a system with a different kernel is rebooted into when it is kept.
     """
 
     connection: Connection
@@ -55,7 +55,7 @@ class LockedActivator(Connected, ByDocument):
     run: str
     activation: Verb
     connect_timeout: float = 15
-    reboot: bool = False
+    reboots: Callable[[], bool] = bool
     _refused_since: float = 0
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
@@ -105,12 +105,13 @@ class LockedActivator(Connected, ByDocument):
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
-        await self._hand_over("keep", finish, 0)
-        longest = finish + _HOOKS + (2 * finish if self.reboot else 0)  # it goes down, and its checks pass, in time
+        reboot = self.reboots()
+        await self._hand_over("keep", finish, 0, reboot=reboot)
+        longest = finish + _HOOKS + (2 * finish if reboot else 0)  # it goes down, and its checks pass, in time
         try:
             code, said = await self._ended(time.monotonic() + longest, finish)
         except Unreachable as error:
-            if not self.reboot:
+            if not reboot:
                 raise
             raise NotBack(longest, target=self.name) from error
         if code != 0:
@@ -149,7 +150,14 @@ class LockedActivator(Connected, ByDocument):
             raise ActivationFailed(f"going back exited with status {code}:\n{said}", target=self.name)
 
     async def _hand_over(
-        self, phase: Phase, finish: float, confirm: float, verb: Verb | None = None, path: str = ""
+        self,
+        phase: Phase,
+        finish: float,
+        confirm: float,
+        verb: Verb | None = None,
+        path: str = "",
+        *,
+        reboot: bool = False,
     ) -> None:
         """Ask the signer for a document, and hand it over."""
         facts = await self._facts()
@@ -163,7 +171,7 @@ class LockedActivator(Connected, ByDocument):
             finish=finish,
             confirm=confirm,
             has_hooks=facts.get("has_hooks"),
-            reboot=self.reboot,
+            reboot=reboot,
             path=path,
         )
         await self._ask("confirm" if phase == "keep" else "arm", stdin=await signer.ask(asked))
@@ -197,9 +205,12 @@ class LockedActivator(Connected, ByDocument):
     async def _proven(self, deadline: float, finish: float, prove: Prove) -> None:
         while True:
             try:
-                return await prove()
+                await prove()
             except Unreachable as error:
                 await self._unreachable(error, deadline, finish)
+            else:
+                self._refused_since = 0
+                return
 
     async def _unreachable(self, error: Unreachable, deadline: float, finish: float) -> None:
         """No new connection is let in: wait a moment, since the network may be restarting.

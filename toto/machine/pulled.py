@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 60.0  # seconds without a word after which a machine is unreachable; idle ones answer within 2
 _LOOK: Final = 0.25  # seconds between two looks
+_FETCH: Final = 4 * 3_600.0  # seconds for a closure, as the agent has it
+_NOBODYS: Final = ("NotGenuine", "BadDocument")  # a refusal of what is nobody's word, so without its serial
+_CLOCK: Final = 300.0  # seconds that a machine's clock may be behind
 _STEP: Final = 660.0  # seconds for a step besides an activation: hooks have ten minutes
 
 
@@ -184,12 +187,16 @@ class PullActivator(ByDocument):
         serial = Desired.read(unsealed(envelope)[0]).serial
         documents.publish(self.repo, self.name, envelope)
         # (It goes down, and its checks pass, in time.)
-        return await self._done(serial, max(finish, _STEP) + (2 * finish if reboot else 0), reboot=reboot)
+        longest = max(finish, _STEP) + (2 * finish if reboot else 0)
+        return await self._done(serial, longest, 0 if phase == "keep" else _FETCH, reboot=reboot)
 
-    async def _done(self, serial: int, longest: float, *, reboot: bool) -> Report:
-        """The report of how the document `serial` has been obeyed, once that is decided; a step takes `longest` s."""
+    async def _done(self, serial: int, longest: float, fetch: float, *, reboot: bool) -> Report:
+        """The report of how the document `serial` has been obeyed, once that is decided.
+
+        A step takes `longest` seconds, and the first one `fetch` more.
+        """
         published, last = time.time(), None
-        deadline = float("inf")
+        deadline = time.monotonic() + longest + fetch
         while True:
             for report in self._fresh():
                 if report.serial == serial:
@@ -198,17 +205,19 @@ class PullActivator(ByDocument):
                         return report
                     if report.state.startswith("done") and report.step in ("tried", "finished"):
                         return report
+                elif report.kind in _NOBODYS and report.at > published - _CLOCK:  # (it has no serial of its own)
+                    return report
                 elif report.serial > serial:
                     raise ActivationFailed("obeys a newer document than this run's", target=self.name)
             silent = time.time() - max(published, documents.contact(self._place))
             if last is None and silent > self.patience:
                 raise self._not_heard_from()
             if time.monotonic() > deadline:
-                assert last is not None
-                if reboot and last.step == "kept" and silent > self.patience:
+                if reboot and last is not None and last.step == "kept" and silent > self.patience:
                     raise NotBack(longest, target=self.name)
+                step = f"more since `{last.step}`" if last else "of what it is told"
                 raise NotHeardFrom(
-                    f"has said nothing more since `{last.step}`, for {longest:.0f} s",
+                    f"has said nothing {step}, for {longest if last else longest + fetch:.0f} s",
                     target=self.name,
                     hint="on the machine: journalctl -u flying-monkey",
                 )

@@ -38,6 +38,8 @@ async def current() -> Path:
 
 async def make_next() -> Path:
     """The file of the key that will sign; it is made when there is none."""
+    if of_next() is None:  # what a switch that was killed has left is of a different key
+        certificate(_folder() / "next").unlink(missing_ok=True)
     return await _made(_folder() / "next")
 
 
@@ -74,9 +76,10 @@ async def use_next() -> Path:
     old = key.with_name("old")
     with files.lock(_folder() / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for each in (old, _pub(key), certificate(key)):  # (ssh-keygen takes no key beside the public half of another.)
-            each.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
         old.hardlink_to(key)
+        for each in (_pub(key), certificate(key)):  # (ssh-keygen takes no key beside the public half of another.)
+            each.unlink(missing_ok=True)
         fresh.replace(key)
         for half in (_pub, certificate):
             if half(fresh).exists():

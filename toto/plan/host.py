@@ -267,12 +267,18 @@ class HostKind(Kind[Host]):
     def groups(self, manifest: Manifest, orders: Sequence[Order]) -> list[list[Order]]:
         """Hosts by their machines' wave and `after`. The hosts of a group are rolled out side by side.
 
-        One that is only to reboot is a group of its own.
+        One that may reboot is a group of its own.
         """
         named, groups = {each.name: each for each in orders}, []
         for names in manifest.order(named.keys() & manifest.machines.keys()):
             group = [named[name] for name in names]
-            reboots = [each for each in group if each.change.why is Why.REBOOT]
+            now = datetime.now()
+            reboots = [
+                each
+                for each in group
+                if each.change.why is Why.REBOOT
+                or (isinstance(each, HostOrder) and each.machine is not None and each.machine.reboots(now))
+            ]
             groups += [[each for each in group if each not in reboots], *([each] for each in reboots)]
         return list(filter(None, groups))
 

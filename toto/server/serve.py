@@ -69,6 +69,8 @@ class Machines:
             host, port = str(ipaddress.ip_address(found[1] or found[2])), int(found[3] or api_run.PORT)
         except ValueError:
             raise ServerError(f"--machines {place}: not an address, such as 0.0.0.0:{api_run.PORT}") from None
+        if wrong := [each for each in names if re.fullmatch(r"[A-Za-z0-9.:-]+", each) is None]:
+            raise ServerError(f"--machines-name {wrong[0]!a}: neither a host name nor an address")
         return cls(host, port, tuple(names))
 
 
@@ -349,11 +351,11 @@ async def _asked(machines: Machines, log_file: Path) -> AsyncIterator[None]:
                         await asyncio.sleep(1)
                 used = f"it used more than {api.exceeded}" if api.exceeded else f"status {api.status}"
                 log.error("the server for machines has ended (%s) and is started again: see %s", used, log_file)
-            except (TotoError, OSError) as error:
+            except Exception as error:  # whatever it is, the rest of toto goes on
                 if not started.done():
                     started.set_exception(error)
                     return
-                log.error("the server for machines: %s", error)
+                log.error("the server for machines: %s", error or repr(error))
             await asyncio.sleep(AGAIN)
 
     async with _beside(keep()):
