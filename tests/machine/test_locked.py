@@ -29,8 +29,15 @@ from toto.nix import commands as nix
 pytestmark = [pytest.mark.lab, pytest.mark.minutes(4), pytest.mark.asyncio(loop_scope="module")]
 
 ADDRESS: Final = "127.0.8.4"
-OPEN: Final = "usermod -s /bin/bash toto; install -m 440 /root/open /etc/sudoers.d/toto"
-CLOSED: Final = f"usermod -s {PLACE}/gate toto; install -m 440 /root/closed /etc/sudoers.d/toto"
+_SSHD: Final = "/etc/ssh/sshd_config.d/20-toto.conf"
+OPEN: Final = (
+    "usermod -s /bin/bash toto; install -m 440 /root/open /etc/sudoers.d/toto; "
+    f"sed -i /ForceCommand/d {_SSHD}; systemctl reload ssh"
+)
+CLOSED: Final = (
+    f"usermod -s {PLACE}/gate toto; install -m 440 /root/closed /etc/sudoers.d/toto; "
+    f"install -m 644 /root/sshd {_SSHD}; systemctl reload ssh"
+)
 
 
 class World:
@@ -112,6 +119,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
         files |= {
             "/root/open": ("toto ALL=(ALL) NOPASSWD: ALL\n", 0o600),
             "/root/closed": (files["/etc/sudoers.d/toto"][0], 0o600),
+            "/root/sshd": (files[_SSHD][0], 0o600),
         }
         async with (
             DebianMachine("web1", folder / "web1", login, address=ADDRESS, files=files) as machine,
@@ -203,6 +211,7 @@ async def test_what_does_not_end_with_a_switch_is_kept_too(world: World, activat
 
 async def test_the_move_from_sudo_to_the_locked_user_and_back_is_one_roll_out_each(world: World) -> None:
     await world.machine.check(OPEN)
+    await world.machine.wait_ssh()
     locked, opened = await world.system("locked", CLOSED), await world.system("opened", OPEN)
     async with await world.connect("locked") as activator:
         assert isinstance(activator, Moving) and isinstance(activator.old, SudoActivator)
@@ -221,6 +230,7 @@ async def test_the_move_from_sudo_to_the_locked_user_and_back_is_one_roll_out_ea
 
 async def test_a_move_that_brings_no_way_in_goes_back(world: World) -> None:
     await world.machine.check(OPEN)
+    await world.machine.wait_ssh()
     wrong = await world.system("wrong")
     async with await world.connect("locked") as activator:
         before = await world.begin(activator, wrong)
