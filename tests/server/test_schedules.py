@@ -105,7 +105,7 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
         assert run["state_type"] == "COMPLETED", done.stdout
         assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
         schedules = await toto.schedules()
-        assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "prune/prune"}
+        assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "build/build", "prune/prune"}
         for path, _ in schedules.values():
             await toto.api.call("PATCH", path, {"active": True})
         async with asyncio.timeout(180):
@@ -120,9 +120,8 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
                     await asyncio.sleep(0.5)
             [*_, run] = await toto.runs(path, "COMPLETED")
             tip = pusher.git("rev-parse", "HEAD")[:8]
-            assert run["name"] == (
-                f"infra {tip} (schedule)" if name == "reconcile/reconcile" else f"{name.split('/')[0]} infra"
-            )
+            names = {"reconcile/reconcile": f"infra {tip} (schedule)", "build/build": f"build infra {tip}"}
+            assert run["name"] == names.get(name, f"{name.split('/')[0]} infra")
             if name != "prune/prune":  # that one goes on
                 await toto.api.call("PATCH", path, {"active": False})
         assert (toto.home / "tmp" / "runner_storage").is_dir()  # and not in /tmp, where one user would have it for all
