@@ -274,3 +274,14 @@ def test_builders_of_a_toto_that_is_not_root_are_told_to_be_unused(
     assert (builders.unused() == []) == (os.geteuid() == 0)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "a state/server.toml names builders, which are not used" in builders.unused()[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"), [("at work", True), ("cannot build on 'ssh://a': error: gone\n", True), ("error: x", False)]
+)
+def test_a_builder_that_goes_without_an_error_of_nixs_is_lost(said: str, lost: bool) -> None:
+    lines: list[str] = []
+    heard = builders.Heard(lines.append)
+    heard(f"building '/nix/store/{'0' * 32}-thing.drv' on 'ssh://one'...")
+    heard.ended(said)
+    assert heard.lost is lost and (lines[-1] == "the builder one was lost while it built thing") is lost

@@ -65,9 +65,18 @@ class Heard:
         elif refused := _REFUSED.match(line):
             self._where.pop(refused[1], None)
         elif (failed := _FAILED.match(line)) and (builder := self._where.pop(failed[1], "")):
-            self.lost, self.failed[builder] = True, f"was lost while it built {failed[2]}"
-            line = f"the builder {builder} was lost while it built {failed[2]}"
+            line = self._lost(builder, failed[2])
         self._on_line(line)
+
+    def ended(self, said: str) -> None:
+        """Hear that nix failed, and all that it `said`: where that is no error, it has lost what it handed out last."""
+        if not self.lost and self._where and re.search("^error", said, re.MULTILINE) is None:
+            drv, builder = self._where.popitem()
+            self._on_line(self._lost(builder, drv.removesuffix(".drv")[len("/nix/store/") + 33 :]))
+
+    def _lost(self, builder: str, what: str) -> str:
+        self.lost, self.failed[builder] = True, f"was lost while it built {what}"
+        return f"the builder {builder} was lost while it built {what}"
 
     def nobody(self, said: str) -> str | None:
         """What to say when nix `said` that nobody here builds for a system; None when it did not."""

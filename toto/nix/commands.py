@@ -455,6 +455,7 @@ async def _realised(
     try:
         await process.run(words, env=environment(), timeout=timeout, on_error_line=heard, target=target)
     except process.CommandFailed as error:
+        heard.ended(error.tail)
         return error
     return None
 
