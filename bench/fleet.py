@@ -43,7 +43,7 @@ async def _pages(folder: Path, count: int) -> list[float]:
     for each in range(_TIMES):
         commit = await asyncio.to_thread(repo.commit, {**entries, "host/web1.json": _entry(-each)})
         git("update-ref", "refs/toto/ledger", commit, cwd=repo.bare)
-        fleet._read = float("-inf")
+        fleet._read_at = float("-inf")
         began = time.monotonic()
         assert await _get(page) > count * 100
         took.append(time.monotonic() - began)

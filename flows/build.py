@@ -3,7 +3,6 @@
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
@@ -11,7 +10,7 @@ from prefect.states import Completed, Failed
 
 from tasks import names, report, together
 from tasks.build import build_host, failed, forget_all_but
-from tasks.detect import evaluate
+from tasks.detect import identify
 from toto.base import runs
 from toto.fleet.builds import BUILT
 from toto.infra_repo import git
@@ -34,10 +33,6 @@ async def build(repo: Path, commit: str | None = None, only: list[str] | None = 
     newest, run = git.resolve(repo, commit or "HEAD"), str(runtime.flow_run.id)
     side_by_side = asyncio.Semaphore(os.cpu_count() or 1)
     async with runs.claimed(repo, run):
-
-        async def identify(*asked: Any) -> Desired:
-            return await evaluate.with_options(task_run_name=f"evaluate {asked[2].target.label}")(*asked)
-
         hosts = await make.hosts(repo, newest, run, only or (), identify=identify)
 
         async def one(host: Desired) -> dict[str, str]:

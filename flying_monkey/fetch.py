@@ -21,11 +21,10 @@ from typing import Any, Final
 from flying_monkey import apart, machine
 from flying_monkey.apart import Failed, User
 from flying_monkey.exchange import Server
-from flying_monkey.machine import NotReady
+from flying_monkey.machine import STORE, NotReady
 
 ROOM: Final = 256 * 2**20  # bytes that stay free in the store
 _DAEMON: Final = Path("/nix/var/nix/daemon-socket/socket")
-_STORE: Final = Path("/nix/store")
 _ROOT: Final = Path("/nix/var/nix/gcroots/flying-monkey-fetched")
 _LOOKS: Final = 600.0  # seconds to ask for the sizes
 _MOST: Final = 64 * 2**20  # bytes of what nix says of a closure
@@ -52,7 +51,8 @@ class Fetcher:
             return
         deadline = time.monotonic() + longest
         if not self.store:
-            _keep(path)
+            with contextlib.suppress(OSError):
+                machine.keep(path, _ROOT)  # from the moment that it is there
         with self._prepared(token) as (words, environment, who):
             try:
                 room = int(
@@ -65,10 +65,10 @@ class Fetcher:
                 )
             except (Failed, ValueError) as error:
                 raise NotReady(f"toto does not offer {path}: {error}") from None
-            free = _free()
+            free = machine.free()
             if room + ROOM > free:
                 raise NotReady(
-                    f"{path} needs {room / 1e6:.0f} MB more, and of {_STORE} {free / 1e6:.0f} MB are free, "
+                    f"{path} needs {room / 1e6:.0f} MB more, and of {STORE} {free / 1e6:.0f} MB are free, "
                     f"of which {ROOM / 1e6:.0f} stay so"
                 )
             to = ("--to", self.store) if self.store else ()
@@ -125,15 +125,6 @@ def _here(path: str) -> bool:
     return True
 
 
-def _keep(path: str) -> None:
-    """Have the garbage collector keep what is fetched, from the moment that it is there."""
-    fresh = _ROOT.with_name(f".{_ROOT.name}")
-    with contextlib.suppress(OSError):
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(path)
-        fresh.replace(_ROOT)
-
-
 def _missing(path: str, source: str, words: list[str], environment: dict[str, str]) -> bytes:
     """How many bytes of a closure are not in the store yet, by what the cache says. Runs apart."""
     os.environ.clear()
@@ -151,7 +142,7 @@ def _missing(path: str, source: str, words: list[str], environment: dict[str, st
             raise Failed(_last(said.read(_MOST)) or f"nix exited with status {asked.returncode}")
     found: Any = json.loads(text)
     known = found.items() if isinstance(found, dict) else ((each["path"], each) for each in found)
-    sizes = (int(info["narSize"]) for name, info in known if not (_STORE / Path(name).name).exists())
+    sizes = (int(info["narSize"]) for name, info in known if not (STORE / Path(name).name).exists())
     return str(sum(sizes)).encode()
 
 
@@ -180,8 +171,8 @@ def _copy(argv: list[str], environment: dict[str, str], who: User | None, deadli
                 if not chunk:
                     break
                 said = (said + chunk)[-_TAIL:]
-            if _free() < ROOM // 2:
-                problem = f"the disk of {_STORE} is almost full"
+            if machine.free() < ROOM // 2:
+                problem = f"the disk of {STORE} is almost full"
             elif time.monotonic() > deadline:
                 problem = "the closure was not fetched in time"
     finally:
@@ -201,11 +192,6 @@ def _end(copying: "subprocess.Popen[bytes]", problem: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(copying.pid, signal.SIGKILL)
     copying.wait()
-
-
-def _free() -> int:
-    room = os.statvfs(_STORE)
-    return room.f_bavail * room.f_frsize
 
 
 def _last(said: bytes) -> str:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from flying_monkey import machine, memory
-from flying_monkey.machine import PROFILE, Configuration, Misconfigured, NotReady
+from flying_monkey.machine import PROFILE, STORE, Configuration, Misconfigured, NotReady
 from flying_monkey.memory import Lost, Memory
 
 _BOOTED: Final = Path("/run/booted-system")
 _ROOT: Final = Path("/nix/var/nix/gcroots/flying-monkey-kept")
-_STORE: Final = Path("/nix/store")
 _LONGEST: Final = 3_600.0  # seconds to collect garbage
 _YOUNG: Final = 3_600.0  # seconds in which what toto has copied may not be an update's yet, and so has no root
 
@@ -33,15 +32,15 @@ def collect(configuration: Configuration, generations: int, free: int) -> str:
         known = Memory.load(file)
         if known.step != "finished":
             return "an update is under way: nothing is removed"
-        _keep(known.kept)
+        machine.keep(known.kept, _ROOT)
         removed = _remove_generations(generations, {known.kept, machine.running(), machine.boots(), _booted()})
-        if abs(time.time() - _STORE.stat().st_mtime) < _YOUNG:
+        if abs(time.time() - STORE.stat().st_mtime) < _YOUNG:
             return f"{removed} generations removed; the store was just written to: garbage is left for the next time"
     # (Without the lock: a machine may be told to go back at any time. What an update has begun with has roots.)
-    had = _free()
+    had = machine.free()
     if had < free:
         machine.run("nix-store", "--gc", "--max-freed", str(free - had), longest=_LONGEST)
-    now = _free()
+    now = machine.free()
     line = f"{removed} generations removed; {now / 1e6:.0f} MB are free"
     return line if now >= free else f"{line}, less than the {free / 1e6:.0f} MB that should be: nothing else is garbage"
 
@@ -59,24 +58,8 @@ def _remove_generations(newest: int, needed: set[str]) -> int:
     return len(gone)
 
 
-def _keep(path: str) -> None:
-    """Make the garbage collector keep a path, instead of what it kept before."""
-    fresh = _ROOT.with_name(f".{_ROOT.name}")
-    fresh.unlink(missing_ok=True)
-    if not path:
-        _ROOT.unlink(missing_ok=True)
-        return
-    fresh.symlink_to(path)
-    fresh.replace(_ROOT)
-
-
 def _booted() -> str:
     return str(_BOOTED.resolve()) if _BOOTED.exists() else ""
-
-
-def _free() -> int:
-    room = os.statvfs(_STORE)
-    return room.f_bavail * room.f_frsize
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from flying_monkey.nix_hash import sha256
 
 CONFIGURATION: Final = Path("/etc/flying-monkey/config.json")
 PROFILE: Final = Path("/nix/var/nix/profiles/system")
+STORE: Final = Path("/nix/store")
 RUNNING: Final = Path("/run/current-system")
 _MOST: Final = 65_536  # bytes of the configuration
 _ROOM: Final = 64 * 2**20  # bytes that an activation needs on each disk that it writes to
@@ -117,6 +118,23 @@ def nar_hash(path: str) -> str:
         return run("nix-store", "--query", "--hash", path) if path else ""
     except NotReady:
         return ""
+
+
+def free() -> int:
+    """The bytes that are free on the disk of the store."""
+    room = os.statvfs(STORE)
+    return room.f_bavail * room.f_frsize
+
+
+def keep(path: str, root: Path) -> None:
+    """Have the garbage collector keep `path`, or nothing, by `root`, in the place of what that kept. Raises OSError."""
+    fresh = root.with_name(f".{root.name}")
+    fresh.unlink(missing_ok=True)
+    if not path:
+        root.unlink(missing_ok=True)
+        return
+    fresh.symlink_to(path)
+    fresh.replace(root)
 
 
 def boot() -> str:

@@ -26,7 +26,7 @@ async def build_host(repo: Path, commit: str, host: Desired, timeout: float) -> 
         path = await nix.build(
             host.identity, builds.root(repo, commit, name), timeout=timeout, target=name, on_line=sink()
         )
-        size = sum((await nix.sizes(await nix.closure(path))).values())
+        size = await nix.closure_size(path)
     except TotoError as error:
         return builds.row(name, builds.FAILED, why=str(error).partition("\n")[0])
     return builds.row(name, builds.BUILT, path=path, size=size)

@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import pytest
 import pytest_asyncio
 
+from tests.api.conftest import state
 from tests.conftest import free_port
 from tests.ledger.test_ledger import deployed, intent, note
 from tests.repos import InfraRepo
@@ -22,6 +22,7 @@ from toto.ledger.target import Target
 from toto.server import environment
 from toto.server import serve as server
 
+__all__ = ["state"]  # a fixture
 HOSTILE: Final = "<script>alert(1)</script>\x1b[2J"
 WEB1, WEB2, DNS = Target("host", "web1"), Target("host", "web2"), Target("terraform", "dns")
 
@@ -59,15 +60,6 @@ class World:
         """As the end of a run does."""
         artifact = {"key": results.key("infra"), "type": "table", "data": json.dumps(rows)}
         await self.api.call("POST", "/artifacts/", artifact)
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("fleet")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TOTO_STATE", str(folder / "state"))
-    yield folder
-    patch.undo()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

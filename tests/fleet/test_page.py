@@ -184,14 +184,14 @@ async def test_a_fleet_of_a_thousand_is_read_once_and_then_only_what_changed(wor
     git("update-ref", "refs/toto/ledger", commit, cwd=repo.bare)
     fleet = Fleet(tmp_path, world.api)
     assert len((await fleet.now()).lines) == 1_000
-    before = fleet._books[repo.bare].entries
+    before = fleet._ledgers[repo.bare].entries
     await Ledger(repo.bare).write(Target("host", "web7"), steps.not_reached(note("run-2")), "web7")
-    fleet._read = 0
+    fleet._read_at = 0
     began = time.monotonic()
     lines = (await fleet.now()).lines
     assert time.monotonic() - began < 10
-    after = fleet._books[repo.bare].entries
-    assert {path for path in after if after[path] is not before[path]} == {"host/web7.json"}
+    after = fleet._ledgers[repo.bare].entries
+    assert {str(target) for target in after if after[target] is not before[target]} == {"host/web7"}
     assert (lines[0].label, lines[0].state) == ("web7", "unreachable")
 
 

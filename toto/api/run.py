@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 import uvicorn
@@ -92,19 +93,23 @@ async def _cell(names: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     _, read = python()
     read = {**read, _STATE / "api/told": documents.told(), _STATE / "api/tls": tls}
     store: list[str] = []
-    found: list[str] = []
-    for name, module in (("toto", toto), ("flying_monkey", flying_monkey), ("packages", uvicorn)):
-        assert module.__file__ is not None
-        code = Path(module.__file__).parent.resolve()
-        place = _CODE / name / name
-        if name == "packages":
-            code, place = code.parent, _CODE / name
+    own, packages = _CODE / "own", _CODE / "packages"
+    places = {own / each.__name__: _folder(each) for each in (toto, flying_monkey)} | {
+        packages: _folder(uvicorn).parent
+    }
+    searched = [str(own), str(packages)]
+    for place, code in places.items():
         if code.is_relative_to(STORE):
             done = await process.run(["nix-store", "--query", "--requisites", Path(*code.parts[:4])], timeout=60)
             store += done.lines
-            place = code
+            searched.append(str(code if place == packages else code.parent))
         else:
             read[place] = code
-        found.append(str(place if name == "packages" else place.parent))
     cell = Cell(read=read, write={_STATE / "api/said": documents.said()}, store=store, limits=_LIMITS, user=user)
-    return cell, {"TOTO_STATE": str(_STATE), "PYTHONPATH": os.pathsep.join(dict.fromkeys(found))}
+    return cell, {"TOTO_STATE": str(_STATE), "PYTHONPATH": os.pathsep.join(searched)}
+
+
+def _folder(package: ModuleType) -> Path:
+    """Where a package's code is."""
+    assert package.__file__ is not None
+    return Path(package.__file__).parent.resolve()

@@ -13,11 +13,10 @@ script but the page's own may run (Content-Security-Policy).
 import asyncio
 import base64
 import binascii
-import functools
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -119,6 +118,7 @@ def _given(request: Request) -> bytes:
 class _Page:
     def __init__(self, fleet: Fleet, grafana: str) -> None:
         self.state, self.grafana, self.listeners = fleet, grafana, 0
+        self.sizes: dict[str, int] = {}  # of closures: a store path never changes
         self.templates = Environment(loader=PackageLoader("toto.fleet"), autoescape=True, trim_blocks=True)
         self.templates.filters |= {"ago": ago, "size": size, "lasted": lasted, "clean": clean}
 
@@ -204,33 +204,15 @@ class _Page:
         if line.target.kind != HOST or not line.system:
             return None
         with suppress(TotoError):
-            return await _closure_bytes(line.system)
-        return None
+            if line.system not in self.sizes:
+                self.sizes[line.system] = await nix.closure_size(line.system)
+        return self.sizes.get(line.system)
 
     async def _html(self, template: str, request: Request, **more: Any) -> Response:
         made = self.templates.get_template(template)
         more |= {"place": PLACE, "now": datetime.now(UTC), "grafana": self.grafana}
         text = await asyncio.to_thread(made.render, **more)
         return Response(text, media_type="text/html")
-
-
-def _remembered(measure: Callable[[str], Awaitable[int]]) -> Callable[[str], Awaitable[int]]:
-    known: dict[str, int] = {}
-
-    @functools.wraps(measure)
-    async def once(path: str) -> int:
-        if path not in known:
-            while len(known) >= 4_096:
-                known.pop(next(iter(known)))
-            known[path] = await measure(path)
-        return known[path]
-
-    return once
-
-
-@_remembered
-async def _closure_bytes(path: str) -> int:
-    return sum((await nix.sizes(await nix.closure(path))).values())
 
 
 def _wants_json(request: Request) -> bool:

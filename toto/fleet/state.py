@@ -7,13 +7,12 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from gitdb.exc import BadName
-from pydantic import ValidationError
 
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api
@@ -25,7 +24,7 @@ from toto.git_host.host import infra_repos
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
 from toto.ledger import history
-from toto.ledger.ledger import REF, Entry
+from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import condition, owners
 from toto.machine.condition import Condition
@@ -139,31 +138,23 @@ class State:
         return {mood: moods.count(mood) for mood in _MOODS if mood in moods}
 
 
-@dataclass
-class _Book:
-    """A ledger that was read, by the blobs of its entries; and the commits that it names."""
-
-    commit: str = ""
-    entries: dict[str, tuple[str, Target, Entry]] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-
 class Fleet:
     """The fleet of the infra repos in a folder; `api` is Prefect's, which has the runs."""
 
     def __init__(self, repos: Path, api: Api) -> None:
         self.repos, self.api = repos, api
-        self._books: dict[Path, _Book] = {}
+        self._ledgers: dict[Path, Snapshot] = {}
+        self._commits: dict[Path, dict[str, Commit]] = {}
         self._reading = asyncio.Lock()
         self._state = State((), (), ())
-        self._read = float("-inf")
+        self._read_at = float("-inf")
 
     async def now(self) -> State:
         """The fleet as it is; at most `FRESH` seconds old."""
         async with self._reading:
-            if time.monotonic() - self._read > FRESH:
+            if time.monotonic() - self._read_at > FRESH:
                 self._state = await self._gathered()
-                self._read = time.monotonic()
+                self._read_at = time.monotonic()
         return self._state
 
     def repo(self, name: str) -> Path | None:
@@ -208,46 +199,32 @@ class Fleet:
             try:
                 last = results_of.newest(results.get(results_of.key(name_of(repo)), ()))
                 found += self._lines_of(repo, last, owned)
-            except (TotoError, OSError, ValidationError) as error:
+            except (TotoError, OSError) as error:
                 errors.append(f"{name_of(repo)}: its ledger cannot be read: {error}")
         return found
 
     def _lines_of(self, repo: Path, last: Mapping[str, Result], owned: owners.Owners) -> Iterator[Line]:
-        book, machines = self._read_book(repo), condition.known(repo)
-        entries = {target: entry for _, target, entry in book.entries.values()}
+        entries, machines = dict(self._read(repo).entries), condition.known(repo)
+        commits = self._commits.get(repo, {})
         for target in map(Target.of, last.keys() - {OTHERS}):  # such as one whose first rehearsal failed
             if last[target.label].result not in ("retired", AS_WANTED):
                 entries.setdefault(target, Entry())
         for target, entry in entries.items():
-            made = _line(name_of(repo), book, target, entry, last)
+            made = _line(name_of(repo), commits, target, entry, last)
             if target.kind == HOST and target.name in machines:
                 known = condition.read(repo, target.name, owned)
                 made = replace(made, condition=known, heard=condition.heard(repo, target.name, known))
             yield replace(made, mood="warn") if made.notes and made.mood == "good" else made
 
-    def _read_book(self, repo: Path) -> _Book:
-        book = self._books.setdefault(repo, _Book())
-        with git.open_repo(repo) as opened:
-            try:
-                head = opened.commit(REF)
-            except (BadName, ValueError):
-                return _Book()
-            if head.hexsha == book.commit:
-                return book
-            entries: dict[str, tuple[str, Target, Entry]] = {}
-            for folder in head.tree.trees:
-                for blob in folder.blobs:
-                    path = str(blob.path)
-                    if (had := book.entries.get(path)) is not None and had[0] == blob.hexsha:
-                        entries[path] = had
-                        continue
-                    entry = Entry.model_validate_json(blob.data_stream.read())
-                    kind, _, name = path.removesuffix(".json").partition("/")
-                    entries[path] = blob.hexsha, Target(kind, name), entry
-            named = {each for _, _, entry in entries.values() for each in _commits_of(entry)}
-            commits = {each: book.commits.get(each) or _commit(opened, each) for each in named}
-        self._books[repo] = _Book(head.hexsha, entries, commits)
-        return self._books[repo]
+    def _read(self, repo: Path) -> Snapshot:
+        """A repo's ledger, with the commits that it names in `_commits`. Raises `LedgerError`, OSError."""
+        ledger = self._ledgers[repo] = Ledger(repo).read(self._ledgers.get(repo))
+        named = {each for entry in ledger.entries.values() for each in _commits_of(entry)}
+        known = self._commits.get(repo, {})
+        if named != known.keys():
+            with git.open_repo(repo) as opened:
+                self._commits[repo] = {each: known.get(each) or _commit(opened, each) for each in named}
+        return ledger
 
     async def _runs(self) -> list[Ran]:
         own = {"parent_task_run_id": {"is_null_": True}, "state": {"type": {"not_any_": ["SCHEDULED"]}}}
@@ -262,7 +239,7 @@ class Fleet:
         return dict(zip(keys, found, strict=True))
 
 
-def _line(repo: str, book: _Book, target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:
+def _line(repo: str, commits: Mapping[str, Commit], target: Target, entry: Entry, last: Mapping[str, Result]) -> Line:
     state, why, since, mood = described(entry)
     result = last.get(target.label) or last.get(OTHERS) or Result("")
     if mood in ("good", "none") and result.failed:
@@ -277,8 +254,8 @@ def _line(repo: str, book: _Book, target: Target, entry: Entry, last: Mapping[st
         why=why,
         mood=mood,
         since=since,
-        commit=book.commits.get(runs.commit) if runs else None,
-        desired=book.commits.get(entry.intent.desired.commit) if entry.intent else None,
+        commit=commits.get(runs.commit) if runs else None,
+        desired=commits.get(entry.intent.desired.commit) if entry.intent else None,
         system=str(getattr(runs, "path", "") or ""),
         last=result,
     )

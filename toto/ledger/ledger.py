@@ -147,6 +147,8 @@ class Snapshot:
 
     commit: str
     entries: dict[Target, Entry] = field(default_factory=dict)
+    blobs: dict[Target, str] = field(default_factory=dict, repr=False, compare=False)
+    """git's names for what the entries were read from"""
 
     def get(self, target: Target) -> Entry:
         return self.entries.get(target, Entry())
@@ -194,6 +196,11 @@ def _commits(entry: Entry | None) -> list[str]:
 Change: TypeAlias = Callable[[Entry], Entry | None]
 
 
+def _target(path: str) -> Target:
+    kind, _, name = path.partition("/")
+    return Target(kind, name.removesuffix(".json"))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The ledger of one infra repo."""
@@ -201,7 +208,7 @@ class Ledger:
     repo: Path
 
     def read(self, known: Snapshot | None = None) -> Snapshot:
-        """The ledger as it is now: `known`, when that still is so.
+        """The ledger as it is now. What is still as in `known` is not read again.
 
         Raises `LedgerError`, with the file's name, for a file that does not parse.
         """
@@ -212,12 +219,16 @@ class Ledger:
                 return Snapshot("")
             if known is not None and known.commit == head.hexsha:
                 return known
-            entries = {}
+            found = Snapshot(head.hexsha)
             for folder in head.tree.trees:
                 for blob in folder.blobs:
-                    target, entry = self._parsed(str(blob.path), blob.data_stream.read())
-                    entries[target] = entry
-            return Snapshot(head.hexsha, entries)
+                    target = _target(str(blob.path))
+                    found.blobs[target] = blob.hexsha
+                    if known is not None and known.blobs.get(target) == blob.hexsha:
+                        found.entries[target] = known.entries[target]
+                    else:
+                        found.entries[target] = self._parsed(str(blob.path), blob.data_stream.read())
+            return found
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
         """Change the entry of one target and return it. `change` gets the current entry and returns the new one.
@@ -231,7 +242,7 @@ class Ledger:
 
         def edit(texts: Mapping[str, str]) -> dict[str, str | None]:
             nonlocal written
-            old = self._parsed(path, texts[path])[1] if path in texts else None
+            old = self._parsed(path, texts[path]) if path in texts else None
             try:
                 new = change(old or Entry())
             except LedgerError as error:
@@ -253,10 +264,9 @@ class Ledger:
             ) from error
         return written
 
-    def _parsed(self, path: str, text: str | bytes) -> tuple[Target, Entry]:
-        kind, _, name = path.partition("/")
+    def _parsed(self, path: str, text: str | bytes) -> Entry:
         try:
-            return Target(kind, name.removesuffix(".json")), Entry.model_validate_json(text)
+            return Entry.model_validate_json(text)
         except ValidationError as error:
             raise LedgerError(
                 f"{path} in {REF} cannot be read: {error}",

@@ -485,6 +485,11 @@ async def sizes(paths: Sequence[str]) -> dict[str, int]:
     return dict(zip(paths, map(int, done.lines), strict=True))
 
 
+async def closure_size(path: str) -> int:
+    """The bytes of a closure. Raises `CommandFailed`."""
+    return sum((await sizes(await closure(path))).values())
+
+
 async def add_gc_root(path: str, root: Path) -> None:
     """Make `root` an indirect GC root that keeps `path`, instead of what it kept before. Raises `CommandFailed`."""
     root.parent.mkdir(parents=True, exist_ok=True)
