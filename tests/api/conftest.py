@@ -142,7 +142,7 @@ async def world(served: World) -> World:
     return served
 
 
-async def until(what: Any, seconds: float = 15) -> None:
+async def until(what: Any, seconds: float = 120) -> None:
     """Wait until `what()` is true."""
     async with asyncio.timeout(seconds):
         while not what():

@@ -261,5 +261,5 @@ async def test_names_that_no_certificate_can_have_are_refused_and_any_error_is_t
 
     monkeypatch.setattr(certificate, "own", broken)
     with pytest.raises(ValueError, match="a broken file"):
-        async with asyncio.timeout(30), serve._asked(serve.Machines(ADDRESS, free_port()), tmp_path / "log"):
+        async with asyncio.timeout(120), serve._asked(serve.Machines(ADDRESS, free_port()), tmp_path / "log"):
             pass

@@ -30,7 +30,7 @@ def waiting(word: str) -> list[int]:
 
 
 async def gone(word: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while waiting(word):
             await asyncio.sleep(0.05)
 
@@ -112,7 +112,7 @@ async def test_it_is_another_user_of_the_machine_in_each_cell() -> None:
     seen = set()
     for _ in range(3):
         async with process.start(["sleep", "60"], cell=Cell()) as running:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while not (
                     inside := [p for p in process.descendants(running.pid) if command_of(p).startswith(b"sleep")]
                 ):
@@ -262,7 +262,7 @@ async def test_a_signal_reaches_the_program_and_not_its_cell() -> None:
     task = asyncio.create_task(
         process.run(["bash", "-c", traps], cell=Cell(), on_line=lines.append, signals=[signal.SIGINT], grace=20)
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while lines != ["ready"]:
             await asyncio.sleep(0.02)
     task.cancel()

@@ -23,7 +23,7 @@ from flying_monkey.fetch import Fetcher
 from flying_monkey.machine import Configuration
 from flying_monkey.memory import Memory, Refused
 
-WAIT: Final = (4.0, 5.0)
+WAIT: Final = (4.0, 5.0)  # seconds of a long poll
 
 
 @dataclass
@@ -95,7 +95,7 @@ class StandIn:
         return found
 
 
-def main(place: str) -> None:
+def main(place: str, wait: tuple[float, float]) -> None:
     """Run an agent for the machine that is the folder `place`, until SIGTERM."""
     folder = Path(place)
     configuration = Configuration(**json.loads((folder / "config.json").read_text()))
@@ -103,7 +103,7 @@ def main(place: str) -> None:
     machine.environment = lambda: own  # (this machine's nix trusts other keys)
     made = agent.at(configuration)
     made.fetcher = Fetcher(made.toto.server, store=f"local?root={folder / 'root'}")
-    made.helper, made.wait, made.first_pause, made.again = StandIn(folder, configuration), WAIT, 0.2, 0.2
+    made.helper, made.wait, made.first_pause, made.again = StandIn(folder, configuration), wait, 0.2, 0.2
     print("the helper is a stand-in", flush=True)
     while True:
         made.turn()
@@ -158,11 +158,10 @@ class Pulling:
         (self.folder / "behaviour.json").write_text(json.dumps(ends))
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["subprocess.Popen[bytes]"]:
+    async def running(self, wait: tuple[float, float] = WAIT) -> AsyncIterator["subprocess.Popen[bytes]"]:
         """Run the agent to the end of the block; kill it then, as a power cut would."""
-        code = (
-            f"from pathlib import Path; from tests.flying_monkey.pulling import main; main(Path({str(self.folder)!r}))"
-        )
+        place = str(self.folder)
+        code = f"from tests.flying_monkey.pulling import main; main({place!r}, {wait})"
         with (self.folder / "log").open("ab") as log:
             agent_ = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, start_new_session=True)
         try:

@@ -63,7 +63,7 @@ class Toto:
         self.reports += self.found.read()
         return self.reports
 
-    async def report(self, wanted: Callable[[Report], bool], seconds: float = 15) -> Report:
+    async def report(self, wanted: Callable[[Report], bool], seconds: float = 120) -> Report:
         await until(lambda: any(map(wanted, self.read())), seconds)
         return next(each for each in reversed(self.reports) if wanted(each))
 
@@ -93,11 +93,11 @@ async def test_a_system_is_fetched_tried_and_kept_and_each_step_is_reported(toto
     async with web1.running():
         first = await toto.report(lambda each: each.system == web1.system)
         assert first.serial == 0 and first.step == "finished"
-        began, tried = time.monotonic(), toto.document(new)
+        tried = toto.document(new)
         await toto.publish(tried)
         report = await toto.report(lambda each: each.serial == tried.serial and each.step != "fetched")
         assert (report.step, report.state, report.system, report.boots) == ("tried", "done 0", new.path, web1.system)
-        assert fetched(web1, new) and time.monotonic() - began < 10
+        assert fetched(web1, new)
         await toto.publish(toto.document(new, "keep"))
         report = await toto.report(lambda each: each.serial == toto.serial and each.step == "finished")
         assert (report.step, report.boots, report.phase) == ("finished", new.path, "keep")
@@ -110,18 +110,15 @@ async def test_a_system_is_fetched_tried_and_kept_and_each_step_is_reported(toto
     assert f'kind="running",path="{new.path}"' in measured and "flying_monkey_reports_waiting 0" in measured
 
 
-async def test_a_change_reaches_an_idle_agent_within_two_seconds(toto: Toto, web1: Pulling) -> None:
+async def test_a_change_reaches_an_idle_agent_at_once(toto: Toto, web1: Pulling) -> None:
     new = await toto.system("quick")
-    async with web1.running():
+    async with web1.running(wait=(900, 901)):
         await toto.report(lambda each: True)
         await asyncio.sleep(1)
         document = toto.document(new)
         await grants.grant(toto.world.repo, "web1", [new.path], toto.cache_key, timeout=60)
-        began = time.monotonic()
         await toto.publish(document, grant=False)
-        while not fetched(web1, new):
-            await asyncio.sleep(0.02)
-        assert time.monotonic() - began < 2, "from the moment that it is published until it is fetched"
+        await until(lambda: fetched(web1, new))  # and not at the next poll
 
 
 async def test_what_nobody_keeps_goes_back_and_is_reported(toto: Toto, web1: Pulling) -> None:
@@ -213,10 +210,10 @@ async def test_toto_away_and_back(world: World, toto: Toto, web1: Pulling) -> No
             await toto.report(lambda each: each.serial == toto.serial and each.step == "tried")
         is_ = json.loads((web1.folder / "is.json").read_text())
         (web1.folder / "is.json").write_text(json.dumps(is_ | {"drift": "somebody was here"}))
-        await until(lambda: any((web1.folder / "memory" / "reports").glob("*.json")), 30)
+        await until(lambda: any((web1.folder / "memory" / "reports").glob("*.json")))
         assert "ConnectionRefusedError" in web1.log()
         async with running_api(world.folder / "second.log", host=ADDRESS, port=port):
-            report = await toto.report(lambda each: each.details.get("drift") == "somebody was here", 30)
+            report = await toto.report(lambda each: each.details.get("drift") == "somebody was here")
             assert report.serial == toto.serial
             await until(lambda: "toto answers again" in web1.log())
 

@@ -72,7 +72,7 @@ async def _sudo() -> AsyncIterator[Path]:
         yield home / "client" / "socket"
     finally:
         sudo.stdin.close()
-        await asyncio.wait_for(sudo.wait(), 30)
+        await asyncio.wait_for(sudo.wait(), 120)
 
 
 @contextlib.contextmanager

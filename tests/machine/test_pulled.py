@@ -125,7 +125,7 @@ async def test_when_a_run_is_over_a_machine_that_asks_finds_its_last_good(run: R
         assert published is not None
         made = Desired.read(signature.unsealed(published)[0])
         assert (made.phase, made.system.path) == ("back", run.new)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while run.web1.activations()[-1] != f"back {run.new}":
                 await asyncio.sleep(0.2)
     await Ledger(run.world.repo).write(WEB1, steps.intend(intent("run-2", run.good)), "intend")

@@ -210,7 +210,7 @@ async def test_a_port_that_accepts_and_says_nothing_is_unreachable(tmp_path: Pat
         port = silent.sockets[0].getsockname()[1]
         target = SshTarget("mute", "127.0.0.1", port, throwaway=True, connect_timeout=1)
         with pytest.raises(Unreachable, match="timed out"):
-            await asyncio.wait_for(ssh.plain(target, tmp_path).run(["true"]), 10)
+            await asyncio.wait_for(ssh.plain(target, tmp_path).run(["true"]), 120)
 
 
 async def _connect(target: SshTarget, directory: Path) -> None:

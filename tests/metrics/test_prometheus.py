@@ -245,7 +245,7 @@ async def looked_at(
                     expression = query["expr"]
                     for variable, value in variables.items():
                         expression = expression.replace(variable, value)
-                    found = await prometheus.until(expression, 20)
+                    found = await prometheus.until(expression)
                     for label in re.findall(r"{{(\w+)}}", query["legendFormat"]):
                         assert all(label in each["metric"] for each in found), f"{name}: {panel['title']}: {found}"
         await prometheus.until('ALERTS{alertname="RunFailed", alertstate="firing", repo="infra"}')

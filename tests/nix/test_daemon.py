@@ -181,13 +181,13 @@ async def test_it_tells_systemd_when_it_answers(tmp_path_factory: pytest.TempPat
             # Its unit is asked to start what is installed now: a client goes on to its end.
             with sockets.socket(sockets.AF_UNIX) as client:
                 client.connect(str(home / "nix" / "client" / "socket"))
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(120):
                     while len(daemon._daemons(running.pid)) < 2:
                         await asyncio.sleep(0.05)
                 os.kill(running.pid, signal.SIGHUP)
                 await asyncio.sleep(2.5)
                 assert running.status is None
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 assert await running.process.wait() == 0
 
 

@@ -175,7 +175,7 @@ async def test_a_command_ends_with_the_script_that_asked_for_it(endpoint: Endpoi
         with pytest.raises(process.CommandTimeout):
             await said(place, "on-host", f"echo $$ > {tmp_path}/pid; exec sleep 1000", timeout=3)
         pid = int((tmp_path / "pid").read_text())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while process.started(pid):
                 await asyncio.sleep(0.05)
 

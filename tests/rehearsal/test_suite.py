@@ -264,16 +264,16 @@ async def test_a_cancel_ends_the_script(tmp_path: Path) -> None:
     task = asyncio.create_task(
         run_body(tmp_path, "echo begun; setsid sleep 12345 & sleep 12345\n", timeout=60, on_line=lambda _: begun.set())
     )
-    await asyncio.wait_for(begun.wait(), 30)
+    await asyncio.wait_for(begun.wait(), 120)
     started: set[int] = set()
-    async with asyncio.timeout(30):  # both sleeps begin a moment after the line
+    async with asyncio.timeout(120):  # both sleeps begin a moment after the line
         while len(started) < 2:
             started = {pid for pid in process.descendants(os.getpid()) if command_of(pid).startswith(b"sleep\x0012345")}
             await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while any(process.started(pid) for pid in started):
             await asyncio.sleep(0.05)
 
