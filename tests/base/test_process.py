@@ -105,6 +105,39 @@ async def test_a_daemon_with_a_session_of_its_own_is_ended_too(tmp_path: Path) -
     assert gone(await pid_in(tmp_path / "pid"))
 
 
+CONTAINER = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def test_daemons_are_ended_also_when_process_ids_begin_again(tmp_path: Path) -> None:
+    """In a container of its own, in which the next process ids are the last that there are."""
+    body = (
+        "for each in 1 2 3 4 5 6; do setsid sh -c 'echo $$ >> $0; exec sleep 60' $0 & done\n"
+        "while [ $(wc -l < $0) != 6 ]; do sleep 0.02; done"
+    )
+    program = (
+        "import asyncio\nfrom pathlib import Path\nfrom toto.base import process\n"
+        "ids = Path('/proc/sys/kernel')\n"
+        "(ids / 'ns_last_pid').write_text(str(int((ids / 'pid_max').read_text()) - 6))\n"
+        f"asyncio.run(process.run(['sh', '-c', {body!r}, '{tmp_path}/pids']))\n"
+        f"pids = [int(each) for each in Path('{tmp_path}/pids').read_text().split()]\n"
+        "assert min(pids) < 1000 < max(pids), pids\n"
+        "from tests.base.test_process import gone\n"
+        "assert all(map(gone, pids)), pids\n"
+    )
+    if subprocess.run([*CONTAINER, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this machine allows no container")
+    (tmp_path / "pids").touch()
+    done = subprocess.run([*CONTAINER, sys.executable, "-c", program], check=False, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+async def test_what_a_command_may_have_left_is_looked_for_among_what_was_started_since() -> None:
+    async with start(["sleep", "60"]) as older, start(["sleep", "60"]) as running, start(["sleep", "60"]) as younger:
+        found = process._younger(running.pid)
+        assert younger.pid in found
+        assert not {older.pid, running.pid, os.getpid(), 1} & set(found)
+
+
 async def test_a_long_grace_is_for_the_program_and_not_for_what_it_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,14 +270,13 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_toto_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if subprocess.run([*container, "true"], check=False, capture_output=True).returncode != 0:
+    if subprocess.run([*CONTAINER, "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("this machine allows no container")
     program = (
         "import asyncio\nfrom toto.base.process import run\n"
         f"asyncio.run(run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']))\n"
     )
-    there = subprocess.Popen([*container, sys.executable, "-c", program])
+    there = subprocess.Popen([*CONTAINER, sys.executable, "-c", program])
     try:
         assert asyncio.run(pid_in(tmp_path / "pid")) < 1000, "a number of the container's own"
         inner = [pid for child in children(there.pid) for pid in children(child)]

@@ -4,7 +4,8 @@ A command is a list of words, never a shell string. Each process gets its own gr
 with its whole group, by SIGTERM and then SIGKILL. Its output is streamed line by line and kept within bounds, with
 secrets masked. Children die with toto: the kernel kills the direct child (PR_SET_PDEATHSIG through setpriv, where there
 is one). Whatever that child started carries a cookie in its environment, by which `clean_up` finds it even in a
-session of its own. (The cookie is the idea of Jenkins' ProcessTreeKiller.)
+session of its own. (The cookie is the idea of Jenkins' ProcessTreeKiller.) What ran in a cell needs none: the cell ends
+with its first process.
 """
 
 import asyncio
@@ -17,9 +18,9 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, TypedDict, Unpack, overload
@@ -48,6 +49,7 @@ COOKIE: Final = "TOTO_COOKIE"
 LONGEST_LINE: Final = 16_384  # characters; a longer line reaches the log in pieces
 KEPT: Final = 4_000_000  # bytes of each stream that are kept: the first half and the last half
 LEFT_BEHIND: Final = 5.0  # seconds for processes that outlived their program to obey a signal
+_ONCE: Final = 2.0  # seconds: in so few the kernel gives no process id twice
 _CELL_FAILED: Final = re.compile(r"\A(?:prlimit: failed to execute (?P<program>\S+)|bwrap: |cell: )")
 _numbers = itertools.count()
 
@@ -171,6 +173,7 @@ class Running:
     confined: bool = False
     exceeded: str | None = None
     memory: int = 0
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def pid(self) -> int:
@@ -199,7 +202,8 @@ class Running:
                 break
         _signal_group(self.pid, signal.SIGKILL)
         if not self.confined:  # (a cell ends with its first process)
-            for _ in _kill_all(self.cookie.__eq__):
+            since = self.pid if time.monotonic() - self.began < _ONCE else None
+            for _ in _kill_all(self.cookie.__eq__, since):
                 await asyncio.sleep(0.003)
         self.ended = True
         with contextlib.suppress(TimeoutError):
@@ -540,6 +544,17 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
 
 
+def _younger(pid: int) -> list[int]:
+    """The processes that were started after a given one of the last `_ONCE` seconds.
+
+    The kernel gives process ids in order, and begins again at the highest one.
+    """
+    last = int(Path("/proc/loadavg").read_text().split()[-1])
+    if pid <= last:
+        return [each for each in _pids() if pid < each <= last]
+    return [each for each in _pids() if pid < each or each <= last]
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; empty when the process is gone."""
     try:
@@ -559,14 +574,14 @@ def _state_and_group(pid: int) -> tuple[str, str]:
     return (fields[0], fields[2]) if fields else ("Z", "")
 
 
-def _scan() -> tuple[list[tuple[int, str]], bool]:
-    """Every process that has a cookie, with that cookie; and whether any process is just being executed.
+def _scan(pids: Iterable[int]) -> tuple[list[tuple[int, str]], bool]:
+    """Those of some processes that have a cookie, with that cookie; and whether any of them is just being executed.
 
     A process that is being executed shows no environment for a moment, so the caller has to scan again.
     """
     found, starting = [], False
     needle = f"{COOKIE}=".encode()
-    for pid in _pids():
+    for pid in pids:
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             if not environment:
@@ -579,14 +594,14 @@ def _scan() -> tuple[list[tuple[int, str]], bool]:
     return found, starting
 
 
-def _kill_all(doomed: Callable[[str], bool]) -> Iterator[list[int]]:
+def _kill_all(doomed: Callable[[str], bool], since: int | None = None) -> Iterator[list[int]]:
     """SIGKILL every process whose cookie is `doomed`, in rounds until none is left; yields the PIDs of each round.
 
-    (A process that forks during a round, or is just being executed, is found in the next.) The caller waits a moment
-    between two rounds.
+    With `since` only processes that were started after that one are looked at. (A process that forks during a round,
+    or is just being executed, is found in the next.) The caller waits a moment between two rounds.
     """
     for _ in range(300):
-        found, starting = _scan()
+        found, starting = _scan(_pids() if since is None else _younger(since))
         hit = [pid for pid, cookie in found if doomed(cookie)]
         for pid in hit:
             with contextlib.suppress(ProcessLookupError, PermissionError):
