@@ -91,6 +91,20 @@ def host(tree: Path, attempt: str) -> None:
     (tree / "hosts" / "a.nix").write_text(f"{{ said = {attempt}; }}\n")
 
 
+async def test_a_derivation_says_what_it_builds(tree: Path, outside: Outside) -> None:
+    host(tree, '"hello"')
+    drv = await nix.instantiate(tree, HOST, outside.folder / "root", system="x86_64-linux", timeout=60)
+    asked = await process.run(["nix-store", "--query", "--outputs", drv], env=nix.environment())
+    assert nix.output(drv, target="a") == asked.stdout.strip()
+
+
+def test_a_derivation_whose_path_is_not_known_yet_is_refused(tmp_path: Path) -> None:
+    floating = tmp_path / "floating.drv"
+    floating.write_text('Derive([("out","","r:sha256","")],[],[],"x86_64-linux","/bin/sh",[],[])')
+    with pytest.raises(EvaluationFailed, match=r"a: .* has not one output `out`"):
+        nix.output(str(floating), target="a")
+
+
 BUILT: Final = (
     'import (derivation {{ name = "built"; system = "x86_64-linux"; builder = "/bin/sh"; '
     'args = [ "-c" "echo \\"$({0})\\" > $out" ]; }})'

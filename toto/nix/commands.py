@@ -45,6 +45,8 @@ _GARBAGE: Final = 4 * 3_600.0  # seconds to collect it
 _NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
+_OUTPUT: Final = re.compile(r'Derive\(\[\("out","(/nix/store/[^"/]+)","[^"]*","[^"]*"\)\],')
+_OUTPUT_WITHIN: Final = 1000  # characters of a derivation's file, which has its outputs first
 _SIZES: Final = re.compile(r"-vm-sizes-([0-9]{1,18})-([0-9]{1,18})\.drv$")  # as evaluate.nix names it
 _BUILDS: Final = re.compile(r"building '/nix/store/[^']+\.drv'")  # what nix says of each build that it begins
 _PAUSES: Final = (2, 10)  # seconds before a download is tried again
@@ -409,9 +411,20 @@ async def fixed_path(digest: str, name: str) -> str:
     return (await process.run(words, env=environment(), timeout=60)).stdout.strip()
 
 
-async def outputs(drv: str) -> list[str]:
-    """The output paths of a derivation, built or not. Raises `CommandFailed`."""
-    return (await process.run(["nix-store", "--query", "--outputs", drv], env=environment(), timeout=60)).lines
+def output(drv: str, *, target: str) -> str:
+    """The path that a derivation builds, as its file in the store says.
+
+    Raises `EvaluationFailed` when it has not one output whose path is known before it is built.
+    """
+    with Path(drv).open(encoding="utf-8", errors="replace") as file:
+        found = _OUTPUT.match(file.read(_OUTPUT_WITHIN))
+    if found is None:
+        raise EvaluationFailed(
+            f"{drv} has not one output `out` at a path that is known before it is built",
+            target=target,
+            hint="toto takes no system with more outputs, and no content-addressed one",
+        )
+    return found[1]
 
 
 async def build(drv: str, root: Path, *, timeout: float, target: str, on_line: process.LineSink | None = None) -> str:

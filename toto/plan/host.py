@@ -173,12 +173,11 @@ class HostKind(Kind[Host]):
             timeout=source.settings.nix.evaluate_timeout,
             memory=source.memory,
         )
-        (path,) = await nix.outputs(drv)
         return DesiredHost(
             target=found.target,
             file=host.file,
             identity=drv,
-            path=path,
+            path=nix.output(drv, target=host.name),
             tests=tests.digest(list(suite.Phase)),
             moved=moved,
             reboot=machine is not None and _reboots_now(source.repo, machine),
