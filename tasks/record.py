@@ -15,6 +15,7 @@ from toto.machine import condition, documents, owners
 from toto.plan.host import HostKind
 from toto.plan.kinds import kind_of
 from toto.plan.order import Order
+from toto.store import grants
 
 
 def deployed(order: Order, **facts: Any) -> Deployed:
@@ -116,6 +117,7 @@ async def retire(repo: Path, target: Target, how: str = "retired") -> None:
         await owners.release(repo, target.name)
         condition.note(repo, target.name, None)
         documents.forget(repo, target.name)
+        await grants.take_back(repo, target.name)
 
 
 async def intend_to_revert(repo: Path, target: Target, run: str) -> None:

@@ -21,6 +21,7 @@ from toto.api import certificate
 from toto.api.run import running_api
 from toto.infra_repo.manifest import SSH, Machine
 from toto.machine import documents, owners
+from toto.store import grants
 
 ADDRESS: Final = "127.0.0.1"
 
@@ -137,7 +138,8 @@ async def served(state: Path) -> AsyncIterator[World]:
 async def world(served: World) -> World:
     """The same, with nothing published or reported."""
     for name in served.machines:
-        for each in (served.place(name).told, served.place(name).said):
+        place = served.place(name)
+        for each in (place.told, place.said, grants.of(place.folder, name)):
             shutil.rmtree(each, ignore_errors=True)
     return served
 

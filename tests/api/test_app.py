@@ -15,6 +15,7 @@ from tests.api.conftest import ADDRESS, Asking, World
 from tests.conftest import free_port
 from toto.api.run import running_api
 from toto.machine import documents, owners
+from toto.store import grants
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -130,12 +131,12 @@ async def test_the_cache_is_the_machines_own_and_nothing_else(world: World, tmp_
     secret = tmp_path / "secret"
     secret.write_text("secret")
     for name in ("web1", "web2"):
-        cache = world.place(name).told / "cache"
+        cache = grants.of(world.place(name).folder, name)
         (cache / "nar").mkdir(parents=True)
         (cache / "nix-cache-info").write_text("StoreDir: /nix/store\n")
         (cache / f"{name[-1] * 32}.narinfo").write_text(name)
         (cache / "nar" / f"{name[-1] * 52}.nar.zst").write_bytes(os.urandom(1_000_000))
-    cache = world.place().told / "cache"
+    cache = grants.of(world.place().folder, "web1")
     (cache / f"{'a' * 32}.narinfo").symlink_to(secret)
     (cache / f"{'b' * 32}.narinfo").mkdir()
     os.mkfifo(cache / f"{'c' * 32}.narinfo")

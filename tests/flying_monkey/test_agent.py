@@ -22,8 +22,9 @@ from tests.flying_monkey.pulling import Pulling
 from toto.api import certificate
 from toto.api.run import running_api
 from toto.base import process
-from toto.machine import documents, grants, keys
+from toto.machine import documents, keys
 from toto.nix import commands as nix
+from toto.store import grants
 
 __all__ = ["served", "state", "world"]  # fixtures
 pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]

@@ -21,8 +21,9 @@ from toto.api import certificate
 from toto.api.run import running_api
 from toto.base import process
 from toto.infra_repo.manifest import SSH, Machine
-from toto.machine import documents, grants, keys, owners
+from toto.machine import documents, keys, owners
 from toto.nix import commands as nix
+from toto.store import grants
 
 pytestmark = [pytest.mark.minutes(3), pytest.mark.asyncio(loop_scope="module")]
 

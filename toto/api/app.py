@@ -37,6 +37,7 @@ from toto.api.published import Published
 from toto.api.sessions import NotProven, Session, Sessions
 from toto.base.errors import TotoError
 from toto.machine import documents
+from toto.store import grants
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class _Server:
         name = request.path_params["file"]
         if _FILE.fullmatch(name) is None or session.streams >= _STREAMS:
             raise _Refused(429 if session.streams >= _STREAMS else 404, "no such file\n")
-        opened = _open(session.place.told / "cache", name)
+        opened = _open(grants.of(session.place.folder, session.place.machine), name)
         if opened is None:
             raise _Refused(404, "no such file\n")
         kind = _KINDS.get(name.rpartition(".")[2], "application/x-nix-nar")

@@ -1,8 +1,8 @@
 """Starts the web server that machines ask, as a process of its own in a cell: for `toto serve`.
 
 Strangers talk to it, so it is kept like what is pushed (`toto.cell`). It sees Python, its own code, what machines are
-told and its TLS, and writes what they say; it has no network but the socket that it is given, so it reaches neither
-toto's other processes nor anything else.
+told and granted and its TLS, and writes what they say; it has no network but the socket that it is given, so it
+reaches neither toto's other processes nor anything else.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from toto.cell import folders
 from toto.cell.cell import STORE, Cell, python
 from toto.cell.limits import Limits
 from toto.machine import documents, owners
+from toto.store import grants
 
 PORT: Final = 4201
 _STATE: Final = Path("/state")  # in the cell
@@ -91,7 +92,12 @@ async def _cell(names: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     tls = certificate.own(names).key.parent
     folders.own(tls, user)
     _, read = python()
-    read = {**read, _STATE / "api/told": documents.told(), _STATE / "api/tls": tls}
+    read = {
+        **read,
+        _STATE / "api/told": documents.told(),
+        _STATE / "store/granted": grants.prepare(),
+        _STATE / "api/tls": tls,
+    }
     store: list[str] = []
     own, packages = _CODE / "own", _CODE / "packages"
     places = {own / each.__name__: _folder(each) for each in (toto, flying_monkey)} | {

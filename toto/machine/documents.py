@@ -3,7 +3,6 @@
     api/told/REPO/MACHINE/     what toto tells it
         document                   the newest signed document, which the machine asks for
         ask                        words, the newest first: toto wants a report that repeats the first
-        cache/                     what it may fetch: see `toto.machine.grants`
     api/told/known.json        the machines that toto knows by a host key
     api/told/changed           changes whenever something is told
     api/said/REPO/MACHINE/     what it says

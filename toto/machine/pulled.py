@@ -23,13 +23,14 @@ from toto.base.errors import TotoError
 from toto.infra_repo.manifest import Machine
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import HOST, Target
-from toto.machine import activation, documents, grants, login_shell, owners, renewal, signer
+from toto.machine import activation, documents, login_shell, owners, renewal, signer
 from toto.machine.activation import ActivationFailed, MachineState, NotWhatItShouldBe, Verb, WentBack
 from toto.machine.by_document import HINTS, ByDocument, NotBack
 from toto.machine.condition import Condition
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
 from toto.nix import commands as nix
+from toto.store import grants
 
 log = logging.getLogger(__name__)
 

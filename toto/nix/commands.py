@@ -17,7 +17,6 @@ import posixpath
 import re
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ _EXPRESSIONS: Final = messages.IN_CELL
 _DAEMON: Final = Path("/daemon")
 _LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _GARBAGE: Final = 4 * 3_600.0  # seconds to collect it
-_NEW: Final = ("--extra-experimental-features", "nix-command")
+NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
 _OUTPUT: Final = re.compile(r'Derive\(\[\("out","(/nix/store/[^"/]+)","[^"]*","[^"]*"\)\],')
@@ -525,12 +524,12 @@ async def make_room(free: int) -> int:
 
 async def new_key(name: str) -> str:
     """A new secret key for `sign`, in nix's form `NAME:BASE64`. Raises `CommandFailed`."""
-    return (await process.run(["nix", *_NEW, "key", "generate-secret", "--key-name", name], timeout=60)).stdout
+    return (await process.run(["nix", *NEW, "key", "generate-secret", "--key-name", name], timeout=60)).stdout
 
 
 async def public_key(secret: str) -> str:
     """The public half of a secret key, as `nix.settings.trusted-public-keys` has it. Raises `CommandFailed`."""
-    done = await process.run(["nix", *_NEW, "key", "convert-secret-to-public"], stdin=secret.encode(), timeout=60)
+    done = await process.run(["nix", *NEW, "key", "convert-secret-to-public"], stdin=secret.encode(), timeout=60)
     return done.stdout.strip()
 
 
@@ -546,33 +545,9 @@ async def sign(path: str, key: Path, folder: Path) -> None:
         paths = await closure(path)
         known = await process.run(["nix-store", "--dump-db", *paths], env=env, timeout=300, keep=_LARGEST_DUMP)
         await process.run(["nix-store", "--load-db"], env=own, stdin=known.stdout.encode(), timeout=300)
-        await process.run(["nix", *_NEW, "store", "sign", "--recursive", "--key-file", key, path], env=own, timeout=300)
+        await process.run(["nix", *NEW, "store", "sign", "--recursive", "--key-file", key, path], env=own, timeout=300)
     except process.CommandFailed as error:
         raise CopyFailed(f"could not sign {path}: {error.message}", hint="see nix.signing_key in toto.toml") from None
-
-
-async def copy_to_cache(path: str, cache: Path, key: Path, *, timeout: float, target: str) -> None:
-    """Copy a closure to a binary cache in a folder, signed with a secret key file. What is there already stays.
-
-    Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
-    """
-    with tempfile.TemporaryDirectory(prefix="toto-cache-") as short:  # (whatever the folder is called)
-        Path(short, "cache").symlink_to(cache)
-        Path(short, "key").symlink_to(key)
-        words = f"compression=zstd&secret-key={short}/key"
-        try:
-            await process.run(
-                ["nix", *_NEW, "copy", "--to", f"file://{short}/cache?{words}", path],
-                env=environment(),
-                timeout=timeout,
-                target=target,
-            )
-        except process.CommandFailed as error:
-            raise CopyFailed(
-                f"the closure could not be offered to the machine:\n{error.tail}",
-                target=target,
-                hint="is there room where toto's state is? see nix.signing_key in toto.toml",
-            ) from None
 
 
 def _with_database(env: dict[str, str], folder: Path) -> dict[str, str]:
@@ -596,7 +571,7 @@ async def copy(
     """
     try:
         await process.run(
-            ["nix", *_NEW, "copy", "--to", f"ssh://{alias}", path],
+            ["nix", *NEW, "copy", "--to", f"ssh://{alias}", path],
             env=(environment() if signed is None else _with_database(environment(), signed))
             | {"NIX_SSHOPTS": f"-F {ssh_config.name}"},  # nix splits it at blanks, which the folder may have
             cwd=ssh_config.parent,

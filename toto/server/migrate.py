@@ -81,7 +81,7 @@ class Migration:
         """Whether something of the old toto is made anew: what runs leave, sockets, locks, what is root's to have."""
         return (
             path.suffix == ".lock"
-            or (path.parent == self.old and path.name in {"nix", "cells", "sandboxes"})
+            or (path.parent == self.old and path.name in {"nix", "cells", "sandboxes", "store"})
             or path.with_suffix("") == self.old / "keys" / builders.KEY
             or (path.parent == self.home and path.name in {"tmp", "ui"})
             or (path.parent.parent == self.old / "repos" and path.name in {"runs", "runs.new"})

@@ -9,8 +9,10 @@ import pytest
 
 from tests.repos import git
 from toto.base import paths, process
-from toto.machine import documents, grants, keys
+from toto.machine import keys
+from toto.nix import cache as caches
 from toto.nix import commands as nix
+from toto.store import grants
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="toto runs its nix daemon here only as root")
 
@@ -38,7 +40,7 @@ async def closure(folder: Path, other: str = "") -> tuple[str, str]:
 
 def served(repo: Path, machine: str) -> set[str]:
     """The names of the store paths that a machine may fetch, by their hashes."""
-    cache = documents.Place.of(repo, machine).told / "cache"
+    cache = grants.of(paths.repo_folder(repo), machine)
     nars = {f"nar/{each.name}" for each in (cache / "nar").iterdir()}
     texts = {each.stem: each.read_text() for each in cache.glob("*.narinfo")}
     named = {line.split()[1] for text in texts.values() for line in text.splitlines() if line.startswith("URL: ")}
@@ -62,10 +64,10 @@ async def test_a_machine_may_fetch_what_it_was_granted_last(repo: Path, tmp_path
     assert served(repo, "web1") == hashes(one, three, shared)
     await grants.grant(repo, "web1", [three], key, timeout=60)
     assert served(repo, "web1") == hashes(three, shared)
-    pool = paths.repo_state(repo) / "cache"
+    pool = grants.granted().parent / "made" / paths.repo_folder(repo)
     name = f"{Path(one).name[:32]}.narinfo"
     assert (pool / name).exists(), "it may be wanted again soon"
-    twin = documents.Place.of(repo, "web1").told / "cache" / f"{Path(shared).name[:32]}.narinfo"
+    twin = grants.of(paths.repo_folder(repo), "web1") / f"{Path(shared).name[:32]}.narinfo"
     assert twin.samefile(pool / twin.name), "compressed and signed once"
 
 
@@ -75,9 +77,9 @@ async def test_what_no_machine_has_had_for_a_day_is_removed(
     key = await keys.make(repo, "cache", "signing")
     (one, _), (two, _) = await closure(tmp_path), await closure(tmp_path)
     await grants.grant(repo, "web1", [one], key, timeout=60)
-    monkeypatch.setattr(grants, "_KEPT", -1.0)
+    monkeypatch.setattr(caches, "KEPT", -1.0)
     await grants.grant(repo, "web1", [two], key, timeout=60)
-    pool = paths.repo_state(repo) / "cache"
+    pool = grants.granted().parent / "made" / paths.repo_folder(repo)
     left = {each.stem for each in pool.glob("*.narinfo")}
     assert left == served(repo, "web1") and len([*(pool / "nar").iterdir()]) == len(left)
     await grants.grant(repo, "web1", [one], key, timeout=60)
@@ -89,7 +91,7 @@ async def test_a_new_key_signs_what_an_old_one_had_signed(repo: Path, tmp_path: 
     await grants.grant(repo, "web1", [one], old, timeout=60)
     new = await keys.make(repo, "new", "signing")
     await grants.grant(repo, "web1", [one], new, timeout=60)
-    cache = documents.Place.of(repo, "web1").told / "cache"
+    cache = grants.of(paths.repo_folder(repo), "web1")
     for each in hashes(one, shared):
         assert "Sig: infra-new:" in (cache / f"{each}.narinfo").read_text()
     machine = {"NIX_REMOTE": f"local?root={tmp_path / 'machine'}", "NIX_CONFIG": "build-users-group ="}
@@ -106,3 +108,17 @@ async def test_what_is_not_in_the_store_is_not_granted(repo: Path) -> None:
     key = await keys.make(repo, "cache", "signing")
     with pytest.raises(process.CommandFailed):
         await grants.grant(repo, "web1", ["/nix/store/00000000000000000000000000000000-gone"], key, timeout=60)
+
+
+async def test_a_retired_machine_may_fetch_nothing(repo: Path, tmp_path: Path) -> None:
+    key = await keys.make(repo, "cache", "signing")
+    one, shared = await closure(tmp_path)
+    for name in ("web1", "web2"):
+        await grants.grant(repo, name, [one], key, timeout=60)
+    changed = (grants.granted() / "changed").read_text()
+    await grants.take_back(repo, "web1")
+    assert not grants.of(paths.repo_folder(repo), "web1").exists()
+    assert served(repo, "web2") == hashes(one, shared)
+    assert changed != (now := (grants.granted() / "changed").read_text())
+    await grants.take_back(repo, "web1")
+    assert (grants.granted() / "changed").read_text() == now, "it was granted nothing"

@@ -1,0 +1,72 @@
+"""What a machine may fetch: a signed binary cache of its own, and nothing of other machines'.
+
+    store/made/REPO/               the binary cache of all that a repo's machines may fetch; it is served to nobody
+    store/granted/REPO/MACHINE/    what one of them may fetch: a binary cache, of hard links
+    store/granted/changed          changes whenever a grant does
+
+There is no other record of grants: the web server that machines ask (`toto.api`) serves these folders, and an NFS
+server exports them (`toto.store.exports`).
+"""
+
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from toto.base import files, paths
+from toto.nix import cache
+
+
+def granted() -> Path:
+    """The folder of all that is granted. (Cells' users read it; its parent is toto's.)"""
+    return paths.state_home() / "store" / "granted"
+
+
+def prepare() -> Path:
+    """Make the folder of all that is granted, for a server to read, and return it."""
+    paths.private_folder(granted().parent)
+    granted().mkdir(exist_ok=True)
+    granted().chmod(0o755)
+    return granted()
+
+
+def of(folder: str, machine: str) -> Path:
+    """The binary cache of a machine, which may not be there; `folder` is that of its repo."""
+    return granted() / folder / machine
+
+
+async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *, timeout: float) -> None:
+    """Let a machine fetch these closures, signed by the secret `key`, and nothing else that it could fetch before.
+
+    Its name has been checked. Raises `CopyFailed`, `CommandFailed` for what is not in the store, `CommandTimeout` after
+    `timeout` seconds.
+    """
+    folder = paths.repo_folder(repo)
+    async with _alone(repo):
+        part, made = prepare() / folder / machine, paths.private_folder(granted().parent / "made" / folder)
+        found: dict[str, bytes] = {}
+        for closure in sorted({*closures}):
+            found |= await cache.add(closure, made, key, timeout=timeout, target=machine)
+        part.mkdir(parents=True, exist_ok=True)
+        part.parent.chmod(0o755)
+        cache.link(made, part, found)
+        cache.prune(made)
+        _note_change()
+
+
+async def take_back(repo: Path, machine: str) -> None:
+    """Let a machine fetch nothing any more."""
+    async with _alone(repo):
+        part = of(paths.repo_folder(repo), machine)
+        if part.is_dir():
+            shutil.rmtree(part)
+            _note_change()
+
+
+def _alone(repo: Path) -> AbstractAsyncContextManager[None]:
+    return paths.alone(paths.repo_state(repo) / "store.lock")
+
+
+def _note_change() -> None:
+    files.write(granted() / "changed", secrets.token_hex(8), 0o644)
