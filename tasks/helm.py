@@ -70,7 +70,7 @@ async def compare(order: ReleaseOrder) -> Difference:
     difference = await helm.difference(release, order.tree, before=_before(order), masks=masks)
     for each in difference.unchecked:
         logger.warning("%s: %s", order.label, each)
-    await report.show_difference(order.label, "\n".join([*([said] if said else []), str(difference)]))
+    await report.show_difference(order.repo, order.target, "\n".join([*([said] if said else []), str(difference)]))
     return difference
 
 
@@ -111,7 +111,7 @@ async def try_to_compare(order: ReleaseOrder) -> tuple[Difference | None, str]:
     except ClusterUnreachable as error:
         get_run_logger().warning("%s", error)
         return None, "rendered, and not compared with the cluster: the credentials that only read do not get there"
-    await report.show_difference(order.label, str(difference))
+    await report.show_difference(order.repo, order.target, str(difference))
     return difference, f"{difference.summary} (compared with credentials that only read)"
 
 

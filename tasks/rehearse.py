@@ -72,7 +72,7 @@ async def build_vm(order: HostOrder) -> Path:
 async def show_difference(order: HostOrder) -> str:
     """What changes from the last good to the rehearsed system, as text; also shown as an artifact."""
     text = "nothing in the closure" if order.change.action is Action.VERIFY else str(await host.difference(order))
-    await report.show_difference(order.name, text)
+    await report.show_difference(order.repo, order.target, text)
     return text
 
 
@@ -144,7 +144,7 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
                     )
                     tests[phase], seconds[phase] = result.tests, result.seconds
         finally:
-            await report.show_console(order.name, "\n".join(console))
+            await report.show_console(order.repo, order.target, "\n".join(console))
     return Rehearsal(host=order.name, vm=order.vm, run=order.run, tests=tests, seconds=seconds)
 
 
@@ -175,7 +175,7 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
             hint="see which one hangs in the log, or raise sandbox.phase_timeout in toto.toml",
         ) from None
     if result.results:
-        await report.show_tests(order.name, result)
+        await report.show_tests(order.repo, order.target, result)
         junit = paths.repo_state(order.repo) / "junit"
         junit.mkdir(exist_ok=True)
         (junit / f"{order.name}.{phase}.xml").write_text(result.junit_xml())

@@ -11,9 +11,9 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
-from toto.fleet import builds, results
-from toto.fleet.results import slug as key
+from toto.fleet import artifacts, builds, results
 from toto.git_host.shared import name_of
+from toto.ledger.target import Target
 from toto.plan.alike import alike, all_of, listed
 from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
@@ -49,7 +49,7 @@ async def show_plan(plan: Plan, differences: dict[str, str] | None = None) -> No
         for each in plan.changes.excused:
             get_run_logger().warning("%s", each.message)
     await acreate_markdown_artifact(
-        key=key("plan", plan.repo.name.removesuffix(".git")),
+        key=artifacts.of_repo("plan", name_of(plan.repo)),
         markdown=plan_page(plan.changes, differences or {}),
         description=f"The plan of {plan.commit[:8]}",
     )
@@ -71,44 +71,46 @@ def plan_page(changes: ChangeSet, differences: Mapping[str, str]) -> str:
 
 
 @_best_effort
-async def show_tests(host: str, result: PhaseResult) -> None:
+async def show_tests(repo: Path, target: Target, result: PhaseResult) -> None:
     """Show the tests of one phase as a table."""
     await acreate_table_artifact(
-        key=key(host, result.phase),
+        key=artifacts.of_target(result.phase, name_of(repo), target),
         table=[dict(row) for row in result.rows()],
-        description=f"{host}: {result.phase} tests",
+        description=f"{target.label}: {result.phase} tests",
     )
 
 
 @_best_effort
-async def show_console(host: str, text: str) -> None:
+async def show_console(repo: Path, target: Target, text: str) -> None:
     """Show the end of a sandbox's console."""
     await acreate_markdown_artifact(
-        key=key(host, "console"),
+        key=artifacts.of_target("console", name_of(repo), target),
         markdown=fenced(process.tail(text, 300)),
-        description=f"{host}: console of its sandbox",
+        description=f"{target.label}: console of its sandbox",
     )
 
 
 @_best_effort
-async def show_difference(host: str, text: str) -> None:
+async def show_difference(repo: Path, target: Target, text: str) -> None:
     """Show what changes in a target: a host's closure or a release's manifests."""
     await acreate_markdown_artifact(
-        key=key(host, "difference"), markdown=as_diff(text), description=f"{host}: what changes"
+        key=artifacts.of_target("difference", name_of(repo), target),
+        markdown=as_diff(text),
+        description=f"{target.label}: what changes",
     )
 
 
 @_best_effort
-async def show_terraform_plan(label: str, planned: Planned, *, back: bool = False) -> None:
+async def show_terraform_plan(repo: Path, target: Target, planned: Planned, *, back: bool = False) -> None:
     """Show what a terraform plan would do; with `back` it is the plan of a revert."""
     text = str(planned)
     drift = [line for change in planned.drift for line in change.lines]
     if drift:
         text += "\n\nchanged outside since the last apply:\n" + "\n".join(drift)
     await acreate_markdown_artifact(
-        key=key(label, "back" if back else "plan"),
+        key=artifacts.of_target("back" if back else "plan", name_of(repo), target),
         markdown=as_diff(text),
-        description=f"{label}: {'back: ' if back else ''}{planned.summary}",
+        description=f"{target.label}: {'back: ' if back else ''}{planned.summary}",
     )
 
 
@@ -125,7 +127,7 @@ async def show_report(report: Report) -> None:
             logger.warning("%s was reverted to %s", back.target, back.to)
     logger.log(logging.ERROR if report.failed else logging.INFO, "%s", report.headline())
     await acreate_markdown_artifact(
-        key=key("report", report.repo), markdown=as_markdown(report), description=report.headline()
+        key=artifacts.of_repo("report", report.repo), markdown=as_markdown(report), description=report.headline()
     )
 
 

@@ -85,7 +85,7 @@ async def plan_root(order: RootOrder) -> Planned:
     Raises `TerraformFailed`, and `PlanRefused` when the settings prevent what the plan does.
     """
     planned = await (await _session(order)).plan()
-    await report.show_terraform_plan(order.label, planned)
+    await report.show_terraform_plan(order.repo, order.target, planned)
     _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
     return planned
@@ -149,7 +149,7 @@ async def try_to_plan(order: RootOrder) -> Attempt:
         get_run_logger().warning("%s", error)
         how = "with credentials that only read" if reads else "without credentials, which this run does not get"
         return Attempt(None, f"not planned: it cannot be {how}")
-    await report.show_terraform_plan(order.label, planned)
+    await report.show_terraform_plan(order.repo, order.target, planned)
     if reads:
         _check_place(order, planned)
     tfplan.refuse(planned, order.root.prevent)
@@ -242,7 +242,7 @@ async def revert(reversal: Reversal) -> str:
             await record_reverted(repo, target, good, intent.desired, run, why)
             return "as it was: nothing had been applied, according to its state"
         planned = await plan_back(session, way)
-        await report.show_terraform_plan(target.label, planned, back=True)
+        await report.show_terraform_plan(repo, target, planned, back=True)
         await _check_back(reversal, session, before, way, planned)
     except StateLocked:
         raise

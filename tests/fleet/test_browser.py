@@ -50,9 +50,9 @@ async def furnished(world: World) -> None:
     )
     rows = [{"script": "web.sh", "result": "ok", "tests": "3"}, {"script": "ssh.sh", "result": "ok", "tests": "1"}]
     for key, kind, data in (
-        ("web1-difference", "markdown", "```diff\n~ nginx 1.26 -> 1.27\n+ curl 8\nclosure +1,024 bytes\n```"),
-        ("web1-console", "markdown", f"```text\n{'[  OK  ] Started a unit.' * 40}\n```"),
-        ("web1-no-internet", "table", json.dumps(rows)),
+        ("difference-infra--host--web1", "markdown", "```diff\n~ nginx 1.26 -> 1.27\n+ curl 8\n```"),
+        ("console-infra--host--web1", "markdown", f"```text\n{'[  OK  ] Started a unit.' * 40}\n```"),
+        ("no-internet-infra--host--web1", "table", json.dumps(rows)),
     ):
         await world.api.call("POST", "/artifacts/", {"key": key, "type": kind, "data": data})
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]
 
 
 async def test_a_stranger_gets_nothing(world: World) -> None:
-    pages = ("/fleet", "/fleet/", "/fleet/infra/host/web1", "/fleet/events", "/fleet/static/style.css", "/fleet/x")
+    pages = ("/fleet", "/fleet/", "/fleet/infra/host/web1", "/fleet/events", "/fleet/-/static/style.css", "/fleet/x")
     async with httpx.AsyncClient(base_url=world.url, follow_redirects=True) as client:
         for page in pages:
             for auth in (None, ("toto", "wrong"), ("", "")):
@@ -106,9 +106,10 @@ async def test_one_target_has_its_history_tests_and_console(world: World) -> Non
     table = [{"script": "web.sh", "result": "ok", "test": HOSTILE}]
     console = "line\n" * 300 + HOSTILE
     shown = {
-        "web1-difference": ("markdown", "```diff\n+ nginx 1.27\n- nginx 1.26\n```"),
-        "web1-console": ("markdown", f"```text\n{console}\n```"),
-        "web1-no-internet": ("table", json.dumps(table)),
+        "difference-infra--host--web1": ("markdown", "```diff\n+ nginx 1.27\n- nginx 1.26\n```"),
+        "console-infra--host--web1": ("markdown", f"```text\n{console}\n```"),
+        "no-internet-infra--host--web1": ("table", json.dumps(table)),
+        "console-other--host--web1": ("markdown", "```text\nof a different repo's web1\n```"),
     }
     for key, (kind, data) in shown.items():
         await world.api.call("POST", "/artifacts/", {"key": key, "type": kind, "data": data})
@@ -120,6 +121,7 @@ async def test_one_target_has_its_history_tests_and_console(world: World) -> Non
         assert (await client.get("/fleet/infra/..%2f..%2fhost/web1")).status_code == 404
     assert [each["what"] for each in found["history"]] == ["good", "begun"]
     assert found["tests"] == {"no-internet": table} and found["difference"] == "+ nginx 1.27\n- nginx 1.26"
+    assert found["console"] == console and "of a different" not in page
     assert '<span class="added">+ nginx 1.27</span>' in page and "Console of its last rehearsal" in page
     assert "https://grafana.example.org" in page
 

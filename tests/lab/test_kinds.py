@@ -278,7 +278,7 @@ async def test_a_new_root_is_planned_before_anything_is_touched_and_applied_afte
     assert run.state == "COMPLETED", world.logs(run.id)
     assert "gate, web1, terraform/dns deployed" in run.message
     assert world.value() == "one"
-    assert "+ terraform_data.record" in world.artifacts(run.id)["terraform-dns-plan"]
+    assert "+ terraform_data.record" in world.artifacts(run.id)["plan-infra--terraform--dns"]
     history = world.git_log()
     assert history.index("terraform/dns: intent to deploy") > history.index("web1: good at")
     assert await world.drawn(run.id) == GREEN

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toto.base import paths
-from toto.fleet import results
+from toto.fleet import artifacts
 
 BUILT: Final = "built"
 FAILED: Final = "does not build"
@@ -28,7 +28,7 @@ def root(repo: Path, commit: str, host: str) -> Path:
 
 def key(repo: str) -> str:
     """The key of the artifacts with the builds of a repo."""
-    return results.slug("builds", repo)
+    return artifacts.of_repo("builds", repo)
 
 
 def row(host: str, result: str, *, why: str = "", path: str = "", size: int = 0) -> dict[str, str]:

@@ -31,7 +31,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toto.base.errors import TotoError
-from toto.fleet.results import slug
+from toto.fleet import artifacts
 from toto.fleet.state import Fleet, Line
 from toto.ledger.target import HOST, Target
 from toto.nix import commands as nix
@@ -65,7 +65,7 @@ def create_page(fleet: Fleet, *, auth: str | None, grafana: str = "") -> Starlet
         routes=[
             Route("/", page.fleet),
             Route("/events", page.events),
-            Mount("/static", StaticFiles(packages=[("toto.fleet", "static")])),
+            Mount("/-/static", StaticFiles(packages=[("toto.fleet", "static")])),
             Route("/{repo}/builds", page.builds),
             Route("/{repo}/{kind}/{name}", page.target),
         ]
@@ -144,7 +144,7 @@ class _Page:
         if repo is None or line is None:
             return PlainTextResponse("there is no such target\n", 404)
         events, shown, closure = await asyncio.gather(
-            self.state.events(repo, target), self._shown(target), self._closure(line)
+            self.state.events(repo, target), self._shown(words["repo"], target), self._closure(line)
         )
         if _wants_json(request):
             history = [{**vars(each), "at": each.at.isoformat(), "target": str(each.target)} for each in events]
@@ -185,9 +185,9 @@ class _Page:
         finally:
             self.listeners -= 1
 
-    async def _shown(self, target: Target) -> dict[str, Any]:
+    async def _shown(self, repo: str, target: Target) -> dict[str, Any]:
         """What the last runs showed of a target: what changed in it, its tests by phase, its console."""
-        keys = {each: slug(target.label, each) for each in ("difference", "console", *_PHASES)}
+        keys = {each: artifacts.of_target(each, repo, target) for each in ("difference", "console", *_PHASES)}
         try:
             found = await self.state.shown(list(keys.values()))
         except TotoError:

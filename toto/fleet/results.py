@@ -1,23 +1,19 @@
 """The results of runs, as a run keeps them for the page of the fleet: in a table artifact, a row a target."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+from toto.fleet import artifacts
 
 OTHERS: Final = "all others"  # the last row of a run that found all its other targets as its commit wants them
 AS_WANTED: Final = "as wanted"
 
 
-def slug(*words: str) -> str:
-    """An artifact's key from words. (Prefect accepts lower-case letters, digits and dashes.)"""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
-
-
 def key(repo: str) -> str:
     """The key of the artifacts of a repo's runs."""
-    return slug("targets", repo)
+    return artifacts.of_repo("targets", repo)
 
 
 @dataclass(frozen=True)
