@@ -20,15 +20,18 @@ import textwrap
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from flying_monkey.signature import fingerprint
+from toto import doctor
 from toto.api import certificate
 from toto.base import paths, process, runs, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import ServerError, saved_auth
+from toto.doctor import findings
 from toto.git_host import access, follow, receive, shared
 from toto.git_host import host as git_host
 from toto.git_host import shell as git_shell
@@ -163,6 +166,15 @@ def _parser() -> _Parser:
     secret.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
     secret.set_defaults(run=_password)
 
+    looking = verbs.add_parser(
+        "doctor",
+        parents=[_where()],
+        help="tell what toto lacks on this machine, and what mends it; status 1 when it does not work without",
+    )
+    looking.add_argument("--home", type=Path, default=paths.state_home() / "server", help="(%(default)s)")
+    looking.add_argument("--json", action="store_true", help="print the findings as JSON")
+    looking.set_defaults(run=_doctor)
+
     for verb, help in (
         ("approve", "let a run go on that asks for an approval"),
         ("reject", "refuse what a run asks for"),
@@ -206,6 +218,13 @@ def _parser() -> _Parser:
     _database_verbs(verbs.add_parser("database", help="move Prefect's database to PostgreSQL, or to a newer one"))
     _repo_verbs(verbs.add_parser("repo", help="the git host: repositories, what they accept, who may use them"))
     return parser
+
+
+async def _doctor(arguments: argparse.Namespace) -> int:
+    place = findings.Toto(paths.state_home(), arguments.home.absolute(), arguments.repos.absolute())
+    found = await findings.examine(place, doctor.CHECKS)
+    print(json.dumps([asdict(each) for each in found], indent=1) if arguments.json else findings.text(found))
+    return int(any(each.status == "missing" for each in found))
 
 
 async def _password(arguments: argparse.Namespace) -> int:

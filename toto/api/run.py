@@ -19,7 +19,7 @@ import uvicorn
 import flying_monkey
 import toto
 from toto.api import certificate
-from toto.base import process
+from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.cell import folders
 from toto.cell.cell import STORE, Cell, python
@@ -69,11 +69,26 @@ async def running_api(
                         f"{process.tail(log_file.read_text(errors='replace'))}",
                         hint=f"see {log_file}",
                     )
+                files.write(_listens(), f"{host} {port}\n")
                 yield running
+                _listens().unlink(missing_ok=True)
     finally:
         os.close(ready)
         if told >= 0:
             os.close(told)
+
+
+def listens() -> tuple[str, int] | None:
+    """Address and port of the web server that machines ask; None when none has been started, or it has been stopped."""
+    try:
+        host, port = _listens().read_text().split()
+    except FileNotFoundError:
+        return None
+    return host, int(port)
+
+
+def _listens() -> Path:
+    return paths.state_home() / "api" / "listens"
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -51,6 +51,11 @@ async def of_machines(repo: Path) -> Path:
     return await _made(key, f"toto {shared.name_of(repo)}")
 
 
+def there(repo: Path, name: str) -> bool:
+    """Whether an infra repo has a key of this name."""
+    return (paths.repo_state_of(repo) / "keys" / name).is_file()
+
+
 def old_key() -> Path:
     """The one key that version 0.1.0 had for all machines."""
     return paths.state_home() / "keys" / MACHINES

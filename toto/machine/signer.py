@@ -260,6 +260,17 @@ async def ask(asked: Request) -> bytes:
     return str(answer["envelope"]).encode()
 
 
+async def answers() -> bool:
+    """Whether the signer is there."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            with _short(socket()) as place:
+                _, writer = await asyncio.open_unix_connection(place)
+            writer.close()
+            return True
+    return False
+
+
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[None]:
     """Answer requests to the end of the block."""

@@ -36,6 +36,12 @@ async def current() -> Path:
     return await _made(_folder() / "key")
 
 
+def there() -> Path | None:
+    """The file of the key that signs, if there is one."""
+    file = paths.state_home() / "signer" / "key"
+    return file if file.exists() else None
+
+
 async def make_next() -> Path:
     """The file of the key that will sign; it is made when there is none."""
     if of_next() is None:  # what a switch that was killed has left is of a different key

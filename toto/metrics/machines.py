@@ -21,7 +21,7 @@ def targets(repos: Iterable[Path]) -> list[dict[str, Any]]:
     """The machines of these infra repos, in the form of Prometheus. Raises `TotoError` when a manifest has mistakes."""
     found = []
     for repo in repos:
-        for machine in _manifest(repo).machines.values():
+        for machine in manifest_of(repo).machines.values():
             labels = {
                 "repo": name_of(repo),
                 "machine": machine.name,
@@ -37,8 +37,11 @@ def targets(repos: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _manifest(repo: Path) -> manifest.Manifest:
-    """The manifest at the tip of the deployed branch; no machines when there is none yet."""
+def manifest_of(repo: Path) -> manifest.Manifest:
+    """The manifest at the tip of the deployed branch; no machines when there is none yet.
+
+    Raises `ManifestError` for mistakes in it.
+    """
     with git.open_repo(repo) as opened:
         try:
             blob = opened.commit("HEAD").tree / manifest.FILE

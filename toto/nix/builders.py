@@ -9,7 +9,6 @@ that is lost while it builds nix says only that the build failed; `Heard` tells 
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -18,6 +17,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+from pydantic import TypeAdapter
 
 from toto.base import files, made_once, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 KEY: Final = "builders"  # of toto's keys; on the builders it is as good as root's
 PUBLIC: Final = "builders.pub"  # its public half, beside the daemon's socket
-_LISTED: Final = "builders.list"  # in the daemon's home: their names, addresses and host keys
+_LISTED: Final = "builders.json"  # in the daemon's home: all of them, for a toto that is not root
+_BUILDERS: Final = TypeAdapter(dict[str, Builder])
 _PAUSE: Final = 2.0  # seconds until a change of the settings counts
 _DRV: Final = r"'(/nix/store/[a-z0-9]{32}-([^']+)[.]drv)'"
 _BEGINS: Final = re.compile(rf"building {_DRV} on 'ssh://([^']+)'")
@@ -120,14 +122,20 @@ def obeying(home: Path, fleet: Manifest) -> dict[str, str]:
     That they build nothing for others is what keeps strangers out of their stores.
     """
     found = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (home / _LISTED).read_text().splitlines():
-            builder, address, host_key = line.split(" ", 2)
-            for name, machine in fleet.machines.items():
-                same = address == machine.address or host_key == _key(machine.ssh.host_key or "")
-                if same and machine.by_document:
-                    found[name] = builder
+    for builder, each in listed(home).items():
+        for name, machine in fleet.machines.items():
+            same = each.address == machine.address or _key(each.host_key) == _key(machine.ssh.host_key or "")
+            if same and machine.by_document:
+                found[name] = builder
     return found
+
+
+def listed(home: Path) -> dict[str, Builder]:
+    """The builders of the daemon in `home`, by their names."""
+    try:
+        return _BUILDERS.validate_json((home / _LISTED).read_bytes())
+    except FileNotFoundError:
+        return {}
 
 
 def _key(host_key: str) -> str:
@@ -172,9 +180,7 @@ async def write(folder: Path, builders: Mapping[str, Builder]) -> None:
         folder / "ssh", f'#!/bin/sh\nexec {shlex.join([*leaving, ssh or "ssh", "-F", "ssh_config"])} "$@"\n', 0o700
     )
     files.write(folder / "known_hosts", "".join(f"{name} {_key(each.host_key)}\n" for name, each in builders.items()))
-    # For a toto that is not root.
-    listed = "".join(f"{name} {each.address} {_key(each.host_key)}\n" for name, each in builders.items())
-    files.write(folder.parent / _LISTED, listed, 0o644)
+    files.write_bytes(folder.parent / _LISTED, _BUILDERS.dump_json(dict(builders)), 0o644)
     files.write(folder / "ssh_config", "".join(_of_ssh(name, each) for name, each in builders.items()) + _COMMON)
     files.write(folder / "machines", "".join(_of_nix(name, each) for name, each in builders.items()))
 

@@ -104,14 +104,20 @@ def _logging(home: Path) -> Path:
     return files.write(home / "toto-logging.yml", yaml.safe_dump(settings))
 
 
+def block_key() -> Path | None:
+    """The same file, if there is one."""
+    given = os.environ.get("CREDENTIALS_DIRECTORY")
+    places = [*([Path(given) / "toto-blocks"] if given else []), paths.state_home() / "keys" / "blocks"]
+    return next((each for each in places if each.is_file()), None)
+
+
 def block_key_file() -> Path:
     """The file with the key of the blocks' secrets: systemd's credential `toto-blocks`, else one in toto's state.
 
     That one is made when it is missing. Whoever loses it loses the secrets in the blocks.
     """
-    given = os.environ.get("CREDENTIALS_DIRECTORY")
-    if given and (credential := Path(given) / "toto-blocks").is_file():
-        return credential
+    if (there := block_key()) is not None:
+        return there
     file = paths.private_folder(paths.state_home() / "keys") / "blocks"
     if not file.exists():
         fresh = files.write(file.with_name(f".blocks.{os.getpid()}"), base64.urlsafe_b64encode(os.urandom(32)).decode())
