@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, cells, detect, fleet, latency, machines, noop, parsing
+from bench import boot, cells, cli, detect, fleet, latency, machines, noop, parsing
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -44,6 +44,7 @@ MEASURES: Final[dict[str, Measure]] = {
     "latency": push_to_first_line,
     "boot": boot.measure,
     "cells": cells.measure,
+    "cli": cli.measure,
     "parsing": parsing.measure,
     "machines": machines.measure,
     "fleet": fleet.measure,

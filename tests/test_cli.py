@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.repos import git
+from toto.cli import verbs
 from toto.ledger.ledger import REF
 
 
@@ -58,7 +59,20 @@ def test_a_slip_in_a_verb_is_told(tmp_path: Path) -> None:
     assert said(tmp_path, "statsu") == (2, "toto: there is no 'statsu': did you mean status?\n")
     assert said(tmp_path, "xyzzy") == (2, "toto: there is no 'xyzzy': `toto --help` lists what there is\n")
     status, text = said(tmp_path)
-    assert status == 0 and text.startswith("usage: toto [-h] VERB ...")
+    assert status == 0 and text.startswith("Usage: toto VERB …")
+    assert said(tmp_path, "repo") == said(tmp_path, "repo", "--help")
+    assert said(tmp_path, "repo", "xyzzy")[1] == (
+        "toto repo: there is no 'xyzzy': `toto repo --help` lists what there is\n"
+    )
+    assert said(tmp_path, "approve") == (2, "toto approve: missing argument 'RUN'\n")
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (module, _) in verbs.VERBS.items() if module])
+def test_a_verb_says_of_itself_what_the_list_says(verb: str) -> None:
+    command = verbs.load(verb)
+    assert command.help.partition("\n")[0].rstrip(".").casefold() == verbs.VERBS[verb][1].rstrip(".").casefold()
+    for each in getattr(command, "commands", {}).values():
+        assert each.help, f"{verb} {each.name}"
 
 
 def test_long_lines_are_folded_for_a_terminal(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The command `toto`, one module a group of verbs; `toto.cli.verbs` lists them.
+
+Exit status 0, 1 when a host does not evaluate, 2 for an error of input or tools, 130 for an interrupt.
+"""
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from toto.base.errors import TotoError
+
+
+def main() -> NoReturn:
+    """The console script."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        del os.environ[name]  # they may name a hook's repository and quarantine, and GitPython would use them
+    words = sys.argv[1:]
+    try:
+        try:
+            sys.exit(_run(words))
+        finally:
+            sys.stdout.flush()
+    except TotoError as error:
+        print(f"toto: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `toto log | head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # (Python flushes once more as it ends)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _run(words: list[str]) -> int:
+    # Each imports only what its verb needs: some run for months, and one as root.
+    match words:
+        case ["serve", *rest]:
+            from toto.server import serve  # noqa: PLC0415
+
+            return serve.main(rest)
+        case ["nix-daemon", *rest]:
+            from toto.nix import daemon  # noqa: PLC0415
+
+            return daemon.main(rest)
+    from toto.cli import verbs  # noqa: PLC0415
+
+    return verbs.run(words)

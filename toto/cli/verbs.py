@@ -1,0 +1,167 @@
+"""The verbs of the command `toto`: which there are, what each is for, and in which module it is.
+
+A verb's module is imported when the verb is called, so that `toto --help` and a shell's completion are quick. A new
+verb is a line of `SECTIONS` and a function of its module:
+
+    verbs = Verbs()
+
+    @verbs.verb("plan")
+    async def plan(…) -> int:
+        '''Show what a commit would change, and why; touch nothing.'''
+
+It returns its exit status. The first line of what it says of itself is the line here (a test compares them).
+"""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from importlib import import_module
+from typing import Any, Final, ParamSpec, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Exit, TyperException
+from typer.main import get_group
+
+SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
+    "the fleet": {
+        "plan": ("toto.cli.plan", "show what a commit would change, and why; touch nothing"),
+        "status": ("toto.cli.fleet", "show what the ledger says about every target"),
+        "log": ("toto.cli.fleet", "show the deployment history, newest first"),
+    },
+    "runs": {
+        "wait": ("toto.cli.runs", "print a run's progress until it ends; over ssh: ssh toto wait RUN"),
+        "approve": ("toto.cli.runs", "let a run go on that asks for an approval; over ssh: ssh toto approve RUN"),
+        "reject": ("toto.cli.runs", "refuse what a run asks for; over ssh: ssh toto reject RUN"),
+        "accept": (
+            "toto.cli.runs",
+            "take what is there as good, where a target cannot be put back; over ssh: ssh toto accept TARGET …",
+        ),
+    },
+    "the git host, keys and machines": {
+        "repo": ("toto.cli.repo", "the git host: repositories, what they accept, who may use them"),
+        "key": ("toto.cli.key", "print the public half of a key of a repository's"),
+        "machine": ("toto.cli.machine", "which repository may deploy which machine"),
+    },
+    "the server": {
+        "serve": ("", "run toto: Prefect's server, a worker, the deployments (--help says more)"),
+        "nix-daemon": ("", "run toto's nix daemon, as root, for a `toto serve` that is not (--help)"),
+        "doctor": ("toto.cli.doctor", "tell what toto lacks on this machine, and what mends it"),
+        "password": ("toto.cli.server", "print user and password of UI and API: an administrator's"),
+        "metrics": ("toto.cli.metrics", "what a Prometheus needs to read toto and the fleet's machines"),
+        "backup": ("toto.cli.server", "write all that cannot be made again to a file, also while toto runs"),
+        "restore": ("toto.cli.server", "put a backup in the place of what is there, while toto does not run"),
+        "database": ("toto.cli.database", "move Prefect's database to PostgreSQL, or to a newer one"),
+        "migrate": ("toto.cli.server", "take the state of a toto that ran as root to a user of its own"),
+    },
+}
+VERBS: Final = {verb: line for section in SECTIONS.values() for verb, line in section.items()}
+"""The module (`""` for what `toto.cli` starts itself) and the line of help of each verb."""
+
+
+_P = ParamSpec("_P")
+_Status = TypeVar("_Status", int, Coroutine[Any, Any, int])
+
+
+class Group(TyperGroup):
+    """Says of a wrong word what was meant, and not all that there is."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"`{ctx.command_path} --help` lists what there is"
+            ctx.fail(f"there is no {args[0][:60]!a}: {meant}")
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
+
+
+class _All(Group):
+    """All verbs: only their lines of help, until one is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and load(name), rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for section, verbs in SECTIONS.items():
+            with formatter.section(section.capitalize()):
+                formatter.write_dl([(verb, line) for verb, (_, line) in verbs.items()])
+
+
+class Verbs(typer.Typer):
+    """A group of verbs, whose functions may be async; each returns its exit status."""
+
+    def __init__(self, help: str | None = None) -> None:
+        super().__init__(
+            cls=Group,
+            help=help,
+            add_completion=False,
+            rich_markup_mode=None,
+            subcommand_metavar="VERB …",
+            options_metavar="",
+        )
+
+    def group(self, name: str) -> "Verbs":
+        """Make a verb that has verbs of its own."""
+        made = Verbs(VERBS[name][1])
+        self.add_typer(made, name=name)
+        return made
+
+    def verb(self, name: str) -> Callable[[Callable[_P, _Status]], Callable[_P, _Status]]:
+        """Make a function a verb. It stays what it is for whoever calls it."""
+
+        def add(function: Callable[_P, _Status]) -> Callable[_P, _Status]:
+            @functools.wraps(function)
+            def called(*args: _P.args, **kwargs: _P.kwargs) -> int:
+                done = function(*args, **kwargs)
+                if isinstance(done, int):
+                    return done
+                import asyncio  # noqa: PLC0415  (a fifth of the time that `toto --help` takes)
+
+                return asyncio.run(done)
+
+            self.command(name, options_metavar="[OPTIONS]")(called)
+            return function
+
+        return add
+
+
+def load(verb: str) -> Any:
+    """The command of a verb, from its module."""
+    module, line = VERBS[verb]
+    return get_group(import_module(module).verbs).commands[verb] if module else TyperCommand(verb, help=line)
+
+
+def everything() -> TyperGroup:
+    """The command `toto`."""
+    return _All(
+        name="toto",
+        help="Show what would change, what is deployed and its history; manage the git host.\n\n"
+        "A push, Prefect's UI or `prefect deployment run` starts a run; no verb here deploys anything.",
+        commands={verb: TyperCommand(verb, short_help=line) for verb, (_, line) in VERBS.items()},
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None,
+        subcommand_metavar="VERB …",
+        options_metavar="",
+    )
+
+
+def run(words: list[str]) -> int:
+    """Do what the words of a command line say; the exit status."""
+    toto = everything()
+    if "_TOTO_COMPLETE" in os.environ:
+        toto.main(words, "toto")
+    try:
+        with toto.make_context("toto", words) as context:
+            return int(toto.invoke(context) or 0)
+    except Exit as exit:
+        return exit.exit_code
+    except TyperException as error:
+        where = getattr(error, "ctx", None)
+        message = error.format_message().rstrip(".")
+        print(f"{where.command_path if where else 'toto'}: {message[:1].lower()}{message[1:]}", file=sys.stderr)
+        return 2
