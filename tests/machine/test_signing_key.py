@@ -9,10 +9,15 @@ import pytest
 
 from flying_monkey import signature
 from flying_monkey.signature import NAMESPACE, NotGenuine, fingerprint, opened
+from tests.ledger.test_ledger import deployed
+from tests.metrics.test_fleet import Read
 from tests.repos import InfraRepo
 from tests.test_cli import said
+from toto.ledger.ledger import Entry, Ledger
+from toto.ledger.target import HOST, Target
 from toto.machine import condition, signing_key
 from toto.machine.condition import Condition
+from toto.metrics import fleet as metrics
 from toto.server.deployments import ROOT
 
 MANIFEST = """machines:
@@ -21,6 +26,7 @@ MANIFEST = """machines:
   - { name: db1, address: 192.0.2.3 }
 """
 NOW = datetime.now(UTC)
+_END = "signer_certificate_expiry_timestamp_seconds"
 
 
 def public(key: Path) -> str:
@@ -113,7 +119,17 @@ async def test_after_a_loss_an_offline_key_vouches_for_a_new_one(fleet: Fleet) -
     assert fresh != lost and not fleet.obeys("web1") and f"signs: {fresh}\n" in text
     assert fleet.signer("--certificate", str(fleet.vouch(text)))[0] == 0
     assert fleet.obeys("web1") and fleet.obeys("web2")
+    until = signing_key.vouched_until(fleet.repo, "web1")
+    assert until is not None and 29.9 < (until - NOW.timestamp()) / 86_400 < 30.1
+    end = datetime.fromtimestamp(until, UTC).isoformat(timespec="seconds")
+    assert f"vouched for until {end}" in fleet.signer()[1]
+    await Ledger(fleet.repo).write(Target(HOST, "web1"), lambda _: Entry(good=deployed("/nix/store/x")), "web1: good")
+    status = said(fleet.folder, "status", "--repo", str(fleet.repo))[1]
+    assert f"obeys toto by a certificate, until {end}" in status
+    assert Read(metrics.Fleet(fleet.repo.parent, "")).one(_END, machine="web1") == until
     fleet.list("web1", fresh)
+    assert signing_key.vouched_until(fleet.repo, "web1") is None
+    assert Read(metrics.Fleet(fleet.repo.parent, "")).one(_END) is None
     assert fleet.obeys("web1") and fleet.obeys("web2"), "each by what it lists"
 
 

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
-from tests.ledger.test_ledger import WEB1, intent, note
+from tests.ledger.test_ledger import WEB1, note
 from tests.metrics.fleet import SmallFleet
 from tests.repos import InfraRepo
 from toto.api import certificate
@@ -20,7 +20,7 @@ from toto.infra_repo import branch
 from toto.ledger.ledger import REF, Entry, Ledger
 from toto.machine import documents
 from toto.metrics import token
-from toto.metrics.fleet import BACKED_UP, Fleet, state
+from toto.metrics.fleet import BACKED_UP, Fleet
 from toto.metrics.machines import targets
 
 
@@ -106,16 +106,6 @@ async def test_a_ledger_that_cannot_be_read_hides_no_other(fleet: SmallFleet, tm
     read = Read(Fleet(fleet.repos, ""))
     assert [read.one("ledger_readable", repo=repo) for repo in ("infra", "other")] == [0, 1]
     assert read.one("target_state", state="reverted") == 1 and read.one("target_state", repo="infra") is None
-
-
-def test_who_changes_a_target_is_looked_for() -> None:
-    at_work = intent("run-1")
-    assert state(Entry(intent=at_work, reverted=note())) == "being changed"
-    gone = at_work.model_copy(update={"owner": f"{at_work.owner.rpartition('/')[0]}/1.0"})
-    assert state(Entry(intent=gone)) == "half done"
-    elsewhere = at_work.model_copy(update={"owner": "elsewhere/0/1.0"})
-    assert state(Entry(intent=elsewhere)) == "being changed", "nobody knows here"
-    assert [state(Entry()), state(Entry(rehearsed=at_work.desired))] == ["not deployed", "rehearsed only"]
 
 
 def test_the_certificate_of_the_ui_s_address_is_looked_at_once_an_hour(

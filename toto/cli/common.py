@@ -5,6 +5,7 @@ import difflib
 import shutil
 import sys
 import textwrap
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,6 +19,7 @@ from toto.infra_repo import git
 
 _NARROWEST: Final = 40  # columns of a terminal for which lines are folded
 _MOST: Final = 5  # repositories that an error names
+_LAST: Final = 253_402_300_799.0  # of the year 9999
 _AS_IT_IS: Final[dict[str, Any]] = {
     "replace_whitespace": False,
     "drop_whitespace": True,
@@ -103,3 +105,10 @@ def show(text: str) -> None:
 def say(text: str) -> None:
     """Tell of what is being done, on standard error."""
     print(f"toto: {text}", file=sys.stderr, flush=True)
+
+
+def moment(at: float) -> str:
+    """A time for people, in seconds since 1970."""
+    if at > _LAST:
+        return "the end of time"
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

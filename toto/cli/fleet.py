@@ -1,17 +1,17 @@
 """What is deployed, and its history."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from toto.cli.common import Repo, infra, show
+from toto.cli.common import Repo, infra, moment, show
 from toto.cli.verbs import Verbs
+from toto.fleet.state import described
 from toto.infra_repo import git
 from toto.ledger.ledger import REF, Ledger
 from toto.ledger.target import HOST
-from toto.machine import condition
+from toto.machine import condition, signing_key
 from toto.plan.changes import table
 
 verbs = Verbs()
@@ -22,22 +22,15 @@ def status(repo: Repo = None) -> int:
     """Show what the ledger says about every target."""
     rows, path = [], infra(repo)
     for target, entry in sorted(Ledger(path).read().entries.items()):
-        state = "good" if entry.good else "rehearsed only" if entry.rehearsed else "not deployed"
-        if entry.accepted:
-            state = f"accepted by {entry.accepted.by}: {entry.accepted.why}"
-        if entry.reverted:
-            state = f"reverted {entry.reverted.at}: {entry.reverted.why}"
-        if entry.unreachable:
-            state = f"unreachable since {entry.unreachable.at}"
-        if entry.intent:
-            state = f"being changed by run {entry.intent.run} ({entry.intent.step})"
+        state, why, since, _ = described(entry)
+        said = f"{state}: {why}" if why else state
         last = entry.good or entry.rehearsed
         rows.append(
             {
                 "target": str(target),
                 "commit": last.commit[:8] if last else "",
-                "since": last.at if last else "",
-                "state": "\n".join([state, *(_heard_of(path, target.name) if target.kind == HOST else ())]),
+                "since": since,
+                "state": "\n".join([said, *(_heard_of(path, target.name) if target.kind == HOST else ())]),
             }
         )
     show(table(rows, ("target", "commit", "since", "state")) if rows else "nothing was deployed from here yet")
@@ -49,10 +42,13 @@ def _heard_of(repo: Path, machine: str) -> list[str]:
     known = condition.read(repo, machine)
     if not (at := condition.heard(repo, machine, known)):
         return []
-    said = f"last contact {datetime.fromtimestamp(at, UTC).isoformat(timespec='seconds')}"
+    said = f"last contact {moment(at)}"
     if known is None:
         return [said]
-    return [f"{said}, reboot needed" if known.reboot_needed else said, *(f"drifted: {each}" for each in known.drift)]
+    lines = [f"{said}, reboot needed" if known.reboot_needed else said, *(f"drifted: {each}" for each in known.drift)]
+    if until := signing_key.vouched_until(repo, machine):
+        lines.append(f"obeys toto by a certificate, until {moment(until)}: list the key of `toto machine signer`")
+    return lines
 
 
 @verbs.verb("log")

@@ -11,7 +11,7 @@ from typer import Argument, Option
 from flying_monkey.signature import fingerprint
 from toto.api import certificate
 from toto.base.errors import InputError
-from toto.cli.common import Repos, on_toto, show
+from toto.cli.common import Repos, moment, on_toto, show
 from toto.cli.verbs import Verbs
 from toto.git_host import access, shared
 from toto.git_host import host as git_host
@@ -114,6 +114,9 @@ async def signer(
         return await _use_signer(infra, force=force)
     current, *following = await _signers()
     print(f"signs: {current}")
+    file = signing_key.certificate(await signing_key.current())
+    if file.exists():
+        print(f"       vouched for until {moment(signing_key.valid_until(file))}, where a machine does not list it")
     for each in following:
         print(f"next:  {each}")
     names = {fingerprint(each): word for each, word in ((current, "signs"), *((each, "next") for each in following))}

@@ -24,7 +24,7 @@ from toto.git_host.host import infra_repos
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
 from toto.ledger import history
-from toto.ledger.ledger import Entry, Ledger, Snapshot
+from toto.ledger.ledger import Entry, Ledger, Snapshot, owner_lives
 from toto.ledger.target import HOST, Target
 from toto.machine import condition, owners
 from toto.machine.condition import Condition
@@ -262,10 +262,16 @@ def _line(repo: str, commits: Mapping[str, Commit], target: Target, entry: Entry
 
 
 def described(entry: Entry) -> tuple[str, str, str, Mood]:
-    """The state of a target by its entry: in a word, why, since when (UTC), and how that is for a person."""
+    """The state of a target by its entry: in a word, why, since when (UTC), and how that is for a person.
+
+    `half done`: the process that was changing it is gone.
+    """
     said: tuple[str, str, str, Mood] = ("not deployed", "", "", "none")
     if entry.intent:
-        said = "being changed", f"run {entry.intent.run}: {entry.intent.step}", entry.intent.at, "busy"
+        at_it = f"run {entry.intent.run}: {entry.intent.step}"
+        said = "being changed", at_it, entry.intent.at, "busy"
+        if owner_lives(entry.intent.owner) is False:
+            said = "half done", at_it, entry.intent.at, "bad"
     elif entry.unreachable:
         said = "unreachable", entry.unreachable.why, entry.unreachable.at, "warn"
     elif entry.reverted:

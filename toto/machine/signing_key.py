@@ -10,11 +10,15 @@ administrator's key that is kept offline, vouches for a new key of toto's, for s
 """
 
 import fcntl
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import SSHCertificate, load_ssh_public_identity
 
 from flying_monkey.signature import fingerprint, seal
 from toto.base import files, paths, process
@@ -25,6 +29,7 @@ from toto.machine import condition, keys
 
 _PATIENCE: Final = 60.0  # seconds for ssh-keygen
 _NAMED: Final = 10  # machines in a message
+_FOR_EVER: Final = 2**63  # seconds
 _CERTIFICATE: Final = re.compile(  # as `ssh-keygen -L` shows one
     r"Public key: \S+ (?P<key>\S+)\n\s*Signing CA: \S+ (?P<by>\S+).*?Principals: *\n(?P<repos>.*?)Critical Options:",
     re.DOTALL,
@@ -76,6 +81,29 @@ def _lists(repo: Path, machine: str, key: Path) -> bool:
     return fingerprint(_pub(key).read_text()) in known.signers
 
 
+def vouched_until(repo: Path, machine: str) -> float | None:
+    """Until when a machine obeys toto by the certificate of the key that signs alone, in seconds since 1970.
+
+    None for one that lists that key, that has not said what it lists, or for which there is no certificate.
+    """
+    key = _folder() / "key"
+    known = condition.read(repo, machine)
+    if known is None or known.signers is None or not certificate(key).exists() or _lists(repo, machine, key):
+        return None
+    return valid_until(certificate(key))
+
+
+def valid_until(file: Path) -> float:
+    """Until when a certificate is valid, in seconds since 1970. Raises `InputError` for what cannot be read."""
+    try:
+        found = load_ssh_public_identity(file.read_bytes())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise InputError(f"cannot be read: {error}", target=str(file)) from None
+    if not isinstance(found, SSHCertificate):
+        raise InputError("is no certificate of an ssh key", target=str(file))
+    return found.valid_before if found.valid_before < _FOR_EVER else math.inf
+
+
 async def use_next() -> Path:
     """Sign by the next key from now on. The present one is kept as `old`, and its file returned."""
     key, fresh = await current(), await make_next()
@@ -115,6 +143,7 @@ async def take_certificate(file: Path, repos: Iterable[Path]) -> Path:
     key, found = of_next() or await current(), await read_certificate(file)
     if found.key != fingerprint(await keys.public_half(key)):
         raise InputError(f"is not for toto's key {fingerprint(await keys.public_half(key))}", target=str(file))
+    valid_until(file)
     if missing := [name_of(each) for each in repos if name_of(each) not in found.repos]:
         raise InputError(f"is not for {', '.join(missing)}", target=str(file), hint="sign it with -n and all of them")
     with files.lock(_folder() / "lock") as lock:

@@ -19,13 +19,13 @@ from prometheus_client.core import GaugeMetricFamily
 from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.signature import NotGenuine, unsealed
 from toto.base import paths
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
 from toto.fleet.state import described
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
-from toto.ledger.ledger import Entry, Ledger, Snapshot, owner_lives
+from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
-from toto.machine import condition, documents, owners
+from toto.machine import condition, documents, owners, signing_key
 from toto.nix.memory import MB, Remembered
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _FIGURES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "agent_reboot_needed": ("1 when a machine says that a different kernel is booted next", _MACHINE),
     "agent_drift": ("1 when a machine says that it differs from what it was last told to be", _MACHINE),
     "document_expiry_timestamp_seconds": ("until when a machine obeys its document", _MACHINE),
+    "signer_certificate_expiry_timestamp_seconds": ("until when a machine obeys by a certificate alone", _MACHINE),
     "backup_timestamp_seconds": ("when toto was backed up last; 0 for never", ()),
     "certificate_expiry_timestamp_seconds": ("until when the certificate of the UI's address is valid", ("name",)),
 }
@@ -97,7 +98,7 @@ class Fleet:
 
     def _target(self, repo: str, target: Target, entry: Entry) -> None:
         labels = (repo, target.kind, target.name)
-        self._add("target_state", 1, *labels, state(entry))
+        self._add("target_state", 1, *labels, described(entry)[0])
         if entry.good is not None:
             self._add("target_info", 1, *labels, entry.good.commit[:8])
             self._add("target_good_timestamp_seconds", _seconds(entry.good.at), *labels)
@@ -113,6 +114,9 @@ class Fleet:
         if (said := condition.read(repo, place.machine, owned)) is not None:
             self._add("agent_reboot_needed", float(said.reboot_needed), *labels)
             self._add("agent_drift", float(bool(said.drift)), *labels)
+        with contextlib.suppress(InputError):
+            if until := signing_key.vouched_until(repo, place.machine):
+                self._add("signer_certificate_expiry_timestamp_seconds", until, *labels)
         with contextlib.suppress(NotGenuine, BadDocument):
             if envelope := documents.published(place):
                 expires = Desired.read(unsealed(envelope)[0]).expires
@@ -128,13 +132,6 @@ class Fleet:
                 until = found.not_valid_after_utc.timestamp()
             self._certificate = (time.monotonic(), until)
         return until
-
-
-def state(entry: Entry) -> str:
-    """How a target is, in a word. `half done`: the process that was changing it is gone."""
-    if entry.intent is not None and owner_lives(entry.intent.owner) is False:
-        return "half done"
-    return described(entry)[0]
 
 
 def _seconds(at: str) -> float:
