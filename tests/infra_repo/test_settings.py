@@ -66,6 +66,12 @@ FLAKES = ("../x", "/etc", "a b?x", "nixos/..", "-")
             "[terraform.roots.a]\nbackend_config = ['k=v v', 'a/b.hcl', '/etc/x']",
             "toto.toml:2: terraform.roots.a.backend_config.2: should be a path in the repo, without '..', not '/etc/x'",
         ),
+        ("[roll_out]\ncompliance = 'yes'", "toto.toml:2: roll_out.compliance: should be 'none' or 'gate', not 'yes'"),
+        (
+            "[compliance.checks.ssh]\ncontrol = ['a']",
+            "toto.toml:2: compliance.checks.ssh.control: is not a known field; did you mean 'controls'?",
+        ),
+        ("[compliance]\ntags = 'web'", "toto.toml:2: compliance.tags: should be a list, not 'web'"),
         ("nix = 5", "toto.toml:1: nix: should be a mapping of fields, not 5"),
         ("[roll_out]\npolicy = 'some'", "toto.toml:2: roll_out.policy: should be 'all' or 'partial', not 'some'"),
         (
@@ -104,7 +110,8 @@ FLAKES = ("../x", "/etc", "a b?x", "nixos/..", "-")
         ("#" * ((1 << 20) + 1), "toto.toml: is larger than 1 MiB"),
         (
             "'a\\nb' = 1\n",
-            "toto.toml:1: 'a\\\\nb': is not a known field; known are tree, nix, sandbox, roll_out, terraform, venues",
+            "toto.toml:1: 'a\\\\nb': is not a known field; known are tree, nix, sandbox, roll_out, compliance, "
+            "terraform, venues",
         ),
     ],
 )

@@ -163,6 +163,28 @@ class RollOut(Model):
     """`true` or a reason: nothing is rolled out, everything is rehearsed"""
     window: OpenIn | None = None
     """when anything may be rolled out, like `Sat-Sun 22:00-06:00`; when left out, always"""
+    compliance: Literal["none", "gate"] = "none"
+    """`gate`: a control of impact 0.7 or more that fails, in the sandbox or after the switch, fails the roll-out"""
+
+
+class ComplianceCheck(Model):
+    """An InSpec profile or a module of pytest-testinfra."""
+
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """only machines with one of these tags are checked by it; when left out, all"""
+    controls: Annotated[tuple[Word, ...], Distinct] = ()
+    """the ids of the controls that are run, for a module the names of its tests; when left out, all"""
+
+
+class Compliance(Model):
+    """The checks in `inspec/` and `compliance/`."""
+
+    tags: Annotated[tuple[Word, ...], Distinct] = ()
+    """machines with one of these tags are checked; when left out, all"""
+    timeout: Seconds = 600
+    """seconds that a profile, or all modules together, may take on one machine"""
+    checks: dict[Name, ComplianceCheck] = Field(default_factory=dict)
+    """the profiles and modules by name that are for some machines, or of which some controls are run"""
 
 
 Prevent = Annotated[tuple[Literal["destroy", "replace"], ...], Distinct]
@@ -234,6 +256,7 @@ class Settings(Model):
     nix: Nix = Nix()
     sandbox: Sandbox = Sandbox()
     roll_out: RollOut = RollOut()
+    compliance: Compliance = Compliance()
     terraform: Terraform = Terraform()
     venues: Venues = Venues()
 

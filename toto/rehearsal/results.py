@@ -1,18 +1,15 @@
 """The results of test scripts: of each script, of a phase, and as JUnit XML."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 from xml.etree import ElementTree
 
 from pydantic import BaseModel, ConfigDict
 
 from toto.base.process import shorten
+from toto.base.xml_text import xml_text
 from toto.rehearsal import tap
 from toto.rehearsal.suite import Phase, Script
-
-_XML_ILLEGAL: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Rehearsal(BaseModel):
@@ -126,21 +123,21 @@ def junit_xml(phases: Iterable[PhaseResult]) -> str:
 
 
 def _junit_suite(name: str, result: ScriptResult) -> ElementTree.Element:
-    suite = ElementTree.Element("testsuite", name=_xml(name), time=f"{result.seconds:.3f}")
+    suite = ElementTree.Element("testsuite", name=xml_text(name), time=f"{result.seconds:.3f}")
     for test in result.report.tests:
         title = f"{test.number} {test.description}".strip()
-        case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name=_xml(title))
+        case = ElementTree.SubElement(suite, "testcase", classname=xml_text(name), name=xml_text(title))
         if test.failed:
-            failure = ElementTree.SubElement(case, "failure", message=_xml(str(test)))
-            failure.text = _xml("\n".join((*test.diagnostics, *test.yaml.splitlines())))
+            failure = ElementTree.SubElement(case, "failure", message=xml_text(str(test)))
+            failure.text = xml_text("\n".join((*test.diagnostics, *test.yaml.splitlines())))
         elif test.directive == "skip" or not test.ok:
-            ElementTree.SubElement(case, "skipped", message=_xml(f"{test.directive} {test.reason}".strip()))
+            ElementTree.SubElement(case, "skipped", message=xml_text(f"{test.directive} {test.reason}".strip()))
     skipped = result.report.skipped_all
     broken = not result.passed and (bool(result.problem) or not result.report.failed or bool(result.report.problems))
     if broken or skipped is not None:
-        case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name="the script itself")
+        case = ElementTree.SubElement(suite, "testcase", classname=xml_text(name), name="the script itself")
         ElementTree.SubElement(
-            case, "error" if broken else "skipped", message=_xml(result.reason if broken else skipped or "")
+            case, "error" if broken else "skipped", message=xml_text(result.reason if broken else skipped or "")
         )
     for attribute, tag in (
         ("tests", "testcase"),
@@ -149,9 +146,5 @@ def _junit_suite(name: str, result: ScriptResult) -> ElementTree.Element:
         ("skipped", "*/skipped"),
     ):
         suite.set(attribute, str(len(suite.findall(tag))))
-    ElementTree.SubElement(suite, "system-out").text = _xml(result.output)
+    ElementTree.SubElement(suite, "system-out").text = xml_text(result.output)
     return suite
-
-
-def _xml(text: str) -> str:
-    return _XML_ILLEGAL.sub("�", text)
