@@ -39,7 +39,8 @@ async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
     vm = await build_vm(order)
     difference = await show_difference(order, wait_for=[system])
     found = await in_sandbox(order, vm)
-    return Verdict.passed(order, found, summary=str(found), difference=difference, cached=found.run != order.run)
+    summary = "; ".join(filter(None, (str(found), *dict.fromkeys((system.who, vm.who)))))
+    return Verdict.passed(order, found, summary=summary, difference=difference, cached=found.run != order.run)
 
 
 @flow(name="roll out host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)

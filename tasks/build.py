@@ -13,6 +13,7 @@ from tasks import sink
 from toto.base.errors import TotoError
 from toto.fleet import builds
 from toto.nix import commands as nix
+from toto.nix.builders import Heard
 from toto.plan.changes import Desired, Failure
 
 _AT_WORK: Final = 3_600.0  # seconds for which a different run may still build into a commit's folder
@@ -21,15 +22,14 @@ _AT_WORK: Final = 3_600.0  # seconds for which a different run may still build i
 @task(name="build", task_run_name="build", cache_policy=NO_CACHE)
 async def build_host(repo: Path, commit: str, host: Desired, timeout: float) -> dict[str, str]:
     """Build a host's system; the row for it, which says why when it does not build."""
-    name = host.target.name
+    name, heard = host.target.name, Heard(sink())
     try:
-        path = await nix.build(
-            host.identity, builds.root(repo, commit, name), timeout=timeout, target=name, on_line=sink()
-        )
+        root = builds.root(repo, commit, name)
+        path = await nix.build(host.identity, root, timeout=timeout, target=name, heard=heard)
         size = await nix.closure_size(path)
     except TotoError as error:
-        return builds.row(name, builds.FAILED, why=str(error).partition("\n")[0])
-    return builds.row(name, builds.BUILT, path=path, size=size)
+        return builds.row(name, builds.FAILED, why=str(error).partition("\n")[0].removesuffix(":"))
+    return builds.row(name, builds.BUILT, why=heard.who, path=path, size=size)
 
 
 def failed(failure: Failure) -> dict[str, str]:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from toto.base import paths
 from toto.base.errors import TotoError
 from toto.machine import keys
 from toto.nix import commands as nix
+from toto.nix.builders import Heard
 from toto.plan import host
 from toto.plan.changes import Action
 from toto.plan.host import HostOrder
@@ -30,6 +32,14 @@ from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.run import run_phase
 from toto.rehearsal.sandbox import sandbox
 from toto.rehearsal.suite import Phase
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was built, and who built it, in words; "" when it was there already."""
+
+    path: Path
+    who: str
 
 
 class TestsFailed(TotoError):
@@ -50,9 +60,10 @@ async def _may_pass_next_time(_task: Task[..., Any], _run: TaskRun, state: State
     retry_delay_seconds=[5, 30],
     retry_condition_fn=_may_pass_next_time,
 )
-async def build_system(order: HostOrder) -> Path:
+async def build_system(order: HostOrder) -> Built:
     """Build the toplevel; a GC root keeps it until the run ends. Raises `BuildFailed`."""
-    return await host.build_toplevel(order, on_line=sink())
+    heard = Heard(sink())
+    return Built(await host.build_toplevel(order, heard), heard.who)
 
 
 @task(
@@ -63,9 +74,10 @@ async def build_system(order: HostOrder) -> Path:
     retry_delay_seconds=[5, 30],
     retry_condition_fn=_may_pass_next_time,
 )
-async def build_vm(order: HostOrder) -> Path:
+async def build_vm(order: HostOrder) -> Built:
     """Build the VM; a GC root keeps it until the run ends. Raises `BuildFailed`."""
-    return await host.build_vm(order, on_line=sink())
+    heard = Heard(sink())
+    return Built(await host.build_vm(order, heard), heard.who)
 
 
 @task(name="what changes", task_run_name="what changes", cache_policy=NO_CACHE)
@@ -98,7 +110,7 @@ def verdict_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     retry_delay_seconds=5,
     retry_condition_fn=_may_pass_next_time,
 )
-async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
+async def in_sandbox(order: HostOrder, vm: Built) -> Rehearsal:
     """Boot the VM and run both phases in it. Only a pass is cached; a failure, cancel or timeout is an exception.
 
     Raises `TestsFailed`, `BootTimeout` and the sandbox's other errors.
@@ -117,7 +129,7 @@ async def in_sandbox(order: HostOrder, vm: Path) -> Rehearsal:
         began = time.monotonic()
         try:
             async with sandbox(
-                vm,
+                vm.path,
                 host=order.name,
                 state=order.scratch / "sandboxes",
                 key=await keys.private("sandbox"),

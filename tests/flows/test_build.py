@@ -1,6 +1,7 @@
 """Builds of a commit, with real nix and a Prefect server; what was built is kept, and what was not is told."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ async def test_a_commit_is_built_and_kept_and_each_host_says_how_it_went(
     monkeypatch.setenv("NIX_PATH", f"nixpkgs={tmp_path / 'nixpkgs'}")
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     repo = InfraRepo(tmp_path / "repo")
-    word = tmp_path.name  # (of this session alone)
+    word = f"{tmp_path.name}-{time.time_ns()}"  # (of this session alone)
     hosts = {"a": f'"{word}"', "b": '"broken"', "c": "nothing"}
     first = repo.commit(
         {"machines.yaml": MACHINES, **{f"hosts/{name}.nix": f"{{ said = {said}; }}" for name, said in hosts.items()}}
@@ -48,7 +49,7 @@ async def test_a_commit_is_built_and_kept_and_each_host_says_how_it_went(
     fleet = Fleet(repo.bare.parent, prefect_server.api)
     (seen,) = [each for each in await fleet.builds("infra") if each.commit == first]
     a, b, c = (seen.rows[name] for name in "abc")
-    assert a["result"] == builds.BUILT and int(a["bytes"]) > 0
+    assert a["result"] == builds.BUILT and int(a["bytes"]) > 0 and re.fullmatch(r"built by toto [1-9][0-9]*", a["why"])
     assert (b["result"], c["result"]) == (builds.FAILED, builds.NOT_EVALUATED)
     assert "did not build" in b["why"] and "hosts/c.nix:1" in c["why"]
     assert str(builds.root(repo.bare, first, "a").readlink()) == a["path"] and await nix.valid(a["path"])

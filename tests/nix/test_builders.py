@@ -95,7 +95,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def built(
-    place: Path, script: str, system: str = "x86_64-linux", on_line: Callable[[str], None] | None = None
+    place: Path,
+    script: str,
+    system: str = "x86_64-linux",
+    on_line: Callable[[str], None] | None = None,
+    heard: builders.Heard | None = None,
 ) -> str:
     """What a new derivation, a shell script, leaves in its output: the path, which has it."""
     expression = (
@@ -103,7 +107,8 @@ async def built(
         f"args = [ \"-c\" ''{script}'' ]; }}"
     )
     made = await process.run(["nix-instantiate", "--expr", expression], env=nix.environment())
-    return await nix.build(made.stdout.strip(), place / "root", timeout=60, target="web1", on_line=on_line)
+    heard = heard or builders.Heard(on_line)
+    return await nix.build(made.stdout.strip(), place / "root", timeout=60, target="web1", heard=heard)
 
 
 def text(path: str) -> str:
@@ -177,7 +182,9 @@ async def test_what_a_builder_was_lost_with_is_built_by_the_other_one_then_here(
 
         async with building(monkeypatch, home, one.settings("speed = 9"), two.settings()):
             slow = f"{WHO} echo at work: $who; [ $who != one ] || sleep 600"
-            assert text(await built(place, slow, on_line=dies_with(one))) == "two"
+            both = builders.Heard(dies_with(one))
+            assert text(await built(place, slow, heard=both)) == "two"
+            assert both.who == "built by two 1; one was lost while it built thing"
             told = [line for line in heard if line.startswith(("building thing on", "the builder"))]
             assert told[:2] == ["building thing on one", "the builder one was lost while it built thing"]
             assert "Connection refused" in told[2] and told[3:] == ["building thing on two"]
@@ -235,6 +242,8 @@ def test_a_lost_builder_and_a_failed_build_are_told_apart(said: str, lost: bool)
     assert heard.lost == lost
     assert ("the builder one was lost while it built thing" in lines) == lost
     assert ("building thing on one" in lines) == said.startswith(BEGIN)
+    assert heard.who.startswith("built by one 1" if said.startswith(BEGIN) else "built by toto 1")
+    assert ("one was lost while it built thing" in heard.who) == lost
 
 
 @pytest.mark.parametrize(

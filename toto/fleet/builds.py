@@ -32,7 +32,7 @@ def key(repo: str) -> str:
 
 
 def row(host: str, result: str, *, why: str = "", path: str = "", size: int = 0) -> dict[str, str]:
-    """The row of a host: `size` is that of its closure, in bytes."""
+    """The row of a host: `why` it was not built, or who built it; `size` is that of its closure, in bytes."""
     return {"target": host, "result": result, "why": why, "path": path, "bytes": str(size or "")}
 
 

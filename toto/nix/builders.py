@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -27,13 +28,14 @@ from toto.infra_repo.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
+HERE: Final = "toto"  # who builds what no builder does, in words
 KEY: Final = "builders"  # of toto's keys; on the builders it is as good as root's
 PUBLIC: Final = "builders.pub"  # its public half, beside the daemon's socket
 _LISTED: Final = "builders.json"  # in the daemon's home: all of them, for a toto that is not root
 _BUILDERS: Final = TypeAdapter(dict[str, Builder])
 _PAUSE: Final = 2.0  # seconds until a change of the settings counts
 _DRV: Final = r"'(/nix/store/[a-z0-9]{32}-([^']+)[.]drv)'"
-_BEGINS: Final = re.compile(rf"building {_DRV} on 'ssh://([^']+)'")
+_BEGINS: Final = re.compile(rf"building {_DRV}(?: on 'ssh://([^']+)')?")
 _AWAY: Final = re.compile(r"cannot build on 'ssh://([^']+)': (?:error: )?(.*)")
 _REFUSED: Final = re.compile(rf"error: build of {_DRV} on 'ssh://")  # the builder itself says that it failed
 _FAILED: Final = re.compile(rf"error: (?:builder for|Cannot build) {_DRV}")
@@ -45,9 +47,10 @@ _NOBODY: Final = re.compile(
 class Heard:
     """Hears what nix says of a build, and passes it on: who builds what, and which builders failed, in plain words."""
 
-    def __init__(self, on_line: process.LineSink | None) -> None:
+    def __init__(self, on_line: process.LineSink | None = None) -> None:
         self._on_line = on_line or (lambda _line: None)
         self._where: dict[str, str] = {}  # drv → builder
+        self._last: dict[str, str] = {}  # drv → who built it in the end
         self.lost = False  # one of them went away with a build
         self.failed: dict[str, str] = {}
         """builders that did not do what they were asked to, and why"""
@@ -56,13 +59,15 @@ class Heard:
         """Hear a line."""
         if begins := _BEGINS.match(line):
             drv, name, builder = begins.groups()
-            self._where[drv] = builder
-            line = f"building {name} on {builder}"
+            self._last[drv] = builder or HERE
+            if builder:
+                self._where[drv] = builder
+                line = f"building {name} on {builder}"
         elif away := _AWAY.match(line):
             builder, why = away.groups()
             if "@@@@" in why:  # the first line of what ssh says then
                 why = "its host key is not the one of the settings"
-            self.failed[builder] = f"does not answer ({why})"
+            self.failed.setdefault(builder, f"does not answer ({why})")
             line = f"the builder {builder} is passed over: {why}"
         elif refused := _REFUSED.match(line):
             self._where.pop(refused[1], None)
@@ -79,6 +84,14 @@ class Heard:
     def _lost(self, builder: str, what: str) -> str:
         self.lost, self.failed[builder] = True, f"was lost while it built {what}"
         return f"the builder {builder} was lost while it built {what}"
+
+    @property
+    def who(self) -> str:
+        """Who built how many derivations, and which builders failed, in words; "" when nothing was to be built."""
+        counted = Counter(self._last.values())
+        built = ", ".join(f"{builder} {count}" for builder, count in sorted(counted.items()))
+        failed = [f"{builder} {why}" for builder, why in self.failed.items()]
+        return "; ".join([*([f"built by {built}"] if built else []), *failed])
 
     def nobody(self, said: str) -> str | None:
         """What to say when nix `said` that nobody here builds for a system; None when it did not."""

@@ -426,14 +426,15 @@ def output(drv: str, *, target: str) -> str:
     return found[1]
 
 
-async def build(drv: str, root: Path, *, timeout: float, target: str, on_line: process.LineSink | None = None) -> str:
+async def build(drv: str, root: Path, *, timeout: float, target: str, heard: builders.Heard | None = None) -> str:
     """Build a derivation, here or on a builder, and return its output path; a GC root at `root` keeps it.
 
-    What a builder was lost with is built again elsewhere, in the end here.
+    `heard` hears what nix says of it, and knows then who built what. What a builder was lost with is built again
+    elsewhere, in the end here.
     Raises `BuildFailed`, `CommandTimeout` after `timeout` seconds.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    heard = builders.Heard(on_line)
+    heard = heard or builders.Heard()
     words: list[process.Argument] = ["nix-store", "--realise", drv, "--add-root", root, "--indirect"]
     until = time.monotonic() + timeout
     failed = await _realised(words, heard, timeout, target)
@@ -453,7 +454,7 @@ async def build(drv: str, root: Path, *, timeout: float, target: str, on_line: p
             else f"add a builder for it to {server_rules.FILE} (docs/builders.md)",
         )
     raise BuildFailed(
-        f"did not build:\n{failed.tail}",
+        f"did not build{f' ({heard.who})' if heard.failed else ''}:\n{failed.tail}",
         target=target,
         transient=is_of_the_network(failed.tail),
         hint=f"read the whole log with `nix-store --read-log {drv}`",

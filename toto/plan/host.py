@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from toto.base import process, runs
+from toto.base import runs
 from toto.base.errors import InputError
 from toto.infra_repo import limits, manifest, settings
 from toto.infra_repo.manifest import Machine, Manifest
@@ -16,6 +16,7 @@ from toto.ledger.target import HOST, Target
 from toto.machine import condition, keys, owners
 from toto.nix import closure, hosts, inputs, pins
 from toto.nix import commands as nix
+from toto.nix.builders import Heard
 from toto.nix.hosts import FLAKE, Host
 from toto.plan.changes import Action, Change, Desired, Told, Why, deploy
 from toto.plan.kind import Found, Kind, Source
@@ -373,12 +374,12 @@ def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None
     return Change(desired=host, why=why, action=Action.REHEARSE, note=note)
 
 
-async def build_toplevel(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
+async def build_toplevel(order: HostOrder, heard: Heard | None = None) -> Path:
     """Build a host's system; a GC root keeps it until the run ends.
 
     Raises `BuildFailed`, and `InputError` for one that could never be activated on the machine.
     """
-    path = await _build(order, order.desired.identity, "toplevel", on_line)
+    path = await _build(order, order.desired.identity, "toplevel", heard)
     if (
         order.machine is not None
         and order.machine.role == "nixos"
@@ -392,15 +393,15 @@ async def build_toplevel(order: HostOrder, on_line: process.LineSink | None = No
     return path
 
 
-async def build_vm(order: HostOrder, on_line: process.LineSink | None = None) -> Path:
+async def build_vm(order: HostOrder, heard: Heard | None = None) -> Path:
     """Build the VM for a host's rehearsal; a GC root keeps it until the run ends. Raises `BuildFailed`."""
-    return await _build(order, order.vm, "vm", on_line)
+    return await _build(order, order.vm, "vm", heard)
 
 
-async def _build(order: HostOrder, drv: str, link: str, on_line: process.LineSink | None) -> Path:
+async def _build(order: HostOrder, drv: str, link: str, heard: Heard | None) -> Path:
     return Path(
         await nix.build(
-            drv, order.roots / link, timeout=order.settings.nix.build_timeout, target=order.label, on_line=on_line
+            drv, order.roots / link, timeout=order.settings.nix.build_timeout, target=order.label, heard=heard
         )
     )
 
