@@ -14,8 +14,11 @@ Location: TypeAlias = tuple[str | int, ...]
 _WANTED: Final = {
     "string_type": "should be text",
     "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
     "float_type": "should be a number",
+    "float_parsing": "should be a number",
     "bool_type": "should be true or false",
+    "bool_parsing": "should be yes or no",
     "tuple_type": "should be a list",
     "model_type": "should be a mapping of fields",
     "path_type": "should be a path",

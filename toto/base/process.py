@@ -184,6 +184,12 @@ class Running:
         """The exit status, or None while it runs."""
         return self.process.returncode
 
+    async def wait(self) -> int:
+        """Wait until the program has ended, and return its exit status, also of one in a cell."""
+        await self._reaped()
+        assert self.status is not None
+        return _status_inside(self.status) if self.confined else self.status
+
     async def end(self, *, signals: Sequence[signal.Signals] = (signal.SIGTERM,), grace: float = 5.0) -> None:
         """End the process and its group: send each of `signals` and wait up to `grace` seconds, then send SIGKILL.
 
