@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 from tasks import names, report, together
 from tasks.build import build_host, failed, forget_all_but
 from tasks.detect import identify
+from tasks.limits import room_for_run
 from toto.base import runs
 from toto.fleet.builds import BUILT
 from toto.infra_repo import git
@@ -32,7 +33,7 @@ async def build(repo: Path, commit: str | None = None, only: list[str] | None = 
         return Completed(message="`only` names nothing: nothing is built")
     newest, run = git.resolve(repo, commit or "HEAD"), str(runtime.flow_run.id)
     side_by_side = asyncio.Semaphore(os.cpu_count() or 1)
-    async with runs.claimed(repo, run):
+    async with room_for_run(repo, run, runtime.flow_run.tags, _go_on_waiting), runs.claimed(repo, run):
         hosts = await make.hosts(repo, newest, run, only or (), identify=identify)
 
         async def one(host: Desired) -> dict[str, str]:
@@ -48,3 +49,7 @@ async def build(repo: Path, commit: str | None = None, only: list[str] | None = 
     wrong = [row["target"] for row in rows if row["result"] != BUILT]
     said = f"{newest[:8]}: {len(rows) - len(wrong)} of {len(rows)} hosts built"
     return Failed(message=f"{said}; not {', '.join(wrong)}") if wrong else Completed(message=said)
+
+
+async def _go_on_waiting() -> None:
+    """Nothing comes in the place of a build that waits."""

@@ -91,9 +91,29 @@ async def accept(repo: str, target: str, reason: str, by: str | None = None):
         return Failed(message="web1: roll-out failed")
     return Completed(message=f"{target} because of: {reason}, says {by}")
 '''
+BUILD = '''
+from pathlib import Path
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed
+from toto.fleet import builds
+
+@task
+def build_host(host: str) -> None:
+    get_run_logger().info("building %s on pi", host)
+
+@flow
+def build(repo: str, commit: str, only: list[str]):
+    """Stands in for the real one."""
+    build_host(only[0])
+    row = builds.row(only[0], builds.BUILT, why="built by pi 1", path="/nix/store/x-web1", size=5_000_000)
+    create_table_artifact(key=builds.key(Path(repo).stem), table=[row], description=commit)
+    return Completed(message="1 of 1 hosts built")
+'''
 PROJECT = """
 name: tiny
 deployments:
+  - {name: build, entrypoint: "flows/build.py:build", work_pool: {name: toto}}
   - {name: accept, entrypoint: "flows/accept.py:accept", work_pool: {name: toto}}
   - {name: reconcile, entrypoint: "flows/reconcile.py:reconcile", work_pool: {name: toto}}
 """
@@ -358,6 +378,27 @@ async def test_accepting_is_by_name_and_only_by_those_who_may_deploy(host: Host,
     assert "web1: roll-out failed" in host.ask("alice", "accept", "web1", "--reason", "fail").stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_who_may_rehearse_has_a_host_built_and_sees_its_log_and_how_to_fetch_it(
+    host: Host, deployed: Served
+) -> None:
+    await git_host.remember(host.repos, deployed)
+    await git_host.make(host.repos, "infra")
+    alice = host.clone("alice")
+    alice.push("main", "skip")
+    commit = alice.git("rev-parse", "HEAD").strip()
+    assert "there is no repository of which you may have hosts built" in host.ask("bob", "build", "web1").stderr
+    done = host.ask("alice", "build", f"web1@{commit[:10]}", "--repo", "infra")
+    assert done.returncode == 0, done.stderr
+    assert f"toto: building web1@{commit[:8]} of infra in run " in done.stdout
+    assert "building web1 on pi" in done.stdout, "the lines of its steps"
+    assert "toto: /nix/store/x-web1 (5 MB; built by pi 1)" in done.stdout
+    assert f"ssh toto fetch web1@{commit[:8]} --repo infra | tar" in done.stdout
+    assert "extra-trusted-public-keys = " in done.stdout
+    assert "has no commit 'nothing'" in host.ask("alice", "build", "web1@nothing").stderr
+    assert "was not built" in host.ask("alice", "fetch", "web1").stderr
+
+
 async def two_have_it(host: Host) -> str:
     await deployed_host(host.repos, "private", "web3")
     await deployed_host(host.repos, "infra", "web3")
@@ -454,6 +495,19 @@ def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
         "accept web1 --repo --reason so",
         "accept ../web1 --reason so",
         "accept host/../web1 --reason so",
+        "build",
+        "build ../web1",
+        "build web1@",
+        "build web1@-x",
+        "build web1@a..b",
+        "build --by=alice",
+        "build web1 --by alice",
+        "build web1 --repo ../x",
+        "build web1 web2",
+        "fetch",
+        "fetch web1 --repos /tmp",
+        "fetch web1 --repo infra --by alice",
+        "fetch /nix/store/x",
         "approve",
         "approve ..",
         "approve ../../infra",
@@ -530,6 +584,7 @@ def deployed(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFac
     (folder / "flows").mkdir()
     (folder / "flows" / "reconcile.py").write_text(FLOW)
     (folder / "flows" / "accept.py").write_text(ACCEPT)
+    (folder / "flows" / "build.py").write_text(BUILD)
     (folder / "prefect.yaml").write_text(PROJECT)
     found: dict[str, str] = {}
 

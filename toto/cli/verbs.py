@@ -32,6 +32,14 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
     "runs": {
+        "build": (
+            "toto.cli.build",
+            "have toto build a host, and touch nothing; over ssh: ssh toto build HOST[@COMMIT]",
+        ),
+        "fetch": (
+            "toto.cli.build",
+            "write what was built to standard output: a tar of a binary cache; over ssh: ssh toto fetch HOST[@COMMIT]",
+        ),
         "wait": ("toto.cli.runs", "print a run's progress until it ends; over ssh: ssh toto wait RUN"),
         "approve": ("toto.cli.runs", "let a run go on that asks for an approval; over ssh: ssh toto approve RUN"),
         "reject": ("toto.cli.runs", "refuse what a run asks for; over ssh: ssh toto reject RUN"),

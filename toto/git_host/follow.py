@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,16 +72,17 @@ def _status(repo: Path, runs: Sequence[str], at_most: float) -> int:
         return 2
 
 
-async def to_the_end(repo: Path, runs: Sequence[str], deadline: float) -> int:
+async def to_the_end(repo: Path, runs: Sequence[str], deadline: float, *, steps: bool = False) -> int:
     """Print the progress of runs of a repo, one after the other, until `deadline` of the monotonic clock.
 
-    Returns the status of `main`.
+    With `steps`, also what their steps log, such as the lines of a build. Returns the status of `main`.
     """
     api = await git_host.api_of(repo)
     pause = Listener().gone_within
     status = 0
     for run in runs:
-        ended = await follow(api, run, lambda text: print(text, flush=True), deadline=deadline, pause=pause)
+        say = partial(print, flush=True)
+        ended = await follow(api, run, say, deadline=deadline, pause=pause, steps=steps)
         if ended is None:
             return 2
         status = 1 if 1 in (status, _STATUS.get(ended, 1)) else status or _STATUS[ended]
@@ -88,7 +90,13 @@ async def to_the_end(repo: Path, runs: Sequence[str], deadline: float) -> int:
 
 
 async def follow(
-    api: Api, run: str, say: Callable[[str], None], *, deadline: float, pause: Callable[[float], bool]
+    api: Api,
+    run: str,
+    say: Callable[[str], None],
+    *,
+    deadline: float,
+    pause: Callable[[float], bool],
+    steps: bool = False,
 ) -> str | None:
     """Call `say` with what a run and its subflows do; return the type of the state in which it ended, or `PARTIAL`.
 
@@ -96,7 +104,7 @@ async def follow(
     reads any more. While the API does not answer it says so once, and tries again. Raises `ServerError` when there is
     no such run.
     """
-    watched = _Watched(api, run, say)
+    watched = _Watched(api, run, say, steps)
     while time.monotonic() < deadline:
         try:
             if ended := await watched.check():
@@ -114,8 +122,8 @@ async def follow(
 class _Watched:
     """One run, and the lines that were already said about it."""
 
-    def __init__(self, api: Api, run: str, say: Callable[[str], None]) -> None:
-        self.api, self.run, self.say = api, run, say
+    def __init__(self, api: Api, run: str, say: Callable[[str], None], steps: bool) -> None:
+        self.api, self.run, self.say, self.steps = api, run, say, steps
         self.began = time.monotonic()
         self.stages: list[str] = []
         self.flows: dict[str, str] = {}
@@ -185,14 +193,15 @@ class _Watched:
         return self.flows[id]
 
     async def _log(self) -> None:
-        """The lines that the run and its stages logged; those of tasks and targets are in the UI."""
+        """The lines that the run and its stages logged; those of targets, and by default of steps, are in the UI."""
         for run in (*self.stages, self.run):
             await self._log_of(run)
 
     async def _log_of(self, run: str) -> None:
         while True:
+            lines: dict[str, Any] = {"flow_run_id": {"any_": [run]}, "level": {"ge_": INFO}}
             wanted: dict[str, Any] = {
-                "logs": {"flow_run_id": {"any_": [run]}, "task_run_id": {"is_null_": True}, "level": {"ge_": INFO}},
+                "logs": lines if self.steps else {**lines, "task_run_id": {"is_null_": True}},
                 "sort": "TIMESTAMP_ASC",
                 "offset": self.lines[run],
                 "limit": 200,

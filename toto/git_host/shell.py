@@ -25,10 +25,14 @@ from toto.git_host.access import ADMIN, USER_VARIABLE, Right, Rules
 
 # A push needs `rehearse`; the hook knows which refs it moves, and which of those need `deploy`.
 SERVICES: Final[Mapping[str, Right]] = {"upload-pack": "read", "receive-pack": "rehearse"}
-COMMANDS: Final = ("wait RUN", "approve RUN", "reject RUN", "accept TARGET --reason WHY", "repo create NAME")
+COMMANDS: Final = (
+    *("build HOST[@COMMIT]", "fetch HOST[@COMMIT]", "wait RUN", "approve RUN", "reject RUN"),
+    *("accept TARGET --reason WHY", "repo create NAME"),
+)
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
 STATUS_VARIABLE: Final = "TOTO_STATUS_FD"  # where the hook writes the status of a run that the pusher waited for
 _TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_BUILT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/+-]*)?")
 _RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -117,6 +121,8 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
                     f"{ascii(run)[:60]} is not the id of a run", hint="the log of the run that asks has the whole line"
                 )
             return _toto(repos, user, verb, run)
+        case ["build" | "fetch" as verb, host, *rest]:
+            return _toto(repos, user, verb, *_of_repo(host, rest))
         case ["accept", *rest]:
             return _toto(repos, user, "accept", *_accepting(rest))
     service, argument = _asked(words, user)
@@ -157,6 +163,13 @@ def _accepting(words: list[str]) -> list[str]:
             hint="ssh toto accept TARGET --reason WHY, where TARGET is like web1, terraform/dns or helm/grafana",
         )
     return [*target, *where, *why]
+
+
+def _of_repo(host: str, rest: list[str]) -> list[str]:
+    """The arguments of `toto build` and `toto fetch`."""
+    if not _BUILT.fullmatch(host) or ".." in host or not (rest == [] or (len(rest) == 2 and rest[0] == "--repo")):
+        raise InputError("that does not say which host", hint="ssh toto build HOST, or HOST@COMMIT, and --repo NAME")
+    return [host, *([f"--repo={access.check_name(rest[1])}"] if rest else [])]
 
 
 def _create(name: str) -> str:

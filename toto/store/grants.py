@@ -55,6 +55,16 @@ async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *,
         _note_change()
 
 
+async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: float, target: str) -> None:
+    """Make `part`, a new folder on the same disk, a signed binary cache of one closure, until somebody removes it.
+
+    Raises what `grant` raises.
+    """
+    async with _alone(repo):
+        made = paths.private_folder(granted().parent / "made" / paths.repo_folder(repo))
+        cache.link(made, part, await cache.add(closure, made, key, timeout=timeout, target=target))
+
+
 async def take_back(repo: Path, machine: str) -> None:
     """Let a machine fetch nothing any more."""
     async with _alone(repo):
