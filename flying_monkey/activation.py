@@ -63,6 +63,17 @@ def state(name: str) -> str:
     return "running" if name and folder.is_dir() else "unknown"
 
 
+def of_others() -> str:
+    """The name of the newest activation that somebody else than the agent began; "" for none."""
+    found = [each.parent for each in STATE.glob("*/path") if not each.parent.name.startswith(f"{RUN}.")]
+    return max(found, key=lambda each: each.stat().st_mtime).name if found else ""
+
+
+def path(name: str) -> str:
+    """What an activation activates."""
+    return (STATE / name / "path").read_text(errors="replace").strip()
+
+
 def back(name: str) -> None:
     """Have the watchdog of an activation go back at once. Raises `NotReady`."""
     _script("back", name)

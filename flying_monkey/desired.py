@@ -94,7 +94,8 @@ class Hooks:
 class Desired:
     """What one machine should be. Times are UTC, in whole seconds.
 
-    `serial` only ever grows, for each machine. `good` is the machine's last good system, if there is one.
+    `serial` only ever grows, for each machine. `good` is the machine's last good system, if there is one. A reboot
+    begins before `reboot_until`, where there is such a time, or not at all.
     """
 
     repo: str
@@ -111,6 +112,7 @@ class Desired:
     reboot: Reboot = "never"
     resting: bool = False
     """whether it is for between two updates: a machine that kept this system last does nothing, whatever it runs"""
+    reboot_until: datetime | None = None
 
     def __post_init__(self) -> None:
         _matches("repo", self.repo, _NAME)
@@ -120,7 +122,8 @@ class Desired:
         _among("reboot", self.reboot, get_args(Reboot))
         if type(self.resting) is not bool:
             raise BadDocument("resting: not true or false")
-        for name, value in (("issued", self.issued), ("expires", self.expires)):
+        until = self.reboot_until or self.issued
+        for name, value in (("issued", self.issued), ("expires", self.expires), ("reboot_until", until)):
             if value.tzinfo != UTC or value.microsecond:
                 raise BadDocument(f"{name}: not a time in UTC, in whole seconds")
         if self.expires <= self.issued:
@@ -135,7 +138,7 @@ class Desired:
             found = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise BadDocument(f"it is not JSON: {error}") from None
-        found = _fields("the document", found, required=_REQUIRED, optional=("good", "reboot", "resting"))
+        found = _fields("the document", found, required=_REQUIRED, optional=_OPTIONAL)
         if found["version"] != VERSION:
             raise BadDocument(f"version: this agent reads version {VERSION}")
         good = found.get("good")
@@ -153,6 +156,7 @@ class Desired:
             good=None if good is None else System(**_fields("good", good, _names(System))),
             reboot=found.get("reboot", "never"),
             resting=found.get("resting", False),
+            reboot_until=_time("reboot_until", found["reboot_until"]) if "reboot_until" in found else None,
         )
 
     def write(self) -> bytes:
@@ -165,7 +169,10 @@ class Desired:
             del fields["reboot"]
         if not self.resting:
             del fields["resting"]
+        del fields["reboot_until"]
         times = {"issued": self.issued.strftime(_TIME), "expires": self.expires.strftime(_TIME)}
+        if self.reboot_until is not None:
+            times["reboot_until"] = self.reboot_until.strftime(_TIME)
         return (
             json.dumps(
                 fields | times | {"version": VERSION}, sort_keys=True, ensure_ascii=True, separators=(",", ":")
@@ -178,6 +185,7 @@ _REQUIRED: Final = (
     *("version", "repo", "machine", "serial", "issued", "expires", "phase", "activation"),
     *("system", "deadlines", "hooks"),
 )
+_OPTIONAL: Final = ("good", "reboot", "resting", "reboot_until")
 
 
 def _fields(where: str, found: object, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -30,6 +30,7 @@ MOST: Final = 300_000  # bytes of a request
 _WAIT: Final = 60  # seconds that a status may wait
 _TICK: Final = 0.2  # seconds between two looks
 _UNITS: Final = 50  # that are told
+_LOG: Final = 2_000  # characters of an activation by others
 _AGAIN: Final = 3.0  # seconds between two looks at whether anybody is at it
 _PHASES: Final[dict[str, tuple[Phase, ...]]] = {"arm": ("try", "back"), "confirm": ("keep",)}
 
@@ -121,8 +122,17 @@ def _facts(configuration: Configuration, memory: Memory) -> Answer:
         "serial": memory.serial,
         "issued": memory.issued,
         "step": memory.step,
+        **_by_others(),
         **_condition(configuration, memory),
     }
+
+
+def _by_others() -> Answer:
+    """How the newest activation ends that was not begun by a document, such as one by sudo that brought this helper."""
+    if not (name := activation.of_others()):
+        return {}
+    found = {"path": activation.path(name), "state": activation.state(name), "log": activation.log(name)[-_LOG:]}
+    return {"activated": found}
 
 
 def _status(configuration: Configuration, wait: int) -> Answer:

@@ -383,10 +383,14 @@ class Update:
         try:
             # (A power cut before the switch is no reboot into it; and one that did not help is not done again.)
             if health.reboot_needed() and self.memory.reboots in ("", machine.boot()):
+                if self._too_late():
+                    return 0
                 if not self.memory.prepared:
                     owed = _owed(self.memory, self.document)
                     self._insist(prepared=True, owed=owed, units=activation.broken())
                 self._prepare("reboot")
+                if self._too_late():  # the hooks took long
+                    return 0
                 self._insist(reboots=machine.boot())
                 machine.run("reboot")
                 end = time.monotonic() + self.document.deadlines.activate
@@ -402,6 +406,14 @@ class Update:
             self._tell(error=str(failed))
             return NOT_WELL
         return 0
+
+    def _too_late(self) -> bool:
+        """Whether the time in which a reboot may begin is over: then only that one is needed is told."""
+        until = self.document.reboot_until
+        if until is None or self.memory.now(time.time(), 0) < until:
+            return False
+        self._write(f"it does not reboot: the time for that was over at {until:%Y-%m-%d %H:%M} UTC")
+        return True
 
     def _is_there(self) -> bool:
         """Whether the machine runs and boots what it should."""

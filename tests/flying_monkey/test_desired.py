@@ -17,6 +17,7 @@ def test_what_is_written_is_read_again_and_is_one_line(document: Desired) -> Non
     for each in (
         document,
         replace(document, reboot="now"),
+        replace(document, reboot="now", reboot_until=document.issued),
         replace(document, good=None, phase="keep", hooks=Hooks(("10-drain",), ("90-undrain",))),
     ):
         text = each.write()
@@ -51,6 +52,7 @@ MISSING: Any = object()
         ("phase", ["try"], "phase"),
         ("activation", "dry-activate", "activation"),
         ("reboot", "later", "reboot: not one of never, window, now"),
+        ("reboot_until", None, "reboot_until: not a time such as"),
         ("system.path", "/nix/store/../etc", "path"),
         ("system.path", f"/nix/store/{'a' * 32}-x/bin/sh", "path"),
         ("system.path", f"/nix/store/{'e' * 32}-x", "path"),

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -367,6 +368,20 @@ def test_a_different_kernel_is_rebooted_into_when_the_document_says_so(bubble: B
     status = bubble.ended()
     assert (status["state"], status["error"]) == ("done 69", "the machine does not reboot")
     assert bubble.events()[-4:] == ["drain reboot", "backup reboot", "reboot", "undrain kept"]
+
+
+@pytest.mark.parametrize("seconds", [-1, 3])
+def test_a_machine_does_not_reboot_once_the_time_for_that_is_over(bubble: Bubble, seconds: int) -> None:
+    """Also when it is over only after its hooks."""
+    (bubble.root / bubble.good.path[1:] / "kernel").symlink_to("/nix/store/fresh")
+    bubble.sh(f"ln -sfn {bubble.new.path} /run/booted-system")
+    bubble.hook("prepare.d/backup", "sleep 4")
+    until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=seconds)
+    bubble.say(bubble.document(bubble.good, "keep", hooks=HOOKS, reboot="now", reboot_until=until))
+    status = is_finished(bubble, "done 0", bubble.good.path, "kept")
+    assert status["reboot_needed"] is True and "error" not in status
+    assert "reboot" not in bubble.events()
+    assert "it does not reboot: the time for that was over at " in bubble.log()
 
 
 def test_a_reboot_into_something_else_is_told(bubble: Bubble) -> None:

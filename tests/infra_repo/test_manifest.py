@@ -14,7 +14,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toto.infra_repo.manifest import SSH, Machine, Manifest, ManifestError, check_distinct, json_schema, load, parse
+from toto.infra_repo.manifest import (
+    SSH,
+    Machine,
+    Manifest,
+    ManifestError,
+    Reboot,
+    check_distinct,
+    json_schema,
+    load,
+    parse,
+)
 from toto.infra_repo.window import Window
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -505,8 +515,9 @@ def test_a_machine_reboots_by_its_policy(tmp_path: Path) -> None:
         for number, name in enumerate(("never", "window", "now"), 1)
     )
     machines = read(tmp_path, listed).machines
+    ends = datetime(2026, 3, 8, 6).astimezone(UTC)
     assert [(each.reboots(inside), each.reboots(outside)) for each in machines.values()] == [
-        (False, False),
-        (True, False),
-        (True, True),
+        (None, None),
+        (Reboot(ends), None),
+        (Reboot(), Reboot()),
     ]

@@ -182,6 +182,34 @@ async def test_units_that_fail_in_a_move_to_sudo_are_judged_as_in_any_activation
     await world.revert(machine)
 
 
+@pytest.mark.parametrize("status", [0, 3])
+async def test_how_a_move_to_documents_ended_is_known_though_its_connection_was_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    await world.begin("sudo")
+    world.new = await world.system(
+        "second", f"{SHELL['locked']}\nsleep 3; echo the end of it; trap 'exit {status}' EXIT"
+    )
+    machine, run = world.machine("locked"), InPlaceOfSsh.run
+
+    async def lost(self: InPlaceOfSsh, argv: Sequence[str], **more: Any) -> process.Completed:
+        if "begin" not in argv:
+            return await run(self, argv, **more)
+        # All but its last word, by which the connection would wait for the end.
+        await run(self, argv[:-1], **more)
+        raise ssh.Unreachable("it broke", target="web1")
+
+    async with world.deploying(machine, world.new) as (activator, before):
+        await world.at("test")
+        monkeypatch.setattr(InPlaceOfSsh, "run", lost)
+        if status == 0:
+            await activator.activate("test", world.new.path, before, finish=20, confirm=60)
+        else:
+            with pytest.raises(ActivationFailed, match=r"(?s)`test` exited with status 3.*the end of it"):
+                await activator.activate("test", world.new.path, before, finish=20, confirm=60)
+    await world.revert(machine)
+
+
 @pytest.mark.parametrize("ends", ["boot", "test"])
 async def test_what_does_not_end_with_a_switch_is_reverted_by_document(
     world: World, ends: Literal["boot", "test"]

@@ -74,8 +74,10 @@ async def test_a_phase_is_signed_when_the_roll_out_is_there(world: World) -> Non
         await signer.document(world.request("keep"), NOW)
     for activation, step in signer.KEEP.items():
         await world.at(step)
-        made = await signer.document(world.request("keep", activation=activation, reboot=True), NOW)
+        asked = world.request("keep", activation=activation, reboot=True, reboot_until=NOW)
+        made = await signer.document(signer.Request.model_validate_json(asked.model_dump_json()), NOW)
         assert (made.system.path, made.activation, made.reboot) == (world.new, activation, "now")
+        assert made.reboot_until == NOW
     assert (await signer.document(world.request("back"), NOW)).system.path == world.good
 
 

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
@@ -105,11 +106,10 @@ class Machine(Fields):
             raise ValueError("reboot is for machines with access: locked or deploy: pull; others only tell")
         return self
 
-    def reboots(self, moment: datetime) -> bool:
-        """Whether a roll-out at `moment`, in toto's local time, may reboot it."""
-        return self.reboot == "now" or (
-            self.reboot == "window" and self.window is not None and self.window.contains(moment)
-        )
+    def reboots(self, moment: datetime) -> "Reboot | None":
+        """The reboot that a roll-out at `moment`, in toto's local time, may do; None when it may not."""
+        until = self.window.until(moment) if self.reboot == "window" and self.window is not None else None
+        return Reboot(until) if self.reboot == "now" or until is not None else None
 
     @model_validator(mode="after")
     def _proves_itself(self) -> Self:
@@ -126,6 +126,13 @@ class Machine(Fields):
     def deployed(self) -> bool:
         """Whether toto may ever change this machine."""
         return self.role == "nixos" and self.deploy != "none"
+
+
+@dataclass(frozen=True)
+class Reboot:
+    """A reboot that a machine may do. It begins before `until` (UTC), if that is given."""
+
+    until: datetime | None = None
 
 
 class Manifest(Model):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Final, Self
 
 from toto.base.model import shown
@@ -39,7 +39,13 @@ class Window:
         return cls(text.strip(), days, start, end)
 
     def contains(self, moment: datetime) -> bool:
-        """Whether the window is open at `moment`, by the clock of its time zone; by the machine's when it has none.
+        """Whether the window is open at `moment`; see `until`."""
+        return self.until(moment) is not None
+
+    def until(self, moment: datetime) -> datetime | None:
+        """When the window that is open at `moment` ends, in UTC; None when it is not open.
+
+        It goes by the clock of the moment's time zone; by the machine's when it has none.
 
         A window opens once: from the first moment at which the clock shows its start, or a later time, until the first
         at which it shows its end. So the hour that is repeated when clocks are set back does not open it again, and a
@@ -47,11 +53,11 @@ class Window:
         """
         for day in (moment.date(), moment.date() - timedelta(days=1)):
             last = day if self.start < self.end else day + timedelta(days=1)
-            if day.weekday() in self.days and _first(day, self.start, moment) <= moment.timestamp() < _first(
-                last, self.end, moment
-            ):
-                return True
-        return False
+            if day.weekday() not in self.days or moment.timestamp() < _first(day, self.start, moment):
+                continue
+            if moment.timestamp() < (end := _first(last, self.end, moment)):
+                return datetime.fromtimestamp(end, UTC)
+        return None
 
     def __str__(self) -> str:
         return self.text

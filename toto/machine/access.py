@@ -101,9 +101,12 @@ class Moving(Connected):
             return await self.new.activate(verb, path, before, finish=finish, confirm=confirm, on_line=on_line)
         began = time.monotonic()
         await self.old.activate(verb, path, before, finish=finish, confirm=confirm, prove=self._enter)
-        if isinstance(self.new, SudoActivator):
-            # The watchdog that the document set up is sudo's to stop now, and the activation sudo's to judge.
-            await self.new.take_over(_MONKEY, verb, patience=finish + confirm - (time.monotonic() - began))
+        # The new way judges the activation: who asked for it may have lost its connection.
+        patience = finish + confirm - (time.monotonic() - began)
+        if isinstance(self.new, SudoActivator):  # The watchdog that the document set up is sudo's to stop now.
+            await self.new.take_over(_MONKEY, verb, patience=patience)
+        elif self.new is not None:
+            await self.new.take_over(path, verb, patience=patience)
         await self._now.check(path, profile=verb != "test", running=verb != "boot")
 
     async def _enter(self) -> None:

@@ -475,7 +475,7 @@ class SudoActivator(Connected):
     ) -> tuple[int, str]:
         """Begin an activation and wait for its end by one command: it may take away toto's right to a second one.
 
-        When the connection is lost, the exit status is taken for 0: the new way in tells what became of the machine.
+        When the connection is lost, the exit status is not known, and 0 here: the new way in tells how it ended.
         """
         words = ("begin", name, verb, path, before.system, before.profile, f"{finish:.0f}", f"{confirm:.0f}")
         command, deadline = self.words(*words, f"{finish + _GRACE:.0f}"), time.monotonic() + finish

@@ -9,7 +9,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import anyio
 from flying_monkey.desired import Phase
 from toto.base import process
 from toto.base.errors import TotoError
+from toto.infra_repo.manifest import Reboot
 from toto.machine import activation, signer
 from toto.machine.activation import (
     ActivationFailed,
@@ -43,6 +44,10 @@ _HOOKS: Final = 660.0  # seconds that an update may take besides its activation:
 _RESTART: Final = 20.0  # seconds that sshd and the network may take to be there again
 
 
+def _never() -> None:
+    """A machine that may not reboot."""
+
+
 @dataclass
 class LockedActivator(Connected, ByDocument):
     """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
@@ -55,7 +60,7 @@ class LockedActivator(Connected, ByDocument):
     run: str
     activation: Verb
     connect_timeout: float = 15
-    reboots: Callable[[], bool] = bool
+    reboots: Callable[[], Reboot | None] = _never
     _refused_since: float = 0
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
@@ -98,10 +103,37 @@ class LockedActivator(Connected, ByDocument):
             if prove is None:
                 raise
             code, said = 0, ""
-        if code != 0:
-            raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{said}", target=self.name)
+        self._judge(verb, code, said)
         checked = partial(self.check, path, profile=verb != "test", running=verb != "boot", fresh=True)
         await self._proven(deadline, finish, prove or checked)
+
+    async def take_over(self, path: str, verb: Verb, *, patience: float) -> None:
+        """Wait for the end of an activation by sudo that brought this way in, and judge it as `activate` does.
+
+        The connection by which it was asked for may be gone. Raises `ActivationFailed`, `WentBack`, `Unreachable`.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                found = (await self._facts(fresh=True)).get("activated")
+                if not isinstance(found, Mapping) or found.get("path") != path:
+                    return  # an older helper does not say
+                word, _, code = str(found.get("state", "")).partition(" ")
+                said = process.tail(str(found.get("log", "")))
+                if word == "back":
+                    raise WentBack(f"went back by itself:\n{said}", target=self.name)
+                if word == "done":
+                    return self._judge(verb, int(code) if code.isdecimal() else 0, said)
+                if time.monotonic() > deadline:
+                    raise ActivationFailed("the activation did not end in time", target=self.name)
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise
+            await anyio.sleep(1)
+
+    def _judge(self, verb: Verb, code: int, said: str) -> None:
+        if code != 0:
+            raise ActivationFailed(f"activation `{verb}` exited with status {code}:\n{said}", target=self.name)
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Have kept what is tried: the machine's watchdog stops, and a `switch` follows where a roll-out ends so."""
@@ -157,7 +189,7 @@ class LockedActivator(Connected, ByDocument):
         verb: Verb | None = None,
         path: str = "",
         *,
-        reboot: bool = False,
+        reboot: Reboot | None = None,
     ) -> None:
         """Ask the signer for a document, and hand it over."""
         facts = await self._facts()

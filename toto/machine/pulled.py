@@ -171,7 +171,7 @@ class PullActivator(ByDocument):
         """Publish a document, and wait until the machine has done what it says, or cannot. Raises `Unreachable`."""
         reports = self._read()
         heard = self._heard or reports.newest
-        reboot = phase == "keep" and self.machine.reboots(datetime.now())
+        reboot = self.machine.reboots(datetime.now()) if phase == "keep" else None
         asked = signer.Request.of(
             self.repo,
             self.name,
@@ -189,7 +189,7 @@ class PullActivator(ByDocument):
         documents.publish(self.repo, self.name, envelope)
         # (It goes down, and its checks pass, in time.)
         longest = max(finish, _STEP) + (2 * finish if reboot else 0)
-        return await self._done(serial, longest, 0 if phase == "keep" else _FETCH, reboot=reboot)
+        return await self._done(serial, longest, 0 if phase == "keep" else _FETCH, reboot=reboot is not None)
 
     async def _done(self, serial: int, longest: float, fetch: float, *, reboot: bool) -> Report:
         """The report of how the document `serial` has been obeyed, once that is decided.

@@ -29,6 +29,7 @@ from flying_monkey.signature import CannotSign
 from toto.base import files, paths, process
 from toto.base.errors import TotoError
 from toto.git_host.shared import name_of
+from toto.infra_repo.manifest import Reboot
 from toto.ledger.ledger import Before, Deployed, Entry, Ledger
 from toto.ledger.target import HOST, Target
 from toto.machine import owners, serials, signing_key
@@ -72,6 +73,8 @@ class Request(BaseModel):
     """the names of the machine's own hooks that are to run"""
     reboot: bool = False
     """whether a machine that is to keep a system with a different kernel reboots into it"""
+    reboot_until: datetime | None = None
+    """before when that begins, if it does"""
     path: str = ""
     """what to go back to, when it is not simply the last good: one of what the ledger has for the machine"""
     resting: bool = False
@@ -89,7 +92,7 @@ class Request(BaseModel):
         finish: float,
         confirm: float,
         has_hooks: object,
-        reboot: bool = False,
+        reboot: Reboot | None = None,
         path: str = "",
     ) -> Self:
         """A request, with the hooks that a machine says it has; what it says of them otherwise counts as none."""
@@ -108,7 +111,8 @@ class Request(BaseModel):
             confirm=max(1, round(confirm)),
             prepare=named("prepare"),
             finish=named("finish"),
-            reboot=reboot,
+            reboot=reboot is not None,
+            reboot_until=reboot.until if reboot is not None else None,
             path=path,
         )
 
@@ -148,6 +152,7 @@ async def document(asked: Request, now: datetime) -> Desired:
             good=await _known(_good(entry), entry),
             reboot="now" if asked.reboot and asked.phase == "keep" else "never",
             resting=asked.resting,
+            reboot_until=asked.reboot_until if asked.reboot and asked.phase == "keep" else None,
         )
     except BadDocument as error:
         raise NotSigned(str(error), target=asked.machine) from None
