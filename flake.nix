@@ -85,6 +85,7 @@
               terraform
               kubernetes-helm
               etcd
+              nginx
               # toto's own database
               postgresql
               # what reads its figures

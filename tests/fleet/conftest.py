@@ -73,7 +73,7 @@ async def world(state: Path) -> AsyncIterator[World]:
     await book.write(WEB2, steps.intend(intent("run-2")), "web2: intent")
     await book.write(WEB2, steps.revert(None, note("run-2"), "run-2"), "web2: reverted")
     home, port = state / "state/server", free_port()
-    env = environment.server_environment(home, port, auth="toto:secret")
+    env = environment.server_environment(home, port, auth="toto:secret", ui_url="https://toto.example.org")
     env |= {environment.REPOS: str(repo.bare.parent), environment.GRAFANA: "https://grafana.example.org"}
     async with server.running_server(env, home / "server.log"):
         yield World(f"http://127.0.0.1:{port}", Api.of(env), repo, state)

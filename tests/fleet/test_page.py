@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import os
 import re
+import shutil
+import ssl
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -11,10 +16,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import websockets
 
+from tests.conftest import free_port
 from tests.fleet.conftest import DNS, HOSTILE, WEB1, WEB2, World
 from tests.ledger.test_ledger import deployed, intent, note
 from tests.repos import InfraRepo, git
+from toto.api import certificate
+from toto.base import process
 from toto.fleet import results
 from toto.fleet.page import ago
 from toto.fleet.state import Fleet
@@ -193,6 +202,86 @@ async def test_a_fleet_of_a_thousand_is_read_once_and_then_only_what_changed(wor
     after = fleet._ledgers[repo.bare].entries
     assert {str(target) for target in after if after[target] is not before[target]} == {"host/web7"}
     assert (lines[0].label, lines[0].state) == ("web7", "unreachable")
+
+
+@asynccontextmanager
+async def nginx(world: World, folder: Path) -> AsyncIterator[int]:
+    """A real nginx in front of toto, as nix/toto.nix configures it; its port for https."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("THE PROXY IS NOT TRIED: there is no nginx on PATH")
+    made, plain, port = certificate.own(["toto.example.org"]), free_port(), free_port()
+    text = (Path(__file__).parent / "nginx.conf").read_text()
+    text = re.sub(r"^listen \[.*\n|^http2 on;\n", "", text, flags=re.M)  # (an older nginx says that otherwise)
+    for right, here in (
+        ("pid /run/nginx/nginx.pid;", f"pid {folder}/pid; user root;" if os.geteuid() == 0 else f"pid {folder}/pid;"),
+        ("error_log stderr;", f"error_log {folder}/error.log;"),
+        ("http {", f"http {{ access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;"
+         f"fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;"),
+        ("0.0.0.0:80 ", f"127.0.0.1:{plain} "),
+        ("0.0.0.0:443 ssl", f"127.0.0.1:{port} ssl http2"),
+        ("http://127.0.0.1:4200", world.url),
+        ("/etc/toto/cert.pem", str(made.certificate)),
+        ("/etc/toto/key.pem", str(made.key)),
+    ):  # fmt: skip
+        assert text.count(right) == 1, right
+        text = text.replace(right, here)
+    (folder / "conf").write_text(text)
+    async with process.start([program, "-p", folder, "-c", folder / "conf", "-e", folder / "error.log"]) as running:
+        async with asyncio.timeout(60):
+            while True:
+                assert running.status is None, (folder / "error.log").read_text()
+                with suppress(OSError):
+                    (await asyncio.open_connection("127.0.0.1", port))[1].close()
+                    break
+                await asyncio.sleep(0.1)
+        yield port
+
+
+async def test_all_of_it_works_through_nginx_as_the_module_sets_it_up(world: World, tmp_path: Path) -> None:
+    certificate.own(["toto.example.org"])
+    trusted = ssl.create_default_context(cafile=certificate.authority())
+    name = {"Host": "toto.example.org"}
+    more = {"sni_hostname": "toto.example.org"}
+    async with (
+        nginx(world, tmp_path) as port,
+        httpx.AsyncClient(
+            base_url=f"https://127.0.0.1:{port}", headers=name, verify=trusted, timeout=60, trust_env=False
+        ) as client,
+    ):
+        assert (await client.get("/fleet/", extensions=more)).status_code == 401
+        assert (await client.get("/api/admin/version", extensions=more)).status_code == 401
+        client.auth = httpx.BasicAuth("toto", "secret")
+        assert "web1" in (await client.get("/fleet/", extensions=more)).text
+        assert (await client.get("/api/admin/version", extensions=more)).status_code == 200
+        assert "<html" in (await client.get("/runs", headers={"Accept": "text/html"}, extensions=more)).text
+        # Where it is sent to is where it came from, by https.
+        moved = await client.get("/api/flows/", extensions=more)
+        assert moved.status_code in (307, 404, 405)
+        assert moved.headers.get("location", "https://toto.example.org/").startswith("https://toto.example.org/")
+        async with client.stream("GET", "/fleet/events", extensions=more) as stream:
+            lines = stream.aiter_lines()
+            async with asyncio.timeout(60):
+                assert await anext(lines) == "retry: 5000", "nothing holds it back"
+            await world.book.write(DNS, steps.intend(intent("run-9")), "dns: intent")
+            async with asyncio.timeout(120):
+                async for line in lines:
+                    if line == "event: change":
+                        break
+        await world.book.write(DNS, lambda _: None, "dns: gone")
+        for origin, lets_in in (("https://toto.example.org", True), ("https://evil.example.org", False)):
+            opened = websockets.connect(
+                "wss://toto.example.org/api/events/out", host="127.0.0.1", port=port, ssl=trusted, proxy=None,
+                origin=websockets.Origin(origin), subprotocols=[websockets.Subprotocol("prefect")],
+            )  # fmt: skip
+            if not lets_in:
+                with pytest.raises(websockets.InvalidStatus):
+                    await opened
+                continue
+            async with opened as socket:
+                await socket.send(json.dumps({"type": "auth", "token": "toto:secret"}))
+                async with asyncio.timeout(60):
+                    assert json.loads(await socket.recv())["type"] == "auth_success"
 
 
 @pytest.mark.parametrize(

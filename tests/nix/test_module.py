@@ -209,6 +209,27 @@ def test_a_proxy_the_server_for_machines_and_a_backup_are_there_when_they_are_wa
         verified(said["units"], tmp_path / "units")
 
 
+def test_the_configuration_of_nginx_is_the_one_that_is_tried(tmp_path: Path) -> None:
+    """tests/fleet/test_page.py runs a real nginx with it."""
+    options = """
+      networking.domain = "example.org"; networking.hostName = "toto"; services.toto.nginx.enable = true;
+      services.nginx.virtualHosts."toto.example.org" = {
+        sslCertificate = "/etc/toto/cert.pem"; sslCertificateKey = "/etc/toto/key.pem";
+      };"""
+    assert of_host("config.systemd.services.nginx.serviceConfig.ExecStart", options, writes=tmp_path)
+    said = {}
+    for name in ("nginx.conf", "nginx-recommended-proxy-headers.conf"):
+        (drv,) = (tmp_path / "nix/store").glob(f"*-{name}.drv")
+        found = re.search(r'\("text",("(?:[^"\\]|\\.)*")\)', drv.read_text())
+        assert found is not None
+        said[name] = json.loads(found[1])
+    headers = said["nginx-recommended-proxy-headers.conf"]
+    text = re.sub(r"include /nix/store/\S+-nginx-recommended-proxy-headers.conf;", headers, said["nginx.conf"])
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    wanted = [line for line in lines if line and not line.startswith(("#", "include /nix/store/"))]
+    assert (ROOT / "tests/fleet/nginx.conf").read_text().splitlines() == wanted
+
+
 def test_the_first_admin_is_made_once() -> None:
     script = of_host(
         "config.systemd.services.toto.preStart", f'services.toto.firstAdmin = {{ name = "alice"; key = "{KEY}"; }};'
@@ -425,6 +446,7 @@ NAMES: Final = {
     "openssh-client": "openssh",
     "openssh-server": "openssh",
     "etcd-server": "etcd-3",
+    "nginx-light": "nginx",
     "prometheus-alertmanager": "alertmanager",
 }
 

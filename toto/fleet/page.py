@@ -166,7 +166,8 @@ class _Page:
         """An event for each change, to who follows."""
         if self.listeners >= _LISTENERS:
             return PlainTextResponse("too many follow the fleet just now\n", 503)
-        return StreamingResponse(self._changes(request), media_type="text/event-stream")
+        unheld = {"X-Accel-Buffering": "no"}  # nginx would keep events until it has a kilobyte of them
+        return StreamingResponse(self._changes(request), media_type="text/event-stream", headers=unheld)
 
     async def _changes(self, request: Request) -> AsyncIterator[str]:
         self.listeners += 1

@@ -25,6 +25,7 @@ from toto.base.prefect_api import Api, ServerError
 from toto.server import moves
 
 POOL: Final = "toto"
+_LONGEST: Final = 600  # seconds for a command of Prefect's: on an emulated machine its imports take minutes
 ROOT: Final = Path(__file__).resolve().parents[2]
 WRITTEN: Final = "toto_deployments"  # the variable
 ALIASES: Final[Mapping[str, str]] = {  # old names by new name; both are in prefect.yaml
@@ -104,7 +105,7 @@ async def deploy(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
         env=env,
         cwd=root,
-        timeout=120,
+        timeout=_LONGEST,
         target=str(root / "prefect.yaml"),
     )
     after = await _found(api, pool)
@@ -310,7 +311,7 @@ async def register_blocks(env: Mapping[str, str]) -> None:
         [sys.executable, "-m", "prefect", "--no-prompt", "block", "register", "--module", "blocks"],
         env=env,
         cwd=ROOT,
-        timeout=120,
+        timeout=_LONGEST,
     )
 
 
