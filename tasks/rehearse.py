@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
-from tasks import report, sink
+from tasks import compliance, report, sink
 from tasks.limits import room_for_sandbox
 from toto.base import paths
 from toto.base.errors import TotoError
@@ -180,6 +180,8 @@ async def run_tests(order: HostOrder, phase: Phase, endpoint: Endpoint) -> Phase
                 on_line=sink(),
                 on_result=lambda each: logger.info("%s: %s", each.script.name, each.reason or each.report.summary),
             )
+            if result.passed:
+                await compliance.gate(order, phase, place)
     except TimeoutError:
         raise TestsFailed(
             f"{phase} tests did not end within {settings.phase_timeout:g} s",

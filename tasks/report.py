@@ -11,6 +11,7 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 
 from toto.base import process
+from toto.compliance.results import Control, summary
 from toto.fleet import artifacts, builds, results
 from toto.git_host.shared import name_of
 from toto.ledger.target import Target
@@ -77,6 +78,16 @@ async def show_tests(repo: Path, target: Target, result: PhaseResult) -> None:
         key=artifacts.of_target(result.phase, name_of(repo), target),
         table=[dict(row) for row in result.rows()],
         description=f"{target.label}: {result.phase} tests",
+    )
+
+
+@_best_effort
+async def show_compliance(repo: Path, target: Target, controls: Sequence[Control]) -> None:
+    """Show what compliance checks found on a host, or in its sandbox, as a table."""
+    await acreate_table_artifact(
+        key=artifacts.of_target("compliance", name_of(repo), target),
+        table=[each.row() for each in controls],
+        description=f"{target.label}: compliance: {summary(controls)}",
     )
 
 

@@ -339,6 +339,7 @@ def test_every_old_name_is_an_alias_without_schedules_that_does_the_same() -> No
         "settle/settle",
         "accept/accept",
         "build/build",
+        "compliance/compliance",
         "drift/drift",
         "prune/prune",
         *ALIASES.values(),

@@ -105,7 +105,13 @@ async def test_schedules_yield_runs_that_end_and_outlive_a_restart(tmp_path: Pat
         assert run["state_type"] == "COMPLETED", done.stdout
         assert run["name"] == f"infra {pusher.git('rev-parse', 'HEAD')[:8]} (ui)"
         schedules = await toto.schedules()
-        assert schedules.keys() == {"reconcile/reconcile", "drift/drift", "build/build", "prune/prune"}
+        assert schedules.keys() == {
+            "reconcile/reconcile",
+            "drift/drift",
+            "compliance/compliance",
+            "build/build",
+            "prune/prune",
+        }
         for path, _ in schedules.values():
             await toto.api.call("PATCH", path, {"active": True})
         async with asyncio.timeout(180):

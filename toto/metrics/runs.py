@@ -32,7 +32,7 @@ PHASES: Final = (
 NAMED: Final = ("evaluate", "build", "revert")
 PARTIAL: Final = "Partial"  # the name of a run's state, as `toto.report` has it
 OF_RECONCILE: Final = ("deploy", "rehearse", "plan")
-ACTIONS: Final = (*OF_RECONCILE, "build", "settle", "accept", "drift", "prune")
+ACTIONS: Final = (*OF_RECONCILE, "build", "settle", "accept", "drift", "compliance", "prune")
 _RESULTS: Final = ("completed", "partial", "failed", "crashed", "cancelled")
 _UNDER_WAY: Final = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 _LATE: Final = timedelta(seconds=60)  # Prefect writes down what ended up to so long ago

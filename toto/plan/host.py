@@ -1,6 +1,7 @@
 """Hosts as a kind of target: nix evaluates them, and the drv of its toplevel identifies a host."""
 
 import difflib
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 from toto.base import runs
 from toto.base.errors import InputError
+from toto.compliance import checks
 from toto.infra_repo import limits, manifest, settings
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.ledger.ledger import Before, Deployed, Entry
@@ -179,7 +181,7 @@ class HostKind(Kind[Host]):
             file=host.file,
             identity=drv,
             path=nix.output(drv, target=host.name),
-            tests=tests.digest(list(suite.Phase)),
+            tests=_digest(source, tests, machine.tags if machine else ()),
             moved=moved,
             reboot=machine is not None and _reboots_now(source.repo, machine),
         )
@@ -364,6 +366,18 @@ async def _of_flake(source: Source) -> list[Host] | None:
             "files, on nix.nixpkgs",
         )
     return found
+
+
+def _digest(source: Source, tests: suite.Suite, tags: Collection[str]) -> str:
+    """The digest of a host's tests: of its scripts, and of its compliance checks where these are a gate.
+
+    Raises `InputError`.
+    """
+    scripts = tests.digest(list(suite.Phase))
+    if not checks.gated(source.settings, tags):
+        return scripts
+    found = checks.find(source.tree, source.settings.compliance, tags)
+    return hashlib.sha256(f"{scripts} {checks.digest(source.tree, found)}".encode()).hexdigest()
 
 
 def _rehearsed_only(host: DesiredHost, entry: Entry, note: str) -> Change | None:

@@ -31,7 +31,8 @@ class Known(BaseModel):
 
 
 Notified = dict[str, dict[str, Known]]  # by venue, by target
-Check: TypeAlias = Literal["reconcile", "drift"]  # they are kept apart: one may find good what the other finds wrong
+# (They are kept apart: one may find good what the other finds wrong.)
+Check: TypeAlias = Literal["reconcile", "drift", "compliance"]
 _NOTIFIED: Final = TypeAdapter(Notified)
 
 

@@ -16,7 +16,15 @@ from toto.plan.changes import ChangeSet
 from toto.plan.kinds import KINDS
 
 Stage: TypeAlias = Literal[
-    "evaluation", "claim", "rehearsal", "approval", "settling", "roll-out", "going forward", "drift check"
+    "evaluation",
+    "claim",
+    "rehearsal",
+    "approval",
+    "settling",
+    "roll-out",
+    "going forward",
+    "drift check",
+    "compliance check",
 ]
 
 PARTIAL: Final = "Partial"  # the name of the state of a run that left something as it was, because it was not reached
@@ -174,9 +182,10 @@ class Report:
             planned = f"plan only: {', '.join(plan)} would change" if plan else self._nothing()
             return f"{commit}: {planned}{excused}"
         # In the plan's order, not in the order in which the targets happened to finish.
+        labels = dict.fromkeys([*(each.label for each in self.changes.changes), *sorted(self.outcome)])
         ended = {
-            word: [each.label for each in self.changes.changes if self.outcome.get(each.label) == word]
-            for word in ("deployed", "verified", "recorded", "recorded without its CRDs", "unreachable")
+            word: [label for label in labels if self.outcome.get(label) == word]
+            for word in ("deployed", "verified", "recorded", "recorded without its CRDs", "checked", "unreachable")
         }
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
@@ -196,7 +205,7 @@ class Report:
         left = {*self.unreachable, *self.held}
         kinds = {KINDS[each.kind] for each in targets}
         many = kinds.pop().many if len(kinds) == 1 else "targets"
-        if len(targets) == 1:
+        if len(targets) <= 1:
             return ""
         return f"{sum(each.label not in left for each in targets)} of {len(targets)} {many}: "
 
@@ -215,7 +224,8 @@ class Report:
         """What a failure did to the fleet: what was reverted, what could not be, or that nothing was touched."""
         if self.failed_roll_out:
             return revert_words(self.reverted)
-        others = "the others were rolled out" if self.outcome else "nothing was touched" if not self.reverted else ""
+        rolled_out = set(self.outcome.values()) - {"checked", "unreachable"}
+        others = "the others were rolled out" if rolled_out else "nothing was touched" if not self.reverted else ""
         return "; ".join(filter(None, (others, revert_words(self.reverted) if self.reverted else "")))
 
     @contextlib.contextmanager
