@@ -133,7 +133,7 @@ async def gate(order: HostOrder, phase: Phase, place: phase_run.Bench) -> None:
     controls = await _checked(found, place, order.name, order.settings, order.tree, order.scratch)
     stopping = [each for each in controls if each.stops]
     if stopping:
-        await report.show_compliance(order.repo, order.target, controls)
+        await report.show_compliance(order.repo, order.target, controls, phase=phase)
         first, *rest = failure_lines(stopping)
         raise NotCompliant(
             "\n".join((f"{phase} compliance: controls of impact {GATE} or more failed:", first, *rest)),

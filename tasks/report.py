@@ -19,6 +19,7 @@ from toto.plan.alike import alike, all_of, listed
 from toto.plan.changes import COLUMNS, ChangeSet
 from toto.plan.order import Plan
 from toto.rehearsal.results import PhaseResult
+from toto.rehearsal.suite import Phase
 from toto.report.message import MARKDOWN
 from toto.report.report import Report
 from toto.terraform.plan import Planned
@@ -82,12 +83,15 @@ async def show_tests(repo: Path, target: Target, result: PhaseResult) -> None:
 
 
 @_best_effort
-async def show_compliance(repo: Path, target: Target, controls: Sequence[Control]) -> None:
-    """Show what compliance checks found on a host, or in its sandbox, as a table."""
+async def show_compliance(
+    repo: Path, target: Target, controls: Sequence[Control], *, phase: Phase | None = None
+) -> None:
+    """Show what compliance checks found on a machine; with `phase`, what they found there did not let it stay so."""
+    what = "compliance" if phase is None else f"{phase}-compliance"
     await acreate_table_artifact(
-        key=artifacts.of_target("compliance", name_of(repo), target),
+        key=artifacts.of_target(what, name_of(repo), target),
         table=[each.row() for each in controls],
-        description=f"{target.label}: compliance: {summary(controls)}",
+        description=f"{target.label}: {'' if phase is None else f'{phase} '}compliance: {summary(controls)}",
     )
 
 

@@ -118,6 +118,7 @@ async def test_one_target_has_its_history_tests_and_console(world: World) -> Non
         "difference-infra--host--web1": ("markdown", "```diff\n+ nginx 1.27\n- nginx 1.26\n```"),
         "console-infra--host--web1": ("markdown", f"```text\n{console}\n```"),
         "no-internet-infra--host--web1": ("table", json.dumps(table)),
+        "compliance-infra--host--web1": ("table", json.dumps([{"result": "failed", "why": HOSTILE}])),
         "console-other--host--web1": ("markdown", "```text\nof a different repo's web1\n```"),
     }
     for key, (kind, data) in shown.items():
@@ -130,6 +131,7 @@ async def test_one_target_has_its_history_tests_and_console(world: World) -> Non
         assert (await client.get("/fleet/infra/..%2f..%2fhost/web1")).status_code == 404
     assert [each["what"] for each in found["history"]] == ["good", "begun"]
     assert found["tests"] == {"no-internet": table} and found["difference"] == "+ nginx 1.27\n- nginx 1.26"
+    assert found["compliance"] == [{"result": "failed", "why": HOSTILE}] and "1 controls of its last check" in page
     assert found["console"] == console and "of a different" not in page
     assert '<span class="added">+ nginx 1.27</span>' in page and "Console of its last rehearsal" in page
     assert "https://grafana.example.org" in page

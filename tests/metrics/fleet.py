@@ -10,6 +10,8 @@ from flying_monkey.desired import Desired, Machine, System
 from tests.flying_monkey.test_outbox import report
 from tests.ledger.test_ledger import WEB1, deployed, intent, note
 from tests.repos import InfraRepo
+from toto.compliance import history
+from toto.compliance.results import Control, Outcome
 from toto.infra_repo import manifest
 from toto.ledger import steps
 from toto.ledger.ledger import Entry, Ledger, owner
@@ -54,6 +56,9 @@ class SmallFleet:
         await book.write(NAS, lambda _: Entry(unreachable=note()), "unreachable")
         Remembered.in_repo(self.bare).file.write_text('{"web1": 300, "web1#vm": 400}')
         await owners.claim(self.bare, manifest.parse(text).machines["web1"], [self.host_key])
+        failed = Control(check="inspec/base", id="ssh", outcome=Outcome.FAILED, impact=0.9)
+        passed = Control(check="inspec/base", id="motd", outcome=Outcome.PASSED)
+        await history.record(self.bare, "web2", [failed, passed], "c" * 40, "run-1")
         self.tell(datetime.now(UTC) + timedelta(days=7))
         self.says(1, reboot_needed=True, drift="", failed_units=["a.service"])
 

@@ -66,6 +66,11 @@ def test_a_fleet_is_told_as_it_is(fleet: SmallFleet) -> None:
     assert contact is not None and abs(contact - time.time()) < 60
     assert expires is not None and 6.9 < (expires - time.time()) / 86_400 < 7
     assert read.one("agent_reboot_needed", machine="web1") == 1 and read.one("agent_drift", machine="web1") == 0
+    for outcome, count in (("failed", 1), ("passed", 1), ("not checked", 0)):
+        assert read.one("compliance_controls", repo="infra", machine="web2", outcome=outcome) == count
+    assert read.one("compliance_failed_impact", machine="web2") == 0.9
+    checked = read.one("compliance_timestamp_seconds", machine="web2")
+    assert checked is not None and abs(checked - time.time()) < 60
     assert read.one("backup_timestamp_seconds") == 0
     assert read.one("certificate_expiry_timestamp_seconds") is None
 

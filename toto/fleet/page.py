@@ -187,8 +187,10 @@ class _Page:
             self.listeners -= 1
 
     async def _shown(self, repo: str, target: Target) -> dict[str, Any]:
-        """What the last runs showed of a target: what changed in it, its tests by phase, its console."""
-        keys = {each: artifacts.of_target(each, repo, target) for each in ("difference", "console", *_PHASES)}
+        """What the last runs showed of a target: what changed in it, its tests by phase, its console, its compliance."""
+        keys = {
+            each: artifacts.of_target(each, repo, target) for each in ("difference", "console", "compliance", *_PHASES)
+        }
         try:
             found = await self.state.shown(list(keys.values()))
         except TotoError:
@@ -197,6 +199,7 @@ class _Page:
         return {
             "difference": _unfenced(found.get(keys["difference"])),
             "console": _unfenced(found.get(keys["console"])),
+            "compliance": _rows(found.get(keys["compliance"])),
             "tests": {phase: rows for phase, rows in tests.items() if rows},
         }
 

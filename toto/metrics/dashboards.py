@@ -123,6 +123,15 @@ def dashboards() -> dict[str, dict[str, Any]]:
                 _panel("table", "Drift", {"": _said("drift", _REPO)}, "bool_yes_no", 6),
                 _panel(
                     "timeseries",
+                    "Compliance: what failed, broke or was not checked",
+                    {
+                        "{{machine}} {{outcome}}": f"toto_compliance_controls{{{_REPO}, "
+                        'outcome=~"failed|error|not checked"} > 0'
+                    },
+                ),
+                _panel("table", "Worst impact of what failed", {"": f"toto_compliance_failed_impact{{{_REPO}}}"}),
+                _panel(
+                    "timeseries",
                     "Free on the fullest disk",
                     {
                         "{{machine}}": f"min by (machine) (node_filesystem_avail_bytes{{{_REPO}, {_DISKS}}} "

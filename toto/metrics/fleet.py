@@ -20,6 +20,8 @@ from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.signature import NotGenuine, unsealed
 from toto.base import paths
 from toto.base.errors import InputError, TotoError
+from toto.compliance import history
+from toto.compliance.results import Outcome
 from toto.fleet.state import described
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
@@ -48,6 +50,9 @@ _FIGURES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "agent_drift": ("1 when a machine says that it differs from what it was last told to be", _MACHINE),
     "document_expiry_timestamp_seconds": ("until when a machine obeys its document", _MACHINE),
     "signer_certificate_expiry_timestamp_seconds": ("until when a machine obeys by a certificate alone", _MACHINE),
+    "compliance_controls": ("how many controls ended so when a machine was checked last", (*_MACHINE, "outcome")),
+    "compliance_failed_impact": ("the highest impact, 0 to 1, of what failed or broke when it was", _MACHINE),
+    "compliance_timestamp_seconds": ("when a machine was checked last", _MACHINE),
     "backup_timestamp_seconds": ("when toto was backed up last; 0 for never", ()),
     "certificate_expiry_timestamp_seconds": ("until when the certificate of the UI's address is valid", ("name",)),
 }
@@ -59,6 +64,7 @@ class Fleet:
     def __init__(self, repos: Path, ui_url: str) -> None:
         self.repos, self.ui = repos, urlsplit(ui_url)
         self._ledgers: dict[Path, Snapshot] = {}
+        self._compliance: dict[Path, history.Known] = {}
         self._certificate: tuple[float, float] = (0.0, 0.0)  # when it was looked at, and until when it is valid
 
     def read(self) -> list[Metric]:
@@ -77,6 +83,7 @@ class Fleet:
                 continue
             self._add("ledger_readable", 1, name_of(repo))
             self._repo(repo, self._ledgers[repo], owned)
+            self._checked(repo)
         self._add("backup_timestamp_seconds", _modified(paths.state_home() / BACKED_UP))
         if self.ui.scheme == "https" and (until := self._valid_until()):
             self._add("certificate_expiry_timestamp_seconds", until, self.ui.hostname or "")
@@ -95,6 +102,16 @@ class Fleet:
         for machine in condition.known(repo):
             if Target(HOST, machine) in ledger.entries:
                 self._machine(repo, documents.Place(folder, machine), owned)
+
+    def _checked(self, repo: Path) -> None:
+        """What compliance checks found last on each machine; an outcome without controls is told too, as 0."""
+        known = self._compliance[repo] = history.read(repo, self._compliance.get(repo))
+        for machine, its in known.machines.items():
+            labels, last = (name_of(repo), machine), its.trend[-1]
+            for outcome in Outcome:
+                self._add("compliance_controls", last.controls.get(outcome, 0), *labels, outcome.value)
+            self._add("compliance_failed_impact", last.worst, *labels)
+            self._add("compliance_timestamp_seconds", _seconds(last.at), *labels)
 
     def _target(self, repo: str, target: Target, entry: Entry) -> None:
         labels = (repo, target.kind, target.name)

@@ -376,7 +376,8 @@ def _digest(source: Source, tests: suite.Suite, tags: Collection[str]) -> str:
     scripts = tests.digest(list(suite.Phase))
     if not checks.gated(source.settings, tags):
         return scripts
-    found = checks.find(source.tree, source.settings.compliance, tags)
+    if not (found := checks.find(source.tree, source.settings.compliance, tags)):
+        return scripts
     return hashlib.sha256(f"{scripts} {checks.digest(source.tree, found)}".encode()).hexdigest()
 
 
