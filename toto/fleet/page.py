@@ -187,7 +187,7 @@ class _Page:
             self.listeners -= 1
 
     async def _shown(self, repo: str, target: Target) -> dict[str, Any]:
-        """What the last runs showed of a target: what changed in it, its tests by phase, its console, its compliance."""
+        """What the last runs showed of a target: what changed in it, its tests by phase, its compliance, console."""
         keys = {
             each: artifacts.of_target(each, repo, target) for each in ("difference", "console", "compliance", *_PHASES)
         }
