@@ -22,6 +22,7 @@ from tasks.roll_out import (
     revert,
     try_way_in,
 )
+from toto.machine.fleet_builders import not_building
 from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.plan.changes import Action
 from toto.plan.host import HostOrder
@@ -51,7 +52,10 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
     assert machine is not None
     intended = False
     try:
-        async with connect(machine, order.repo, order.run, order.settings) as activator:
+        async with (
+            not_building(machine, patience=order.settings.nix.build_timeout),
+            connect(machine, order.repo, order.run, order.settings) as activator,
+        ):
             await claim(order, activator)
             smoke, post_switch = (
                 run_tests.with_options(task_run_name=f"{phase} tests") for phase in (Phase.SMOKE, Phase.POST_SWITCH)

@@ -22,7 +22,7 @@ let
     http_sd_configs = [{ url = "${scheme}://${toto}/metrics/machines"; inherit basic_auth; }];
     relabel_configs = [
       (if name == "node"
-        then { source_labels = [ "__meta_toto_role" "__meta_toto_tags" ]; regex = "nixos;.*|other;.*,node,.*"; action = "keep"; }
+        then { source_labels = [ "__meta_toto_role" "__meta_toto_tags" ]; regex = "(nixos|builder);.*|other;.*,node,.*"; action = "keep"; }
         else { source_labels = [ "__meta_toto_tags" ]; regex = ".*,${name},.*"; action = "keep"; })
       { source_labels = [ "__meta_toto_machine" ]; target_label = "machine"; }
       { source_labels = [ "__meta_toto_machine" ]; target_label = "instance"; }

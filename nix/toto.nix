@@ -125,6 +125,7 @@ let
 
   builders = (pkgs.formats.toml { }).generate "toto-builders.toml" {
     builders = lib.mapAttrs (_: each: removeAttrs each [ "hostKey" ] // { host_key = each.hostKey; }) cfg.builders;
+    fleet_builders = lib.mapAttrs (_: each: { inherit (each) user; host_key = each.hostKey; }) cfg.fleetBuilders;
   };
 
   # For the assertions.
@@ -329,6 +330,29 @@ in
       description = "Machines that build for toto, by names of yours; docs/builders.md says how to make one.";
     };
 
+    fleetBuilders = mkOption {
+      type = types.attrsOf (types.submodule {
+        options = {
+          user = mkOption {
+            type = types.strMatching "[A-Za-z0-9_][A-Za-z0-9._-]*";
+            default = "builder";
+            description = "As whom toto logs in; nix trusts that user there.";
+          };
+          hostKey = mkOption {
+            type = types.strMatching "(ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n]*)?";
+            example = "ssh-ed25519 AAAA…";
+            description = "Its public host key. A machine with a different one builds nothing.";
+          };
+        };
+      });
+      default = { };
+      example = lib.literalExpression ''{ "infra/pi".hostKey = "ssh-ed25519 AAAA…"; }'';
+      description = ''
+        Machines with `role: builder` that may build for toto, by `REPO/MACHINE`: the rest is in their manifests; see
+        docs/builders.md.
+      '';
+    };
+
     nixPath = mkOption {
       type = types.listOf types.str;
       default = [ ];
@@ -487,6 +511,9 @@ in
         KillMode = "mixed";
         TimeoutStopSec = 180;  # terraform may take a minute to save its state, and then toto's PostgreSQL one to stop
         OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
+
+        # By what is there it asks the nix daemon: docs/builders.md.
+        ReadWritePaths = [ "-/run/toto-nix/asked" ];
 
         # What keeps toto from the machine, besides `hardened`. setup/systemd/toto.service, for Debian, has the same lines.
         DevicePolicy = "closed";

@@ -27,6 +27,7 @@ from toto.ledger.ledger import Deployed, Intent, Ledger
 from toto.ledger.target import Target
 from toto.machine import access, condition, keys, owners, ssh
 from toto.machine.activation import Activator, MachineState, Verb, WayChanged
+from toto.machine.fleet_builders import not_building
 from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
@@ -287,7 +288,10 @@ async def revert(reversal: Reversal) -> str:
 async def _go_back(reversal: Reversal, machine: Machine, intent: Intent, to: MachineState, *, is_good: bool) -> None:
     """Once. Only its last good is copied: what ran before toto is there, and its path is the machine's own account."""
     settings = reversal.settings.roll_out
-    async with connect(machine, reversal.repo, reversal.run, reversal.settings) as activator:
+    async with (
+        not_building(machine, patience=0),  # (what it builds may well be lost by what is reverted)
+        connect(machine, reversal.repo, reversal.run, reversal.settings) as activator,
+    ):
         await activator.prepare()
         # A watchdog that is still armed is named after the run that armed it.
         armed = intent.desired.run

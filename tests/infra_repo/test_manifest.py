@@ -500,6 +500,12 @@ machines.yaml:5: fleet: is not a known field; known is machines"""
     [
         ("deploy: pull", "a machine that pulls proves itself by its host key: write it as ssh.host_key"),
         ("access: locked\n    reboot: window", "reboot: window needs a window"),
+        ("builds: {jobs: 2}", "builds is for machines with role: builder"),
+        ("role: builder", "a builder is known by its host key: write it as ssh.host_key"),
+        (
+            "role: builder\n    access: locked\n    ssh: {host_key: ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFf0}",
+            "a builder takes builds of toto's: it cannot have access: locked, or deploy: pull",
+        ),
         ("reboot: now", "reboot is for machines with access: locked or deploy: pull; others only tell"),
     ],
 )

@@ -16,11 +16,18 @@ import pytest
 
 from tests.lab.fleet import command_of, processes
 from tests.machine.test_ssh import Server, keygen, needs_sshd, sshd
+from tests.repos import InfraRepo
 from toto.base import files, paths, process, server_rules
 from toto.base.errors import InputError
-from toto.nix import builders, daemon
+from toto.git_host import host as git_host
+from toto.infra_repo.deployed import manifest_of
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import Target
+from toto.machine import fleet_builders
+from toto.nix import builders, daemon, quiet
 from toto.nix import commands as nix
 from toto.nix.commands import BuildFailed
+from toto.plan.host import DeployedHost
 
 as_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("nix-daemon") is None, reason="toto runs its nix daemon here only as root"
@@ -218,6 +225,84 @@ async def test_a_system_that_nobody_builds_is_named_and_one_that_a_builder_offer
         with pytest.raises(BuildFailed, match=r"x86_64-linux, and arm does not answer .*refused") as failed:
             await built(place, WHO, "aarch64-linux")
         assert failed.value.transient
+
+
+@needs_sshd
+@as_root
+async def test_nothing_is_built_on_a_builder_that_is_to_be_quiet_and_what_it_builds_ends_first(
+    place: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (more := place / "more").mkdir()
+    async with builder(place, "calm") as calm, building(monkeypatch, home, calm.settings()):
+        own = place / "calm/nix.conf"
+        files.write(own, own.read_text().replace("/who=", f"/more={more} /who="), 0o644)
+        began, entered, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def be_quiet() -> None:
+            async with quiet.quiet(home, ["calm"], patience=600):
+                entered.set()
+                await leave.wait()
+
+        slow = f"{WHO} echo at work; while [ ! -e /more/go ]; do sleep 0.2; done"
+        async with asyncio.timeout(120):
+            first = asyncio.create_task(
+                built(place, slow, on_line=lambda line: began.set() if line == "at work" else None)
+            )
+            await began.wait()
+            waiting = asyncio.create_task(be_quiet())
+            while text(await built(place, WHO)) != "here":
+                await asyncio.sleep(0.2)
+            async with quiet.quiet(home, ["calm"], patience=0):  # as a revert does, which waits for nothing
+                assert not entered.is_set(), "one is at work there"
+            (more / "go").touch()
+            assert text(await first) == "calm"
+            await entered.wait()
+            assert text(await built(place, WHO)) == "here", "no build begins there"
+            leave.set()
+            await waiting
+            while text(await built(place, WHO)) != "calm":
+                await asyncio.sleep(0.2)
+
+
+@needs_sshd
+@as_root
+async def test_a_machine_of_the_fleet_builds_when_the_settings_approve_its_host_key_and_as_its_manifest_says(
+    place: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with builder(place, "one") as one:
+        target = one.server.target
+        repos = git_host.default_repos()
+        repo = InfraRepo(place / "infra")
+        lines = f"role: builder, ssh: {{port: {target.port}, host_key: {one.server.host_key}}}"
+        commit = repo.commit(
+            {"machines.yaml": f"machines:\n- {{name: pi, address: {target.address}, {lines}, builds: {{jobs: 3}}}}\n"}
+        )
+        repos.mkdir(parents=True)
+        bare = repo.bare.rename(repos / "infra.git")
+        assert fleet_builders.described([bare]) == {}, "it was not rolled out"
+        good = DeployedHost(identity="drv", path="/nix/store/x", commit=commit, run="r", at="2026-01-01T00:00:00Z")
+        await Ledger(bare).write(Target("host", "pi"), lambda entry: entry.model_copy(update={"good": good}), "good")
+        (pi,) = fleet_builders.described([bare]).values()
+        assert (pi.address, pi.port, pi.systems, pi.jobs) == (target.address, target.port, ("x86_64-linux",), 3)
+
+        fleet = manifest_of(bare)
+        approved = f'[fleet_builders."infra/pi"]\nhost_key = "{one.server.host_key}"\nuser = "{target.user}"\n'
+        other = approved.replace(one.server.host_key, await keygen(place / "other"))
+        async with building(monkeypatch, home, other):
+            builders.tell(home, {"infra/pi": pi})
+            assert builders.wanted(home) == {}, "whoever pushes a manifest cannot make it one"
+            assert builders.unused_of(home, fleet) == ["pi"]
+            settings(approved)
+            async with asyncio.timeout(120):
+                while text(await built(place, WHO)) != "one":
+                    await asyncio.sleep(0.2)
+            assert builders.listed(home)["infra.pi"].jobs == 3 and builders.unused_of(home, fleet) == []
+            assert builders.same_as(home, fleet.machines["pi"]) == ["infra.pi"]
+            async with asyncio.timeout(120), fleet_builders.not_building(fleet.machines["pi"], patience=60):
+                assert text(await built(place, WHO)) == "here"
+            for wrong in (b"{", b'{"infra/pi": {}}', b"x" * 2_000_000):
+                (home / quiet.ASKED / "fleet.json").write_bytes(wrong)
+                assert builders.wanted(home) == {}
 
 
 DRV = "/nix/store/0kijw2kh0hhll9x5ilfwvzy9zbzask1f-thing.drv"

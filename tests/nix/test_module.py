@@ -93,7 +93,7 @@ def test_the_server_is_a_user_without_any_right() -> None:
     assert toto["CapabilityBoundingSet"] == toto["AmbientCapabilities"] == [""]
     assert toto["NoNewPrivileges"] == ["true"] and toto["ProtectSystem"] == ["strict"]
     assert toto["StateDirectory"] == ["toto"] and toto["StateDirectoryMode"] == ["0700"] and toto["UMask"] == ["0077"]
-    assert "ReadWritePaths" not in toto  # it writes to its state, and to nothing else
+    assert toto["ReadWritePaths"] == ["-/run/toto-nix/asked"]  # it writes to its state, and there it asks the daemon
     assert toto["DeviceAllow"] == ["/dev/kvm rw", "/dev/net/tun rw"] and toto["DevicePolicy"] == ["closed"]
     assert not BREAKS_CELLS & set(toto)
     assert toto["Restart"] == ["always"] and toto["KillMode"] == ["mixed"] and toto["OOMPolicy"] == ["continue"]
@@ -323,7 +323,8 @@ def test_what_could_not_work_is_refused(options: str, message: str) -> None:
 def test_builders_are_what_the_daemon_reads_of_them(tmp_path: Path) -> None:
     options = f"""services.toto.builders.pi = {{
       address = "10.0.0.7"; hostKey = "{KEY}"; systems = [ "aarch64-linux" ]; jobs = 4; features = [ "kvm" ];
-    }};"""
+    }};
+    services.toto.fleetBuilders."infra/gate".hostKey = "{KEY}";"""
     files = "config.systemd.tmpfiles.settings.toto-builders"
     file = f'{files}."/var/lib/toto-nix/server.toml"."L+".argument'
     # (A program makes the file of a value. It is not built here: this is the value.)
@@ -336,6 +337,7 @@ def test_builders_are_what_the_daemon_reads_of_them(tmp_path: Path) -> None:
             address="10.0.0.7", host_key=KEY, systems=("aarch64-linux",), jobs=4, features=("kvm",)
         )
     }
+    assert rules.fleet_builders == {"infra/gate": server_rules.FleetBuilder(host_key=KEY)}
     for right, wrong in ((KEY, "AAAA"), ('"aarch64-linux"', "")):
         with pytest.raises(AssertionError, match="is not of type"):
             of_host(file, options.replace(right, wrong))

@@ -71,6 +71,15 @@ class Builder(Model):
     """what derivations may require of it, such as `big-parallel` or `kvm`"""
 
 
+class FleetBuilder(Model):
+    """A machine of a fleet that may build for this server: its manifest says the rest (docs/builders.md)."""
+
+    host_key: Annotated[StrictStr, Field(pattern=r"^(ssh|ecdsa|sk)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n\r]*)?$")]
+    """the host key by which it is known; a manifest with a different one describes no builder"""
+    user: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "builder"
+    """as whom toto logs in; nix trusts that user there"""
+
+
 class ServerRules(Model):
     """Everything in `server.toml`."""
 
@@ -86,6 +95,10 @@ class ServerRules(Model):
         default_factory=dict
     )
     """machines that build for this server, by their names; of the state of who runs the nix daemon"""
+    fleet_builders: dict[
+        Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*$")], FleetBuilder
+    ] = Field(default_factory=dict)
+    """machines with `role: builder` that may build for this server, by `REPO/MACHINE`; of the same state"""
     most: dict[StrictStr, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     """the most that a `toto.toml` may set a number to, by the setting's name, such as `nix.build_timeout`"""
 

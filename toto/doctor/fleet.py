@@ -10,10 +10,10 @@ from toto.base.errors import TotoError
 from toto.doctor.findings import Finding, Toto
 from toto.git_host import access, host
 from toto.git_host.shared import name_of
+from toto.infra_repo.deployed import manifest_of
 from toto.infra_repo.manifest import Manifest
 from toto.machine import condition, keys, signing_key
 from toto.metrics.fleet import BACKED_UP
-from toto.metrics.machines import manifest_of
 from toto.server.environment import block_key
 
 _DAY: Final = 86_400.0

@@ -103,6 +103,13 @@ def check_system(text: str) -> str:
     return text
 
 
+def check_feature(text: str) -> str:
+    """Return `text` if it can be a system feature of nix's ("big-parallel"); else raise ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise ValueError(f"should be a feature like 'big-parallel', not {shown(text)}")
+    return text
+
+
 def _check_freeze(value: object) -> object:
     if not isinstance(value, bool) and (
         not isinstance(value, str)

@@ -29,6 +29,7 @@ from toto.infra_repo.fields import (
     Port,
     Word,
     check_address,
+    check_feature,
     check_host_key,
     check_system,
     check_user,
@@ -56,6 +57,19 @@ class SSH(Fields):
     """the machine's public host key, as in `ssh_host_ed25519_key.pub`; without it, the first one seen is kept"""
 
 
+class Builds(Fields):
+    """What a builder builds for toto, once the server's settings approve it."""
+
+    systems: Annotated[tuple[Annotated[StrictStr, AfterValidator(check_system)], ...], Distinct] = ()
+    """the platforms that it builds for; when left out, its own"""
+    jobs: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    """builds at once"""
+    speed: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    """of several with room, the fastest for its load gets a build"""
+    features: Annotated[tuple[Annotated[StrictStr, AfterValidator(check_feature)], ...], Distinct] = ()
+    """what derivations may require of it, such as `kvm` or `big-parallel`"""
+
+
 class Machine(Fields):
     """A machine, and what toto may do with it."""
 
@@ -67,8 +81,10 @@ class Machine(Fields):
     """the address at which it was deployed, as `address` or `address:port`, when it has a new one now"""
     system: Annotated[StrictStr, AfterValidator(check_system)] = "x86_64-linux"
     """its platform, by nix's name"""
-    role: Literal["nixos", "other"] = "nixos"
-    """`other` (a NAS, a switch) is never deployed"""
+    role: Literal["nixos", "builder", "other"] = "nixos"
+    """`builder` builds for toto as well; `other` (a NAS, a switch) is never deployed"""
+    builds: Builds | None = None
+    """what a builder builds"""
     after: Annotated[tuple[Name, ...], Distinct] = ()
     """machines that are rolled out before this one, such as the hypervisor of a guest"""
     wave: Annotated[StrictInt, Field(ge=0, le=1000)] = 0
@@ -117,6 +133,17 @@ class Machine(Fields):
             raise ValueError("a machine that pulls proves itself by its host key: write it as ssh.host_key")
         return self
 
+    @model_validator(mode="after")
+    def _builds_for_toto(self) -> Self:
+        if self.role == "builder":
+            if self.ssh.host_key is None:
+                raise ValueError("a builder is known by its host key: write it as ssh.host_key")
+            if self.by_document:
+                raise ValueError("a builder takes builds of toto's: it cannot have access: locked, or deploy: pull")
+        elif self.builds is not None:
+            raise ValueError("builds is for machines with role: builder")
+        return self
+
     @property
     def by_document(self) -> bool:
         """Whether it does what signed documents say, instead of what toto runs on it by sudo."""
@@ -125,7 +152,7 @@ class Machine(Fields):
     @property
     def deployed(self) -> bool:
         """Whether toto may ever change this machine."""
-        return self.role == "nixos" and self.deploy != "none"
+        return self.role != "other" and self.deploy != "none"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,10 @@ looks at: see monitoring/prometheus.yml.
 import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
-
-from gitdb.exc import BadName
+from typing import Any
 
 from toto.git_host.shared import name_of
-from toto.infra_repo import git, manifest
-
-_LARGEST: Final = 10_000_000  # bytes of a manifest
+from toto.infra_repo.deployed import manifest_of
 
 
 def targets(repos: Iterable[Path]) -> list[dict[str, Any]]:
@@ -35,19 +31,6 @@ def targets(repos: Iterable[Path]) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def manifest_of(repo: Path) -> manifest.Manifest:
-    """The manifest at the tip of the deployed branch; no machines when there is none yet.
-
-    Raises `ManifestError` for mistakes in it.
-    """
-    with git.open_repo(repo) as opened:
-        try:
-            blob = opened.commit("HEAD").tree / manifest.FILE
-        except (BadName, ValueError, KeyError):
-            return manifest.Manifest()
-        return manifest.parse(blob.data_stream.read(_LARGEST).decode(errors="replace"))
 
 
 def _bracketed(address: str) -> str:

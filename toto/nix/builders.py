@@ -19,18 +19,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from toto.base import files, made_once, paths, process, server_rules
 from toto.base.errors import InputError, TotoError
 from toto.base.server_rules import Builder
-from toto.infra_repo.manifest import Manifest
+from toto.cell import folders
+from toto.infra_repo.manifest import Machine, Manifest
+from toto.nix.quiet import ASKED, Slots
 
 log = logging.getLogger(__name__)
 
 HERE: Final = "toto"  # who builds what no builder does, in words
 KEY: Final = "builders"  # of toto's keys; on the builders it is as good as root's
 PUBLIC: Final = "builders.pub"  # its public half, beside the daemon's socket
+_TOLD: Final = "fleet.json"  # in what toto writes for the daemon: what manifests say of builders
+_MOST_TOLD: Final = 1_000_000  # bytes of it
 _LISTED: Final = "builders.json"  # in the daemon's home: all of them, for a toto that is not root
 _BUILDERS: Final = TypeAdapter(dict[str, Builder])
 _PAUSE: Final = 2.0  # seconds until a change of the settings counts
@@ -115,7 +119,8 @@ async def public_half() -> str:
 
 def unused() -> list[str]:
     """A line when the settings of a toto that is not root name builders: root's daemon has settings of its own."""
-    if os.geteuid() == 0 or not server_rules.load().builders:
+    rules = server_rules.load()
+    if os.geteuid() == 0 or not (rules.builders or rules.fleet_builders):
         return []
     return [
         f"{paths.state_home() / server_rules.FILE} names builders, which are not used: the nix daemon is root's\n"
@@ -134,13 +139,31 @@ def obeying(home: Path, fleet: Manifest) -> dict[str, str]:
 
     That they build nothing for others is what keeps strangers out of their stores.
     """
-    found = {}
-    for builder, each in listed(home).items():
-        for name, machine in fleet.machines.items():
-            same = each.address == machine.address or _key(each.host_key) == _key(machine.ssh.host_key or "")
-            if same and machine.by_document:
-                found[name] = builder
-    return found
+    return {
+        name: builder
+        for name, machine in fleet.machines.items()
+        if machine.by_document
+        for builder in same_as(home, machine)
+    }
+
+
+def same_as(home: Path, machine: Machine) -> list[str]:
+    """Those of the builders of the daemon in `home` that are this machine, by its address or its host key."""
+    return [
+        name
+        for name, each in listed(home).items()
+        if each.address == machine.address or _key(each.host_key) == _key(machine.ssh.host_key or "")
+    ]
+
+
+def unused_of(home: Path, fleet: Manifest) -> list[str]:
+    """The machines that are builders by their manifest, and not by the settings of the daemon in `home`."""
+    known = {_key(each.host_key) for each in listed(home).values()}
+    return [
+        name
+        for name, machine in fleet.machines.items()
+        if machine.role == "builder" and _key(machine.ssh.host_key or "") not in known
+    ]
 
 
 def listed(home: Path) -> dict[str, Builder]:
@@ -156,14 +179,43 @@ def _key(host_key: str) -> str:
     return " ".join(host_key.split()[:2])
 
 
-async def follow(folder: Path, known: Mapping[str, Builder]) -> None:
-    """Write to `folder` whenever the server's settings have others than are `known`. Mistakes in them are logged."""
+def tell(home: Path, described: Mapping[str, Builder]) -> None:
+    """Tell the daemon in `home` what manifests say of builders, by `REPO/MACHINE`. Raises OSError."""
+    said, file = _BUILDERS.dump_json(dict(described)), home / ASKED / _TOLD
+    if not (file.exists() and file.read_bytes() == said):
+        files.write_bytes(file, said)
+
+
+def wanted(home: Path) -> dict[str, Builder]:
+    """The builders by the server's settings, and those of the fleet that they approve, as the manifests describe them.
+
+    One of the fleet is called `REPO.MACHINE`. Raises `InputError` for mistakes in the settings.
+    """
+    rules = server_rules.load()
+    found = dict(rules.builders)
+    try:
+        told = _BUILDERS.validate_json(folders.read_regular(home, ASKED, _TOLD, most=_MOST_TOLD) or b"{}")
+    except ValidationError:
+        told = {}
+    for machine, approved in rules.fleet_builders.items():
+        each = told.get(machine)
+        if each is not None and _key(each.host_key) == _key(approved.host_key):
+            found.setdefault(machine.replace("/", ".").lower(), each.model_copy(update={"user": approved.user}))
+    return found
+
+
+async def follow(folder: Path, known: Mapping[str, Builder], slots: Slots) -> None:
+    """Write to `folder` whenever others are wanted than are `known`, and take the slots that toto asks for.
+
+    Mistakes in the server's settings are logged.
+    """
     wrong = ""
     while True:
         await asyncio.sleep(_PAUSE)
         try:
-            found = server_rules.load().builders
-        except TotoError as error:
+            slots.look(known)
+            found = wanted(folder.parent)
+        except (TotoError, OSError) as error:
             if str(error) != wrong:
                 log.error("the builders stay as they are: %s", error)
             wrong = str(error)

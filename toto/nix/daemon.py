@@ -23,10 +23,10 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from toto.base import files, paths, process, server_rules
+from toto.base import files, paths, process
 from toto.base.errors import InputError, TotoError
 from toto.cell.namespace import namespace
-from toto.nix import builders
+from toto.nix import builders, quiet
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +142,11 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
     (home / _SHARED).chmod(0o755)  # (for the cells of evaluations)
     files.write(home / _SHARED / "nix.conf", configuration() + builders.settings(home / _BUILDERS), 0o644)
     files.write(home / _SHARED / builders.PUBLIC, await builders.public_half(), 0o644)
-    path = home / _SHARED / "socket"
+    path, asked = home / _SHARED / "socket", home / quiet.ASKED
+    asked.mkdir(mode=0o700, exist_ok=True)
     if group is not None:
+        shutil.chown(asked, group=group)
+        asked.chmod(0o770)
         shutil.chown(home, group=group)
         home.chmod(0o710)
     ready = asyncio.Event()
@@ -199,8 +202,9 @@ async def _keep(home: Path, ready: asyncio.Event) -> None:
 
 @contextlib.asynccontextmanager
 async def _once(home: Path) -> AsyncIterator[process.Running]:
-    listed = server_rules.load().builders
+    listed, slots = builders.wanted(home), quiet.Slots(home)
     await builders.write(home / _BUILDERS, listed)
+    slots.look(listed)
     environment = {
         "PATH": f"{home / _BUILDERS}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
         "LANG": "C.UTF-8",
@@ -222,11 +226,12 @@ async def _once(home: Path) -> AsyncIterator[process.Running]:
         ]
         with (home / "daemon.log").open("ab") as sink:
             async with process.start(words, env=environment, stdout=sink.fileno(), stderr=sink.fileno()) as daemon:
-                following = asyncio.create_task(builders.follow(home / _BUILDERS, listed))
+                following = asyncio.create_task(builders.follow(home / _BUILDERS, listed, slots))
                 try:
                     yield daemon
                 finally:
                     following.cancel()
+                    slots.close()
 
 
 def _unless_read(stop: asyncio.Event) -> None:

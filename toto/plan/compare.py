@@ -46,7 +46,7 @@ def compare(
         waiting=tuple(
             name
             for name, machine in manifest.machines.items()
-            if Target(HOST, name) not in known and machine.role == "nixos"
+            if Target(HOST, name) not in known and machine.role != "other"
         ),
         retired=tuple(
             sorted(

@@ -149,7 +149,7 @@ class HostKind(Kind[Host]):
             meant = f": did you mean {close[0]}?" if close else ""
             told.append(Told(place=place, what=f"has tests that never run, since no host has this name{meant}"))
         for name, machine in machines.items():
-            if machine.role != "nixos" or name in names:
+            if machine.role == "other" or name in names:
                 continue
             if name in deployed:
                 what = (
@@ -397,7 +397,7 @@ async def build_toplevel(order: HostOrder, heard: Heard | None = None) -> Path:
     path = await _build(order, order.desired.identity, "toplevel", heard)
     if (
         order.machine is not None
-        and order.machine.role == "nixos"
+        and order.machine.role != "other"
         and not (path / "bin/switch-to-configuration").exists()
     ):
         raise InputError(

@@ -69,7 +69,10 @@ async def make(
         found, left, after = await _discover(source, only)
         with hearing() as warnings:
             with suppress(daemon.DaemonFailed):  # (there may be no hosts at all)
-                for name, builder in builders.obeying(daemon.socket().parent.parent, fleet).items():
+                home = daemon.socket().parent.parent
+                if lone := builders.unused_of(home, fleet):
+                    warnings["this server does not build on it, although its role is builder (docs/builders.md)"] = lone
+                for name, builder in builders.obeying(home, fleet).items():
                     warnings[f"it is also the builder {builder}, whose user is root there (docs/builders.md)"] = [name]
             wanted = await _each(
                 found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)

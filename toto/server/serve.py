@@ -31,7 +31,7 @@ from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shared
-from toto.machine import keys, owners, renewal
+from toto.machine import fleet_builders, keys, owners, renewal
 from toto.nix import builders
 from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
@@ -385,6 +385,7 @@ async def _working(
         running_signer(env, signed) as signer,
         _beside(_keep_warm(env, log_file.with_name("runs.log"), root)),
         _beside(renewal.keep_up(repos)),
+        _beside(fleet_builders.keep_told(repos)),
         running_worker(env, log_file, root=root) as worker,
     ):
         yield {log_file: worker, signed: signer}
