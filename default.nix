@@ -8,6 +8,7 @@
     toto = ./nix/toto.nix;
     flying-monkey = ./nix/flying-monkey.nix;
     monitoring = ./nix/monitoring.nix;
+    store = ./nix/store.nix;
     default = ./nix/toto.nix;
   };
   # In virtual machines: `nix-build -A tests.toto`.

@@ -1,6 +1,7 @@
 # nixosModules.toto: the server, on NixOS (docs/operations.md). packages.SYSTEM.toto: its package.
 # nixosModules.flying-monkey: a machine's side (docs/flying-monkey.md).
 # nixosModules.monitoring: Prometheus, Alertmanager and Grafana for both (docs/monitoring.md).
+# nixosModules.store: what machines fetch from toto by NFS (docs/store.md).
 #
 # `nix develop`: the programs that setup/debian-packages.txt names on Debian, for a machine that has Nix and no apt.
 # `setup/prepare` then makes the Python environment from requirements.lock, as everywhere.
@@ -23,6 +24,7 @@
       nixosModules.toto = ./nix/toto.nix;
       nixosModules.flying-monkey = ./nix/flying-monkey.nix;
       nixosModules.monitoring = ./nix/monitoring.nix;
+      nixosModules.store = ./nix/store.nix;
       nixosModules.default = ./nix/toto.nix;
 
       packages = lib.genAttrs systems (system: rec {

@@ -35,6 +35,7 @@ from toto.plan.host import DeployedHost, HostOrder
 from toto.rehearsal import suite
 from toto.rehearsal.phase_run import Endpoint
 from toto.rehearsal.suite import Phase
+from toto.store import grants
 
 
 @asynccontextmanager
@@ -136,6 +137,10 @@ async def copy(order: HostOrder, activator: Activator) -> Done:
     assert order.machine is not None
     settings = order.settings.nix
     key = await _signs(order.repo, settings.signing_key, order.machine)
+    if order.machine.substitute:  # from toto as well
+        closures = [order.host.path, *await grants.good(order.repo, order.name)]
+        signs = key or await keys.for_closures(order.repo, settings.signing_key)
+        await grants.grant(order.repo, order.name, closures, signs, timeout=settings.build_timeout)
     await _copy(order.host.path, activator, order.repo, key, timeout=settings.build_timeout, on_line=sink())
     return Done()
 

@@ -152,6 +152,7 @@ async def test_what_is_not_genuine_or_not_for_this_machine_is_not_even_fetched(
         for envelope, _ in envelopes:
             before = len(toto.read())
             fresh = toto.world.place().told / "fresh"
+            fresh.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_bytes(envelope)
             fresh.replace(fresh.with_name("document"))  # as a server hands it out that was taken over
             documents.ask(repo, "web1")

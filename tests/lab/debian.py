@@ -218,6 +218,13 @@ class DebianMachine(Machine):
         """As of each machine, and with time for what real systemd does on a busy, emulated one."""
         return await super().check(*command, timeout=timeout, login=login)
 
+    async def send(self, tar: Path, to: str = "/") -> None:
+        """Unpack a tar on the machine."""
+        words = ["ssh", *self.ssh_options, f"root@{self.address}", f"mkdir -p {to} && tar --extract --directory {to}"]
+        with tar.open("rb") as source:
+            process = await asyncio.create_subprocess_exec(*words, cwd=self.directory, stdin=source)
+            assert await asyncio.wait_for(process.wait(), 300) == 0
+
     @property
     def host_key(self) -> str:
         """Its ssh host key: type and base64."""

@@ -227,7 +227,7 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     both = await push(whole, "a record, a page in the cluster, and an open gate", {**more, **good, **pulled})
     claim("the run is green", both.state == "COMPLETED")
     machines = await whole.systems()
-    claim("gate fetched what it runs, and booted that", whole.runs_its_good("gate", machines["gate"]))
+    claim("gate fetched what it runs from toto's cache, and booted that", whole.runs_its_good("gate", machines["gate"]))
     claim("terraform's state has the record", record() == "www 300 A 192.0.2.10")
     claim("the page is in the cluster", await greeting() == "Hello")
 

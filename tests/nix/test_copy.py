@@ -12,6 +12,7 @@ from toto.base import process
 from toto.base.process import CommandFailed
 from toto.git_host import host as git_host
 from toto.machine import keys, ssh
+from toto.nix import cache as caches
 from toto.nix import commands as nix
 from toto.nix import daemon
 
@@ -80,3 +81,55 @@ async def test_a_closure_arrives_signed_and_the_daemon_need_not_trust_toto(
     await process.run([*trusting, public, path], env=machines)
     with pytest.raises(CommandFailed, match="untrusted"):
         await process.run([*trusting, public.replace("infra-cache", "lab-cache"), path], env=machines)
+
+
+@needs_sshd
+async def test_a_machine_fetches_what_it_can_and_what_it_has_then_is_compared(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    repo = await git_host.make(tmp_path / "repos", "infra")
+    key = await keys.make(repo, "cache", "signing")
+    there, cache = tmp_path / "machine", tmp_path / "cache"
+    machines = nix.environment() | {"NIX_REMOTE": f"local?root={there}"}
+    settings = (
+        f"substituters = file://{cache}\ntrusted-public-keys = {await keys.public_half(key)}\nbuild-users-group ="
+    )
+    login, accepted = tmp_path / "login", server.directory / "authorized"
+    own = f"NIX_REMOTE='local?root={there}' NIX_CONFIG='{settings}'"
+    login.write_text(f'#!/bin/sh\nexport {own}\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    accepted.write_text(f'command="{login}" {accepted.read_text()}')
+    (same, shared), (other, _) = await closure(tmp_path), await closure(tmp_path)
+    cache.mkdir()
+    await caches.add(shared, cache, key, timeout=60, target="web1")
+
+    async with ssh.connection(server.target, tmp_path / "ssh") as connection:
+        words: tuple[str, Path] = ("web1.lan", connection.config)
+        await nix.copy(same, *words, timeout=60, target="web1", substitute=True)
+        await nix.compare(same, *words, timeout=60, target="web1")
+        assert await signatures(same, machines) == [], "what the cache has not was sent"
+        assert [each.partition(":")[0] for each in await signatures(shared, machines)] == ["infra-cache"], "fetched"
+        # A cache whose key the machine trusts has a different build of the same path.
+        await caches.add(other, cache, key, timeout=60, target="web1")
+        await _built_differently(other, cache, key, tmp_path)
+        await nix.copy(other, *words, timeout=60, target="web1", substitute=True)
+        assert (there / other[1:]).read_text() == "built elsewhere"
+        with pytest.raises(nix.CopyFailed, match=r"2 paths .* not what was rehearsed"):
+            await nix.compare(other, *words, timeout=60, target="web1")
+
+
+async def _built_differently(path: str, cache: Path, key: Path, folder: Path) -> None:
+    """Have a cache offer something else by the name of a path, rightly signed."""
+    env = nix.environment() | {"NIX_REMOTE": f"local?root={folder / 'elsewhere'}", "NIX_CONFIG": "build-users-group ="}
+    text = folder / "elsewhere" / path[1:]
+    text.parent.mkdir(parents=True)
+    text.write_text("built elsewhere")
+    digest = (await process.run(["nix-hash", "--type", "sha256", text])).stdout.strip()
+    size = len((await process.run(["nix-store", "--dump", text])).stdout)
+    registered = f"{path}\n{digest}\n{size}\n\n0\n"
+    await process.run(["nix-store", "--load-db"], env=env, stdin=registered.encode())
+    (cache / f"{Path(path).name[:32]}.narinfo").unlink()
+    await process.run(
+        ["nix", *nix.NEW, "copy", "--no-check-sigs", "--to", f"file://{cache}?secret-key={key}", path], env=env
+    )

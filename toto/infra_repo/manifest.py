@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from toto.base.after import in_order
 from toto.base.model import Fields, Location, Model, shown
@@ -93,6 +93,8 @@ class Machine(Fields):
     """toto pushes, the machine's flying-monkey pulls, or neither"""
     access: Literal["sudo", "locked"] = "sudo"
     """`sudo`: toto may do everything on it. `locked`: it only hands over signed documents, which flying-monkey obeys"""
+    substitute: StrictBool = False
+    """what a machine that is pushed to can fetch from its own substituters is not sent, and compared afterwards"""
     activation: Literal["switch", "boot", "test"] = "switch"
     """what a roll-out ends with; a netbooted host is only ever `test`ed"""
     reboot: Literal["never", "window", "now"] = "never"
@@ -142,6 +144,12 @@ class Machine(Fields):
                 raise ValueError("a builder takes builds of toto's: it cannot have access: locked, or deploy: pull")
         elif self.builds is not None:
             raise ValueError("builds is for machines with role: builder")
+        return self
+
+    @model_validator(mode="after")
+    def _substitutes(self) -> Self:
+        if self.substitute and self.deploy != "push":
+            raise ValueError("substitute is for machines that are pushed to; one that pulls fetches everything")
         return self
 
     @property

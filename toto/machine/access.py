@@ -184,8 +184,9 @@ async def over_ssh(
                     machine.activation,
                     connect_timeout,
                     lambda: machine.reboots(datetime.now()),  # (its window may have ended by then)
+                    machine.substitute,
                 )
-            return SudoActivator(connection, run, connect_timeout, rebuild)
+            return SudoActivator(connection, run, connect_timeout, rebuild, machine.substitute)
 
         wanted: Access = machine.access
         try:

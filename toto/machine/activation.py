@@ -53,11 +53,19 @@ async def copy(
     timeout: float,
     on_line: process.LineSink | None = None,
     probe: str = "true",
+    substitute: bool = False,
 ) -> None:
-    """Copy a closure over a connection. Raises `CopyFailed`, or `Unreachable` when that was why: `probe` tells it."""
-    name = connection.target.name
+    """Copy a closure over a connection. Raises `CopyFailed`, or `Unreachable` when that was why: `probe` tells it.
+
+    With `substitute` the machine fetches what it can by itself, and has what toto has, or it is an error.
+    """
+    name, config = connection.target.name, connection.config
     try:
-        await nix.copy(path, name, connection.config, timeout=timeout, target=name, signed=signed, on_line=on_line)
+        await nix.copy(
+            path, name, config, timeout=timeout, target=name, signed=signed, substitute=substitute, on_line=on_line
+        )
+        if substitute:
+            await nix.compare(path, name, config, timeout=timeout, target=name)
     except nix.CopyFailed:
         await connection.run([probe], fresh=True, timeout=_GRACE, check=False)
         raise
@@ -224,13 +232,15 @@ class Connected:
 class SudoActivator(Connected):
     """The activation verbs on one machine, by sudo, for one run: its files there have `run` in their names.
 
-    With `rebuild` nixos-rebuild activates. `connect_timeout` is in seconds.
+    With `rebuild` nixos-rebuild activates; with `substitute` the machine fetches what it can by itself.
+    `connect_timeout` is in seconds.
     """
 
     connection: Connection
     run: str
     connect_timeout: float = 15
     rebuild: bool = False
+    substitute: bool = False
     _refusals: dict[str, float] = field(default_factory=dict)
 
     async def prepare(self) -> None:
@@ -249,7 +259,7 @@ class SudoActivator(Connected):
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
     ) -> None:
         """Copy a closure to the machine over ssh, as in `nix.copy`. Raises `CopyFailed`, `Unreachable`."""
-        await copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line)
+        await copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line, substitute=self.substitute)
 
     async def may_lack(self, path: str) -> bool:
         """Unless it runs that."""

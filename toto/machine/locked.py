@@ -52,7 +52,8 @@ def _never() -> None:
 class LockedActivator(Connected, ByDocument):
     """A locked-down machine, for one run of a repo. `activation` is what a roll-out ends with on it.
 
-    When `reboots` says so, a system with a different kernel is rebooted into when it is kept.
+    When `reboots` says so, a system with a different kernel is rebooted into when it is kept. With `substitute` it
+    fetches what it can by itself.
     """
 
     connection: Connection
@@ -61,6 +62,7 @@ class LockedActivator(Connected, ByDocument):
     activation: Verb
     connect_timeout: float = 15
     reboots: Callable[[], Reboot | None] = _never
+    substitute: bool = False
     _refused_since: float = 0
 
     async def facts(self, *, fresh: bool = False) -> MachineState:
@@ -76,7 +78,15 @@ class LockedActivator(Connected, ByDocument):
         self, path: str, *, signed: Path | None, timeout: float, on_line: process.LineSink | None = None
     ) -> None:
         """Copy a closure over ssh: the gate lets nix's own protocol through where the machine's store is writable."""
-        await activation.copy(self.connection, path, signed=signed, timeout=timeout, on_line=on_line, probe="facts")
+        await activation.copy(
+            self.connection,
+            path,
+            signed=signed,
+            timeout=timeout,
+            on_line=on_line,
+            probe="facts",
+            substitute=self.substitute,
+        )
 
     async def activate(
         self,

@@ -29,7 +29,6 @@ from toto.machine.by_document import HINTS, ByDocument, NotBack
 from toto.machine.condition import Condition
 from toto.machine.documents import Reports
 from toto.machine.ssh import Unreachable
-from toto.nix import commands as nix
 from toto.store import grants
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,9 @@ class PullActivator(ByDocument):
 
         What it fetches is signed by this activator's key, whatever is in `signed`.
         """
-        await grants.grant(self.repo, self.name, [path, *await self._good()], self.key, timeout=timeout)
+        await grants.grant(
+            self.repo, self.name, [path, *await grants.good(self.repo, self.name)], self.key, timeout=timeout
+        )
 
     async def may_lack(self, path: str) -> bool:
         """Always: it can fetch only what it is granted."""
@@ -149,7 +150,7 @@ class PullActivator(ByDocument):
 
     async def clean_up(self, run: str = "") -> None:
         """Nothing on the machine. It may fetch its last good and the one before, and is led to the first."""
-        closures, place = await self._good(), self._place
+        closures, place = await grants.good(self.repo, self.name), self._place
         if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
             return
         await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
@@ -273,12 +274,6 @@ class PullActivator(ByDocument):
         found = self._read().read()
         self._heard = found[-1] if found else self._heard
         return found
-
-    async def _good(self) -> list[str]:
-        """The closures of the last good and of the one before, as far as toto has them; none without a last good."""
-        entry = Ledger(self.repo).read().get(self._target)
-        paths = [getattr(each, "path", None) for each in (entry.good, entry.previous) if entry.good and each]
-        return [each for each in paths if isinstance(each, str) and await nix.valid(each)]
 
     @property
     def _place(self) -> documents.Place:

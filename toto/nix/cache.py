@@ -13,6 +13,7 @@ from toto.base import process
 from toto.nix import commands as nix
 
 KEPT: Final = 86_400.0  # seconds that a cache keeps what no part of it has
+_FOLDERS: Final = ("nar", "log", "realisations")  # nix makes them wherever it reads a cache; who reads this may not
 _ABOUT: Final = "nix-cache-info"
 _NAR: Final = re.compile(rb"^URL: (nar/[0-9a-z]{52}\.nar(?:\.zst)?)$", re.MULTILINE)
 
@@ -56,8 +57,8 @@ def link(cache: Path, part: Path, narinfos: Mapping[str, bytes]) -> None:
 
     A nar is there before it is named, and is named no more before it goes.
     """
-    (part / "nar").mkdir(parents=True, exist_ok=True)
-    for folder in (part, part / "nar"):
+    for folder in (part, *(part / each for each in _FOLDERS)):
+        folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
     nars = {found[1].decode() for text in narinfos.values() if (found := _NAR.search(text))}
     wanted = [*sorted(nars), *sorted(narinfos), _ABOUT]

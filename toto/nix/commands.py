@@ -563,16 +563,26 @@ async def copy(
     timeout: float,
     target: str,
     signed: Path | None = None,
+    substitute: bool = False,
     on_line: process.LineSink | None = None,
 ) -> None:
     """Copy a closure to the machine that `ssh_config` calls `alias`; paths that it has are not sent.
 
-    `signed` is the folder that `sign` has filled, when the closure is to have signatures there.
+    `signed` is the folder that `sign` has filled, when the closure is to have signatures there. With `substitute` the
+    machine fetches what its own substituters have, and only the rest is sent; `compare` is called for afterwards.
     Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
     """
     try:
         await process.run(
-            ["nix", *NEW, "copy", "--to", f"ssh://{alias}", path],
+            [
+                "nix",
+                *NEW,
+                "copy",
+                *(["--substitute-on-destination"] if substitute else []),
+                "--to",
+                f"ssh://{alias}",
+                path,
+            ],
             env=(environment() if signed is None else _with_database(environment(), signed))
             | {"NIX_SSHOPTS": f"-F {ssh_config.name}"},  # nix splits it at blanks, which the folder may have
             cwd=ssh_config.parent,
@@ -587,3 +597,39 @@ async def copy(
             hint="is there room on its disk, and is toto among its nix.settings.trusted-users "
             "(or its key among trusted-public-keys)?",
         ) from None
+
+
+async def compare(path: str, alias: str, ssh_config: Path, *, timeout: float, target: str) -> None:
+    """Compare a closure on the machine that `ssh_config` calls `alias` with that in the local store, by their hashes.
+
+    The name of a store path says what it was built from, and not what came out: what was built elsewhere, and is
+    rightly signed, may differ. Raises `CopyFailed`, `CommandTimeout` after `timeout` seconds.
+    """
+    words = ["nix", *NEW, "path-info", "--recursive", "--json"]
+    there = {"NIX_SSHOPTS": f"-F {ssh_config.name}"}
+    hashes = []
+    for store, env in (([], {}), (["--store", f"ssh://{alias}"], there)):
+        try:
+            done = await process.run(
+                [*words, *store, path],
+                env=environment() | env,
+                cwd=ssh_config.parent,
+                timeout=timeout,
+                keep=_LARGEST_DUMP,
+                target=target,
+            )
+        except process.CommandFailed as error:
+            raise CopyFailed(
+                f"the closure could not be compared with the machine's:\n{error.tail}", target=target
+            ) from None
+        said = json.loads(done.stdout)
+        found = said.items() if isinstance(said, dict) else ((each["path"], each) for each in said)
+        hashes.append({name: info["narHash"] for name, info in found})
+    ours, theirs = hashes
+    if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise CopyFailed(
+            f"{len(different)} paths on the machine are not what was rehearsed, such as {different[0]}",
+            target=target,
+            hint="its substituters have a different build of it: leave `substitute` out in machines.yaml, delete the "
+            "path on the machine (nix-store --delete), and push again",
+        )

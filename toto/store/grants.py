@@ -15,7 +15,10 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from toto.base import files, paths
+from toto.ledger.ledger import Ledger
+from toto.ledger.target import HOST, Target
 from toto.nix import cache
+from toto.nix import commands as nix
 
 
 def granted() -> Path:
@@ -48,7 +51,7 @@ async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *,
         found: dict[str, bytes] = {}
         for closure in sorted({*closures}):
             found |= await cache.add(closure, made, key, timeout=timeout, target=machine)
-        part.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(exist_ok=True)
         part.parent.chmod(0o755)
         cache.link(made, part, found)
         cache.prune(made)
@@ -63,6 +66,13 @@ async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: floa
     async with _alone(repo):
         made = paths.private_folder(granted().parent / "made" / paths.repo_folder(repo))
         cache.link(made, part, await cache.add(closure, made, key, timeout=timeout, target=target))
+
+
+async def good(repo: Path, machine: str) -> list[str]:
+    """The closures of a machine's last good and the one before, as far as toto has them; none without a last good."""
+    entry = Ledger(repo).read().get(Target(HOST, machine))
+    found = [getattr(each, "path", None) for each in (entry.good, entry.previous) if entry.good and each]
+    return [each for each in found if isinstance(each, str) and await nix.valid(each)]
 
 
 async def take_back(repo: Path, machine: str) -> None:
