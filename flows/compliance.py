@@ -50,10 +50,14 @@ async def compliance(
         await admission.check(repo, newest)
         tree = folder / "tree"
         await git.checkout(repo, newest, tree)
-        settings, manifest = read_tree(tree)
         changes = ChangeSet(commit=newest, ledger=Ledger(repo).read().fingerprint, whole=not only)
         found = Report(repo.name.removesuffix(".git"), newest, changes)
-        by, not_known = chosen(repo, tree, manifest, settings, only or (), found)
+        try:
+            settings, manifest = read_tree(tree)
+            by, not_known = chosen(repo, tree, manifest, settings, only or (), found)
+        except TotoError as error:
+            await notify(repo, newest, error, origin, venues or (), check="compliance")
+            raise
         room = asyncio.Semaphore(await side_by_side())
 
         async def one(name: str) -> None:

@@ -13,17 +13,7 @@ from tasks.roll_out import connect, endpoint_of
 from toto.base import paths
 from toto.base.errors import TotoError
 from toto.compliance import checks, history
-from toto.compliance.results import (
-    GATE,
-    Control,
-    NotCompliant,
-    Outcome,
-    counts,
-    failure_lines,
-    in_order,
-    junit_xml,
-    summary,
-)
+from toto.compliance.results import GATE, Control, NotCompliant, Outcome, counts, failure_lines, junit_xml, summary
 from toto.compliance.run import Bench, run_checks
 from toto.infra_repo.manifest import Machine, Manifest
 from toto.infra_repo.settings import Settings
@@ -161,6 +151,6 @@ async def _checked(
     found: tuple[checks.Check, ...], place: phase_run.Bench, host: str, settings: Settings, tree: Path, scratch: Path
 ) -> list[Control]:
     bench = Bench(host, place.cell, place.env, tree, scratch, settings.compliance.timeout, sink())
-    controls = in_order(await run_checks(found, bench))
+    controls = await run_checks(found, bench)
     get_run_logger().info("compliance of %s: %s", host, summary(controls))
     return controls

@@ -16,7 +16,7 @@ import pytest
 from tests.compliance.test_inspec import RECORDED
 from tests.machine.test_ssh import Server, needs_sshd, sshd
 from toto.compliance.checks import find
-from toto.compliance.results import ITSELF, Control, Outcome, junit_xml, summary
+from toto.compliance.results import ITSELF, MOST, Control, Outcome, junit_xml, summary
 from toto.compliance.run import Bench, run_checks
 from toto.infra_repo.settings import Compliance
 from toto.machine.ssh import plain
@@ -171,6 +171,24 @@ async def test_controls_are_chosen_by_name_and_none_by_such_a_name_is_an_error(t
     found = await checked(tmp_path, server, files, settings)
     assert set(found) == {"compliance/a.py: test_a", f"compliance/b.py: {ITSELF}"}
     assert found[f"compliance/b.py: {ITSELF}"].message == "has no test test_gone; see `controls` in toto.toml"
+
+
+async def test_what_a_module_says_of_itself_is_bounded_and_harms_nothing(tmp_path: Path, server: Server) -> None:
+    """It may write anything in the place of its results."""
+    said = """
+import json, os
+def test_a(host):
+    with open("/results/tests", "a") as file:
+        file.write('{"module": "m", "id": "\\\\ud800 \\\\u0000", "outcome": "passed", "seconds": 1e999}\\n')
+        file.write('[1]\\n{"impact": "x"}\\n{"id": 1, "impact": NaN}\\n{"none": 1}\\n{"id": 1' + '0' * 9000 + '}\\n' + '[' * 90000 + '\\n')
+        for number in range(3000):
+            file.write(json.dumps({"module": "m", "id": number, "outcome": "passed", "message": "x" * 9000}) + "\\n")
+"""
+    found = await checked(tmp_path, server, {"compliance/a.py": said})
+    assert len(found) == MOST and f"compliance: {ITSELF}" in found
+    assert max(len(each.message) for each in found.values()) < 2100
+    assert all(0 <= each.impact <= 1 and each.seconds <= 1e6 for each in found.values())
+    "".join(each.model_dump_json() for each in found.values()).encode()
 
 
 async def test_a_lost_connection_is_an_error_and_no_failure(tmp_path: Path, server: Server) -> None:

@@ -18,6 +18,7 @@ import pytest_asyncio
 from tests.lab import setup
 from tests.lab.fleet import PATIENCE, Fleet, Run, command_of, mounts_of, processes
 from tests.repos import git
+from toto.compliance.history import read as known
 from toto.ledger.ledger import REF, Ledger
 from toto.machine.activation import MachineState
 
@@ -25,6 +26,24 @@ pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="module"), pytest.
 
 GOOD = "echo 1..1\necho ok 1 - as it should be\n"
 BAD = "echo 1..1\necho not ok 1 - the customer is happy\n"
+GATE = """compliance = "gate"
+[compliance.checks.base]
+tags = ["front"]
+[sandbox]"""
+COMPLIANCE = """
+import pytest
+
+@pytest.mark.impact(0.7)
+def test_nothing_is_forbidden(host):
+    assert not host.file("/run/forbidden").exists
+
+def test_root(host):
+    assert host.user("root").uid == 0 and host.file("/etc/variant").content_string in ("A", "B")
+
+@pytest.mark.skip(reason="not on NixOS")
+def test_a_package(host):
+    pass
+"""
 SETTINGS = """
 [roll_out]
 confirm_timeout = 90
@@ -363,6 +382,41 @@ async def test_a_failed_post_switch_test_puts_the_host_back(whole: Whole) -> Non
     again = await whole.deploy("once more", {})
     assert again.state == "COMPLETED", whole.logs(again.id)
     assert (await whole.systems())["web1"] != before["web1"]
+
+
+async def test_a_compliance_gate_that_fails_puts_the_host_back(whole: Whole) -> None:
+    before, web1 = await whole.systems(), whole.machines["web1"]
+    await web1.check("sudo touch /run/forbidden")
+    manifest = (whole.work / "machines.yaml").read_text()
+    gate: dict[str, str | None] = {
+        "toto.toml": SETTINGS.replace("[sandbox]", GATE),
+        "machines.yaml": manifest.replace("tags: [web]", "tags: [web, front]", 1),
+        "compliance/base.py": COMPLIANCE,
+    }
+    run = await whole.deploy("a gate", whole.web1(whole.next_variant()) | gate)
+    assert run.state == "FAILED", run.message
+    assert "web1: roll-out failed: post-switch compliance" in run.message and "web1 reverted" in run.message
+    assert "not ok compliance/base.py: test_nothing_is_forbidden, impact 0.7" in whole.logs(run.id)
+    assert await whole.systems() == before
+    await whole.settled()
+    assert known(whole.repo).machines == {}, "what was found before it went back is not how the machine is"
+
+    await web1.check("sudo rm /run/forbidden")
+    again = await whole.deploy("once more", {})
+    assert again.state == "COMPLETED", whole.logs(again.id)
+    assert (await whole.systems())["web1"] != before["web1"]
+    found = {each.id: each.outcome.value for each in known(whole.repo).machines["web1"].controls}
+    assert found == {"test_nothing_is_forbidden": "passed", "test_a_package": "not checked", "test_root": "passed"}
+
+    await web1.check("sudo touch /run/forbidden")
+    command = [sys.executable, "-m", "toto.cli", "check", "web1", "--repo", whole.repo]
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=whole.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "web1: compliance check failed: 1 failed, 1 not checked" in done.stdout, done
+    assert len(known(whole.repo).machines["web1"].trend) == 2
+    back: dict[str, str | None] = {"toto.toml": SETTINGS, "machines.yaml": manifest, "compliance/base.py": None}
+    assert (await whole.deploy("no gate", back)).state == "COMPLETED"
 
 
 async def test_a_machine_whose_sshd_breaks_heals_itself_and_the_run_is_red(whole: Whole) -> None:

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
-from toto.cli.common import By, Repos
+from toto.cli.common import By, Repo, Repos, infra
 from toto.cli.verbs import Verbs
 from toto.git_host import access, follow
 from toto.git_host import host as git_host
@@ -118,3 +118,23 @@ async def accept(
     )
     print(f"toto: accepting {wanted.label} of {name} in run {run['id']}", flush=True)
     return await follow.to_the_end(repo, [run["id"]], time.monotonic() + follow.AT_MOST)
+
+
+@verbs.verb("check")
+async def check(
+    machines: Annotated[
+        list[str] | None, Argument(metavar="MACHINE", help="names or tags (default: those that toto.toml chooses)")
+    ] = None,
+    repo: Repo = None,
+) -> int:
+    """Check machines by the InSpec profiles and testinfra modules of their repository.
+
+    Nothing is changed on them. The exit status is 0 when all that was checked is as wanted.
+    """
+    there = infra(repo)
+    api = await git_host.api_of(there)
+    deployment = await api.call("GET", f"/deployments/name/{git_host.COMPLIANCE}")
+    parameters = {"repo": str(there.resolve()), "only": machines or None}
+    run = await api.call("POST", f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+    print(f"toto: checking {', '.join(machines or ['the machines'])} in run {run['id']}", flush=True)
+    return await follow.to_the_end(there, [run["id"]], time.monotonic() + follow.AT_MOST)

@@ -32,6 +32,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
     "runs": {
+        "check": ("toto.cli.runs", "check machines by the InSpec profiles and testinfra modules of their repository"),
         "build": (
             "toto.cli.build",
             "have toto build a host, and touch nothing; over ssh: ssh toto build HOST[@COMMIT]",

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from toto.base import process
 from toto.base.errors import InputError
-from toto.compliance.results import USUAL, Control, Outcome, clipped
+from toto.compliance.results import USUAL, Control, Outcome, clipped, number
 
 NAMES: Final = ("inspec", "cinc-auditor")
 REPORTED: Final = (0, 100, 101)  # exit statuses with a report
@@ -57,10 +57,10 @@ def _profile(profile: Mapping[str, Any], check: str) -> list[Control]:
         return [
             Control(
                 check=check,
-                id=str(profile["name"]),
+                id=clipped(profile["name"]),
                 outcome=Outcome.NOT_CHECKED if skipped else Outcome.ERROR,
                 impact=USUAL if skipped else 1.0,
-                message=clipped(str(profile.get("status_message") or profile.get("skip_message") or "")),
+                message=clipped(profile.get("status_message") or profile.get("skip_message") or ""),
             )
         ]
     return [_control(each, check) for each in profile["controls"]]
@@ -77,13 +77,13 @@ def _control(control: Mapping[str, Any], check: str) -> Control:
         said.insert(0, more)
     return Control(
         check=check,
-        id=str(control["id"]),
+        id=clipped(control["id"]),
         outcome=outcome,
-        impact=min(1.0, max(0.0, float(control.get("impact") or 0.0))),
-        title=clipped(str(control.get("title") or "")),
+        impact=number(control.get("impact"), 1.0),
+        title=clipped(control.get("title") or ""),
         message=clipped("\n".join(dict.fromkeys(filter(None, said)))),
         resource=clipped(", ".join(dict.fromkeys(filter(None, map(_resource, telling or results))))),
-        seconds=sum(float(each.get("run_time") or 0) for each in results),
+        seconds=sum(number(each.get("run_time")) for each in results),
     )
 
 

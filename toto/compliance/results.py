@@ -14,6 +14,7 @@ from toto.base.xml_text import xml_text
 GATE: Final = 0.7  # the impact from which a control that fails stops a roll-out; InSpec calls it high
 USUAL: Final = 0.5  # the impact of a control that says none, as in InSpec
 ITSELF: Final = "the check itself"
+MOST: Final = 2_000  # controls of a machine
 _LONGEST: Final = 2_000  # characters of a text
 _MOST: Final = 40  # lines about failures
 
@@ -80,9 +81,25 @@ class NotCompliant(TotoError):
     """Controls of a high impact failed. The message has a line `not ok` for each."""
 
 
-def clipped(text: str) -> str:
-    """A text of a bounded length, for a control."""
-    return shorten(text.strip(), _LONGEST)
+def clipped(text: object) -> str:
+    """What a check says, as a text for a control: of a bounded length, without what no document or database holds."""
+    return shorten(xml_text(shorten(str(text), 10 * _LONGEST).strip()), _LONGEST)
+
+
+def number(said: object, most: float = 1e6) -> float:
+    """What a check says, as a number from 0 to `most`; 0 for what is none."""
+    if not isinstance(said, int | float) or not 0 <= said <= most:
+        return most if isinstance(said, int | float) and said > most else 0.0
+    return float(said)
+
+
+def bounded(controls: Sequence[Control]) -> list[Control]:
+    """Controls in order, `MOST` of them at most; that some are left out is an error of its own."""
+    ordered = in_order(controls)
+    if len(ordered) <= MOST:
+        return ordered
+    left_out = Control.broken("compliance", f"there are {len(ordered)} controls: only {MOST} are kept")
+    return [left_out, *ordered[: MOST - 1]]
 
 
 def in_order(controls: Iterable[Control]) -> list[Control]:

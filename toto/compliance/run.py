@@ -21,7 +21,7 @@ from toto.cell.limits import Limits
 from toto.cell.tool import Tool, tool
 from toto.compliance import door, inspec, testinfra
 from toto.compliance.checks import Check
-from toto.compliance.results import Control
+from toto.compliance.results import Control, bounded
 
 RESULTS: Final = Path("/results")  # in the cell: the folder that a check writes to
 _LARGEST: Final = 50_000_000  # bytes of a report
@@ -51,6 +51,8 @@ class Bench:
 async def run_checks(checks: Sequence[Check], bench: Bench) -> list[Control]:
     """Run checks one after the other; all modules of testinfra are one run of pytest. What fails stops none of them.
 
+    What needs a person comes first.
+
     What keeps a check from running is a control of its own, so that only a cancel raises.
     """
     found: list[Control] = []
@@ -63,7 +65,7 @@ async def run_checks(checks: Sequence[Check], bench: Bench) -> list[Control]:
     modules = [each for each in checks if each.kind == "testinfra"]
     if modules:
         found += await _testinfra(modules, bench)
-    return found
+    return bounded(found)
 
 
 async def _inspec(check: Check, bench: Bench) -> list[Control]:

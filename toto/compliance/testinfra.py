@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from toto.cell.cell import python
 from toto.compliance.checks import MODULES, Check
-from toto.compliance.results import USUAL, Control, Outcome, clipped
+from toto.compliance.results import USUAL, Control, Outcome, clipped, number
 
 SITE: Final = Path("/opt/testinfra")  # in the cell: the packages
 RUNNER: Final = Path(__file__).with_name("runner.py")
@@ -67,7 +67,7 @@ def _lines(written: str) -> Iterator[dict[str, Any]]:
 
 
 def _control(said: Mapping[str, Any]) -> Control:
-    check = clipped(str(said.get("module") or MODULES))
+    check = clipped(said.get("module") or MODULES)
     if "broken" in said:
         return Control.broken(check, f"pytest cannot read it: {said['broken']}")
     if "none" in said:
@@ -76,15 +76,11 @@ def _control(said: Mapping[str, Any]) -> Control:
     outcome, impact = str(said.get("outcome")), said.get("impact")
     return Control(
         check=check,
-        id=clipped(str(said.get("id"))),
+        id=clipped(said.get("id")),
         outcome=Outcome(outcome) if outcome in list(Outcome) else Outcome.ERROR,
-        impact=min(1.0, max(0.0, impact)) if isinstance(impact, int | float) else USUAL,
-        title=clipped(str(said.get("title") or "")),
-        message=clipped(str(said.get("message") or "")),
-        resource=clipped(str(said.get("resource") or "")),
-        seconds=_number(said.get("seconds")),
+        impact=USUAL if impact is None else number(impact, 1.0),
+        title=clipped(said.get("title") or ""),
+        message=clipped(said.get("message") or ""),
+        resource=clipped(said.get("resource") or ""),
+        seconds=number(said.get("seconds")),
     )
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0

@@ -39,6 +39,7 @@ admin = ["{user}"]
 """
 DEPLOYMENT: Final = "reconcile/reconcile"
 ACCEPT: Final = "accept/accept"
+COMPLIANCE: Final = "compliance/compliance"
 OLD_DEPLOYMENT: Final = "reconcile/toto"  # its name in 0.1.0, which hooks from then still use
 POLICY: Final[Mapping[str, str]] = {
     "branch": "toto.branch",
