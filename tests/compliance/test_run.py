@@ -180,7 +180,8 @@ import json, os
 def test_a(host):
     with open("/results/tests", "a") as file:
         file.write('{"module": "m", "id": "\\\\ud800 \\\\u0000", "outcome": "passed", "seconds": 1e999}\\n')
-        file.write('[1]\\n{"impact": "x"}\\n{"id": 1, "impact": NaN}\\n{"none": 1}\\n{"id": 1' + '0' * 9000 + '}\\n' + '[' * 90000 + '\\n')
+        file.write('[1]\\n{"impact": "x"}\\n{"id": 1, "impact": NaN}\\n{"none": 1}\\n{"id": 1' + '0' * 9000 + '}\\n')
+        file.write('[' * 90000 + '\\n')
         for number in range(3000):
             file.write(json.dumps({"module": "m", "id": number, "outcome": "passed", "message": "x" * 9000}) + "\\n")
 """
