@@ -137,6 +137,11 @@ async def test_what_a_server_that_was_taken_over_leaves_is_read_as_a_strangers(w
     for _ in range(20):
         assert found.read() == []
     assert len(found._forged) <= documents._FORGED + documents.KEPT
+    # They are gone then, and a later run hears the machine again.
+    for _ in range(40):
+        documents.Reports(world.repo, "web1", [web1.host_key]).read()
+    good.write_bytes(web1.sealed(web1.report(number=2)))
+    assert await asyncio.to_thread(reports) == [2]
 
 
 async def test_a_machine_that_is_forgotten_takes_nothing_else_along(world: World, tmp_path: Path) -> None:

@@ -94,8 +94,10 @@ def remove(folder: Path, *names: str) -> None:
     """Remove what `names` lead to in the same way, with all that is in it, as far as that can be removed."""
     *folders, last = names
     with contextlib.suppress(OSError), _opened(folder, folders, _FOLDER) as place:
+        with contextlib.suppress(IsADirectoryError):
+            os.unlink(last, dir_fd=place)  # (a link, or a file; `rmtree` would wait at a pipe for who writes to it)
+            return
         shutil.rmtree(last, ignore_errors=True, dir_fd=place)
-        os.unlink(last, dir_fd=place)  # (a link, or a file)
 
 
 @contextlib.contextmanager

@@ -297,14 +297,20 @@ class Reports:
     _forged: set[int] = field(default_factory=set)
 
     def read(self) -> list[Report]:
-        """The reports since the last call, in order. What is not the machine's is logged once, and left out."""
+        """The reports since the last call, in order. What is not the machine's is logged, left out, and removed.
+
+        Only a web server that was taken over writes such: with high numbers, they would hide the machine's own even
+        from the next one. After `_FORGED` of them nothing is looked at any more, since each costs the check of a
+        signature; who writes them could have withheld the machine's reports as well.
+        """
         place, found = Place.of(self.repo, self.machine), []
         for number in numbers(place)[-KEPT:]:
             if number <= self._seen or number in self._forged or len(self._forged) >= _FORGED:
                 continue
             path = (place.folder, place.machine, "reports", f"{number:016d}.json")
             if (envelope := folders.read_regular(said(), *path, most=MOST)) is None:
-                continue  # newer ones took its place
+                folders.remove(said(), *path)  # it is no file; or newer ones took its place
+                continue
             try:
                 report = verified(envelope, name_of(self.repo), self.machine, self.host_keys)
                 if report.number != number:
@@ -312,6 +318,7 @@ class Reports:
             except NotVerified as error:
                 log.warning("%s: a report that is not the machine's is left out: %s", self.machine, error)
                 self._forged.add(number)
+                folders.remove(said(), *path)
                 continue
             self._seen = number
             found.append(report)
