@@ -45,9 +45,11 @@ _SYSTEM: Final = """
 """
 
 
-def expression(name: str, script: str = ":", once: str = "") -> str:
+def expression(name: str, script: str = ":", once: str = "", kernel: str = "") -> str:
     """The derivation of a system that notes each activation and runs `script`; a new one for each `once`."""
     text = _SYSTEM.replace("NAME", name).replace("SCRIPT", script)
+    if kernel:
+        text += f"  ln -s {kernel} $out/kernel\n"
     again = f'once = "{once}"; ' if once else ""
     return (
         f'derivation {{ name = "nixos-system-{name}"; system = "x86_64-linux"; builder = "/bin/sh"; {again}'
@@ -117,11 +119,12 @@ class Locked:
         self.serial = 0
         return self
 
-    async def system(self, name: str, script: str = ":", *, signed: bool = True) -> System:
-        """A system in the machine's store, which root built there."""
+    async def system(self, name: str, script: str = ":", *, signed: bool = True, kernel: str = "") -> System:
+        """A system in the machine's store, which root built there; `kernel` is what it boots."""
         built = "nix-build --option sandbox false --option max-jobs 1 --option build-users-group '' --no-out-link"
+        text = expression(name, script, kernel=kernel)
         await self.machine.check(
-            f"cat > /root/x.nix <<'EOF'\n{expression(name, script)}\nEOF\nNIX_REMOTE= {built} /root/x.nix > /root/built"
+            f"cat > /root/x.nix <<'EOF'\n{text}\nEOF\nNIX_REMOTE= {built} /root/x.nix > /root/built"
         )
         nix = "nix --extra-experimental-features nix-command"
         sign = f"{nix} store sign --recursive --key-file /root/secret $(cat /root/built)"

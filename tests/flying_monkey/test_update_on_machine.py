@@ -39,7 +39,8 @@ ExecStart=%s
 WantedBy=multi-user.target
 """
 # What NixOS does at a boot.
-_BOOTED: Final = f"/bin/sh -c 'ln -sfn $(readlink -f {PROFILE}) /run/current-system'"
+_LINKS: Final = " && ".join(f"ln -sfn $(readlink -f {PROFILE}) /run/{each}-system" for each in ("current", "booted"))
+_BOOTED: Final = f"/bin/sh -c '{_LINKS}'"
 
 
 def hook(name: str, more: str = "") -> tuple[str, int]:
@@ -246,6 +247,30 @@ async def test_a_full_disk_activates_nothing_and_is_told(locked: Locked) -> None
     assert await locked.ended() == "back 0"
     assert "less than 64 MiB are free" in (await locked.ask("status 0"))["error"]
     assert await locked.activations() == []
+
+
+@pytest.mark.skipif(not os.environ.get("TOTO_CUTS"), reason="A REAL REBOOT IS NOT TRIED: it takes a boot; TOTO_CUTS=1")
+async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -> None:
+    """By systemd, with the hooks around it and the checks after it."""
+    system = await locked.system("fresh", f'{AT} "fresh $1 links"', kernel="/nix/store/fresh")
+    await locked.machine.check("ln -sfn $(readlink -f /run/current-system) /run/booted-system; sync")
+    boot = "cat /proc/sys/kernel/random/boot_id"
+    before = await locked.machine.check(boot)
+    deadlines = Deadlines(confirm=600, activate=900)
+    await locked.ask("arm", locked.document(system, hooks=HOOKS, deadlines=deadlines))
+    assert await locked.ended() == "done 0"
+    await locked.ask("confirm", locked.document(system, "keep", hooks=HOOKS, reboot="now", deadlines=deadlines))
+    async with asyncio.timeout(300):
+        while (again := (await locked.machine.ssh(boot, timeout=30)).out) in ("", before):
+            await asyncio.sleep(1)
+    assert again != before
+    await settled(locked, "finished", "done 0")
+    status = await locked.ask("status 0")
+    assert (status["system"], status["boots"]) == (system.path, system.path)
+    assert status["reboot_needed"] is False and status["drift"] == ""
+    assert "error" not in status
+    events = await locked.activations()
+    assert events[-2:] == ["web reboot", "undrain kept"], events
 
 
 CUTS: Final = [

@@ -69,25 +69,30 @@ class NoDebian(Exception):
     """The image cannot be made here; the message says what is missing."""
 
 
-def image() -> Path:
-    """The disk that all of these machines begin with; made when this recipe has changed. Raises `NoDebian`."""
+def image(more: Sequence[str] = ()) -> Path:
+    """The disk that all of these machines begin with; made when this recipe has changed. Raises `NoDebian`.
+
+    With `more` packages it is a disk of its own.
+    """
     if os.geteuid() != 0 and shutil.which("sudo") is None:
         raise NoDebian("debootstrap makes a Debian as root, and this user is neither root nor has sudo")
     if missing := [each for each in ("debootstrap", "apt-get", "mkfs.ext4") if shutil.which(each) is None]:
         raise NoDebian(f"the program {missing[0]} is not on PATH")
-    key = repr((PACKAGES, _SIZE, _MASKED, _NETWORK, _SSHD, _SERVICES)) + inspect.getsource(_make)
-    folder, made, recipe = cache() / "debian", cache() / "debian/disk.qcow2", cache() / "debian/recipe"
+    packages = (*PACKAGES, *more)
+    key = repr((packages, _SIZE, _MASKED, _NETWORK, _SSHD, _SERVICES)) + inspect.getsource(_make)
+    folder = cache() / ("debian-more" if more else "debian")
+    made, recipe = folder / "disk.qcow2", folder / "recipe"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # two at once would make it twice
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (made.exists() and recipe.exists() and recipe.read_text() == key):
             recipe.unlink(missing_ok=True)
-            _make(made)
+            _make(made, packages)
             recipe.write_text(key)
     return made
 
 
-def _make(made: Path) -> None:
+def _make(made: Path, packages: Sequence[str]) -> None:
     release, mirror = _origin()
     elevated = [] if os.geteuid() == 0 else ["sudo"]
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="toto-debian-") as name:
@@ -95,7 +100,7 @@ def _make(made: Path) -> None:
         root, raw = scratch / "root", scratch / "raw"
         script = f"""
             set -eu
-            debootstrap --variant=minbase --include={",".join(PACKAGES)} {release} "$1" {mirror} >"$1.log" 2>&1
+            debootstrap --variant=minbase --include={",".join(packages)} {release} "$1" {mirror} >"$1.log" 2>&1
             rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/etc/ssh/ssh_host_*
             mkdir -p "$1/root/.ssh"
             chmod 700 "$1/root/.ssh"
@@ -145,10 +150,22 @@ class DebianMachine(Machine):
     """A machine with real systemd. `files` are written to its disk at each boot, owned by root."""
 
     def __init__(
-        self, name: str, directory: Path, key: Path, *, address: str, files: Mapping[str, tuple[str, int]] = {}
+        self,
+        name: str,
+        directory: Path,
+        key: Path,
+        *,
+        address: str,
+        files: Mapping[str, tuple[str, int]] = {},
+        packages: Sequence[str] = (),
+        tree: Path | None = None,
+        memory: int = 512,
     ) -> None:
-        """`files` maps absolute paths to a text and permissions. The key's owner logs in as root."""
-        super().__init__(name, directory, key, address=address, ports=(), memory=512, user="root")
+        """`files` maps absolute paths to a text and permissions. The key's owner logs in as root.
+
+        `packages` are Debian's, besides those of all; `tree` is the image of a file system, its second disk."""
+        super().__init__(name, directory, key, address=address, ports=(), memory=memory, user="root")
+        self._packages, self._tree = packages, tree
         self._resumed: tuple[str, ...] = ()
         self._files = {
             "/etc/hostname": (f"{name}\n", 0o644),
@@ -160,13 +177,13 @@ class DebianMachine(Machine):
     async def __aenter__(self) -> Self:
         """Skips the test where there can be no such machine, and says why."""
         try:
-            await asyncio.to_thread(image)
+            await asyncio.to_thread(image, self._packages)
         except NoDebian as error:
             pytest.skip(f"NO MACHINE WITH SYSTEMD: {error}")
         return await super().__aenter__()
 
     async def _program(self) -> tuple[Sequence[str], dict[str, str]]:
-        base = await asyncio.to_thread(image)
+        base = await asyncio.to_thread(image, self._packages)
         await asyncio.to_thread(setup)
         if not self._disk.exists():
             backing = ["-b", str(base.absolute()), "-F", "qcow2"]
@@ -179,6 +196,7 @@ class DebianMachine(Machine):
             *("-global", "virtio-net-pci.romfile=", "-name", self.name, "-m", str(self.memory), "-nographic"),
             *("-net", "nic,netdev=user.0,model=virtio", "-netdev", f"user,id=user.0,{self._forwards()}"),
             *("-drive", f"file={self._disk},if=virtio,format=qcow2,cache=writeback,werror=report"),
+            *(("-drive", f"file={self._tree},if=virtio,format=raw,readonly=on") if self._tree else ()),
             *("-device", "virtio-rng-pci", "-kernel", str(kernel / "vmlinuz"), "-initrd", str(initrd.absolute())),
             *("-append", f"console=ttyS0 quiet {KERNEL}", *self._resumed),
         ]
