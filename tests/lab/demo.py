@@ -13,17 +13,24 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from tests.lab import nix_daemon, setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, SEEN_BY_GUESTS, Fleet, Run, fleet
 from tests.lab.kube import Cluster, cluster_or_stand_in
+from tests.lab.machine import Machine
 from tests.lab.parts import while_all_live
+from tests.nix.test_builders import builder
+from toto.base import process
 from toto.base.errors import TotoError
 from toto.ledger.ledger import Deployed, Ledger
 from toto.plan.changes import table
 from toto.server import logs
 
+Has: TypeAlias = Callable[[str], Awaitable[bool]]
+Elsewhere: TypeAlias = contextlib.AbstractAsyncContextManager[Has | None]
 MORE = EXAMPLE.parent / "more"
 ROOT, VALUES, TEST = "terraform/dns/main.tf", "helm/page/values.yaml", "helm/page/templates/test.yaml"
 BROKEN_OUTSIDE = """#!/bin/sh
@@ -93,9 +100,9 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     return ended
 
 
-async def seven_pushes(whole: Fleet, cluster: Cluster) -> None:
+async def seven_pushes(whole: Fleet, cluster: Cluster, elsewhere: Elsewhere) -> None:
     """The pushes."""
-    await hosts(whole)
+    await hosts(whole, elsewhere)
     await other_kinds(whole, cluster)
     title("The history, as the ledger has it (git log refs/toto/ledger)")
     history = whole.git(
@@ -104,7 +111,60 @@ async def seven_pushes(whole: Fleet, cluster: Cluster) -> None:
     say(history.rstrip())
 
 
-async def hosts(whole: Fleet) -> None:
+@contextlib.asynccontextmanager
+async def builds_elsewhere(whole: Fleet, *, machine: bool) -> AsyncIterator[Has | None]:
+    """Have toto's builds be done by a builder, `near`, for this block; what is yielded says whether it has a path.
+
+    It is an sshd on this machine with a nix store of its own, or (`machine`) a virtual machine.
+    """
+    rules, listed = whole.state / "server.toml", whole.state / "nix" / "builders.json"
+    if not listed.exists():
+        say("   (without a builder: the nix daemon is not that of `toto serve`, which only root's is)")
+        yield None
+        return
+
+    async def known(text: str) -> None:
+        rules.write_text(text)
+        async with asyncio.timeout(60):
+            while ("near" in listed.read_text()) != bool(text):
+                await asyncio.sleep(0.2)
+
+    folder = whole.directory / "near"
+    folder.mkdir()
+    if machine:
+        say("   starting a virtual machine that builds, near")
+        key = whole.state / "keys/builders"
+        async with Machine("near", folder, key, address="127.0.1.14", ports=()) as near:
+            host_key = " ".join((await near.check("cat", "/etc/ssh/ssh_host_ed25519_key.pub")).split()[:2])
+            lines = f'address = "{near.address}"\nport = 2222\nuser = "toto"\nhost_key = "{host_key}"\n'
+            await known(f'[builders.near]\n{lines}systems = ["x86_64-linux"]\njobs = 2\n')
+
+            async def on_machine(path: str) -> bool:
+                return (await near.ssh("test", "-e", path)).status == 0
+
+            yield on_machine
+            await known("")
+    else:
+        say("   a builder, near: an sshd with a nix store of its own, on this machine (--builders: a virtual one)")
+        async with builder(folder, "near", whole.toto("key", "builders")) as beside:
+            await known(beside.settings())
+
+            async def here(path: str) -> bool:
+                return beside.has(path)
+
+            yield here
+            await known("")
+
+
+def made(page: str, says: str) -> str:
+    """The module of the page, which is a package now. (What is only a text, nix builds where it is.)"""
+    start, _, rest = page.partition("environment.etc")
+    text = f"echo '<h1>{says}</h1>' > $out"
+    package = f'environment.etc."www/index.html".source = pkgs.runCommand "page.html" {{ }} "{text}"'
+    return f"{start}{package};" + rest.partition("'';")[2]
+
+
+async def hosts(whole: Fleet, elsewhere: Elsewhere) -> None:
     """Five pushes of what machines run."""
     title("1. The first push: every host is rehearsed in a VM, then rolled out")
     before = await whole.systems()
@@ -125,13 +185,20 @@ async def hosts(whole: Fleet) -> None:
     title("3. A change of the module that web1 and web2 share: only these two. And web2 is locked down")
     page = (whole.work / "modules/web.nix").read_text()
     say("   $ toto machine setup infra > modules/flying-monkey.nix")
-    shared = await push(
-        whole,
-        "a different greeting, and toto may do less on web2",
-        {"modules/web.nix": page.replace("Hello", "Good morning"), **locked_down(whole, "web2")},
-    )
-    changed = await whole.systems()
-    claim("the run is green", shared.state == "COMPLETED")
+    async with elsewhere as has:
+        shared = await push(
+            whole,
+            "a different greeting, and toto may do less on web2",
+            {"modules/web.nix": made(page, "Good morning from the fleet"), **locked_down(whole, "web2")},
+        )
+        changed = await whole.systems()
+        claim("the run is green", shared.state == "COMPLETED")
+        if has is not None:
+            closure = await process.run(["nix-store", "--query", "--requisites", changed["web1"]])
+            (built,) = (each for each in closure.lines if each.endswith("-page.html"))
+            claim("what web1 serves was built by the builder: it is in its store", await has(built))
+            told = [text for key, text in whole.artifacts(shared.id).items() if key.startswith("report")]
+            claim("the report says who built it", any("built by near" in each for each in told))
     claim(
         "web1 and web2 run a different system, gate is as it was",
         {name for name in ADDRESSES if changed[name] != after[name]} == {"web1", "web2"},
@@ -249,8 +316,11 @@ async def other_kinds(whole: Fleet, cluster: Cluster) -> None:
     claim("no machine has changed", await whole.systems() == machines)
 
 
-async def main(start_only: bool = False) -> int:
-    """Exit status: 0 when all went as announced, 1 otherwise. `start_only`: no push, just all that the demo starts."""
+async def main(start_only: bool = False, builders: bool = False) -> int:
+    """Exit status: 0 when all went as announced, 1 otherwise. `start_only`: no push, just all that the demo starts.
+
+    With `builders`, the builder is a virtual machine.
+    """
     keep = bool(os.environ.get("KEEP"))
     failure: str | None = None
     began = time.monotonic()
@@ -269,10 +339,9 @@ async def main(start_only: bool = False) -> int:
             say(f"   ready after {time.monotonic() - began:.0f} s; Prefect's UI is at {whole.url}")
             say(f"   the page of the fleet is at {whole.url}/fleet")
             if not start_only:
-                await _unless(
-                    stop,
-                    lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()], seven_pushes(whole, cluster)),
-                )
+                elsewhere = builds_elsewhere(whole, machine=builders)
+                pushes = partial(seven_pushes, whole, cluster, elsewhere)
+                await _unless(stop, lambda: while_all_live(lambda: [*whole.parts, *cluster.programs()], pushes()))
             if not stop.is_set():
                 clean_logs(whole)
             say(f"\nAll of it in {time.monotonic() - began:.0f} s.")
@@ -350,4 +419,4 @@ def _runs(good: Deployed) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(start_only="--start-only" in sys.argv[1:])))
+    sys.exit(asyncio.run(main(start_only="--start-only" in sys.argv[1:], builders="--builders" in sys.argv[1:])))

@@ -65,15 +65,20 @@ class Builder:
 
 
 @asynccontextmanager
-async def builder(folder: Path, name: str) -> AsyncIterator[Builder]:
-    """One that lets toto's key in for `nix-store --serve --write`, as examples/builder.nix does."""
+async def builder(folder: Path, name: str, key: str = "") -> AsyncIterator[Builder]:
+    """One that lets toto's key in for `nix-store --serve --write`, as examples/builder.nix does.
+
+    `key` is its public half, when this process has a different state.
+    """
     own = folder / name
     own.mkdir()
     (own / "who").write_text(f"{name}\n")
     files.write(own / "nix.conf", daemon.configuration().replace("/bin/sh=", f"/who={own}/who /bin/sh="), 0o644)
     async with sshd(own) as server:
         command = f"env NIX_REMOTE='local?root={own}/root' NIX_CONF_DIR={own} nix-store --serve --write"
-        (server.directory / "authorized").write_text(f'restrict,command="{command}" {await builders.public_half()}')
+        (server.directory / "authorized").write_text(
+            f'restrict,command="{command}" {key or await builders.public_half()}'
+        )
         yield Builder(name, server, own / "root")
 
 

@@ -52,8 +52,8 @@ async def of_machines(repo: Path) -> Path:
 
 
 def there(repo: Path, name: str) -> bool:
-    """Whether an infra repo has a key of this name."""
-    return (paths.repo_state_of(repo) / "keys" / name).is_file()
+    """Whether an infra repo has a key of this name, or would inherit it."""
+    return (paths.repo_state_of(repo) / "keys" / name).is_file() or (name == MACHINES and inherits(repo))
 
 
 def old_key() -> Path:

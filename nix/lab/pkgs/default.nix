@@ -76,7 +76,7 @@ in
   writeShellScript = script "${base}/bin/bash";
   writeShellScriptBin = scriptBin "${base}/bin/bash";
   writeShellApplication = { name, text, ... }: scriptBin "${base}/bin/bash" name "set -euo pipefail\n${text}";
-  runCommand = name: attrs: text: build name attrs text;
+  runCommand = name: attrs: text: build name ({ preferLocalBuild = false; } // attrs) text;  # (as in nixpkgs)
   runCommandLocal = name: attrs: text: build name attrs text;
 
   # All files of `paths`, one symlink each; the first one that has a file wins.
