@@ -59,7 +59,7 @@ def test_a_slip_in_a_verb_is_told(tmp_path: Path) -> None:
     assert said(tmp_path, "statsu") == (2, "toto: there is no 'statsu': did you mean status?\n")
     assert said(tmp_path, "xyzzy") == (2, "toto: there is no 'xyzzy': `toto --help` lists what there is\n")
     status, text = said(tmp_path)
-    assert status == 0 and text.startswith("Usage: toto VERB …")
+    assert status == 0 and text.startswith("Usage: toto [OPTIONS] VERB …")
     assert said(tmp_path, "repo") == said(tmp_path, "repo", "--help")
     assert said(tmp_path, "repo", "xyzzy")[1] == (
         "toto repo: there is no 'xyzzy': `toto repo --help` lists what there is\n"

@@ -63,7 +63,8 @@ async def _answer(run: str, repos: Path, user: str | None, *, approved: bool) ->
 async def wait(flow_run: Run, repos: Repos, by: By = None) -> int:
     """Print a run's progress until it ends; over ssh: ssh toto wait RUN.
 
-    The exit status is 0 when all is deployed, 1 when it is not, and 75 when that is not known.
+    The exit status is 0 when all is done, 1 when it failed or was cancelled, 2 when that is not known, and 3 when
+    only a part is done.
     """
     for repo in git_host.infra_repos(repos):
         if await access.may(repos, by, "read", repo.name.removesuffix(".git")):

@@ -15,15 +15,19 @@ It returns its exit status. The first line of what it says of itself is the line
 import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from importlib import import_module
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Annotated, Any, Final, ParamSpec, TypeVar
 
 import typer
+from typer._completion_classes import completion_init
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Exit, TyperException
 from typer.main import get_group
+
+from toto import __version__
 
 SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "the fleet": {
@@ -65,11 +69,16 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "database": ("toto.cli.database", "move Prefect's database to PostgreSQL, or to a newer one"),
         "migrate": ("toto.cli.server", "take the state of a toto that ran as root to a user of its own"),
     },
+    "this command": {
+        "completion": ("toto.cli.about", "print what makes a shell complete the words of toto: bash, zsh or fish"),
+        "man": ("toto.cli.about", "print this command's man page: toto man | man -l -"),
+    },
 }
 VERBS: Final = {verb: line for section in SECTIONS.values() for verb, line in section.items()}
 """The module (`""` for what `toto.cli` starts itself) and the line of help of each verb."""
 
 
+COMPLETE: Final = "_TOTO_COMPLETE"
 _P = ParamSpec("_P")
 _Status = TypeVar("_Status", int, Coroutine[Any, Any, int])
 
@@ -95,10 +104,44 @@ class _All(Group):
         name, _, rest = super().resolve_command(ctx, args)
         return name, name and load(name), rest
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.format_commands(ctx, formatter)
+        with formatter.section("Options"):
+            formatter.write_dl(parameters(self, ctx)["Options"])
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for section, verbs in SECTIONS.items():
             with formatter.section(section.capitalize()):
                 formatter.write_dl([(verb, line) for verb, (_, line) in verbs.items()])
+
+
+class Verb(TyperCommand):
+    """A verb without verbs of its own."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for title, lines in parameters(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
+
+
+def parameters(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+    """The arguments and the options of a verb, each with its line of help; what it does not have is left out."""
+    found: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for each in command.get_params(ctx):
+        if (record := each.get_help_record(ctx)) is None:
+            continue
+        name, text = record
+        if each.param_type_name == "argument":
+            found["Arguments"].append((name.partition(" <")[0], re.sub(r" *\[required\]$", "", text)))
+        elif each.name == "help":
+            found["Options"].append((name, "show this, and exit"))
+        else:
+            text = re.sub(r" *\[default: \((.*)\)\]$| *\[default: (.*)\]$", r" (default: \1\2)", text)
+            found["Options"].append((name, re.sub(r" *\[required\]$", " (required)", text)))
+    return {title: lines for title, lines in found.items() if lines}
 
 
 class Verbs(typer.Typer):
@@ -133,7 +176,7 @@ class Verbs(typer.Typer):
 
                 return asyncio.run(done)
 
-            self.command(name, options_metavar="[OPTIONS]")(called)
+            self.command(name, cls=Verb, options_metavar="[OPTIONS]")(called)
             return function
 
         return add
@@ -142,28 +185,50 @@ class Verbs(typer.Typer):
 def load(verb: str) -> Any:
     """The command of a verb, from its module."""
     module, line = VERBS[verb]
-    return get_group(import_module(module).verbs).commands[verb] if module else TyperCommand(verb, help=line)
+    return get_group(import_module(module).verbs).commands[verb] if module else Verb(verb, help=line)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"toto {__version__}")
+        raise Exit
 
 
 def everything() -> TyperGroup:
-    """The command `toto`."""
-    return _All(
+    """The command `toto`, whose verbs are not loaded yet."""
+    toto = typer.Typer(
+        cls=_All,
         name="toto",
-        help="Show what would change, what is deployed and its history; manage the git host.\n\n"
-        "A push, Prefect's UI or `prefect deployment run` starts a run; no verb here deploys anything.",
-        commands={verb: TyperCommand(verb, short_help=line) for verb, (_, line) in VERBS.items()},
-        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False,
         rich_markup_mode=None,
         subcommand_metavar="VERB …",
-        options_metavar="",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="The exit status is 0 when all is well, 1 when what was asked for failed, 2 when it could not be tried, "
+        "3 when only a part is done. `toto man` tells more.",
     )
+    toto.callback()(_toto)
+    group = get_group(toto)
+    group.commands = {verb: Verb(verb, short_help=line) for verb, (_, line) in VERBS.items()}
+    return group
+
+
+def _toto(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version, and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Show what would change, what is deployed and its history; manage the git host.
+
+    A push, Prefect's UI or `prefect deployment run` starts a run; no verb here deploys anything.
+    """
 
 
 def run(words: list[str]) -> int:
     """Do what the words of a command line say; the exit status."""
     toto = everything()
-    if "_TOTO_COMPLETE" in os.environ:
-        toto.main(words, "toto")
+    if COMPLETE in os.environ:  # (what `toto completion` prints asks by it)
+        completion_init()
+        toto.main(words, "toto", COMPLETE)
     try:
         with toto.make_context("toto", words) as context:
             return int(toto.invoke(context) or 0)
