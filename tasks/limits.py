@@ -5,7 +5,7 @@ Prefect counts.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -99,6 +99,25 @@ async def room_for_run(
                 await asyncio.sleep(1)
             await held.enter_async_context(_renewed(client, lease))
         yield
+
+
+@asynccontextmanager
+async def room_in_context(repo: Path, run: str, executors: Mapping[str, int]) -> AsyncIterator[str]:
+    """Hold a slot of the first context of jobs that has a free one, and yield its name.
+
+    `executors` says of each context that will do how many runs may be in it at once.
+    """
+    place = paths.repo_state(repo).name
+    async with get_client() as client:
+        for name, slots in executors.items():
+            await _set(client, f"toto-jobs-{place}-{name}", slots)
+        while True:
+            for name in executors:
+                if (lease := await _acquire(client, f"toto-jobs-{place}-{name}", run)) is not None:
+                    async with _renewed(client, lease):
+                        yield name
+                    return
+            await asyncio.sleep(1)
 
 
 @asynccontextmanager

@@ -46,6 +46,13 @@ def of_build() -> str:
     return f"build {_repo(repo)} {_commit(repo, runtime.flow_run.parameters.get('commit'))}"
 
 
+def of_job() -> str:
+    """The name of a run of a job, such as `backup infra 3f1c9b2a`."""
+    asked = runtime.flow_run.parameters
+    repo = Path(asked["repo"])
+    return f"{_clean(asked['job'], LONG)} {_repo(repo)} {_commit(repo, asked.get('commit'))}"
+
+
 def of_flow() -> str:
     """The name of a run of any other flow: the flow's name and the repo, such as `settle infra`."""
     return f"{runtime.flow_run.flow_name} {_repo(Path(runtime.flow_run.parameters['repo']))}"

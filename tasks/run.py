@@ -13,6 +13,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from tasks import cancelled_by_sigterm
 from tasks.detect import clean_up
+from tasks.jobs import register as register_jobs
 from tasks.notify import notify
 from tasks.record import retire
 from tasks.retry import retry_later
@@ -290,13 +291,16 @@ def names_nothing() -> State[None]:
 
 
 async def conclude(run: Run) -> None:
-    """After the roll-out: retry machines that did not answer, retire targets that left the commit, tag the commit."""
+    """After the roll-out: retry machines that did not answer, retire targets that left the commit, tag the commit,
+    register its jobs."""
     await retry_later(run.repo, run.report.unreachable)
     for target in run.plan.changes.retired:
         if target.label not in run.report.failed_targets:  # one that is half done keeps its entry
             await retire(run.repo, target)
     if run.report.complete and run.plan.changes.whole:
         await git.mark(run.repo, LAST_GOOD, run.request.commit)
+    if not run.report.failed_targets and run.plan.changes.whole:
+        await register_jobs(run.repo, run.request.commit, run.id)
 
 
 async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -> State[None]:

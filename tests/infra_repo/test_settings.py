@@ -111,7 +111,7 @@ FLAKES = ("../x", "/etc", "a b?x", "nixos/..", "-")
         (
             "'a\\nb' = 1\n",
             "toto.toml:1: 'a\\\\nb': is not a known field; known are tree, nix, sandbox, roll_out, compliance, "
-            "terraform, venues",
+            "terraform, jobs, venues",
         ),
     ],
 )

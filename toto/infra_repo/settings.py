@@ -238,6 +238,13 @@ class Terraform(Model):
         return self.roots if "roots" in self.model_fields_set else None
 
 
+class Jobs(Model):
+    """Jobs that toto runs."""
+
+    path: InRepo = "jobs"
+    """their folder in the repo; laminar's own `cfg` will do"""
+
+
 class Venues(Model):
     """Who is notified of a run. The address and the secret of a venue are in the Prefect block of its name."""
 
@@ -258,6 +265,7 @@ class Settings(Model):
     roll_out: RollOut = RollOut()
     compliance: Compliance = Compliance()
     terraform: Terraform = Terraform()
+    jobs: Jobs = Jobs()
     venues: Venues = Venues()
 
 

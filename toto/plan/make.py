@@ -16,6 +16,7 @@ from toto.infra_repo import git, limits, manifest
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.infra_repo.tree import read_tree
+from toto.jobs import folder as jobs
 from toto.ledger.ledger import Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
@@ -175,6 +176,7 @@ async def _source(
         settings = limits.within(settings)
         manifest.check_distinct(fleet)
         limits.check_machines(fleet)
+        jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
         deployed = deploys and await admission.on_deployed_branch(repo, commit)
         yield Source(repo, commit, run, tree, settings, fleet, override, deployed)
 

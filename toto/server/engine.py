@@ -1,8 +1,8 @@
 """What the worker starts for a flow run: Prefect's engine, on a flow that toto registered, and on no other.
 
 Whoever may write to the API could give a deployment a different entrypoint, or a pull step that is a shell command.
-Here the run's deployment must be as prefect.yaml in `root` says, without pull steps; and the flow that runs is the one
-that prefect.yaml names, whatever the deployment says by the time the engine reads it.
+Here the run's deployment must be as prefect.yaml in `root` says, or a job's, without pull steps; and the flow that runs
+is the one that was found then, whatever the deployment says by the time the engine reads it.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ if __name__ == "__main__":  # by its path, in whatever folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from toto.base.prefect_api import Api, ServerError
+from toto.jobs import registered
 
 
 class NotRegistered(Exception):
@@ -29,7 +30,7 @@ def entrypoint(deployment: dict[str, Any] | None, root: Path) -> str:
     if deployment is None:
         raise NotRegistered("the run has no deployment")
     listed = yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]
-    known = {each["entrypoint"] for each in listed if each["name"] == deployment["name"]}
+    known = {each["entrypoint"] for each in listed if each["name"] == deployment["name"]} | {registered.ENTRYPOINT}
     if deployment["entrypoint"] not in known:
         raise NotRegistered(f"the entrypoint of deployment {deployment['name']!r} is not the one that toto registered")
     if deployment["pull_steps"] or deployment["storage_document_id"]:

@@ -1,0 +1,210 @@
+"""Jobs of a commit as Prefect has them: deployments that come and go with it, places in contexts, what follows."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from flows.jobs import job
+from tests.conftest import PrefectServer
+from tests.repos import InfraRepo
+from toto.base import paths
+from toto.infra_repo import git
+from toto.jobs import folder, registered
+from toto.jobs.history import History
+from toto.server import deployments, environment
+from toto.server import serve as server
+
+QUIET = "NETWORK=none\n"
+Started = Callable[..., Awaitable[State[Any]]]
+
+
+class Infra(InfraRepo):
+    """A repo of jobs, and what Prefect has of it."""
+
+    def __init__(self, directory: Path, on: PrefectServer) -> None:
+        super().__init__(directory)
+        self.on, self.history = on, History(self.bare)
+
+    def jobs(self, **of: str | None) -> str:
+        """Commit files of `jobs/`, `a_run` for `a.run`. No job has a network, unless its `.conf` says so."""
+        quiet: dict[str, str | None] = {
+            f"jobs/{name.removesuffix('_run')}.conf": QUIET for name in of if name.endswith("_run") and of[name]
+        }
+        given = {f"jobs/{name.replace('__', '/').replace('_', '.')}": text for name, text in of.items()}
+        return self.commit(quiet | given)
+
+    async def register(self, pool: str = "toto-of-tests") -> str:
+        commit = git.resolve(self.bare, "HEAD")
+        jobs = folder.read(self.work)
+        return str(await registered.register(self.on.api.call, self.bare, commit, jobs, pool))
+
+    async def found(self) -> dict[str, Mapping[str, Any]]:
+        wanted = {"deployments": {"tags": {"all_": [registered.TAG]}}}
+        listed = await self.on.api.call("POST", "/deployments/filter", wanted)
+        return {each["name"].removeprefix("infra."): each for each in listed}
+
+    async def start(self, name: str, **parameters: Any) -> str:
+        """Start a job by its deployment; the flow run's id."""
+        deployment = (await self.found())[name]
+        path = f"/deployments/{deployment['id']}/create_flow_run"
+        return str((await self.on.api.call("POST", path, {"parameters": parameters}))["id"])
+
+    async def ended(self, run: str) -> Mapping[str, Any]:
+        """The final state of a flow run."""
+        while True:
+            state: dict[str, Any] = (await self.on.api.call("GET", f"/flow_runs/{run}"))["state"]
+            if state["type"] in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED"):
+                return state
+            await asyncio.sleep(0.2)
+
+
+@pytest.fixture
+async def infra(prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Infra]:
+    monkeypatch.setenv(paths.STATE, str(tmp_path / "state"))
+    made = Infra(tmp_path, prefect_server)
+    await deployments.ensure_pool(prefect_server.api, "toto-of-tests")
+    yield made
+    for each in (await made.found()).values():
+        await prefect_server.api.call("DELETE", f"/deployments/{each['id']}")
+
+
+@pytest.fixture
+def run(infra: Infra, tmp_path: Path) -> Started:
+    """Runs a job in this process."""
+
+    async def ran(name: str, **more: Any) -> State[Any]:
+        return await job(infra.bare, name, return_state=True, **more)
+
+    return ran
+
+
+@pytest.fixture(autouse=True)
+def _settings(prefect_server: PrefectServer, tmp_path: Path) -> Any:
+    with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect"}):
+        yield
+
+
+async def test_deployments_come_change_and_go_with_the_commit(infra: Infra) -> None:
+    conf = "PARAMS=LEVEL=low|high -- how much\nPARAMS=WHO\nSCHEDULE=0 3 * * * Europe/Berlin\nDESCRIPTION=Saves all\n"
+    infra.jobs(a_run="#!/bin/sh\n", a_conf=conf, b_run="#!/bin/sh\n", groups_conf="Nightly=^a$\n")
+    assert await infra.register() == "added: a, b"
+    a = (await infra.found())["a"]
+    assert (a["description"], a["entrypoint"], "Nightly" in a["tags"]) == ("Saves all", "flows.jobs.job", True)
+    (schedule,) = a["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 3 * * *", "Europe/Berlin")
+    form = a["parameter_openapi_schema"]["properties"]["parameters"]
+    assert (form["properties"]["LEVEL"]["enum"], form["required"]) == (["low", "high"], ["WHO"])
+    path = f"/deployments/{a['id']}/schedules/{schedule['id']}"
+    await infra.on.api.call("PATCH", path, {"active": False})
+    commit = infra.commit({"README.md": "x"})
+    assert await infra.register() == ""
+    again = (await infra.found())["a"]
+    assert again["parameters"]["commit"] == commit
+    assert not again["schedules"][0]["active"], "what a person made of an unchanged job stays"
+    infra.jobs(a_conf="DESCRIPTION=Different\n", b_run=None, b_conf=None, c_run="#!/bin/sh\n")
+    assert await infra.register() == "added: c; changed: a; removed: b"
+    found = await infra.found()
+    assert (sorted(found), found["a"]["schedules"]) == (["a", "c"], [])
+
+
+async def test_a_run_tells_how_it_ended(infra: Infra, run: Started) -> None:
+    infra.jobs(
+        a_run="#!/bin/sh\necho $A $B $LAMINAR_REASON; echo x >$ARCHIVE/x\n",
+        a_conf=f"{QUIET}PARAMS=A=1|2\n",
+        b_run="#!/bin/sh\nexit 3\n",
+        c_run="#!/bin/sh\nkill -TERM $$\n",
+    )
+    state = await run("a", parameters={"B": "3"}, reason="smoke")
+    assert (state.type.value, str(state.message).rpartition(" in ")[0]) == ("COMPLETED", "a:1 succeeded")
+    done = infra.history.get("a", 1)
+    assert (done.reason, done.parameters, done.context) == ("smoke", {"A": "1", "B": "3"}, "default")
+    assert "1 3 smoke\n" in infra.history.log(done).read_text()
+    state = await run("b")
+    assert (state.type.value, state.message) == ("FAILED", "b:1 failed: jobs/b.run exited with status 3")
+    state = await run("c")
+    assert (state.name, state.message) == ("Aborted", "c:1 aborted: jobs/c.run was ended by SIGTERM")
+    for name, more, why in (("a", {"A": "9"}, "A should be one of 1, 2"), ("d", {}, "there is no job 'd'")):
+        state = await run(name, parameters=more)
+        assert state.type.value == "FAILED" and why in str(state.message)
+    assert infra.history.queue("a").number == 2, "a run that is refused has no number"
+
+
+async def test_contexts_limit_how_many_run_at_once(infra: Infra, run: Started) -> None:
+    count = "#!/bin/sh\nmkdir $WORKSPACE/$RUN; ls $WORKSPACE | wc -l; sleep 1; rmdir $WORKSPACE/$RUN\n"
+    infra.jobs(
+        a_run=count,
+        a_conf=f"{QUIET}CONTEXTS=arm-*\n",
+        **{"contexts__arm-1_conf": "EXECUTORS=1\n", "contexts__arm-2_conf": "EXECUTORS=1\n"},
+    )
+    async with asyncio.timeout(300):
+        states = await asyncio.gather(*(run("a") for _ in range(5)))
+    assert {each.type.value for each in states} == {"COMPLETED"}
+    done = list(infra.history.runs("a"))
+    said = [infra.history.log(each).read_text().splitlines()[-1] for each in done]
+    assert set(said) <= {"1", "2"}
+    assert {each.context for each in done} == {"arm-1", "arm-2"}
+    assert sorted(each.number for each in done) == [1, 2, 3, 4, 5]
+
+
+async def test_a_job_after_a_job_is_queued_when_that_succeeds(infra: Infra, run: Started) -> None:
+    infra.jobs(a_run="#!/bin/sh\nexit $FAILS\n", b_run="#!/bin/sh\n", b_conf=f"{QUIET}AFTER=a\n", c_run="#!/bin/sh\n")
+    await infra.register()
+    await run("a", parameters={"FAILS": "1"})
+    assert list(infra.history.runs("b")) == []
+    await run("a", parameters={"FAILS": "0"})
+    (queued,) = infra.history.runs("b")
+    assert (queued.state, queued.parent, queued.reason) == ("queued", "a:2", "after a:2")
+    state = await run("b", number=queued.number)
+    assert (state.type.value, infra.history.get("b", 1).state) == ("COMPLETED", "success")
+    state = await run("b", number=queued.number)
+    assert "b:1 is success already" in str(state.message)
+
+
+async def test_old_runs_are_removed(infra: Infra, run: Started) -> None:
+    infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}KEEP=2\n")
+    for _ in range(4):
+        await run("a")
+    assert [each.number for each in infra.history.runs("a")] == [4, 3]
+
+
+@asynccontextmanager
+async def working(infra: Infra, home: Path) -> AsyncIterator[None]:
+    """A worker of the pool with its fork server, as `toto serve` runs them."""
+    env = {**infra.on.env, paths.STATE: str(paths.state_home()), environment.REPOS: str(infra.bare.parent)}
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(server.running_fork_server(env, home / "runs.log"))
+        await stack.enter_async_context(
+            server.running_worker(env, home / "worker.log", name="jobs", pool="toto-of-tests")
+        )
+        yield
+
+
+@pytest.mark.slow
+async def test_a_worker_runs_jobs_and_a_cancel_is_an_abort(infra: Infra, tmp_path: Path) -> None:
+    infra.jobs(
+        a_run="#!/bin/sh\necho $A\n",
+        b_run="#!/bin/sh\necho ready; sleep 3000 & wait\n",
+        b_after="#!/bin/sh\necho after $RESULT\n",
+        b_conf=f"{QUIET}GRACE=8\n",
+    )
+    await infra.register()
+    async with asyncio.timeout(300), working(infra, tmp_path):
+        stubborn = await infra.start("b")
+        state = await infra.ended(await infra.start("a", parameters={"A": "given"}))
+        assert state["type"] == "COMPLETED", state
+        assert "given\n" in infra.history.log(infra.history.get("a", 1)).read_text()
+        while not list(infra.history.runs("b")) or not infra.history.log(infra.history.get("b", 1)).exists():
+            await asyncio.sleep(0.2)
+        await infra.on.api.call(
+            "POST", f"/flow_runs/{stubborn}/set_state", {"state": {"type": "CANCELLING"}, "force": True}
+        )
+        assert (await infra.ended(stubborn))["type"] == "CANCELLED"
+        ended = infra.history.get("b", 1)
+        assert ended.state == "aborted"
+        assert infra.history.log(ended).read_text().splitlines()[-1] == "after aborted"
