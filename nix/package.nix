@@ -13,8 +13,8 @@ let
 
   # What `download` leaves, as a whole. When they are wrong, tests/nix/test_module.py prints the right ones.
   hashes = {
-    x86_64-linux = "sha256-5DIZumOdMZLdsDnpR5+9xwrv2JMnwVSvOJlyuLa+C8s=";
-    aarch64-linux = "sha256-ztz0xutruBLFpeXtMVRMJO+x4wUvoAZR5vo4zmzc8tU=";
+    x86_64-linux = "sha256-xM+2gAVzm/BuNsme5BInySvMjzNqmWIcIsuozwBtyg4=";
+    aarch64-linux = "sha256-ExLUIC2e2jsOW9tEjQ7uuNgKw3ch5yh4nPf7qP9cZwM=";
   };
   # (What is named here decides which file of a version is taken, whatever builds it.)
   download = [ "pip" "download" "--quiet" "--no-deps" "--require-hashes" "--no-build-isolation" ]
