@@ -31,6 +31,10 @@ KNOWN: Final = (
         r"Error emitting event: prefect\.flow-run\.heartbeat\s|RuntimeError: Cannot put items in a stopped service",
         "a run's last heartbeat may come as the run ends",
     ),
+    Known(
+        r"FATAL:  terminating connection due to administrator command",
+        "PostgreSQL is stopped while a connection of a client that has ended is not yet closed",
+    ),
 )
 # An entry begins with a time, a level or a program's name, and goes on until the next one.
 _HEAD: Final = re.compile(
