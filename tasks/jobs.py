@@ -57,12 +57,6 @@ async def call(method: str, path: str, body: object) -> Any:
     return answer.json() if answer.content else None
 
 
-async def read_jobs(repo: Path, commit: str, tree: Path) -> Jobs:
-    """Export a commit to `tree` and read its jobs. Raises `InputError`."""
-    await git.checkout(repo, commit, tree)
-    return folder.read(tree, settings_of.load(tree, deployed=True).jobs.path)
-
-
 @asynccontextmanager
 async def begun(
     repo: Path, name: str, commit: str, parameters: Mapping[str, str], flow_run: str, number: int | None, **about: str
@@ -79,7 +73,8 @@ async def begun(
     end, why = State.ABORTED, "it was cancelled before it began"
     try:
         tree = runs.run_directory(repo, flow_run) / "tree"
-        jobs = await read_jobs(repo, commit, tree)
+        await git.checkout(repo, commit, tree)
+        jobs = folder.read(tree, settings_of.load(tree, deployed=True).jobs.path)
         job = jobs.job(name)
         values = job.values(parameters)
         if run is None:
@@ -211,10 +206,9 @@ def state_of(ended: Run) -> FlowState[None]:
     return Failed(name=name, message=f"{ended.label} {ended.state}: {ended.why}")
 
 
-async def register(repo: Path, commit: str, run: str) -> Registered:
-    """Make the deployments of the repo's jobs what a commit says, which was just deployed."""
-    tree = runs.run_directory(repo, run) / "jobs"
-    done = await registered.register(call, repo, commit, await read_jobs(repo, commit, tree))
+async def register(repo: Path, commit: str, jobs: Jobs) -> Registered:
+    """Make the deployments of the repo's jobs those of a commit, which was just deployed."""
+    done = await registered.register(call, repo, commit, jobs)
     if str(done):
         get_run_logger().info("jobs %s", done)
     return done

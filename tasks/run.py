@@ -300,7 +300,7 @@ async def conclude(run: Run) -> None:
     if run.report.complete and run.plan.changes.whole:
         await git.mark(run.repo, LAST_GOOD, run.request.commit)
     if not run.report.failed_targets and run.plan.changes.whole:
-        await register_jobs(run.repo, run.request.commit, run.id)
+        await register_jobs(run.repo, run.request.commit, run.plan.jobs)
 
 
 async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -> State[None]:

@@ -6,13 +6,14 @@ rolled out and reverted are the kind's steps, in `flows.kinds`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
+from toto.jobs.folder import Jobs
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import Target
 from toto.nix.memory import Allowance
@@ -28,7 +29,7 @@ class Source:
     """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans.
 
     `override` is the reason for which the run rolls out in spite of a freeze or a closed window, `deploys` whether it
-    will roll out the deployed branch. `memory` is what an evaluation may use.
+    will roll out the deployed branch. `memory` is what an evaluation may use, `jobs` are those of the commit.
     """
 
     repo: Path
@@ -40,6 +41,7 @@ class Source:
     override: str | None = None
     deploys: bool = True
     memory: Allowance | None = None
+    jobs: Jobs = field(default_factory=Jobs)
 
     def order(self, kind: type[OrderT], change: Change, **own: Any) -> OrderT:
         """The order of a changed target; `own` are the fields that its kind adds."""

@@ -137,6 +137,7 @@ async def make(
         changes=change_set,
         orders=orders,
         after=after,
+        jobs=source.jobs,
     )
 
 
@@ -176,9 +177,9 @@ async def _source(
         settings = limits.within(settings)
         manifest.check_distinct(fleet)
         limits.check_machines(fleet)
-        jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
+        defined = jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
         deployed = deploys and await admission.on_deployed_branch(repo, commit)
-        yield Source(repo, commit, run, tree, settings, fleet, override, deployed)
+        yield Source(repo, commit, run, tree, settings, fleet, override, deployed, jobs=defined)
 
 
 def _evaluations(source: Source) -> Evaluations:

@@ -9,6 +9,7 @@ from toto.base.errors import InputError
 from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
+from toto.jobs.folder import Jobs
 from toto.ledger.target import Target
 from toto.plan.changes import Action, Change, ChangeSet, Desired
 from toto.plan.window import Rules, held_now
@@ -87,6 +88,7 @@ class Plan(BaseModel):
     """The change set of a commit, with everything that a run needs to carry it out.
 
     `after` has, for each label, the labels of the targets that are rolled out before it, also of unchanged targets.
+    `jobs` are those of the commit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,6 +101,7 @@ class Plan(BaseModel):
     changes: ChangeSet
     orders: tuple[SerializeAsAny[Order], ...] = ()
     after: Mapping[str, tuple[str, ...]] = {}
+    jobs: Jobs = Jobs()
 
     def held_behind(self, label: str, stuck: Collection[str]) -> str | None:
         """The first of `stuck` (labels of targets that were not rolled out) that this target comes after, else None."""
