@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.jobs import job
+from flows.reconcile import reconcile
 from tests.conftest import PrefectServer
 from tests.repos import InfraRepo
 from toto.base import paths
@@ -111,6 +112,22 @@ async def test_deployments_come_change_and_go_with_the_commit(infra: Infra) -> N
     assert await infra.register() == "added: c; changed: a; removed: b"
     found = await infra.found()
     assert (sorted(found), found["a"]["schedules"]) == (["a", "c"], [])
+
+
+async def test_a_run_that_deploys_a_commit_registers_its_jobs(infra: Infra) -> None:
+    await deployments.ensure_pool(infra.on.api, deployments.POOL)
+    infra.commit({"machines.yaml": "machines: []\n"})
+    infra.jobs(a_run="#!/bin/sh\n")
+    state = await reconcile(infra.bare, return_state=True)
+    assert state.is_completed(), state.message
+    assert (await infra.found())["a"]["parameters"]["commit"] == git.resolve(infra.bare, "HEAD")
+    infra.jobs(a_run=None, a_conf=None)
+    assert (await reconcile(infra.bare, return_state=True)).is_completed()
+    assert await infra.found() == {}
+    infra.jobs(a_run="#!/bin/sh\n", a_conf="COLOR=red\n")
+    state = await reconcile(infra.bare, return_state=True)
+    assert state.is_failed() and "jobs/a.conf:1" in str(state.message), state.message
+    assert await infra.found() == {}
 
 
 async def test_a_run_tells_how_it_ended(infra: Infra, run: Started) -> None:
