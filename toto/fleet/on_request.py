@@ -18,7 +18,7 @@ from toto.base import owned
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import Api
 from toto.fleet import builds
-from toto.git_host import access
+from toto.git_host import access, shell
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
@@ -26,7 +26,6 @@ from toto.machine import keys
 from toto.store import grants
 
 DEPLOYMENT: Final = "build/build"
-_FORM: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")
 _TIMEOUT: Final = 3_600.0  # seconds to sign and compress a closure
 _KNOWN: Final = 100_000_000  # bytes of a list of store paths
 _STORE_PATH: Final = re.compile(rb"^StorePath: (/nix/store/\S+)$", re.MULTILINE)
@@ -48,7 +47,7 @@ class Wanted:
         `named` is the repository; without it, it is the only one for which they may rehearse.
         Raises `InputError`, `NoSuchCommit`.
         """
-        if (form := _FORM.fullmatch(words)) is None or ".." in words:
+        if (form := shell.BUILT.fullmatch(words)) is None or ".." in words:
             raise InputError(f"{words[:80]!a} is not HOST or HOST@COMMIT", hint="such as web1, or web1@3f1c9b2a")
         found = [
             repo

@@ -32,7 +32,7 @@ COMMANDS: Final = (
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
 STATUS_VARIABLE: Final = "TOTO_STATUS_FD"  # where the hook writes the status of a run that the pusher waited for
 _TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_BUILT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/+-]*)?")
+BUILT: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")  # HOST[@COMMIT]
 _RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -167,7 +167,7 @@ def _accepting(words: list[str]) -> list[str]:
 
 def _of_repo(host: str, rest: list[str]) -> list[str]:
     """The arguments of `toto build` and `toto fetch`."""
-    if not _BUILT.fullmatch(host) or ".." in host or not (rest == [] or (len(rest) == 2 and rest[0] == "--repo")):
+    if not BUILT.fullmatch(host) or ".." in host or not (rest == [] or (len(rest) == 2 and rest[0] == "--repo")):
         raise InputError("that does not say which host", hint="ssh toto build HOST, or HOST@COMMIT, and --repo NAME")
     return [host, *([f"--repo={access.check_name(rest[1])}"] if rest else [])]
 

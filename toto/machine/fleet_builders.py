@@ -53,11 +53,14 @@ def described(repos: Iterable[Path]) -> dict[str, Builder]:
     found = {}
     for repo in repos:
         try:
-            machines = manifest_of(repo).machines.values()
+            machines = [each for each in manifest_of(repo).machines.values() if each.role == "builder"]
         except manifest.ManifestError:
             continue
+        if not machines:
+            continue
+        ledger = Ledger(repo).read()
         for machine in machines:
-            if machine.role == "builder" and Ledger(repo).read().get(Target(HOST, machine.name)).good is not None:
+            if ledger.get(Target(HOST, machine.name)).good is not None:
                 with contextlib.suppress(ValidationError):  # (of an address that ssh would not take)
                     found[f"{name_of(repo)}/{machine.name}"] = of_manifest(machine)
     return found

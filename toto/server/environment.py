@@ -105,7 +105,7 @@ def _logging(home: Path) -> Path:
 
 
 def block_key() -> Path | None:
-    """The same file, if there is one."""
+    """The file with the key of the blocks' secrets, if it is there: see `block_key_file`."""
     given = os.environ.get("CREDENTIALS_DIRECTORY")
     places = [*([Path(given) / "toto-blocks"] if given else []), paths.state_home() / "keys" / "blocks"]
     return next((each for each in places if each.is_file()), None)
