@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
+from uuid import uuid4
 
 from tests.lab import nix_daemon, setup
 from tests.lab.fleet import ADDRESSES, EXAMPLE, SEEN_BY_GUESTS, Fleet, Run, fleet
@@ -157,9 +158,12 @@ async def builds_elsewhere(whole: Fleet, *, machine: bool) -> AsyncIterator[Has 
 
 
 def made(page: str, says: str) -> str:
-    """The module of the page, which is a package now. (What is only a text, nix builds where it is.)"""
+    """The module of the page, which is a package now. (What is only a text, nix builds where it is.)
+
+    It is a different one each time: what a demo of before has left in the store is not built again.
+    """
     start, _, rest = page.partition("environment.etc")
-    text = f"echo '<h1>{says}</h1>' > $out"
+    text = f"echo '<h1>{says}</h1><!-- {uuid4()} -->' > $out"
     package = f'environment.etc."www/index.html".source = pkgs.runCommand "page.html" {{ }} "{text}"'
     return f"{start}{package};" + rest.partition("'';")[2]
 
