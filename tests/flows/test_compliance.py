@@ -70,7 +70,7 @@ async def test_machines_are_checked_and_what_was_found_is_told_once(
 ) -> None:
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
     repo, motd = InfraRepo(tmp_path / "repo"), tmp_path / "machine" / "motd"
-    toml = '[compliance]\ntags = ["production"]\n[roll_out]\nconnect_timeout = 2\n[venues]\nfleet = ["ops"]\n'
+    toml = '[compliance]\ntags = ["production"]\n[roll_out]\nconnect_timeout = 2\n[venues]\nfleet = ["auditors"]\n'
     first = repo.commit(
         {"machines.yaml": listed(server), "toto.toml": toml, "compliance/who.py": MODULE.format(file=str(motd))}
     )
@@ -86,7 +86,7 @@ async def test_machines_are_checked_and_what_was_found_is_told_once(
         http_server() as web,
         temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_HOME: tmp_path / "prefect"}),
     ):
-        await WebhookVenue(url=web.address).save("ops", overwrite=True)
+        await WebhookVenue(url=web.address).save("auditors", overwrite=True)
 
         async def checked(**more: Any) -> tuple[str, str, str]:
             state = await compliance(repo.bare, origin="schedule", return_state=True, **more)
