@@ -1,0 +1,49 @@
+"""The cache that a machine is served, with real nix as the client."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flying_monkey.exchange import Server
+from flying_monkey.fetch import Fetcher
+from flying_monkey.machine import NotReady
+from tests.api.conftest import World
+from tests.store.test_grants import closure
+from toto.machine import keys
+from toto.store import grants
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="toto runs its nix daemon here only as root"),
+]
+
+
+async def test_what_is_published_after_a_miss_is_found_at_once(world: World, tmp_path: Path) -> None:
+    key = await keys.make(world.repo, "cache", "signing")
+    (first, _), (path, other) = await closure(tmp_path), await closure(tmp_path)
+    async with world.client() as client:
+        token = (await world.token(client))["Authorization"].removeprefix("Bearer ")
+    store = f"local?root={tmp_path}/machine&require-sigs=false"  # (nix does not know the key here)
+    fetcher = Fetcher(Server.at(world.url, str(world.ca), None), store)
+    with fetcher._prepared(token) as (words, environment, _):
+
+        def seen(*more: str) -> bool:
+            """Whether a nix that remembers what it has asked sees the path."""
+            argv = ["nix", "--extra-experimental-features", "nix-command", "path-info", "--store", fetcher._from]
+            done = subprocess.run(
+                [*argv, *words, *more, path], env=environment | {"XDG_CACHE_HOME": str(tmp_path)}, check=False
+            )
+            return done.returncode == 0
+
+        await grants.grant(world.repo, "web1", [first], key, timeout=60)
+        with pytest.raises(NotReady, match="toto does not offer"):
+            fetcher.fetch(path, token, longest=60)
+        assert not seen()
+        await grants.grant(world.repo, "web1", [first, path], key, timeout=60)
+        remembered = ["--option", "narinfo-cache-negative-ttl", "3600"]
+        assert not seen(*remembered) and seen(), "which is why the agent has nix remember no miss"
+    fetcher.fetch(path, token, longest=60)
+    for each in (path, other):
+        assert Path(f"{tmp_path}/machine{each}").exists()
