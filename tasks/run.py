@@ -16,7 +16,7 @@ from tasks.detect import clean_up
 from tasks.jobs import register as register_jobs
 from tasks.notify import notify
 from tasks.record import retire
-from tasks.retry import retry_later
+from tasks.retry import retry_later, run_later
 from toto.base import runs
 from toto.base.errors import InputError, TotoError
 from toto.git_host import admission
@@ -300,7 +300,19 @@ async def conclude(run: Run) -> None:
     if run.report.complete and run.plan.changes.whole:
         await git.mark(run.repo, LAST_GOOD, run.request.commit)
     if not run.report.failed_targets and run.plan.changes.whole:
+        await _register_jobs(run)
+
+
+async def _register_jobs(run: Run) -> None:
+    """Register the commit's jobs. When Prefect refuses that, a good roll-out stays good: it is told, and tried again
+    by the next run; one that is no retry itself schedules a run for it."""
+    try:
         await register_jobs(run.repo, run.request.commit, run.plan.jobs)
+    except Exception as error:
+        get_run_logger().warning("the jobs could not be registered: %s", error)
+        run.report.notes.append("its jobs could not be registered: the next run tries again")
+        if run.request.origin != "schedule":
+            await run_later(run.repo, "registering the jobs", None)
 
 
 async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -> State[None]:

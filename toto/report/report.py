@@ -95,7 +95,8 @@ class Report:
 
     By label: `rehearsals` are the summaries of verdicts, `outcome` is what was done ("deployed", "unreachable" …),
     `held` is why a target was held back, `away` what ssh said of one that is unreachable, with the next step, and
-    `excused` are the errors of hosts that the manifest does not list: warnings.
+    `excused` are the errors of hosts that the manifest does not list: warnings. `notes` are about no target: what did
+    not work besides.
     """
 
     repo: str
@@ -109,6 +110,7 @@ class Report:
     excused: dict[str, str] = field(default_factory=dict)
     reverted: list[Reverted] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.failures += [Failed(each.target.label, "evaluation", each.message) for each in self.changes.failed]
@@ -169,6 +171,9 @@ class Report:
 
     def headline(self) -> str:
         """The result of the run in one line."""
+        return "; ".join([self._result(), *self.notes])
+
+    def _result(self) -> str:
         commit = self.commit[:8]
         if self.failures:
             return f"{self.cause}; {self.aftermath()}"
