@@ -512,8 +512,10 @@ in
         TimeoutStopSec = 180;  # terraform may take a minute to save its state, and then toto's PostgreSQL one to stop
         OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
 
-        # By what is there it asks the nix daemon: docs/builders.md.
-        ReadWritePaths = [ "-/run/toto-nix/asked" ];
+        # By what is there it asks the nix daemon: docs/builders.md. (The daemon may be started before it or after it.)
+        RuntimeDirectory = "toto-nix/asked";
+        RuntimeDirectoryMode = "0770";
+        RuntimeDirectoryPreserve = true;
 
         # What keeps toto from the machine, besides `hardened`. setup/systemd/toto.service, for Debian, has the same lines.
         DevicePolicy = "closed";

@@ -1,11 +1,13 @@
 """toto's nix daemon: what is built in its sandbox, on which network, and whose settings count."""
 
 import asyncio
+import grp
 import os
 import shutil
 import signal
 import socket as sockets
 import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +21,7 @@ from toto.base import process
 from toto.base.errors import InputError
 from toto.cell.namespace import ALLOWED, own_addresses
 from toto.nix import commands as nix
-from toto.nix import daemon
+from toto.nix import daemon, quiet
 
 pytestmark = pytest.mark.skipif(not nix_daemon.possible(), reason="toto's nix daemon needs root or sudo")
 
@@ -169,8 +171,14 @@ async def test_it_is_started_again_when_it_dies_and_ends_with_toto(tmp_path_fact
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the daemon itself is root's")
-async def test_it_tells_systemd_when_it_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    home = tmp_path_factory.mktemp("told")
+async def test_it_tells_systemd_when_it_answers_and_leaves_the_folder_that_toto_has_mounted() -> None:
+    with tempfile.TemporaryDirectory(dir="/run", prefix="toto-told-") as name:
+        await it_tells_systemd(Path(name))
+        (left,) = (Path(name) / "nix").iterdir()  # (below /run it is removed, with whatever it had)
+        assert left.name == quiet.ASKED and left.stat().st_gid == grp.getgrnam("nogroup").gr_gid
+
+
+async def it_tells_systemd(home: Path) -> None:
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as systemd:
         systemd.bind(str(home / "notify"))
         systemd.settimeout(60)

@@ -93,7 +93,9 @@ def test_the_server_is_a_user_without_any_right() -> None:
     assert toto["CapabilityBoundingSet"] == toto["AmbientCapabilities"] == [""]
     assert toto["NoNewPrivileges"] == ["true"] and toto["ProtectSystem"] == ["strict"]
     assert toto["StateDirectory"] == ["toto"] and toto["StateDirectoryMode"] == ["0700"] and toto["UMask"] == ["0077"]
-    assert toto["ReadWritePaths"] == ["-/run/toto-nix/asked"]  # it writes to its state, and there it asks the daemon
+    # It writes to its state, and where it asks the daemon, of which root makes no more than the folder above it.
+    assert toto["RuntimeDirectory"] == ["toto-nix/asked"] and toto["RuntimeDirectoryPreserve"] == ["true"]
+    assert toto["RuntimeDirectoryMode"] == ["0770"] and "ReadWritePaths" not in toto
     assert toto["DeviceAllow"] == ["/dev/kvm rw", "/dev/net/tun rw"] and toto["DevicePolicy"] == ["closed"]
     assert not BREAKS_CELLS & set(toto)
     assert toto["Restart"] == ["always"] and toto["KillMode"] == ["mixed"] and toto["OOMPolicy"] == ["continue"]

@@ -165,7 +165,19 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
         keeping.cancel()
         await asyncio.wait((keeping,))
         if home.is_relative_to("/run") and not _answers(path):  # (else another toto runs it)
-            shutil.rmtree(home, ignore_errors=True)
+            _tidy_up(home, keep=None if group is None else asked)
+
+
+def _tidy_up(home: Path, *, keep: Path | None) -> None:
+    """Remove `home`, or all in it but the folder to `keep`: a toto that goes on running has it mounted by its unit."""
+    if keep is None:
+        shutil.rmtree(home, ignore_errors=True)
+        return
+    for left in home.iterdir():
+        if left.is_dir() and left != keep:
+            shutil.rmtree(left, ignore_errors=True)
+        elif left != keep:
+            left.unlink(missing_ok=True)
 
 
 def _log(home: Path) -> str:
