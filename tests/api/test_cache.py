@@ -9,9 +9,9 @@ import pytest
 from flying_monkey.exchange import Server
 from flying_monkey.fetch import Fetcher
 from flying_monkey.machine import NotReady
-from tests.api.conftest import World
+from tests.api.conftest import World, until
 from tests.store.test_grants import closure
-from toto.machine import keys
+from toto.machine import fetched, keys
 from toto.store import grants
 
 pytestmark = [
@@ -47,3 +47,18 @@ async def test_what_is_published_after_a_miss_is_found_at_once(world: World, tmp
     fetcher.fetch(path, token, longest=60)
     for each in (path, other):
         assert Path(f"{tmp_path}/machine{each}").exists()
+
+
+async def test_what_a_machine_has_got_and_has_missed_is_counted(world: World) -> None:
+    cache = grants.of(world.place("web2").folder, "web2")
+    cache.mkdir(parents=True)
+    (cache / "nix-cache-info").write_text("StoreDir: /nix/store\n")
+    (cache / f"{'1' * 32}.narinfo").write_text("x" * 100)
+    async with world.client() as client:
+        headers = await world.token(client, "web2")
+        for name, times in (("nix-cache-info", 1), (f"{'1' * 32}.narinfo", 2), (f"{'2' * 32}.narinfo", 3)):
+            for _ in range(times):
+                await client.get(f"/cache/{name}", headers=headers)
+        await client.head(f"/cache/{'1' * 32}.narinfo", headers=headers)
+        await client.get("/cache/elsewhere", headers=headers)  # (that is no file of any cache)
+    await until(lambda: fetched.read(world.place("web2")) == fetched.Fetched(hits=3, misses=3, sent=221))

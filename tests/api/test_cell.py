@@ -234,11 +234,12 @@ async def test_what_a_server_that_was_taken_over_has_left_does_not_keep_the_next
     for number in range(documents.KEPT + 5):
         (reports / f"{number:016d}.json").write_bytes(web1.sealed(web1.report(number=number)) if number > 60 else b"")
     (reports / "mine").write_text("mine")
-    (place.said / "contact").write_text("")
+    for each in ("contact", documents.FETCHED):
+        (place.said / each).write_text("")
     for stray in (place.said / "mine", place.said.parent / "web9/reports", documents.said() / "other/web1"):
         stray.mkdir(parents=True)
     await run._cell([ADDRESS])
-    assert sorted(each.name for each in place.said.iterdir()) == ["contact", "reports"]
+    assert sorted(each.name for each in place.said.iterdir()) == ["contact", documents.FETCHED, "reports"]
     assert len(list(reports.iterdir())) == documents.KEPT and not (reports / "mine").exists()
     assert [each.name for each in place.said.parent.iterdir()] == ["web1"]
     assert [each.name for each in documents.said().iterdir()] == [place.folder]

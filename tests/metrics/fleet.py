@@ -17,6 +17,7 @@ from toto.ledger import steps
 from toto.ledger.ledger import Entry, Ledger, owner
 from toto.ledger.target import Target
 from toto.machine import documents, owners
+from toto.machine.fetched import Counting
 from toto.nix.memory import Remembered
 
 WEB2, NAS, DNS = Target("host", "web2"), Target("host", "nas"), Target("terraform", "dns")
@@ -60,6 +61,7 @@ class SmallFleet:
         passed = Control(check="inspec/base", id="motd", outcome=Outcome.PASSED)
         await history.record(self.bare, "web2", [failed, passed], "c" * 40, "run-1")
         self.tell(datetime.now(UTC) + timedelta(days=7))
+        self.fetches(hits=5, misses=1, sent=1_000)
         self.says(1, reboot_needed=True, drift="", failed_units=["a.service"])
 
     def tell(self, expires: datetime) -> None:
@@ -69,6 +71,12 @@ class SmallFleet:
         machine, system = Machine("web1", self.host_key), System(path, f"sha256-{'A' * 43}=")
         told = Desired("infra", machine, 7, now, expires.replace(microsecond=0), "try", "switch", system)
         documents.publish(self.bare, "web1", signature.seal(told.write(), self.key))
+
+    def fetches(self, **counts: int) -> None:
+        """Have web1 ask toto's cache for something."""
+        counting = Counting()
+        counting.note(documents.Place.of(self.bare, "web1"), **counts)
+        counting.write()
 
     def says(self, number: int, key: Path | None = None, **details: object) -> None:
         """Have web1 report."""

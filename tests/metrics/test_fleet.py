@@ -66,6 +66,9 @@ def test_a_fleet_is_told_as_it_is(fleet: SmallFleet) -> None:
     assert contact is not None and abs(contact - time.time()) < 60
     assert expires is not None and 6.9 < (expires - time.time()) / 86_400 < 7
     assert read.one("agent_reboot_needed", machine="web1") == 1 and read.one("agent_drift", machine="web1") == 0
+    for result, asked in (("hit", 5), ("miss", 1)):
+        assert read.one("cache_requests_total", repo="infra", machine="web1", result=result) == asked
+    assert read.one("cache_sent_bytes_total", machine="web1") == 1_000
     for outcome, count in (("failed", 1), ("passed", 1), ("not checked", 0)):
         assert read.one("compliance_controls", repo="infra", machine="web2", outcome=outcome) == count
     assert read.one("compliance_failed_impact", machine="web2") == 0.9
@@ -91,9 +94,11 @@ async def test_what_has_changed_is_read_again_and_nothing_else(
     monkeypatch.setattr(Ledger, "_parsed", parsed)
     monkeypatch.setattr(documents, "verified", verified)
     fleet.says(2, reboot_needed=False)
+    fleet.fetches(hits=2)  # (a server goes on where the one before it ended)
     await Ledger(fleet.bare).write(WEB1, lambda _: Entry(reverted=note()), "reverted")
     read = Read(made)
     assert read.one("agent_reboot_needed") == 0 and read.one("target_state", target="web1", state="reverted") == 1
+    assert read.one("cache_requests_total", result="hit") == 7
     fleet.says(3, new_key("stranger"), reboot_needed=True)  # by somebody else
     assert Read(made).one("agent_reboot_needed") == 0
     (paths.state_home() / BACKED_UP).touch()

@@ -37,6 +37,7 @@ from toto.api.published import Published
 from toto.api.sessions import NotProven, Session, Sessions
 from toto.base.errors import TotoError
 from toto.machine import documents
+from toto.machine.fetched import Counting
 from toto.store import grants
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ _STREAM: Final = 3_600.0  # seconds for one file of the cache
 _STREAMS: Final = 32  # files at once for one machine; nix asks for 25
 _CHUNK: Final = 262_144  # bytes
 _FILE: Final = re.compile(r"nix-cache-info|[0-9a-df-np-sv-z]{32}\.narinfo|nar/[0-9a-df-np-sv-z]{52}\.nar(?:\.zst)?")
-_KINDS: Final = {"narinfo": "text/x-nix-narinfo", "nix-cache-info": "text/x-nix-cache-info"}
+_ABOUT: Final = "nix-cache-info"
+_KINDS: Final = {"narinfo": "text/x-nix-narinfo", _ABOUT: "text/x-nix-cache-info"}
 _WORD: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Handler: TypeAlias = Callable[[Request, Session], Awaitable[Response]]
@@ -68,11 +70,13 @@ def create_app(sessions: Sessions | None = None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.create_task(server.published.watch())
+        beside = [asyncio.create_task(each) for each in (server.published.watch(), server.counting.keep())]
         try:
             yield
         finally:
-            watching.cancel()
+            for each in beside:
+                each.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
 
     app = Starlette(
         routes=[
@@ -108,7 +112,7 @@ def _told(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Reques
 
 class _Server:
     def __init__(self, sessions: Sessions) -> None:
-        self.sessions, self.published = sessions, Published()
+        self.sessions, self.published, self.counting = sessions, Published(), Counting()
 
     async def challenge(self, request: Request) -> Response:
         """A word to sign."""
@@ -191,37 +195,49 @@ class _Server:
             raise _Refused(429 if session.streams >= _STREAMS else 404, "no such file\n")
         opened = _open(grants.of(session.place.folder, session.place.machine), name)
         if opened is None:
+            self.counting.note(session.place, misses=int(name != _ABOUT))
             raise _Refused(404, "no such file\n")
+
+        def got(sent: int, *, whole: bool) -> None:
+            self.counting.note(session.place, hits=int(whole and name != _ABOUT), sent=sent)
+
         kind = _KINDS.get(name.rpartition(".")[2], "application/x-nix-nar")
-        return _File(opened, session, kind)
+        return _File(opened, session, kind, got)
 
 
 class _File(Response):
-    """An open file, as it is; it is closed when the machine has it, or does not want it any more."""
+    """An open file, as it is; it is closed when the machine has it, or does not want it any more.
 
-    def __init__(self, opened: int, session: Session, kind: str) -> None:
+    Then `got` is told how many bytes of it the machine has got, and whether that is all.
+    """
+
+    def __init__(self, opened: int, session: Session, kind: str, got: Callable[..., None]) -> None:
         self.opened, self.session, self.size = opened, session, os.fstat(opened).st_size
+        self.got = got
         super().__init__(headers={"Content-Length": str(self.size)}, media_type=kind)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it: as many bytes as were announced."""
         gone = asyncio.create_task(_gone(receive))
         self.session.streams += 1
+        left = length = 0 if scope["method"] == "HEAD" else self.size
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            left = 0 if scope["method"] == "HEAD" else self.size
             async with asyncio.timeout(_STREAM):
                 while left > 0 and not gone.done():
                     documents.note_contact(self.session.place)
                     data = await asyncio.to_thread(os.read, self.opened, min(_CHUNK, left))
-                    left = left - len(data) if data else 0
+                    if not data:
+                        break
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    left -= len(data)
             if not gone.done():
                 await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
             self.session.streams -= 1
             os.close(self.opened)
+            self.got(length - left, whole=left == 0)
 
 
 def _open(cache: Path, name: str) -> int | None:

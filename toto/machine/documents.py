@@ -8,6 +8,7 @@
     api/said/REPO/MACHINE/     what it says
         reports/                   signed by its host key, by number; the newest `KEPT`
         contact                    touched whenever the machine asks for something
+        fetched                    counts of what it has asked of the cache: `toto.machine.fetched`
 
 The web server that machines ask (`toto.api`) is in a cell, where it reads what is told and writes what is said. So what
 is said is read as a stranger's, and whoever acts on a report checks its signature: `Reports.read`.
@@ -40,6 +41,7 @@ from toto.machine import proof as machine_proof
 log = logging.getLogger(__name__)
 
 KEPT: Final = 64  # reports of a machine
+FETCHED: Final = "fetched"
 _NAME: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,127}[A-Za-z0-9_-])?")
 _NUMBER: Final = re.compile(r"([0-9]{16})\.json")
 _WORDS: Final = 16  # of toto's asking, that are remembered for a machine
@@ -141,7 +143,7 @@ def tidy() -> None:
             if (repo, machine) not in known:
                 folders.remove(said(), repo, machine)
                 continue
-            for name in {*folders.listed(said(), repo, machine, most=_ALL)} - {"reports", "contact"}:
+            for name in {*folders.listed(said(), repo, machine, most=_ALL)} - {"reports", "contact", FETCHED}:
                 folders.remove(said(), repo, machine, name)
             reports = folders.listed(said(), repo, machine, "reports", most=_ALL)
             newest = sorted(name for name in reports if _NUMBER.fullmatch(name))[-KEPT:]

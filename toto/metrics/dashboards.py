@@ -132,6 +132,17 @@ def dashboards() -> dict[str, dict[str, Any]]:
                 _panel("table", "Worst impact of what failed", {"": f"toto_compliance_failed_impact{{{_REPO}}}"}),
                 _panel(
                     "timeseries",
+                    "Asked of the cache, per second",
+                    {"{{result}}": f"sum by (result) (rate(toto_cache_requests_total{{{_REPO}}}[$__rate_interval]))"},
+                ),
+                _panel(
+                    "timeseries",
+                    "Sent by the cache",
+                    {"{{machine}}": f"rate(toto_cache_sent_bytes_total{{{_REPO}}}[$__rate_interval])"},
+                    "Bps",
+                ),
+                _panel(
+                    "timeseries",
                     "Free on the fullest disk",
                     {
                         "{{machine}}": f"min by (machine) (node_filesystem_avail_bytes{{{_REPO}, {_DISKS}}} "

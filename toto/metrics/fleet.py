@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 from prometheus_client import Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from flying_monkey.desired import BadDocument, Desired
 from flying_monkey.signature import NotGenuine, unsealed
@@ -27,7 +27,7 @@ from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
-from toto.machine import condition, documents, owners, signing_key
+from toto.machine import condition, documents, fetched, owners, signing_key
 from toto.nix.memory import MB, Remembered
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ _FIGURES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "agent_drift": ("1 when a machine says that it differs from what it was last told to be", _MACHINE),
     "document_expiry_timestamp_seconds": ("until when a machine obeys its document", _MACHINE),
     "signer_certificate_expiry_timestamp_seconds": ("until when a machine obeys by a certificate alone", _MACHINE),
+    "cache_requests_total": ("files that a machine asked of the cache, by hit and miss", (*_MACHINE, "result")),
+    "cache_sent_bytes_total": ("bytes that a machine has got of the cache", _MACHINE),
     "compliance_controls": ("how many controls ended so when a machine was checked last", (*_MACHINE, "outcome")),
     "compliance_failed_impact": ("the highest impact, 0 to 1, of what failed or broke when it was", _MACHINE),
     "compliance_timestamp_seconds": ("when a machine was checked last", _MACHINE),
@@ -70,7 +72,10 @@ class Fleet:
     def read(self) -> list[Metric]:
         """The figures as they are now. Raises `TotoError`, OSError."""
         self.families = {
-            name: GaugeMetricFamily(f"toto_{name}", what, labels=labels) for name, (what, labels) in _FIGURES.items()
+            name: (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(
+                f"toto_{name}", what, labels=labels
+            )
+            for name, (what, labels) in _FIGURES.items()
         }
         owned = owners.read()
         for repo in git_host.infra_repos(self.repos):
@@ -131,6 +136,10 @@ class Fleet:
         if (said := condition.read(repo, place.machine, owned)) is not None:
             self._add("agent_reboot_needed", float(said.reboot_needed), *labels)
             self._add("agent_drift", float(bool(said.drift)), *labels)
+        if (counts := fetched.read(place)) is not None:
+            self._add("cache_requests_total", counts.hits, *labels, "hit")
+            self._add("cache_requests_total", counts.misses, *labels, "miss")
+            self._add("cache_sent_bytes_total", counts.sent, *labels)
         with contextlib.suppress(InputError):
             if until := signing_key.vouched_until(repo, place.machine):
                 self._add("signer_certificate_expiry_timestamp_seconds", until, *labels)
