@@ -94,9 +94,11 @@ class World:
     def place(self, name: str = "web1") -> documents.Place:
         return documents.Place.of(self.repo, name)
 
-    def client(self) -> httpx.AsyncClient:
-        """A client that trusts toto's authority, and nothing else."""
-        return httpx.AsyncClient(base_url=self.url, verify=ssl.create_default_context(cafile=str(self.ca)), timeout=30)
+    def client(self, address: str | None = None) -> httpx.AsyncClient:
+        """A client that trusts toto's authority, and nothing else; at `address` of this machine's, if that is given."""
+        trusted = ssl.create_default_context(cafile=str(self.ca))
+        transport = httpx.AsyncHTTPTransport(verify=trusted, local_address=address)
+        return httpx.AsyncClient(base_url=self.url, transport=transport, timeout=30)
 
     async def challenge(self, client: httpx.AsyncClient) -> str:
         return str((await client.post("/challenge")).json()["challenge"])

@@ -198,12 +198,23 @@ async def test_a_token_ends_when_the_machine_moves_or_its_key_changes(world: Wor
             owners.make_known(known)
 
 
-async def test_who_fails_too_often_waits_and_nobody_else_does(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ("127.0.0.1", "198.51.100.{}, 192.0.2.7"),  # a proxy of this machine's adds the address to what the client said
+        ("127.0.0.9", "198.51.100.{}"),  # nobody but the proxy is believed
+    ],
+)
+async def test_who_fails_too_often_waits_and_nobody_else_does(
+    world: World, tmp_path: Path, here: str, said: str
+) -> None:
     stranger = Asking("web1", tmp_path / "keys")
-    async with world.client() as client:
-        proxied = {"X-Forwarded-For": "192.0.2.7"}
+    async with world.client() as client, world.client(here) as strangers:
         proof = stranger.proof(await world.challenge(client))
-        seen = [(await client.post("/session", json=proof, headers=proxied)).status_code for _ in range(22)]
+        seen = []
+        for each in range(22):
+            headers = {"X-Forwarded-For": said.format(each)}
+            seen.append((await strangers.post("/session", json=proof, headers=headers)).status_code)
         assert seen == [403] * 20 + [429] * 2
         await world.token(client)
 

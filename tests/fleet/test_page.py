@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Final
 
 import httpx
 import pytest
@@ -240,6 +241,14 @@ async def nginx(world: World, folder: Path) -> AsyncIterator[int]:
         yield port
 
 
+# What a client says of a proxy that there was not.
+FORGED: Final = {
+    **{"X-Forwarded-Host": "evil.example.org", "X-Forwarded-Server": "evil.example.org", "X-Forwarded-Proto": "http"},
+    **{"X-Forwarded-For": "127.0.0.1", "X-Real-IP": "127.0.0.1", "Forwarded": "for=127.0.0.1;host=evil.example.org"},
+    **{"X-Forwarded-Port": "1", "X-Forwarded-Prefix": "/evil"},
+}
+
+
 async def test_all_of_it_works_through_nginx_as_the_module_sets_it_up(world: World, tmp_path: Path) -> None:
     certificate.own(["toto.example.org"])
     trusted = ssl.create_default_context(cafile=certificate.authority())
@@ -257,10 +266,12 @@ async def test_all_of_it_works_through_nginx_as_the_module_sets_it_up(world: Wor
         assert "web1" in (await client.get("/fleet/", extensions=more)).text
         assert (await client.get("/api/admin/version", extensions=more)).status_code == 200
         assert "<html" in (await client.get("/runs", headers={"Accept": "text/html"}, extensions=more)).text
-        # Where it is sent to is where it came from, by https.
-        moved = await client.get("/api/flows/", extensions=more)
-        assert moved.status_code in (307, 404, 405)
-        assert moved.headers.get("location", "https://toto.example.org/").startswith("https://toto.example.org/")
+        # Where it is sent to is where it came from, by https, whatever it says of that itself.
+        for own in ({}, FORGED):
+            moved = await client.get("/api/health/", headers=own, extensions=more)
+            assert (moved.status_code, moved.headers["location"]) == (307, "https://toto.example.org/api/health")
+        strange = await client.get("/fleet/", headers=FORGED | {"Host": "evil.example.org"}, extensions=more)
+        assert strange.status_code == 400
         async with client.stream("GET", "/fleet/events", extensions=more) as stream:
             lines = stream.aiter_lines()
             async with asyncio.timeout(60):

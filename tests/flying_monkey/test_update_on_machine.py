@@ -38,6 +38,8 @@ ExecStart=%s
 [Install]
 WantedBy=multi-user.target
 """
+# Not well for the reasons that have a file.
+_CHECK: Final = """echo 1..1; [ ! -e "/var/lib/unwell-$TOTO_REASON" ] || printf 'not '; echo ok 1 - it answers"""
 # What NixOS does at a boot.
 _LINKS: Final = " && ".join(f"ln -sfn $(readlink -f {PROFILE}) /run/{each}-system" for each in ("current", "booted"))
 _BOOTED: Final = f"/bin/sh -c '{_LINKS}'"
@@ -55,7 +57,7 @@ async def booted(tmp_path_factory: pytest.TempPathFactory, new_key: Callable[[st
         AT: (_AT, 0o755),
         "/etc/flying-monkey/prepare.d/drain": hook("drain"),
         "/etc/flying-monkey/finish.d/undrain": hook("undrain"),
-        "/etc/flying-monkey/checks.d/web": hook("web", "echo 1..1; echo ok 1 - it answers"),
+        "/etc/flying-monkey/checks.d/web": hook("web", _CHECK),
         "/etc/systemd/system/lab-booted.service": (_UNIT % ("", _BOOTED), 0o644),
         "/etc/systemd/system/flying-monkey-resume.service": (
             _UNIT % ("lab-booted.service", f"{PLACE}/update resume"),
@@ -249,14 +251,18 @@ async def test_a_full_disk_activates_nothing_and_is_told(locked: Locked) -> None
     assert await locked.activations() == []
 
 
-@pytest.mark.skipif(not os.environ.get("TOTO_CUTS"), reason="A REAL REBOOT IS NOT TRIED: it takes a boot; TOTO_CUTS=1")
-async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -> None:
-    """By systemd, with the hooks around it and the checks after it."""
+REBOOTS: Final = pytest.mark.skipif(
+    not os.environ.get("TOTO_CUTS"), reason="A REAL REBOOT IS NOT TRIED: it takes a boot; TOTO_CUTS=1"
+)
+
+
+async def rebooted(locked: Locked, activate: int) -> System:
+    """A system with a different kernel, which was tried and is to be kept; the machine has rebooted for it."""
     system = await locked.system("fresh", f'{AT} "fresh $1 links"', kernel="/nix/store/fresh")
     await locked.machine.check("ln -sfn $(readlink -f /run/current-system) /run/booted-system; sync")
     boot = "cat /proc/sys/kernel/random/boot_id"
     before = await locked.machine.check(boot)
-    deadlines = Deadlines(confirm=600, activate=900)
+    deadlines = Deadlines(confirm=600, activate=activate)
     await locked.ask("arm", locked.document(system, hooks=HOOKS, deadlines=deadlines))
     assert await locked.ended() == "done 0"
     await locked.ask("confirm", locked.document(system, "keep", hooks=HOOKS, reboot="now", deadlines=deadlines))
@@ -264,6 +270,13 @@ async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -
         while (again := (await locked.machine.ssh(boot, timeout=30)).out) in ("", before):
             await asyncio.sleep(1)
     assert again != before
+    return system
+
+
+@REBOOTS
+async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -> None:
+    """By systemd, with the hooks around it and the checks after it."""
+    system = await rebooted(locked, activate=900)
     await settled(locked, "finished", "done 0")
     status = await locked.ask("status 0")
     assert (status["system"], status["boots"]) == (system.path, system.path)
@@ -271,6 +284,25 @@ async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -
     assert "error" not in status
     events = await locked.activations()
     assert events[-2:] == ["web reboot", "undrain kept"], events
+
+
+@REBOOTS
+async def test_a_machine_that_is_not_well_with_its_new_kernel_tells_so_and_goes_back(locked: Locked) -> None:
+    """It says by itself that it is not well, and goes back when toto says so; for the old kernel it waits to reboot."""
+    await locked.machine.check("touch /var/lib/unwell-reboot; sync")
+    system = await rebooted(locked, activate=120)
+    await settled(locked, "finished", "done 69")
+    status = await locked.ask("status 0")
+    assert (status["system"], status["boots"]) == (system.path, system.path)
+    assert status["error"] == "the check web failed: 1 of 1 failed: 1 - it answers", status
+    assert (await locked.activations())[-2:] == ["web reboot", "undrain kept"]
+    await locked.ask("arm", locked.document(locked.good, "back", hooks=HOOKS))
+    await settled(locked, "finished", "done 0")
+    status = await locked.ask("status 0")
+    assert (status["system"], status["boots"]) == (locked.good.path, locked.good.path)
+    assert status["reboot_needed"] is True and status["drift"] == ""
+    events = await locked.activations()
+    assert events[-4:] == ["drain back", "good switch", "good switch links", "undrain back"], events
 
 
 CUTS: Final = [
