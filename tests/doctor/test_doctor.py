@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -15,15 +16,22 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PrefectServer, free_port
+from tests.ledger.test_ledger import deployed as record
 from tests.machine.test_ssh import keygen, needs_sshd
 from tests.nix.test_builders import as_root, builder, building
 from tests.repos import git
+from tests.store.test_grants import closure
 from toto.api import certificate
 from toto.base import files, paths
 from toto.base.errors import InputError
-from toto.doctor import fleet, programs, services, system
+from toto.doctor import fleet, programs, services, store, system
 from toto.doctor.findings import Check, Finding, Toto, examine, text
+from toto.ledger.ledger import Entry, Ledger
+from toto.ledger.target import HOST, Target
+from toto.machine import keys
 from toto.metrics.fleet import BACKED_UP
+from toto.store import grants
+from toto.store.exports import Configuration
 
 
 @pytest.fixture
@@ -206,6 +214,53 @@ async def test_keys_contact_and_backup_are_looked_for(toto: Toto) -> None:
     assert (await found(toto, fleet.backup))["backup"].status == "ok"
     os.utime(toto.state / BACKED_UP, (0, time.time() - 5 * 86_400))
     assert "120 hours" in (await found(toto, fleet.backup))["backup"].said
+
+
+@as_root
+async def test_who_does_not_find_its_last_good_in_the_cache_is_named(toto: Toto, tmp_path: Path) -> None:
+    machines = [
+        f"{{name: web{n}, address: 10.0.0.{n}, {how}}}" for n, how in ((1, "substitute: true"), (2, "tags: [x]"))
+    ]
+    repo = deployed(toto, f"machines: [{', '.join(machines)}]\n")
+    assert await found(toto, store.cache) == {}
+    good, other = await closure(tmp_path)
+    for name in ("web1", "web2"):
+        book, target = Ledger(repo), Target(HOST, name)
+        await book.write(target, lambda _: Entry(good=record(good)), "good")
+    [lacks] = (await found(toto, store.cache)).values()
+    assert lacks.name == "cache for web1" and lacks.status == "warning" and "web1 in `only`" in lacks.mend
+    await grants.grant(repo, "web1", [good], await keys.make(repo, "cache", "signing"), timeout=60)
+    assert (await found(toto, store.cache))["cache"].status == "ok"
+    (grants.of(paths.repo_folder(repo), "web1") / f"{Path(other).name[:32]}.narinfo").unlink()
+    assert [*await found(toto, store.cache)] == ["cache for web1"], "what it refers to is not there"
+
+
+async def test_what_is_granted_and_not_exported_by_nfs_is_named(
+    toto: Toto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, exported = tmp_path / "toto-store.json", tmp_path / "toto.exports"
+    monkeypatch.setattr(store, "_SETTINGS", settings)
+    monkeypatch.setattr(store, "_EXPORTS", exported)
+    assert await found(toto, store.nfs) == {}
+    settings.write_text("{}")
+    assert (await found(toto, store.nfs))["NFS"].status == "missing"
+    machines = {f"web{n}": {"repo": "infra-1", "address": f"10.0.0.{n}", "diskless": n == 1} for n in (1, 2)}
+    granted, nix = grants.prepare(), tmp_path / "nix"
+    for name in machines:
+        (nix / "store" / name).mkdir(parents=True)
+    settings.write_text(json.dumps({"granted": str(granted), "nix": str(nix), "machines": machines}))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(store, "_PORT", server.getsockname()[1])
+        assert "0 of 2" in (await found(toto, store.nfs))["NFS"].said, "nothing is granted"
+        (granted / "infra-1/web1").mkdir(parents=True)
+        assert [*await found(toto, store.nfs)] == ["NFS for web1"]
+        exported.write_text("\n".join(Configuration.load(settings).exports()))
+        assert "1 of 2" in (await found(toto, store.nfs))["NFS"].said
+        exported.write_text(exported.read_text().replace("subtree_check", "no_subtree_check"))
+        assert [*await found(toto, store.nfs)] == ["NFS for web1"]
+    assert "nobody listens" in (await found(toto, store.nfs))["NFS"].said
+    settings.write_text(settings.read_text().replace(str(granted), "/elsewhere"))
+    assert await found(toto, store.nfs) == {}, "it is of a different toto"
 
 
 @needs_sshd

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from toto.doctor import fleet, programs, services, system
+from toto.doctor import fleet, programs, services, store, system
 from toto.doctor.findings import Check
 
-CHECKS: Final[tuple[Check, ...]] = (programs.programs, *system.CHECKS, *services.CHECKS, *fleet.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (programs.programs, *system.CHECKS, *services.CHECKS, *fleet.CHECKS, *store.CHECKS)

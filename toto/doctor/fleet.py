@@ -51,7 +51,7 @@ async def keys_of_repos(toto: Toto) -> Sequence[Finding]:
     """Whether each repository has the keys that its machines know, and toto the one that signs documents."""
     found = []
     for repo in host.infra_repos(toto.repos):
-        name, fleet = name_of(repo), _fleet(repo)
+        name, fleet = name_of(repo), deployed(repo)
         if fleet is None:
             continue
         wanted = {keys.MACHINES: "logs in to its machines"} if any(m.deployed for m in fleet.machines.values()) else {}
@@ -69,7 +69,7 @@ async def keys_of_repos(toto: Toto) -> Sequence[Finding]:
     return found or [Finding("keys", "ok", "all that the repositories need are there")]
 
 
-def _fleet(repo: Path) -> Manifest | None:
+def deployed(repo: Path) -> Manifest | None:
     """The manifest that is deployed; None when it has mistakes, of which a push tells."""
     try:
         return manifest_of(repo)
@@ -81,7 +81,7 @@ async def contact(toto: Toto) -> Sequence[Finding]:
     """When machines that ask by themselves did so last."""
     silent, heard = [], 0
     for repo in host.infra_repos(toto.repos):
-        fleet = _fleet(repo)
+        fleet = deployed(repo)
         for name, machine in (fleet.machines if fleet else {}).items():
             if not (machine.deployed and machine.deploy == "pull"):
                 continue

@@ -16,6 +16,7 @@ KEPT: Final = 86_400.0  # seconds that a cache keeps what no part of it has
 _FOLDERS: Final = ("nar", "log", "realisations")  # nix makes them wherever it reads a cache; who reads this may not
 _ABOUT: Final = "nix-cache-info"
 _NAR: Final = re.compile(rb"^URL: (nar/[0-9a-z]{52}\.nar(?:\.zst)?)$", re.MULTILINE)
+_REFERENCES: Final = re.compile(rb"^References: (.*)$", re.MULTILINE)
 
 
 async def add(closure: str, cache: Path, key: Path, *, timeout: float, target: str) -> dict[str, bytes]:
@@ -77,6 +78,22 @@ def link(cache: Path, part: Path, narinfos: Mapping[str, bytes]) -> None:
 
 def _same(one: Path, two: Path) -> bool:
     return two.exists() and one.samefile(two)
+
+
+def has(cache: Path, closure: str) -> bool:
+    """Whether a closure is in a binary cache, whole."""
+    wanted, seen = {closure.rpartition("/")[2]}, set[str]()
+    while wanted:
+        seen.add(name := wanted.pop())
+        try:
+            text = (cache / f"{name[:32]}.narinfo").read_bytes()
+        except FileNotFoundError:
+            return False
+        if (nar := _NAR.search(text)) is None or not (cache / nar[1].decode()).exists():
+            return False
+        if references := _REFERENCES.search(text):
+            wanted |= {*references[1].decode().split()} - seen
+    return True
 
 
 def prune(cache: Path) -> None:
