@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, cells, cli, detect, fleet, latency, machines, noop, parsing
+from bench import boot, cells, cli, detect, fleet, latency, ledger, machines, noop, parsing
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -46,6 +46,7 @@ MEASURES: Final[dict[str, Measure]] = {
     "cells": cells.measure,
     "cli": cli.measure,
     "parsing": parsing.measure,
+    "ledger": ledger.measure,
     "machines": machines.measure,
     "fleet": fleet.measure,
 }

@@ -74,7 +74,7 @@ async def accept(repo: Path, run: str, target: Target, read: Reader, *, why: str
     `LostTarget`: then nothing was recorded.
     """
     why, by = one_line(why), one_line(by)
-    entry = Ledger(repo).read().get(target)
+    entry = Ledger(repo).get(target)
     if entry.accepted is not None and entry.accepted.run == run:
         return entry.accepted.what
     last = entry.intent.desired if entry.intent is not None else entry.good

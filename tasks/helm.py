@@ -188,7 +188,7 @@ async def revert(reversal: Reversal) -> str:
     Raises `CannotGoBack`, `ReleaseFailed`, `ClusterUnreachable`, `LostTarget`; the intent is then still open.
     """
     repo, run, target = reversal.repo, reversal.run, reversal.target
-    entry = Ledger(repo).read().get(target)
+    entry = Ledger(repo).get(target)
     intent, good, helm = steps.require_intent(entry, run), DeployedRelease.of(entry.good), await connect(repo, run)
     release, before = await release_at(repo, run, target, intent.desired.commit), ReleaseBefore.of(intent.before)
     reverted = await revert_release(helm, release, before.place, intent.left_by or intent.run)

@@ -35,7 +35,7 @@ async def intend(order: Order, before: Before) -> Done:
 
     Raises `TargetBusy`.
     """
-    left = Ledger(order.repo).read().get(order.target).intent
+    left = Ledger(order.repo).get(order.target).intent
     if left is not None and left.run == order.run and left.left_by:  # it goes on from what it could not put back
         before = kind_of(order.target).before(left.before, before)
     else:

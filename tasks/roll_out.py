@@ -264,7 +264,7 @@ async def revert(reversal: Reversal) -> str:
             target=target.name,
             hint="add it to machines.yaml again, or revert it by hand",
         )
-    entry = Ledger(repo).read().get(target)
+    entry = Ledger(repo).get(target)
     intent, good = steps.require_intent(entry, run), DeployedHost.of(entry.good)
     to = where_to(MachineState.of(intent.before), good.path if good else None, machine.activation)
     patience = await patience_at(repo, run, machine, reversal.settings, intent.desired.commit)

@@ -223,7 +223,7 @@ class Run:
     def note_unreachable(self, order: Order) -> None:
         """Have the report say why a target was not reached, as its roll-out has recorded it."""
         if self.report.outcome.get(order.label) == "unreachable":
-            noted = Ledger(self.repo).read().get(order.target).unreachable
+            noted = Ledger(self.repo).get(order.target).unreachable
             self.report.away[order.label] = noted.why if noted else ""
 
     def not_held(self, group: Sequence[Order]) -> list[Order]:

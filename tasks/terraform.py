@@ -220,13 +220,13 @@ async def revert(reversal: Reversal) -> str:
     the intent is then still open.
     """
     repo, run, target, why = reversal.repo, reversal.run, reversal.target, reversal.why
-    entry = Ledger(repo).read().get(target)
+    entry = Ledger(repo).get(target)
     intent, good = steps.require_intent(entry, run), DeployedRoot.of(entry.good)
     before = RootBefore.of(intent.before)
     base, of = good, target
     if base is None and before.was not in ("", target.name):  # its last good is that of its earlier name
         of = Target(RootKind.name, before.was)
-        base = DeployedRoot.of(Ledger(repo).read().get(of).good)
+        base = DeployedRoot.of(Ledger(repo).get(of).good)
     session = await session_at(repo, run, of if base else target, (base or intent.desired).commit)
     try:
         await session.init()

@@ -198,11 +198,11 @@ async def test_a_fleet_of_a_thousand_is_read_once_and_then_only_what_changed(wor
     git("update-ref", "refs/toto/ledger", commit, cwd=repo.bare)
     fleet = Fleet(tmp_path, world.api)
     assert len((await fleet.now()).lines) == 1_000
-    before = fleet._ledgers[repo.bare].entries
+    before = Ledger(repo.bare).read().entries
     await Ledger(repo.bare).write(Target("host", "web7"), steps.not_reached(note("run-2")), "web7")
     fleet._read_at = 0
     lines = (await fleet.now()).lines
-    after = fleet._ledgers[repo.bare].entries
+    after = Ledger(repo.bare).read().entries
     assert {str(target) for target in after if after[target] is not before[target]} == {"host/web7"}
     assert (lines[0].label, lines[0].state) == ("web7", "unreachable")
 

@@ -138,6 +138,28 @@ async def test_a_retired_target_leaves_the_ledger_but_not_its_history(book: Ledg
     assert git("log", "--format=%s", ledger.REF, cwd=book.repo).splitlines() == ["web1: retired", "one"]
 
 
+async def test_one_entry_is_read_alone(book: Ledger) -> None:
+    assert book.get(WEB1) == Entry()
+    await book.write(WEB1, steps.intend(intent("run-1")), "web1: intent to deploy")
+    await book.write(Target("host", "web"), steps.not_reached(note()), "web: unreachable")
+    assert book.get(WEB1) == book.read().get(WEB1)
+    assert book.get(Target("host", "we")) == book.get(Target("terraform", "web1")) == Entry()
+
+
+async def test_what_was_read_before_is_not_read_again(book: Ledger) -> None:
+    web2 = Target("host", "web2")
+    for target in (WEB1, web2):
+        await book.write(target, steps.not_reached(note()), "unreachable")
+    before = book.read()
+    assert book.read() is before
+    await book.write(WEB1, steps.not_reached(note("run-2")), "web1: unreachable")
+    after = book.read()
+    assert after.entries[web2] is before.entries[web2]
+    assert after.get(WEB1) == Entry(unreachable=note("run-2"))
+    await book.write(web2, lambda _: None, "web2: retired")
+    assert book.read().entries.keys() == {WEB1}
+
+
 @pytest.mark.slow
 async def test_many_writers_lose_no_entry(book: Ledger) -> None:
     names = [f"h{number}" for number in range(12)]

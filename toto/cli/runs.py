@@ -90,7 +90,7 @@ async def accept(
     found = []
     for repo in git_host.infra_repos(repos):
         name = repo.name.removesuffix(".git")
-        entry = Ledger(repo).read().get(wanted) if repository in (None, name) else Entry()
+        entry = Ledger(repo).get(wanted) if repository in (None, name) else Entry()
         if (entry.good or entry.intent) and await access.may(repos, by, "read", name):
             found.append((repo, name))
     if len(found) != 1:

@@ -143,7 +143,6 @@ class Fleet:
 
     def __init__(self, repos: Path, api: Api) -> None:
         self.repos, self.api = repos, api
-        self._ledgers: dict[Path, Snapshot] = {}
         self._commits: dict[Path, dict[str, Commit]] = {}
         self._reading = asyncio.Lock()
         self._state = State((), (), ())
@@ -218,7 +217,7 @@ class Fleet:
 
     def _read(self, repo: Path) -> Snapshot:
         """A repo's ledger, with the commits that it names in `_commits`. Raises `LedgerError`, OSError."""
-        ledger = self._ledgers[repo] = Ledger(repo).read(self._ledgers.get(repo))
+        ledger = Ledger(repo).read()
         named = {each for entry in ledger.entries.values() for each in _commits_of(entry)}
         known = self._commits.get(repo, {})
         if named != known.keys():

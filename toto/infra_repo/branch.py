@@ -54,7 +54,7 @@ async def change(
     """
 
     async def step(tip: str) -> bytes:
-        old = _read(repo, tip, paths)
+        old = _texts(repo, tip, paths)
         new = edit(old)
         return b"".join(
             f"D {path}\n".encode() if text is None else f"M 100644 inline {path}\n".encode() + _data(text)
@@ -63,10 +63,15 @@ async def change(
         )
 
     def kept() -> bytes:
-        there = [each for each in dict.fromkeys(named()) if _tip(repo, each) == each]
+        there = _there(repo, dict.fromkeys(named()))
         return b"".join(f"reset {KEPT}/{each}\nfrom {each}\n\n".encode() for each in there)
 
     await _swap(repo, ref, step, message, kept)
+
+
+def read(repo: Path, ref: str, paths: Sequence[str]) -> Texts:
+    """The text of each of `paths` that exists in the branch `ref`; nothing else of it is read."""
+    return _texts(repo, git.tip(repo, ref), paths)
 
 
 async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], str]) -> None:
@@ -83,7 +88,7 @@ async def change_note(repo: Path, ref: str, commit: str, edit: Callable[[str], s
 
 async def _swap(repo: Path, ref: str, step: _Step, message: str, kept: Callable[[], bytes] = bytes) -> None:
     for attempt in range(TRIES):
-        tip = _tip(repo, ref)
+        tip = git.tip(repo, ref)
         changes = await step(tip)
         if not changes:
             return
@@ -106,31 +111,30 @@ async def _swap(repo: Path, ref: str, step: _Step, message: str, kept: Callable[
         if done.status == 0:
             return
         locked = await git.until_unlocked(repo, ref)
-        if done.status != 1 or not (locked or _tip(repo, ref) != tip):  # 1: objects written, ref not moved
+        if done.status != 1 or not (locked or git.tip(repo, ref) != tip):  # 1: objects written, ref not moved
             _clear(repo)
             raise NotWritten(repo, ref, _said(done.stderr))
         await anyio.sleep(random.uniform(0, 0.02 * (attempt + 1)))  # noqa: S311
     raise NotWritten(repo, ref, f"other writers were first {TRIES} times")
 
 
-def _tip(repo: Path, ref: str) -> str:
-    """The commit that a branch is at; "" when there is no such branch."""
+def _there(repo: Path, hashes: Iterable[str]) -> list[str]:
+    """Those of some commits, by their whole hashes, that the repo has."""
+    found = []
     with git.open_repo(repo) as opened:
-        try:
-            return str(opened.commit(ref).hexsha)
-        except (BadName, ValueError):
-            return ""
+        for each in hashes:
+            with suppress(BadName, ValueError):
+                if opened.commit(each).hexsha == each:
+                    found.append(each)
+    return found
 
 
-def _read(repo: Path, tip: str, paths: Sequence[str]) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    if tip:
-        with git.open_repo(repo) as opened:
-            tree = opened.commit(tip).tree
-            for path in paths:
-                with suppress(KeyError):
-                    texts[path] = tree.join(path).data_stream.read().decode(errors="replace")
-    return texts
+def _texts(repo: Path, tip: str, paths: Sequence[str]) -> dict[str, str]:
+    if not tip:
+        return {}
+    with git.open_repo(repo) as opened:
+        blobs = git.blobs(opened, tip)
+        return {path: git.blob(opened, blobs[path]).decode(errors="replace") for path in paths if path in blobs}
 
 
 def _data(text: str) -> bytes:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeAlias, overload
 
-from gitdb.exc import BadName
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
 
 from toto.base import process
@@ -201,34 +200,44 @@ def _target(path: str) -> Target:
     return Target(kind, name.removesuffix(".json"))
 
 
+def _path(target: Target) -> str:
+    return f"{target.kind}/{target.name}.json"
+
+
+_read: Final[dict[Path, Snapshot]] = {}  # the newest snapshot of each repo's ledger that this process has read
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The ledger of one infra repo."""
 
     repo: Path
 
-    def read(self, known: Snapshot | None = None) -> Snapshot:
-        """The ledger as it is now. What is still as in `known` is not read again.
+    def read(self) -> Snapshot:
+        """The ledger as it is now. What this process has read of it before, and has not changed, is not read again.
 
         Raises `LedgerError`, with the file's name, for a file that does not parse.
         """
+        commit, known = git.tip(self.repo, REF), _read.get(self.repo, Snapshot(""))
+        if commit == known.commit:
+            return known
+        found = Snapshot(commit)
         with git.open_repo(self.repo) as repo:
-            try:
-                head = repo.commit(REF)
-            except (BadName, ValueError):
-                return Snapshot("")
-            if known is not None and known.commit == head.hexsha:
-                return known
-            found = Snapshot(head.hexsha)
-            for folder in head.tree.trees:
-                for blob in folder.blobs:
-                    target = _target(str(blob.path))
-                    found.blobs[target] = blob.hexsha
-                    if known is not None and known.blobs.get(target) == blob.hexsha:
-                        found.entries[target] = known.entries[target]
-                    else:
-                        found.entries[target] = self._parsed(str(blob.path), blob.data_stream.read())
-            return found
+            for path, blob in (git.blobs(repo, commit) if commit else {}).items():
+                target = _target(path)
+                found.blobs[target] = blob
+                if known.blobs.get(target) == blob:
+                    found.entries[target] = known.entries[target]
+                else:
+                    found.entries[target] = self._parsed(path, git.blob(repo, blob))
+        _read[self.repo] = found
+        return found
+
+    def get(self, target: Target) -> Entry:
+        """The entry of one target as it is now. Raises `LedgerError` when it does not parse."""
+        path = _path(target)
+        texts = branch.read(self.repo, REF, [path])
+        return self._parsed(path, texts[path]) if path in texts else Entry()
 
     async def write(self, target: Target, change: Change, message: str) -> Entry | None:
         """Change the entry of one target and return it. `change` gets the current entry and returns the new one.
@@ -237,7 +246,7 @@ class Ledger:
         passes through, and nothing is written. `message` is that of the commit.
         Raises `LedgerError` when the ledger cannot be written or read.
         """
-        path = f"{target.kind}/{target.name}.json"
+        path = _path(target)
         written: Entry | None = None
 
         def edit(texts: Mapping[str, str]) -> dict[str, str | None]:

@@ -216,7 +216,7 @@ async def move(name: str, old: Path, new: Path) -> None:
 
     Raises `InputError` when that is not its owner, or has left the machine half done: only `old` can revert it.
     """
-    if old.is_dir() and Target("host", name) in Ledger(old).read().open_intents:
+    if old.is_dir() and Ledger(old).get(Target("host", name)).intent is not None:
         raise InputError(
             f"{name_of(old)} is deploying it, or has left it half done",
             target=name,

@@ -151,7 +151,7 @@ class PullActivator(ByDocument):
     async def clean_up(self, run: str = "") -> None:
         """Nothing on the machine. It may fetch its last good and the one before, and is led to the first."""
         closures, place = await grants.good(self.repo, self.name), self._place
-        if not closures or Ledger(self.repo).read().get(self._target).intent is not None:
+        if not closures or Ledger(self.repo).get(self._target).intent is not None:
             return
         await grants.grant(self.repo, self.name, closures, self.key, timeout=_STEP)
         if (envelope := documents.published(place)) is not None:

@@ -136,7 +136,7 @@ async def document(asked: Request, now: datetime) -> Desired:
         raise owners.NotOwned(f"is not a machine of {name_of(repo)}", target=asked.machine)
     if not owner.host_keys:
         raise NotSigned("its host key is not known", target=asked.machine, hint="set ssh.host_key in machines.yaml")
-    entry = Ledger(repo).read().get(target)
+    entry = Ledger(repo).get(target)
     try:
         return Desired(
             repo=name_of(repo),

@@ -65,7 +65,6 @@ class Fleet:
 
     def __init__(self, repos: Path, ui_url: str) -> None:
         self.repos, self.ui = repos, urlsplit(ui_url)
-        self._ledgers: dict[Path, Snapshot] = {}
         self._compliance: dict[Path, history.Known] = {}
         self._certificate: tuple[float, float] = (0.0, 0.0)  # when it was looked at, and until when it is valid
 
@@ -81,13 +80,13 @@ class Fleet:
         for repo in git_host.infra_repos(self.repos):
             self._add("pushes_waiting", len(git_host.waiting(repo)), name_of(repo))
             try:
-                self._ledgers[repo] = Ledger(repo).read(self._ledgers.get(repo))
+                ledger = Ledger(repo).read()
             except TotoError as error:
                 log.error("metrics: %s", error)
                 self._add("ledger_readable", 0, name_of(repo))
                 continue
             self._add("ledger_readable", 1, name_of(repo))
-            self._repo(repo, self._ledgers[repo], owned)
+            self._repo(repo, ledger, owned)
             self._checked(repo)
         self._add("backup_timestamp_seconds", _modified(paths.state_home() / BACKED_UP))
         if self.ui.scheme == "https" and (until := self._valid_until()):

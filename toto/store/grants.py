@@ -70,7 +70,7 @@ async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: floa
 
 async def good(repo: Path, machine: str) -> list[str]:
     """The closures of a machine's last good and the one before, as far as toto has them; none without a last good."""
-    entry = Ledger(repo).read().get(Target(HOST, machine))
+    entry = Ledger(repo).get(Target(HOST, machine))
     found = [getattr(each, "path", None) for each in (entry.good, entry.previous) if entry.good and each]
     return [each for each in found if isinstance(each, str) and await nix.valid(each)]
 
