@@ -4,6 +4,7 @@ from pathlib import Path
 
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from tasks import cancelled_by_sigterm, jobs, names
 from toto.base import runs
@@ -33,13 +34,16 @@ async def job(
     """
     run, asked = str(runtime.flow_run.id), git.resolve(repo, commit or "HEAD")
     about = {"reason": reason, "parent": parent}
-    async with (
-        cancelled_by_sigterm(),
-        runs.claimed(repo, run),
-        jobs.begun(repo, job, asked, parameters or {}, run, number, **about) as work,
-        jobs.place(work) as context,
-    ):
-        ended = await jobs.carry_out(work, context)
-        await jobs.show_archive(work)
-        await jobs.follow(work, ended)
+    try:
+        async with (
+            cancelled_by_sigterm(),
+            runs.claimed(repo, run),
+            jobs.begun(repo, job, asked, parameters or {}, run, number, **about) as work,
+            jobs.place(work) as context,
+        ):
+            ended = await jobs.carry_out(work, context)
+            await jobs.show_archive(work)
+            await jobs.follow(work, ended)
+    except jobs.Instead as others:
+        return Completed(message=str(others))
     return jobs.state_of(ended)

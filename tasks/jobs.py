@@ -6,22 +6,25 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State as FlowState
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from tasks.limits import room_in_context
+from tasks.limits import locked, room_in_context
 from toto.base import process, runs
-from toto.base.errors import InputError
+from toto.base.errors import InputError, TotoError
+from toto.base.prefect_api import ServerError
 from toto.fleet import artifacts
 from toto.infra_repo import git
 from toto.infra_repo import settings as settings_of
-from toto.jobs import folder, log, registered
+from toto.jobs import folder, log, queue, registered
 from toto.jobs.folder import Context, Job, Jobs
 from toto.jobs.history import History, Run, State
 from toto.jobs.registered import Registered
@@ -51,10 +54,21 @@ class Work:
 
 
 async def call(method: str, path: str, body: object) -> Any:
-    """Ask Prefect's API."""
+    """Ask Prefect's API. Raises `ServerError`."""
     async with get_client() as client:
-        answer = await client.request(method, path, json=body)  # type: ignore[arg-type]
+        try:
+            answer = await client.request(method, path, json=body)  # type: ignore[arg-type]
+        except httpx.HTTPStatusError as error:
+            said = process.shorten(error.response.text, 500)
+            status = error.response.status_code
+            raise ServerError(f"{method} {path} was answered with {status}: {said}", status=status) from None
+        except httpx.HTTPError as error:
+            raise ServerError(f"no answer: {error or type(error).__name__}", hint="start `toto serve`") from None
     return answer.json() if answer.content else None
+
+
+class Instead(Exception):
+    """The run that was started is no run of the job; the message says what is in its place."""
 
 
 @asynccontextmanager
@@ -63,10 +77,11 @@ async def begun(
 ) -> AsyncIterator[Work]:
     """A new run of a job, with its number; or the one that was given the `number` when it was queued.
 
-    One that has not ended when the block does, ends with it. Raises `InputError`.
+    One that has not ended when the block does, ends with it. Raises `Instead` when others stand for it, `InputError`.
     """
     history = History(repo)
-    history.settle()
+    with contextlib.suppress(ServerError):
+        await queue.settle(call, repo)
     run = history.get(name, number) if number is not None else None
     if run is not None and run.state is not State.QUEUED:
         raise InputError(f"{run.label} is {run.state} already", target=name, hint="start a new run")
@@ -76,9 +91,11 @@ async def begun(
         await git.checkout(repo, commit, tree)
         jobs = folder.read(tree, settings_of.load(tree, deployed=True).jobs.path)
         job = jobs.job(name)
-        values = job.values(parameters)
         if run is None:
+            values = await _only(repo, history, job, parameters, **about)
             run = history.queue(name, parameters=values, **about)
+        else:
+            values = job.values(parameters)
         run = history.change(run, parameters=values, commit=commit, flow_run=flow_run, owner=process.owner())
         get_run_logger().info("%s is run %d; it waits for a free place", name, run.number)
         yield Work(repo, tree, jobs, job, run)
@@ -90,13 +107,41 @@ async def begun(
             history.end(run, end, why)  # (unless it has ended)
 
 
+async def _only(repo: Path, history: History, job: Job, given: Mapping[str, str], **about: str) -> dict[str, str]:
+    """The parameters of a run that was not queued by toto. Raises `Instead` when it stands for several, or is one too
+    many."""
+    values, *others = job.runs(given)
+    if others:
+        queued = await queue.queue(call, repo, job, given, reason=about["reason"], parent=about["parent"])
+        raise Instead(f"{', '.join(each.label for each in queued)}: a run for each combination")
+    if (waiting := queue.same(history, job, values)) is not None:
+        raise Instead(f"{waiting.label} is queued already, and not twice")
+    return values
+
+
 @asynccontextmanager
 async def place(work: Work) -> AsyncIterator[Context]:
-    """Hold a place in the first context with a free one of those that take the job."""
+    """Hold the job's locks, and a place in the first context with a free one of those that take it.
+
+    Of the runs that wait for a context, the one that was queued first is the next.
+    """
     contexts = {each.name: each for each in work.jobs.contexts_of(work.job)}
     executors = {name: each.conf.executors for name, each in contexts.items()}
-    async with room_in_context(work.repo, work.run.flow_run, executors) as name:
-        yield contexts[name]
+    async with locked(work.repo, work.run.flow_run, work.job.conf.locks):
+        work.run = work.history.change(work.run, wants=tuple(contexts))
+        async with room_in_context(work.repo, work.run.flow_run, executors, partial(_ahead, work)) as name:
+            yield contexts[name]
+
+
+def _ahead(work: Work) -> list[str]:
+    """The contexts that those runs wait for which were queued before this one."""
+    found: list[str] = []
+    for each in work.history.open():
+        if each.label == work.run.label:
+            break
+        if each.wants and each.state is State.QUEUED and process.lives(each.owner):
+            found += each.wants
+    return found
 
 
 async def carry_out(work: Work, context: Context) -> Run:
@@ -174,28 +219,29 @@ def _kept(archive: Path) -> list[dict[str, str]]:
 
 
 async def follow(work: Work, ended: Run) -> None:
-    """Begin the jobs that come after this one, when it was a success; remove its old runs."""
+    """Begin the jobs that come after this one, when it was a success; try it again when not; remove its old runs."""
     if ended.state is State.SUCCESS:
         for each in work.jobs.jobs.values():
             if work.job.name in each.conf.after:
-                queued = await queue(work.repo, each, {}, f"after {ended.label}", ended.label)
-                get_run_logger().info("%s is queued", queued.label)
+                await _queue(work, ended, each, {}, f"after {ended.label}")
+    elif ended.state is State.FAILED and ended.attempt < work.job.conf.retry:
+        again, wait = ended.attempt + 1, work.job.conf.retry_wait * 2**ended.attempt
+        reason = f"try {again + 1} of {work.job.conf.retry + 1}, after {ended.label}"
+        await _queue(work, ended, work.job, ended.parameters, reason, attempt=again, wait=wait)
     work.history.prune(work.job.name, work.job.conf.keep, work.job.conf.keep_days * _DAY)
 
 
-async def queue(repo: Path, job: Job, parameters: Mapping[str, str], reason: str, parent: str) -> Run:
-    """Queue a run of a job, which has its number from now on. Raises `InputError`."""
-    history = History(repo)
-    values = job.values(parameters)
-    deployment = await call("GET", f"/deployments/name/{registered.FLOW}/{registered.name_of(repo, job.name)}", None)
-    run = history.queue(job.name, parameters=values, reason=reason, parent=parent)
-    asked = {"parameters": values, "reason": reason, "number": run.number, "parent": parent}
+async def _queue(
+    work: Work, ended: Run, job: Job, given: Mapping[str, str], reason: str, attempt: int = 0, wait: float = 0
+) -> None:
+    """Queue what follows a run. That it cannot be queued is told, and changes nothing of how the run ended."""
     try:
-        await call("POST", f"/deployments/{deployment['id']}/create_flow_run", {"parameters": asked})
-    except BaseException:
-        history.end(run, State.FAILED, "Prefect did not take it")
-        raise
-    return run
+        for each in await queue.queue(
+            call, work.repo, job, given, reason=reason, parent=ended.label, attempt=attempt, wait=wait
+        ):
+            get_run_logger().info("%s is queued%s", each.label, f", in {wait:g} s" if wait else "")
+    except TotoError as error:
+        get_run_logger().warning("%s could not be queued: %s", job.name, error)
 
 
 def state_of(ended: Run) -> FlowState[None]:

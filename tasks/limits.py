@@ -102,22 +102,40 @@ async def room_for_run(
 
 
 @asynccontextmanager
-async def room_in_context(repo: Path, run: str, executors: Mapping[str, int]) -> AsyncIterator[str]:
+async def room_in_context(
+    repo: Path, run: str, executors: Mapping[str, int], ahead: Callable[[], Sequence[str]]
+) -> AsyncIterator[str]:
     """Hold a slot of the first context of jobs that has a free one, and yield its name.
 
-    `executors` says of each context that will do how many runs may be in it at once.
+    `executors` says of each context that will do how many runs may be in it at once, `ahead` which contexts those wait
+    for whose turn is first.
     """
-    place = paths.repo_state(repo).name
+    place = f"toto-jobs-{paths.repo_state(repo).name}-"
     async with get_client() as client:
         for name, slots in executors.items():
-            await _set(client, f"toto-jobs-{place}-{name}", slots)
+            await _set(client, place + name, slots)
         while True:
+            before = ahead()
             for name in executors:
-                if (lease := await _acquire(client, f"toto-jobs-{place}-{name}", run)) is not None:
+                if name not in before and (lease := await _acquire(client, place + name, run)) is not None:
                     async with _renewed(client, lease):
                         yield name
                     return
-            await asyncio.sleep(1)
+            await asyncio.sleep(min(5, 1 + len(before) / 20))
+
+
+@asynccontextmanager
+async def locked(repo: Path, run: str, locks: Sequence[str]) -> AsyncIterator[None]:
+    """Hold all these locks of a repo's jobs."""
+    async with get_client() as client, AsyncExitStack() as held:
+        for name in sorted(f"toto-lock-{paths.repo_state(repo).name}-{each}" for each in locks):
+            await _set(client, name, 1)  # (sorted, so that no two runs wait for each other)
+            lease = None
+            while lease is None:
+                if (lease := await _acquire(client, name, run)) is None:
+                    await asyncio.sleep(1)
+            await held.enter_async_context(_renewed(client, lease))
+        yield
 
 
 @asynccontextmanager

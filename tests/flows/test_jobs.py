@@ -1,6 +1,7 @@
 """Jobs of a commit as Prefect has them: deployments that come and go with it, places in contexts, what follows."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,11 @@ from flows.jobs import job
 from flows.reconcile import reconcile
 from tests.conftest import PrefectServer
 from tests.repos import InfraRepo
+from tests.repos import git as run_git
 from toto.base import paths
+from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
+from toto.cli import jobs as cli
 from toto.infra_repo import git
 from toto.jobs import folder, registered
 from toto.jobs.history import History
@@ -70,6 +74,7 @@ class Infra(InfraRepo):
 async def infra(prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Infra]:
     monkeypatch.setenv(paths.STATE, str(tmp_path / "state"))
     made = Infra(tmp_path, prefect_server)
+    run_git("config", "toto.apiUrl", prefect_server.api_url, cwd=made.bare)
     await deployments.ensure_pool(prefect_server.api, "toto-of-tests")
     yield made
     for each in (await made.found()).values():
@@ -187,6 +192,90 @@ async def test_a_job_after_a_job_is_queued_when_that_succeeds(infra: Infra, run:
     assert (state.type.value, infra.history.get("b", 1).state) == ("COMPLETED", "success")
     state = await run("b", number=queued.number)
     assert "b:1 is success already" in str(state.message)
+
+
+async def test_a_job_is_started_read_and_aborted_from_the_command_line(
+    infra: Infra, run: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infra.jobs(
+        a_run="#!/bin/sh\necho level $LEVEL, $LAMINAR_REASON\n",
+        a_conf=f"{QUIET}PARAMS=LEVEL=low|high\nDESCRIPTION=Saves all\n",
+        b_run="#!/bin/sh\nexit 1\n",
+    )
+    await infra.register()
+
+    async def said(status: int, verb: Awaitable[int] | int) -> str:
+        assert (verb if isinstance(verb, int) else await verb) == status
+        return capsys.readouterr().out
+
+    for wrong, why in (
+        (cli.run("a", ["LEVEL=x"], infra.bare), "LEVEL should be one of low, high"),
+        (cli.run("a", ["LEVEL"], infra.bare), "no NAME=VALUE"),
+        (cli.run("c", [], infra.bare), "no job 'c'"),
+        (cli.abort("a", infra.bare), "no run that waits or runs"),
+        (cli.log("a", infra.bare), "it has no runs"),
+        (cli.log("a:x", infra.bare), "is no run"),
+        (cli.log("../a:1", infra.bare), "there is no job"),
+    ):
+        with pytest.raises(InputError, match=why):
+            await wrong
+    assert await said(0, cli.run("a", ["LEVEL=high"], infra.bare, reason="smoke")) == "a:1\n"
+    assert await said(0, cli.run("a", [], infra.bare)) == "a:2\n"
+    await run("a", number=1, parameters={"LEVEL": "high"})
+    assert await said(0, cli.log("a:1", infra.bare, following=True)) == "[toto] jobs/a.run\nlevel high, smoke\n"
+    assert await said(0, cli.abort("a", infra.bare)) == "a:2 is aborted\n"
+    assert infra.history.get("a", 2).why == "it was cancelled while it waited"
+    with pytest.raises(InputError, match="a:2 is aborted already"):
+        await cli.abort("a:2", infra.bare)
+    await run("b")
+    assert await said(1, cli.log("b", infra.bare, following=True)) != ""
+    rows = json.loads(await said(0, cli.list_(None, infra.bare, as_json=True)))
+    assert [(row["job"], row["state"]) for row in rows] == [
+        ("a", "aborted: it was cancelled while it waited"),
+        ("b", "failed: jobs/b.run exited with status 1"),
+    ]
+    listed = await said(0, cli.list_("a", infra.bare))
+    assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["a:2", "aborted:"], ["a:1", "success"]]
+    assert await said(0, cli.search("^level H", None, infra.bare, ignore=True)) == "a:1:2: level high, smoke\n"
+    assert await said(1, cli.search("level", ["b"], infra.bare)) == ""
+
+
+async def test_a_run_that_fails_is_tried_again_and_not_queued_twice(infra: Infra, run: Started) -> None:
+    infra.jobs(
+        a_run="#!/bin/sh\nexit 1\n",
+        a_conf=f"{QUIET}RETRY=2\nRETRY_WAIT=100\nONCE=yes\n",
+        b_run="#!/bin/sh\necho $OS\n",
+        b_conf=f"{QUIET}MATRIX=OS=debian|nixos\nMATRIX=ARCH=arm|x86\n",
+    )
+    await infra.register()
+    await run("a")
+    (again,) = infra.history.open()
+    assert (again.label, again.parent, again.attempt, again.reason) == ("a:2", "a:1", 1, "try 2 of 3, after a:1")
+    due = await infra.on.api.call("GET", f"/flow_runs/{again.flow_run}")
+    assert due["state_type"] == "SCHEDULED"
+    state = await run("a")
+    assert (state.type.value, state.message) == ("COMPLETED", "a:2 is queued already, and not twice")
+    await run("a", number=2)
+    (third,) = infra.history.open()
+    due = [await infra.on.api.call("GET", f"/flow_runs/{each.flow_run}") for each in (again, third)]
+    waits = [each["expected_start_time"] for each in due]
+    assert third.attempt == 2 and waits[0] < waits[1]
+    await run("a", number=3)
+    assert infra.history.open() == []
+    state = await run("b", parameters={"ARCH": "arm"})
+    assert state.message == "b:1, b:2: a run for each combination"
+    assert [each.parameters for each in infra.history.open()] == [
+        {"ARCH": "arm", "OS": "debian"},
+        {"ARCH": "arm", "OS": "nixos"},
+    ]
+
+
+async def test_runs_with_a_lock_in_common_wait_for_each_other(infra: Infra, run: Started) -> None:
+    once = "#!/bin/sh\nmkdir $WORKSPACE/held || exit 1; sleep 1; rmdir $WORKSPACE/held\n"
+    infra.jobs(a_run=once, a_conf=f"{QUIET}LOCKS=disk,a\n")
+    async with asyncio.timeout(300):
+        states = await asyncio.gather(*(run("a") for _ in range(3)))
+    assert {each.type.value for each in states} == {"COMPLETED"}, [each.message for each in states]
 
 
 async def test_old_runs_are_removed(infra: Infra, run: Started) -> None:

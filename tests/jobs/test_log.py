@@ -81,3 +81,28 @@ def test_a_full_disk_is_no_error(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert written.lost >= 40_000
     assert (tmp_path / LOG).stat().st_size == 10_000
+
+
+@pytest.mark.parametrize("limit", [100, 1_000, 1_000_000])
+def test_a_log_is_followed_while_it_is_written(tmp_path: Path, limit: int) -> None:
+    text = [b"%06d\n" % number for number in range(1000)]
+    heard = b""
+    with log.Follower(tmp_path) as reading:
+        assert list(reading.read()) == []
+        with Log(tmp_path, limit) as written:
+            for each in text:
+                written.write(each)
+                heard += b"".join(reading.read())
+        heard += b"".join(reading.read())
+    assert heard == b"".join(text)
+
+
+def test_who_comes_late_reads_what_is_left_of_a_log(tmp_path: Path) -> None:
+    with Log(tmp_path, 1000) as written, log.Follower(tmp_path) as reading:
+        written.write(b"".join(b"%06d\n" % number for number in range(1000)))
+        heard = b"".join(reading.read())
+        assert heard.startswith(b"000000\n") and heard.endswith(b"000999\n") and len(heard) <= 1000
+        written.write(b"more\n")
+        assert b"".join(reading.read()) == b"more\n"
+    with log.Follower(tmp_path) as reading:
+        assert b"".join(reading.read()) == (tmp_path / LOG).read_bytes()

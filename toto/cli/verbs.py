@@ -36,6 +36,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
     "runs": {
+        "job": ("toto.cli.jobs", "the jobs of a repository: list and start them, read their logs, abort them"),
         "check": ("toto.cli.runs", "check machines by the InSpec profiles and testinfra modules of their repository"),
         "build": (
             "toto.cli.build",

@@ -4,6 +4,7 @@ A line that begins with `#` is a comment. What is wrong is told with its line.
 """
 
 import difflib
+import math
 import re
 import zoneinfo
 from collections.abc import Iterable, Mapping
@@ -22,9 +23,10 @@ GIVEN: Final = frozenset(  # the variables that every run has; no parameter may 
     {"RUN", "JOB", "RESULT", "LAST_RESULT", "WORKSPACE", "ARCHIVE", "CONTEXT", "LAMINAR_REASON", "PATH", "HOME"}
 )
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_REPEATED: Final = frozenset({"PARAMS", "SCHEDULE"})
+_REPEATED: Final = frozenset({"PARAMS", "SCHEDULE", "MATRIX"})
 _SOME_DAY: Final = datetime(2026, 1, 1, tzinfo=UTC)
 _LONGEST: Final = 7 * 86_400  # seconds
+_COMBINATIONS: Final = 64  # of a matrix
 
 Problem: TypeAlias = tuple[int, str]
 """a line's number, and what is wrong in it"""
@@ -40,6 +42,11 @@ class Parameter:
     default: str | None = None
     choices: tuple[str, ...] = ()
     description: str = ""
+
+    def check(self, value: str) -> None:
+        """Raises ValueError for a value that it may not have."""
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name} should be one of {', '.join(self.choices)}, not {shown(value)}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -109,6 +116,14 @@ def _check_parameters(parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...
     return parameters
 
 
+def _check_matrix(matrix: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    if single := [each.name for each in matrix if not each.choices]:
+        raise ValueError(f"{single[0]} should have several values: {single[0]}=this|that")
+    if (count := math.prod(len(each.choices) for each in matrix)) > _COMBINATIONS:
+        raise ValueError(f"makes {count} runs; at most {_COMBINATIONS} are made at once")
+    return _check_parameters(matrix)
+
+
 Globs = Annotated[tuple[str, ...], BeforeValidator(_globs)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_words), Distinct]
 Seconds = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
@@ -129,6 +144,16 @@ class JobConf(Model):
     """when it begins by itself, a line each: five fields of cron, and a time zone (UTC when left out)"""
     after: Names = ()
     """jobs; whenever one of them succeeds, this one begins"""
+    matrix: Annotated[tuple[Parameter, ...], AfterValidator(_check_matrix), _each(Parameter.parse)] = ()
+    """parameters, a line each: `NAME=this|that`; each combination of those that are not given is a run of its own"""
+    once: bool = False
+    """whether a run that waits already, with the same parameters, stands for a new one"""
+    locks: Names = ()
+    """names of locks; runs that have one in common, of whichever jobs, never run at the same time"""
+    retry: Annotated[int, Field(ge=0, le=20)] = 0
+    """how many times a run that has failed is tried again"""
+    retry_wait: Seconds = 60
+    """seconds before it is tried again; twice as many each time"""
     grace: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 2
     """seconds from SIGTERM to SIGKILL, when a run is aborted or takes too long; and those that `.after` has then"""
     network: Literal["internet", "none"] = "internet"

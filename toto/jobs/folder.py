@@ -4,6 +4,7 @@ All of a laminar's `cfg` folder is understood, where the jobs are in `cfg/jobs`,
 Nothing is run here.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from toto.jobs.conf import DEFAULT, AnyConf, ContextConf, JobConf, Line
 LARGEST: Final = 1 << 20  # bytes of a `.conf` or an `.env`
 MOST: Final = 1000  # jobs
 _ENTRIES: Final = 20_000
+_GIVEN: Final = 200  # parameters of a run
+_GIVEN_SIZE: Final = 1 << 16  # characters of all of them
 # A pattern that takes no longer on any name of 63 letters: nothing in brackets is repeated, and little else is.
 _PLAIN: Final = re.compile(r"(?!.*\)[*+?{])(?!(.*[*+?]){5})[^{}]*")
 _OF_A_JOB: Final = (".run", ".conf", ".before", ".after", ".init", ".env")
@@ -53,16 +56,33 @@ class Job:
         for each in self.conf.params:
             if each.default is None and each.name not in given:
                 raise InputError(f"the parameter {each.name} is missing", target=self.name, hint=hint)
-            if each.choices and given.get(each.name, each.choices[0]) not in each.choices:
-                raise InputError(
-                    f"{each.name} should be one of {', '.join(each.choices)}, not {shown(given[each.name])}",
-                    target=self.name,
-                    hint=hint,
-                )
+        for each in (*self.conf.params, *self.conf.matrix):
+            try:
+                each.check(given.get(each.name, each.choices[0] if each.choices else ""))
+            except ValueError as error:
+                raise InputError(str(error), target=self.name, hint=hint) from None
         if wrong := [name for name, value in given.items() if not name or "=" in name or "\0" in name + value]:
             raise InputError(f"{shown(wrong[0])} names no parameter", target=self.name, hint="write NAME=value")
+        if len(given) > _GIVEN or sum(len(name) + len(value) for name, value in given.items()) > _GIVEN_SIZE:
+            raise InputError(
+                f"more than {_GIVEN} parameters, or {_GIVEN_SIZE >> 10} KiB of them",
+                target=self.name,
+                hint="give the name of a file, or a commit, in place of what is in it",
+            )
         defaults = {each.name: each.default for each in self.conf.params if each.default is not None}
         return defaults | dict(given)
+
+    def runs(self, given: Mapping[str, str]) -> list[dict[str, str]]:
+        """The parameters of all the runs that are meant: one, or one for each combination of the `MATRIX`.
+
+        Raises what `values` raises.
+        """
+        values = self.values(given)
+        open_ = [each for each in self.conf.matrix if each.name not in given]
+        return [
+            values | dict(zip((each.name for each in open_), chosen, strict=True))
+            for chosen in itertools.product(*(each.choices for each in open_))
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The runs of an infra repo's jobs: their numbers, records, logs, archives and workspaces, in toto's state.
 
+jobs/.open/NAME:N      says that a run has not ended
 jobs/NAME/number       the last number that was given; none is given twice
 jobs/NAME/last         how the run that ended last ended
 jobs/NAME/workspace/   kept from run to run
@@ -55,6 +56,8 @@ class Run(Model):
     parameters: dict[str, str] = Field(default_factory=dict)
     commit: str = ""
     context: str = ""
+    wants: tuple[str, ...] = ()
+    """the contexts that it waits for, once it has nothing else to wait for"""
     queued: float = _NEVER
     started: float = _NEVER
     ended: float = _NEVER
@@ -64,6 +67,8 @@ class Run(Model):
     """Prefect's id of it"""
     why: str = ""
     """what made it fail, in a line"""
+    attempt: int = 0
+    """how many runs before it failed, whose `RETRY` it is"""
 
     @property
     def label(self) -> str:
@@ -73,6 +78,14 @@ class Run(Model):
     def seconds(self) -> float:
         """How long it took, or has taken so far."""
         return (self.ended or time.time()) - self.started if self.started else 0.0
+
+    @classmethod
+    def parse(cls, label: str) -> tuple[str, int]:
+        """The job and the number of a label such as `backup:7`. Raises `InputError`."""
+        job, _, number = label.rpartition(":")
+        if not job or not number.isascii() or not number.isdecimal() or len(number) > 9:
+            raise InputError(f"{shown(label)} is no run", hint="write JOB:NUMBER, such as backup:7")
+        return job, int(number)
 
 
 class History:
@@ -95,11 +108,17 @@ class History:
             files.write(home / "number", f"{number}\n")
             (home / "runs" / str(number)).mkdir(mode=0o700, parents=True)
             run = Run.model_validate({"job": job, "number": number, "queued": time.time(), **about})
+            self._open.mkdir(mode=0o700, exist_ok=True)
+            files.write(self._open / run.label, "")
             self._write(run)
         return run
 
     def change(self, run: Run, **fields: object) -> Run:
-        """The run with other values in these fields, which are recorded."""
+        """Record other values of these fields, and return the run as it is then. Raises `InputError`."""
+        with self._locked(run.job):
+            return self._change(self.get(run.job, run.number), **fields)
+
+    def _change(self, run: Run, **fields: object) -> Run:
         changed = Run.model_validate(run.model_dump() | fields)
         self._write(changed)
         return changed
@@ -109,15 +128,16 @@ class History:
         with self._locked(run.job):
             if (now := self.get(run.job, run.number)).state is not State.QUEUED:
                 raise InputError(f"{run.label} is {now.state} already", target=run.job, hint="start a new run")
-            return self.change(now, state=State.RUNNING, context=context, started=time.time(), owner=process.owner())
+            return self._change(now, state=State.RUNNING, context=context, started=time.time(), owner=process.owner())
 
     def end(self, run: Run, state: State, why: str = "") -> Run:
         """Record how a run ended, and remove what it worked in. Only the first end of a run counts."""
         with self._locked(run.job):
             now = self.get(run.job, run.number)
             if not now.state.ended:
-                now = self.change(run, state=state, why=why, ended=time.time())
+                now = self._change(now, state=state, why=why, ended=time.time())
                 files.write(self._of(run.job) / "last", f"{state}\n")
+            (self._open / run.label).unlink(missing_ok=True)
         owned.remove(self.work(run))
         return now
 
@@ -141,6 +161,19 @@ class History:
         """The runs of all jobs."""
         for job in self.jobs():
             yield from self.runs(job)
+
+    def open(self) -> list[Run]:
+        """The runs of all jobs that have not ended, the one that was queued first before the others."""
+        found: list[Run] = []
+        for label in (each.name for each in self._open.glob("*:*")):
+            job, _, number = label.rpartition(":")
+            try:
+                run = self.get(job, int(number))
+            except (InputError, ValueError):  # it was removed just now, or is no run at all
+                continue
+            if not run.state.ended:
+                found.append(run)
+        return sorted(found, key=lambda run: (run.queued, run.job, run.number))
 
     def last_result(self, job: str) -> str:
         """How the run of a job that ended last ended, or `UNKNOWN`."""
@@ -171,7 +204,7 @@ class History:
 
     def settle(self) -> list[Run]:
         """End the runs whose process has died, and return them. Their scripts died with it; none is run again."""
-        dead = [each for each in self.all() if not each.state.ended and each.owner and not process.lives(each.owner)]
+        dead = [each for each in self.open() if each.owner and not process.lives(each.owner)]
         return [self.end(each, State.ABORTED, "toto was killed while it ran") for each in dead]
 
     def prune(self, job: str, keep: int, seconds: float) -> list[Run]:
@@ -186,6 +219,10 @@ class History:
             if place and each.state.ended and (place >= keep or each.ended < oldest)
         ]
         return [each for each in gone if owned.remove(self.folder(each))]
+
+    @property
+    def _open(self) -> Path:
+        return self.home / ".open"
 
     def _of(self, job: str) -> Path:
         try:

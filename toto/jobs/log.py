@@ -5,9 +5,9 @@ joins them to it.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 
 LOG: Final = "log"
 _ENDS: Final = ("log.older", "log.newer")
@@ -111,3 +111,52 @@ def tail(folder: Path, size: int) -> bytes:
                 source.seek(max(0, file.stat().st_size - (size - len(found))))
                 found = source.read(size - len(found)) + found
     return found.partition(b"\n")[2] if len(found) >= size else found
+
+
+class Follower:
+    """Reads a run's log while it is written: each call of `read` returns what is new.
+
+    Of a long log, whose end is in different files until it is closed, it reads those too; pieces of one that is
+    written faster than it is read are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._open, self._beginning = folder, dict[int, BinaryIO](), True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self) -> Iterator[bytes]:
+        """What was written since the last call."""
+        # (A file stays open as long as it is there: nothing new gets its inode meanwhile.)
+        first, *ends = map(self._opened, (LOG, *_ENDS))
+        if first is not None and self._beginning:
+            size = os.fstat(first.fileno()).st_size
+            ended = any(ends)  # then the end is joined to it later, and read there before
+            self._beginning = not ended
+            yield from _rest(first, size if ended else None)
+        for file in filter(None, ends):
+            yield from _rest(file)
+        there = {os.fstat(file.fileno()).st_ino for file in (first, *ends) if file is not None}
+        for inode in self._open.keys() - there:
+            with self._open.pop(inode) as file:
+                yield from _rest(file) if not self._beginning else ()
+
+    def _opened(self, name: str) -> BinaryIO | None:
+        try:
+            file = (self._folder / name).open("rb")
+        except OSError:
+            return None
+        inode = os.fstat(file.fileno()).st_ino
+        if inode in self._open:
+            file.close()
+        return self._open.setdefault(inode, file)
+
+
+def _rest(file: BinaryIO, to: int | None = None) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK if to is None else min(_CHUNK, max(0, to - file.tell()))):
+        yield chunk

@@ -40,8 +40,7 @@ def name_of(repo: Path, job: str) -> str:
 async def register(call: Call, repo: Path, commit: str, jobs: Jobs, pool: str = "toto") -> Registered:
     """Make the deployments of a repo's jobs what the commit says. One that says the same is left as it is."""
     prefix = name_of(repo, "")
-    tags = {"all_": [TAG, _tag(repo)]}
-    found = await call("POST", "/deployments/filter", {"deployments": {"tags": tags}})
+    found = await call("POST", "/deployments/filter", filter_of(repo))
     there = {each["name"].removeprefix(prefix): each for each in found}
     added, changed = [], []
     if jobs.jobs:
@@ -64,6 +63,11 @@ async def register(call: Call, repo: Path, commit: str, jobs: Jobs, pool: str = 
     for name in removed:
         await call("DELETE", f"/deployments/{there[name]['id']}", None)
     return Registered(tuple(added), tuple(changed), tuple(removed))
+
+
+def filter_of(repo: Path) -> dict[str, Any]:
+    """What finds the deployments of a repo's jobs."""
+    return {"deployments": {"tags": {"all_": [TAG, _tag(repo)]}}}
 
 
 def _tag(repo: Path) -> str:
@@ -100,10 +104,12 @@ def _deployment(repo: Path, commit: str, jobs: Jobs, job: Job) -> dict[str, Any]
 def _form(job: Job) -> dict[str, Any]:
     """The form of a job's parameters, as JSON Schema. What is not declared may be given, too."""
     fields: dict[str, Any] = {}
-    for place, each in enumerate(job.conf.params):
+    for place, each in enumerate((*job.conf.params, *job.conf.matrix)):
+        of_matrix = each in job.conf.matrix
         field: dict[str, Any] = {"type": "string", "title": each.name, "position": place}
-        field |= {"description": each.description} if each.description else {}
-        field |= {"default": each.default} if each.default is not None else {}
+        about = each.description or ("a run for each, when left out" if of_matrix else "")
+        field |= {"description": about} if about else {}
+        field |= {"default": each.default} if each.default is not None and not of_matrix else {}
         field |= {"enum": list(each.choices)} if each.choices else {}
         fields[each.name] = field
     parameters = {
