@@ -507,6 +507,7 @@ machines.yaml:5: fleet: is not a known field; known is machines"""
             "a builder takes builds of toto's: it cannot have access: locked, or deploy: pull",
         ),
         ("reboot: now", "reboot is for machines with access: locked or deploy: pull; others only tell"),
+        ("drift: mend", "drift is for machines with access: locked or deploy: pull; others tell nothing by themselves"),
     ],
 )
 def test_what_does_not_go_together_is_said(tmp_path: Path, fields: str, says: str) -> None:

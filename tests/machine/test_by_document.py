@@ -13,6 +13,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from flying_monkey.desired import System
+from flying_monkey.machine import PROFILE
 from tasks import roll_out
 from tasks.reversal import Reversal
 from tests.flying_monkey.bubble import Bubble
@@ -230,6 +231,22 @@ async def test_what_does_not_end_with_a_switch_is_reverted_by_document(
     await world.revert(machine)
     done = {each for each in world.bubble.events()[count:] if each.startswith(("first", "second"))}
     assert done == {f"first {ends}", f"first {ends} done"}
+
+
+async def test_what_was_changed_by_hand_is_undone_by_a_roll_out_of_the_same(world: World) -> None:
+    good, mine = await world.begin("locked"), await world.system("mine")
+    machine = world.machine("locked", drift="mend")
+    for by_hand in ("", f"for each in /run/current-system {PROFILE}; do ln -sfn {mine.path} $each; done"):
+        world.bubble.sh(by_hand or ":")
+        async with world.deploying(machine, good) as (activator, before):
+            noted = await activator.condition()
+            assert noted is not None and bool(noted.drift) is bool(by_hand)
+            for verb in ("test", "switch"):
+                await world.at(verb)
+                await activator.activate(verb, good.path, before, finish=20, confirm=60)
+            noted, found = await activator.condition(), await activator.facts(fresh=True)
+            assert noted is not None and noted.drift == () and (found.system, found.profile) == (good.path, good.path)
+        await world.book.write(WEB1, steps.good(deployed(good.path), "run-2"), "good")
 
 
 @pytest.mark.parametrize("returns", [True, False])

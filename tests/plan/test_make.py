@@ -726,6 +726,32 @@ async def test_a_machine_that_needs_a_reboot_is_due_in_its_window_and_each_by_it
     assert [each.label for each in (await make(commit)).changes.changes] == ["b"], "a person looks at it first"
 
 
+async def test_what_was_changed_by_hand_is_undone_where_the_machine_s_policy_says_so(
+    repo: InfraRepo, make: Make
+) -> None:
+    rules = {"a": "drift: mend", "b": "drift: tell", "c": "drift: mend", "d": "drift: mend, freeze: not now"}
+    listed = "".join(
+        f"  - {{ name: {name}, address: 192.0.2.{number}, access: locked, {rule} }}\n"
+        for number, (name, rule) in enumerate(rules.items(), 1)
+    )
+    files: dict[str, str | None] = {
+        "machines.yaml": f"machines:\n{listed}",
+        **{f"hosts/{name}.nix": host(name) for name in rules},
+    }
+    await good(repo, await make(repo.commit(files)))
+    commit = git("rev-parse", "HEAD", cwd=repo.bare).strip()
+    for name in ("a", "b", "d"):
+        condition.note(repo.bare, name, condition.Condition(at=1, drift=("it runs /nix/store/x",)))
+    condition.note(repo.bare, "c", condition.Condition(at=1))
+    made = await make(commit)
+    assert [(each.label, each.why, each.action, bool(each.held)) for each in made.changes.changes] == [
+        ("a", Why.DRIFT, Action.DEPLOY, False),
+        ("d", Why.DRIFT, Action.DEPLOY, True),
+    ]
+    condition.note(repo.bare, "a", condition.Condition(at=2))  # as the roll-out does at its end
+    assert [each.label for each in (await make(commit)).changes.changes] == ["d"]
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [

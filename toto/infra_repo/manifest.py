@@ -99,6 +99,8 @@ class Machine(Fields):
     """what a roll-out ends with; a netbooted host is only ever `test`ed"""
     reboot: Literal["never", "window", "now"] = "never"
     """whether a machine that does what documents say reboots for a new kernel: `now`, or if its window is open"""
+    drift: Literal["tell", "mend"] = "tell"
+    """what was changed by hand on a machine that does what documents say: only told, or undone by the next run"""
     ssh: SSH = SSH()
     """how to connect to it"""
     ports: Annotated[tuple[Port, ...], Distinct] = ()
@@ -117,11 +119,15 @@ class Machine(Fields):
     """processors of its sandbox; when left out, the host's VM decides"""
 
     @model_validator(mode="after")
-    def _can_reboot(self) -> Self:
+    def _tells(self) -> Self:
         if self.reboot == "window" and self.window is None:
             raise ValueError("reboot: window needs a window")
         if self.reboot != "never" and not self.by_document:
             raise ValueError("reboot is for machines with access: locked or deploy: pull; others only tell")
+        if self.drift != "tell" and not self.by_document:
+            raise ValueError(
+                "drift is for machines with access: locked or deploy: pull; others tell nothing by themselves"
+            )
         return self
 
     def reboots(self, moment: datetime) -> "Reboot | None":

@@ -29,6 +29,7 @@ class Why(StrEnum):
     UNREACHABLE = "unreachable last time"
     REVERTED = "reverted last time"
     REBOOT = "reboot needed"
+    DRIFT = "drifted"
     FORCED = "forced"
 
 

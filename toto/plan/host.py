@@ -38,14 +38,14 @@ class DesiredHost(Desired):
     """What a commit wants a host to be.
 
     `path` is the output path of the toplevel, which is activated. `tests` is the digest of the test scripts. `moved`
-    is the address at which its machine was deployed, when it has a new one now. `reboot` says that its machine needs a
-    reboot, and that its window for that is open.
+    is the address at which its machine was deployed, when it has a new one now. `again` is why its machine should have
+    the same once more: it needs a reboot, and its window for that is open; or what was changed by hand is to be undone.
     """
 
     path: str
     tests: str
     moved: str = ""
-    reboot: bool = False
+    again: Why | None = None
 
 
 class DeployedHost(Deployed):
@@ -183,7 +183,7 @@ class HostKind(Kind[Host]):
             path=nix.output(drv, target=host.name),
             tests=_digest(source, tests, machine.tags if machine else ()),
             moved=moved,
-            reboot=machine is not None and _reboots_now(source.repo, machine),
+            again=_again(source.repo, machine) if machine else None,
         )
 
     async def order(self, source: Source, found: Found[Host], change: Change) -> HostOrder:
@@ -233,8 +233,8 @@ class HostKind(Kind[Host]):
             )
         tests_differ = last is not None and last.tests != desired.tests
         if entry.intent is None and last is not None and last.path == desired.path:
-            if desired.reboot and entry.reverted is None:  # (One that was reverted is not tried again by itself.)
-                return Change(desired=desired, why=Why.REBOOT, action=Action.DEPLOY, last=last)
+            if desired.again and entry.reverted is None:  # (One that was reverted is not tried again by itself.)
+                return Change(desired=desired, why=desired.again, action=Action.DEPLOY, last=last)
             if last.identity != desired.identity:
                 return Change(
                     desired=desired,
@@ -302,12 +302,15 @@ class HostKind(Kind[Host]):
         return runs.last_good_root(repo, name), runs.previous_root(repo, name)
 
 
-def _reboots_now(repo: Path, machine: Machine) -> bool:
-    """Whether a machine needs a reboot by what is known of it, and has a window for that, which is open."""
-    if machine.reboot != "window" or not machine.reboots(datetime.now()):
-        return False
-    known = condition.read(repo, machine.name)
-    return known is not None and known.reboot_needed
+def _again(repo: Path, machine: Machine) -> Why | None:
+    """Why a machine should have its last good once more, by what is known of it and by its policies."""
+    reboots = machine.reboot == "window" and machine.reboots(datetime.now()) is not None
+    known = condition.read(repo, machine.name) if reboots or machine.drift == "mend" else None
+    if known is None:
+        return None
+    if reboots and known.reboot_needed:
+        return Why.REBOOT
+    return Why.DRIFT if machine.drift == "mend" and known.drift else None
 
 
 def _known_of(repo: Path, machine: Machine) -> list[Told]:
