@@ -2,7 +2,8 @@
 
 Only what would change this machine is a stand-in (`StandIn`), and says so: it obeys genuine documents as the helper
 does, with the helper's own checks and memory, but an activation is a word in a file. What it does with a system is
-named in `behaviour.json`: by the end of the system's name, the state in which its activation ends.
+named in `behaviour.json`: by the end of the system's name, the state in which its activation ends. A file `free` says
+how many bytes are free in the store.
 """
 
 import contextlib
@@ -101,6 +102,8 @@ def main(place: str, wait: tuple[float, float]) -> None:
     configuration = Configuration(**json.loads((folder / "config.json").read_text()))
     own = machine.environment() | {"NIX_CONF_DIR": str(folder)}
     machine.environment = lambda: own  # (this machine's nix trusts other keys)
+    disk = machine.free
+    machine.free = lambda: int((folder / "free").read_text()) if (folder / "free").exists() else disk()
     made = agent.at(configuration)
     made.fetcher = Fetcher(made.toto.server, store=f"local?root={folder / 'root'}")
     made.helper, made.wait, made.first_pause, made.again = StandIn(folder, configuration), wait, 0.2, 0.2

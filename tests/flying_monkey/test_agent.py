@@ -190,6 +190,19 @@ async def test_what_the_machine_was_not_ready_for_is_begun_once_more(toto: Toto,
     assert web1.activations() == [f"try {late.path}"]
 
 
+async def test_what_there_is_no_room_for_is_not_fetched_before_there_is(toto: Toto, web1: Pulling) -> None:
+    large = await toto.system("large")
+    (web1.folder / "free").write_text("1000000")
+    async with web1.running():
+        await toto.publish(toto.document(large))
+        report = await toto.report(lambda each: each.kind == "NotReady")
+        assert "MB more, and of /nix/store 1 MB are free, of which 268 stay so" in report.error
+        assert not fetched(web1, large) and web1.activations() == []
+        (web1.folder / "free").unlink()
+        await toto.report(lambda each: each.serial == toto.serial and each.step == "tried" and not each.error)
+    assert fetched(web1, large)
+
+
 async def test_an_agent_that_is_killed_goes_on_where_it_was(toto: Toto, web1: Pulling) -> None:
     new = await toto.system("killed")
     async with web1.running():
