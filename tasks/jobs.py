@@ -149,7 +149,7 @@ async def carry_out(work: Work, context: Context) -> Run:
     with _Page() as page:
         showing = asyncio.create_task(page.show())
         try:
-            given = Given(work.tree, context)
+            given = Given(work.tree, context, call=call)
             return await run_job(work.jobs, work.job, work.run, work.history, given, page.hear)
         finally:
             showing.cancel()

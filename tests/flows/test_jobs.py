@@ -304,6 +304,9 @@ async def test_a_worker_runs_jobs_and_a_cancel_is_an_abort(infra: Infra, tmp_pat
         b_run="#!/bin/sh\necho ready; sleep 3000 & wait\n",
         b_after="#!/bin/sh\necho after $RESULT\n",
         b_conf=f"{QUIET}GRACE=8\n",
+        c_run="#!/bin/sh\nlaminarc run a A=from-c && laminarc start d && laminarc run e; echo $?\nlaminarc abort d 1\n",
+        d_run="#!/bin/sh\nsleep 3000\n",
+        e_run="#!/bin/sh\nexit 1\n",
     )
     await infra.register()
     async with asyncio.timeout(300), working(infra, tmp_path):
@@ -311,6 +314,14 @@ async def test_a_worker_runs_jobs_and_a_cancel_is_an_abort(infra: Infra, tmp_pat
         state = await infra.ended(await infra.start("a", parameters={"A": "given"}))
         assert state["type"] == "COMPLETED", state
         assert "given\n" in infra.history.log(infra.history.get("a", 1)).read_text()
+        state = await infra.ended(await infra.start("c", reason="because"))
+        said = infra.history.log(infra.history.get("c", 1)).read_text().splitlines()
+        assert said == ["[toto] jobs/c.run", "a:2", "d:1", "e:1", "3"], said
+        child = infra.history.get("a", 2)
+        assert (child.parent, child.reason, child.parameters) == ("c:1", "because", {"A": "from-c"})
+        while not infra.history.get("d", 1).state.ended:
+            await asyncio.sleep(0.2)
+        assert infra.history.get("d", 1).state == "aborted"
         while not list(infra.history.runs("b")) or not infra.history.log(infra.history.get("b", 1)).exists():
             await asyncio.sleep(0.2)
         await infra.on.api.call(

@@ -18,7 +18,7 @@ from toto.jobs import queue
 from toto.jobs.history import History, Run, State
 from toto.jobs.log import Follower
 from toto.plan.changes import table
-from toto.report.message import clean
+from toto.report.message import clean, one_line
 
 verbs = Verbs()
 job = verbs.group("job")
@@ -63,7 +63,7 @@ def _row(run: Run | None, name: str, about: str | None) -> dict[str, str]:
         return {"job": name, "state": "", "when": "", "seconds": "", "about": about or ""}
     said = f"{run.state}: {run.why}" if run.why and run.state is not State.SUCCESS else str(run.state)
     at, seconds = moment(run.started or run.queued), f"{run.seconds:.0f}" if run.started else ""
-    return {"job": name, "state": said, "when": at, "seconds": seconds, "about": about or ""}
+    return {"job": name, "state": said, "when": at, "seconds": seconds, "about": one_line(about or "")}
 
 
 @job.verb("run")

@@ -67,6 +67,8 @@ class Run(Model):
     """Prefect's id of it"""
     why: str = ""
     """what made it fail, in a line"""
+    first: bool = False
+    """whether its turn is before that of those that were queued earlier"""
     attempt: int = 0
     """how many runs before it failed, whose `RETRY` it is"""
 
@@ -92,7 +94,7 @@ class History:
     """The runs of the jobs of one infra repo."""
 
     def __init__(self, repo: Path) -> None:
-        self.home = paths.repo_state_of(repo) / "jobs"
+        self.repo, self.home = repo, paths.repo_state_of(repo) / "jobs"
 
     def jobs(self) -> list[str]:
         """The jobs that have runs, also those that the repo no longer has."""
@@ -163,7 +165,7 @@ class History:
             yield from self.runs(job)
 
     def open(self) -> list[Run]:
-        """The runs of all jobs that have not ended, the one that was queued first before the others."""
+        """The runs of all jobs that have not ended, in the order of their turns."""
         found: list[Run] = []
         for label in (each.name for each in self._open.glob("*:*")):
             job, _, number = label.rpartition(":")
@@ -173,7 +175,7 @@ class History:
                 continue
             if not run.state.ended:
                 found.append(run)
-        return sorted(found, key=lambda run: (run.queued, run.job, run.number))
+        return sorted(found, key=lambda run: (not run.first, run.queued, run.job, run.number))
 
     def last_result(self, job: str) -> str:
         """How the run of a job that ended last ended, or `UNKNOWN`."""

@@ -35,11 +35,13 @@ async def queue(
     *,
     reason: str = "",
     parent: str = "",
+    first: bool = False,
     attempt: int = 0,
     wait: float = 0,
 ) -> list[Run]:
     """Queue the runs of a job that are meant, in `wait` seconds, and return them.
 
+    With `first` their turn is before that of those that wait. `attempt` says how many runs of this one have failed.
     It is one, but for a job with a `MATRIX`. Of a job that is queued `ONCE`, it may be one that waits already.
     Raises `InputError`, `ServerError`.
     """
@@ -57,7 +59,8 @@ async def queue(
             if error.status != 404:
                 raise
             raise InputError("is not registered", target=job.name, hint="deploy a commit that has it") from None
-        run = history.queue(job.name, parameters=values, reason=reason, parent=parent, attempt=attempt)
+        about = {"reason": reason, "parent": parent, "first": first, "attempt": attempt}
+        run = history.queue(job.name, parameters=values, **about)
         asked = {"parameters": values, "reason": reason, "number": run.number, "parent": parent}
         body: dict[str, object] = {"parameters": asked}
         if wait:

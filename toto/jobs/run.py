@@ -25,10 +25,13 @@ from toto.cell.cell import INFRA, Cell, python
 from toto.cell.limits import Limits
 from toto.cell.namespace import Namespace
 from toto.cell.tool import internet
+from toto.jobs import door
 from toto.jobs.conf import DEFAULT
+from toto.jobs.door import Door
 from toto.jobs.folder import Context, Job, Jobs
 from toto.jobs.history import History, Run, State
 from toto.jobs.log import Log
+from toto.jobs.registered import Call
 
 PLACE: Final = Path("/toto")  # in a job's cell: toto's own files
 HOME: Final = Path("/job")  # in a job's cell: the run's folder, the workspace and the archive
@@ -37,6 +40,7 @@ _WORKSPACE: Final = HOME / "workspace"
 _ARCHIVE: Final = HOME / "archive"
 _TEMPORARY: Final = Path("/tmp")  # noqa: S108
 _IN_CELL: Final = Path(__file__).with_name("in_cell.py")
+_LAMINARC: Final = Path(__file__).with_name("laminarc.py")
 _CHUNK: Final = 1 << 18  # bytes of output that are read at once
 
 
@@ -44,12 +48,14 @@ _CHUNK: Final = 1 << 18  # bytes of output that are read at once
 class Given:
     """What a run is given besides its job: the exported commit, the context that it runs in, and `secrets`.
 
-    `secrets` are variables that are masked in the log. `limits` hold each of its scripts.
+    `secrets` are variables that are masked in the log. `call` asks Prefect's API for what scripts want of `laminarc`.
+    `limits` hold each of its scripts.
     """
 
     tree: Path
     context: Context = field(default_factory=lambda: Context(DEFAULT))
     secrets: Mapping[str, str] = field(default_factory=dict)
+    call: Call | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -101,8 +107,9 @@ async def _recorded(
         secrets = list(given.secrets.values())
         with Log(history.folder(begun), job.conf.log_limit * 1_000_000, secrets, heard) as log:
             try:
-                async with _place(jobs, job, begun, history, given) as place:
-                    state, why = await _Scripts(jobs, job, begun, given, place, last, log, stop).run()
+                asked = Door(jobs, begun, history, given.call)
+                async with _place(jobs, job, begun, history, given) as place, door.opened(place.control, asked):
+                    state, why = await _Scripts(jobs, job, begun, given, place, last, log, stop, asked.set).run()
             except (TotoError, OSError) as error:
                 why = str(error).partition("\n")[0]
                 log.note(f"the run failed: {error}")
@@ -133,9 +140,14 @@ async def _place(jobs: Jobs, job: Job, begun: Run, history: History, given: Give
     except FileExistsError:
         fresh = False
     user = folders.shared(workspace)
-    shutil.copyfile(_IN_CELL, control / _IN_CELL.name)
-    (control / _IN_CELL.name).chmod(0o644)
-    _, interpreter = python()
+    for each in (_IN_CELL, _LAMINARC):
+        shutil.copyfile(each, control / each.name)
+        (control / each.name).chmod(0o644)
+    words, interpreter = python()
+    programs = control / "bin"
+    programs.mkdir(mode=0o755)
+    laminarc = f'#!/bin/sh\n{" ".join(words)} -I -S {PLACE / _LAMINARC.name} "$@"\n'
+    written.write(programs / _LAMINARC.stem, laminarc, 0o755)
 
     def cell(network: Namespace | None) -> Cell:
         made = Cell(
@@ -159,11 +171,20 @@ class _Scripts:
     """Runs the scripts of a run."""
 
     def __init__(
-        self, jobs: Jobs, job: Job, begun: Run, given: Given, place: _Place, last: str, log: Log, stop: asyncio.Event
+        self,
+        jobs: Jobs,
+        job: Job,
+        begun: Run,
+        given: Given,
+        place: _Place,
+        last: str,
+        log: Log,
+        stop: asyncio.Event,
+        set_: Mapping[str, str],
     ) -> None:
         self.jobs, self.job, self.begun, self.given, self.place = jobs, job, begun, given, place
         self.log, self.stop, self.grace = log, stop, job.conf.grace
-        self.set: dict[str, str] = {}  # by `laminarc set`
+        self.set = set_  # by `laminarc set`
         self.state, self.why = State.SUCCESS, ""
         self.env = self._environment(last)
 
