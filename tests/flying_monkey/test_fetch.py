@@ -32,6 +32,6 @@ def test_a_copy_is_ended_when_the_room_or_its_time_is_over(
 
 def test_a_copy_that_fails_says_the_error_and_nothing_that_a_terminal_obeys() -> None:
     copies = ["sh", "-c", "printf 'copying\\nerror: \\033[31mno signature\\nbye\\n' >&2; exit 1"]
-    with pytest.raises(NotReady, match="^toto's cache: error: .*no signature$") as failed:
+    with pytest.raises(NotReady, match=r"^toto's cache: error: .*no signature$") as failed:
         fetch._copy(copies, dict(os.environ), None, time.monotonic() + 600)
     assert "\033" not in str(failed.value)
