@@ -24,12 +24,13 @@ from tasks import limits
 from tests import clean_logs, postgres
 from tests.conftest import PrefectServer, free_port
 from tests.git_host.test_host import Pusher
-from toto.base import process
+from toto.base import paths, process
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.metrics import token
 from toto.server import deployments, environment, orphans
 from toto.server import serve as server
+from toto.store import grants
 
 pytestmark = pytest.mark.minutes(2)
 
@@ -328,9 +329,14 @@ async def test_whole_server_starts_what_waited_and_leaves_no_process(tiny_projec
     repo = await git_host.create(home / "repos" / "infra.git", api_url=f"http://127.0.0.1:{port}/api")
     pusher = Pusher(tmp_path / "clone", repo)
     assert "the push is accepted" in pusher.push()
+    old = paths.private_folder(paths.repo_state(repo) / "cache") / "nix-cache-info"  # of a toto of before
+    old.touch()
     whole = await Part.begin(tiny_project, home, port, TOTO_AUTH="admin:secret")
     try:
         assert "started 1 pushes that had waited" in whole.said
+        assert (
+            not old.parent.exists() and (grants.granted().parent / "made" / paths.repo_folder(repo) / old.name).exists()
+        )
         api = Api(f"http://127.0.0.1:{port}/api", "admin:secret")
         with pytest.raises(ServerError, match="401"):
             await Api(api.url).call("POST", "/flow_runs/filter", {})

@@ -1,6 +1,7 @@
 """What a machine may fetch: its own closures, signed, and nothing else; and nix takes it from there."""
 
 import os
+import shutil
 import subprocess
 import uuid
 from pathlib import Path
@@ -104,10 +105,52 @@ async def test_a_new_key_signs_what_an_old_one_had_signed(repo: Path, tmp_path: 
     assert Path(f"{tmp_path}/machine{one}").exists()
 
 
+async def test_what_a_power_failure_has_left_half_is_made_anew(repo: Path, tmp_path: Path) -> None:
+    key, (one, shared) = await keys.make(repo, "cache", "signing"), await closure(tmp_path)
+    await grants.grant(repo, "web1", [one], key, timeout=60)
+    part = grants.of(paths.repo_folder(repo), "web1")
+    made = grants.granted().parent / "made" / paths.repo_folder(repo)
+    for break_it in (lambda nar: os.truncate(nar, 5), Path.unlink):
+        for nar in (made / "nar").iterdir():
+            break_it(nar)
+        os.truncate(made / f"{Path(shared).name[:32]}.narinfo", 0)
+        await grants.grant(repo, "web1", [one], key, timeout=60)
+        assert caches.has(part, one) and served(repo, "web1") == hashes(one, shared)
+        assert all(each.stat().st_size > 5 for each in (part / "nar").iterdir())
+
+
 async def test_what_is_not_in_the_store_is_not_granted(repo: Path) -> None:
     key = await keys.make(repo, "cache", "signing")
     with pytest.raises(process.CommandFailed):
         await grants.grant(repo, "web1", ["/nix/store/00000000000000000000000000000000-gone"], key, timeout=60)
+
+
+async def test_caches_of_before_are_taken_over(repo: Path, tmp_path: Path) -> None:
+    key, (one, shared) = await keys.make(repo, "cache", "signing"), await closure(tmp_path)
+    folder, state = paths.repo_folder(repo), paths.state_home()
+    helms = paths.private_folder(state / "repos" / folder / "helm/cache")
+
+    def as_before() -> None:
+        for new, old in (("granted/{}/web1", "api/told/{}/web1/cache"), ("made/{}", "repos/{}/cache")):
+            place = state / old.format(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (state / "store" / new.format(folder)).rename(place)
+
+    await grants.take_over()
+    assert not grants.granted().exists(), "there is nothing to take over"
+    await grants.grant(repo, "web1", [one], key, timeout=60)
+    as_before()
+    shutil.rmtree(state / "store")
+    for _ in range(2):
+        await grants.take_over()
+        assert served(repo, "web1") == hashes(one, shared)
+    assert {each.stat().st_mode & 0o777 for each in (grants.granted(), grants.granted() / folder)} == {0o755}
+    as_before()
+    two, _ = await closure(tmp_path)
+    await grants.grant(repo, "web1", [two], key, timeout=60)
+    await grants.take_over()
+    assert served(repo, "web1") >= hashes(two) and not served(repo, "web1") & hashes(one), "the newer one counts"
+    assert not [*state.glob("repos/*/cache"), *state.glob("api/told/*/*/cache")] and helms.exists()
 
 
 async def test_a_retired_machine_may_fetch_nothing(repo: Path, tmp_path: Path) -> None:

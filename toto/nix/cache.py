@@ -13,22 +13,33 @@ from toto.base import process
 from toto.nix import commands as nix
 
 KEPT: Final = 86_400.0  # seconds that a cache keeps what no part of it has
+ROOM: Final = "is there room where toto's state is (`df -h`, `df -i`)? see nix.signing_key in toto.toml"
 _FOLDERS: Final = ("nar", "log", "realisations")  # nix makes them wherever it reads a cache; who reads this may not
 _ABOUT: Final = "nix-cache-info"
 _NAR: Final = re.compile(rb"^URL: (nar/[0-9a-z]{52}\.nar(?:\.zst)?)$", re.MULTILINE)
+_SIZE: Final = re.compile(rb"^FileSize: ([0-9]+)$", re.MULTILINE)
 _REFERENCES: Final = re.compile(rb"^References: (.*)$", re.MULTILINE)
 
 
 async def add(closure: str, cache: Path, key: Path, *, timeout: float, target: str) -> dict[str, bytes]:
     """Have a closure in the binary cache in a folder, compressed, and signed with a secret key file; its narinfos.
 
-    What is there already stays, unless a different key has signed it. Raises `CopyFailed`, `CommandFailed` for what is
-    not in the store, `CommandTimeout` after `timeout` seconds.
+    What is there already stays, unless a different key has signed it, or it is not whole, as after a power failure.
+    Raises `CopyFailed`, `CommandFailed` for what is not in the store, `CommandTimeout` after `timeout` seconds.
     """
     named = (await nix.public_key(key.read_text())).partition(":")[0]
     needed = [f"{path.rpartition('/')[2][:32]}.narinfo" for path in await nix.closure(closure)]
-    for each in needed:
-        _forget_other_keys(cache / each, named)
+    for _ in range(2):  # (Of a narinfo that was lost, nix takes the nar that it finds there, whole or not.)
+        for each in needed:
+            _forget_unless_sound(cache, each, named)
+        await _copy(closure, cache, key, timeout, target)
+        found = {each: (cache / each).read_bytes() for each in needed}
+        if all(_names_all_of_it(cache, text) for text in found.values()):
+            return found
+    raise nix.CopyFailed(f"{cache} does not hold what was copied there", target=target, hint="is that disk sound?")
+
+
+async def _copy(closure: str, cache: Path, key: Path, timeout: float, target: str) -> None:
     with tempfile.TemporaryDirectory(prefix="toto-cache-") as short:  # (whatever the folder is called)
         Path(short, "cache").symlink_to(cache)
         Path(short, "key").symlink_to(key)
@@ -39,18 +50,26 @@ async def add(closure: str, cache: Path, key: Path, *, timeout: float, target: s
             )
         except process.CommandFailed as error:
             raise nix.CopyFailed(
-                f"the closure could not be offered to the machine:\n{error.tail}",
-                target=target,
-                hint="is there room where toto's state is? see nix.signing_key in toto.toml",
+                f"the closure could not be offered to the machine:\n{error.tail}", target=target, hint=ROOM
             ) from None
-    return {each: (cache / each).read_bytes() for each in needed}
 
 
-def _forget_other_keys(narinfo: Path, key: str) -> None:
-    """A narinfo that a different key signed is written anew."""
+def _forget_unless_sound(cache: Path, narinfo: str, key: str) -> None:
+    """A narinfo that this key has not signed is written anew, and so is one with what it names if that is not whole."""
     with contextlib.suppress(FileNotFoundError):
-        if f"\nSig: {key}:".encode() not in narinfo.read_bytes():
-            narinfo.unlink()
+        text = (cache / narinfo).read_bytes()
+        if not (whole := _names_all_of_it(cache, text)) and (nar := _NAR.search(text)):
+            (cache / nar[1].decode()).unlink(missing_ok=True)
+        if not whole or f"\nSig: {key}:".encode() not in text:
+            (cache / narinfo).unlink()
+
+
+def _names_all_of_it(cache: Path, narinfo: bytes) -> bool:
+    """Whether what a narinfo names is there, and as long as it says."""
+    nar, size = _NAR.search(narinfo), _SIZE.search(narinfo)
+    with contextlib.suppress(FileNotFoundError):
+        return bool(nar and size and (cache / nar[1].decode()).stat().st_size == int(size[1]))
+    return False
 
 
 def link(cache: Path, part: Path, narinfos: Mapping[str, bytes]) -> None:
@@ -89,7 +108,7 @@ def has(cache: Path, closure: str) -> bool:
             text = (cache / f"{name[:32]}.narinfo").read_bytes()
         except FileNotFoundError:
             return False
-        if (nar := _NAR.search(text)) is None or not (cache / nar[1].decode()).exists():
+        if not _names_all_of_it(cache, text):
             return False
         if references := _REFERENCES.search(text):
             wanted |= {*references[1].decode().split()} - seen

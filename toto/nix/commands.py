@@ -41,6 +41,7 @@ _EXPRESSIONS: Final = messages.IN_CELL
 _DAEMON: Final = Path("/daemon")
 _LARGEST_DUMP: Final = 256_000_000  # bytes of what nix knows of a closure
 _GARBAGE: Final = 4 * 3_600.0  # seconds to collect it
+_FOR_DATABASE: Final = 2_000_000  # bytes, that are plenty for it to be opened
 NEW: Final = ("--extra-experimental-features", "nix-command")
 _FLAKES: Final = ("--extra-experimental-features", "nix-command flakes")
 _DRV: Final = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+\.drv")
@@ -515,11 +516,21 @@ async def make_room(free: int) -> int:
     """Collect garbage until so many bytes of the store's disk are free, and no further; how many there are then.
 
     Garbage is what no GC root needs: toto has one for each last good and previous system, and for what runs work on.
-    Raises `CommandFailed`, `CommandTimeout`.
+    Raises `CommandFailed`, `CommandTimeout`, `TotoError` when there is too little room even for nix's database.
     """
     if (had := shutil.disk_usage(STORE).free) < free:
         words = ["nix-store", "--gc", "--max-freed", str(free - had)]
-        await process.run(words, env=environment(), timeout=_GARBAGE)
+        try:
+            await process.run(words, env=environment(), timeout=_GARBAGE)
+        except process.CommandFailed as error:
+            if had > _FOR_DATABASE:
+                raise
+            raise TotoError(
+                f"no garbage can be collected: {had} bytes are free, and nix's database needs some\n{error.tail}",
+                target=str(STORE),
+                hint=f"remove a file of {_FOR_DATABASE // 10**6} MB or more from that disk, such as an old log; "
+                "then start prune/prune again",
+            ) from None
     return shutil.disk_usage(STORE).free
 
 

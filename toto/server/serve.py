@@ -37,6 +37,7 @@ from toto.nix import daemon as nix_daemon
 from toto.server import database, moves, orphans
 from toto.server.deployments import POOL, ROOT, deploy, ensure_pool, register_blocks
 from toto.server.environment import BLOCK_KEY, PORT, REPOS, block_key_file, password, server_environment
+from toto.store import grants
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +261,7 @@ async def serve(
         stack.callback(process.clean_up)
         if killed := process.clean_up():
             log.warning("ended %d processes that an earlier toto had left behind", len(killed))
+        await grants.take_over()
         if part != "server":  # runs use the folder, and may go on while the server is restarted
             _clear_old(Path(settings["TMPDIR"]))
         if part != "server" and os.geteuid() == 0 and nix_daemon.SOCKET not in os.environ:

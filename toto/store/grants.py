@@ -8,9 +8,10 @@ There is no other record of grants: the web server that machines ask (`toto.api`
 server exports them (`toto.store.exports`).
 """
 
+import contextlib
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -29,9 +30,34 @@ def granted() -> Path:
 def prepare() -> Path:
     """Make the folder of all that is granted, for a server to read, and return it."""
     paths.private_folder(granted().parent)
-    granted().mkdir(exist_ok=True)
-    granted().chmod(0o755)
-    return granted()
+    return _open(granted())
+
+
+async def take_over() -> None:
+    """Take over the caches that a toto had in other places, before there was this folder. Raises OSError."""
+    state = paths.state_home()
+    for made in state.glob("repos/*/cache/nix-cache-info"):
+        repo = made.parents[1]
+        async with paths.alone(repo / "store.lock"):
+            for part in state.glob(f"api/told/{repo.name}/*/cache"):
+                _move(part, _open(prepare() / repo.name) / part.parent.name)
+            _move(made.parent, paths.private_folder(prepare().parent / "made") / repo.name)
+            _note_change()
+
+
+def _move(old: Path, new: Path) -> None:
+    """Move a folder, or remove it where the new one is there already."""
+    if new.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(new)
+
+
+def _open(folder: Path) -> Path:
+    """Make a folder, when it is missing, that everybody may read who gets there."""
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)
+    return folder
 
 
 def of(folder: str, machine: str) -> Path:
@@ -51,11 +77,11 @@ async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *,
         found: dict[str, bytes] = {}
         for closure in sorted({*closures}):
             found |= await cache.add(closure, made, key, timeout=timeout, target=machine)
-        part.parent.mkdir(exist_ok=True)
-        part.parent.chmod(0o755)
-        cache.link(made, part, found)
-        cache.prune(made)
-        _note_change()
+        with _told(machine):
+            _open(part.parent)
+            cache.link(made, part, found)
+            cache.prune(made)
+            _note_change()
 
 
 async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: float, target: str) -> None:
@@ -65,7 +91,9 @@ async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: floa
     """
     async with _alone(repo):
         made = paths.private_folder(granted().parent / "made" / paths.repo_folder(repo))
-        cache.link(made, part, await cache.add(closure, made, key, timeout=timeout, target=target))
+        found = await cache.add(closure, made, key, timeout=timeout, target=target)
+        with _told(target):
+            cache.link(made, part, found)
 
 
 async def good(repo: Path, machine: str) -> list[str]:
@@ -86,6 +114,16 @@ async def take_back(repo: Path, machine: str) -> None:
 
 def _alone(repo: Path) -> AbstractAsyncContextManager[None]:
     return paths.alone(paths.repo_state(repo) / "store.lock")
+
+
+@contextlib.contextmanager
+def _told(target: str) -> Iterator[None]:
+    """A disk that takes no more is told like other reasons for which there is no grant."""
+    try:
+        yield
+    except OSError as error:
+        said = f"the closure could not be offered to the machine: {error}"
+        raise nix.CopyFailed(said, target=target, hint=cache.ROOM) from None
 
 
 def _note_change() -> None:
