@@ -210,8 +210,9 @@ class Run:
 
     def hold_back(self) -> None:
         """Hold back what is frozen, or outside its window, as the roll-out begins."""
+        ledger = Ledger(self.repo).read()
         for order in (each for kind in KINDS for each in self.due(kind)):
-            if reason := order.held_now:
+            if reason := order.held(ledger.get(order.target)):
                 self.report.held[order.label] = reason
 
     def verdict_before_touching(self, order: Order) -> Verdict[Any]:
@@ -227,7 +228,14 @@ class Run:
             self.report.away[order.label] = noted.why if noted else ""
 
     def not_held(self, group: Sequence[Order]) -> list[Order]:
-        """The orders of a group that may go on. One that comes after a target that was not rolled out is held back."""
+        """The orders of a group that may go on, as it begins. What was frozen meanwhile is held back.
+
+        So is what comes after a target that was not rolled out.
+        """
+        ledger = Ledger(self.repo).read()
+        for order in group:
+            if (frozen := ledger.get(order.target).frozen) is not None and not order.override:
+                self.report.held[order.label] = str(frozen)
         free = self.report.hold_behind([each.label for each in group], self.plan.held_behind)
         return [each for each in group if each.label in free]
 

@@ -99,7 +99,7 @@ def test_the_command_says_what_is_wrong_first_and_its_status_is_1(toto: Toto, tm
     assert done.stdout.startswith("missing ") and "\nok " in done.stdout
     if shutil.which("bwrap", path="/usr/sbin:/sbin") is None and not Path("/etc/NIXOS").exists():
         assert "is not on PATH: makes cells\n         next: apt install bubblewrap\n" in done.stdout
-    said = json.loads(doctor("--json").stdout)
+    said = json.loads(doctor("--json").stdout)["items"]
     assert {"name", "status", "said", "mend"} == set(said[0])
     assert "missing" in {each["status"] for each in said}
 

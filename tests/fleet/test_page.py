@@ -26,8 +26,8 @@ from tests.repos import InfraRepo, git
 from toto.api import certificate
 from toto.base import process
 from toto.fleet import results
-from toto.fleet.page import ago
 from toto.fleet.state import Fleet
+from toto.fleet.words import ago
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target

@@ -34,7 +34,7 @@ async def test_the_command_has_the_same_words(tmp_path: Path) -> None:
     status, text = said(tmp_path, "status", "--repo", str(book.repo))
     assert status == 0
     for target, entry in book.read().entries.items():
-        word, why, since, _ = described(entry)
-        (line,) = [line for line in text.splitlines() if str(target) in line]
-        assert since in line and f"{word}: {why}" in line
-    assert "half done: run run-1" in text and "reverted: a test failed" in text
+        word, why, _, _ = described(entry)
+        (line,) = [line for line in text.splitlines() if line.startswith(target.label)]
+        assert word in line and line.endswith(why)
+    assert "run run-1: roll out" in text and "a test failed" in text

@@ -229,7 +229,7 @@ async def test_a_job_is_started_read_and_aborted_from_the_command_line(
         await cli.abort("a:2", infra.bare)
     await run("b")
     assert await said(1, cli.log("b", infra.bare, following=True)) != ""
-    rows = json.loads(await said(0, cli.list_(None, infra.bare, as_json=True)))
+    rows = json.loads(await said(0, cli.list_(None, infra.bare, as_json=True)))["items"]
     assert [(row["job"], row["state"]) for row in rows] == [
         ("a", "aborted: it was cancelled while it waited"),
         ("b", "failed: jobs/b.run exited with status 1"),

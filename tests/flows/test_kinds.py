@@ -24,7 +24,8 @@ from tests.toy import steps as toy
 from tests.toy.kind import DeployedFile, FileKind
 from toto.base import paths
 from toto.ledger.history import What, events
-from toto.ledger.ledger import Entry, Ledger
+from toto.ledger.ledger import Entry, Frozen, Ledger
+from toto.ledger.steps import freeze
 from toto.ledger.target import Target
 from toto.plan import kinds, make
 from toto.plan.verdict import Verdict
@@ -68,6 +69,22 @@ async def test_a_fourth_kind_is_detected_rehearsed_rolled_out_and_recorded(files
     assert good is not None and good.size == 3
     assert [event.what for event in events(files.repo.bare)] == [What.BEGUN, What.GOOD]
     assert (await files.reconcile()).message.endswith("nothing to do (1 file as wanted)")  # type: ignore[union-attr]
+
+
+async def test_what_is_frozen_in_the_ledger_is_not_rolled_out_also_when_the_run_is_on_its_way(files: Files) -> None:
+    frozen = Frozen(by="alice", why="an audit")
+    files.commit({"a": "one, which freezes b", "b": "two", "c": "three"})
+    await Ledger(files.repo.bare).write(Target("file", "c"), freeze(frozen), "file/c: frozen")
+    state = await files.reconcile()
+    said = state.message or ""
+    assert state.name == "Partial" and files.there() == {"a": "one, which freezes b"}
+    assert "file/c held back: frozen by alice: an audit" in said and "file/b held back: frozen by a: so it says" in said
+    for name in ("b", "c"):
+        await Ledger(files.repo.bare).write(Target("file", name), freeze(None), f"file/{name}: unfrozen")
+    await Ledger(files.repo.bare).write(Target("file", "a"), freeze(frozen), "file/a: frozen")
+    assert (await files.reconcile()).is_completed() and set(files.there()) == {"a", "b", "c"}
+    files.commit({"a": "four"})
+    assert (await files.reconcile(override="it is urgent")).name == "Completed" and files.there()["a"] == "four"
 
 
 async def test_no_more_runs_are_at_work_than_the_servers_rules_allow(

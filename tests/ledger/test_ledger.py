@@ -10,7 +10,18 @@ import pytest
 from tests.repos import InfraRepo, git
 from toto.ledger import history, ledger, steps
 from toto.ledger.history import What
-from toto.ledger.ledger import Before, Deployed, Entry, Intent, Ledger, LedgerError, LostTarget, Note, TargetBusy
+from toto.ledger.ledger import (
+    Before,
+    Deployed,
+    Entry,
+    Frozen,
+    Intent,
+    Ledger,
+    LedgerError,
+    LostTarget,
+    Note,
+    TargetBusy,
+)
 from toto.ledger.target import Target
 
 WEB1 = Target("host", "web1")
@@ -277,4 +288,28 @@ async def test_its_history_reads_back_as_what_happened(book: Ledger) -> None:
         ("host/web1", What.RETIRED, ""),
     ]
     assert found[1].seconds is not None and found[1].seconds >= 0
+    assert list(history.newest(book.repo)) == found[::-1]
+    assert list(history.newest(book.repo, nas)) == [found[5], found[4]]
     assert found[5].why == "a test failed"
+
+
+async def test_a_freeze_outlives_what_is_done_and_leaves_nothing_when_it_is_taken_back(book: Ledger) -> None:
+    frozen, dns = Frozen(by="alice", why="an audit"), Target("terraform", "dns")
+    await book.write(dns, steps.freeze(frozen), "terraform/dns: frozen")
+    await book.write(dns, steps.freeze(None), "terraform/dns: unfrozen")
+    assert dns not in book.read().entries
+    await book.write(WEB1, steps.freeze(frozen), "web1: frozen")
+    await book.write(WEB1, steps.intend(intent("run-1")), "begun")
+    await book.write(WEB1, steps.good(deployed("/nix/store/new"), "run-1"), "good")
+    assert book.read().get(WEB1).frozen == frozen
+    await book.write(WEB1, steps.intend(intent("run-2")), "begun")
+    await book.write(WEB1, steps.revert(deployed("/nix/store/new"), note("run-2"), "run-2"), "reverted")
+    assert book.read().get(WEB1).frozen == frozen
+    await book.write(WEB1, steps.freeze(None), "web1: unfrozen")
+    told = [(each.target, each.what, each.author) for each in history.events(book.repo) if each.what.endswith("frozen")]
+    assert told == [
+        (dns, What.FROZEN, "alice"),
+        (dns, What.UNFROZEN, ""),
+        (WEB1, What.FROZEN, "alice"),
+        (WEB1, What.UNFROZEN, ""),
+    ]

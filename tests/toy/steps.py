@@ -1,6 +1,6 @@
 """The steps of the tests' fourth kind. A file that holds `bad` fails its rehearsal, one with `late` its roll-out.
 
-One with `ask` waits for an approval, and one with `stuck` cannot be put back."""
+One with `ask` waits for an approval, one with `stuck` cannot be put back, and one that `freezes b` does so."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.toy.kind import DeployedFile, FileBefore, FileOrder
 from toto.base.errors import TotoError
 from toto.infra_repo import git
 from toto.ledger import steps
-from toto.ledger.ledger import Deployed, Ledger
+from toto.ledger.ledger import Deployed, Frozen, Ledger
 from toto.ledger.target import Target
 from toto.plan.verdict import Question, Verdict
 
@@ -42,6 +42,10 @@ async def roll_out(order: FileOrder, verdict: Verdict[int]) -> Literal["deployed
     to.write_text((order.tree / order.path).read_text())
     if "late" in to.read_text():
         raise TotoError("it came too late", target=order.label)
+    _, freezes, other = to.read_text().partition("freezes ")
+    if freezes:
+        frozen = steps.freeze(Frozen(by=order.name, why="so it says"))
+        await Ledger(order.repo).write(Target(order.target.kind, other), frozen, f"{other}: frozen")
     await record_good(order, size=verdict.found, wait_for=[intended])
     return "deployed"
 

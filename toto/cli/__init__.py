@@ -1,6 +1,6 @@
 """The command `toto`, one module a group of verbs; `toto.cli.verbs` lists them.
 
-Exit status 0, 1 when a host does not evaluate, 2 for an error of input or tools, 130 for an interrupt.
+`toto.cli.about` has the exit statuses.
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from toto.base.errors import TotoError
+from toto.cli.failure import tell
 
 
 def main() -> NoReturn:
@@ -22,8 +23,7 @@ def main() -> NoReturn:
         finally:
             sys.stdout.flush()
     except TotoError as error:
-        print(f"toto: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(words, error.message, target=error.target, hint=error.hint))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `toto log | head`: whoever reads has had enough

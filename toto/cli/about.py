@@ -16,12 +16,15 @@ verbs = Verbs()
 STATUSES: Final = {
     "0": "all is well",
     "1": "what was asked for failed: a host does not evaluate, a run failed or was cancelled",
-    "2": "it could not be tried, or how it ended is not known: wrong words, bad input, a tool or a server that fails",
+    "2": "it could not be tried, or how it ended is not known: wrong words, bad input, a tool or a server that fails; "
+    "and of `toto plan --exit-code`: something would change",
     "3": "a run is done only in part",
     "130": "interrupted, by Ctrl-C",
     "141": "whoever read the output had enough, as in `toto log | head -1`",
 }
 ENVIRONMENT: Final = {
+    "TOTO_URL": "the address of the UI of a toto on a different machine, with its user and password, like "
+    "`https://USER:PASSWORD@toto.example.org`; or the password is in `~/.netrc`",
     "TOTO_STATE": "the folder of toto's state; default: `~/.local/state/toto`",
     "NO_COLOR": "when it is set, nothing is coloured",
     "COLUMNS": "the width for which output is laid out, where it is not the terminal's",
@@ -30,6 +33,11 @@ INTRODUCTION: Final = """\
 `toto` is run on toto's own machine, as the user of toto's server. It finds the infra repo that is meant: the one that
 `--repo` names, that of the current folder, or the only one there is. Users of the git host have some of the verbs over
 ssh, as in `ssh toto wait RUN`."""
+JSON: Final = """\
+With `--json` a verb prints one document on standard output: `{"toto": 1, "kind": KIND, "items": [ITEM, …]}`. The number
+grows when an item is no longer what its readers know; fields that are added do not count. When it fails, the kind is
+`error`, and its one item has `message`, `target` and `hint` (each a text, or null) and `status`, the exit status. What
+toto tells of on its way is on standard error."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ def as_markdown() -> str:
             for name, text in [pair for pairs in each.parameters.values() for pair in pairs]:
                 lines.append(f"- `{name}`" + (f": {_markdown(text)}" if text else ""))
             lines += [""] if each.parameters else []
+    lines += ["## JSON", "", JSON, ""]
     for title, table in (("Exit status", STATUSES), ("Environment", ENVIRONMENT)):
         lines += [f"## {title}", "", "| | |", "| --- | --- |"]
         lines += [f"| `{name}` | {text} |" for name, text in table.items()]
@@ -100,6 +109,7 @@ def as_man_page() -> str:
             lines += [line for paragraph in each.text for line in (".PP", _roff(paragraph))]
             for name, text in [pair for pairs in each.parameters.values() for pair in pairs]:
                 lines += [".TP", f".B {_roff(name)}", _roff(text) or r"\&"]
+    lines += [".SH JSON", _roff(JSON)]
     for title, table in (("EXIT STATUS", STATUSES), ("ENVIRONMENT", ENVIRONMENT)):
         lines.append(f".SH {title}")
         for name, text in table.items():

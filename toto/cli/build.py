@@ -6,7 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from toto.cli.common import By, Repos, say
+from toto.cli.common import By, Repos
+from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.fleet import on_request
 from toto.git_host import follow

@@ -1,31 +1,21 @@
-"""What the verbs share: options, the repository that is meant, and how they print."""
+"""What the verbs share: options and the repository that is meant."""
 
 import contextlib
 import difflib
-import shutil
-import sys
-import textwrap
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from typer import Option
 
 from toto.base import paths
 from toto.base.errors import InputError
+from toto.base.prefect_api import Api
 from toto.git_host import access
 from toto.git_host import host as git_host
+from toto.git_host.shared import name_of
 from toto.infra_repo import git
 
-_NARROWEST: Final = 40  # columns of a terminal for which lines are folded
 _MOST: Final = 5  # repositories that an error names
-_LAST: Final = 253_402_300_799.0  # of the year 9999
-_AS_IT_IS: Final[dict[str, Any]] = {
-    "replace_whitespace": False,
-    "drop_whitespace": True,
-    "break_long_words": False,
-    "break_on_hyphens": False,
-}
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -36,8 +26,8 @@ Repo = Annotated[
     Path | None,
     Option(
         "--repo",
-        metavar="PATH",
-        help="the infra repo on toto (default: this directory, or else toto's only one)",
+        metavar="REPO",
+        help="the infra repo, by its name or its path (default: this directory's, or else toto's only one)",
         show_default=False,
     ),
 ]
@@ -66,19 +56,35 @@ Home = Annotated[
 By = Annotated[str | None, Option("--by", metavar="USER", help="the user of the git host for whom this is")]
 
 
-def infra(chosen: Path | None) -> Path:
-    """The infra repo that is meant: the one named, that of this directory, or the only one on toto."""
+def infra_or_none(chosen: Path | None, repos: Path | None = None) -> Path | None:
+    """The infra repo that is named, or that of this directory; None when there is neither."""
     if chosen is not None:
-        return git.bare(chosen)
+        by_path = "/" in str(chosen) or chosen.exists()
+        return git.bare(chosen) if by_path else on_toto(repos or git_host.default_repos(), str(chosen))
     with contextlib.suppress(InputError):
         return git.bare(Path())
-    there = git_host.infra_repos(git_host.default_repos())
+    return None
+
+
+def infra(chosen: Path | None, repos: Path | None = None) -> Path:
+    """The infra repo that is meant: the one named, that of this directory, or the only one on toto."""
+    if (found := infra_or_none(chosen, repos)) is not None:
+        return found
+    there = git_host.infra_repos(repos or git_host.default_repos())
     if len(there) == 1:
         return git.bare(there[0])
     raise InputError(
         "this directory is no infra repo",
-        hint="say which: --repo " + (f"with one of {', '.join(map(str, there[:_MOST]))}" if there else "PATH"),
+        hint="say which: --repo " + (f"with one of {', '.join(map(name_of, there[:_MOST]))}" if there else "PATH"),
     )
+
+
+async def api_near(repo: Path | None, repos: Path) -> Api:
+    """The API of the toto that has a repo, or that has the repositories in a folder."""
+    for each in [repo] if repo else git_host.infra_repos(repos):
+        with contextlib.suppress(InputError):
+            return await git_host.api_of(each)
+    return Api(git_host.Served().api_url)
 
 
 def on_toto(repos: Path, name: str) -> Path:
@@ -92,23 +98,3 @@ def on_toto(repos: Path, name: str) -> Path:
             hint=f"did you mean {close[0]}?" if close else f"`toto repo create {name}` makes it",
         )
     return git.bare(path)
-
-
-def show(text: str) -> None:
-    """Print text, its lines folded where a terminal is narrower."""
-    width = shutil.get_terminal_size((0, 0)).columns
-    for line in text.splitlines():
-        fits = len(line) <= width or width < _NARROWEST
-        print(line if fits else textwrap.fill(line, width, subsequent_indent="    ", **_AS_IT_IS))
-
-
-def say(text: str) -> None:
-    """Tell of what is being done, on standard error."""
-    print(f"toto: {text}", file=sys.stderr, flush=True)
-
-
-def moment(at: float) -> str:
-    """A time for people, in seconds since 1970."""
-    if at > _LAST:
-        return "the end of time"
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

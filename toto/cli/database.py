@@ -6,7 +6,8 @@ from typing import Annotated
 from typer import Option
 
 from toto.base.errors import InputError
-from toto.cli.common import Home, say
+from toto.cli.common import Home
+from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.plan.changes import table
 from toto.server import database_move, serve

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import getpass
-import json
 import re
 import sys
 from typing import Annotated, Final
@@ -11,7 +10,9 @@ from typing import Annotated, Final
 from typer import Argument, Option
 
 from toto.base.errors import InputError
-from toto.cli.common import Repo, infra, moment, say, show
+from toto.base.moment import moment
+from toto.cli.common import Repo, infra
+from toto.cli.output import AsJson, emit, say
 from toto.cli.verbs import Verbs
 from toto.git_host import host as git_host
 from toto.jobs import queue
@@ -28,7 +29,6 @@ _LINE: Final = 1 << 16  # bytes of a line that are looked at at once
 
 Job = Annotated[str, Argument(metavar="JOB", help="its name, such as backup for jobs/backup.run")]
 Label = Annotated[str, Argument(metavar="JOB[:NUMBER]", help="a run, such as backup:7; the newest when left out")]
-AsJson = Annotated[bool, Option("--json", help="print JSON: a list of objects")]
 
 
 @job.verb("list")
@@ -48,12 +48,9 @@ async def list_(
         rows = [_row(each, each.label, each.reason) for each in history.runs(name)]
     else:
         raise InputError(f"there is no job {name[:60]!a}", hint=f"known are {', '.join(there) or 'none'}")
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    elif rows:
-        show(table(rows, ("job", "state", "when", "seconds", "about")))
-    else:
-        print("it has not run yet" if name else "no jobs are registered: deploy a commit that has `jobs/`")
+    none = "it has not run yet" if name else "no jobs are registered: deploy a commit that has `jobs/`"
+    text = table(rows, ("job", "state", "when", "seconds", "about")) if rows else none
+    emit("jobs" if name is None else "job runs", rows, text, as_json=as_json)
     return 0
 
 

@@ -11,7 +11,9 @@ from typer import Argument, Option
 from flying_monkey.signature import fingerprint
 from toto.api import certificate
 from toto.base.errors import InputError
-from toto.cli.common import Repos, moment, on_toto, show
+from toto.base.moment import moment
+from toto.cli.common import Repos, on_toto
+from toto.cli.output import AsJson, emit, show
 from toto.cli.verbs import Verbs
 from toto.git_host import access, shared
 from toto.git_host import host as git_host
@@ -23,13 +25,14 @@ machine = verbs.group("machine")
 
 
 @machine.verb("list")
-def listing() -> int:
+def listing(as_json: AsJson = False) -> int:
     """Show every machine that was deployed, and its repository."""
     rows = [
         {"machine": name, "repository": shared.name_of(each.repo), "address": each.address, "since": each.at}
         for name, each in sorted(owners.read().machines.items())
     ]
-    show(table(rows, ("machine", "repository", "address", "since")) if rows else "no machine was deployed yet")
+    text = table(rows, ("machine", "repository", "address", "since")) if rows else "no machine was deployed yet"
+    emit("machines", rows, text, as_json=as_json)
     return 0
 
 

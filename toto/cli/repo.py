@@ -9,7 +9,8 @@ from typer import Argument, Option
 
 from toto.base import paths, server_rules
 from toto.base.errors import InputError
-from toto.cli.common import Repos, on_toto, say
+from toto.cli.common import Repos, on_toto
+from toto.cli.output import AsJson, emit, say
 from toto.cli.verbs import Verbs
 from toto.git_host import access, receive, shared, shell
 from toto.git_host import host as git_host
@@ -76,9 +77,10 @@ async def change(
     max_file_size: MaxFileSize = None,
     allowed_signers: AllowedSigners = None,
     gpg_home: GpgHome = None,
+    as_json: AsJson = False,
 ) -> int:
     """Change what a repository accepts, and show all of it."""
-    said = {
+    asked = {
         "branch": branch,
         "signed": signed,
         "allow_force": allow_force,
@@ -86,7 +88,7 @@ async def change(
         "allowed_signers": allowed_signers,
         "gpg_home": gpg_home,
     }
-    changes: dict[str, Any] = {field: value for field, value in said.items() if value is not None}
+    changes: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
     path = on_toto(repos, name)
     for file in ("allowed_signers", "gpg_home"):
         if file in changes:
@@ -97,13 +99,10 @@ async def change(
         except ValueError as error:
             raise InputError(str(error), target="--max-file-size") from None
     policy = await git_host.set_policy(path, **changes)
-    print(path)
-    print(
-        table(
-            [{"policy": field.replace("_", "-"), "value": str(getattr(policy, field))} for field in git_host.POLICY],
-            ("policy", "value"),
-        )
-    )
+    said = {field: getattr(policy, field) for field in git_host.POLICY}
+    rows = [{"policy": field.replace("_", "-"), "value": str(value)} for field, value in said.items()]
+    text = f"{path}\n{table(rows, ('policy', 'value'))}"
+    emit("repositories", [{"path": str(path), **said}], text, as_json=as_json)
     return 0
 
 

@@ -9,7 +9,8 @@ from typer import Argument, Option
 from toto.base import paths
 from toto.base.errors import InputError
 from toto.base.prefect_api import saved_auth
-from toto.cli.common import Home, Repos, say
+from toto.cli.common import Home, Repos
+from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.server import backup as saving
 from toto.server import environment

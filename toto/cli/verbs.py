@@ -16,7 +16,6 @@ import difflib
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Coroutine
 from importlib import import_module
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
@@ -28,11 +27,19 @@ from typer.exceptions import Exit, TyperException
 from typer.main import get_group
 
 from toto import __version__
+from toto.cli.failure import tell
 
 SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "the fleet": {
         "plan": ("toto.cli.plan", "show what a commit would change, and why; touch nothing"),
-        "status": ("toto.cli.fleet", "show what the ledger says about every target"),
+        "diff": (
+            "toto.cli.plan",
+            "show what a commit would change in one target, from its last good on; touch nothing",
+        ),
+        "status": (
+            "toto.cli.fleet",
+            "show every target, one a line: what it runs, its last run, and what a person should know of it",
+        ),
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
     "runs": {
@@ -238,5 +245,4 @@ def run(words: list[str]) -> int:
     except TyperException as error:
         where = getattr(error, "ctx", None)
         message = error.format_message().rstrip(".")
-        print(f"{where.command_path if where else 'toto'}: {message[:1].lower()}{message[1:]}", file=sys.stderr)
-        return 2
+        return tell(words, f"{message[:1].lower()}{message[1:]}", by=where.command_path if where else "toto")

@@ -1,6 +1,7 @@
 """The page of the fleet, as a web application for Prefect's server: behind the same password, and read-only.
 
     GET /                        every target, and the newest runs
+    GET /log                     the newest of what happened, as JSON: repo, target, since, author, most
     GET /REPO/builds             what was built: commits by hosts
     GET /REPO/KIND/NAME          one target: its history, closure, tests and console
     GET /events                  server-sent events: an empty one for each change
@@ -33,16 +34,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from toto.base.errors import TotoError
 from toto.fleet import artifacts
 from toto.fleet.state import Fleet, Line
+from toto.fleet.words import ago, clean, lasted, size
+from toto.ledger import history
 from toto.ledger.target import HOST, Target
 from toto.nix import commands as nix
 
 PLACE: Final = "/fleet"
+_EVENTS: Final = 1000  # that one request may ask for
 _LISTENERS: Final = 64  # pages that follow the fleet at once
 _LOOK: Final = 2.0  # seconds between two looks for them
 _QUIET: Final = 20.0  # seconds after which a word is sent that says nothing: proxies close what is silent
 _PHASES: Final = ("no-internet", "with-internet", "smoke", "post-switch")
 _FENCE: Final = re.compile(r"\A(`{3,})\w*\n(.*)\n\1\Z", re.DOTALL)
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _POLICY: Final = "; ".join(
     [
         "default-src 'none'",
@@ -65,6 +68,7 @@ def create_page(fleet: Fleet, *, auth: str | None, grafana: str = "") -> Starlet
         routes=[
             Route("/", page.fleet),
             Route("/events", page.events),
+            Route("/log", page.log),
             Mount("/-/static", StaticFiles(packages=[("toto.fleet", "static")])),
             Route("/{repo}/builds", page.builds),
             Route("/{repo}/{kind}/{name}", page.target),
@@ -147,9 +151,27 @@ class _Page:
             self.state.events(repo, target), self._shown(words["repo"], target), self._closure(line)
         )
         if _wants_json(request):
-            history = [{**vars(each), "at": each.at.isoformat(), "target": str(each.target)} for each in events]
-            return JSONResponse(line.json() | {"history": history, "closure_bytes": closure, **shown})
+            happened = [each.json() for each in events]
+            return JSONResponse(line.json() | {"history": happened, "closure_bytes": closure, **shown})
         return await self._html("target.html", request, line=line, events=events, closure=closure, **shown)
+
+    async def log(self, request: Request) -> Response:
+        """What happened to the targets of a repo, newest first."""
+        asked = request.query_params
+        names = self.state.names
+        repos = [name for name in names if asked.get("repo", "") in ("", name)]
+        if len(repos) != 1 or (repo := self.state.repo(repos[0])) is None:
+            return JSONResponse({"detail": f"say which repository, such as repo={names[0] if names else 'infra'}"}, 400)
+        most = asked.get("most", "")
+        found = await asyncio.to_thread(
+            history.chosen,
+            repo,
+            Target.of(asked["target"]) if asked.get("target") else None,
+            since=asked.get("since", ""),
+            author=asked.get("author", ""),
+            most=min(int(most), _EVENTS) if most.isdecimal() else _EVENTS,
+        )
+        return JSONResponse(found)
 
     async def builds(self, request: Request) -> Response:
         """The newest commits that were built, and all their hosts."""
@@ -234,42 +256,3 @@ def _unfenced(data: Any) -> str:
     text = data if isinstance(data, str) else ""
     found = _FENCE.match(text)
     return found[2] if found else text
-
-
-def clean(text: str) -> str:
-    """Text without control characters."""
-    return _CONTROL.sub("�", text)
-
-
-def ago(at: str | float | datetime, now: datetime) -> str:
-    """How long ago a moment (UTC) was, in words."""
-    if not at:
-        return ""
-    try:
-        then = at if isinstance(at, datetime) else _moment(at)
-    except (ValueError, OSError, OverflowError):
-        return str(at)
-    seconds = max(0, (now - then).total_seconds())
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length or (seconds >= length and unit == "min"):
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
-
-
-def _moment(at: str | float) -> datetime:
-    if isinstance(at, float):
-        return datetime.fromtimestamp(at, UTC)
-    then = datetime.fromisoformat(at.replace("Z", "+00:00"))
-    return then if then.tzinfo else then.replace(tzinfo=UTC)
-
-
-def size(count: int) -> str:
-    """A number of bytes, for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def lasted(seconds: float | None) -> str:
-    """How long something took, for people."""
-    if seconds is None:
-        return ""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

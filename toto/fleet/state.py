@@ -7,14 +7,15 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from gitdb.exc import BadName
 
-from toto.base.errors import TotoError
+from toto.base.errors import InputError, TotoError
+from toto.base.moment import moment
 from toto.base.prefect_api import Api
 from toto.fleet import builds
 from toto.fleet import results as results_of
@@ -23,10 +24,12 @@ from toto.fleet.results import AS_WANTED, OTHERS, Result
 from toto.git_host.host import infra_repos
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
+from toto.infra_repo.deployed import manifest_of
+from toto.infra_repo.manifest import FILE
 from toto.ledger import history
-from toto.ledger.ledger import Entry, Ledger, Snapshot, owner_lives
+from toto.ledger.ledger import Entry, Frozen, Ledger, Snapshot, owner_lives
 from toto.ledger.target import HOST, Target
-from toto.machine import condition, owners
+from toto.machine import condition, owners, signing_key
 from toto.machine.condition import Condition
 
 RUNS: Final = 50  # of the timeline
@@ -52,7 +55,8 @@ class Commit:
 class Line:
     """One target. `state` is by the ledger, `since` when (UTC); `commit` is what it runs, `desired` what it is to run.
 
-    `condition` is how a machine was when it was `heard` of last, in seconds since 1970; 0 for never.
+    `condition` is how a machine was when it was `heard` of last, in seconds since 1970; 0 for never. `vouched` is until
+    when it obeys toto only by a certificate, in the same form. `frozen` says by whom, or that the manifest says so.
     """
 
     repo: str
@@ -67,6 +71,8 @@ class Line:
     last: Result
     condition: Condition | None = None
     heard: float = 0
+    vouched: float = 0
+    frozen: Frozen | None = None
 
     @property
     def label(self) -> str:
@@ -74,20 +80,25 @@ class Line:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of a machine besides: how it differs, and whether it waits for a reboot."""
-        if self.condition is None:
-            return []
-        drifted = [f"drifted: {each}" for each in self.condition.drift]
-        return [*drifted, *(["reboot needed"] if self.condition.reboot_needed else [])]
+        """What a person should know of a target besides: who has frozen it; of a machine, how it differs, and whether
+        it waits for a reboot."""
+        notes = [str(self.frozen)] if self.frozen else []
+        if self.condition is not None:
+            notes += [f"drifted: {each}" for each in self.condition.drift]
+            notes += ["reboot needed"] if self.condition.reboot_needed else []
+        if self.vouched:
+            until = moment(self.vouched)
+            notes.append(f"obeys toto by a certificate, until {until}: list the key of `toto machine signer`")
+        return notes
 
     def json(self) -> dict[str, Any]:
         """As the page's JSON has it."""
-        heard = datetime.fromtimestamp(self.heard, UTC).isoformat(timespec="seconds") if self.heard else None
         return {
             "repo": self.repo,
             "target": str(self.target),
             "state": self.state,
             "why": self.why,
+            "mood": self.mood,
             "since": self.since,
             "commit": None if self.commit is None else vars(self.commit),
             "desired": None if self.desired is None else vars(self.desired),
@@ -95,7 +106,10 @@ class Line:
             "last": vars(self.last),
             "drift": list(self.condition.drift) if self.condition else [],
             "reboot_needed": bool(self.condition and self.condition.reboot_needed),
-            "heard": heard,
+            "heard": moment(self.heard) if self.heard else None,
+            "vouched_until": moment(self.vouched) if self.vouched else None,
+            "notes": self.notes,
+            "frozen": self.frozen and self.frozen.model_dump(),
         }
 
 
@@ -139,10 +153,10 @@ class State:
 
 
 class Fleet:
-    """The fleet of the infra repos in a folder; `api` is Prefect's, which has the runs."""
+    """The fleet of the infra repos in a folder, or of the `only` one. `api` is Prefect's, which has the runs."""
 
-    def __init__(self, repos: Path, api: Api) -> None:
-        self.repos, self.api = repos, api
+    def __init__(self, repos: Path, api: Api, only: Path | None = None) -> None:
+        self.repos, self.api, self.only = repos, api, only
         self._commits: dict[Path, dict[str, Commit]] = {}
         self._reading = asyncio.Lock()
         self._state = State((), (), ())
@@ -155,6 +169,11 @@ class Fleet:
                 self._state = await self._gathered()
                 self._read_at = time.monotonic()
         return self._state
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the infra repos."""
+        return [name_of(each) for each in infra_repos(self.repos)]
 
     def repo(self, name: str) -> Path | None:
         """The infra repo of this name."""
@@ -177,10 +196,10 @@ class Fleet:
         return Built.of(await self.api.call("POST", "/artifacts/filter", wanted))
 
     async def _gathered(self) -> State:
-        repos = infra_repos(self.repos)
+        repos = [self.only] if self.only else infra_repos(self.repos)
         errors: list[str] = []
         try:
-            runs, results = await asyncio.gather(self._runs(), self._results([name_of(each) for each in repos]))
+            runs, results = await asyncio.gather(self.runs(), self._results([name_of(each) for each in repos]))
         except TotoError as error:
             runs, results = [], {}
             errors.append(f"the runs cannot be read: {error}")
@@ -204,15 +223,19 @@ class Fleet:
 
     def _lines_of(self, repo: Path, last: Mapping[str, Result], owned: owners.Owners) -> Iterator[Line]:
         entries, machines = dict(self._read(repo).entries), condition.known(repo)
-        commits = self._commits.get(repo, {})
+        commits, frozen = self._commits.get(repo, {}), _frozen(repo)
         for target in map(Target.of, last.keys() - {OTHERS}):  # such as one whose first rehearsal failed
             if last[target.label].result not in ("retired", AS_WANTED):
                 entries.setdefault(target, Entry())
         for target, entry in entries.items():
             made = _line(name_of(repo), commits, target, entry, last)
+            if target.kind == HOST:
+                made = replace(made, frozen=made.frozen or frozen.get(target.name))
             if target.kind == HOST and target.name in machines:
                 known = condition.read(repo, target.name, owned)
                 made = replace(made, condition=known, heard=condition.heard(repo, target.name, known))
+                with suppress(InputError):  # (a certificate that cannot be read)
+                    made = replace(made, vouched=signing_key.vouched_until(repo, target.name) or 0)
             yield replace(made, mood="warn") if made.notes and made.mood == "good" else made
 
     def _read(self, repo: Path) -> Snapshot:
@@ -225,9 +248,10 @@ class Fleet:
                 self._commits[repo] = {each: known.get(each) or _commit(opened, each) for each in named}
         return ledger
 
-    async def _runs(self) -> list[Ran]:
+    async def runs(self, most: int = RUNS) -> list[Ran]:
+        """The newest runs, of all repos. Raises `ServerError`."""
         own = {"parent_task_run_id": {"is_null_": True}, "state": {"type": {"not_any_": ["SCHEDULED"]}}}
-        wanted = {"flow_runs": own, "sort": "EXPECTED_START_TIME_DESC", "limit": RUNS}
+        wanted = {"flow_runs": own, "sort": "EXPECTED_START_TIME_DESC", "limit": most}
         return [_ran(each) for each in await self.api.call("POST", "/flow_runs/filter", wanted)]
 
     async def _results(self, repos: Sequence[str]) -> dict[str, list[Any]]:
@@ -257,7 +281,21 @@ def _line(repo: str, commits: Mapping[str, Commit], target: Target, entry: Entry
         desired=commits.get(entry.intent.desired.commit) if entry.intent else None,
         system=str(getattr(runs, "path", "") or ""),
         last=result,
+        frozen=entry.frozen,
     )
+
+
+def _frozen(repo: Path) -> dict[str, Frozen]:
+    """The machines that the deployed manifest freezes."""
+    try:
+        machines = manifest_of(repo).machines
+    except TotoError:  # (a plan tells of it)
+        return {}
+    return {
+        name: Frozen(by=FILE, why=each.freeze if isinstance(each.freeze, str) else "freeze: true")
+        for name, each in machines.items()
+        if each.freeze
+    }
 
 
 def described(entry: Entry) -> tuple[str, str, str, Mood]:

@@ -117,6 +117,17 @@ class Accepted(_Record):
     at: str
 
 
+class Frozen(_Record):
+    """Who says that a target is not to be rolled out, why, and since when (UTC)."""
+
+    by: str
+    why: str
+    at: str = ""
+
+    def __str__(self) -> str:
+        return f"frozen by {self.by}: {self.why}"
+
+
 class Entry(_Record):
     """Everything that the ledger says about one target.
 
@@ -134,6 +145,8 @@ class Entry(_Record):
     rehearsed: SerializeAsAny[Deployed] | None = None
     accepted: Accepted | None = None
     """how `good` came to be, when that was not by a roll-out"""
+    frozen: Frozen | None = None
+    """it is rehearsed, and not rolled out until that is taken back"""
 
     def touched_by(self, run: str) -> bool:
         """Whether a run is changing the target, or has made it what it is."""

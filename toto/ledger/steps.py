@@ -7,6 +7,7 @@ from toto.ledger.ledger import (
     Change,
     Deployed,
     Entry,
+    Frozen,
     Intent,
     LostTarget,
     Note,
@@ -66,7 +67,8 @@ def good(deployed: Deployed, run: str) -> Change:
     """Close the intent: the target passed all its tests, so this is its new last good. Raises `LostTarget`."""
 
     def change(entry: Entry) -> Entry:
-        return Entry(good=deployed, previous=entry.good, before=require_intent(entry, run).before)
+        before = require_intent(entry, run).before
+        return Entry(good=deployed, previous=entry.good, before=before, frozen=entry.frozen)
 
     return change
 
@@ -93,7 +95,7 @@ def accepted(deployed: Deployed | None, by: Accepted, seen: Entry) -> Change:
             raise LostTarget(
                 "a different run has worked on it meanwhile", hint="see git log " + REF + ", and ask again"
             )
-        return Entry(good=deployed, rehearsed=entry.rehearsed, accepted=by)
+        return Entry(good=deployed, rehearsed=entry.rehearsed, accepted=by, frozen=entry.frozen)
 
     return change
 
@@ -103,7 +105,7 @@ def revert(to: Deployed | None, note: Note, run: str) -> Change:
 
     def change(entry: Entry) -> Entry:
         require_intent(entry, run)
-        return Entry(good=to, reverted=note)
+        return Entry(good=to, reverted=note, frozen=entry.frozen)
 
     return change
 
@@ -116,3 +118,13 @@ def not_reached(note: Note) -> Change:
 def rehearsed_only(deployed: Deployed) -> Change:
     """Record that a target that toto does not deploy passed its rehearsal."""
     return lambda entry: entry.model_copy(update={"rehearsed": deployed})
+
+
+def freeze(frozen: Frozen | None) -> Change:
+    """Note that the target is not to be rolled out, and who says so; None takes that back."""
+
+    def change(entry: Entry) -> Entry | None:
+        changed = entry.model_copy(update={"frozen": frozen})
+        return None if changed == Entry() else changed
+
+    return change

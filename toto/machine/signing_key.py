@@ -87,8 +87,10 @@ def vouched_until(repo: Path, machine: str) -> float | None:
     None for one that lists that key, that has not said what it lists, or for which there is no certificate.
     """
     key = _folder() / "key"
+    if not certificate(key).exists():
+        return None
     known = condition.read(repo, machine)
-    if known is None or known.signers is None or not certificate(key).exists() or _lists(repo, machine, key):
+    if known is None or known.signers is None or _lists(repo, machine, key):
         return None
     return valid_until(certificate(key))
 

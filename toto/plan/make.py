@@ -17,7 +17,7 @@ from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.infra_repo.tree import read_tree
 from toto.jobs import folder as jobs
-from toto.ledger.ledger import Ledger, Snapshot
+from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
 from toto.nix import builders, daemon
@@ -101,7 +101,7 @@ async def make(
     positions = {each.target: number for number, each in enumerate(found)}
     stops = {each.target: each.stops for each in found}
     orders = tuple(
-        _placed(ordered.made[each.target], positions[each.target], stops=stops[each.target])
+        _placed(ordered.made[each.target], positions[each.target], ledger.get(each.target), stops=stops[each.target])
         for each in compared.changes
         if each.target in ordered.made
     )
@@ -276,9 +276,9 @@ async def _each(
     )
 
 
-def _placed(order: Order, position: int, *, stops: bool) -> Order:
+def _placed(order: Order, position: int, entry: Entry, *, stops: bool) -> Order:
     """The order with what the plan adds: its position, whether its failure counts, and why it is held back."""
-    change: Change = order.change.model_copy(update={"held": order.held_now})
+    change: Change = order.change.model_copy(update={"held": order.held(entry)})
     return order.model_copy(update={"position": position, "stops": stops, "change": change})
 
 

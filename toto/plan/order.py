@@ -10,6 +10,7 @@ from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.jobs.folder import Jobs
+from toto.ledger.ledger import Entry
 from toto.ledger.target import Target
 from toto.plan.changes import Action, Change, ChangeSet, Desired
 from toto.plan.window import Rules, held_now
@@ -76,12 +77,14 @@ class Order(BaseModel):
         """The freeze and the window of this target; None when it has none of its own."""
         return None
 
-    @property
-    def held_now(self) -> str:
-        """Why the target must not be rolled out now; "" when it may be, when the run overrides that, or never does."""
+    def held(self, entry: Entry) -> str:
+        """Why the target must not be rolled out now; "" when it may be, when the run overrides that, or never does.
+
+        `entry` is what the ledger says of it: it may have been frozen there.
+        """
         if self.override or self.change.action not in (Action.DEPLOY, Action.VERIFY):
             return ""
-        return held_now(self.label, self.rules, self.settings.roll_out)
+        return str(entry.frozen or "") or held_now(self.label, self.rules, self.settings.roll_out)
 
 
 class Plan(BaseModel):
