@@ -11,7 +11,7 @@ from flows.stages import detect, notify, rehearse, roll_out, the_roll_out
 from tasks import names
 from tasks.approve import approve
 from tasks.limits import one_roll_out, room_for_run
-from tasks.run import Request, Run, carry_out, conclude, names_nothing
+from tasks.run import Request, Run, carry_out, conclude, names_nothing, start_jobs
 from tasks.settle import left_over, settle_soon
 from toto.infra_repo import git
 from toto.report.venues import Origin
@@ -97,4 +97,4 @@ async def _stages(run: Run) -> Run:
                 run = await revert(run)
             if not run.report.failed_roll_out:
                 await conclude(run)
-    return await notify(run)
+    return await start_jobs(await notify(run))

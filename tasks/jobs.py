@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from toto.fleet import artifacts
 from toto.infra_repo import git
 from toto.infra_repo import settings as settings_of
 from toto.jobs import folder, log, queue, registered
+from toto.jobs.conf import Event
 from toto.jobs.folder import Context, Job, Jobs
 from toto.jobs.history import History, Run, State
 from toto.jobs.registered import Registered
@@ -250,6 +251,31 @@ def state_of(ended: Run) -> FlowState[None]:
         return Completed(message=f"{ended.label} succeeded in {ended.seconds:.0f} s")
     name = "Aborted" if ended.state is State.ABORTED else "Failed"
     return Failed(name=name, message=f"{ended.label} {ended.state}: {ended.why}")
+
+
+async def follow_roll_out(repo: Path, commit: str, ended: Mapping[Event, Collection[str]]) -> None:
+    """Begin the jobs that follow a deployment: those of the commit that is deployed now.
+
+    `ended` says to which targets what has happened, by their labels. An error is told, and changes nothing.
+    """
+    happened = [event for event, labels in ended.items() if labels]
+    parameters = {f"TOTO_{event.upper()}": " ".join(sorted(labels)) for event, labels in ended.items()}
+    try:
+        names = {name for event in happened for name in await queue.deployed(call, repo, f"{registered.ON}{event}")}
+        if not names:
+            return
+        async with queue.jobs_of(call, repo) as jobs:
+            for name in sorted(names & jobs.jobs.keys()):
+                for each in await queue.queue(
+                    call,
+                    repo,
+                    jobs.job(name),
+                    {**parameters, "TOTO_COMMIT": commit},
+                    reason=f"{', '.join(each for each in happened if each in jobs.job(name).conf.on)}: {commit[:8]}",
+                ):
+                    get_run_logger().info("%s is queued", each.label)
+    except TotoError as error:
+        get_run_logger().warning("the jobs that follow a deployment could not be queued: %s", error)
 
 
 async def register(repo: Path, commit: str, jobs: Jobs) -> Registered:

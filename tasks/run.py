@@ -13,6 +13,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from tasks import cancelled_by_sigterm
 from tasks.detect import clean_up
+from tasks.jobs import follow_roll_out
 from tasks.jobs import register as register_jobs
 from tasks.notify import notify
 from tasks.record import retire
@@ -321,6 +322,20 @@ async def _register_jobs(run: Run) -> None:
         run.report.notes.append("its jobs could not be registered: the next run tries again")
         if run.request.origin != "schedule":
             await run_later(run.repo, "registering the jobs", None)
+
+
+async def start_jobs(run: Run) -> Run:
+    """Begin the jobs that follow what the run did."""
+    if run.request.deploys:
+        report = run.report
+        reverted = {each.target for each in report.reverted}
+        deployed = {label for label, end in report.outcome.items() if end == "deployed"}
+        await follow_roll_out(
+            run.repo,
+            run.request.commit,
+            {"deployed": deployed - reverted, "failed": report.failed_targets, "reverted": reverted},
+        )
+    return run
 
 
 async def carry_out(request: Request, stages: Callable[[Run], Awaitable[Run]]) -> State[None]:

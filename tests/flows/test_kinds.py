@@ -23,12 +23,15 @@ from tests.repos import InfraRepo, git
 from tests.toy import steps as toy
 from tests.toy.kind import DeployedFile, FileKind
 from toto.base import paths
+from toto.jobs import queue
+from toto.jobs.history import History
 from toto.ledger.history import What, events
 from toto.ledger.ledger import Entry, Frozen, Ledger
 from toto.ledger.steps import freeze
 from toto.ledger.target import Target
 from toto.plan import kinds, make
 from toto.plan.verdict import Verdict
+from toto.server import deployments
 
 
 class Files:
@@ -151,6 +154,39 @@ async def test_a_fourth_kind_is_reverted_in_reverse_order_with_its_own_record(fi
     good = DeployedFile.of(files.entry("a").good)
     assert good is not None and good.size == 3 and files.entry("a").intent is None
     assert files.entry("z").good is None and files.entry("z").reverted is not None
+
+
+async def test_jobs_follow_what_a_roll_out_did(files: Files, prefect_server: PrefectServer) -> None:
+    await deployments.ensure_pool(prefect_server.api, deployments.POOL)
+    history = History(files.repo.bare)
+    try:
+        good = files.repo.commit(
+            {
+                "jobs/up.run": "#!/bin/sh\n",
+                "jobs/up.conf": "ON=deployed\n",
+                "jobs/down.run": "#!/bin/sh\n",
+                "jobs/down.conf": "ON=failed, reverted\n",
+                "files/a": "one",
+                "files/m": "one",
+            }
+        )
+        await files.reconcile()
+        (up,) = history.open()
+        assert (up.label, up.reason) == ("up:1", f"deployed: {good[:8]}")
+        assert up.parameters["TOTO_DEPLOYED"] == "file/a file/m" and up.parameters["TOTO_COMMIT"] == good
+        await files.reconcile()
+        assert len(history.open()) == 1, "nothing was deployed, so nothing follows"
+        files.repo.commit({"files/a": "two", "files/z": "too late", "jobs/down.conf": "ON=failed\n"})
+        await files.reconcile()
+        _, down = history.open()
+        assert down.reason.startswith("failed, reverted: "), "the jobs are those of the commit that is deployed"
+        assert (down.parameters["TOTO_FAILED"], down.parameters["TOTO_REVERTED"]) == ("file/z", "file/a file/z")
+        assert down.parameters["TOTO_DEPLOYED"] == ""
+        await files.reconcile(rehearse_only=True)
+        assert len(history.open()) == 2
+    finally:
+        for each in (await queue.deployed(prefect_server.api.call, files.repo.bare)).values():
+            await prefect_server.api.call("DELETE", f"/deployments/{each['id']}")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -126,6 +126,9 @@ def _check_matrix(matrix: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
 
 Globs = Annotated[tuple[str, ...], BeforeValidator(_globs)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_words), Distinct]
+Event: TypeAlias = Literal["deployed", "failed", "reverted"]
+"""what a roll-out may have done to targets"""
+Events = Annotated[tuple[Event, ...], BeforeValidator(_words), Distinct]
 Seconds = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
 
 
@@ -144,6 +147,8 @@ class JobConf(Model):
     """when it begins by itself, a line each: five fields of cron, and a time zone (UTC when left out)"""
     after: Names = ()
     """jobs; whenever one of them succeeds, this one begins"""
+    on: Events = ()
+    """begins after a run that has `deployed` targets, in which some have `failed`, or were `reverted`"""
     matrix: Annotated[tuple[Parameter, ...], AfterValidator(_check_matrix), _each(Parameter.parse)] = ()
     """parameters, a line each: `NAME=this|that`; each combination of those that are not given is a run of its own"""
     once: bool = False

@@ -93,9 +93,9 @@ async def abort(call: Call, repo: Path, run: Run) -> None:
     await settle(call, repo)
 
 
-async def deployed(call: Call, repo: Path) -> dict[str, Mapping[str, Any]]:
-    """The deployments of a repo's jobs, by the names of these. Raises `ServerError`."""
-    found = await call("POST", "/deployments/filter", registered.filter_of(repo))
+async def deployed(call: Call, repo: Path, *tags: str) -> dict[str, Mapping[str, Any]]:
+    """The deployments of a repo's jobs that have these tags, by the names of the jobs. Raises `ServerError`."""
+    found = await call("POST", "/deployments/filter", registered.filter_of(repo, *tags))
     prefix = registered.name_of(repo, "")
     return {each["name"].removeprefix(prefix): each for each in sorted(found, key=lambda each: str(each["name"]))}
 

@@ -15,6 +15,7 @@ from toto.jobs.folder import Job, Jobs
 FLOW: Final = "job"
 ENTRYPOINT: Final = "flows.jobs.job"
 TAG: Final = "job"
+ON: Final = "on:"  # the tag of a job that begins after a deployment begins with it
 Call: TypeAlias = Callable[[str, str, object], Awaitable[Any]]
 """sends a request (method, path, body) to Prefect's API, and returns the answer"""
 
@@ -65,9 +66,9 @@ async def register(call: Call, repo: Path, commit: str, jobs: Jobs, pool: str = 
     return Registered(tuple(added), tuple(changed), tuple(removed))
 
 
-def filter_of(repo: Path) -> dict[str, Any]:
-    """What finds the deployments of a repo's jobs."""
-    return {"deployments": {"tags": {"all_": [TAG, _tag(repo)]}}}
+def filter_of(repo: Path, *tags: str) -> dict[str, Any]:
+    """What finds the deployments of a repo's jobs that have these tags."""
+    return {"deployments": {"tags": {"all_": [TAG, _tag(repo), *tags]}}}
 
 
 def _tag(repo: Path) -> str:
@@ -79,7 +80,7 @@ def _deployment(repo: Path, commit: str, jobs: Jobs, job: Job) -> dict[str, Any]
         "name": name_of(repo, job.name),
         "entrypoint": ENTRYPOINT,
         "description": job.conf.description,
-        "tags": ["toto", TAG, _tag(repo), *jobs.groups_of(job.name)],
+        "tags": ["toto", TAG, _tag(repo), *(ON + each for each in job.conf.on), *jobs.groups_of(job.name)],
         "parameters": {
             "repo": str(repo.resolve()),
             "job": job.name,
