@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-from bench.row import Row
+from bench.row import Row, Spread
 from tests.ledger.test_ledger import deployed
 from tests.repos import InfraRepo, git
 from toto.base.prefect_api import Api
@@ -27,11 +27,12 @@ class NoRuns(Api):
         return []
 
 
-async def measure(folder: Path) -> AsyncIterator[Row]:
+async def measure(folder: Path) -> AsyncIterator[Row | Spread]:
     """The rows: a page's first reading of the ledger, and each page after that, when one entry has changed."""
     many, few = [await _pages(folder / str(count), count) for count in (MANY, FEW)]
     yield Row(f"the page of {MANY} machines, first", many[:1], f"that of {FEW}", few[:1])
     yield Row("  after a change of the ledger", many[1:], f"that of {FEW}", few[1:])
+    yield Spread(f"the page of {MANY}", many, 0.3)
 
 
 async def _pages(folder: Path, count: int) -> list[float]:
