@@ -8,6 +8,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from flows import host
+from tasks.record import record_unreachable
 from tests.conftest import free_port
 from tests.machine.test_ssh import needs_sshd
 from tests.nix import test_builders
@@ -24,6 +25,7 @@ from toto.nix import builders
 from toto.plan.changes import Action, Change, Why
 from toto.plan.host import DeployedHost, DesiredHost, HostOrder
 from toto.plan.verdict import Verdict
+from toto.rehearsal.results import Rehearsal
 
 PI = Target("host", "pi")
 place, home = test_builders.place, test_builders.home  # fixtures
@@ -50,7 +52,7 @@ async def order(one: test_builders.Builder, place: Path) -> HostOrder:
 async def test_a_builder_is_rolled_out_when_its_builds_have_ended_and_no_sooner(
     place: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(host, "record_unreachable", host.record_unreachable.fn)  # (there is no Prefect here)
+    monkeypatch.setattr(host, "record_unreachable", record_unreachable.fn)  # (there is no Prefect here)
     (more := place / "more").mkdir()
     async with builder(place, "one") as one:
         own, target = place / "one/nix.conf", one.server.target
@@ -64,10 +66,12 @@ async def test_a_builder_is_rolled_out_when_its_builds_have_ended_and_no_sooner(
                 await asyncio.sleep(0.2)
             began = asyncio.Event()
             slow = f"{WHO} echo at work; while [ ! -e /more/go ]; do sleep 0.2; done"
-            at_work = asyncio.create_task(built(place, slow, on_line=lambda line: line == "at work" and began.set()))
+            at_work = asyncio.create_task(
+                built(place, slow, on_line=lambda line: began.set() if line == "at work" else None)
+            )
             await began.wait()
             with disable_run_logger(), caplog.at_level(logging.WARNING):
-                verdict = Verdict.waived(pi, by="me", why="a test")
+                verdict: Verdict[Rehearsal] = Verdict.waived(pi, by="me", why="a test")
                 roll_out = asyncio.create_task(host.roll_out.fn(pi, verdict))
                 while "waiting until nothing is built on infra.pi" not in caplog.text:
                     await asyncio.sleep(0.2)
