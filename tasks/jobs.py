@@ -17,6 +17,7 @@ from prefect.client.schemas.objects import State as FlowState
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
+from tasks import shell
 from tasks.limits import locked, room_in_context
 from toto.base import process, runs
 from toto.base.errors import InputError, TotoError
@@ -150,7 +151,7 @@ async def carry_out(work: Work, context: Context) -> Run:
     with _Page() as page:
         showing = asyncio.create_task(page.show())
         try:
-            given = Given(work.tree, context, call=call)
+            given = Given(work.tree, context, call=call, shell=shell.started)
             return await run_job(work.jobs, work.job, work.run, work.history, given, page.hear)
         finally:
             showing.cancel()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import shell
 from toto.base import paths
 from toto.jobs import folder
 from toto.jobs.folder import Jobs
@@ -41,7 +42,7 @@ class Bench:
         """Run a job to its end."""
         begun = begun or self.queue(job, **parameters)
         jobs = self.jobs
-        given = Given(self.tree, jobs.contexts_of(jobs.job(job))[0])
+        given = Given(self.tree, jobs.contexts_of(jobs.job(job))[0], shell=shell.started)
         return await run(jobs, jobs.job(job), begun, self.history, given, self.output.append)
 
     def log(self, of: Run) -> str:

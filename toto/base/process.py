@@ -340,16 +340,40 @@ async def _start(
         start_new_session=True,
     )
     running = Running(words, process, cookie, confined=cell is not None)
-    try:
-        if cell is None:
+    if cell is not None:
+        async with _held(running, cell, grace, signals):
             yield running
-        else:
-            async with cell.held(running):
-                yield running
-                # What the cell used is judged when all of it has ended.
-                await asyncio.shield(running.end(grace=grace, signals=signals))
+        return
+    try:
+        yield running
     finally:
         await asyncio.shield(running.end(grace=grace, signals=signals))
+
+
+@contextlib.asynccontextmanager
+async def _held(
+    running: Running, cell: Cell, grace: float, signals: Sequence[signal.Signals]
+) -> AsyncIterator[Running]:
+    try:
+        async with cell.held(running):
+            yield running
+            # What the cell used is judged when all of it has ended.
+            await asyncio.shield(running.end(grace=grace, signals=signals))
+    finally:
+        await asyncio.shield(running.end(grace=grace, signals=signals))
+
+
+@contextlib.asynccontextmanager
+async def adopted(
+    argv: Sequence[str], process: asyncio.subprocess.Process, cell: Cell, *, grace: float = 5.0
+) -> AsyncIterator[Running]:
+    """Hold a process that a library has started, by a command line of the cell and in a session of its own.
+
+    It ends with the block, as one of `start` does.
+    """
+    running = Running(tuple(argv), process, "", confined=True)
+    async with _held(running, cell, grace, (signal.SIGTERM,)):
+        yield running
 
 
 @overload

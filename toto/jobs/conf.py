@@ -6,6 +6,7 @@ A line that begins with `#` is a comment. What is wrong is told with its line.
 import difflib
 import math
 import re
+import shlex
 import zoneinfo
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,6 +106,15 @@ def _globs(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _unquoted(command: str) -> str:
+    """A command, without quotes around the whole of it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"is no command for a shell: {str(error).lower()}") from None
+    return words[0] if len(words) == 1 and command[0] in "'\"" and " " in words[0] else command
+
+
 def _each(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda values: tuple(parse(value) for value in values))
 
@@ -137,6 +147,8 @@ class JobConf(Model):
 
     description: str = ""
     """one line for people"""
+    command: Annotated[str, Field(max_length=8192), AfterValidator(_unquoted)] = ""
+    """what runs in place of `NAME.run`: a line for bash, which ends with its first failure, also in a pipe"""
     timeout: Seconds = 0
     """seconds that a run may take, with its `.after`; 0: as long as it likes"""
     contexts: Annotated[Globs, Field(min_length=1)] = (DEFAULT,)

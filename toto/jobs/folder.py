@@ -165,6 +165,17 @@ class _Reader:
     def env(self, *below: str) -> dict[str, str]:
         return conf.variables(self.lines(*below))
 
+    def job(self, jobs: dict[str, Job], name: str, *below: str, script: bool) -> None:
+        """Add a job, which has a `script`, or its `.conf` alone."""
+        found = len(self.problems)
+        conf = self.conf(JobConf, *below, f"{name}.conf")
+        file = self.top.joinpath(*below, f"{name}.conf")
+        if script and conf.command:
+            self.wrong(file, None, f"has a COMMAND, and there is {ascii(name)[1:-1]}.run: remove one of them")
+        elif not script and not conf.command and len(self.problems) == found:
+            self.wrong(file, None, f"there is no {ascii(name)[1:-1]}.run beside it; add it, or a COMMAND=")
+        jobs[name] = Job(name, conf, self.env(*below, f"{name}.env"))
+
     def named(self, name: str, what: str, *below: str) -> bool:
         try:
             check_name(name)
@@ -212,15 +223,13 @@ def _jobs(reader: _Reader, inner: Sequence[str]) -> tuple[dict[str, Job], dict[s
         name, dot, suffix = file.rpartition(".")
         if not dot or f".{suffix}" not in _OF_A_JOB or (file == "groups.conf" and not inner):
             continue
-        if suffix == "conf" and f"{name}.run" not in there:
-            reader.wrong(
-                reader.top.joinpath(*inner, file), None, f"there is no {ascii(name)[1:-1]}.run beside it; add it"
-            )
-        elif suffix == "run" and len(jobs) == MOST:
+        if file not in (f"{name}.run", f"{name}.conf") or (suffix == "conf" and f"{name}.run" in there):
+            pass
+        elif len(jobs) == MOST:
             reader.wrong(reader.top.joinpath(*inner), None, f"has more than {MOST} jobs")
             break
-        elif suffix == "run" and reader.named(name, "a job", *inner, file):
-            jobs[name] = Job(name, reader.conf(JobConf, *inner, f"{name}.conf"), reader.env(*inner, f"{name}.env"))
+        elif reader.named(name, "a job", *inner, file):
+            reader.job(jobs, name, *inner, script=suffix == "run")
         if suffix not in ("conf", "env"):
             scripts[file] = reader.top.joinpath(*inner, file)
     return jobs, scripts
@@ -275,6 +284,8 @@ def _check(reader: _Reader, found: Jobs, place: PurePosixPath) -> None:
         reader.wrong(file, line, what if line is None else f"{key}: {what}")
 
     for name, job in found.jobs.items():
+        for twice in {each.name for each in job.conf.params} & {each.name for each in job.conf.matrix}:
+            wrong(name, "MATRIX", f"{twice} is declared in PARAMS, too")
         for other in job.conf.after:
             if other not in found.jobs:
                 wrong(name, "AFTER", f"there is no job {shown(other)}")

@@ -1,4 +1,4 @@
-"""Becomes a job's script, in its cell: `in_cell.py ENVIRONMENT SCRIPT`.
+"""Becomes a job's script, in its cell: `in_cell.py ENVIRONMENT SCRIPT [ARGUMENT]...`.
 
 ENVIRONMENT is a file with the variables, as JSON: what is pushed must not be in the environment of the programs that
 make the cell. This file runs by itself, with the standard library alone.
@@ -11,13 +11,13 @@ import sys
 
 
 def main() -> int:
-    place, script = sys.argv[1:]
+    place, script, *arguments = sys.argv[1:]
     with open(place, encoding="utf-8") as file:  # noqa: PTH123
         environment = json.load(file)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execve(script, [script], environment)  # noqa: S606
+        os.execvpe(script, [script, *arguments], environment)  # noqa: S606
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         print(f"[toto] {script} could not be started: {why}{_advice(script)}", file=sys.stderr)
@@ -29,7 +29,7 @@ def _advice(script: str) -> str:
         with open(script, "rb") as file:  # noqa: PTH123
             first = file.readline(256)
     except OSError:
-        return ""
+        return "" if "/" in script else "; it is not on the PATH of the cell"
     if not os.access(script, os.X_OK):
         return "; make it executable (chmod +x)"
     if not first.startswith(b"#!"):

@@ -9,12 +9,12 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from signal import SIGKILL, SIGTERM, Signals
-from typing import Final
+from typing import Final, TypeAlias
 
 from toto.base import files as written
 from toto.base import process
@@ -45,28 +45,53 @@ _CHUNK: Final = 1 << 18  # bytes of output that are read at once
 
 
 @dataclass(frozen=True)
+class Command:
+    """A person's own shell command, for whoever starts it.
+
+    `argv` runs it in the `cell`, in its folder `cwd`, once the `text` is in the file `script`. `folder` is a place for
+    files of toto's, which is not there yet.
+    """
+
+    text: str
+    cell: Cell
+    argv: Sequence[str]
+    cwd: Path
+    script: Path
+    folder: Path
+
+
+Shell: TypeAlias = Callable[[Command], AbstractAsyncContextManager[process.Running]]
+"""starts a command, which ends with the block"""
+
+
+@dataclass(frozen=True)
 class Given:
     """What a run is given besides its job: the exported commit, the context that it runs in, and `secrets`.
 
     `secrets` are variables that are masked in the log. `call` asks Prefect's API for what scripts want of `laminarc`.
-    `limits` hold each of its scripts.
+    `shell` starts the `COMMAND` of a job that has one. `limits` hold each of its scripts.
     """
 
     tree: Path
     context: Context = field(default_factory=lambda: Context(DEFAULT))
     secrets: Mapping[str, str] = field(default_factory=dict)
     call: Call | None = None
+    shell: Shell | None = None
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
 class _Script:
-    """A script of a run: what it is called, its place in the repo, and whether it runs after an abort as well."""
+    """A script of a run: what it is called, its place in the repo, and whether it runs after an abort as well.
+
+    Or a `command` in its place.
+    """
 
     name: str
     place: PurePosixPath
     cwd: Path = _WORK
     after: bool = False
+    command: str = ""
 
 
 async def run(
@@ -209,7 +234,11 @@ class _Scripts:
             *(("before", _WORK, False), (f"{name}.before", _WORK, False), (f"{name}.run", _WORK, False)),
             *((f"{name}.after", _WORK, True), ("after", _WORK, True)),
         ]
-        return [_Script(each, found[each], cwd, after) for each, cwd, after in listed if each in found]
+        scripts = [_Script(each, found[each], cwd, after) for each, cwd, after in listed if each in found]
+        if command := self.job.conf.command:
+            place = next((number for number, each in enumerate(scripts) if each.after), len(scripts))
+            scripts.insert(place, _Script(f"{name}.run", PurePosixPath("COMMAND"), command=command))
+        return scripts
 
     def _environment(self, last: str) -> dict[str, str]:
         """A run's variables, but for RESULT and those that it sets itself.
@@ -237,13 +266,7 @@ class _Scripts:
         """Run one script; its exit status, negative for a signal, and what limit of its cell it has exceeded."""
         self.log.note(str(script.place))
         stopped = self.stop.is_set()
-        words, _ = python()
-        inside = PLACE / self._give_environment()
-        program = Pushed(INFRA / script.place)
-        argv: list[process.Argument | Pushed] = ["env", *words, "-I", "-S", PLACE / _IN_CELL.name, inside, program]
-        async with process.start(
-            argv, cell=self.place.cell, cwd=script.cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        ) as running:
+        async with self._started(script) as running:
             reading = asyncio.create_task(self._read(running))
             stopping = asyncio.create_task(self.stop.wait())
             try:
@@ -261,6 +284,25 @@ class _Scripts:
                 reading.cancel()
             status = await running.wait()
         return status, running.exceeded or ""
+
+    def _started(self, script: _Script) -> AbstractAsyncContextManager[process.Running]:
+        words, _ = python()
+        inside = PLACE / self._give_environment()
+        begin = ["env", *words, "-I", "-S", str(PLACE / _IN_CELL.name), str(inside)]
+        if script.command:
+            if self.given.shell is None:
+                raise TotoError("nothing is there to start a COMMAND by", target=self.job.name)
+            here, there = self.place.control / "command", PLACE / "command"
+            argv = [*begin, "bash", "-eo", "pipefail", str(there)]
+            folder = self.place.control.with_name("shell")
+            return self.given.shell(Command(script.command, self.place.cell, argv, script.cwd, here, folder))
+        return process.start(
+            [*begin, Pushed(INFRA / script.place)],
+            cell=self.place.cell,
+            cwd=script.cwd,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
 
     async def _read(self, running: process.Running) -> None:
         assert running.process.stdout is not None
