@@ -2,6 +2,7 @@
 # is installed by setup/prepare first.
 #   make test TESTS=tests/server/test_serve.py K='push and not down'
 #   make test JOBS=2      in two processes (three are right for two cores: each waits a good deal; 2 GB each)
+#   make test TOTO_CUTS=1     every case and every instant, of which a sample is tried otherwise (three hours)
 #   make torture ROUNDS=30 SEQUENCES=500 SEED=1
 #   make demo KEEP=1      leaves the demo's server and machines running
 SHELL := /bin/sh

@@ -7,6 +7,7 @@ Files that bind the same fixed addresses say so: `pytestmark = pytest.mark.xdist
 
 import contextlib
 import ctypes
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ _processes: list[Any] = []  # of `pytest -n`: xdist's controllers of them, in th
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks; end on SIGTERM, and with the session that began us, as on Ctrl-C."""
     for mark in (
+        "exhaustive: takes minutes, and is one more of a kind that others show; run with TOTO_CUTS=1",
         "lab: drives real nix, QEMU and ssh",
         "minutes(n): the tests of this file take about so long",
         "slow: needs a machine, a server or minutes; `make test-fast` leaves it out",
@@ -57,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
             item.add_marker(pytest.mark.xdist_group(groups[item.path]))
         if _minutes(item) or item.get_closest_marker("lab") or set(DEAR) & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("exhaustive") and not os.environ.get("TOTO_CUTS"):
+            item.add_marker(pytest.mark.skip(reason="NOT TRIED, one more of its kind: TOTO_CUTS=1"))
     items.sort(key=lambda item: -minutes[groups[item.path]])
     yield
 

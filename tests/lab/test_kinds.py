@@ -388,6 +388,7 @@ async def test_a_release_whose_own_test_fails_puts_everything_back_in_reverse(wo
     assert good is not None and good.revision == 3, "rolled back, as a new revision"
 
 
+@pytest.mark.exhaustive
 async def test_a_rollback_that_fails_is_reported_and_stops_no_other(world: World) -> None:
     world.cluster.fates["page/page-"] = "stuck"
     run = await world.deploy(
@@ -409,6 +410,7 @@ async def test_a_rollback_that_fails_is_reported_and_stops_no_other(world: World
     assert world.of("helm", "page").intent is None
 
 
+@pytest.mark.exhaustive
 async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_start(world: World) -> None:
     world.cluster.fates["page/page-"] = "stuck"
     world.commit("killed while helm waits", world.release("four"))

@@ -194,7 +194,7 @@ async def test_a_system_that_shuts_toto_out_is_sent_back_over_the_old_connection
         assert (await activator.facts(fresh=True)).system == good
 
 
-@pytest.mark.parametrize("activation", ["boot", "test"])
+@pytest.mark.parametrize("activation", ["boot", pytest.param("test", marks=pytest.mark.exhaustive)])
 async def test_what_does_not_end_with_a_switch_is_kept_too(world: World, activation: Literal["boot", "test"]) -> None:
     new = await world.system("new")
     async with await world.connect(activation=activation) as activator:
@@ -228,6 +228,7 @@ async def test_the_move_from_sudo_to_the_locked_user_and_back_is_one_roll_out_ea
         assert (await activator.facts()).system == opened
 
 
+@pytest.mark.exhaustive
 async def test_a_move_that_brings_no_way_in_goes_back(world: World) -> None:
     await world.machine.check(OPEN)
     await world.machine.wait_ssh()
