@@ -509,6 +509,7 @@ in
         Restart = "always";
         RestartSec = 5;
         KillMode = "mixed";
+        TimeoutStartSec = 600;  # (a slow machine has much to do after a boot; what does not start says so itself)
         TimeoutStopSec = 180;  # terraform may take a minute to save its state, and then toto's PostgreSQL one to stop
         OOMPolicy = "continue";  # (a cell that took too much memory is not a reason to stop toto)
 
@@ -602,6 +603,7 @@ in
         Restart = "always";
         RestartSec = 5;
         KillMode = "mixed";
+        TimeoutStartSec = 600;  # (as above)
         OOMPolicy = "continue";
         LimitNOFILE = 1048576;
         # Builds mount, make namespaces and devices, change owners, users and personalities, and have a /proc of their

@@ -160,12 +160,13 @@ class DebianMachine(Machine):
         packages: Sequence[str] = (),
         tree: Path | None = None,
         memory: int = 512,
+        cores: int = 1,
     ) -> None:
         """`files` maps absolute paths to a text and permissions. The key's owner logs in as root.
 
         `packages` are Debian's, besides those of all; `tree` is the image of a file system, its second disk."""
         super().__init__(name, directory, key, address=address, ports=(), memory=memory, user="root")
-        self._packages, self._tree = packages, tree
+        self._packages, self._tree, self._cores = packages, tree, cores
         self._resumed: tuple[str, ...] = ()
         self._files = {
             "/etc/hostname": (f"{name}\n", 0o644),
@@ -194,6 +195,7 @@ class DebianMachine(Machine):
         words = [
             *("qemu-system-x86_64", "-machine", f"accel={ACCELERATOR}", "-cpu", "max"),
             *("-global", "virtio-net-pci.romfile=", "-name", self.name, "-m", str(self.memory), "-nographic"),
+            *("-smp", str(self._cores)),
             *("-net", "nic,netdev=user.0,model=virtio", "-netdev", f"user,id=user.0,{self._forwards()}"),
             *("-drive", f"file={self._disk},if=virtio,format=qcow2,cache=writeback,werror=report"),
             *(("-drive", f"file={self._tree},if=virtio,format=raw,readonly=on") if self._tree else ()),

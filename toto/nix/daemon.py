@@ -36,7 +36,7 @@ MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of
 _SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
 _BUILDERS: Final = "builders"  # the folder with what nix knows of remote builders, which is root's
 _LONGEST: Final = 107  # bytes
-_PATIENCE: Final = 60.0  # seconds until the daemon answers
+_PATIENCE: Final = 300.0  # seconds until the daemon answers, on a machine that is slow and busy
 _PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
 
 
