@@ -29,6 +29,7 @@ from tests.flying_monkey.test_metrics import STATE
 from tests.metrics.fleet import SmallFleet
 from toto.api import certificate
 from toto.base import resources
+from toto.jobs import folder, registered
 from toto.metrics import token
 from toto.metrics.dashboards import dashboards
 from toto.server import deployments
@@ -96,26 +97,36 @@ def started(*argv: str | Path, log: Path) -> Iterator[None]:
         running.wait(20)
 
 
+def configuration(toto: str, authority: str, more: dict[str, str]) -> str:
+    """monitoring/prometheus.yml with what an operator changes in it."""
+    tls = f"tls_config: {{ca_file: {authority}}}"
+    changes = {
+        "scheme: https": f"scheme: https\n    {tls}",
+        "basic_auth: *toto": f"basic_auth: *toto, {tls}",
+        "toto.example.org": toto,
+        "127.0.0.1:9093": "127.0.0.1:1",
+        **more,
+    }
+    text = (MONITORING / "prometheus.yml").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 class Prometheus:
     """A Prometheus at a port of the loopback, by monitoring/prometheus.yml with what an operator changes in it."""
 
     def __init__(self, folder: Path, toto: str, node_exporter: int) -> None:
         self.folder, self.port, self.log = folder, free_port(), folder / "prometheus.log"
-        changes = {
+        authority = str(certificate.authority())
+        more = {
             "/etc/prometheus/toto.token": str(token.file()),
-            "scheme: https": f"scheme: https\n    tls_config: {{ca_file: {certificate.authority()}}}",
-            "basic_auth: *toto": f"basic_auth: *toto, tls_config: {{ca_file: {certificate.authority()}}}",
-            "toto.example.org": toto,
-            "30s": "1s",
-            "$1:9100": f"$1:{node_exporter}",
             "alerts.yml": str(MONITORING / "alerts.yml"),
-            "127.0.0.1:9093": "127.0.0.1:1",
+            "$1:9100": f"$1:{node_exporter}",
+            "30s": "3s",  # an answer may take as long
         }
-        text = (MONITORING / "prometheus.yml").read_text()
-        for old, new in changes.items():
-            assert old in text
-            text = text.replace(old, new)
-        (folder / "prometheus.yml").write_text(text)
+        (folder / "prometheus.yml").write_text(configuration(toto, authority, more))
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         return started(
@@ -129,11 +140,13 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, Any]]:
         words = urllib.parse.urlencode({"query": expression})
         status, text = get(f"http://127.0.0.1:{self.port}/api/v1/query?{words}")
+        if status == 503:  # it has only begun
+            return []
         assert status == 200, f"{expression}: {text}"
         found: list[dict[str, Any]] = json.loads(text)["data"]["result"]
         return [each for each in found if each["value"][1] != "NaN"]
 
-    async def until(self, expression: str, seconds: float = 60) -> list[dict[str, Any]]:
+    async def until(self, expression: str, seconds: float = 120) -> list[dict[str, Any]]:
         """What a query finds, once it finds something."""
         deadline = time.monotonic() + seconds
         while True:
@@ -145,9 +158,9 @@ class Prometheus:
 
 
 @contextlib.asynccontextmanager
-async def with_tls(port: int) -> AsyncIterator[int]:
+async def with_tls(port: int, *names: str) -> AsyncIterator[int]:
     """A port of the loopback that does TLS for `port`, as a proxy does: by a certificate of toto's own authority."""
-    made = certificate.own(["127.0.0.1"])
+    made = certificate.own(["127.0.0.1", *names])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(made.certificate, made.key)
 
@@ -196,6 +209,9 @@ async def served(
     api = prefect_server.api
     await deployments.deploy(prefect_server.env, root=tiny_project)
     await api.call("POST", "/work_pools/toto/workers/heartbeat", {"name": "here"})
+    (made := prefect_server.home / "infra/jobs").mkdir(parents=True)
+    (made / "backup.run").touch()
+    await registered.register(api.call, fleet.bare, "c" * 40, folder.read(made.parent))
     await api.call("POST", "/v2/concurrency_limits/", {"name": resources.SANDBOXES, "limit": 2})
     return fleet
 
@@ -233,6 +249,11 @@ async def looked_at(
         await prometheus.until('toto_runs_total{action="deploy"}')
         await prometheus.until('up{job="node", machine="web1", repo="infra"} == 1')
         await a_run(prefect_server, str(served.bare), "FAILED")
+        backup = {"deployment": "job/infra.backup", "job": "backup"}
+        await a_run(prefect_server, str(served.bare), "COMPLETED", **backup)
+        await a_run(prefect_server, str(served.bare), "FAILED", **backup, name="Aborted")
+        await prometheus.until('toto_job_last_failed{repo="infra", name="backup"} == 1')
+        await prometheus.until('increase(toto_job_runs_total{name="backup", result="aborted"}[1m]) > 0')
         with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_LOGGING_TO_API_ENABLED: False}):
             await asyncio.to_thread(whole, str(served.bare))
         await prometheus.until('increase(toto_runs_total{action="deploy", result="failed"}[1m]) > 0')
@@ -252,10 +273,19 @@ async def looked_at(
         assert await prometheus.until('ALERTS{alertname="HalfDone", alertstate="pending", target="web2"}')
 
 
-async def a_run(prefect_server: PrefectServer, repo: str, state: str) -> None:
-    """A run of the deployment `reconcile/reconcile` that has ended so."""
+async def a_run(
+    prefect_server: PrefectServer,
+    repo: str,
+    state: str,
+    *,
+    deployment: str = "reconcile/reconcile",
+    name: str | None = None,
+    **parameters: str,
+) -> None:
+    """A run of a deployment that has ended so."""
     api = prefect_server.api
-    deployment = (await deployments.deployments(api))["reconcile/reconcile"]
-    run = await api.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"repo": repo}})
-    for each in ("RUNNING", state):
-        await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": each}, "force": True})
+    found = await api.call("GET", f"/deployments/name/{deployment}")
+    asked = {"parameters": {"repo": repo, **parameters}}
+    run = await api.call("POST", f"/deployments/{found['id']}/create_flow_run", asked)
+    for each in ({"type": "RUNNING"}, {"type": state, "name": name}):
+        await api.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": each, "force": True})

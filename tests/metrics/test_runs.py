@@ -6,6 +6,9 @@ from typing import Final
 
 import yaml
 
+from tasks.jobs import state_of
+from toto.jobs import registered
+from toto.jobs.history import Run, State
 from toto.metrics import runs
 from toto.rehearsal.suite import Phase
 from toto.report.report import PARTIAL
@@ -20,7 +23,9 @@ def test_phases_and_actions_are_called_as_in_flows_and_tasks() -> None:
     assert 'task_run_name=f"{phase} tests"' in text and {f"{each} tests" for each in Phase} <= set(runs.PHASES)
     for name in runs.NAMED:
         assert f'task_run_name=f"{name} {{' in text, name
-    assert runs.PARTIAL == PARTIAL
+    assert runs.PARTIAL == PARTIAL and runs.JOB == registered.FLOW
+    aborted = state_of(Run(job="backup", number=1, state=State.ABORTED))
+    assert aborted.name == runs.ABORTED
 
 
 def test_there_is_an_action_for_each_deployment() -> None:

@@ -123,15 +123,6 @@ def dashboards() -> dict[str, dict[str, Any]]:
                 _panel("table", "Drift", {"": _said("drift", _REPO)}, "bool_yes_no", 6),
                 _panel(
                     "timeseries",
-                    "Compliance: what failed, broke or was not checked",
-                    {
-                        "{{machine}} {{outcome}}": f"toto_compliance_controls{{{_REPO}, "
-                        'outcome=~"failed|error|not checked"} > 0'
-                    },
-                ),
-                _panel("table", "Worst impact of what failed", {"": f"toto_compliance_failed_impact{{{_REPO}}}"}),
-                _panel(
-                    "timeseries",
                     "Asked of the cache, per second",
                     {"{{result}}": f"sum by (result) (rate(toto_cache_requests_total{{{_REPO}}}[$__rate_interval]))"},
                 ),
@@ -238,6 +229,46 @@ def dashboards() -> dict[str, dict[str, Any]]:
                     "s",
                     _COLUMNS,
                 ),
+            ],
+        ),
+        "jobs": _dashboard(
+            "jobs",
+            "toto: jobs",
+            [
+                _panel(
+                    "timeseries",
+                    "Ended",
+                    {
+                        "{{name}} {{result}}": "sum by (name, result) "
+                        f"(increase(toto_job_runs_total{{{_REPO}}}[1h])) > 0"
+                    },
+                ),
+                _panel(
+                    "timeseries", "The newest took", {"{{name}}": f"toto_job_last_duration_seconds{{{_REPO}}}"}, "s"
+                ),
+                _panel("table", "The newest did not succeed", {"": f"toto_job_last_failed{{{_REPO}}}"}, "bool_yes_no"),
+                _panel(
+                    "table", "Since the newest", {"": f"time() - toto_job_last_end_timestamp_seconds{{{_REPO}}}"}, "s"
+                ),
+            ],
+        ),
+        "compliance": _dashboard(
+            "compliance",
+            "toto: compliance",
+            [
+                _panel(
+                    "timeseries", "Controls", {"{{outcome}}": f"sum by (outcome) (toto_compliance_controls{{{_REPO}}})"}
+                ),
+                _panel(
+                    "timeseries",
+                    "What failed, broke or was not checked",
+                    {
+                        "{{machine}} {{outcome}}": f"toto_compliance_controls{{{_REPO}, "
+                        'outcome=~"failed|error|not checked"} > 0'
+                    },
+                ),
+                _panel("table", "Worst impact of what failed", {"": f"toto_compliance_failed_impact{{{_REPO}}}"}),
+                _panel("table", "Checked", {"": f"time() - toto_compliance_timestamp_seconds{{{_REPO}}}"}, "s"),
             ],
         ),
     }

@@ -33,6 +33,9 @@ NAMED: Final = ("evaluate", "build", "revert")
 PARTIAL: Final = "Partial"  # the name of a run's state, as `toto.report` has it
 OF_RECONCILE: Final = ("deploy", "rehearse", "plan")
 ACTIONS: Final = (*OF_RECONCILE, "build", "settle", "accept", "drift", "compliance", "prune")
+JOB: Final = "job"  # the flow by which jobs of an infra repo run
+ABORTED: Final = "Aborted"  # the name of its state when a job was
+_JOB_RESULTS: Final = ("completed", "failed", "aborted", "crashed", "cancelled")
 _RESULTS: Final = ("completed", "partial", "failed", "crashed", "cancelled")
 _UNDER_WAY: Final = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 _LATE: Final = timedelta(seconds=60)  # Prefect writes down what ended up to so long ago
@@ -82,6 +85,13 @@ class Runs:
         self.failed = Gauge("toto_run_last_failed", "1 when the newest run has failed or crashed", run, registry=of)
         self.last = Gauge("toto_run_last_end_timestamp_seconds", "when the newest run has ended", run, registry=of)
         self.evaluated = Gauge("toto_evaluation_seconds", "of a host, the last time", ("repo", "host"), registry=of)
+        of_job, last = ("repo", "name"), "the newest run of a job"
+        # (The label `job` is Prometheus's own.)
+        self.jobs_ended = Counter("toto_job_runs", "runs of jobs that have ended", (*of_job, "result"), registry=of)
+        self.job_failed = Gauge("toto_job_last_failed", f"1 when {last} did not succeed", of_job, registry=of)
+        self.job_took = Gauge("toto_job_last_duration_seconds", f"how long {last} took", of_job, registry=of)
+        self.job_last = Gauge("toto_job_last_end_timestamp_seconds", f"when {last} has ended", of_job, registry=of)
+        self._jobs: set[tuple[str, str]] = set()
         self.now = Gauge("toto_runs_now", "runs that are under way or should be", ("state",), registry=of)
         self.waits = Gauge("toto_queue_seconds", "how long the oldest run has waited to begin", registry=of)
         self.sandboxes = Gauge("toto_sandboxes_running", "virtual machines of rehearsals", registry=of)
@@ -97,10 +107,37 @@ class Runs:
                     self.ended.labels(repo, action, result)
         database: Any = provide_database_interface()
         async with database.session_context() as session:
+            await self._read_jobs(session, database, known)
             await self._read_runs(session, database, known)
             await self._read_tasks(session, database, known)
             await self._read_now(session, database)
         return list(self.registry.collect())
+
+    async def _read_jobs(self, session: AsyncSession, database: Any, known: Mapping[str, str]) -> None:
+        """Which jobs there are: those of the deployed commits. Of others nothing is told any more."""
+        deployment, flow = database.Deployment, database.Flow
+        query = sqlalchemy.select(deployment.parameters).join(flow, flow.id == deployment.flow_id)
+        found = (await session.execute(query.where(flow.name == JOB))).scalars()
+        pairs = [(known.get(str(each.get("repo"))), str(each.get("job"))) for each in found]
+        there = {(repo, job) for repo, job in pairs if repo is not None}
+        for gone in self._jobs - there:
+            for figure in (self.job_failed, self.job_took, self.job_last):
+                figure.remove(*gone)
+            for result in _JOB_RESULTS:
+                self.jobs_ended.remove(*gone, result)
+        for new in there - self._jobs:
+            for result in _JOB_RESULTS:
+                self.jobs_ended.labels(*new, result)
+        self._jobs = there
+
+    def _job(self, row: Any, of: tuple[str, str]) -> None:
+        result = "aborted" if row.state_name == ABORTED else _result(row)
+        if result != "cancelled":
+            self.job_failed.labels(*of).set(result != "completed")
+            self.job_took.labels(*of).set(row.total_run_time.total_seconds())
+            self.job_last.labels(*of).set(row.end_time.timestamp())
+        if row.end_time >= self._began:
+            self.jobs_ended.labels(*of, result).inc()
 
     async def _read_runs(self, session: AsyncSession, database: Any, known: Mapping[str, str]) -> None:
         run, flow = database.FlowRun, database.Flow
@@ -114,6 +151,8 @@ class Runs:
         )
         for row in self._runs.fresh((await session.execute(query)).all()):
             repo, action, result = known.get(str(row.parameters.get("repo"))), _action(row), _result(row)
+            if (repo, job := str(row.parameters.get("job"))) in self._jobs and action == JOB:
+                self._job(row, (str(repo), job))
             if repo is None or action not in ACTIONS:
                 continue
             if result != "cancelled":  # a newer one has taken its place, or a person knows of it
