@@ -15,7 +15,6 @@ from tasks.roll_out import (
     clean_up,
     connect,
     copy,
-    endpoint_of,
     find_drift,
     inspect,
     keep,
@@ -27,6 +26,7 @@ from toto.machine.ssh import AuthenticationFailed, HostKeyChanged, Unreachable
 from toto.plan.changes import Action
 from toto.plan.host import HostOrder
 from toto.plan.verdict import Verdict
+from toto.rehearsal.phase_run import Endpoint
 from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.suite import Phase
 
@@ -62,7 +62,7 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
             )
             if order.change.action is Action.VERIFY:
                 before = await inspect(order, activator, expected=order.last.path if order.last else None)
-                done = await post_switch(order, Phase.POST_SWITCH, endpoint_of(machine, activator), wait_for=[before])
+                done = await post_switch(order, Phase.POST_SWITCH, Endpoint.of(machine, activator), wait_for=[before])
                 await record_verified(order, wait_for=[done])
                 return "verified"
             copied = await copy(order, activator)
@@ -78,12 +78,12 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                 step = await activate.with_options(task_run_name="activate: test")(
                     order, activator, "test", quote(before), wait_for=[step]
                 )
-                step = await smoke(order, Phase.SMOKE, endpoint_of(machine, activator), wait_for=[step])
+                step = await smoke(order, Phase.SMOKE, Endpoint.of(machine, activator), wait_for=[step])
                 if machine.activation == "switch":
                     step = await activate.with_options(task_run_name="activate: switch")(
                         order, activator, "switch", quote(before), wait_for=[step]
                     )
-                step = await post_switch(order, Phase.POST_SWITCH, endpoint_of(machine, activator), wait_for=[step])
+                step = await post_switch(order, Phase.POST_SWITCH, Endpoint.of(machine, activator), wait_for=[step])
             if machine.activation != "switch" and machine.by_document:
                 step = await keep(order, activator, machine.activation, wait_for=[step])
             step = await add_gc_root(order, wait_for=[step])

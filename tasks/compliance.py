@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from tasks import report, sink
-from tasks.roll_out import connect, endpoint_of
+from tasks.roll_out import connect
 from toto.base import paths
 from toto.base.errors import TotoError
 from toto.compliance import checks, history
@@ -23,6 +23,7 @@ from toto.machine import owners
 from toto.plan.host import HostOrder
 from toto.plan.selector import Selector
 from toto.rehearsal import phase_run
+from toto.rehearsal.phase_run import Endpoint
 from toto.rehearsal.suite import Phase
 from toto.report.report import Report
 
@@ -80,7 +81,7 @@ async def check_machine(
     owners.check(repo, machine)
     async with (
         connect(machine, repo, run, settings) as activator,
-        phase_run.bench(endpoint_of(machine, activator), machine.name, Phase.POST_SWITCH, tree, scratch) as place,
+        phase_run.bench(Endpoint.of(machine, activator), machine.name, Phase.POST_SWITCH, tree, scratch) as place,
     ):
         controls = await _checked(by, place, machine.name, settings, tree, scratch)
     await keep(repo, run, commit, machine.name, controls)

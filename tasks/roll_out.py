@@ -17,7 +17,7 @@ from tasks import Done, sink
 from tasks.record import record_reverted, set_step
 from tasks.reversal import Reversal
 from tasks.settle import manifest_of
-from toto.base import paths, process, runs
+from toto.base import process, runs
 from toto.base.errors import TotoError
 from toto.infra_repo import git
 from toto.infra_repo.manifest import Machine
@@ -28,12 +28,10 @@ from toto.ledger.target import Target
 from toto.machine import access, condition, keys, owners, ssh
 from toto.machine.activation import Activator, MachineState, Verb, WayChanged
 from toto.machine.fleet_builders import not_building
-from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.revert import where_to
 from toto.nix import commands as nix
 from toto.plan.host import DeployedHost, HostOrder
 from toto.rehearsal import suite
-from toto.rehearsal.phase_run import Endpoint
 from toto.rehearsal.suite import Phase
 from toto.store import grants
 
@@ -42,28 +40,10 @@ from toto.store import grants
 async def connect(machine: Machine, repo: Path, run: str, settings: Settings) -> AsyncIterator[Activator]:
     """Reach a machine; the result has the activation verbs.
 
-    Raises `Unreachable` after `roll_out.connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
+    Raises as `access.connect` does.
     """
-    connect_timeout = settings.roll_out.connect_timeout
-    if machine.deploy == "pull":
-        key = await keys.for_closures(repo, settings.nix.signing_key)
-        ip = await owners.located(repo, machine, connect_timeout)
-        yield PullActivator(machine, repo, run, key, ip, patience=max(connect_timeout, PATIENCE))
-        return
-    target = ssh.SshTarget(
-        name=machine.name,
-        address=machine.address,
-        port=machine.ssh.port,
-        user=machine.ssh.user,
-        identity=await _identity(machine, repo, run),
-        host_key=machine.ssh.host_key,
-        known_hosts=paths.repo_state(repo) / "known_hosts",
-        connect_timeout=max(1, round(connect_timeout)),
-        ip=await owners.located(repo, machine, connect_timeout),
-    )
-    folder = runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine"
-    rebuild = settings.roll_out.method == "nixos-rebuild"
-    async with access.over_ssh(target, folder, machine, repo, run, connect_timeout, rebuild=rebuild) as activator:
+    identity = None if machine.deploy == "pull" else await _identity(machine, repo, run)
+    async with access.connect(machine, repo, run, settings, identity) as activator:
         yield activator
 
 
@@ -81,14 +61,6 @@ async def claim(order: HostOrder, activator: Activator) -> None:
     """Make the order's repo the owner of its machine, before anything is copied to it. Raises `NotOwned`."""
     assert order.machine is not None
     await owners.claim(order.repo, order.machine, activator.host_keys, activator.ip)
-
-
-def endpoint_of(machine: Machine, activator: Activator) -> Endpoint:
-    """How test scripts connect to the machine itself: its ports are not mapped."""
-    ports = {port: port for port in machine.ports}
-    return Endpoint(
-        activator.connection, ports, command=activator.command, address=machine.address, ip=activator.ip or None
-    )
 
 
 @task(name="inspect the machine", task_run_name="inspect the machine", cache_policy=NO_CACHE)

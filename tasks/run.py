@@ -75,7 +75,7 @@ class Request:
     @property
     def somebody(self) -> str:
         """Who requested it, where that is not known by name."""
-        return "somebody on toto itself" if self.origin == "push" else "somebody in the UI"
+        return "somebody on toto itself" if self.origin in ("push", "cli") else "somebody in the UI"
 
     @property
     def deploys(self) -> bool:

@@ -5,12 +5,14 @@ The flow is a stand-in of a few lines; `reconcile/parked` is it too, with no wor
 
 import asyncio
 import getpass
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ import asyncio
 from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.states import Completed, Failed
-from tasks import names
+from tasks import cancelled_by_sigterm, names
 
 @task(task_run_name="no-internet tests")
 async def tests_in_the_sandbox() -> None:
@@ -71,8 +73,9 @@ async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", on
     if plan_only:
         return Completed(message="plan only: web1 would change")
     await rehearse("web1")
-    while only == ["slow"] and not Path(repo, "toto", "go-on").exists():
-        await asyncio.sleep(0.1)
+    async with cancelled_by_sigterm():
+        while only == ["slow"] and not Path(repo, "toto", "go-on").exists():
+            await asyncio.sleep(0.1)
     if only == ["broken"]:
         log.error("web1: tests failed: \\x1b[31mnot ok 1\\a")
         return Failed(message="web1: rehearsal failed; nothing was touched")
@@ -399,6 +402,62 @@ async def test_who_may_rehearse_has_a_host_built_and_sees_its_log_and_how_to_fet
     assert "was not built" in host.ask("alice", "fetch", "web1").stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd runs an AuthorizedKeysCommand for root only")
+async def test_who_may_deploy_does_all_of_it_over_ssh_and_from_a_different_machine(
+    host: Host, deployed: Served, tmp_path: Path
+) -> None:
+    await git_host.remember(host.repos, deployed)
+    repo = await deployed_host(host.repos, "infra", "web1")
+    alice = host.clone("alice")
+    alice.push("main", "skip")
+    for asked in ("deploy", "revert main", "freeze web1 --reason so", "check"):
+        done = host.ask("bob", *asked.split())
+        assert done.returncode == 2 and "bob may not deploy infra" in done.stderr, done
+    assert "there is no such repository of yours" in host.ask("bob", "deploy", "--repo", "private").stderr
+    said = "web1: frozen by alice: it's an audit\n"
+    assert host.ask("alice", "freeze", "web1", "--reason", "it's an audit", "--repo", "infra").stdout == said
+    assert "there is no such target" in host.ask("alice", "freeze", "web9", "--reason", "so").stderr
+    frozen = Ledger(repo).get(Target("host", "web1")).frozen
+    assert frozen is not None and (frozen.by, frozen.why) == ("alice", "it's an audit")
+
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    ssh = bin / "ssh"  # as a host `toto` in ~/.ssh/config
+    ssh.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-- toto" ] || exit 9\nshift 2\n'
+        f"exec {shutil.which('ssh')} {shlex.join(shlex.split(host.ssh('alice'))[1:])} -p {host.port} "
+        f'-l {getpass.getuser()} 127.0.0.1 "$@"\n'
+    )
+    ssh.chmod(0o755)
+    auth = git_host._read_auth(repo / "toto" / "auth.curl")
+    address = deployed.api_url.removesuffix("/api").replace("http://", f"http://{auth}@" if auth else "http://")
+    there = {"TOTO_URL": address, "PATH": f"{bin}:{os.environ['PATH']}", "TOTO_STATE": str(tmp_path / "none")}
+
+    def toto(*words: str) -> "subprocess.CompletedProcess[str]":
+        argv, env = [sys.executable, "-m", "toto.cli", *words], os.environ | there
+        return subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+    assert toto("unfreeze", "web1").stdout == "web1: unfrozen by alice\n"
+    done = toto("deploy", "away", "--wait", "--commit", "main")
+    assert done.returncode == 3 and "toto: deploying away of infra in run " in done.stdout, done
+    assert "web2 unreachable" in done.stdout
+    assert toto("rehearse", "broken", "--wait").returncode == 1
+    done = toto("deploy", "slow")
+    run = done.stdout.partition(" in run ")[2].split()[0]
+    assert done.returncode == 0 and f"`toto wait {run}`" in done.stdout
+    listed = json.loads(toto("runs", "-n", "3", "--json").stdout)["items"]
+    assert listed[0]["id"] == run and "Partial" in [each["state"] for each in listed]
+    assert run[:8] in toto("runs").stdout
+    assert "no repository of yours has a run" in host.ask("alice", "cancel", run[:-4] + "0000").stderr
+    assert "bob may not deploy infra, so cancel only runs of their own" in host.ask("bob", "cancel", run).stderr
+    assert toto("cancel", run[:8]).stdout.startswith(f"run {run} is cancelled")
+    done = toto("run", "logs", "-f", run[:8])
+    assert done.returncode == 1, done
+    (log,) = [json.loads(toto("run", "logs", listed[1]["id"], "--json").stdout)]
+    assert log["kind"] == "log" and "not for the pusher" in [each["message"] for each in log["items"]]
+    assert "has ended: cancelled" in toto("cancel", run).stderr
+
+
 async def two_have_it(host: Host) -> str:
     await deployed_host(host.repos, "private", "web3")
     await deployed_host(host.repos, "infra", "web3")
@@ -508,6 +567,22 @@ def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
         "fetch web1 --repos /tmp",
         "fetch web1 --repo infra --by alice",
         "fetch /nix/store/x",
+        "deploy --by=alice",
+        "deploy web1 --by alice",
+        "deploy ../x",
+        "deploy --repo ../x",
+        "deploy --commit=--help",
+        "deploy --commit",
+        "deploy --override",
+        "deploy web1 --wait=yes",
+        "rehearse --force",
+        "revert -- -x",
+        "freeze --by=eve web1 --reason so",
+        "freeze web1 --reason ' '",
+        "check --repos /tmp",
+        "cancel *",
+        "cancel 5a",
+        "cancel ../../infra",
         "approve",
         "approve ..",
         "approve ../../infra",

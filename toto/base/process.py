@@ -468,6 +468,30 @@ async def run(
     )
 
 
+async def attached(argv: Sequence[Argument], *, env: Mapping[str, str] | None = None) -> int:
+    """Run a program that has this process's own terminal, or its standard input and output, to its end; its status.
+
+    What is pressed there is the program's: a Ctrl-C does not end this process. Raises `CommandNotFound`.
+    """
+    words = [word if isinstance(word, str) else str(word) for word in argv]
+    environment = without_secrets(os.environ) if env is None else dict(env)
+    if (program := shutil.which(words[0], path=environment.get("PATH"))) is None:
+        raise CommandNotFound(words[0])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        started = await asyncio.create_subprocess_exec(
+            *_dies_with_us(), program, *words[1:], env=environment, restore_signals=True
+        )
+        try:
+            return await started.wait()
+        finally:
+            if started.returncode is None:
+                started.terminate()
+                await asyncio.shield(started.wait())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 async def _pump(stream: asyncio.StreamReader | None, kept: Bounded, lines: _Lines) -> None:
     assert stream is not None
     while chunk := await stream.read(65_536):

@@ -44,4 +44,8 @@ def _run(words: list[str]) -> int:
             return daemon.main(rest)
     from toto.cli import verbs  # noqa: PLC0415
 
+    if os.environ.get("TOTO_URL") and words[:1] and words[0] in verbs.OVER_SSH and not {"-h", "--help"} & {*words}:
+        from toto.cli import remote  # noqa: PLC0415
+
+        remote.over_ssh(words)
     return verbs.run(words)

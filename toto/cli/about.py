@@ -25,6 +25,7 @@ STATUSES: Final = {
 ENVIRONMENT: Final = {
     "TOTO_URL": "the address of the UI of a toto on a different machine, with its user and password, like "
     "`https://USER:PASSWORD@toto.example.org`; or the password is in `~/.netrc`",
+    "TOTO_SSH": "the name of its git host for ssh; default: `toto`",
     "TOTO_STATE": "the folder of toto's state; default: `~/.local/state/toto`",
     "NO_COLOR": "when it is set, nothing is coloured",
     "COLUMNS": "the width for which output is laid out, where it is not the terminal's",
@@ -32,7 +33,10 @@ ENVIRONMENT: Final = {
 INTRODUCTION: Final = """\
 `toto` is run on toto's own machine, as the user of toto's server. It finds the infra repo that is meant: the one that
 `--repo` names, that of the current folder, or the only one there is. Users of the git host have some of the verbs over
-ssh, as in `ssh toto wait RUN`."""
+ssh, as in `ssh toto deploy web1`.
+
+On a different machine, with `TOTO_URL` set, `toto status`, `toto log`, `toto runs` and `toto run logs` read from there.
+The verbs of the git host go over ssh, in the name of your key's user: `toto deploy web1` is `ssh toto deploy web1`."""
 JSON: Final = """\
 With `--json` a verb prints one document on standard output: `{"toto": 1, "kind": KIND, "items": [ITEM, …]}`. The number
 grows when an item is no longer what its readers know; fields that are added do not count. When it fails, the kind is
@@ -101,7 +105,7 @@ def _markdown(text: str) -> str:
 def as_man_page() -> str:
     """All verbs, as man(1) reads it."""
     lines = [f'.TH TOTO 1 "" "toto {__version__}"', ".SH NAME", r"toto \- deploys a fleet of NixOS machines"]
-    lines += [".SH SYNOPSIS", ".B toto", "VERB ...", ".SH DESCRIPTION", _roff(INTRODUCTION)]
+    lines += [".SH SYNOPSIS", ".B toto", "VERB ...", ".SH DESCRIPTION", _roff(INTRODUCTION).replace("\n\n", "\n.PP\n")]
     for section, entries in _sections():
         lines.append(f".SH {section.upper()}")
         for each in entries:

@@ -12,6 +12,7 @@ from toto.base.errors import InputError
 from toto.base.prefect_api import Api
 from toto.git_host import access
 from toto.git_host import host as git_host
+from toto.git_host.access import Right
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
 
@@ -77,6 +78,32 @@ def infra(chosen: Path | None, repos: Path | None = None) -> Path:
         "this directory is no infra repo",
         hint="say which: --repo " + (f"with one of {', '.join(map(name_of, there[:_MOST]))}" if there else "PATH"),
     )
+
+
+async def of_user(repos: Path, chosen: Path | None, user: str | None, right: Right) -> Path:
+    """The infra repo that is meant by a user of the git host (None: somebody on toto itself) who needs a right to it.
+
+    Raises `InputError` when they do not have it; of a repository that they may not read it does not tell.
+    """
+    if user is None:
+        return infra(chosen, repos)
+    named = None if chosen is None else str(chosen)
+    found = [
+        each
+        for each in git_host.infra_repos(repos)
+        if named in (None, name_of(each)) and await access.may(repos, user, "read", name_of(each))
+    ]
+    if len(found) != 1:
+        raise InputError(
+            f"you may read {', '.join(map(name_of, found))}" if found else "there is no such repository of yours",
+            target=named,
+            hint="say which: --repo NAME" if found else f"ask someone who may deploy {access.ADMIN}",
+        )
+    if not await access.may(repos, user, right, name_of(found[0])):
+        raise InputError(
+            f"{user} may not {right} {name_of(found[0])}", hint=f"ask someone who may deploy {access.ADMIN}"
+        )
+    return found[0]
 
 
 async def api_near(repo: Path | None, repos: Path) -> Api:

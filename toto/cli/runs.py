@@ -3,24 +3,32 @@
 import contextlib
 import getpass
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from toto.base.errors import InputError
-from toto.base.prefect_api import ServerError
-from toto.cli.common import By, Repo, Repos, infra
+from toto.base.prefect_api import Api, ServerError
+from toto.cli.common import By, Repo, Repos, api_near, of_user
+from toto.cli.output import AsJson, document, emit, lines_of
+from toto.cli.remote import Remote
 from toto.cli.verbs import Verbs
-from toto.git_host import access, follow
+from toto.fleet.state import Fleet
+from toto.fleet.words import ago, lasted
+from toto.git_host import access, follow, runs
 from toto.git_host import host as git_host
+from toto.git_host.shared import name_of
 from toto.ledger import approvals
 from toto.ledger.ledger import Entry, Ledger
 from toto.ledger.target import Target
 
 verbs = Verbs()
+run_ = verbs.group("run")
 
 Run = Annotated[str, Argument(metavar="RUN", help="the run's id, as a push prints it, and its log")]
+Beginning = Annotated[str, Argument(metavar="RUN", help="the run's id, or its beginning, as `toto runs` has it")]
 
 
 @verbs.verb("approve")
@@ -102,40 +110,111 @@ async def accept(
     [(repo, name)] = found
     if not await access.may(repos, by, "deploy", name):
         raise InputError(f"{by} may not deploy {name}, so not accept what is there either", target=wanted.label)
-    api = await git_host.api_of(repo)
-    deployment = await api.call("GET", f"/deployments/name/{git_host.ACCEPT}")
-    run = await api.call(
-        "POST",
-        f"/deployments/{deployment['id']}/create_flow_run",
-        {
-            "parameters": {
-                "repo": str(repo.resolve()),
-                "target": str(wanted),
-                "reason": reason,
-                "by": by or f"{getpass.getuser()} (on toto itself)",
-            },
-            "tags": [f"user:{by}"] if by else [],
-        },
-    )
-    print(f"toto: accepting {wanted.label} of {name} in run {run['id']}", flush=True)
-    return await follow.to_the_end(repo, [run["id"]], time.monotonic() + follow.AT_MOST)
+    asked = {"target": str(wanted), "reason": reason, "by": by or f"{getpass.getuser()} (on toto itself)"}
+    run = await runs.start(repo, git_host.ACCEPT, asked, by)
+    print(f"toto: accepting {wanted.label} of {name} in run {run}", flush=True)
+    return await follow.to_the_end(repo, [run], time.monotonic() + follow.AT_MOST)
 
 
 @verbs.verb("check")
 async def check(
+    repos: Repos,
     machines: Annotated[
-        list[str] | None, Argument(metavar="MACHINE", help="names or tags (default: those that toto.toml chooses)")
+        list[str] | None, Argument(metavar="[MACHINE|TAG]...", help="default: those that toto.toml chooses")
     ] = None,
     repo: Repo = None,
+    by: By = None,
 ) -> int:
-    """Check machines by the InSpec profiles and testinfra modules of their repository.
+    """Check machines by the InSpec profiles and testinfra modules of their repository; over ssh: ssh toto check
 
     Nothing is changed on them. The exit status is 0 when all that was checked is as wanted.
     """
-    there = infra(repo)
-    api = await git_host.api_of(there)
-    deployment = await api.call("GET", f"/deployments/name/{git_host.COMPLIANCE}")
-    parameters = {"repo": str(there.resolve()), "only": machines or None}
-    run = await api.call("POST", f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-    print(f"toto: checking {', '.join(machines or ['the machines'])} in run {run['id']}", flush=True)
-    return await follow.to_the_end(there, [run["id"]], time.monotonic() + follow.AT_MOST)
+    there = await of_user(repos, repo, by, "deploy")
+    run = await runs.start(there, git_host.COMPLIANCE, {"only": machines or None, "origin": "cli"}, by)
+    print(f"toto: checking {', '.join(machines or ['the machines'])} in run {run}", flush=True)
+    return await follow.to_the_end(there, [run], time.monotonic() + follow.AT_MOST)
+
+
+@verbs.verb("runs")
+async def listing(
+    repos: Repos,
+    lines: Annotated[int, Option("-n", metavar="N", min=1, max=runs.NEWEST, help="how many, the newest")] = 20,
+    as_json: AsJson = False,
+) -> int:
+    """List the newest runs of all repositories: how each ended, and what it said."""
+    found = await Fleet(repos, await _api(repos)).runs(lines)
+    now = datetime.now(UTC)
+    rows = [
+        {
+            "run": each.id[:8],
+            "begun": ago(each.began, now),
+            "state": each.state,
+            "took": lasted(each.seconds),
+            "name": each.name,
+            "message": each.message,
+        }
+        for each in found
+    ]
+    moods = [each.mood for each in found]
+    text = "\n".join(lines_of(rows, ("run", "begun", "state", "took", "name", "message"), moods))
+    emit("runs", [each.json() for each in found], text if rows else "there were none yet", as_json=as_json)
+    return 0
+
+
+@run_.verb("logs")
+async def logs(
+    flow_run: Beginning,
+    repos: Repos,
+    following: Annotated[bool, Option("-f", "--follow", help="go on until the run ends")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Print the log of a run, with those of its stages, targets and steps.
+
+    With --follow the exit status is that of toto wait; with --json it is all printed at the end.
+    """
+    api = await _api(repos)
+    found = await runs.find(api, flow_run)
+    log, kept, status = runs.Log(api, found["id"]), list[runs.Logged](), 0
+
+    def say(line: runs.Logged) -> None:
+        if as_json:
+            kept.append(line)
+        else:
+            print(f"{line.at[11:19]}  {line.message}", flush=True)
+
+    if following:
+        ended = await log.follow(say, every=follow.PAUSE)
+        status = follow.STATUS.get(ended, 1)
+    else:
+        for line in await log.new():
+            say(line)
+    if as_json:
+        print(document("log", map(vars, kept)))
+    return status
+
+
+@verbs.verb("cancel")
+async def cancel(flow_run: Beginning, repos: Repos, by: By = None) -> int:
+    """Cancel a run: what it is rolling out is put back; over ssh: ssh toto cancel RUN"""
+    found = None
+    for repo in git_host.infra_repos(repos):
+        if by is None or await access.may(repos, by, "read", name_of(repo)):
+            api = await git_host.api_of(repo)
+            with contextlib.suppress(InputError):
+                found = await runs.find(api, flow_run)
+            if found is not None and Path(found["parameters"].get("repo", "")) == repo.resolve():
+                break
+            found = None
+    if found is None:
+        raise InputError(f"no repository of yours has a run {flow_run[:60]!a}", hint="`toto runs` lists the newest")
+    if f"user:{by}" not in found["tags"] and not await access.may(repos, by, "deploy", name_of(repo)):
+        raise InputError(f"{by} may not deploy {name_of(repo)}, so cancel only runs of their own", target=found["id"])
+    await runs.cancel(api, found, by or f"{getpass.getuser()} (on toto itself)")
+    print(f"run {found['id']} is cancelled: {found['name']}")
+    return 0
+
+
+async def _api(repos: Path) -> Api:
+    """The API of the toto that is meant."""
+    remote = Remote.named()
+    return remote.api if remote else await api_near(None, repos)

@@ -42,9 +42,32 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         ),
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
+    "doing": {
+        "deploy": (
+            "toto.cli.deploy",
+            "have toto deploy what changed, as a push does; over ssh: ssh toto deploy [TARGET …]",
+        ),
+        "rehearse": (
+            "toto.cli.deploy",
+            "have toto rehearse what changed, and touch nothing; over ssh: ssh toto rehearse [TARGET …]",
+        ),
+        "revert": ("toto.cli.deploy", "deploy what was deployed before; over ssh: ssh toto revert [COMMIT|TARGET]"),
+        "freeze": (
+            "toto.cli.deploy",
+            "have targets rehearsed and not rolled out, until toto unfreeze; "
+            "over ssh: ssh toto freeze TARGET … --reason WHY",
+        ),
+        "unfreeze": ("toto.cli.deploy", "let targets be rolled out again; over ssh: ssh toto unfreeze TARGET …"),
+    },
     "runs": {
+        "runs": ("toto.cli.runs", "list the newest runs of all repositories: how each ended, and what it said"),
+        "run": ("toto.cli.runs", "the log of a run"),
+        "cancel": ("toto.cli.runs", "cancel a run: what it is rolling out is put back; over ssh: ssh toto cancel RUN"),
         "job": ("toto.cli.jobs", "the jobs of a repository: list and start them, read their logs, abort them"),
-        "check": ("toto.cli.runs", "check machines by the InSpec profiles and testinfra modules of their repository"),
+        "check": (
+            "toto.cli.runs",
+            "check machines by the InSpec profiles and testinfra modules of their repository; over ssh: ssh toto check",
+        ),
         "build": (
             "toto.cli.build",
             "have toto build a host, and touch nothing; over ssh: ssh toto build HOST[@COMMIT]",
@@ -60,6 +83,12 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
             "toto.cli.runs",
             "take what is there as good, where a target cannot be put back; over ssh: ssh toto accept TARGET …",
         ),
+    },
+    "trying a host": {
+        "init": ("toto.cli.init", "write machines.yaml, in this folder, from the hosts that are found in it"),
+        "sandbox": ("toto.cli.sandbox", "boot a host's virtual machine, and be root in it until you leave"),
+        "test": ("toto.cli.sandbox", "run a host's test scripts of one phase, and nothing else"),
+        "tap": ("toto.cli.sandbox", "tell what toto thinks of a TAP document, as a test script prints it"),
     },
     "the git host, keys and machines": {
         "repo": ("toto.cli.repo", "the git host: repositories, what they accept, who may use them"),
@@ -85,6 +114,14 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
 VERBS: Final = {verb: line for section in SECTIONS.values() for verb, line in section.items()}
 """The module (`""` for what `toto.cli` starts itself) and the line of help of each verb."""
 
+
+OVER_SSH: Final = frozenset(
+    (
+        *("deploy", "rehearse", "revert", "freeze", "unfreeze", "check", "build", "fetch"),
+        *("wait", "cancel", "approve", "reject", "accept"),
+    )
+)
+"""What the git host of a different toto does, over ssh: `toto.git_host.shell` admits it."""
 
 COMPLETE: Final = "_TOTO_COMPLETE"
 _P = ParamSpec("_P")
@@ -225,9 +262,9 @@ def _toto(
         bool, typer.Option("--version", help="print the version, and exit", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Show what would change, what is deployed and its history; manage the git host.
+    """Deploy a fleet of NixOS machines: show what would change and what is deployed, deploy it, put it back.
 
-    A push, Prefect's UI or `prefect deployment run` starts a run; no verb here deploys anything.
+    A push to the infra repo starts a run by itself, and so does Prefect's UI.
     """
 
 

@@ -18,7 +18,7 @@ from toto.base import owned
 from toto.base.errors import InputError, TotoError
 from toto.base.prefect_api import Api
 from toto.fleet import builds
-from toto.git_host import access, shell
+from toto.git_host import access, runs, shell
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 from toto.infra_repo import git
@@ -71,13 +71,7 @@ class Wanted:
 
 async def start(wanted: Wanted, user: str | None) -> str:
     """Start a run that builds; its id. Raises `ServerError`."""
-    api = await git_host.api_of(wanted.repo)
-    deployment = await api.call("GET", f"/deployments/name/{DEPLOYMENT}")
-    asked = {
-        "parameters": {"repo": str(wanted.repo.resolve()), "commit": wanted.commit, "only": [wanted.host]},
-        "tags": [f"user:{user}"] if user else [],
-    }
-    return str((await api.call("POST", f"/deployments/{deployment['id']}/create_flow_run", asked))["id"])
+    return await runs.start(wanted.repo, DEPLOYMENT, {"commit": wanted.commit, "only": [wanted.host]}, user)
 
 
 async def row(api: Api, wanted: Wanted, run: str) -> dict[str, Any]:

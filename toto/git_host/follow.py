@@ -30,7 +30,7 @@ LAST_WORDS: Final = 5.0  # seconds to wait for a run's last lines after its end:
 INFO: Final = 20
 ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled", "CRASHED": "crashed"}
 PARTIAL: Final = "Partial"  # the name of the state of a run that is done only in part
-_STATUS: Final = {"COMPLETED": 0, PARTIAL: 3}  # of all others 1
+STATUS: Final = {"COMPLETED": 0, PARTIAL: 3}  # of all others 1
 _ACCEPTED: Final = "toto: git now says that the push failed, for its exit status: the commits are on toto all the same"
 # Prefect's own lines in a run's log.
 _CHATTER: Final = re.compile(
@@ -85,7 +85,7 @@ async def to_the_end(repo: Path, runs: Sequence[str], deadline: float, *, steps:
         ended = await follow(api, run, say, deadline=deadline, pause=pause, steps=steps)
         if ended is None:
             return 2
-        status = 1 if 1 in (status, _STATUS.get(ended, 1)) else status or _STATUS[ended]
+        status = 1 if 1 in (status, STATUS.get(ended, 1)) else status or STATUS[ended]
     return status
 
 
@@ -210,11 +210,16 @@ class _Watched:
             self.lines[run] += len(fresh)
             for line in fresh:
                 self.closed |= run == self.run and line["message"].startswith("Finished in state ")
-                if not _CHATTER.match(line["message"]):
+                if not is_chatter(line["message"]):
                     self.logged.add(clean(line["message"]))
                     self.say(clean(line["message"]))
             if len(fresh) < 200:
                 return
+
+
+def is_chatter(message: str) -> bool:
+    """Whether a line of a log is one of Prefect's own, of no use to people."""
+    return _CHATTER.match(message) is not None
 
 
 def clean(text: str) -> str:

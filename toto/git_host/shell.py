@@ -26,13 +26,32 @@ from toto.git_host.access import ADMIN, USER_VARIABLE, Right, Rules
 # A push needs `rehearse`; the hook knows which refs it moves, and which of those need `deploy`.
 SERVICES: Final[Mapping[str, Right]] = {"upload-pack": "read", "receive-pack": "rehearse"}
 COMMANDS: Final = (
-    *("build HOST[@COMMIT]", "fetch HOST[@COMMIT]", "wait RUN", "approve RUN", "reject RUN"),
+    *("deploy [TARGET …] [--wait]", "rehearse [TARGET …] [--wait]", "revert [COMMIT|TARGET] [--wait]"),
+    *("freeze TARGET … --reason WHY", "unfreeze TARGET …", "check [MACHINE …]"),
+    *("build HOST[@COMMIT]", "fetch HOST[@COMMIT]", "wait RUN", "cancel RUN", "approve RUN", "reject RUN"),
     *("accept TARGET --reason WHY", "repo create NAME"),
 )
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
 STATUS_VARIABLE: Final = "TOTO_STATUS_FD"  # where the hook writes the status of a run that the pusher waited for
 _TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 BUILT: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/+-]*))?")  # HOST[@COMMIT]
+_REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
+# The options with a value of verbs that change or check the fleet; the text of a reason is all words up to an option.
+_ON_FLEET: Final[Mapping[str, Sequence[str]]] = {
+    "deploy": ("--commit", "--override"),
+    "rehearse": ("--commit",),
+    "revert": ("--override",),
+    "freeze": ("--reason",),
+    "unfreeze": (),
+    "check": (),
+}
+_REASONS: Final = ("--override", "--reason")
+_FLAGS: Final[Mapping[str, Sequence[str]]] = {
+    "deploy": ("--force", "--wait"),
+    "rehearse": ("--wait",),
+    "revert": ("--wait",),
+}
+_BEGINNING: Final = re.compile(r"[0-9a-f][0-9a-f-]{3,35}")
 _RUN: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -115,16 +134,16 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
                     f"{user} may not create repositories", hint=f"ask someone who may deploy {ADMIN}: {_create(name)}"
                 )
             return _toto(repos, user, "repo", "create", access.check_name(name))
-        case ["wait" | "approve" | "reject" as verb, run]:
-            if not _RUN.fullmatch(run):
+        case ["wait" | "cancel" | "approve" | "reject" as verb, run]:
+            if not (_BEGINNING if verb == "cancel" else _RUN).fullmatch(run):
                 raise InputError(
                     f"{ascii(run)[:60]} is not the id of a run", hint="the log of the run that asks has the whole line"
                 )
             return _toto(repos, user, verb, run)
         case ["build" | "fetch" as verb, host, *rest]:
             return _toto(repos, user, verb, *_of_repo(host, rest))
-        case ["accept", *rest]:
-            return _toto(repos, user, "accept", *_accepting(rest))
+        case [verb, *rest] if verb in ("accept", *_ON_FLEET):
+            return _toto(repos, user, verb, *(_accepting(rest) if verb == "accept" else _on_fleet(verb, rest)))
     service, argument = _asked(words, user)
     name = access.repo_name(argument, repos)
     repo = access.path_of(repos, name)
@@ -145,6 +164,36 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
     if service == "receive-pack" and (repo.is_symlink() or not (repo / "hooks" / "pre-receive").is_file()):
         raise InputError(f"{name} does not have toto's hooks", hint=f"run on toto: toto repo create {name}")
     return ["git", service, str(repo)]
+
+
+def _on_fleet(verb: str, words: list[str]) -> list[str]:
+    """The arguments of a verb of `_ON_FLEET`. ssh has joined the words, so that a reason may be several of them."""
+    targets, options = list[str](), list[str]()
+    rest = list(words)
+    flags, valued = _FLAGS.get(verb, ()), (*_ON_FLEET[verb], "--repo")
+    wrong = InputError(
+        "that is not how it is asked for", hint=f"ssh toto {next(each for each in COMMANDS if each.split()[0] == verb)}"
+    )
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        if word in flags and not equals:
+            options.append(word)
+        elif word in valued:
+            said = [value] if equals else rest[:1]
+            del rest[: 0 if equals else 1]
+            while word in _REASONS and rest and rest[0].partition("=")[0] not in (*flags, *valued):
+                said.append(rest.pop(0))
+            text = " ".join(said)
+            if word == "--repo":
+                access.check_name(text)
+            elif not (text.strip() and (word in _REASONS or _REVISION.fullmatch(text))):
+                raise wrong
+            options.append(f"{word}={text}")
+        elif equals or not _REVISION.fullmatch(word) or ".." in word:
+            raise wrong
+        else:
+            targets.append(word)
+    return [*options, *targets]
 
 
 def _accepting(words: list[str]) -> list[str]:
@@ -191,7 +240,8 @@ def _words(command: str | None) -> list[str]:
     try:
         return shlex.split(command or "")
     except ValueError:  # a reason has an apostrophe, and ssh has taken its quotes away
-        return command.split() if command and command.startswith("accept ") else []
+        verb, *_ = words = (command or "").split() or [""]
+        return words if verb == "accept" or verb in _ON_FLEET else []
 
 
 def _asked(words: list[str], user: str) -> tuple[str, str]:

@@ -13,12 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from toto.base import process
+from toto.base import paths, process, runs
 from toto.infra_repo.manifest import Machine
-from toto.machine import ssh
-from toto.machine.activation import Connected, MachineState, SudoActivator, Verb
+from toto.infra_repo.settings import Settings
+from toto.machine import keys, owners, ssh
+from toto.machine.activation import Activator, Connected, MachineState, SudoActivator, Verb
 from toto.machine.condition import Condition
 from toto.machine.locked import USER, LockedActivator, answer_of
+from toto.machine.pulled import PATIENCE, PullActivator
 from toto.machine.ssh import AuthenticationFailed, Connection, SshTarget
 
 Access: TypeAlias = Literal["sudo", "locked"]
@@ -140,6 +142,37 @@ class Moving(Connected):
     async def clean_up(self, run: str = "") -> None:
         """As the way does that is there by now."""
         await self._now.clean_up(run)
+
+
+@asynccontextmanager
+async def connect(
+    machine: Machine, repo: Path, run: str, settings: Settings, identity: Path | None
+) -> AsyncIterator[Activator]:
+    """Reach a machine, where toto logs in by the key `identity` unless it pulls; the result has the activation verbs.
+
+    Raises `Unreachable` after `roll_out.connect_timeout` s, `NotOwned` for an address that the repo may not deploy.
+    """
+    connect_timeout = settings.roll_out.connect_timeout
+    ip = await owners.located(repo, machine, connect_timeout)
+    if machine.deploy == "pull":
+        key = await keys.for_closures(repo, settings.nix.signing_key)
+        yield PullActivator(machine, repo, run, key, ip, patience=max(connect_timeout, PATIENCE))
+        return
+    target = SshTarget(
+        name=machine.name,
+        address=machine.address,
+        port=machine.ssh.port,
+        user=machine.ssh.user,
+        identity=identity,
+        host_key=machine.ssh.host_key,
+        known_hosts=paths.repo_state(repo) / "known_hosts",
+        connect_timeout=max(1, round(connect_timeout)),
+        ip=ip,
+    )
+    folder = runs.run_directory(repo, run) / "ssh" / f"{machine.name}@machine"
+    rebuild = settings.roll_out.method == "nixos-rebuild"
+    async with over_ssh(target, folder, machine, repo, run, connect_timeout, rebuild=rebuild) as activator:
+        yield activator
 
 
 OverSsh: TypeAlias = SudoActivator | LockedActivator | Moving

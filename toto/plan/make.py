@@ -21,10 +21,10 @@ from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
 from toto.nix import builders, daemon
-from toto.nix.memory import Evaluations, Remembered
+from toto.nix.memory import Allowance, Evaluations, Remembered
 from toto.nix.messages import hearing
 from toto.plan import changes
-from toto.plan.changes import Change, Desired, Failure, Told
+from toto.plan.changes import Action, Change, Desired, Failure, Told, Why
 from toto.plan.compare import compare
 from toto.plan.kind import Found, Kind, Source
 from toto.plan.kinds import KINDS, kind_of
@@ -164,6 +164,27 @@ async def hosts(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, 
         )
         evaluations.remembered.write(None)
     return Hosts(tuple(wanted.made.values()), wanted.failures, source.settings)
+
+
+async def one(repo: Path, commit: str, run: str, target: Target) -> Order:
+    """The order of one target of a commit, whatever the ledger says: to build and to try it, and not to roll it out.
+
+    Raises as `make` does, and what identifying the target raises.
+    """
+    async with _source(repo, commit, run) as source:
+        found, _, _ = await _discover(source, [str(target)])
+        (each,) = (each for each in found if each.target == target)
+        kind, evaluations = kind_of(target), _evaluations(source)
+
+        async def order(memory: Allowance | None) -> Order:
+            within = replace(source, memory=memory)
+            change = Change(desired=await kind.identify(within, each), why=Why.FORCED, action=Action.REHEARSE)
+            return await kind.order(within, each, change)
+
+        made = await evaluations.run(f"{target.name}#one", order) if kind.evaluated else await order(None)
+        evaluations.remembered.write(None)
+    await git.checkout(repo, commit, run_directory(repo, run) / "tree")
+    return made
 
 
 @asynccontextmanager

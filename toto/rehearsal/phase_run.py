@@ -15,7 +15,9 @@ from toto.base.model import Model
 from toto.cell import relay as relays
 from toto.cell.cell import INFRA, Cell, python, search_path
 from toto.cell.namespace import Namespace, namespace
+from toto.infra_repo.manifest import Machine
 from toto.machine import login_shell
+from toto.machine.activation import Activator
 from toto.machine.ssh import Connection
 from toto.rehearsal import on_host
 from toto.rehearsal.on_host import PLACE
@@ -39,6 +41,13 @@ class Endpoint:
     command: on_host.Command = login_shell.line
     address: str | None = None  # (no "": Prefect takes one for the same object as in a task's result)
     ip: str | None = None
+
+    @classmethod
+    def of(cls, machine: Machine, activator: Activator) -> Self:
+        """How test scripts connect to a machine itself: its ports are not mapped."""
+        ports = {port: port for port in machine.ports}
+        address, ip = machine.address, activator.ip or None
+        return cls(activator.connection, ports, command=activator.command, address=address, ip=ip)
 
     @property
     def place(self) -> tuple[str, str]:

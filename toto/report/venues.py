@@ -30,7 +30,7 @@ from toto.base.errors import TotoError
 from toto.infra_repo.settings import is_mail_address
 from toto.report.message import SLACK, Message, State, one_line
 
-Origin: TypeAlias = Literal["push", "schedule", "ui", "notebook", "flying-monkey"]
+Origin: TypeAlias = Literal["push", "schedule", "ui", "cli", "notebook", "flying-monkey"]
 Security: TypeAlias = Literal["starttls", "tls", "none"]
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
