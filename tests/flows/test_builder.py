@@ -27,23 +27,26 @@ from toto.plan.host import DeployedHost, DesiredHost, HostOrder
 from toto.plan.verdict import Verdict
 from toto.rehearsal.results import Rehearsal
 
-PI = Target("host", "pi")
+# (Slots are of the whole machine, by name: no other test has a builder of this one.)
+MILL = Target("host", "mill")
 place, home = test_builders.place, test_builders.home  # fixtures
 
 
 async def order(one: test_builders.Builder, place: Path) -> HostOrder:
-    """A roll-out to pi, which toto has deployed once, and at which no sshd answers any more."""
+    """A roll-out to mill, which toto has deployed once, and at which no sshd answers any more."""
     repo, repos = InfraRepo(place / "infra"), git_host.default_repos()
     login = f"ssh: {{port: {free_port()}, host_key: {one.server.host_key}}}"
-    commit = repo.commit({"machines.yaml": f"machines:\n- {{name: pi, address: 127.0.0.1, role: builder, {login}}}\n"})
+    commit = repo.commit(
+        {"machines.yaml": f"machines:\n- {{name: mill, address: 127.0.0.1, role: builder, {login}}}\n"}
+    )
     repos.mkdir(parents=True)
     bare = repo.bare.rename(repos / "infra.git")
     good = DeployedHost(identity="drv", path="/nix/store/x", commit=commit, run="r", at="2026-01-01T00:00:00Z")
-    await Ledger(bare).write(PI, lambda entry: entry.model_copy(update={"good": good}), "good")
-    wanted = DesiredHost(target=PI, file="hosts/pi.nix", identity="y", path="/nix/store/y", tests="")
+    await Ledger(bare).write(MILL, lambda entry: entry.model_copy(update={"good": good}), "good")
+    wanted = DesiredHost(target=MILL, file="hosts/mill.nix", identity="y", path="/nix/store/y", tests="")
     change = Change(desired=wanted, why=Why.CHANGED, action=Action.DEPLOY, last=good)
     settings = Settings(roll_out=RollOut(connect_timeout=2))
-    machine = manifest_of(bare).machines["pi"]
+    machine = manifest_of(bare).machines["mill"]
     return HostOrder(repo=bare, run="run-2", commit=commit, change=change, settings=settings, machine=machine)
 
 
@@ -57,11 +60,11 @@ async def test_a_builder_is_rolled_out_when_its_builds_have_ended_and_no_sooner(
     async with builder(place, "one") as one:
         own, target = place / "one/nix.conf", one.server.target
         files.write(own, own.read_text().replace("/who=", f"/more={more} /who="), 0o644)
-        pi = await order(one, place)
-        approved = f'[fleet_builders."infra/pi"]\nhost_key = "{one.server.host_key}"\nuser = "{target.user}"\n'
+        mill = await order(one, place)
+        approved = f'[fleet_builders."infra/mill"]\nhost_key = "{one.server.host_key}"\nuser = "{target.user}"\n'
         async with building(monkeypatch, home, approved), asyncio.timeout(180):
-            (described,) = fleet_builders.described([pi.repo]).values()
-            builders.tell(home, {"infra/pi": described.model_copy(update={"port": target.port})})
+            (described,) = fleet_builders.described([mill.repo]).values()
+            builders.tell(home, {"infra/mill": described.model_copy(update={"port": target.port})})
             while text(await built(place, WHO)) != "one":
                 await asyncio.sleep(0.2)
             began = asyncio.Event()
@@ -71,16 +74,16 @@ async def test_a_builder_is_rolled_out_when_its_builds_have_ended_and_no_sooner(
             )
             await began.wait()
             with disable_run_logger(), caplog.at_level(logging.WARNING):
-                verdict: Verdict[Rehearsal] = Verdict.waived(pi, by="me", why="a test")
-                roll_out = asyncio.create_task(host.roll_out.fn(pi, verdict))
-                while "waiting until nothing is built on infra.pi" not in caplog.text:
+                verdict: Verdict[Rehearsal] = Verdict.waived(mill, by="me", why="a test")
+                roll_out = asyncio.create_task(host.roll_out.fn(mill, verdict))
+                while "waiting until nothing is built on infra.mill" not in caplog.text:
                     await asyncio.sleep(0.2)
                 while text(await built(place, WHO)) != "here":  # (a slot that was free is taken at once)
                     await asyncio.sleep(0.2)
-                assert not roll_out.done() and Ledger(pi.repo).read().get(PI).unreachable is None
+                assert not roll_out.done() and Ledger(mill.repo).read().get(MILL).unreachable is None
                 (more / "go").touch()
                 assert text(await at_work) == "one", "what it builds ends first"
                 assert await roll_out == "unreachable", "then it is its turn"
-            assert Ledger(pi.repo).read().get(PI).unreachable is not None
+            assert Ledger(mill.repo).read().get(MILL).unreachable is not None
             while text(await built(place, WHO)) != "one":
                 await asyncio.sleep(0.2)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks.record import retire
 from tests.repos import git
 from toto.base import paths, process
+from toto.ledger.target import HOST, Target
 from toto.machine import keys
 from toto.nix import cache as caches
 from toto.nix import commands as nix
@@ -159,7 +161,7 @@ async def test_a_retired_machine_may_fetch_nothing(repo: Path, tmp_path: Path) -
     for name in ("web1", "web2"):
         await grants.grant(repo, name, [one], key, timeout=60)
     changed = (grants.granted() / "changed").read_text()
-    await grants.take_back(repo, "web1")
+    await retire.fn(repo, Target(HOST, "web1"))
     assert not grants.of(paths.repo_folder(repo), "web1").exists()
     assert served(repo, "web2") == hashes(one, shared)
     assert changed != (now := (grants.granted() / "changed").read_text())
