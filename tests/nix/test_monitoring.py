@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.nix.test_module import NIXPKGS, ROOT, evaluated, pytestmark, settings
+from toto.metrics.dashboards import dashboards
 
 __all__ = ["pytestmark"]
 
@@ -118,6 +119,4 @@ def test_grafana_has_the_dashboards_of_the_generator(tmp_path: Path) -> None:
     assert program.endswith("/bin/python3")
     script = found["made"].replace(program, "python3").replace("$out", str(folder))
     subprocess.run(["sh", "-euc", script.replace(script.split()[1], f"{ROOT}/toto/metrics/dashboards.py")], check=True)
-    assert {each.name for each in folder.iterdir()} == {
-        f"{name}.json" for name in ("fleet", "host", "runs", "evaluation")
-    }
+    assert {each.name for each in folder.iterdir()} == {f"{name}.json" for name in dashboards()}
