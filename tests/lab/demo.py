@@ -74,7 +74,7 @@ async def push(whole: Fleet, message: str, files: dict[str, str | None]) -> Run:
     ending = asyncio.create_task(whole.ended(run, 400))
     try:
         while not ending.done():
-            await asyncio.wait([ending], timeout=1)
+            await asyncio.wait([ending], timeout=2)
             for name in await asyncio.to_thread(whole.subflows, run):
                 if name not in printed:
                     printed.add(name)

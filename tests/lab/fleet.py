@@ -37,6 +37,7 @@ from toto.server.environment import PROFILES
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/infra"
 ENDED: Final = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+LOOK: Final = 0.7  # seconds between two looks; a request costs toto 20 ms of a core, and the machines need that
 PATIENCE: Final = 600.0  # seconds after which something hangs, however busy this machine is
 NET: Final = "127.0.1."  # what the example says; a fleet that stands beside another has a net of its own
 SEEN_BY_GUESTS: Final = "10.0.2.2"  # the loopback of this machine, from a lab machine
@@ -319,7 +320,7 @@ class Fleet:
                 )
             if time.monotonic() > deadline:
                 raise TimeoutError(f"run {run} is {found['state_type']} after {timeout} s\n{self.logs(run)}")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(LOOK)
 
     async def log_line(self, run: str, text: str, timeout: float = PATIENCE) -> None:
         """Wait until a run, or one of its subflows, has logged `text`."""
@@ -327,7 +328,7 @@ class Fleet:
         while text not in await asyncio.to_thread(self.logs, run):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{text!r} did not appear in the log of run {run}:\n{self.logs(run)}")
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(LOOK)
 
     def family(self, run: str) -> list[str]:
         """A run and its subflows, at any depth."""
