@@ -39,9 +39,10 @@ async def job(
             cancelled_by_sigterm(),
             runs.claimed(repo, run),
             jobs.begun(repo, job, asked, parameters or {}, run, number, **about) as work,
-            jobs.place(work) as context,
         ):
-            ended = await jobs.carry_out(work, context)
+            await jobs.approve(work)
+            async with jobs.place(work) as context:
+                ended = await jobs.carry_out(work, context)
             await jobs.show_archive(work)
             await jobs.follow(work, ended)
     except jobs.Instead as others:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -15,12 +16,16 @@ from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State as FlowState
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
+from blocks import venues
 from tasks import shell
+from tasks.ask import ask
 from tasks.limits import locked, room_in_context
 from toto.base import process, runs
 from toto.base.errors import InputError, TotoError
+from toto.base.moment import moment
 from toto.base.prefect_api import ServerError
 from toto.fleet import artifacts
 from toto.infra_repo import git
@@ -32,6 +37,8 @@ from toto.jobs.history import History, Run, State
 from toto.jobs.registered import Registered
 from toto.jobs.run import Given
 from toto.jobs.run import run as run_job
+from toto.ledger import approvals
+from toto.report.message import Message, Problem
 
 HEAD: Final = 64_000  # bytes of a log's beginning that the run's page shows as they come
 TAIL: Final = 16_000  # bytes of its end
@@ -119,6 +126,20 @@ async def _only(repo: Path, history: History, job: Job, given: Mapping[str, str]
     if (waiting := queue.same(history, job, values)) is not None:
         raise Instead(f"{waiting.label} is queued already, and not twice")
     return values
+
+
+async def approve(work: Work) -> None:
+    """Wait until a person has approved the run, where its job needs that. Raises `NotApproved`."""
+    if seconds := work.job.conf.approve:
+        run = work.run
+        given = "".join(f"\n  {name}={value}" for name, value in sorted(run.parameters.items()))
+        script = work.job.conf.command or f"{run.job}.run"
+        plan = f"{script} of {run.commit[:8]}{f', {run.reason}' if run.reason else ''}{given}"
+        try:
+            answer = await ask(work.repo, run.flow_run, {run.label: plan}, seconds)
+            get_run_logger().info("approved by %s at %s", answer.by, answer.at)
+        finally:
+            await approvals.withdraw(work.repo, run.flow_run)
 
 
 @asynccontextmanager
@@ -221,7 +242,9 @@ def _kept(archive: Path) -> list[dict[str, str]]:
 
 
 async def follow(work: Work, ended: Run) -> None:
-    """Begin the jobs that come after this one, when it was a success; try it again when not; remove its old runs."""
+    """Begin the jobs that come after this one, when it was a success; try it again when not; tell who wants to know;
+    remove its old runs."""
+    await notify(work, ended)
     if ended.state is State.SUCCESS:
         for each in work.jobs.jobs.values():
             if work.job.name in each.conf.after:
@@ -231,6 +254,37 @@ async def follow(work: Work, ended: Run) -> None:
         reason = f"try {again + 1} of {work.job.conf.retry + 1}, after {ended.label}"
         await _queue(work, ended, work.job, ended.parameters, reason, attempt=again, wait=wait)
     work.history.prune(work.job.name, work.job.conf.keep, work.job.conf.keep_days * _DAY)
+
+
+async def notify(work: Work, ended: Run) -> None:
+    """Notify the job's venues when it has failed and did not before, or succeeds again. An aborted run is no news."""
+    others = [each for each in work.history.runs(ended.job) if each.state in (State.SUCCESS, State.FAILED)]
+    failed = list(
+        itertools.takewhile(lambda run: run.state is State.FAILED, (each for each in others if each != ended))
+    )
+    now, fine = ended.state, State.SUCCESS
+    if not work.job.conf.venues or now is State.ABORTED or (now is fine) == (not failed):
+        return
+    name = f"job {ended.job}"
+    message = Message(
+        repo=work.repo.name.removesuffix(".git"),
+        state="recovered" if now is fine else "failed",
+        summary=f"{ended.label} succeeded" if now is fine else f"{ended.label} failed: {ended.why}",
+        commit=await git.describe(work.repo, ended.commit),
+        link=f"{PREFECT_UI_URL.value()}/runs/flow-run/{ended.flow_run}",
+        problems=() if now is fine else (Problem.of(name, "failed", f"{ended.why}\n{_last_lines(work, ended)}"),),
+        recovered={name: moment(failed[-1].ended)} if now is fine else {},
+    )
+    for each in work.job.conf.venues:
+        try:
+            await asyncio.gather(*(venue.send(message) for venue in await venues.named(each, work.repo)))
+        except Exception as error:  # (one that is not toto's own may have a secret in it)
+            why = str(error) if isinstance(error, TotoError) else f"unexpected {type(error).__name__}"
+            get_run_logger().warning("%s was not notified: %s", each, why)
+
+
+def _last_lines(work: Work, ended: Run) -> str:
+    return log.tail(work.history.folder(ended), TAIL).decode(errors="replace")
 
 
 async def _queue(
@@ -282,6 +336,9 @@ async def follow_roll_out(repo: Path, commit: str, ended: Mapping[Event, Collect
 async def register(repo: Path, commit: str, jobs: Jobs) -> Registered:
     """Make the deployments of the repo's jobs those of a commit, which was just deployed."""
     done = await registered.register(call, repo, commit, jobs)
+    History(repo).register(
+        {name: {"description": job.conf.description, "public": job.conf.public} for name, job in jobs.jobs.items()}
+    )
     if str(done):
         get_run_logger().info("jobs %s", done)
     return done

@@ -28,6 +28,7 @@ from toto.base import process
 from toto.fleet import results
 from toto.fleet.state import Fleet
 from toto.fleet.words import ago
+from toto.jobs.history import History, State
 from toto.ledger import steps
 from toto.ledger.ledger import Ledger
 from toto.ledger.target import Target
@@ -305,3 +306,27 @@ async def test_ages_are_in_words(seconds: float, said: str) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert ago(now - timedelta(seconds=seconds), now) == said
     assert ago((now - timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z"), now) == said
+
+
+async def test_a_job_s_badge_and_state_are_public_where_its_conf_says_so(world: World) -> None:
+    history = History(world.repo.bare)
+    history.register({name: {"description": HOSTILE, "public": name == "open"} for name in ("open", "closed", "new")})
+    for name in ("open", "closed"):
+        begun = history.begin(history.queue(name, reason=HOSTILE, parameters={"A": "secret"}), "default")
+        history.end(begun, State.FAILED, HOSTILE)
+    async with httpx.AsyncClient(base_url=world.url) as stranger:
+        badge = await stranger.get("/fleet/infra/jobs/open.svg")
+        assert badge.headers["content-type"] == "image/svg+xml" and "open: failed" in badge.text
+        state = await stranger.get("/fleet/infra/jobs/open.json")
+        assert (state.json()["state"], state.json()["runs"][0]["number"]) == ("failed", 1)
+        assert "secret" not in state.text and "alert" not in state.text
+        for path in ("closed.svg", "closed.json", "nothing.svg", "../jobs", "", "..%2fopen.svg"):
+            assert (await stranger.get(f"/fleet/infra/jobs/{path}")).status_code == 401
+        for path in ("/fleet/other/jobs/open.svg", "/fleet/infra/jobs", "/fleet/infra/host/open.svg"):
+            assert (await stranger.get(path)).status_code == 401
+    async with world.client() as client:
+        assert "new: unknown" in (await client.get("/fleet/infra/jobs/new.svg")).text
+        assert (await client.get("/fleet/infra/jobs/nothing.svg")).status_code == 404
+        page = (await client.get("/fleet/infra/jobs")).text
+        assert "closed:1" in page and "<script>alert" not in page
+        assert len((await client.get("/fleet/infra/jobs?format=json")).json()) == 3

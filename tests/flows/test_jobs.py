@@ -11,11 +11,14 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from blocks import WebhookVenue
 from flows.jobs import job
 from flows.reconcile import reconcile
 from tests.conftest import PrefectServer
+from tests.flows.test_approve import asked
 from tests.repos import InfraRepo
 from tests.repos import git as run_git
+from tests.venue_servers import http_server
 from toto.base import paths
 from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
@@ -23,6 +26,7 @@ from toto.cli import jobs as cli
 from toto.infra_repo import git
 from toto.jobs import folder, registered
 from toto.jobs.history import History
+from toto.ledger import approvals
 from toto.server import deployments, environment
 from toto.server import serve as server
 
@@ -278,6 +282,34 @@ async def test_runs_with_a_lock_in_common_wait_for_each_other(infra: Infra, run:
     assert {each.type.value for each in states} == {"COMPLETED"}, [each.message for each in states]
 
 
+@pytest.mark.parametrize("approved", [True, False])
+async def test_a_run_waits_for_an_approval_where_its_job_needs_one(infra: Infra, run: Started, approved: bool) -> None:
+    infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}APPROVE=600\n")
+    async with asyncio.timeout(240):
+        work = asyncio.ensure_future(run("a", parameters={"A": "b"}, reason="because"))
+        flow_run, question = await asked(infra.bare)
+        assert question.plans == {"a:1": f"a.run of {git.resolve(infra.bare, 'HEAD')[:8]}, because\n  A=b"}
+        assert infra.history.get("a", 1).state == "queued"
+        await approvals.answer(infra.bare, flow_run, approved=approved, by="alice")
+        state = await work
+    ended = infra.history.get("a", 1)
+    if approved:
+        assert (state.type.value, ended.state) == ("COMPLETED", "success")
+    else:
+        assert (state.type.value, ended.state, ended.why) == ("FAILED", "failed", "its plan was rejected by alice")
+
+
+async def test_venues_are_notified_of_a_change_of_state_alone(infra: Infra, run: Started) -> None:
+    infra.jobs(a_run="#!/bin/sh\necho no room left\nexit $FAILS\n", a_conf=f"{QUIET}VENUES=job-of-tests, job-none\n")
+    with http_server() as heard:
+        await WebhookVenue(url=heard.address).save("job-of-tests", overwrite=True)
+        for fails in "0110":
+            await run("a", parameters={"FAILS": fails})
+    first, second = (json.loads(each.body) for each in heard.requests)
+    assert first["title"] == "[infra] job a failed" and "no room left" in first["text"]
+    assert (second["state"], second["title"]) == ("recovered", "[infra] job a fine again")
+
+
 async def test_old_runs_are_removed(infra: Infra, run: Started) -> None:
     infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}KEEP=2\n")
     for _ in range(4):
@@ -302,15 +334,14 @@ async def test_a_worker_runs_jobs_and_a_cancel_is_an_abort(infra: Infra, tmp_pat
     infra.jobs(
         a_run="#!/bin/sh\necho $A\n",
         b_run="#!/bin/sh\necho ready; sleep 3000 & wait\n",
-        b_after="#!/bin/sh\necho after $RESULT\n",
-        b_conf=f"{QUIET}GRACE=8\n",
+        b_after="#!/bin/sh\nsleep 33; echo after $RESULT\n",  # (the worker gives up its own part after 30 s)
+        b_conf=f"{QUIET}GRACE=40\n",
         c_run="#!/bin/sh\nlaminarc run a A=from-c && laminarc start d && laminarc run e; echo $?\nlaminarc abort d 1\n",
         d_run="#!/bin/sh\nsleep 3000\n",
         e_run="#!/bin/sh\nexit 1\n",
     )
     await infra.register()
     async with asyncio.timeout(300), working(infra, tmp_path):
-        stubborn = await infra.start("b")
         state = await infra.ended(await infra.start("a", parameters={"A": "given"}))
         assert state["type"] == "COMPLETED", state
         assert "given\n" in infra.history.log(infra.history.get("a", 1)).read_text()
@@ -322,12 +353,14 @@ async def test_a_worker_runs_jobs_and_a_cancel_is_an_abort(infra: Infra, tmp_pat
         while not infra.history.get("d", 1).state.ended:
             await asyncio.sleep(0.2)
         assert infra.history.get("d", 1).state == "aborted"
+        stubborn = await infra.start("b")
         while not list(infra.history.runs("b")) or not infra.history.log(infra.history.get("b", 1)).exists():
             await asyncio.sleep(0.2)
         await infra.on.api.call(
             "POST", f"/flow_runs/{stubborn}/set_state", {"state": {"type": "CANCELLING"}, "force": True}
         )
         assert (await infra.ended(stubborn))["type"] == "CANCELLED"
-        ended = infra.history.get("b", 1)
+        while not (ended := infra.history.get("b", 1)).state.ended:
+            await asyncio.sleep(0.2)
         assert ended.state == "aborted"
         assert infra.history.log(ended).read_text().splitlines()[-1] == "after aborted"

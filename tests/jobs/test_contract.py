@@ -24,7 +24,7 @@ ALL = {
     "after": "echo after",
 }
 LASTING = "echo ready; sleep 3000 & wait"
-PATIENT = "NETWORK=none\nGRACE=60\n"
+PATIENT = "NETWORK=none\nGRACE=40\n"
 BRIEF = "NETWORK=none\nGRACE=5\n"
 
 

@@ -100,6 +100,7 @@ WRONG = {
     "a key in small letters": ({"jobs/a.conf": "timeout=3"}, "jobs/a.conf:1: 'timeout' is not a known key; did you"),
     "no number": ({"jobs/a.conf": "TIMEOUT=soon"}, "jobs/a.conf:1: TIMEOUT: should be a number, not 'soon'"),
     "too large": ({"jobs/a.conf": "TIMEOUT=1e9"}, "jobs/a.conf:1: TIMEOUT: should be at most 604800"),
+    "a long grace": ({"jobs/a.conf": "GRACE=41"}, "jobs/a.conf:1: GRACE: should be at most 40"),
     "no line": ({"jobs/a.conf": "# x\nTIMEOUT"}, "jobs/a.conf:2: 'TIMEOUT' is no KEY=value"),
     "a key twice": ({"jobs/a.conf": "TIMEOUT=1\nTIMEOUT=2"}, "jobs/a.conf:2: TIMEOUT is set again; line 1 has set it"),
     "no cron": (

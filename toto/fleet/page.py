@@ -3,6 +3,7 @@
     GET /                        every target, and the newest runs
     GET /log                     the newest of what happened, as JSON: repo, target, since, author, most
     GET /REPO/builds             what was built: commits by hosts
+    GET /REPO/jobs               its jobs; /REPO/jobs/JOB.json and .svg are one's state and badge
     GET /REPO/KIND/NAME          one target: its history, closure, tests and console
     GET /events                  server-sent events: an empty one for each change
 
@@ -17,7 +18,7 @@ import binascii
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -32,7 +33,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from toto.base.errors import TotoError
-from toto.fleet import artifacts
+from toto.fleet import artifacts, jobs
 from toto.fleet.state import Fleet, Line
 from toto.fleet.words import ago, clean, lasted, size
 from toto.ledger import history
@@ -71,10 +72,13 @@ def create_page(fleet: Fleet, *, auth: str | None, grafana: str = "") -> Starlet
             Route("/log", page.log),
             Mount("/-/static", StaticFiles(packages=[("toto.fleet", "static")])),
             Route("/{repo}/builds", page.builds),
+            Route("/{repo}/jobs", page.jobs),
+            Route("/{repo}/jobs/{job}.svg", page.badge),
+            Route("/{repo}/jobs/{job}.json", page.job),
             Route("/{repo}/{kind}/{name}", page.target),
         ]
     )
-    app.add_middleware(_Locked, auth=auth)
+    app.add_middleware(_Locked, auth=auth, public=page.is_public)
     return app
 
 
@@ -88,10 +92,10 @@ async def _entrance(_: Request) -> Response:
 
 
 class _Locked:
-    """Asks for the password, and has every answer carry the headers of a page that runs nothing else."""
+    """Asks for the password, but for what is `public`. Every answer has the headers of a page that runs nothing."""
 
-    def __init__(self, app: ASGIApp, auth: str | None) -> None:
-        self.app, self.auth = app, auth
+    def __init__(self, app: ASGIApp, auth: str | None, public: Callable[[str], Awaitable[bool]]) -> None:
+        self.app, self.auth, self.public = app, auth, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,7 +107,8 @@ class _Locked:
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
-        if self.auth is not None and not secrets.compare_digest(_given(Request(scope)), self.auth.encode()):
+        known = self.auth is None or secrets.compare_digest(_given(Request(scope)), self.auth.encode())
+        if not known and not await self.public(scope["path"]):
             asked = {"WWW-Authenticate": 'Basic realm="toto", charset="UTF-8"'}
             text = "the password of toto's UI, please (`toto password` prints it)\n"
             await PlainTextResponse(text, 401, asked)(scope, receive, with_headers)
@@ -183,6 +188,35 @@ class _Page:
             return JSONResponse([vars(each) for each in found])
         hosts = sorted({host for each in found for host in each.rows})
         return await self._html("builds.html", request, repo=repo, builds=found, hosts=hosts)
+
+    async def jobs(self, request: Request) -> Response:
+        """The jobs of a repo."""
+        if (repo := self.state.repo(request.path_params["repo"])) is None:
+            return PlainTextResponse("there is no such repository\n", 404)
+        found = await asyncio.to_thread(jobs.listed, repo)
+        if _wants_json(request):
+            return JSONResponse([{**each, "run": each["run"] and each["run"].model_dump()} for each in found])
+        return await self._html("jobs.html", request, repo=request.path_params["repo"], jobs=found)
+
+    async def job(self, request: Request) -> Response:
+        """The state of a job."""
+        repo = self.state.repo(request.path_params["repo"])
+        found = await asyncio.to_thread(jobs.state, repo, request.path_params["job"]) if repo else None
+        return JSONResponse(found) if found else PlainTextResponse("there is no such job\n", 404)
+
+    async def badge(self, request: Request) -> Response:
+        """The badge of a job."""
+        repo = self.state.repo(request.path_params["repo"])
+        found = await asyncio.to_thread(jobs.badge, repo, request.path_params["job"]) if repo else None
+        return (
+            Response(found, media_type="image/svg+xml") if found else PlainTextResponse("there is no such job\n", 404)
+        )
+
+    async def is_public(self, path: str) -> bool:
+        """Whether a path is shown without a password."""
+        name, job = jobs.asked(path) or ("", "")
+        repo = self.state.repo(name) if job else None
+        return repo is not None and await asyncio.to_thread(jobs.is_public, repo, job)
 
     async def events(self, request: Request) -> Response:
         """An event for each change, to who follows."""

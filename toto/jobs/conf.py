@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from toto.base.model import Model, explain, shown
 from toto.infra_repo.fields import Distinct, Name
+from toto.infra_repo.settings import is_venue_name
 
 DEFAULT: Final = "default"  # the context of a job that names none
 GIVEN: Final = frozenset(  # the variables that every run has; no parameter may have such a name
@@ -27,6 +28,7 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _REPEATED: Final = frozenset({"PARAMS", "SCHEDULE", "MATRIX"})
 _SOME_DAY: Final = datetime(2026, 1, 1, tzinfo=UTC)
 _LONGEST: Final = 7 * 86_400  # seconds
+_GRACE: Final = 40  # seconds; three of them are less than `toto.server.fork_server.ENDING`, which ends an aborted run
 _COMBINATIONS: Final = 64  # of a matrix
 
 Problem: TypeAlias = tuple[int, str]
@@ -106,6 +108,12 @@ def _globs(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _venue(name: str) -> str:
+    if not is_venue_name(name):
+        raise ValueError("should be the name of a venue: lower-case letters, digits and '-'")
+    return name
+
+
 def _unquoted(command: str) -> str:
     """A command, without quotes around the whole of it."""
     try:
@@ -167,12 +175,18 @@ class JobConf(Model):
     """whether a run that waits already, with the same parameters, stands for a new one"""
     locks: Names = ()
     """names of locks; runs that have one in common, of whichever jobs, never run at the same time"""
+    approve: Seconds = 0
+    """seconds that a run waits for a person's approval before anything else; 0: it needs none"""
     retry: Annotated[int, Field(ge=0, le=20)] = 0
     """how many times a run that has failed is tried again"""
     retry_wait: Seconds = 60
     """seconds before it is tried again; twice as many each time"""
-    grace: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 2
+    grace: Annotated[float, Field(ge=0, le=_GRACE, allow_inf_nan=False)] = 2
     """seconds from SIGTERM to SIGKILL, when a run is aborted or takes too long; and those that `.after` has then"""
+    venues: Annotated[tuple[Annotated[str, AfterValidator(_venue)], ...], BeforeValidator(_words), Distinct] = ()
+    """names of the venues that are notified when it fails and did not before, and when it succeeds again"""
+    public: bool = False
+    """whether its state and its badge are shown without a login"""
     network: Literal["internet", "none"] = "internet"
     """what it may reach: the internet without private networks, or nothing"""
     keep: Annotated[int, Field(ge=1, le=100_000)] = 100

@@ -1,5 +1,6 @@
 """The runs of an infra repo's jobs: their numbers, records, logs, archives and workspaces, in toto's state.
 
+jobs/.registered.json  what is told of the jobs that are registered
 jobs/.open/NAME:N      says that a run has not ended
 jobs/NAME/number       the last number that was given; none is given twice
 jobs/NAME/last         how the run that ended last ended
@@ -9,12 +10,13 @@ jobs/NAME/runs/N/      its record `run.json`, its `log`, and its `archive/`
 """
 
 import fcntl
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import Field, ValidationError
 
@@ -99,6 +101,23 @@ class History:
     def jobs(self) -> list[str]:
         """The jobs that have runs, also those that the repo no longer has."""
         return sorted(each.name for each in self.home.glob("*") if (each / "number").exists())
+
+    def register(self, jobs: Mapping[str, Mapping[str, object]]) -> None:
+        """Record what is told of each of the jobs that are registered now."""
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.write(self._registered, json.dumps(jobs))
+
+    def registered(self) -> dict[str, dict[str, Any]]:
+        """What `register` has recorded."""
+        try:
+            found: dict[str, dict[str, Any]] = json.loads(self._registered.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    @property
+    def _registered(self) -> Path:
+        return self.home / ".registered.json"
 
     def queue(self, job: str, **about: object) -> Run:
         """A new run of a job, with the next number. `about` are fields of `Run`. Raises `InputError`, OSError."""
