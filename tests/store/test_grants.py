@@ -1,5 +1,6 @@
 """What a machine may fetch: its own closures, signed, and nothing else; and nix takes it from there."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -150,7 +151,10 @@ async def test_caches_of_before_are_taken_over(repo: Path, tmp_path: Path) -> No
     as_before()
     two, _ = await closure(tmp_path)
     await grants.grant(repo, "web1", [two], key, timeout=60)
-    await grants.take_over()
+    async with grants._alone(repo):  # so that both have seen what is there
+        both = [asyncio.create_task(grants.take_over()) for _ in range(2)]
+        await asyncio.sleep(0.5)
+    await asyncio.gather(*both)
     assert served(repo, "web1") >= hashes(two) and not served(repo, "web1") & hashes(one), "the newer one counts"
     assert not [*state.glob("repos/*/cache"), *state.glob("api/told/*/*/cache")] and helms.exists()
 

@@ -41,7 +41,8 @@ async def take_over() -> None:
         async with paths.alone(repo / "store.lock"):
             for part in state.glob(f"api/told/{repo.name}/*/cache"):
                 _move(part, _open(prepare() / repo.name) / part.parent.name)
-            _move(made.parent, paths.private_folder(prepare().parent / "made") / repo.name)
+            if made.exists():  # (server and worker may begin together)
+                _move(made.parent, paths.private_folder(prepare().parent / "made") / repo.name)
             _note_change()
 
 
