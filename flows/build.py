@@ -10,7 +10,7 @@ from prefect.states import Completed, Failed
 
 from tasks import names, report, together
 from tasks.build import build_host, failed, forget_all_but
-from tasks.detect import identify
+from tasks.detect import Evaluations
 from tasks.limits import room_for_run
 from toto.base import runs
 from toto.fleet.builds import BUILT
@@ -34,7 +34,7 @@ async def build(repo: Path, commit: str | None = None, only: list[str] | None = 
     newest, run = git.resolve(repo, commit or "HEAD"), str(runtime.flow_run.id)
     side_by_side = asyncio.Semaphore(os.cpu_count() or 1)
     async with room_for_run(repo, run, runtime.flow_run.tags, _go_on_waiting), runs.claimed(repo, run):
-        hosts = await make.hosts(repo, newest, run, only or (), identify=identify)
+        hosts = await make.hosts(repo, newest, run, only or (), shown=Evaluations(repo))
 
         async def one(host: Desired) -> dict[str, str]:
             async with side_by_side:

@@ -11,7 +11,7 @@ from flows.kinds import STEPS, steps_of
 from flows.revert import settle_first
 from flows.stage import stage
 from tasks import report, together
-from tasks.detect import identify
+from tasks.detect import Evaluations
 from tasks.limits import one_roll_out, side_by_side
 from tasks.notify import notify as send
 from tasks.record import record_rehearsed, record_verified
@@ -46,7 +46,7 @@ async def _detect(run: Run) -> None:
             override=request.override,
             force=request.force,
             deploys=request.deploys,
-            identify=identify,
+            shown=Evaluations(run.repo),
         )
     )
     await report.show_plan(run.plan)

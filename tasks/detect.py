@@ -1,32 +1,54 @@
 """Detect: make the plan of a commit. Nothing outside toto is touched, and toto connects to no machine."""
 
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from tasks import report
 from toto.base import owned, process, runs
 from toto.cell import limits
+from toto.ledger.target import Target
 from toto.machine import ssh
 from toto.plan import make
-from toto.plan.changes import Desired
-from toto.plan.kind import Found, Kind, Source
+
+T = TypeVar("T")
 
 
-async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """What a commit wants a target to be; in a task of its own when that needs an evaluation. Raises `TotoError`."""
-    if not kind.evaluated:
-        return await kind.identify(source, found)
-    return await evaluate.with_options(task_run_name=f"evaluate {found.target.label}")(kind, source, found)
+class Evaluations(make.Shown):
+    """A task for all evaluations of a commit, which says how far they are, and one a target that is not as wanted.
+
+    Whatever nobody has to look at costs no row in Prefect's database.
+    """
+
+    def __init__(self, repo: Path) -> None:
+        self.repo = repo
+
+    async def all(self, count: int, work: Callable[[make.Note], Awaitable[T]]) -> T:
+        return await evaluate_all.with_options(task_run_name=f"evaluate {_counted(count, 'host', 'hosts')}")(
+            self.repo, count, work
+        )
+
+    async def one(self, target: Target, work: Callable[[], Awaitable[T]]) -> T:
+        return await evaluate.with_options(task_run_name=f"evaluate {target.label}")(work)
+
+
+@task(name="evaluate all", task_run_name="evaluate all", cache_policy=NO_CACHE)
+async def evaluate_all(repo: Path, count: int, work: Callable[[make.Note], Awaitable[T]]) -> T:
+    """Find out what a commit wants its targets to be; a progress artifact says how far that is."""
+    progress = report.Progress(repo, count)
+    async with progress.shown():
+        return await work(progress.note)
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
-async def evaluate(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """What a commit wants a target to be, evaluated in a process of its own. Raises `TotoError`."""
-    return await make.identify(kind, source, found)
+async def evaluate(work: Callable[[], Awaitable[T]]) -> T:
+    """Evaluate what the steps of a target that has changed need; or tell why it does not evaluate."""
+    return await work()
 
 
 def clean_up(repo: Path) -> None:

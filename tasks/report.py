@@ -1,13 +1,21 @@
 """Shows a run in the UI, as artifacts: the plan, the tests of each phase, what failed and what was reverted."""
 
+import asyncio
 import functools
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec
+from typing import Final, ParamSpec
+from uuid import UUID
 
-from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.artifacts import (
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
 from prefect.logging import get_run_logger
 
 from toto.base import process
@@ -25,6 +33,7 @@ from toto.report.report import Report
 from toto.terraform.plan import Planned
 
 P = ParamSpec("P")
+SHOWN_EVERY: Final = 5  # seconds between two updates of a progress bar
 
 
 def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
@@ -38,6 +47,44 @@ def _best_effort(show: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[No
             get_run_logger().warning("could not write an artifact: %s", error)
 
     return attempt
+
+
+class Progress:
+    """How many of a commit's evaluations have ended, as a progress bar in the UI when they take their time."""
+
+    def __init__(self, repo: Path, count: int) -> None:
+        self.repo, self.count, self.ended = repo, count, 0
+        self._artifact: UUID | None = None
+
+    def note(self) -> None:
+        """One more has ended."""
+        self.ended += 1
+
+    @asynccontextmanager
+    async def shown(self) -> AsyncIterator[None]:
+        """Show it until the end of the block, from `SHOWN_EVERY` seconds on."""
+        showing = asyncio.create_task(self._keep_showing())
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.wait((showing,))
+        if self._artifact is not None:
+            await self._show()
+
+    async def _keep_showing(self) -> None:
+        while True:
+            await asyncio.sleep(SHOWN_EVERY)
+            await self._show()
+
+    @_best_effort
+    async def _show(self) -> None:
+        percent, said = 100 * self.ended / self.count, f"{self.ended} of {self.count} hosts are evaluated"
+        if self._artifact is None:
+            key = artifacts.of_repo("evaluation", name_of(self.repo))
+            self._artifact = await acreate_progress_artifact(percent, key=key, description=said)
+        else:
+            await aupdate_progress_artifact(self._artifact, percent, description=said)
 
 
 @_best_effort

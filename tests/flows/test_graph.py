@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import PrefectServer
 from tests.flows.test_kinds import Files, files
 from tests.graph import chain, complete, edges, labels
+from tests.toy.kind import FileKind
 
 __all__ = ["files"]  # the fixture
 
@@ -38,6 +39,26 @@ async def test_a_run_is_drawn_as_its_stages_in_a_line(files: Files, prefect_serv
         stages[2]: ["roll out file / a", "roll out file / b"],
     }
     assert all(edges(each) == [] for each in inside.values())
+
+
+async def test_only_what_changed_or_does_not_evaluate_is_a_task_of_its_own(
+    files: Files, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileKind, "evaluated", True)
+
+    async def detected(commit: str) -> dict[str, Any]:
+        whole = await drawn(prefect_server, await files.reconcile())
+        (stage,) = [node for _, node in whole["nodes"] if node["label"] == f"detect / {commit[:8]}"]
+        graph = await prefect_server.api.call("GET", f"/flow_runs/{stage['id']}/graph-v2")
+        return dict(graph)
+
+    graph = await detected(files.commit({"a": "one", "b": "one"}))
+    assert sorted(labels(graph)) == ["evaluate 2 hosts", "evaluate file/a", "evaluate file/b"]
+    assert labels(await detected(files.repo.commit({"README": "more"}))) == ["evaluate 2 hosts"]
+    graph = await detected(files.commit({"b": "two", "c": "broken"}))
+    assert sorted(labels(graph)) == ["evaluate 3 hosts", "evaluate file/b", "evaluate file/c"]
+    assert edges(graph) == [("evaluate 3 hosts ⊃", "evaluate file/c")]
+    assert [node["label"] for _, node in graph["nodes"] if node["state_type"] == "FAILED"] == ["evaluate file/c"]
 
 
 async def test_a_run_that_is_reverted_is_drawn_so(files: Files, prefect_server: PrefectServer) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from prefect import tags
@@ -32,6 +32,8 @@ from toto.ledger.target import Target
 from toto.plan import kinds, make
 from toto.plan.verdict import Verdict
 from toto.server import deployments
+
+T = TypeVar("T")
 
 
 class Files:
@@ -88,6 +90,25 @@ async def test_what_is_frozen_in_the_ledger_is_not_rolled_out_also_when_the_run_
     assert (await files.reconcile()).is_completed() and set(files.there()) == {"a", "b", "c"}
     files.commit({"a": "four"})
     assert (await files.reconcile(override="it is urgent")).name == "Completed" and files.there()["a"] == "four"
+
+
+async def test_plans_of_one_repo_are_made_side_by_side(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileKind, "evaluated", True)
+    begun, other_made = asyncio.Event(), asyncio.Event()
+
+    class Held(make.Shown):
+        async def all(self, count: int, work: Callable[[make.Note], Awaitable[T]]) -> T:
+            begun.set()
+            await other_made.wait()
+            return await work(lambda: None)
+
+    first, second = files.commit({"a": "one"}), files.commit({"a": None, "b": "two"})
+    async with asyncio.timeout(60):
+        held = asyncio.create_task(make.make(files.repo.bare, first, "held", shown=Held()))
+        await begun.wait()
+        other = await make.make(files.repo.bare, second, "other")
+        other_made.set()
+        assert [[each.label for each in made.orders] for made in (await held, other)] == [["file/a"], ["file/b"]]
 
 
 async def test_no_more_runs_are_at_work_than_the_servers_rules_allow(

@@ -1,6 +1,6 @@
 """What a run says of itself: a headline for the list of runs, a page for the one who is paged."""
 
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ FLEET = manifest(
 )
 
 
-def after(name: str, stuck: Collection[str]) -> str | None:
+def after(stuck: Iterable[str]) -> Mapping[str, str]:
     return Plan(
         repo=Path("/r"),
         run="r",
@@ -34,7 +34,7 @@ def after(name: str, stuck: Collection[str]) -> str | None:
         settings=Settings(),
         changes=ChangeSet(commit="c", ledger=""),
         after={name: machine.after for name, machine in FLEET.machines.items()},
-    ).held_behind(name, stuck)
+    ).held_behind(stuck)
 
 
 def report(*names: str, failed: tuple[Failure, ...] = (), of: Manifest = FLEET) -> Report:

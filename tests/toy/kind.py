@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from toto.base.errors import InputError
 from toto.ledger.ledger import Before, Deployed
 from toto.ledger.target import Target
 from toto.plan.changes import Change, Desired
@@ -42,6 +43,8 @@ class FileKind(Kind[Path]):
         ]
 
     async def identify(self, source: Source, found: Found[Path]) -> Desired:
+        if found.subject.read_text() == "broken":
+            raise InputError("it does not evaluate", target=found.target.label)
         digest = hashlib.sha256(found.subject.read_bytes()).hexdigest()
         return Desired(target=found.target, file=f"files/{found.target.name}", identity=digest)
 

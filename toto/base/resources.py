@@ -26,7 +26,8 @@ def at_once(memory_each: int) -> int:
 class Room:
     """Room for things of different sizes side by side: `memory` in megabytes, and as many as `most`.
 
-    Who comes first goes first, so that a large one is not kept waiting by small ones. One always fits.
+    Who comes first goes first, so that a large one is not kept waiting by small ones. One always fits; for more, what
+    other processes have taken meanwhile counts as well.
     """
 
     def __init__(self, memory: int, most: int) -> None:
@@ -39,7 +40,7 @@ class Room:
     async def of(self, memory: int) -> AsyncIterator[None]:
         """Have `memory` megabytes for this block, as soon as they are free."""
         async with self._next:
-            while self._sizes and (len(self._sizes) >= self.most or sum(self._sizes) + memory > self.memory):
+            while self._sizes and not self._fits(memory):
                 await self._one_less()
             self._sizes.append(memory)
         try:
@@ -55,6 +56,11 @@ class Room:
             while self._sizes:
                 await self._one_less()
             yield
+
+    def _fits(self, memory: int) -> bool:
+        return (
+            len(self._sizes) < self.most and sum(self._sizes) + memory <= self.memory and memory <= memory_available()
+        )
 
     async def _one_less(self) -> None:
         self._left.clear()

@@ -8,8 +8,8 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -165,27 +165,12 @@ async def describe(repo: Path, commit: str) -> Commit:
     return Commit(*done.stdout.removesuffix("\n").split("\0"))
 
 
-@asynccontextmanager
-async def exported(repo: Path, commit: str, directory: Path) -> AsyncIterator[Path]:
-    """The files of a commit, in `directory`/tree, for this run alone and while the block lasts.
-
-    The path is always the same, so a configuration that uses its own path (`toString ./.`) keeps its drv from commit
-    to commit. The tree has no .git, so no revision gets into a drv. Other runs of the same repo wait; the lock ends
-    with the process that holds it.
-
-    Raises `InputError` for a link that leads out of the tree.
-    """
-    async with paths.alone(directory / "export.lock"):
-        tree = directory / "tree"
-        await checkout(repo, commit, tree)
-        yield tree
-
-
 async def checkout(repo: Path, commit: str, destination: Path) -> None:
     """Write the files of a commit to `destination`, and nothing else: it is emptied first.
 
-    Links into the nix store are left out. Raises `InputError` for a link that leads out of the tree, and for a commit
-    that has more files, or larger ones, than the server allows; `CommandFailed`.
+    There is no .git, so no revision gets into a drv; nor does the path, since cells have it at one that is always the
+    same. Links into the nix store are left out. Raises `InputError` for a link that leads out of the tree, and for a
+    commit that has more files, or larger ones, than the server allows; `CommandFailed`.
     """
     await _check_size(repo, commit)
     owned.remove(destination)

@@ -10,6 +10,7 @@ import ipaddress
 import re
 import socket as sockets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -66,11 +67,17 @@ def file() -> Path:
 def read() -> Owners:
     """The owners of all machines. Raises `TotoError` when the file cannot be read."""
     try:
-        return Owners.model_validate_json(file().read_text())
+        return _parsed(file().read_text())
     except FileNotFoundError:
         return Owners()
     except (OSError, ValueError, ValidationError) as error:
         raise TotoError(f"cannot be read: {error}", target=str(file()), hint="restore it from the backup") from None
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> Owners:
+    """A plan asks once a machine: the same text is parsed once."""
+    return Owners.model_validate_json(text)
 
 
 async def check_distinct(fleet: Manifest) -> None:

@@ -16,6 +16,8 @@ from toto.ledger.ledger import Deployed, Entry
 from toto.ledger.target import Target
 from toto.plan.alike import Alike, alike, all_of, listed
 
+LISTED: Final = 20  # unchanged targets that have a row each; of more there is only the number
+
 
 class Why(StrEnum):
     """The reason why a target is in the change set."""
@@ -167,6 +169,8 @@ class ChangeSet(_Value):
             if f"host/{name}" not in {each.place for each in self.told}
         ]
         rows += [_row(each.place, "none", each.why, each.what) for each in self.told]
+        if len(self.unchanged) > LISTED:
+            return [*rows, _row(f"{len(self.unchanged)} targets", "none", "unchanged", "")]
         return rows + [_row(target, "none", "unchanged", "") for target in self.unchanged]
 
     @property

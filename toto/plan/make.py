@@ -2,13 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
-from toto.base import paths
 from toto.base.errors import InputError, TotoError
 from toto.base.runs import run_directory
 from toto.git_host import admission
@@ -21,12 +21,12 @@ from toto.ledger.ledger import Entry, Ledger, Snapshot
 from toto.ledger.target import HOST, Target
 from toto.machine import owners
 from toto.nix import builders, daemon
-from toto.nix.memory import Allowance, Evaluations, Remembered
+from toto.nix.memory import Evaluations, Remembered
 from toto.nix.messages import hearing
 from toto.plan import changes
 from toto.plan.changes import Action, Change, Desired, Failure, Told, Why
 from toto.plan.compare import compare
-from toto.plan.kind import Found, Kind, Source
+from toto.plan.kind import Found, Source
 from toto.plan.kinds import KINDS, kind_of
 from toto.plan.order import Order, Plan
 from toto.plan.selector import Selector
@@ -35,12 +35,22 @@ LAST_GOOD: Final = "toto/last-good"  # the tag of the last commit that was deplo
 
 
 T = TypeVar("T")
-Identify: TypeAlias = Callable[[Kind[Any], Source, Found[Any]], Awaitable[Desired]]
+Note: TypeAlias = Callable[[], None]
 
 
-async def identify(kind: Kind[Any], source: Source, found: Found[Any]) -> Desired:
-    """What a commit wants a target to be. Raises `TotoError`."""
-    return await kind.identify(source, found)
+class Shown:
+    """How the evaluations of a plan are shown while they are made. These are not; those of `tasks.detect` are."""
+
+    async def all(self, count: int, work: Callable[[Note], Awaitable[T]]) -> T:
+        """Do `work`, which makes `count` evaluations, and calls what it is given whenever one has ended."""
+        return await work(lambda: None)
+
+    async def one(self, target: Target, work: Callable[[], Awaitable[T]]) -> T:
+        """Do `work` on a target that has changed, or whose evaluation has failed: then `work` raises the error."""
+        return await work()
+
+
+NOT_SHOWN: Final = Shown()
 
 
 async def make(
@@ -52,52 +62,38 @@ async def make(
     override: str | None = None,
     force: bool = False,
     deploys: bool = True,
-    identify: Identify = identify,
+    shown: Shown = NOT_SHOWN,
 ) -> Plan:
     """The plan of a commit, compared with the ledger as it is now.
 
     `run` is the id of the run that plans, `only` the names, tags and kinds that it is limited to, `override` the reason
     to ignore freezes and windows. With `force` it also has targets that have not changed. `deploys` says whether the
-    run is to roll out; its orders deploy only where the commit is on the deployed branch as well. `identify` may wrap
-    this module's own. A target that does not evaluate is a failure in the plan and does not stop the others.
+    run is to roll out; its orders deploy only where the commit is on the deployed branch as well. `shown` shows the
+    evaluations. A target that does not evaluate is a failure in the plan and does not stop the others.
     Raises `InputError` for mistakes in the manifest, the settings or `only`, and for a commit that is unfinished, such
     as one with a submodule; `NoSuchCommit`.
     """
-    async with _source(repo, commit, run, override, deploys=deploys) as source:
-        settings, fleet = source.settings, source.manifest
-        evaluations = _evaluations(source)
-        await owners.check_distinct(fleet)
-        found, left, after = await _discover(source, only)
-        with hearing() as warnings:
-            with suppress(daemon.DaemonFailed):  # (there may be no hosts at all)
-                home = daemon.socket().parent.parent
-                if lone := builders.unused_of(home, fleet):
-                    warnings["this server does not build on it, although its role is builder (docs/builders.md)"] = lone
-                for name, builder in builders.obeying(home, fleet).items():
-                    warnings[f"it is also the builder {builder}, whose user is root there (docs/builders.md)"] = [name]
-            wanted = await _each(
-                found, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
-            )
-        ledger = Ledger(repo).read()
-        compared = compare(
-            commit,
-            wanted.made.values(),
-            wanted.failures,
-            fleet,
-            ledger,
-            left=[each.target for each in left],
-            force=force,
-        )
-        told = _told(source, [*found, *left], ledger)
-        changed = {each.target: each for each in compared.changes}
-        ordered = await _each(
-            [each for each in found if each.target in changed],
-            source,
-            evaluations,
-            "#vm",
-            lambda source, each: kind_of(each.target).order(source, each, changed[each.target]),
-        )
-        evaluations.remembered.write(None if only else {each.target.name for each in (*found, *left)})
+    source = await _source(repo, commit, run, override, deploys=deploys)
+    settings, fleet = source.settings, source.manifest
+    planning = _Planning(source, shown)
+    await owners.check_distinct(fleet)
+    found, left, after = await _discover(source, only)
+    with hearing() as warnings:
+        with suppress(daemon.DaemonFailed):  # (there may be no hosts at all)
+            home = daemon.socket().parent.parent
+            if lone := builders.unused_of(home, fleet):
+                warnings["this server does not build on it, although its role is builder (docs/builders.md)"] = lone
+            for name, builder in builders.obeying(home, fleet).items():
+                warnings[f"it is also the builder {builder}, whose user is root there (docs/builders.md)"] = [name]
+        wanted = await planning.identified(found)
+    ledger = Ledger(repo).read()
+    compared = compare(
+        commit, wanted.made.values(), wanted.failures, fleet, ledger, left=[each.target for each in left], force=force
+    )
+    told = _told(source, [*found, *left], ledger)
+    changed = {each.target: each for each in compared.changes}
+    ordered = await planning.ordered([each for each in found if each.target in changed], changed)
+    planning.evaluations.remembered.write(None if only else {each.target.name for each in (*found, *left)})
     positions = {each.target: number for number, each in enumerate(found)}
     stops = {each.target: each.stops for each in found}
     orders = tuple(
@@ -114,7 +110,7 @@ async def make(
             "retired": tuple(
                 each for each in compared.retired if each.kind not in {other.target.kind for other in ordered.failures}
             ),  # one that may have moved stays in the ledger until that is settled
-            "machines": changes.of_machines(await _last_manifest(repo), fleet),
+            "machines": changes.of_machines(await _last_manifest(source), fleet),
             "told": told,
             "nothing": _nothing([*found, *left], fleet),
             "warnings": {warning: tuple(sorted(names)) for warning, names in warnings.items()},
@@ -126,8 +122,6 @@ async def make(
             ),
         }
     )
-    if orders:
-        await git.checkout(repo, commit, run_directory(repo, run) / "tree")
     return Plan(
         repo=repo,
         run=run,
@@ -150,19 +144,16 @@ class Hosts:
     settings: Settings
 
 
-async def hosts(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, identify: Identify = identify) -> Hosts:
+async def hosts(repo: Path, commit: str, run: str, only: Sequence[str] = (), *, shown: Shown = NOT_SHOWN) -> Hosts:
     """What the hosts of a commit are to be, or those that `only` names; nothing is compared with the ledger.
 
     Raises as `make` does.
     """
-    async with _source(repo, commit, run) as source:
-        evaluations = _evaluations(source)
-        found, _, _ = await _discover(source, only or (HOST,))
-        hosts = [each for each in found if each.target.kind == HOST]
-        wanted = await _each(
-            hosts, source, evaluations, "", lambda source, each: identify(kind_of(each.target), source, each)
-        )
-        evaluations.remembered.write(None)
+    source = await _source(repo, commit, run)
+    planning = _Planning(source, shown)
+    found, _, _ = await _discover(source, only or (HOST,))
+    wanted = await planning.identified([each for each in found if each.target.kind == HOST])
+    planning.evaluations.remembered.write(None)
     return Hosts(tuple(wanted.made.values()), wanted.failures, source.settings)
 
 
@@ -171,41 +162,32 @@ async def one(repo: Path, commit: str, run: str, target: Target) -> Order:
 
     Raises as `make` does, and what identifying the target raises.
     """
-    async with _source(repo, commit, run) as source:
-        found, _, _ = await _discover(source, [str(target)])
-        (each,) = (each for each in found if each.target == target)
-        kind, evaluations = kind_of(target), _evaluations(source)
+    source = await _source(repo, commit, run)
+    planning, kind = _Planning(source, NOT_SHOWN), kind_of(target)
+    found, _, _ = await _discover(source, [str(target)])
+    (wanted,) = (each for each in found if each.target == target)
 
-        async def order(memory: Allowance | None) -> Order:
-            within = replace(source, memory=memory)
-            change = Change(desired=await kind.identify(within, each), why=Why.FORCED, action=Action.REHEARSE)
-            return await kind.order(within, each, change)
+    async def order(source: Source, each: Found[Any]) -> Order:
+        change = Change(desired=await kind.identify(source, each), why=Why.FORCED, action=Action.REHEARSE)
+        return await kind.order(source, each, change)
 
-        made = await evaluations.run(f"{target.name}#one", order) if kind.evaluated else await order(None)
-        evaluations.remembered.write(None)
-    await git.checkout(repo, commit, run_directory(repo, run) / "tree")
+    made = await planning.done(wanted, "#one", order)
+    planning.evaluations.remembered.write(None)
     return made
 
 
-@asynccontextmanager
-async def _source(
-    repo: Path, commit: str, run: str, override: str | None = None, *, deploys: bool = False
-) -> AsyncIterator[Source]:
-    """A commit, exported to the end of the block, with its settings and its manifest. Raises as `make` does."""
-    async with git.exported(repo, commit, paths.repo_state(repo)) as tree:
-        settings, fleet = read_tree(tree)
-        await git.check_finished(repo, commit, settings.tree.unfinished)
-        settings = limits.within(settings)
-        manifest.check_distinct(fleet)
-        limits.check_machines(fleet)
-        defined = jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
-        deployed = deploys and await admission.on_deployed_branch(repo, commit)
-        yield Source(repo, commit, run, tree, settings, fleet, override, deployed, jobs=defined)
-
-
-def _evaluations(source: Source) -> Evaluations:
-    remembered = Remembered.in_repo(source.repo)
-    return Evaluations(remembered, source.settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"]))
+async def _source(repo: Path, commit: str, run: str, override: str | None = None, *, deploys: bool = False) -> Source:
+    """A commit, exported until the run is over, with its settings and its manifest. Raises as `make` does."""
+    tree = run_directory(repo, run) / "tree"
+    await git.checkout(repo, commit, tree)
+    settings, fleet = read_tree(tree)
+    await git.check_finished(repo, commit, settings.tree.unfinished)
+    settings = limits.within(settings)
+    manifest.check_distinct(fleet)
+    limits.check_machines(fleet)
+    defined = jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
+    deployed = deploys and await admission.on_deployed_branch(repo, commit)
+    return Source(repo, commit, run, tree, settings, fleet, override, deployed, jobs=defined)
 
 
 async def _discover(
@@ -265,36 +247,82 @@ class _Results(Generic[T]):
     made: Mapping[Target, T]
     failures: tuple[Failure, ...]
 
+    @classmethod
+    def of(cls, found: Sequence[Found[Any]], results: Sequence[T | Failure]) -> Self:
+        """What came out for each target, in their order."""
+        return cls(
+            {at.target: each for at, each in zip(found, results, strict=True) if not isinstance(each, Failure)},
+            tuple(each for each in results if isinstance(each, Failure)),
+        )
 
-async def _each(
-    found: Sequence[Found[Any]],
-    source: Source,
-    evaluations: Evaluations,
-    what: str,
-    work: Callable[[Source, Found[Any]], Awaitable[T]],
-) -> _Results[T]:
-    """The result of `work` for each target, side by side as `evaluations` has room.
 
-    `what` is added to a target's name where its evaluation is remembered. A `TotoError` becomes that target's failure.
+class _Planning:
+    """What is asked of the kinds about each target of a commit, side by side as there is room.
+
+    A `TotoError` becomes that target's failure.
     """
-    others = asyncio.Semaphore(os.cpu_count() or 1)
 
-    async def one(each: Found[Any]) -> T | Failure:
-        try:
-            if kind_of(each.target).evaluated:
-                return await evaluations.run(
-                    f"{each.target.name}{what}", lambda memory: work(replace(source, memory=memory), each)
-                )
-            async with others:
-                return await work(source, each)
-        except TotoError as error:
-            return Failure(target=each.target, message=str(error))
+    def __init__(self, source: Source, shown: Shown) -> None:
+        self.source, self.shown = source, shown
+        usual, most = source.settings.nix.evaluate_memory, int(limits.load()["nix.evaluate_memory"])
+        self.evaluations = Evaluations(Remembered.in_repo(source.repo), usual, most)
+        self._others = asyncio.Semaphore(os.cpu_count() or 1)
 
-    results = dict(zip((each.target for each in found), await asyncio.gather(*map(one, found)), strict=True))
-    return _Results(
-        {target: each for target, each in results.items() if not isinstance(each, Failure)},
-        tuple(each for each in results.values() if isinstance(each, Failure)),
-    )
+    async def identified(self, found: Sequence[Found[Any]]) -> _Results[Desired]:
+        """What the commit wants each target to be."""
+
+        async def work(note: Note) -> _Results[Desired]:
+            async def one(source: Source, each: Found[Any]) -> Desired:
+                return await kind_of(each.target).identify(source, each)
+
+            async def ended(each: Found[Any]) -> Desired | Failure:
+                try:
+                    return await self.done(each, "", one)
+                except TotoError as error:
+                    if kind_of(each.target).evaluated:
+                        with suppress(TotoError):
+                            await self.shown.one(each.target, partial(_raise, error))
+                    return Failure(target=each.target, message=str(error))
+                finally:
+                    if kind_of(each.target).evaluated:
+                        note()
+
+            return _Results.of(found, await asyncio.gather(*map(ended, found)))
+
+        count = sum(kind_of(each.target).evaluated for each in found)
+        return await (self.shown.all(count, work) if count else work(lambda: None))
+
+    async def ordered(self, found: Sequence[Found[Any]], changes: Mapping[Target, Change]) -> _Results[Order]:
+        """Everything that the steps need to know about each target that has changed."""
+
+        async def one(source: Source, each: Found[Any]) -> Order:
+            kind = kind_of(each.target)
+            work = partial(kind.order, source, each, changes[each.target])
+            return await (self.shown.one(each.target, work) if kind.evaluated else work())
+
+        async def ended(each: Found[Any]) -> Order | Failure:
+            try:
+                return await self.done(each, "#vm", one)
+            except TotoError as error:
+                return Failure(target=each.target, message=str(error))
+
+        return _Results.of(found, await asyncio.gather(*map(ended, found)))
+
+    async def done(self, each: Found[Any], what: str, work: Callable[[Source, Found[Any]], Awaitable[T]]) -> T:
+        """The result of `work`, as soon as there is room for it.
+
+        `what` is added to the target's name where its evaluation is remembered. Raises what `work` raises.
+        """
+        if not kind_of(each.target).evaluated:
+            async with self._others:
+                return await work(self.source, each)
+        return await self.evaluations.run(
+            f"{each.target.name}{what}", lambda memory: work(replace(self.source, memory=memory), each)
+        )
+
+
+async def _raise(error: TotoError) -> None:
+    raise error
 
 
 def _placed(order: Order, position: int, entry: Entry, *, stops: bool) -> Order:
@@ -303,9 +331,11 @@ def _placed(order: Order, position: int, entry: Entry, *, stops: bool) -> Order:
     return order.model_copy(update={"position": position, "stops": stops, "change": change})
 
 
-async def _last_manifest(repo: Path) -> Manifest | None:
+async def _last_manifest(source: Source) -> Manifest | None:
     """The manifest of the last commit that was deployed to the whole fleet; None when there is no valid one."""
-    done = await git.git(repo, "show", f"refs/tags/{LAST_GOOD}:{manifest.FILE}", check=False)
+    done = await git.git(source.repo, "show", f"refs/tags/{LAST_GOOD}:{manifest.FILE}", check=False)
+    if done.status == 0 and done.stdout == (source.tree / manifest.FILE).read_text(errors="replace"):
+        return source.manifest  # (to parse a thousand machines takes a while)
     try:
         return manifest.parse(done.stdout) if done.status == 0 else None
     except InputError:
@@ -317,5 +347,11 @@ async def previews(orders: Sequence[Order], *, build: bool = False) -> dict[str,
 
     With `build`, targets are built first. Raises `BuildFailed` when a build fails.
     """
-    texts = await asyncio.gather(*(kind_of(each.target).preview(each, build=build) for each in orders))
+    side_by_side = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def one(order: Order) -> str:
+        async with side_by_side:
+            return await kind_of(order.target).preview(order, build=build)
+
+    texts = await asyncio.gather(*map(one, orders))
     return {order.label: text for order, text in zip(orders, texts, strict=True) if text}

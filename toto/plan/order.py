@@ -1,6 +1,6 @@
 """A plan and its orders: everything that a run needs to know about a commit, and about each target of it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
@@ -106,20 +106,30 @@ class Plan(BaseModel):
     after: Mapping[str, tuple[str, ...]] = {}
     jobs: Jobs = Jobs()
 
-    def held_behind(self, label: str, stuck: Collection[str]) -> str | None:
-        """The first of `stuck` (labels of targets that were not rolled out) that this target comes after, else None."""
-        return next((other for other in stuck if label in dependents(other, self.after)), None)
+    def held_behind(self, stuck: Iterable[str]) -> dict[str, str]:
+        """Every target that comes after one of `stuck`, and the first of those: labels of what was not rolled out."""
+        return behind(stuck, self.after)
 
     def of_kind(self, kind: str) -> Sequence[Order]:
         """The orders of one kind."""
         return [each for each in self.orders if each.target.kind == kind]
 
 
-def dependents(name: str, after: Mapping[str, Collection[str]]) -> set[str]:
-    """Everything that comes after `name`, directly or not, without itself. `after` has what each comes after."""
-    found: set[str] = set()
-    fresh = {name}
-    while fresh:
-        fresh = {other for other, before in after.items() if not fresh.isdisjoint(before)} - found
-        found |= fresh
-    return found - {name}
+def behind(names: Iterable[str], after: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Everything that comes after one of `names`, directly or not, and the first of those that it comes after.
+
+    `after` has what each comes after.
+    """
+    followers: dict[str, list[str]] = {}
+    for follower, others in after.items():
+        for other in others:
+            followers.setdefault(other, []).append(follower)
+    found: dict[str, str] = {}
+    for name in names:
+        fresh = [name]
+        while fresh:
+            for follower in followers.get(fresh.pop(), ()):
+                if follower != name and follower not in found:
+                    found[follower] = name
+                    fresh.append(follower)
+    return found

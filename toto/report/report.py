@@ -5,7 +5,7 @@ Targets are named by their labels here, such as `web1`, `terraform/dns`, `helm/g
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -146,12 +146,12 @@ class Report:
         """A target failed at a stage."""
         self.failures.append(Failed(target, stage, str(error) or repr(error)))
 
-    def hold_behind(self, group: Sequence[str], held_behind: Callable[[str, Collection[str]], str | None]) -> list[str]:
+    def hold_behind(self, group: Sequence[str], held_behind: Callable[[Iterable[str]], Mapping[str, str]]) -> list[str]:
         """The targets of a group that may go on. Those that come after one that was not rolled out are held back."""
-        stuck = [*self.unreachable, *self.held, *self.failed_targets]
+        behind = held_behind([*self.unreachable, *self.held, *self.failed_targets])
         for name in group:
-            if behind := held_behind(name, stuck):
-                self.held[name] = f"it comes after {behind}, which was not rolled out"
+            if name in behind:
+                self.held[name] = f"it comes after {behind[name]}, which was not rolled out"
         return [name for name in group if name not in self.held]
 
     @property
