@@ -1,7 +1,9 @@
 """The cache that a machine is served, with real nix as the client."""
 
+import asyncio
 import os
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from flying_monkey.fetch import Fetcher
 from flying_monkey.machine import NotReady
 from tests.api.conftest import World, until
 from tests.store.test_grants import closure
+from toto.base import process
 from toto.machine import fetched, keys
+from toto.nix import builders
+from toto.nix import commands as nix
 from toto.store import grants
 
 pytestmark = [
@@ -62,3 +67,26 @@ async def test_what_a_machine_has_got_and_has_missed_is_counted(world: World) ->
         await client.head(f"/cache/{'1' * 32}.narinfo", headers=headers)
         await client.get("/cache/elsewhere", headers=headers)  # (that is no file of any cache)
     await until(lambda: fetched.read(world.place("web2")) == fetched.Fetched(hits=3, misses=3, sent=221))
+
+
+async def test_it_serves_and_publishes_while_toto_builds(world: World, tmp_path: Path) -> None:
+    expression = (
+        'derivation { name = "slow"; system = builtins.currentSystem; builder = "/bin/sh"; '
+        f'once = "{uuid.uuid4()}"; args = [ "-c" "echo at work; sleep 600" ]; }}'
+    )
+    drv = (await process.run(["nix-instantiate", "--expr", expression], env=nix.environment())).stdout.strip()
+    at_work = asyncio.Event()
+    heard = builders.Heard(lambda line: at_work.set() if line == "at work" else None)
+    building = asyncio.create_task(nix.build(drv, tmp_path / "slow", timeout=600, target="slow", heard=heard))
+    try:
+        async with asyncio.timeout(120), world.client() as client:
+            await at_work.wait()
+            path, _ = await closure(tmp_path)
+            await grants.grant(world.repo, "web1", [path], await keys.make(world.repo, "cache", "signing"), timeout=60)
+            name = f"{Path(path).name[:32]}.narinfo"
+            answer = await client.get(f"/cache/{name}", headers=await world.token(client))
+            assert answer.status_code == 200 and f"StorePath: {path}\n" in answer.text
+            assert not building.done()
+    finally:
+        building.cancel()
+        await asyncio.gather(building, return_exceptions=True)
