@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from bench import boot, cells, cli, detect, fleet, latency, ledger, machines, noop, parsing, scale
+from bench import boot, cells, cli, detect, fleet, latency, ledger, machines, noop, parsing, scale, store
 from bench.row import HEAD, Row, Spread, Target
 from tests import postgres
 
@@ -50,6 +50,7 @@ MEASURES: Final[dict[str, Measure]] = {
     "scale": scale.measure,
     "machines": machines.measure,
     "fleet": fleet.measure,
+    "store": store.measure,
 }
 
 
