@@ -271,6 +271,8 @@ async def looked_at(
                         assert all(label in each["metric"] for each in found), f"{name}: {panel['title']}: {found}"
         await prometheus.until('ALERTS{alertname="RunFailed", alertstate="firing", repo="infra"}')
         assert await prometheus.until('ALERTS{alertname="HalfDone", alertstate="pending", target="web2"}')
+        await registered.register(prefect_server.api.call, served.bare, "d" * 40, folder.read(tmp_path))
+        await prometheus.until('absent(toto_job_last_failed{repo="infra"})')  # the job is gone
 
 
 async def a_run(

@@ -151,9 +151,11 @@ class Runs:
         )
         for row in self._runs.fresh((await session.execute(query)).all()):
             repo, action, result = known.get(str(row.parameters.get("repo"))), _action(row), _result(row)
-            if (repo, job := str(row.parameters.get("job"))) in self._jobs and action == JOB:
-                self._job(row, (str(repo), job))
-            if repo is None or action not in ACTIONS:
+            if repo is None:
+                continue
+            if action == JOB and (of_job := (repo, str(row.parameters.get("job")))) in self._jobs:
+                self._job(row, of_job)
+            if action not in ACTIONS:
                 continue
             if result != "cancelled":  # a newer one has taken its place, or a person knows of it
                 self.failed.labels(repo, action).set(result in ("failed", "crashed"))
