@@ -4,7 +4,16 @@
 Prefect's database and appear in no log, repr or artifact.
 """
 
-from blocks.access import KubeAccess, SshIdentity, TerraformCredentials
+from blocks.access import JobAccess, KubeAccess, SshIdentity, TerraformCredentials
 from blocks.venues import MailVenue, NtfyVenue, SlackVenue, WebhookVenue
 
-__all__ = ["KubeAccess", "MailVenue", "NtfyVenue", "SlackVenue", "SshIdentity", "TerraformCredentials", "WebhookVenue"]
+__all__ = [
+    "JobAccess",
+    "KubeAccess",
+    "MailVenue",
+    "NtfyVenue",
+    "SlackVenue",
+    "SshIdentity",
+    "TerraformCredentials",
+    "WebhookVenue",
+]

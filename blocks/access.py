@@ -10,7 +10,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import TotoBlock
-from blocks.names import names, used
+from blocks.names import names, own_or_shared, used
 from toto.base import files
 from toto.base.errors import InputError
 from toto.cell.relay import Endpoint
@@ -68,10 +68,8 @@ class SshIdentity(AccessBlock):
         return Path(self.path).expanduser() if self.path else None
 
 
-class TerraformCredentials(AccessBlock):
-    """Environment variables for terraform, with which its providers and its backend log in."""
-
-    _block_type_name: ClassVar[str] = "Toto terraform credentials"
+class Variables(AccessBlock, ABC):
+    """Environment variables, and what is reached with them."""
 
     variables: SecretDict = Field(
         default_factory=lambda: SecretDict({}),
@@ -82,8 +80,7 @@ class TerraformCredentials(AccessBlock):
     endpoints: list[str] = Field(
         default_factory=list,
         title="Endpoints",
-        description="What terraform reaches on private networks or on toto itself, as host:port: 192.168.7.5:8006. "
-        "The servers in PG_CONN_STR and TF_HTTP_ADDRESS are known without that.",
+        description="What is reached on private networks or on toto itself, as host:port: 192.168.7.5:8006.",
     )
 
     @field_validator("endpoints")
@@ -111,6 +108,42 @@ class TerraformCredentials(AccessBlock):
     def reached(self) -> list[Endpoint]:
         """The endpoints, parsed."""
         return [Endpoint.parse(each) for each in self.endpoints]
+
+
+class TerraformCredentials(Variables):
+    """Environment variables for terraform, with which its providers and its backend log in.
+
+    The servers in PG_CONN_STR and TF_HTTP_ADDRESS are reached without being endpoints.
+    """
+
+    _block_type_name: ClassVar[str] = "Toto terraform credentials"
+
+
+class JobAccess(Variables):
+    """What jobs may use and reach that name this block in `ACCESS`."""
+
+    _block_type_name: ClassVar[str] = "Toto job access"
+
+    kubeconfig: SecretStr = Field(
+        default=SecretStr(""),
+        title="Kubeconfig",
+        description="Its text: `kubectl config view --raw --flatten --minify`. A server on a private network has to be "
+        "among the endpoints.",
+    )
+
+    @classmethod
+    async def named(cls, repo: Path, name: str) -> Self:
+        """The block that a repo means by a name. Raises `InputError` when there is none."""
+        candidates = own_or_shared(repo, name)
+        for each in candidates:
+            if (block := await cls.saved(each)) is not None:
+                used(repo, each)
+                return block
+        raise InputError(
+            "there is no access of this name for jobs",
+            target=name,
+            hint=f"save a block `{cls._block_type_name}` as {' or '.join(candidates)} in the UI, under Blocks",
+        )
 
 
 class KubeAccess(AccessBlock):

@@ -22,6 +22,7 @@ from prefect.states import Completed, Failed
 from blocks import venues
 from tasks import shell
 from tasks.ask import ask
+from tasks.job_access import Access, access_of
 from tasks.limits import locked, room_in_context
 from toto.base import process, runs
 from toto.base.errors import InputError, TotoError
@@ -49,13 +50,14 @@ _DAY: Final = 86_400.0
 
 @dataclass
 class Work:
-    """One run of a job: the exported commit, the job as it is there, and its record."""
+    """One run of a job: the exported commit, the job as it is there, its record, and what it may use."""
 
     repo: Path
     tree: Path
     jobs: Jobs
     job: Job
     run: Run
+    access: Access
 
     @property
     def history(self) -> History:
@@ -107,7 +109,8 @@ async def begun(
             values = job.values(parameters)
         run = history.change(run, parameters=values, commit=commit, flow_run=flow_run, owner=process.owner())
         get_run_logger().info("%s is run %d; it waits for a free place", name, run.number)
-        yield Work(repo, tree, jobs, job, run)
+        access = await access_of(repo, tree, commit, flow_run, job)
+        yield Work(repo, tree, jobs, job, run, access)
     except Exception as error:
         end, why = State.FAILED, str(error).partition("\n")[0]
         raise
@@ -172,7 +175,7 @@ async def carry_out(work: Work, context: Context) -> Run:
     with _Page() as page:
         showing = asyncio.create_task(page.show())
         try:
-            given = Given(work.tree, context, call=call, shell=shell.started)
+            given = Given(work.tree, context, call=call, shell=shell.started, **vars(work.access))
             return await run_job(work.jobs, work.job, work.run, work.history, given, page.hear)
         finally:
             showing.cancel()

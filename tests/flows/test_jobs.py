@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -11,22 +13,27 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from blocks import WebhookVenue
+from blocks import JobAccess, WebhookVenue
 from flows.jobs import job
 from flows.reconcile import reconcile
+from tasks import jobs
+from tasks.job_access import Access
 from tests.conftest import PrefectServer
 from tests.flows.test_approve import asked
+from tests.machine.test_ssh import needs_sshd, sshd
 from tests.repos import InfraRepo
 from tests.repos import git as run_git
 from tests.venue_servers import http_server
-from toto.base import paths
+from toto.base import paths, process
 from toto.base.errors import InputError
 from toto.base.prefect_api import ServerError
 from toto.cli import jobs as cli
 from toto.infra_repo import git
 from toto.jobs import folder, registered
-from toto.jobs.history import History
+from toto.jobs.history import History, Run
+from toto.jobs.history import State as HowEnded
 from toto.ledger import approvals
+from toto.machine import keys
 from toto.server import deployments, environment
 from toto.server import serve as server
 
@@ -184,6 +191,53 @@ async def test_contexts_limit_how_many_run_at_once(infra: Infra, run: Started) -
     assert sorted(each.number for each in done) == [1, 2, 3, 4, 5]
 
 
+async def test_many_runs_at_once_take_their_turns(infra: Infra) -> None:
+    count = 100 if os.environ.get("TOTO_CUTS") else 25
+    infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}CONTEXTS=arm\n", contexts__arm_conf="EXECUTORS=2\n")
+    found = folder.read(infra.work)
+    runs = [infra.history.queue("a", flow_run=str(uuid.uuid4()), owner=process.owner()) for _ in range(count)]
+    at_work, most, order = 0, 0, list[int]()
+
+    async def one(queued: Run) -> None:
+        nonlocal at_work, most
+        work = jobs.Work(infra.bare, infra.work, found, found.job("a"), queued, Access())
+        async with jobs.place(work) as context:
+            at_work += 1
+            most = max(most, at_work)
+            order.append(queued.number)
+            infra.history.begin(queued, context.name)
+            await asyncio.sleep(0.1)
+            infra.history.end(queued, HowEnded.SUCCESS)
+            at_work -= 1
+
+    async with asyncio.timeout(600):
+        await asyncio.gather(*map(one, reversed(runs)))
+    assert most <= 2 and infra.history.open() == []
+    waited = order[count // 2 :]  # (the first ones may have begun before the others stood in the line)
+    assert waited == sorted(waited)
+
+
+async def test_a_job_that_is_removed_while_it_runs_ends_as_it_would_have(infra: Infra, run: Started) -> None:
+    infra.jobs(
+        a_run="#!/bin/sh\ntouch $WORKSPACE/ready; until [ -e $WORKSPACE/go ]; do sleep 0.1; done; exit 1\n",
+        a_conf=f"{QUIET}RETRY=1\n",
+        a_after="#!/bin/sh\necho after\n",
+    )
+    await infra.register()
+    workspace = infra.history.workspace("a")
+    async with asyncio.timeout(240):
+        running = asyncio.ensure_future(run("a"))
+        while not (workspace / "ready").exists():
+            await asyncio.sleep(0.1)
+        infra.jobs(a_run=None, a_conf=None, a_after=None)
+        assert await infra.register() == "removed: a"
+        (workspace / "go").touch()
+        state = await running
+    assert state.message == "a:1 failed: jobs/a.run exited with status 1"
+    assert "after\n" in infra.history.log(infra.history.get("a", 1)).read_text()
+    assert infra.history.open() == [], "there is nothing to try again"
+
+
 async def test_a_job_after_a_job_is_queued_when_that_succeeds(infra: Infra, run: Started) -> None:
     infra.jobs(a_run="#!/bin/sh\nexit $FAILS\n", b_run="#!/bin/sh\n", b_conf=f"{QUIET}AFTER=a\n", c_run="#!/bin/sh\n")
     await infra.register()
@@ -308,6 +362,48 @@ async def test_venues_are_notified_of_a_change_of_state_alone(infra: Infra, run:
     first, second = (json.loads(each.body) for each in heard.requests)
     assert first["title"] == "[infra] job a failed" and "no room left" in first["text"]
     assert (second["state"], second["title"]) == ("recovered", "[infra] job a fine again")
+
+
+@needs_sshd
+@pytest.mark.skipif(os.geteuid() != 0, reason="toto logs in as root, or by sudo")
+async def test_a_job_gets_what_its_conf_names_and_a_block_gives(infra: Infra, run: Started, tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    async with asyncio.timeout(240), sshd(tmp_path / "machine") as machine:
+        with http_server() as web:
+            place = web.address.removeprefix("http://").partition("/")[0]
+            text = "apiVersion: v1\nclusters: []\n"
+            access = JobAccess(variables={"TOKEN": "s3cret-word"}, endpoints=[place], kubeconfig=text)
+            await access.save("infra--shop", overwrite=True)
+            for_ssh = {"address": machine.target.address, "ssh": {"port": machine.target.port, "user": "root"}}
+            infra.commit({"machines.yaml": json.dumps({"machines": [{"name": "web1", **for_ssh}]})})
+            identity = await keys.of_machines(infra.bare)
+            with (machine.directory / "authorized").open("a") as file:
+                file.write(await keys.public_half(identity) + "\n")
+            script = f"""#!/bin/bash
+            echo token ${{#TOKEN}} $TOKEN
+            grep clusters $KUBECONFIG
+            (exec 3<>/dev/tcp/{place.replace(":", "/")}) && echo reached
+            on-host web1 id -un; on-host web1 sh -c 'exit 7'; echo $?
+            on-host web2 id 2>&1; echo $?
+            find / -name '*id_ed25519*' 2>/dev/null || :
+            """
+            infra.jobs(a_run=script, a_conf=f"{QUIET}ACCESS=shop\nMACHINES=web1\n")
+            state = await run("a")
+        said = infra.history.log(infra.history.get("a", 1)).read_text().splitlines()[1:]
+        assert said == [
+            "token 11 ******",
+            "clusters: []",
+            "reached",
+            "root",
+            "7",
+            "usage: on-host MACHINE [--stdin] COMMAND [ARGUMENT...]; the job's MACHINES are web1",
+            "64",
+        ], (said, state.message)
+    other = infra.jobs(a_conf=f"{QUIET}ACCESS=none-such\n")
+    assert "save a block `Toto job access` as infra--none-such" in str((await run("a")).message)
+    run_git("update-ref", "refs/heads/main", f"{other}~1", cwd=infra.bare)
+    run_git("branch", "side", other, cwd=infra.bare)
+    assert "is not on the deployed branch" in str((await run("a", commit="side")).message)
 
 
 async def test_old_runs_are_removed(infra: Infra, run: Started) -> None:

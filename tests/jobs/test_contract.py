@@ -137,6 +137,11 @@ SAME = {
     "a timeout aborts": Case(
         {"a.conf": f"{PATIENT}TIMEOUT=3", "a.run": "sleep 3000", "a.after": "echo $RESULT"}, ["aborted"], ABORTED
     ),
+    "a timeout before the run skips it": Case(
+        {"a.conf": f"{PATIENT}TIMEOUT=3", "a.before": "sleep 3000", "a.run": "echo run", "a.after": "echo $RESULT"},
+        ["aborted"],
+        ABORTED,
+    ),
     "a timeout is for after, too": Case(
         {"a.conf": f"{BRIEF}TIMEOUT=3", "a.run": "", "a.after": "sleep 3000"}, [], ABORTED
     ),

@@ -108,9 +108,9 @@ def _globs(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def _venue(name: str) -> str:
+def _block_name(name: str) -> str:
     if not is_venue_name(name):
-        raise ValueError("should be the name of a venue: lower-case letters, digits and '-'")
+        raise ValueError("should be the name of a block: lower-case letters, digits and '-'")
     return name
 
 
@@ -143,6 +143,7 @@ def _check_matrix(matrix: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
 
 
 Globs = Annotated[tuple[str, ...], BeforeValidator(_globs)]
+BlockNames = Annotated[tuple[Annotated[str, AfterValidator(_block_name)], ...], BeforeValidator(_words), Distinct]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_words), Distinct]
 Event: TypeAlias = Literal["deployed", "failed", "reverted"]
 """what a roll-out may have done to targets"""
@@ -183,7 +184,11 @@ class JobConf(Model):
     """seconds before it is tried again; twice as many each time"""
     grace: Annotated[float, Field(ge=0, le=_GRACE, allow_inf_nan=False)] = 2
     """seconds from SIGTERM to SIGKILL, when a run is aborted or takes too long; and those that `.after` has then"""
-    venues: Annotated[tuple[Annotated[str, AfterValidator(_venue)], ...], BeforeValidator(_words), Distinct] = ()
+    access: BlockNames = ()
+    """names of blocks `Toto job access`, which say what secrets it is given, and what it may reach besides"""
+    machines: Names = ()
+    """machines of the manifest on which it runs commands, by `on-host MACHINE COMMAND…`"""
+    venues: BlockNames = ()
     """names of the venues that are notified when it fails and did not before, and when it succeeds again"""
     public: bool = False
     """whether its state and its badge are shown without a login"""

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from signal import SIGKILL, SIGTERM, Signals
@@ -23,7 +23,8 @@ from toto.base.process import Pushed
 from toto.cell import folders
 from toto.cell.cell import INFRA, Cell, python
 from toto.cell.limits import Limits
-from toto.cell.namespace import Namespace
+from toto.cell.namespace import Namespace, namespace
+from toto.cell.relay import Endpoint, reach
 from toto.cell.tool import internet
 from toto.jobs import door
 from toto.jobs.conf import DEFAULT
@@ -38,6 +39,7 @@ HOME: Final = Path("/job")  # in a job's cell: the run's folder, the workspace a
 _WORK: Final = HOME / "run"
 _WORKSPACE: Final = HOME / "workspace"
 _ARCHIVE: Final = HOME / "archive"
+_KUBECONFIG: Final = "kubeconfig"
 _TEMPORARY: Final = Path("/tmp")  # noqa: S108
 _IN_CELL: Final = Path(__file__).with_name("in_cell.py")
 _LAMINARC: Final = Path(__file__).with_name("laminarc.py")
@@ -64,17 +66,25 @@ Shell: TypeAlias = Callable[[Command], AbstractAsyncContextManager[process.Runni
 """starts a command, which ends with the block"""
 
 
+Machines: TypeAlias = Callable[[Path, Path, int | None], AbstractAsyncContextManager[None]]
+"""serves `on-host` from a folder, which scripts see at a place, for a user of the machine's, while the block lasts"""
+
+
 @dataclass(frozen=True)
 class Given:
     """What a run is given besides its job: the exported commit, the context that it runs in, and `secrets`.
 
-    `secrets` are variables that are masked in the log. `call` asks Prefect's API for what scripts want of `laminarc`.
-    `shell` starts the `COMMAND` of a job that has one. `limits` hold each of its scripts.
+    `secrets` are variables that are masked in the log, `kubeconfig` is the text of one. It reaches the `endpoints`,
+    also on private networks, and by `machines` what is served there. `call` asks Prefect's API for what scripts want of
+    `laminarc`. `shell` starts the `COMMAND` of a job that has one. `limits` hold each of its scripts.
     """
 
     tree: Path
     context: Context = field(default_factory=lambda: Context(DEFAULT))
     secrets: Mapping[str, str] = field(default_factory=dict)
+    kubeconfig: str = ""
+    endpoints: Sequence[Endpoint] = ()
+    machines: Machines | None = None
     call: Call | None = None
     shell: Shell | None = None
     limits: Limits = field(default_factory=Limits)
@@ -185,11 +195,26 @@ async def _place(jobs: Jobs, job: Job, begun: Run, history: History, given: Give
         made.give()
         return made
 
-    if job.conf.network == "none":
-        yield _Place(cell(None), control, fresh)
-        return
-    async with internet(user=user) as network:
+    if given.kubeconfig:
+        _give(control / _KUBECONFIG, given.kubeconfig, user)
+    async with AsyncExitStack() as stack:
+        network = None
+        if job.conf.network != "none":
+            network = await stack.enter_async_context(internet(given.endpoints, user=user))
+        elif given.endpoints:
+            network = await stack.enter_async_context(namespace(user))
+            await stack.enter_async_context(reach(network, dict.fromkeys(given.endpoints)))
+        if given.machines is not None:
+            await stack.enter_async_context(given.machines(control, PLACE, user))
         yield _Place(cell(network), control, fresh)
+
+
+def _give(file: Path, text: str, user: int | None) -> Path:
+    """Write a file that only the cell's user may read."""
+    written.write(file, text, 0o400)
+    if user is not None:
+        os.chown(file, user, user)
+    return file
 
 
 class _Scripts:
@@ -260,6 +285,7 @@ class _Scripts:
             "WORKSPACE": str(_WORKSPACE),
             "ARCHIVE": str(_ARCHIVE),
         }
+        env |= {"KUBECONFIG": str(PLACE / _KUBECONFIG)} if self.given.kubeconfig else {}
         return env | ({"LAMINAR_REASON": run.reason} if run.reason else {})
 
     async def _run(self, script: _Script) -> tuple[int, str]:
@@ -311,12 +337,8 @@ class _Scripts:
 
     def _give_environment(self) -> str:
         """Write the variables where the script finds them; the name of that file."""
-        file = written.write(
-            self.place.control / "environment", json.dumps({**self.env, **self.set, "RESULT": str(self.state)}), 0o400
-        )
-        if (user := self.place.cell.user) is not None:
-            os.chown(file, user, user)
-        return file.name
+        said = json.dumps({**self.env, **self.set, "RESULT": str(self.state)})
+        return _give(self.place.control / "environment", said, self.place.cell.user).name
 
     def _note(self, script: _Script, status: int, exceeded: str) -> None:
         """Make the first failure the run's result."""

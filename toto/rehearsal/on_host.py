@@ -64,16 +64,21 @@ Command: TypeAlias = Callable[[Sequence[str]], str]
 
 @asynccontextmanager
 async def serving(
-    folder: Path, connection: Connection | None, python: Sequence[str], user: int | None, command: Command
+    folder: Path,
+    connection: Connection | None,
+    python: Sequence[str],
+    user: int | None,
+    command: Command,
+    place: Path = PLACE,
 ) -> AsyncIterator[None]:
-    """Serve `on-host` from `folder`, which scripts see at `PLACE`, while the block runs.
+    """Serve `on-host` from `folder`, which scripts see at `place`, while the block runs.
 
     There is no `connection` to a machine that pulls. `command` makes of the words what a login shell is given. `python`
     runs the interpreter in their cell, and `user` is the machine's user who may ask, when toto is root.
     """
     client = folder / "bin" / "on-host"
     client.parent.mkdir(mode=0o755)
-    client.write_text(CLIENT.format(python=" ".join(python), socket=PLACE / SOCKET))
+    client.write_text(CLIENT.format(python=" ".join(python), socket=place / SOCKET))
     client.chmod(0o755)
     at_once = asyncio.Semaphore(AT_ONCE)
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
