@@ -12,7 +12,7 @@ from playwright.async_api import Browser, Page, async_playwright
 
 from tests.fleet.conftest import DNS, World
 from tests.ledger.test_ledger import intent
-from toto.fleet import results
+from toto.fleet import builds, results
 from toto.ledger import steps
 
 pytestmark = [pytest.mark.minutes(1), pytest.mark.asyncio(loop_scope="module")]
@@ -53,15 +53,23 @@ async def furnished(world: World) -> None:
         ("difference-infra--host--web1", "markdown", "```diff\n~ nginx 1.26 -> 1.27\n+ curl 8\n```"),
         ("console-infra--host--web1", "markdown", f"```text\n{'[  OK  ] Started a unit.' * 40}\n```"),
         ("no-internet-infra--host--web1", "table", json.dumps(rows)),
+        (
+            "compliance-infra--host--web1",
+            "table",
+            json.dumps([{"result": "failed", "check": "inspec/base", "id": "ssh"}]),
+        ),
     ):
         await world.api.call("POST", "/artifacts/", {"key": key, "type": kind, "data": data})
+    built = [builds.row("web1", builds.BUILT, size=5_000_000), builds.row("web2", builds.FAILED, why="an error")]
+    made = {"key": builds.key("infra"), "type": "table", "data": json.dumps(built), "description": "c" * 40}
+    await world.api.call("POST", "/artifacts/", made)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 async def test_nothing_keeps_anybody_from_reading_it(browser: Browser, world: World, scheme: Any, width: int) -> None:
     await furnished(world)
-    for place in ("/fleet/", "/fleet/infra/host/web1"):
+    for place in ("/fleet/", "/fleet/infra/host/web1", "/fleet/infra/builds"):
         page = await opened(browser, world, place, color_scheme=scheme, viewport={"width": width, "height": 800})
         found = await Axe().run(page, options=RULES)
         assert found.violations_count == 0, found.generate_report()

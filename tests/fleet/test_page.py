@@ -25,7 +25,7 @@ from tests.ledger.test_ledger import deployed, intent, note
 from tests.repos import InfraRepo, git
 from toto.api import certificate
 from toto.base import process
-from toto.fleet import results
+from toto.fleet import builds, results
 from toto.fleet.state import Fleet
 from toto.fleet.words import ago
 from toto.jobs.history import History, State
@@ -137,6 +137,27 @@ async def test_one_target_has_its_history_tests_and_console(world: World) -> Non
     assert found["console"] == console and "of a different" not in page
     assert '<span class="added">+ nginx 1.27</span>' in page and "Console of its last rehearsal" in page
     assert "https://grafana.example.org" in page
+
+
+async def test_what_was_built_is_shown_by_commit_and_host(world: World) -> None:
+    first = [builds.row("web1", builds.BUILT, why="built by pi 3", path="/nix/store/x", size=3_000_000)]
+    second = [
+        builds.row("web1", builds.BUILT, why="built by toto 1", path="/nix/store/y", size=5_000_000),
+        builds.row("web2", builds.FAILED, why=HOSTILE),
+    ]
+    for commit, rows in (("1" * 40, first), ("2" * 40, second)):
+        made = {"key": builds.key("infra"), "type": "table", "data": json.dumps(rows), "description": commit}
+        await world.api.call("POST", "/artifacts/", made)
+    async with world.client() as client:
+        found = (await client.get("/fleet/infra/builds", headers={"Accept": "application/json"})).json()
+        page = (await client.get("/fleet/infra/builds")).text
+        assert (await client.get("/fleet/other/builds")).status_code == 404
+    assert [each["commit"][0] for each in found] == ["2", "1"]
+    assert [each["rows"]["web1"]["bytes"] for each in found] == ["5000000", "3000000"]
+    assert found[0]["rows"]["web2"]["result"] == builds.FAILED and "web2" not in found[1]["rows"]
+    for said in ("5 MB", "3 MB", "built by pi 3", builds.FAILED, "22222222"):
+        assert said in page, page
+    assert "<script>alert" not in page
 
 
 async def test_a_change_is_told_to_who_follows(world: World) -> None:
