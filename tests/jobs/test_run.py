@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.jobs.conftest import Make
 from toto.base import process
@@ -132,6 +135,34 @@ async def test_a_run_that_toto_cannot_begin_has_failed(make: Make) -> None:
     ended = await run(bench.jobs, Job("a"), begun, bench.history, Given(bench.tree))
     assert (ended.state, bench.said(ended)) == (State.FAILED, [])
     assert "File exists" in ended.why
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples/infra"
+
+
+@pytest.mark.parametrize(
+    ("job", "given", "state", "said"),
+    [
+        ("disk-space", {"LIMIT": "100"}, State.SUCCESS, r"web1: \d+ %\nweb2: \d+ %"),
+        ("disk-space", {"LIMIT": "-1"}, State.FAILED, r"web1: \d+ %\nweb2: \d+ %"),
+        ("failed-units", {}, State.SUCCESS, "web1: df\nweb2: df"),
+    ],
+)
+async def test_the_jobs_of_the_example_run(
+    make: Make, job: str, given: dict[str, str], state: State, said: str
+) -> None:
+    # In the place of toto's `on-host` (tests/flows has that one): here, and not by ssh.
+    on_host = '#!/bin/sh\nshift\n[ "$1" = systemctl ] && exec echo df\nexec "$@"\n'
+    bench = make(
+        {"a.run": "", "scripts/on-host": on_host, "scripts/df": '#!/bin/sh\necho x; echo "/dev/x 1 1 1 7% /"\n'}
+    )
+    for file in (EXAMPLE / "jobs").iterdir():
+        shutil.copy(file, bench.tree / "jobs")
+    ended = await bench.run(job, bench.queue(job, **given))
+    assert (ended.state, bool(re.fullmatch(said, "\n".join(bench.said(ended))))) == (state, True), bench.log(ended)
+    assert (bench.history.archive(ended) / job).stat().st_size > 10
+    machines = yaml.safe_load((EXAMPLE / "machines.yaml").read_text())["machines"]
+    assert {*bench.jobs.job(job).conf.machines} <= {each["name"] for each in machines}
 
 
 DIES = """
