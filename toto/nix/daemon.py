@@ -173,11 +173,12 @@ def _tidy_up(home: Path, *, keep: Path | None) -> None:
     if keep is None:
         shutil.rmtree(home, ignore_errors=True)
         return
-    for left in home.iterdir():
-        if left.is_dir() and left != keep:
-            shutil.rmtree(left, ignore_errors=True)
-        elif left != keep:
-            left.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        for left in {*home.iterdir()} - {keep}:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _log(home: Path) -> str:
