@@ -105,10 +105,10 @@ class Toto:
         self.signing = asyncio.Semaphore(2)
 
     async def proven(self, machine: Asking) -> Agent:
-        challenge = json.loads((await self._ask("POST", "/challenge", b""))[1])["challenge"]
-        async with self.signing:
+        async with self.signing:  # (machines have addresses of their own, and the server lets few of one wait at once)
+            challenge = json.loads((await self._ask("POST", "/challenge", b""))[1])["challenge"]
             proof = await asyncio.to_thread(machine.proof, challenge)
-        _, said = await self._ask("POST", "/session", json.dumps(proof).encode())
+            _, said = await self._ask("POST", "/session", json.dumps(proof).encode())
         return machine.name, json.loads(said)["token"]
 
     async def document(self, agent: Agent, wait: int, has: str = "") -> tuple[str, bytes]:

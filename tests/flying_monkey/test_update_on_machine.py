@@ -98,7 +98,7 @@ async def remembered(locked: Locked) -> dict[str, Any]:
 
 async def settled(locked: Locked, *words: str) -> dict[str, Any]:
     """The memory once its step and state are `words`."""
-    async with asyncio.timeout(240):
+    async with asyncio.timeout(900):
         while ((found := await remembered(locked)).get("step"), found.get("state")) != words:
             await asyncio.sleep(1)
     return found
@@ -265,7 +265,7 @@ async def rebooted(locked: Locked, activate: int) -> System:
     await locked.ask("arm", locked.document(system, hooks=HOOKS, deadlines=deadlines))
     assert await locked.ended() == "done 0"
     await locked.ask("confirm", locked.document(system, "keep", hooks=HOOKS, reboot="now", deadlines=deadlines))
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(900):
         while (again := (await locked.machine.ssh(boot, timeout=30)).out) in ("", before):
             await asyncio.sleep(1)
     assert again != before
@@ -289,7 +289,7 @@ async def test_a_different_kernel_is_rebooted_into_and_checked(locked: Locked) -
 async def test_a_machine_that_is_not_well_with_its_new_kernel_tells_so_and_goes_back(locked: Locked) -> None:
     """It says by itself that it is not well, and goes back when toto says so; for the old kernel it waits to reboot."""
     await locked.machine.check("touch /var/lib/unwell-reboot; sync")
-    system = await rebooted(locked, activate=120)
+    system = await rebooted(locked, activate=300)
     await settled(locked, "finished", "done 69")
     status = await locked.ask("status 0")
     assert (status["system"], status["boots"]) == (system.path, system.path)

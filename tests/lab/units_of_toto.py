@@ -129,17 +129,18 @@ def _release() -> str:
 
 async def tried(machine: DebianMachine) -> None:
     """Start the units, and have each do what it is for. Raises `MachineError` with what the journal says."""
+    said = 0  # lines
 
     async def ready(since: float, times: int) -> None:
         """Until toto has said so that often; prints what it says meanwhile."""
-        told = 0
+        nonlocal said
         journal = "journalctl -u toto -o cat --no-pager | grep -E '^toto: |^Traceback|Error'"
         asked = f"{journal}; systemctl show toto -P NRestarts"
         while True:
             *lines, restarts = (await machine.ssh(asked, login=False)).out.splitlines() or ["0"]
-            for line in lines[told:]:
+            for line in lines[said:]:
                 print(f"{time.monotonic() - since:6.0f} s  {line}", flush=True)
-            told = max(told, len(lines))
+            said = max(said, len(lines))
             if sum(line.startswith("toto: ready at") for line in lines) >= times:
                 return
             if restarts.isdigit() and int(restarts) > times:
