@@ -4,7 +4,7 @@
 
 The units' text is the module's, evaluated against that nixpkgs; only paths of the nix store, of which nothing is built
 here, are those of Debian's programs and of a package like nix/package.nix's instead. Not a part of `make test`: on an
-emulated machine Prefect's server alone takes minutes to start, and all of it a quarter of an hour.
+emulated machine Prefect's server alone takes minutes to start, and all of it half an hour.
 """
 
 import asyncio
