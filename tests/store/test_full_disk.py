@@ -94,6 +94,13 @@ async def cache(folder: Path) -> None:
             (names / str(number)).touch()
     except OSError as error:
         assert error.errno == 28
+    try:  # where nothing was granted yet, and not even a folder can be made
+        git("init", "--quiet", "--bare", "other.git", cwd=folder)
+        await grants.grant(folder / "other.git", "web1", [had], key, timeout=60)
+    except nix.CopyFailed as error:
+        assert str(error).count("No space left on device") == 1
+    else:
+        raise AssertionError("there was no room")
     seen = []
     while said := await grant(had, more):  # whichever file there is no room for
         assert said.count("No space left on device") == 1, said

@@ -1,5 +1,6 @@
 """The store that machines fetch from: what each finds in the cache, and what is exported by NFS."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -30,7 +31,7 @@ async def cache(toto: Toto) -> Sequence[Finding]:
             good = getattr(ledger.get(Target(HOST, name)).good, "path", None)
             if not (machine.deployed and (machine.deploy == "pull" or machine.substitute) and good):
                 continue
-            if caches.has(grants.of(paths.repo_folder(repo), name), good):
+            if await asyncio.to_thread(caches.has, grants.of(paths.repo_folder(repo), name), good):
                 whole += 1
                 continue
             said = f"{name} of {name_of(repo)} does not find its last good there, or not all of it"

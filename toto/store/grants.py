@@ -73,12 +73,12 @@ async def grant(repo: Path, machine: str, closures: Iterable[str], key: Path, *,
     `timeout` seconds.
     """
     folder = paths.repo_folder(repo)
-    async with _alone(repo):
-        part, made = prepare() / folder / machine, paths.private_folder(granted().parent / "made" / folder)
-        found: dict[str, bytes] = {}
-        for closure in sorted({*closures}):
-            found |= await cache.add(closure, made, key, timeout=timeout, target=machine)
-        with _told(machine):
+    with _told(machine):
+        async with _alone(repo):
+            part, made = prepare() / folder / machine, paths.private_folder(granted().parent / "made" / folder)
+            found: dict[str, bytes] = {}
+            for closure in sorted({*closures}):
+                found |= await cache.add(closure, made, key, timeout=timeout, target=machine)
             _open(part.parent)
             cache.link(made, part, found)
             cache.prune(made)
@@ -90,11 +90,10 @@ async def lend(repo: Path, part: Path, closure: str, key: Path, *, timeout: floa
 
     Raises what `grant` raises.
     """
-    async with _alone(repo):
-        made = paths.private_folder(granted().parent / "made" / paths.repo_folder(repo))
-        found = await cache.add(closure, made, key, timeout=timeout, target=target)
-        with _told(target):
-            cache.link(made, part, found)
+    with _told(target):
+        async with _alone(repo):
+            made = paths.private_folder(granted().parent / "made" / paths.repo_folder(repo))
+            cache.link(made, part, await cache.add(closure, made, key, timeout=timeout, target=target))
 
 
 async def good(repo: Path, machine: str) -> list[str]:
