@@ -30,6 +30,7 @@ async def reconcile(
     venues: list[str] | None = None,
     accept: list[str] | None = None,
     reason: str | None = None,
+    try_for: float = 0,
     again: bool = False,
 ) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
@@ -46,6 +47,7 @@ async def reconcile(
         venues: names of venue blocks that are notified of the result besides the usual ones.
         accept: targets that cannot be put back: first of all, their present states are taken as good.
         reason: why they are; it is recorded.
+        try_for: seconds for which hosts are only tried: activated by `test`, and put back after that; 0 to keep them.
         again: the old name of `force`.
     """
     return await new.reconcile.fn(
@@ -60,4 +62,5 @@ async def reconcile(
         venues=venues,
         accept=accept,
         reason=reason,
+        try_for=try_for,
     )

@@ -1,6 +1,6 @@
 """The steps of one host: rehearse, roll out, revert."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -19,6 +19,7 @@ from tasks.roll_out import (
     inspect,
     keep,
     revert,
+    try_out,
     try_way_in,
 )
 from toto.machine.fleet_builders import not_building
@@ -29,6 +30,8 @@ from toto.plan.verdict import Verdict
 from toto.rehearsal.phase_run import Endpoint
 from toto.rehearsal.results import Rehearsal
 from toto.rehearsal.suite import Phase
+
+Outcome: TypeAlias = Literal["deployed", "verified", "tried", "unreachable"]
 
 __all__ = ["find_drift", "rehearse", "revert", "roll_out"]
 
@@ -45,7 +48,7 @@ async def rehearse(order: HostOrder) -> Verdict[Rehearsal]:
 
 
 @flow(name="roll out host", flow_run_name="{order.name}", persist_result=False, validate_parameters=False)
-async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["deployed", "verified", "unreachable"]:
+async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Outcome:
     """Copy the rehearsed closure to the machine, activate it, test, make it permanent, test again, and record it."""
     verdict.check(order)
     machine = order.machine
@@ -79,6 +82,9 @@ async def roll_out(order: HostOrder, verdict: Verdict[Rehearsal]) -> Literal["de
                     order, activator, "test", quote(before), wait_for=[step]
                 )
                 step = await smoke(order, Phase.SMOKE, Endpoint.of(machine, activator), wait_for=[step])
+                if order.try_for:
+                    await try_out(order, wait_for=[step])
+                    return "tried"
                 if machine.activation == "switch":
                     step = await activate.with_options(task_run_name="activate: switch")(
                         order, activator, "switch", quote(before), wait_for=[step]

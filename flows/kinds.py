@@ -15,7 +15,7 @@ from toto.ledger.target import Target
 from toto.plan.kinds import kind_of
 from toto.plan.verdict import Verdict
 
-Outcome: TypeAlias = Literal["deployed", "verified", "recorded", "recorded without its CRDs", "unreachable"]
+Outcome: TypeAlias = Literal["deployed", "verified", "tried", "recorded", "recorded without its CRDs", "unreachable"]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ async def reconcile(
     venues: list[str] | None = None,
     accept: list[str] | None = None,
     reason: str | None = None,
+    try_for: float = 0,
 ) -> State[None]:
     """Make the fleet what a commit of an infra repo says; revert everything when something fails.
 
@@ -51,6 +52,7 @@ async def reconcile(
         venues: names of venue blocks that are notified of the result besides the usual ones.
         accept: targets that cannot be put back: first of all, their present states are taken as good.
         reason: why they are; it is recorded.
+        try_for: seconds for which hosts are only tried: activated by `test`, and put back after that; 0 to keep them.
     """
     if only is not None and not any(map(str.strip, only)):
         return names_nothing()
@@ -67,6 +69,7 @@ async def reconcile(
             venues=tuple(venues or ()),
             accept=tuple(accept or ()),
             reason=reason,
+            try_for=try_for,
         ),
         _stages,
     )

@@ -83,9 +83,7 @@ async def _open_intents(run: Run) -> list[Reversal]:
             get_run_logger().error(
                 "%s: toto reverts it, although it could not write the ledger: %s", target.label, error
             )
-        reversals.append(
-            Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.report.cause, since)
-        )
+        reversals.append(Reversal(run.repo, run.id, target, run.plan.manifest, run.plan.settings, run.why_back, since))
     return reversals[::-1]
 
 

@@ -44,6 +44,7 @@ async def _detect(run: Run) -> None:
             run.id,
             request.only,
             override=request.override,
+            try_for=request.try_for,
             force=request.force,
             deploys=request.deploys,
             shown=Evaluations(run.repo),

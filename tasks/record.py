@@ -144,9 +144,10 @@ async def record_reverted(
 ) -> None:
     """Close the intent: the target was reverted to its last good, or (None) to what was there before toto.
 
+    `why` is what failed; "" when it was only tried.
     Raises `LostTarget`.
     """
     where = to.commit[:8] if to else "what was there before toto"
-    await Ledger(repo).write(
-        target, steps.revert(to, note(failed, run, why), run), f"{target.label}: reverted to {where}"
-    )
+    noted = note(failed, run, why) if why else None
+    word = "reverted" if why else "tried, and put back"
+    await Ledger(repo).write(target, steps.revert(to, noted, run), f"{target.label}: {word} to {where}")

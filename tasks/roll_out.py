@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
@@ -160,7 +161,28 @@ async def activate(order: HostOrder, activator: Activator, verb: Verb, before: M
     await set_step(order, verb, f"activation {verb}")
     assert order.machine is not None
     finish, confirm = order.settings.roll_out.activation_timeout, _patience(order.machine, order.settings, order.tree)
-    await activator.activate(verb, order.host.path, before, finish=finish, confirm=confirm, on_line=sink())
+    await activator.activate(
+        verb,
+        order.host.path,
+        before,
+        finish=finish,
+        confirm=confirm + order.try_for,
+        on_line=sink(),
+        stays=not order.try_for,
+    )
+    return Done()
+
+
+@task(name="try", task_run_name="try", cache_policy=NO_CACHE)
+async def try_out(order: HostOrder) -> Done:
+    """Leave the host as it is for as long as it is tried. Its machine goes back by itself if toto does not do it."""
+    until = datetime.now(UTC) + timedelta(seconds=order.try_for)
+    get_run_logger().info(
+        "tried until %s UTC; it goes back then, or as soon as this run is cancelled: toto cancel %s",
+        f"{until:%H:%M:%S}",
+        order.run,
+    )
+    await anyio.sleep(order.try_for)
     return Done()
 
 

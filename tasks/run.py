@@ -62,6 +62,7 @@ class Request:
     venues: tuple[str, ...]
     accept: tuple[str, ...] = ()
     reason: str | None = None
+    try_for: float = 0
 
     @property
     def accepts(self) -> bool:
@@ -110,6 +111,9 @@ class Run:
         self.report = Report(self.repo.name.removesuffix(".git"), plan.commit, plan.changes)
         self.verdicts, self.touched, self.forward = {}, [], set()
         for order in plan.orders if self.request.deploys else ():
+            if self.request.try_for and not _can_be_tried(order):
+                why = "only a host is tried, and not one that is set for the next boot"
+                self.report.failure(order.label, "claim", InputError(why, target=order.label))
             if isinstance(order, HostOrder) and order.machine and order.change.action in (Action.DEPLOY, Action.VERIFY):
                 try:
                     owners.check(self.repo, order.machine)
@@ -241,10 +245,16 @@ class Run:
         return [each for each in group if each.label in free]
 
     @property
+    def why_back(self) -> str:
+        """Why what was touched is put back; "" when it was only tried."""
+        return self.report.cause if self.report.failures else ""
+
+    @property
     def to_revert(self) -> list[Target]:
         """The targets that were touched, in order, without those that were only recorded or did not answer.
 
-        They are all reverted when a roll-out fails; otherwise only those that failed to go forward.
+        They are all reverted when a roll-out fails, and those that were only tried; otherwise those that failed to go
+        forward.
         """
         failed = self.report.failed_targets
         untouched = ("recorded", "recorded without its CRDs", "unreachable")
@@ -252,7 +262,7 @@ class Run:
             each
             for each in self.touched
             if self.report.outcome.get(each.label) not in untouched
-            and (self.report.failed_roll_out or each.label in failed)
+            and (self.report.failed_roll_out or each.label in failed or self.request.try_for)
         ]
 
     async def check_superseded(self) -> None:
@@ -289,9 +299,14 @@ class Run:
     def ended(self) -> State[None]:
         """The state that the run ends in."""
         said = self.report.headline()
-        if self.report.failed:
+        if self.report.failed or any(each.error for each in self.report.reverted):
             return Failed(message=said)
         return Completed(name=PARTIAL, message=said) if self.report.partial else Completed(message=said)
+
+
+def _can_be_tried(order: Order) -> bool:
+    """Whether a target can be activated so that its machine goes back by itself."""
+    return isinstance(order, HostOrder) and (order.machine is None or order.machine.activation != "boot")
 
 
 def names_nothing() -> State[None]:
@@ -302,6 +317,8 @@ def names_nothing() -> State[None]:
 async def conclude(run: Run) -> None:
     """After the roll-out: retry machines that did not answer, retire targets that left the commit, tag the commit,
     register its jobs."""
+    if run.request.try_for:  # the fleet is as it was
+        return
     await retry_later(run.repo, run.report.unreachable)
     for target in run.plan.changes.retired:
         if target.label not in run.report.failed_targets:  # one that is half done keeps its entry

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 from pytest import MonkeyPatch
 
+from tests.conftest import free_port
 from tests.ledger.test_ledger import WEB1, deployed, intent, note
 from tests.repos import InfraRepo, git
+from toto import __version__
 from toto.cli import about, verbs
 from toto.cli.output import show
+from toto.git_host import shell
+from toto.infra_repo import manifest, working
 from toto.ledger import steps
 from toto.ledger.ledger import REF, Frozen, Ledger
 from toto.ledger.target import Target
@@ -163,3 +168,128 @@ def test_an_error_is_json_too_and_has_its_status(tmp_path: Path) -> None:
 def test_the_documentation_is_what_the_command_says() -> None:
     page = Path(__file__).parents[1] / "docs/cli.md"
     assert page.read_text() == about.as_markdown() + "\n", "toto man --markdown > docs/cli.md"
+
+
+@pytest.fixture(scope="module")
+def on_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with the command `toto`."""
+    place = tmp_path_factory.mktemp("bin")
+    (place / "toto").write_text(
+        f'#!/bin/sh\nPYTHONPATH={Path(__file__).parents[1]} exec {sys.executable} -m toto.cli "$@"\n'
+    )
+    (place / "toto").chmod(0o755)
+    return f"{place}:{os.environ['PATH']}"
+
+
+COMPLETED: dict[str, Sequence[str]] = {
+    "bash": (
+        "bash",
+        "--norc",
+        "-c",
+        'source "$1"; COMP_WORDS=(toto fre); COMP_CWORD=1; _toto_completion toto; echo "${COMPREPLY[@]}"',
+    ),
+    # (zsh completes nothing without a terminal; what its function asks is asked here, and its script is read.)
+    "zsh": ("zsh", "-f", "-c", 'zsh -n "$1" && _TOTO_COMPLETE=complete_zsh _TYPER_COMPLETE_ARGS="toto fre" toto'),
+    "fish": ("fish", "--no-config", "-c", 'source $argv[1]; complete --do-complete "toto fre"'),
+}
+
+
+@pytest.mark.parametrize("shell", list(COMPLETED))
+def test_a_shell_completes_the_verbs(shell: str, tmp_path: Path, on_path: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    script = tmp_path / "completion"
+    script.write_text(said(tmp_path, "completion", shell)[1])
+    argv = [*COMPLETED[shell], *([] if shell == "fish" else ["-"]), str(script)]
+    done = subprocess.run(argv, env=os.environ | {"PATH": on_path}, capture_output=True, text=True, check=False)
+    assert "freeze" in done.stdout and "unfreeze" not in done.stdout.split(), done
+
+
+def test_the_version_and_the_man_page(tmp_path: Path) -> None:
+    assert said(tmp_path, "--version") == (0, f"toto {__version__}\n")
+    page = said(tmp_path, "man")[1]
+    assert page.startswith(".TH TOTO 1") and page == about.as_man_page() + "\n"
+    for verb in verbs.VERBS:
+        assert f".SS toto {verb.replace('-', chr(92) + '-')}" in page
+    if shutil.which("groff"):
+        argv = ["groff", "-man", "-Tutf8", "-ww", "-z"]
+        assert subprocess.run(argv, input=page, capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_help_waits_for_nothing_that_only_a_verb_needs() -> None:
+    text = (
+        "import sys; from toto.cli import verbs; verbs.run(['--help']); "
+        "print(*{'asyncio', 'pydantic', 'git', 'rich', 'prefect', 'json'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n" and done.stdout.startswith("Usage: ")
+
+
+def test_what_goes_over_ssh_is_what_the_git_host_admits() -> None:
+    assert {each.split()[0] for each in shell.COMMANDS} - {"repo"} == verbs.OVER_SSH
+
+
+@pytest.mark.parametrize(
+    ("document", "status", "result"),
+    [
+        ("1..1\nok 1 - a\n", "0", "passes: 1 test passed"),
+        ("1..1\nok 1 - a\n", "1", "FAILS: "),
+        ("1..2\nok 1 - a\nnot ok 2 - b\n", "1", "FAILS: 1 of 2 tests failed: 2 b"),
+        ("hello\n", "0", "FAILS: it printed no TAP"),
+        ("1..1\nok 1 - \x1b[2J\n", "0", "passes: "),
+    ],
+)
+def test_tap_says_what_toto_thinks_of_a_document(tmp_path: Path, document: str, status: str, result: str) -> None:
+    (tmp_path / "out.tap").write_text(document)
+    exit_status, text = said(tmp_path, "tap", "out.tap", "--status", status)
+    assert text.splitlines()[-1].startswith(result) and exit_status == int(result.startswith("FAILS"))
+    assert "\x1b" not in text
+    (verdict,) = items(tmp_path, "tap", "out.tap", "--status", status)
+    assert verdict["passed"] == result.startswith("passes")
+    assert said(tmp_path, "tap", "none.tap") == (2, "toto: none.tap: cannot be read: No such file or directory\n")
+
+
+def test_a_first_manifest_lists_the_hosts_and_deploys_none(tmp_path: Path) -> None:
+    assert said(tmp_path, "init")[1].startswith("toto: there are no hosts here\n")
+    for name in ("web1.nix", "db/default.nix", "not a host.nix", "lib/helper.txt"):
+        (tmp_path / "hosts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hosts" / name).write_text("{ }")
+    assert said(tmp_path, "init") == (0, "machines.yaml lists db, web1\n")
+    fleet = manifest.load(tmp_path / "machines.yaml")
+    assert [(each.name, each.address, each.deployed) for each in fleet.machines.values()] == [
+        ("db", "db", False),
+        ("web1", "web1", False),
+    ]
+    assert "machines.yaml: is there already" in said(tmp_path, "init")[1]
+
+
+@pytest.mark.parametrize("url", ["toto.example.org", "ssh://toto", "http://[::1", "http://h:99999"])
+def test_a_wrong_address_of_a_different_toto_is_told(tmp_path: Path, url: str) -> None:
+    status, text = said(tmp_path, "status", TOTO_URL=url)
+    assert status == 2 and text.startswith("toto: TOTO_URL: is no") and "https://USER:PASSWORD@" in text
+
+
+def test_a_different_toto_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    status, text = said(tmp_path, "log", TOTO_URL=f"http://u:secret@127.0.0.1:{free_port()}")
+    assert status == 2 and "no answer" in text and "is TOTO_URL right?" in text and "secret" not in text
+
+
+async def test_a_working_tree_is_a_commit_without_what_it_ignores(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    tree = InfraRepo(tmp_path).work
+    assert working.here(tree) is None, "it has no machines.yaml"
+    for name, text in {
+        ".gitignore": "result\n",
+        "machines.yaml": "machines: []\n",
+        "result": "x",
+        "new.nix": "1",
+    }.items():
+        (tree / name).write_text(text)
+    (tree / "hosts").mkdir()
+    assert working.here(tree / "hosts") == tree
+    repo, commit = await working.commit(tree)
+    assert git("ls-tree", "--name-only", "-r", commit, cwd=repo).split() == [".gitignore", "machines.yaml", "new.nix"]
+    (tree / "new.nix").write_text("2")
+    again = await working.commit(tree)
+    assert again[0] == repo and git("show", f"{again[1]}:new.nix", cwd=repo) == "2"
+    assert git("status", "--short", cwd=tree).split() == ["??", ".gitignore", "??", "machines.yaml", "??", "new.nix"]

@@ -111,6 +111,12 @@ async def test_plans_of_one_repo_are_made_side_by_side(files: Files, monkeypatch
         assert [[each.label for each in made.orders] for made in (await held, other)] == [["file/a"], ["file/b"]]
 
 
+async def test_only_a_host_can_be_only_tried(files: Files) -> None:
+    files.commit({"a": "one"})
+    state = await files.reconcile(try_for=60)
+    assert state.is_failed() and "only a host is tried" in (state.message or "") and files.there() == {}
+
+
 async def test_no_more_runs_are_at_work_than_the_servers_rules_allow(
     files: Files, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

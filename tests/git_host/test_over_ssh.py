@@ -4,9 +4,11 @@ The flow is a stand-in of a few lines; `reconcile/parked` is it too, with no wor
 """
 
 import asyncio
+import contextlib
 import getpass
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -456,6 +458,30 @@ async def test_who_may_deploy_does_all_of_it_over_ssh_and_from_a_different_machi
     (log,) = [json.loads(toto("run", "logs", listed[1]["id"], "--json").stdout)]
     assert log["kind"] == "log" and "not for the pusher" in [each["message"] for each in log["items"]]
     assert "has ended: cancelled" in toto("cancel", run).stderr
+    said = at_a_terminal("deploy", "--wait", "--repo", str(repo), "--repos", str(host.repos))
+    assert "deploying what changed of infra in run " in said and "toto: done: web1 deployed" in said
+    assert re.search(r"web1: no-internet tests +\d+ s", said), "what is at work, with its seconds"
+    assert "not for the pusher" not in said
+
+
+def at_a_terminal(*words: str) -> str:
+    """What the command prints on a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "toto.cli", *words],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+    ) as toto:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # (the other end has gone)
+            while chunk := os.read(ours, 65_536):
+                said += chunk
+        os.close(ours)
+    assert toto.returncode == 0, said
+    return said.decode()
 
 
 async def two_have_it(host: Host) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -277,6 +278,80 @@ async def test_a_readme_only_commit_touches_no_host_and_asks_none(whole: Whole) 
     assert whole.subflows(run.id) == []
     assert await whole.systems() == before
     assert whole.history() == history
+
+
+async def test_what_is_only_tried_goes_back_when_its_time_is_up_and_when_who_tries_it_leaves(whole: Whole) -> None:
+    before, entry, now = await whole.systems(), whole.entry("web1"), (whole.work / "hosts/web1.nix").read_text()
+    whole.commit("tried", whole.web1(whole.next_variant()))
+    whole.git("push", "-o", "skip", "toto", "main")
+    argv = [sys.executable, "-m", "toto.cli", "deploy", "web1", "--repo", str(whole.repo), "--try"]
+
+    done = await asyncio.to_thread(
+        subprocess.run, [*argv, "15s"], env=whole.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done
+    assert "web1: smoke tests" in done.stdout and "web1: try" in done.stdout
+    assert "web1: post-switch tests" not in done.stdout and "web1 tried; web1 reverted\n" in done.stdout
+    assert await whole.systems() == before and whole.entry("web1") == entry
+    assert whole.history()[0].startswith("web1: tried, and put back to ")
+
+    trying = subprocess.Popen([*argv, "1h"], env=whole.environment, stdout=subprocess.PIPE, text=True)
+    assert trying.stdout is not None
+    with trying, trying.stdout:
+        run = trying.stdout.readline().split()[-1]
+        async with asyncio.timeout(PATIENCE):
+            while (await whole.systems())["web1"] == before["web1"]:
+                await asyncio.sleep(1)
+        assert await whole.machines["web1"].profile() == before["web1"], "it boots what it booted"
+        trying.send_signal(signal.SIGINT)
+        await asyncio.to_thread(trying.wait, 60)
+    assert (await whole.ended(run)).state == "CANCELLED"
+    async with asyncio.timeout(PATIENCE):
+        while whole.entry("web1").intent is not None:
+            await asyncio.sleep(0.5)
+    assert await whole.systems() == before
+
+    words = ("test", "web1", "smoke", "--repo", str(whole.repo), "--json")
+    done = await asyncio.to_thread(
+        subprocess.run, [*argv[:3], *words], env=whole.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and '"result": "passed"' in done.stdout, done
+    whole.commit("not tried any more", {"hosts/web1.nix": now})
+    whole.git("push", "-o", "skip", "toto", "main")
+
+
+async def test_a_host_of_the_working_tree_is_tried_by_hand_in_its_sandbox(whole: Whole) -> None:
+    (whole.work / "hosts/web1.nix").write_text(str(whole.web1("by hand")["hosts/web1.nix"]))
+    before, history = await whole.systems(), whole.history()
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "toto.cli", "sandbox", "web1"],
+        cwd=whole.work,
+        env=whole.environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        input="cat /etc/variant; exit 3\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout.strip() == "by hand", done
+    assert "web1 of the working tree" in done.stderr and "web1 is up, without internet" in done.stderr
+    assert not whole.sandboxes() and whole.history() == history and await whole.systems() == before
+    whole.git("checkout", "--", "hosts/web1.nix")
+
+
+@pytest.mark.exhaustive
+async def test_the_scripts_of_one_phase_run_alone(whole: Whole) -> None:
+    whole.control["no-internet"] = BAD
+    for phase, status in (("no-internet", 1), ("with-internet", 0)):
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "toto.cli", "test", "web1", phase, "--repo", str(whole.repo), "--json"],
+            env=whole.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status and f'"result": "{"failed" if status else "passed"}"' in done.stdout, done
 
 
 async def test_a_change_of_tests_alone_rehearses_and_verifies_but_activates_nothing(whole: Whole) -> None:

@@ -376,6 +376,7 @@ async def test_again_reaches_reconcile_as_force(monkeypatch: pytest.MonkeyPatch,
         "venues": None,
         "accept": None,
         "reason": None,
+        "try_for": 0,
     }
 
 

@@ -1,16 +1,15 @@
 """Builds on request: having a host built, and fetching what was built."""
 
 import sys
-import time
 from typing import Annotated
 
 from typer import Argument, Option
 
+from toto.cli import progress
 from toto.cli.common import By, Repos
 from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.fleet import on_request
-from toto.git_host import follow
 from toto.git_host import host as git_host
 from toto.git_host.shared import name_of
 
@@ -31,7 +30,7 @@ async def build(host: Host, repos: Repos, repository: Repository = None, by: By 
     wanted = await on_request.Wanted.of(repos, host, by, repository)
     run = await on_request.start(wanted, by)
     print(f"toto: building {wanted} of {name_of(wanted.repo)} in run {run}", flush=True)
-    status = await follow.to_the_end(wanted.repo, [run], time.monotonic() + follow.AT_MOST, steps=True)
+    status = await progress.to_the_end(wanted.repo, run, steps=True)
     if status == 0:
         row = await on_request.row(await git_host.api_of(wanted.repo), wanted, run)
         print(f"toto: {row['path']} ({int(row['bytes']) / 1e6:.0f} MB; {row['why'] or 'it was built before'})")

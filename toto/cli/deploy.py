@@ -1,15 +1,20 @@
 """What changes the fleet, or tries it: deploy, rehearse, revert, freeze."""
 
+import asyncio
+import contextlib
 import getpass
-import time
+import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from typer import Argument, Option
 
 from toto.base.errors import InputError
+from toto.cli import progress
 from toto.cli.common import By, Repo, Repos, of_user
+from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.git_host import follow, runs
 from toto.git_host import host as git_host
@@ -23,6 +28,9 @@ from toto.ledger.ledger import Frozen, Ledger
 from toto.ledger.target import HOST, Target
 
 verbs = Verbs()
+
+_NOT_KNOWN: Final = 2  # the status of what was not followed to its end
+_LONGEST: Final = 12 * 3600  # seconds for which something is tried
 
 Only = Annotated[
     list[str] | None, Argument(metavar="[TARGET|TAG|KIND]...", help="limit it to these (default: all that changed)")
@@ -43,6 +51,10 @@ async def deploy(
         bool, Option("--force", help="also what has not changed, to undo what was changed outside")
     ] = False,
     override: Override = None,
+    try_for: Annotated[
+        str | None,
+        Option("--try", metavar="TIME", help="only try it: hosts go back after this time, such as 90s, 30m, 2h"),
+    ] = None,
     wait: Wait = False,
     repo: Repo = None,
     by: By = None,
@@ -50,10 +62,43 @@ async def deploy(
     """Have toto deploy what changed, as a push does; over ssh: ssh toto deploy [TARGET …]
 
     With --wait the exit status is 0 when all is done, 1 when it failed or was cancelled, 3 when only a part is done.
+
+    With --try hosts are rehearsed and activated by `test` alone, and put back when the time is up, or as soon as this
+    command is left: by Ctrl-C, or with its terminal. Their machines go back by themselves should toto not do it.
     """
     place = await of_user(repos, repo, by, "deploy")
     parameters = {"commit": git.resolve(place, commit), "only": only or None, "force": force, "override": override}
-    return await _start(place, parameters, by, "deploying", only, wait=wait)
+    if try_for is None:
+        return await _start(place, parameters, by, "deploying", only, wait=wait)
+    seconds = _seconds(try_for)
+    return await _try(place, {**parameters, "try_for": seconds}, by, only, seconds)
+
+
+def _seconds(text: str) -> int:
+    form = re.fullmatch(r"(\d{1,6})([smh])", text)
+    seconds = int(form[1]) * {"s": 1, "m": 60, "h": 3600}[form[2]] if form else 0
+    if not 0 < seconds <= _LONGEST:
+        raise InputError(f"{text[:20]!a} is no time to try something", target="--try", hint="90s, 30m, 2h: at most 12h")
+    return seconds
+
+
+async def _try(
+    repo: Path, parameters: Mapping[str, Any], by: str | None, only: Sequence[str] | None, seconds: int
+) -> int:
+    """Start a run that tries, follow it, and cancel it when this command is left."""
+    run = await _begin(repo, parameters, by, "trying", only)
+    following = asyncio.ensure_future(progress.to_the_end(repo, run, at_most=follow.AT_MOST + seconds))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, following.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        if (status := await following) != _NOT_KNOWN:
+            return status
+    api = await git_host.api_of(repo)
+    with contextlib.suppress(InputError):  # it has ended meanwhile
+        await runs.cancel(api, await runs.find(api, run), _who(by))
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            say(f"run {run} is cancelled: what it tries is put back")
+    return 1
 
 
 @verbs.verb("rehearse")
@@ -116,13 +161,20 @@ def _before(repo: Path, to: str | None) -> tuple[str, list[str]]:
 async def _start(
     repo: Path, parameters: Mapping[str, Any], by: str | None, doing: str, only: Sequence[str] | None, *, wait: bool
 ) -> int:
+    run = await _begin(repo, parameters, by, doing, only)
+    if wait:
+        return await progress.to_the_end(repo, run)
+    print(f"toto: `toto wait {run}` shows its progress")
+    return 0
+
+
+async def _begin(
+    repo: Path, parameters: Mapping[str, Any], by: str | None, doing: str, only: Sequence[str] | None
+) -> str:
     given = {name: value for name, value in parameters.items() if value}
     run = await runs.start(repo, git_host.DEPLOYMENT, {**given, "origin": "cli"}, by)
     print(f"toto: {doing} {', '.join(only or ['what changed'])} of {name_of(repo)} in run {run}", flush=True)
-    if wait:
-        return await follow.to_the_end(repo, [run], time.monotonic() + follow.AT_MOST)
-    print(f"toto: `toto wait {run}` shows its progress")
-    return 0
+    return run
 
 
 @verbs.verb("freeze")

@@ -2,7 +2,6 @@
 
 import contextlib
 import getpass
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typer import Argument, Option
 
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
+from toto.cli import progress
 from toto.cli.common import By, Repo, Repos, api_near, of_user
 from toto.cli.output import AsJson, document, emit, lines_of
 from toto.cli.remote import Remote
@@ -79,7 +79,7 @@ async def wait(flow_run: Run, repos: Repos, by: By = None) -> int:
             with contextlib.suppress(ServerError):
                 found = await (await git_host.api_of(repo)).call("GET", f"/flow_runs/{flow_run}")
                 if Path(found["parameters"].get("repo", "")) == repo.resolve():
-                    return await follow.to_the_end(repo, [flow_run], time.monotonic() + follow.AT_MOST)
+                    return await progress.to_the_end(repo, flow_run)
     raise InputError("no repository of yours has a run of this id", target=f"run {flow_run}", hint="a push prints it")
 
 
@@ -113,7 +113,7 @@ async def accept(
     asked = {"target": str(wanted), "reason": reason, "by": by or f"{getpass.getuser()} (on toto itself)"}
     run = await runs.start(repo, git_host.ACCEPT, asked, by)
     print(f"toto: accepting {wanted.label} of {name} in run {run}", flush=True)
-    return await follow.to_the_end(repo, [run], time.monotonic() + follow.AT_MOST)
+    return await progress.to_the_end(repo, run)
 
 
 @verbs.verb("check")
@@ -132,7 +132,7 @@ async def check(
     there = await of_user(repos, repo, by, "deploy")
     run = await runs.start(there, git_host.COMPLIANCE, {"only": machines or None, "origin": "cli"}, by)
     print(f"toto: checking {', '.join(machines or ['the machines'])} in run {run}", flush=True)
-    return await follow.to_the_end(there, [run], time.monotonic() + follow.AT_MOST)
+    return await progress.to_the_end(there, run)
 
 
 @verbs.verb("runs")

@@ -15,9 +15,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
@@ -28,6 +29,7 @@ AT_MOST: Final = 3600.0  # seconds
 PAUSE: Final = 0.5  # seconds between two checks
 LAST_WORDS: Final = 5.0  # seconds to wait for a run's last lines after its end: they come in batches
 INFO: Final = 20
+_SHOWN: Final = 10  # steps at work, at once
 ENDS: Final = {"COMPLETED": "done", "FAILED": "failed", "CANCELLED": "cancelled", "CRASHED": "crashed"}
 PARTIAL: Final = "Partial"  # the name of the state of a run that is done only in part
 STATUS: Final = {"COMPLETED": 0, PARTIAL: 3}  # of all others 1
@@ -72,17 +74,38 @@ def _status(repo: Path, runs: Sequence[str], at_most: float) -> int:
         return 2
 
 
-async def to_the_end(repo: Path, runs: Sequence[str], deadline: float, *, steps: bool = False) -> int:
+@dataclass(frozen=True)
+class Working:
+    """A step of a run that is at work: its name, since when (UTC), and the last line that it logged."""
+
+    name: str
+    began: str
+    said: str
+
+
+_SAY: Final = partial(print, flush=True)
+Show: TypeAlias = Callable[[Sequence[Working]], None]
+
+
+async def to_the_end(
+    repo: Path,
+    runs: Sequence[str],
+    deadline: float,
+    *,
+    steps: bool = False,
+    say: Callable[[str], None] = _SAY,
+    show: Show | None = None,
+) -> int:
     """Print the progress of runs of a repo, one after the other, until `deadline` of the monotonic clock.
 
-    With `steps`, also what their steps log, such as the lines of a build. Returns the status of `main`.
+    With `steps`, also what their steps log, such as the lines of a build. `show` gets what is at work, at each look.
+    Returns the status of `main`.
     """
     api = await git_host.api_of(repo)
     pause = Listener().gone_within
     status = 0
     for run in runs:
-        say = partial(print, flush=True)
-        ended = await follow(api, run, say, deadline=deadline, pause=pause, steps=steps)
+        ended = await follow(api, run, say, deadline=deadline, pause=pause, steps=steps, show=show)
         if ended is None:
             return 2
         status = 1 if 1 in (status, STATUS.get(ended, 1)) else status or STATUS[ended]
@@ -97,6 +120,7 @@ async def follow(
     deadline: float,
     pause: Callable[[float], bool],
     steps: bool = False,
+    show: Show | None = None,
 ) -> str | None:
     """Call `say` with what a run and its subflows do; return the type of the state in which it ended, or `PARTIAL`.
 
@@ -109,6 +133,8 @@ async def follow(
         try:
             if ended := await watched.check():
                 return ended
+            if show is not None:
+                show(await watched.working())
         except ServerError as error:
             if error.status == 404:
                 raise
@@ -126,6 +152,7 @@ class _Watched:
         self.api, self.run, self.say, self.steps = api, run, say, steps
         self.began = time.monotonic()
         self.stages: list[str] = []
+        self.at_work: dict[str, str] = {run: ""}  # the run and its subflows that have not ended, and their names
         self.flows: dict[str, str] = {}
         self.lines: Counter[str] = Counter()
         self.said: set[str] = set()
@@ -160,7 +187,7 @@ class _Watched:
 
     async def _subflows(self) -> None:
         """The stages of the run, and the targets within them, by the names that the UI shows."""
-        self.stages, parents = [], [self.run]
+        self.stages, parents, self.at_work = [], [self.run], {self.run: ""}
         for _ in ("stages", "targets"):
             below = {"flow_runs": {"parent_flow_run_id": {"any_": parents}}, "sort": "START_TIME_ASC"}
             children = await self.api.call("POST", "/flow_runs/filter", below, timeout=5) if parents else []
@@ -170,6 +197,8 @@ class _Watched:
                     self.say_once(name)
                 if child["state_type"] in ENDS:
                     self.say_once(f"{name}: {ENDS[child['state_type']]}")
+                if child["state_type"] == "RUNNING":
+                    self.at_work[child["id"]] = child["name"]
             parents = [child["id"] for child in children]
             self.stages = self.stages or parents
         working = {child["id"]: child["name"] for child in children if child["state_type"] == "RUNNING"}
@@ -185,6 +214,32 @@ class _Watched:
         }
         for step in await self.api.call("POST", "/task_runs/filter", begun, timeout=5):
             self.say_once(f"{targets[step['flow_run_id']]}: {step['name']}")
+
+    async def working(self) -> list[Working]:
+        """The steps that are at work, the first that began first. Raises `ServerError`."""
+        begun = {
+            "flow_runs": {"id": {"any_": [*self.at_work]}},
+            "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}, "subflow_runs": {"exists_": False}},
+            "sort": "EXPECTED_START_TIME_ASC",
+            "limit": _SHOWN,
+        }
+        found = []
+        for step in await self.api.call("POST", "/task_runs/filter", begun, timeout=5):
+            of = {"task_run_id": {"any_": [step["id"]]}}
+            last = await self.api.call(
+                "POST", "/logs/filter", {"logs": of, "sort": "TIMESTAMP_DESC", "limit": 1}, timeout=5
+            )
+            said = last[0]["message"].rpartition("\n")[2] if last else await self._progress(step["id"])
+            target = self.at_work.get(step["flow_run_id"], "")
+            name = ": ".join(filter(None, [target, step["name"]]))
+            found.append(Working(clean(name), step["start_time"] or step["expected_start_time"], clean(said)))
+        return found
+
+    async def _progress(self, step: str) -> str:
+        """What the progress bar of a step says, such as how many hosts are evaluated."""
+        asked = {"task_run_id": {"any_": [step]}, "type": {"any_": ["progress"]}}
+        found = await self.api.call("POST", "/artifacts/filter", {"artifacts": asked, "limit": 1}, timeout=5)
+        return (found[0]["description"] or "") if found else ""
 
     async def _flow(self, id: str) -> str:
         """The name of a flow."""

@@ -38,7 +38,7 @@ BUILT: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0
 _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
 # The options with a value of verbs that change or check the fleet; the text of a reason is all words up to an option.
 _ON_FLEET: Final[Mapping[str, Sequence[str]]] = {
-    "deploy": ("--commit", "--override"),
+    "deploy": ("--commit", "--override", "--try"),
     "rehearse": ("--commit",),
     "revert": ("--override",),
     "freeze": ("--reason",),

@@ -24,6 +24,7 @@ class What(StrEnum):
     VERIFIED = "verified"  # the target was what it should be, and nothing was touched
     ACCEPTED = "accepted"  # a person took its present state as good
     REVERTED = "reverted"
+    TRIED = "tried"  # and put back
     UNREACHABLE = "unreachable"
     RETIRED = "retired"
     FROZEN = "frozen"  # a person said that it is not to be rolled out
@@ -134,18 +135,20 @@ def _event(target: Target, old: Entry, new: Entry, at: datetime) -> Event | None
         if new.frozen is None:
             return Event(at, target, What.UNFROZEN, "", "")
         return Event(at, target, What.FROZEN, "", "", f"{new.frozen.by}: {new.frozen.why}", author=new.frozen.by)
+    if new.accepted is not None and new.accepted != old.accepted:
+        commit, by = new.good.commit if new.good else "", new.accepted.by
+        return Event(at, target, What.ACCEPTED, commit, new.accepted.run, f"{by}: {new.accepted.why}", author=by)
     begun = old.intent and datetime.fromisoformat(old.intent.at.replace("Z", "+00:00"))
     return _deployed(target, old, new, at, (at - begun).total_seconds() if begun else None)
 
 
 def _deployed(target: Target, old: Entry, new: Entry, at: datetime, seconds: float | None) -> Event | None:
-    if new.accepted is not None and new.accepted != old.accepted:
-        commit, by = new.good.commit if new.good else "", new.accepted.by
-        return Event(at, target, What.ACCEPTED, commit, new.accepted.run, f"{by}: {new.accepted.why}", author=by)
     if old.intent is None and new.intent is not None:
         return Event(at, target, What.BEGUN, new.intent.desired.commit, new.intent.run)
     if old.intent is not None and new.intent is None and new.reverted is not None:
         return Event(at, target, What.REVERTED, new.reverted.commit, new.reverted.run, new.reverted.why, seconds)
+    if old.intent is not None and new.intent is None and new.good == old.good:
+        return Event(at, target, What.TRIED, old.intent.desired.commit, old.intent.run, seconds=seconds)
     if new.unreachable is not None and new.unreachable != old.unreachable:
         return Event(at, target, What.UNREACHABLE, new.unreachable.commit, new.unreachable.run, new.unreachable.why)
     if new.good is not None and new.good != old.good:

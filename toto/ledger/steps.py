@@ -100,8 +100,11 @@ def accepted(deployed: Deployed | None, by: Accepted, seen: Entry) -> Change:
     return change
 
 
-def revert(to: Deployed | None, note: Note, run: str) -> Change:
-    """Close the intent: the target was reverted to `to`; None: to what it was before toto. Raises `LostTarget`."""
+def revert(to: Deployed | None, note: Note | None, run: str) -> Change:
+    """Close the intent: the target was reverted to `to`; None: to what it was before toto. Raises `LostTarget`.
+
+    Without a `note` nothing had failed: it was only tried.
+    """
 
     def change(entry: Entry) -> Entry:
         require_intent(entry, run)

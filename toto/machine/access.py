@@ -17,7 +17,7 @@ from toto.base import paths, process, runs
 from toto.infra_repo.manifest import Machine
 from toto.infra_repo.settings import Settings
 from toto.machine import keys, owners, ssh
-from toto.machine.activation import Activator, Connected, MachineState, SudoActivator, Verb
+from toto.machine.activation import ActivationFailed, Activator, Connected, MachineState, SudoActivator, Verb
 from toto.machine.condition import Condition
 from toto.machine.locked import USER, LockedActivator, answer_of
 from toto.machine.pulled import PATIENCE, PullActivator
@@ -97,8 +97,13 @@ class Moving(Connected):
         finish: float,
         confirm: float,
         on_line: process.LineSink | None = None,
+        stays: bool = True,
     ) -> None:
         """Activate by the old way, and connect by the new one; from then on by that."""
+        if not stays:
+            raise ActivationFailed(
+                "toto's way in changes with it, so it cannot be only tried", target=self.name, hint="deploy it"
+            )
         if self.new is not None:
             return await self.new.activate(verb, path, before, finish=finish, confirm=confirm, on_line=on_line)
         began = time.monotonic()

@@ -181,8 +181,12 @@ class Activator(Protocol):
         finish: float,
         confirm: float,
         on_line: process.LineSink | None = None,
+        stays: bool = True,
     ) -> None:
-        """Activate `path`; without a word of toto's within `confirm` seconds the machine goes back to `before`."""
+        """Activate `path`; without a word of toto's within `confirm` seconds the machine goes back to `before`.
+
+        Unless it `stays`, toto says no such word: it is only tried.
+        """
 
     async def keep(self, verb: Verb, path: str, *, finish: float) -> None:
         """Keep what was activated by `verb`, when that does not end with a `switch`, which keeps it."""
@@ -297,6 +301,7 @@ class SudoActivator(Connected):
         finish: float,
         confirm: float,
         on_line: process.LineSink | None = None,
+        stays: bool = True,
         prove: Prove | None = None,
     ) -> None:
         """Activate `path`, then confirm over a new connection; or have nixos-rebuild do it, which prints to `on_line`.
@@ -305,9 +310,12 @@ class SudoActivator(Connected):
         long; `confirm` seconds after it the watchdog reverts the machine to `before`. `switch` and `boot` set the
         system profile first. toto also confirms an activation that fails, since it can connect and decides itself what
         comes next. When the machine lets in no new connection, it is reverted over the old one, at once.
-        With `prove`, that is how toto connects from now on, and the watchdog stays armed: something else disarms it.
+        With `prove`, that is how toto connects from now on, and the watchdog stays armed: something else disarms it. It
+        stays armed too where the system is only tried, and not to stay.
         Raises `ActivationFailed`, `WentBack`, `Unreachable`, `NotWhatItShouldBe`.
         """
+        if not stays:
+            prove = prove or partial(self.check, path, running=verb != "boot", fresh=True)
         if self.rebuild and prove is None:
             return await self.nixos_rebuild(verb, path, before, timeout=finish, on_line=on_line)
         name = self._new_name(verb)

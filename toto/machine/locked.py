@@ -97,6 +97,7 @@ class LockedActivator(Connected, ByDocument):
         finish: float,
         confirm: float,
         on_line: process.LineSink | None = None,
+        stays: bool = True,
         prove: Prove | None = None,
     ) -> None:
         """Have `path` tried, and connect anew, by `prove` if that is given; or, for a `switch`, have it kept.

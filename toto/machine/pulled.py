@@ -114,6 +114,7 @@ class PullActivator(ByDocument):
         finish: float,
         confirm: float,
         on_line: process.LineSink | None = None,
+        stays: bool = True,
     ) -> None:
         """Have `path` tried, and hear of it over a new connection; or, for a `switch`, have it kept.
 

@@ -60,6 +60,7 @@ async def make(
     only: Sequence[str] = (),
     *,
     override: str | None = None,
+    try_for: float = 0,
     force: bool = False,
     deploys: bool = True,
     shown: Shown = NOT_SHOWN,
@@ -67,9 +68,10 @@ async def make(
     """The plan of a commit, compared with the ledger as it is now.
 
     `run` is the id of the run that plans, `only` the names, tags and kinds that it is limited to, `override` the reason
-    to ignore freezes and windows. With `force` it also has targets that have not changed. `deploys` says whether the
-    run is to roll out; its orders deploy only where the commit is on the deployed branch as well. `shown` shows the
-    evaluations. A target that does not evaluate is a failure in the plan and does not stop the others.
+    to ignore freezes and windows, `try_for` the seconds for which it only tries what it rolls out. With `force` it also
+    has targets that have not changed. `deploys` says whether the run is to roll out; its orders deploy only where the
+    commit is on the deployed branch as well. `shown` shows the evaluations. A target that does not evaluate is a
+    failure in the plan and does not stop the others.
     Raises `InputError` for mistakes in the manifest, the settings or `only`, and for a commit that is unfinished, such
     as one with a submodule; `NoSuchCommit`.
     """
@@ -97,7 +99,12 @@ async def make(
     positions = {each.target: number for number, each in enumerate(found)}
     stops = {each.target: each.stops for each in found}
     orders = tuple(
-        _placed(ordered.made[each.target], positions[each.target], ledger.get(each.target), stops=stops[each.target])
+        _placed(
+            ordered.made[each.target].model_copy(update={"try_for": try_for}),
+            positions[each.target],
+            ledger.get(each.target),
+            stops=stops[each.target],
+        )
         for each in compared.changes
         if each.target in ordered.made
     )

@@ -20,7 +20,8 @@ class Order(BaseModel):
     """Everything that the rehearsal and the roll-out of a target need to know. Each kind adds fields of its own.
 
     `run` is the flow run's id, `position` the target's place in the roll-out order. `override` is the reason to roll it
-    out in spite of a freeze or a closed window. `deploys` says whether the run will roll out the deployed branch: only
+    out in spite of a freeze or a closed window. `try_for` are the seconds for which it is tried and then put back; 0 to
+    keep it. `deploys` says whether the run will roll out the deployed branch: only
     then does what it runs for the target get credentials. `stops` says whether its failure is one of the run, and not
     just a warning.
     """
@@ -35,6 +36,7 @@ class Order(BaseModel):
     position: int = 0
     stops: bool = True
     override: str | None = None
+    try_for: float = 0
     deploys: bool = True
 
     def check_deploys(self) -> None:

@@ -89,6 +89,9 @@ class RunDied(TotoError):
         self.reverted = list(reverted)
 
 
+_ENDS: Final = ("deployed", "verified", "tried", "recorded", "recorded without its CRDs", "checked", "unreachable")
+
+
 @dataclass
 class Report:
     """The report of a run, filled in while the run goes on. At the end it gives the state's message and the artifact.
@@ -188,10 +191,9 @@ class Report:
             return f"{commit}: {planned}{excused}"
         # In the plan's order, not in the order in which the targets happened to finish.
         labels = dict.fromkeys([*(each.label for each in self.changes.changes), *sorted(self.outcome)])
-        ended = {
-            word: [label for label in labels if self.outcome.get(label) == word]
-            for word in ("deployed", "verified", "recorded", "recorded without its CRDs", "checked", "unreachable")
-        }
+        ended = {word: [label for label in labels if self.outcome.get(label) == word] for word in _ENDS}
+        if self.outcome and set(self.outcome.values()) == {"tried"}:
+            return f"{commit}: {', '.join(self.outcome)} tried; {revert_words(self.reverted)}"
         said = [f"{', '.join(names)} {word}" for word, names in ended.items() if names]
         if self.held:
             said += [f"{name} held back: {reason}" for name, reason in self.held.items()]
