@@ -1,6 +1,7 @@
 """Jobs of a commit as Prefect has them: deployments that come and go with it, places in contexts, what follows."""
 
 import asyncio
+import getpass
 import json
 import os
 import uuid
@@ -267,34 +268,39 @@ async def test_a_job_is_started_read_and_aborted_from_the_command_line(
         return capsys.readouterr().out
 
     for wrong, why in (
-        (cli.run("a", ["LEVEL=x"], infra.bare), "LEVEL should be one of low, high"),
-        (cli.run("a", ["LEVEL"], infra.bare), "no NAME=VALUE"),
-        (cli.run("c", [], infra.bare), "no job 'c'"),
-        (cli.abort("a", infra.bare), "no run that waits or runs"),
-        (cli.log("a", infra.bare), "it has no runs"),
-        (cli.log("a:x", infra.bare), "is no run"),
-        (cli.log("../a:1", infra.bare), "there is no job"),
+        (cli.run("a", infra.bare.parent, ["LEVEL=x"], infra.bare), "LEVEL should be one of low, high"),
+        (cli.run("a", infra.bare.parent, ["LEVEL"], infra.bare), "no NAME=VALUE"),
+        (cli.run("c", infra.bare.parent, [], infra.bare), "no job 'c'"),
+        (cli.abort("a", infra.bare.parent, infra.bare), "no run that waits or runs"),
+        (cli.run("a", infra.bare.parent, [], by="eve"), "has no access.toml"),
+        (cli.log("a", infra.bare.parent, infra.bare), "it has no runs"),
+        (cli.log("a:x", infra.bare.parent, infra.bare), "is no run"),
+        (cli.log("../a:1", infra.bare.parent, infra.bare), "there is no job"),
     ):
         with pytest.raises(InputError, match=why):
             await wrong
-    assert await said(0, cli.run("a", ["LEVEL=high"], infra.bare, reason="smoke")) == "a:1\n"
-    assert await said(0, cli.run("a", [], infra.bare)) == "a:2\n"
+    assert await said(0, cli.run("a", infra.bare.parent, ["LEVEL=high"], infra.bare, reason="smoke")) == "a:1\n"
+    assert await said(0, cli.run("a", infra.bare.parent, [], infra.bare)) == "a:2\n"
+    why = f"smoke (by {getpass.getuser()} (on toto itself))"
     await run("a", number=1, parameters={"LEVEL": "high"})
-    assert await said(0, cli.log("a:1", infra.bare, following=True)) == "[toto] jobs/a.run\nlevel high, smoke\n"
-    assert await said(0, cli.abort("a", infra.bare)) == "a:2 is aborted\n"
+    assert (
+        await said(0, cli.log("a:1", infra.bare.parent, infra.bare, following=True))
+        == f"[toto] jobs/a.run\nlevel high, {why}\n"
+    )
+    assert await said(0, cli.abort("a", infra.bare.parent, infra.bare)) == "a:2 is aborted\n"
     assert infra.history.get("a", 2).why == "it was cancelled while it waited"
     with pytest.raises(InputError, match="a:2 is aborted already"):
-        await cli.abort("a:2", infra.bare)
+        await cli.abort("a:2", infra.bare.parent, infra.bare)
     await run("b")
-    assert await said(1, cli.log("b", infra.bare, following=True)) != ""
-    rows = json.loads(await said(0, cli.list_(None, infra.bare, as_json=True)))["items"]
+    assert await said(1, cli.log("b", infra.bare.parent, infra.bare, following=True)) != ""
+    rows = json.loads(await said(0, cli.list_(infra.bare.parent, None, infra.bare, as_json=True)))["items"]
     assert [(row["job"], row["state"]) for row in rows] == [
         ("a", "aborted: it was cancelled while it waited"),
         ("b", "failed: jobs/b.run exited with status 1"),
     ]
-    listed = await said(0, cli.list_("a", infra.bare))
+    listed = await said(0, cli.list_(infra.bare.parent, "a", infra.bare))
     assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["a:2", "aborted:"], ["a:1", "success"]]
-    assert await said(0, cli.search("^level H", None, infra.bare, ignore=True)) == "a:1:2: level high, smoke\n"
+    assert await said(0, cli.search("^level H", None, infra.bare, ignore=True)) == f"a:1:2: level high, {why}\n"
     assert await said(1, cli.search("level", ["b"], infra.bare)) == ""
 
 

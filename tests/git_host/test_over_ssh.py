@@ -606,6 +606,23 @@ def test_user_who_left_the_rules_is_out_whatever_key_opens(host: Host) -> None:
         "freeze --by=eve web1 --reason so",
         "freeze web1 --reason ' '",
         "check --repos /tmp",
+        "job",
+        "job search x",
+        "job run",
+        "job run a b",
+        "job run ../a",
+        "job run a:1 A=b --by eve",
+        "job run a --by=eve",
+        "job run A=b",
+        "job run a --reason ' '",
+        "job run a --repo ../x",
+        "job list a b",
+        "job list --repos /tmp",
+        "job log",
+        "job log a:x",
+        "job log a --wait",
+        "job abort",
+        "job abort a b",
         "cancel *",
         "cancel 5a",
         "cancel ../../infra",
@@ -625,6 +642,22 @@ def test_whatever_else_is_asked_is_refused(tmp_path: Path, command: str) -> None
     with pytest.raises(InputError):
         git_shell.admit(rules, tmp_path, "alice", command)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_is_asked_for_in_the_name_of_the_user(tmp_path: Path) -> None:
+    everyone = access.Allowed(admin=frozenset("*"))
+    rules = access.Rules({"alice": ()}, frozenset("*"), {"*": everyone, access.ADMIN: everyone})
+
+    def asked(command: str) -> list[str]:
+        words = git_shell.admit(rules, tmp_path, "alice", command)
+        assert words[1:4] == ["-P", "-m", "toto.cli"] and words[-4:] == ["--by", "alice", "--repos", str(tmp_path)]
+        return words[4:-4]
+
+    assert asked("job run a 'B=x y' --wait --repo infra --reason it is due --wait") == [
+        *("job", "run", "--wait", "--repo=infra", "--reason=it is due --wait", "a", "B=x y")
+    ]
+    assert asked("job list --json") == ["job", "list", "--json"]
+    assert asked("job log a:7 -f") == ["job", "log", "-f", "a:7"]
 
 
 def test_refusals_are_in_plain_words_and_forwarding_is_closed(host: Host) -> None:

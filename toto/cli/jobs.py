@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from toto.base.errors import InputError
 from toto.base.moment import moment
-from toto.cli.common import Repo, infra
+from toto.cli.common import By, Repo, Repos, infra, of_user
 from toto.cli.output import AsJson, emit, say
 from toto.cli.verbs import Verbs
 from toto.git_host import host as git_host
@@ -33,12 +33,14 @@ Label = Annotated[str, Argument(metavar="JOB[:NUMBER]", help="a run, such as bac
 
 @job.verb("list")
 async def list_(
+    repos: Repos,
     name: Annotated[str | None, Argument(metavar="JOB", help="list the runs of this one (default: all jobs)")] = None,
     repo: Repo = None,
     as_json: AsJson = False,
+    by: By = None,
 ) -> int:
     """List the jobs of the commit that was deployed last, and how each ended; or the runs of one, newest first."""
-    path = infra(repo)
+    path = await of_user(repos, repo, by, "read")
     api, history = await git_host.api_of(path), History(path)
     await queue.settle(api.call, path)
     there = await queue.deployed(api.call, path)
@@ -66,29 +68,31 @@ def _row(run: Run | None, name: str, about: str | None) -> dict[str, str]:
 @job.verb("run")
 async def run(
     name: Job,
+    repos: Repos,
     values: Annotated[list[str] | None, Argument(metavar="[NAME=VALUE]...", help="its parameters")] = None,
     repo: Repo = None,
     reason: Annotated[str, Option(metavar="WHY", help="it is recorded", show_default=False)] = "",
     wait: Annotated[bool, Option("--wait", help="print its log, and wait until it ends")] = False,
+    by: By = None,
 ) -> int:
     """Queue a run of a job, and print its number.
 
     With --wait the exit status is 0 for a success, and 1 when it failed or was aborted. A job with a MATRIX has several
     runs.
     """
-    path = infra(repo)
+    path = await of_user(repos, repo, by, "deploy")
     api, history = await git_host.api_of(path), History(path)
     given = dict(_parameter(each) for each in values or ())
     async with queue.jobs_of(api.call, path) as jobs:
         found = jobs.job(name)
-        queued = await queue.queue(
-            api.call, path, found, given, reason=reason or f"by {getpass.getuser()}, on toto itself"
-        )
+        who = by or f"{getpass.getuser()} (on toto itself)"
+        why = f"{one_line(reason)} (by {who})" if reason else f"by {who}"
+        queued = await queue.queue(api.call, path, found, given, reason=why)
     for each in queued:
         print(each.label, flush=True)
     if not wait:
         return 0
-    ended = [await _follow(history, each) for each in queued]
+    ended = [await _follow(history, each, by) for each in queued]
     return 0 if all(each.state is State.SUCCESS for each in ended) else 1
 
 
@@ -102,30 +106,32 @@ def _parameter(text: str) -> tuple[str, str]:
 @job.verb("log")
 async def log(
     label: Label,
+    repos: Repos,
     repo: Repo = None,
     following: Annotated[bool, Option("-f", "--follow", help="go on until the run ends")] = False,
+    by: By = None,
 ) -> int:
     """Print the log of a run.
 
     With --follow the exit status is 0 when the run is a success, and 1 when it failed or was aborted.
     """
-    history = History(infra(repo))
+    history = History(await of_user(repos, repo, by, "read"))
     of = _run(history, label)
     if following:
-        return 0 if (await _follow(history, of)).state is State.SUCCESS else 1
+        return 0 if (await _follow(history, of, by)).state is State.SUCCESS else 1
     with Follower(history.folder(of)) as reading:
         for chunk in reading.read():
-            _print(chunk)
+            _print(chunk, by)
     return 0
 
 
 @job.verb("abort")
-async def abort(label: Label, repo: Repo = None) -> int:
+async def abort(label: Label, repos: Repos, repo: Repo = None, by: By = None) -> int:
     """Abort a run; one that waits will not begin. Without a number, the newest that has not ended.
 
     Its scripts get SIGTERM, and what comes after them still runs.
     """
-    path = infra(repo)
+    path = await of_user(repos, repo, by, "deploy")
     api, history = await git_host.api_of(path), History(path)
     if ":" in label:
         of = _run(history, label)
@@ -174,14 +180,14 @@ def _run(history: History, label: str) -> Run:
     return newest
 
 
-async def _follow(history: History, of: Run) -> Run:
+async def _follow(history: History, of: Run, by: str | None) -> Run:
     """Print the log of a run until it ends, and return it as it is then."""
     waits = False
     with Follower(history.folder(of)) as reading:
         while True:
             of = history.get(of.job, of.number)
             for chunk in reading.read():
-                _print(chunk)
+                _print(chunk, by)
             if of.state.ended:
                 break
             if of.state is State.QUEUED and not waits:
@@ -192,9 +198,9 @@ async def _follow(history: History, of: Run) -> Run:
     return of
 
 
-def _print(chunk: bytes) -> None:
-    """Print what a job has said. A terminal gets no control characters of it."""
-    if sys.stdout.isatty():
+def _print(chunk: bytes, by: str | None) -> None:
+    """Print what a job has said. A terminal gets no control characters of it, be it here or at the end of ssh."""
+    if by is not None or sys.stdout.isatty():
         print(clean(chunk.decode(errors="replace")), end="", flush=True)
     else:
         sys.stdout.buffer.write(chunk)

@@ -117,7 +117,7 @@ VERBS: Final = {verb: line for section in SECTIONS.values() for verb, line in se
 
 OVER_SSH: Final = frozenset(
     (
-        *("deploy", "rehearse", "revert", "freeze", "unfreeze", "check", "build", "fetch"),
+        *("deploy", "rehearse", "revert", "freeze", "unfreeze", "check", "build", "fetch", "job"),
         *("wait", "cancel", "approve", "reject", "accept"),
     )
 )

@@ -29,6 +29,7 @@ COMMANDS: Final = (
     *("deploy [TARGET …] [--wait]", "rehearse [TARGET …] [--wait]", "revert [COMMIT|TARGET] [--wait]"),
     *("freeze TARGET … --reason WHY", "unfreeze TARGET …", "check [MACHINE …]"),
     *("build HOST[@COMMIT]", "fetch HOST[@COMMIT]", "wait RUN", "cancel RUN", "approve RUN", "reject RUN"),
+    *("job list [JOB]", "job run JOB [NAME=VALUE …] [--wait]", "job log JOB[:NUMBER] [-f]", "job abort JOB[:NUMBER]"),
     *("accept TARGET --reason WHY", "repo create NAME"),
 )
 PARENT_VARIABLE: Final = "TOTO_SESSION_PARENT"  # tells the hooks which process started this session
@@ -45,6 +46,15 @@ _ON_FLEET: Final[Mapping[str, Sequence[str]]] = {
     "unfreeze": (),
     "check": (),
 }
+# The same of verbs of `toto job`: their options without a value.
+_ON_JOBS: Final[Mapping[str, Sequence[str]]] = {
+    "list": ("--json",),
+    "run": ("--wait",),
+    "log": ("-f", "--follow"),
+    "abort": (),
+}
+_JOB: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,9})?")
+_PARAMETER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _REASONS: Final = ("--override", "--reason")
 _FLAGS: Final[Mapping[str, Sequence[str]]] = {
     "deploy": ("--force", "--wait"),
@@ -142,6 +152,8 @@ def admit(rules: Rules, repos: Path, user: str, command: str | None) -> list[str
             return _toto(repos, user, verb, run)
         case ["build" | "fetch" as verb, host, *rest]:
             return _toto(repos, user, verb, *_of_repo(host, rest))
+        case ["job", verb, *rest] if verb in _ON_JOBS:
+            return _toto(repos, user, "job", verb, *_on_jobs(verb, rest))
         case [verb, *rest] if verb in ("accept", *_ON_FLEET):
             return _toto(repos, user, verb, *(_accepting(rest) if verb == "accept" else _on_fleet(verb, rest)))
     service, argument = _asked(words, user)
@@ -194,6 +206,30 @@ def _on_fleet(verb: str, words: list[str]) -> list[str]:
         else:
             targets.append(word)
     return [*options, *targets]
+
+
+def _on_jobs(verb: str, words: list[str]) -> list[str]:
+    """The arguments of a verb of `toto job`. The words after `--reason`, which comes last, are the reason."""
+    said, options = list[str](), list[str]()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in _ON_JOBS[verb]:
+            options.append(word)
+        elif word == "--repo" and rest:
+            options.append(f"--repo={access.check_name(rest.pop(0))}")
+        elif word == "--reason" and verb == "run" and " ".join(rest).strip():
+            options.append(f"--reason={' '.join(rest)}")
+            rest.clear()
+        elif (_PARAMETER if said and verb == "run" else _JOB).fullmatch(word):
+            said.append(word)
+        else:
+            said.clear()
+            break
+    if not (said or (verb == "list" and not rest)) or (verb != "run" and len(said) > 1):
+        usage = next(each for each in COMMANDS if each.startswith(f"job {verb}"))
+        raise InputError("that is not how it is asked for", hint=f"ssh toto {usage}")
+    return [*options, *said]
 
 
 def _accepting(words: list[str]) -> list[str]:
