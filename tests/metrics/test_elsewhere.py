@@ -14,20 +14,23 @@ from typing import Any, Final
 import pytest
 
 from flying_monkey import metrics as agent
-from tests.conftest import PrefectServer, free_port
+from tests.conftest import free_port
 from tests.flying_monkey.test_metrics import STATE
 from tests.lab.debian import DebianMachine
-from tests.metrics.test_prometheus import MONITORING, configuration, served, started, with_tls
+from tests.metrics.fleet import SmallFleet
+from tests.metrics.test_prometheus import MONITORING, configuration, started, with_tls
 from toto.api import certificate
 from toto.metrics import token
+from toto.server import environment
+from toto.server import serve as server
 
-__all__ = ["served"]  # a fixture
 pytestmark = [
     pytest.mark.minutes(2),
     pytest.mark.skipif(not os.environ.get("TOTO_CUTS"), reason="it boots a VM: TOTO_CUTS=1"),
 ]
 
 HERE: Final = "10.0.2.2"  # this machine, as that one sees it
+NAME: Final = "toto.example.org"
 PLACE: Final = "/etc/prometheus"
 SECRET: Final = "what all machines' exporters ask for"
 CREDENTIALS: Final = f"""scheme: https
@@ -60,7 +63,7 @@ class Elsewhere:
             await asyncio.to_thread(subprocess.run, ["ssh", *words], stdin=program, check=True)
         settings = f"--config.file={PLACE}/prometheus.yml --web.listen-address=127.0.0.1:9090"
         await self.machine.check(
-            "chmod +x /usr/local/bin/prometheus; "
+            f"chmod +x /usr/local/bin/prometheus; echo {HERE} {NAME} >> /etc/hosts; "
             f"systemd-run --quiet --unit=prometheus prometheus --storage.tsdb.path=/var/tmp/data {settings}"
         )
 
@@ -80,10 +83,10 @@ class Elsewhere:
         raise AssertionError(f"nothing for {query}:\n{log.out}\n{targets.out}{targets.err}")
 
 
-async def test_it_reads_toto_and_a_machine_by_tls_and_with_credentials(
-    served: object, prefect_server: PrefectServer, tmp_path: Path
-) -> None:
-    made = certificate.own(["127.0.0.1", HERE])
+async def test_it_reads_toto_and_a_machine_by_tls_and_with_credentials(fleet: SmallFleet, tmp_path: Path) -> None:
+    home, port, exporter = tmp_path / "state/server", free_port(), free_port()
+    env = environment.server_environment(home, port, auth="toto:secret", ui_url=f"https://{NAME}")
+    made = certificate.own(["127.0.0.1", HERE, NAME])
     hashed = subprocess.run(
         ["perl", "-e", "print crypt($ARGV[0], q($2b$04$abcdefghijklmnopqrstuu))", SECRET],
         capture_output=True, text=True, check=True,
@@ -94,13 +97,13 @@ async def test_it_reads_toto_and_a_machine_by_tls_and_with_credentials(
     }
     (tmp_path / "web.yml").write_text(json.dumps(web))
     agent.write(tmp_path / "flying-monkey.prom", {**STATE, "contact": time.time()})
-    port, exporter = int(prefect_server.api_url.removesuffix("/api").rpartition(":")[2]), free_port()
     listening = [f"--web.listen-address=127.0.0.1:{exporter}", f"--web.config.file={tmp_path / 'web.yml'}"]
     textfile = f"--collector.textfile.directory={tmp_path}"
-    async with with_tls(port, HERE) as toto:
+    env |= {environment.REPOS: str(fleet.repos)}
+    async with server.running_server(env, home / "server.log"), with_tls(port, HERE, NAME) as toto:
         more = {"job_name: node\n": f"job_name: node\n    {CREDENTIALS}\n", "$1:9100": f"{HERE}:{exporter}"}
         more["30s"] = "10s"  # (the machine is emulated: TLS takes it some seconds)
-        elsewhere = Elsewhere(tmp_path, configuration(f"{HERE}:{toto}", f"{PLACE}/ca.pem", more))
+        elsewhere = Elsewhere(tmp_path, configuration(f"{NAME}:{toto}", f"{PLACE}/ca.pem", more))
         with started("prometheus-node-exporter", *listening, textfile, log=tmp_path / "exporter.log"):
             async with elsewhere.machine:
                 await elsewhere.begin()
