@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from bench import boot, cells, cli, detect, fleet, latency, ledger, machines, noop, parsing, scale, store
-from bench.row import HEAD, Row, Spread, Target
+from bench.row import HEAD, Exponent, Row, Spread, Target
 from tests import postgres
 
-Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Target]]
+Measure: TypeAlias = Callable[[Path], AsyncIterator[Row | Spread | Exponent | Target]]
 
 
 async def push_to_first_line(folder: Path) -> AsyncIterator[Row | Spread]:

@@ -1,5 +1,6 @@
 """The rows of the table: a measure and the baseline that it is compared with."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -19,11 +20,11 @@ class Row:
     def __str__(self) -> str:
         ours, theirs = statistics.median(self.values), statistics.median(self.others)
         return (
-            f"{self.what:<46}{self._shown(ours):>11}   {self.against:<42}{self._shown(theirs):>11}   "
-            f"{ours / theirs:6.2f}"
+            f"{self.what:<46}{self.shown(ours):>11}   {self.against:<42}{self.shown(theirs):>11}   {ours / theirs:6.2f}"
         )
 
-    def _shown(self, value: float) -> str:
+    def shown(self, value: float) -> str:
+        """A value with its unit."""
         return f"{value:.3f} s" if self.unit == "s" else f"{value:.1f} {self.unit}"
 
 
@@ -44,6 +45,20 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Exponent:
+    """How a measure grows: with which power of the size, when the size is `times` as large (1: in proportion)."""
+
+    what: str
+    times: float
+    values: list[float]
+    others: list[float]
+
+    def __str__(self) -> str:
+        ours, theirs = statistics.median(self.values), statistics.median(self.others)
+        return f"    it grows {self.what} with the power {math.log(ours / theirs, self.times):.2f}"
+
+
+@dataclass(frozen=True)
 class Target:
     """Whether a row meets its target: at most `times` × the baseline + `plus`, in the row's unit."""
 
@@ -56,6 +71,6 @@ class Target:
         ours, theirs = statistics.median(self.row.values), statistics.median(self.row.others)
         limit = self.times * theirs + self.plus
         return (
-            f"    target: {self.what} ≤ {self.times:g} × {theirs:.3f} s + {self.plus:g} s = {limit:.3f} s: "
-            f"{'held' if ours <= limit else 'NOT HELD'} ({ours:.3f} s)"
+            f"    target: {self.what} ≤ {self.times:g} × {self.row.shown(theirs)} + {self.row.shown(self.plus)} = "
+            f"{self.row.shown(limit)}: {'held' if ours <= limit else 'NOT HELD'} ({self.row.shown(ours)})"
         )

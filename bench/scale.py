@@ -6,17 +6,15 @@ ledger and database (PostgreSQL) are real.
 
 import asyncio
 import json
-import math
 import os
 import re
 import resource
-import statistics
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-from bench.row import Row
+from bench.row import Exponent, Row, Target
 from tests import postgres
 from tests.conftest import TINY_DEPLOYMENT, free_port
 from tests.repos import InfraRepo, git
@@ -28,7 +26,7 @@ from toto.machine import owners
 from toto.nix import commands as nix
 from toto.plan import make
 from toto.plan.kinds import kind_of
-from toto.server import deployments, environment
+from toto.server import deployments, environment, fork_server
 from toto.server import serve as server
 
 COUNTS: Final = (10, 100, 1_000)
@@ -60,7 +58,7 @@ def _path(name: str) -> str:
     return f"/nix/store/{'0' * 32}-nixos-system-{name}"
 
 
-async def measure(folder: Path) -> AsyncIterator[Row]:
+async def measure(folder: Path) -> AsyncIterator[Row | Exponent | Target]:
     """The rows: a plan in this process, a run by push, and what the run adds to the database."""
     plans, runs, grown = dict[int, list[float]](), dict[int, list[float]](), dict[int, list[float]]()
     async with postgres.running() as cluster:
@@ -79,6 +77,9 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
                 server.running_worker(env, folder / "worker.log", root=folder),
                 server.running_fork_server(env, folder / "runs.log", root=folder),
             ):
+                async with asyncio.timeout(120):
+                    while not Path(env["PREFECT_HOME"], fork_server.NAME).exists():  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
                 for count in COUNTS:
                     repo = await _fleet(folder / str(count), count, api, ids["reconcile/reconcile"])
                     plans[count] = [await _plan(repo, number) for number in range(ROUNDS)]
@@ -96,10 +97,10 @@ async def measure(folder: Path) -> AsyncIterator[Row]:
     ):
         for count in COUNTS[1:]:
             yield Row(f"{count} hosts: {what}", taken[count], f"{few} hosts", taken[few], unit)
-        exponent = math.log(statistics.median(taken[many]) / statistics.median(taken[COUNTS[1]])) / math.log(
-            many / COUNTS[1]
-        )
-        print(f"    exponent from {COUNTS[1]} to {many} hosts: {exponent:.2f}")
+        yield Exponent(f"from {COUNTS[1]} to {many} hosts", many / COUNTS[1], taken[many], taken[COUNTS[1]])
+    run, growth = (Row("", each[many], "nothing", [0], unit) for each, unit in ((runs, "s"), (grown, "kB")))
+    yield Target(f"a run of {many} hosts that does nothing", run, 0, 2)
+    yield Target(f"what a push of the README adds at {many} hosts", growth, 0, 100)
 
 
 async def _fleet(folder: Path, count: int, api: Api, deployment: str) -> InfraRepo:
