@@ -157,10 +157,12 @@ async def notify(run: Run) -> Run:
         await send(
             run.repo,
             run.request.commit,
-            run.report,
+            quote(
+                run.report
+            ),  # (else Prefect looks for results of tasks in it, and in the manifest, machine by machine)
             run.request.origin,
             run.request.venues,
-            (run.plan.settings, run.plan.manifest),
+            quote((run.plan.settings, run.plan.manifest)),
             run.request.deploys,
             wait_for=[run],
         )

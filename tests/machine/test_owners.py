@@ -205,7 +205,7 @@ async def test_a_machine_of_a_different_repo_is_known_by_the_address_that_its_na
     await owners.claim(infra, machine("web2", "fd00::2"), [KEY])
     with pytest.raises(NotOwned, match=r"that of web2"):
         owners.check(lab, machine("front", "fd00:0:0::2"))
-    assert await owners.moved(infra, machine("web2", "FD00::0:2")) == ""
+    assert await owners.moved(infra, machine("web2", "FD00::0:2"), owners.read()) == ""
 
 
 @pytest.mark.parametrize(
@@ -229,18 +229,18 @@ async def test_a_deployed_machine_gets_a_new_address_by_an_explicit_word(
     now = now.model_copy(update={"was": was})
     if says == "refused":
         with pytest.raises(InputError, match=r"is deployed at 10\.0\.0\.1.*, and machines\.yaml says") as error:
-            await owners.moved(infra, now)
+            await owners.moved(infra, now, owners.read())
         assert "write `was: 10.0.0.1" in str(error.value) and "stays as it is" in str(error.value)
     else:
-        assert await owners.moved(infra, now) == says
-    assert await owners.moved(lab, now) == "", "(it is not theirs: that is refused elsewhere)"
+        assert await owners.moved(infra, now, owners.read()) == says
+    assert await owners.moved(lab, now, owners.read()) == "", "(it is not theirs: that is refused elsewhere)"
     if says and says != "refused":
         await owners.claim(infra, now, [KEY])
-        assert await owners.moved(infra, now) == "", "the word may stay"
+        assert await owners.moved(infra, now, owners.read()) == "", "the word may stay"
 
 
 async def test_a_name_for_the_address_of_a_deployed_machine_is_no_move(repos: tuple[Path, Path]) -> None:
     await owners.claim(repos[0], machine("web1", "127.0.0.1"), [KEY], "127.0.0.1")
-    assert await owners.moved(repos[0], machine("web1", "localhost")) == ""
+    assert await owners.moved(repos[0], machine("web1", "localhost"), owners.read()) == ""
     await owners.claim(repos[0], machine("web1", "localhost"), [KEY], "127.0.0.1")
-    assert await owners.moved(repos[0], machine("web1", "127.0.0.1")) == ""
+    assert await owners.moved(repos[0], machine("web1", "127.0.0.1"), owners.read()) == ""

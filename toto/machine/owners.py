@@ -10,7 +10,6 @@ import ipaddress
 import re
 import socket as sockets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -67,17 +66,11 @@ def file() -> Path:
 def read() -> Owners:
     """The owners of all machines. Raises `TotoError` when the file cannot be read."""
     try:
-        return _parsed(file().read_text())
+        return Owners.model_validate_json(file().read_text())
     except FileNotFoundError:
         return Owners()
     except (OSError, ValueError, ValidationError) as error:
         raise TotoError(f"cannot be read: {error}", target=str(file()), hint="restore it from the backup") from None
-
-
-@lru_cache(maxsize=4)
-def _parsed(text: str) -> Owners:
-    """A plan asks once a machine: the same text is parsed once."""
-    return Owners.model_validate_json(text)
 
 
 async def check_distinct(fleet: Manifest) -> None:
@@ -102,12 +95,12 @@ async def check_distinct(fleet: Manifest) -> None:
         raise ManifestError(problems)
 
 
-async def moved(repo: Path, machine: Machine) -> str:
+async def moved(repo: Path, machine: Machine, owners: Owners) -> str:
     """The address at which a machine was deployed, when it has a new one now and its `was` says so; else "".
 
     Raises `InputError` when it does not say so: what was deployed would be left behind, or a second one would appear.
     """
-    owner = read().machines.get(machine.name)
+    owner = owners.machines.get(machine.name)
     if owner is None or owner.repo != repo.resolve():
         return ""
     old, new = (plain_address(owner.address), owner.port), (plain_address(machine.address), machine.ssh.port)

@@ -165,7 +165,7 @@ class HostKind(Kind[Host]):
     async def identify(self, source: Source, found: Found[Host]) -> DesiredHost:
         """Evaluate the host's toplevel. Raises `EvaluationFailed`, `CommandTimeout`, `InputError`."""
         host, machine = found.subject, source.manifest.machines.get(found.target.name)
-        moved = await owners.moved(source.repo, machine) if machine and machine.deployed else ""
+        moved = await owners.moved(source.repo, machine, source.owners) if machine and machine.deployed else ""
         tests = suite.find(source.tree, host.name)
         drv = await nix.instantiate(
             source.tree,

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from toto.base.runs import run_directory
 from toto.infra_repo.manifest import Manifest
 from toto.infra_repo.settings import Settings
 from toto.jobs.folder import Jobs
 from toto.ledger.ledger import Before, Deployed, Entry
 from toto.ledger.target import Target
+from toto.machine.owners import Owners
 from toto.nix.memory import Allowance
 from toto.plan.changes import Change, Desired, Told, Why, deploy
 from toto.plan.order import Order
@@ -29,7 +29,8 @@ class Source:
     """A commit to make a plan of. `tree` is its exported files, `run` the id of the run that plans.
 
     `override` is the reason for which the run rolls out in spite of a freeze or a closed window, `deploys` whether it
-    will roll out the deployed branch. `memory` is what an evaluation may use, `jobs` are those of the commit.
+    will roll out the deployed branch. `memory` is what an evaluation may use, `jobs` are those of the commit, `owners`
+    those of all machines as the plan begins. The run's folder has `tree` and `roots`.
     """
 
     repo: Path
@@ -42,6 +43,7 @@ class Source:
     deploys: bool = True
     memory: Allowance | None = None
     jobs: Jobs = field(default_factory=Jobs)
+    owners: Owners = field(default_factory=Owners)
 
     def order(self, kind: type[OrderT], change: Change, **own: Any) -> OrderT:
         """The order of a changed target; `own` are the fields that its kind adds."""
@@ -59,7 +61,7 @@ class Source:
     @property
     def roots(self) -> Path:
         """The folder of the GC roots for what this run evaluates and builds, with a folder for each host."""
-        return run_directory(self.repo, self.run) / "roots"
+        return self.tree.with_name("roots")
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ async def _source(repo: Path, commit: str, run: str, override: str | None = None
     limits.check_machines(fleet)
     defined = jobs.read(tree, settings.jobs.path)  # a mistake in one is told before anything is done
     deployed = deploys and await admission.on_deployed_branch(repo, commit)
-    return Source(repo, commit, run, tree, settings, fleet, override, deployed, jobs=defined)
+    return Source(repo, commit, run, tree, settings, fleet, override, deployed, jobs=defined, owners=owners.read())
 
 
 async def _discover(

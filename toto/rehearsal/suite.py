@@ -96,9 +96,8 @@ def find(tree: Path, host: str) -> Suite:
                 if not file.name.startswith(".") and not file.is_dir():
                     scripts.append(_script(tree, phase, file, f"{phase}/{shown(os.fsencode(file.name))}"))
     for file, phase in _beside(tree, host):
-        if os.path.lexists(file):
-            files += [(phase.value, *each) for each in _walk(tree, file)]
-            scripts.append(_script(tree, phase, file, file.name))
+        files += [(phase.value, *each) for each in _walk(tree, file)]
+        scripts.append(_script(tree, phase, file, file.name))
     if scripts:
         files += [("", *each) for each in _walk(tree, tree / "tests" / "lib")]
     order = list(Phase)
@@ -123,10 +122,15 @@ def of_nobody(tree: Path, hosts: Collection[str]) -> list[str]:
 def _beside(tree: Path, host: str) -> Iterator[tuple[Path, Phase]]:
     for hosts in (tree / place for place in FOLDERS):
         for folder in (hosts, hosts / host):
-            yield folder / f"{host}-test.sh", Phase.NO_INTERNET
+            if os.path.lexists(test := folder / f"{host}-test.sh"):
+                yield test, Phase.NO_INTERNET
             # With the hosts `web` and `web-smoke`, `web-smoke-test.sh` belongs to `web-smoke`.
-            if not (hosts / f"{host}-smoke.nix").exists() and not (hosts / f"{host}-smoke").is_dir():
-                yield folder / f"{host}-smoke-test.sh", Phase.SMOKE
+            if (
+                os.path.lexists(smoke := folder / f"{host}-smoke-test.sh")
+                and not (hosts / f"{host}-smoke.nix").exists()
+                and not (hosts / f"{host}-smoke").is_dir()
+            ):
+                yield smoke, Phase.SMOKE
 
 
 def _phase(tree: Path, entry: Path) -> Phase | None:
