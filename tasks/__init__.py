@@ -122,7 +122,8 @@ class _Readable(logging.Filter):
     """
 
     _CHATTER = re.compile(
-        r"(Beginning|Created) (sub)?flow run|View at |Finished in state Completed|Downloading flow code from storage"
+        r"(Beginning|Created) (sub)?flow run|View at |Finished in state Completed|Downloading flow code from storage|"
+        r"PID \d+ triggered with \d+ commands|Successfully closed all open processes"
     )
     _ENDED = re.compile(r"(Finished in state \w+)\((.*)\)", re.DOTALL)
 

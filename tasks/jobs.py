@@ -32,7 +32,7 @@ from toto.fleet import artifacts
 from toto.infra_repo import git
 from toto.infra_repo import settings as settings_of
 from toto.jobs import folder, log, queue, registered
-from toto.jobs.conf import Event
+from toto.jobs.conf import LONGEST, Event
 from toto.jobs.folder import Context, Job, Jobs
 from toto.jobs.history import History, Run, State
 from toto.jobs.registered import Registered
@@ -93,9 +93,7 @@ async def begun(
     history = History(repo)
     with contextlib.suppress(ServerError):
         await queue.settle(call, repo)
-    run = history.get(name, number) if number is not None else None
-    if run is not None and run.state is not State.QUEUED:
-        raise InputError(f"{run.label} is {run.state} already", target=name, hint="start a new run")
+    run = history.claim(name, number, flow_run) if number is not None else None
     end, why = State.ABORTED, "it was cancelled before it began"
     try:
         tree = runs.run_directory(repo, flow_run) / "tree"
@@ -116,7 +114,8 @@ async def begun(
         raise
     finally:
         if run is not None:
-            history.end(run, end, why)  # (unless it has ended)
+            with contextlib.suppress(InputError):  # its record was removed, as one of the old ones
+                history.end(run, end, why)  # (unless it has ended)
 
 
 async def _only(repo: Path, history: History, job: Job, given: Mapping[str, str], **about: str) -> dict[str, str]:
@@ -253,7 +252,7 @@ async def follow(work: Work, ended: Run) -> None:
             if work.job.name in each.conf.after:
                 await _queue(work, ended, each, {}, f"after {ended.label}")
     elif ended.state is State.FAILED and ended.attempt < work.job.conf.retry:
-        again, wait = ended.attempt + 1, work.job.conf.retry_wait * 2**ended.attempt
+        again, wait = ended.attempt + 1, min(work.job.conf.retry_wait * 2**ended.attempt, LONGEST)
         reason = f"try {again + 1} of {work.job.conf.retry + 1}, after {ended.label}"
         await _queue(work, ended, work.job, ended.parameters, reason, attempt=again, wait=wait)
     work.history.prune(work.job.name, work.job.conf.keep, work.job.conf.keep_days * _DAY)

@@ -251,6 +251,10 @@ async def test_a_job_after_a_job_is_queued_when_that_succeeds(infra: Infra, run:
     assert (state.type.value, infra.history.get("b", 1).state) == ("COMPLETED", "success")
     state = await run("b", number=queued.number)
     assert "b:1 is success already" in str(state.message)
+    waits = infra.history.queue("b", owner=f"{os.getppid()}.{process.started(os.getppid())}")
+    state = await run("b", number=waits.number)
+    assert "waits for its turn already" in str(state.message)
+    assert infra.history.get("b", waits.number).state == "queued", "it is the other one's"
 
 
 async def test_a_job_is_started_read_and_aborted_from_the_command_line(
@@ -413,10 +417,16 @@ async def test_a_job_gets_what_its_conf_names_and_a_block_gives(infra: Infra, ru
 
 
 async def test_old_runs_are_removed(infra: Infra, run: Started) -> None:
-    infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}KEEP=2\n")
-    for _ in range(4):
+    infra.jobs(a_run="#!/bin/sh\n", a_conf=f"{QUIET}KEEP=1\n")
+    for _ in range(3):
         await run("a")
+    waits = infra.history.queue("a")
     assert [each.number for each in infra.history.runs("a")] == [4, 3]
+    assert (await run("a")).is_completed(), "also when it is the one that is removed"
+    infra.history.end(waits, HowEnded.ABORTED)
+    last = infra.history.queue("a")
+    infra.history.queue("a")
+    assert (await run("a", number=last.number)).is_completed(), "its own record is one of the old ones"
 
 
 @asynccontextmanager

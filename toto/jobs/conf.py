@@ -27,7 +27,7 @@ GIVEN: Final = frozenset(  # the variables that every run has; no parameter may 
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _REPEATED: Final = frozenset({"PARAMS", "SCHEDULE", "MATRIX"})
 _SOME_DAY: Final = datetime(2026, 1, 1, tzinfo=UTC)
-_LONGEST: Final = 7 * 86_400  # seconds
+LONGEST: Final = 7 * 86_400  # seconds
 _GRACE: Final = 40  # seconds; three of them are less than `toto.server.fork_server.ENDING`, which ends an aborted run
 _COMBINATIONS: Final = 64  # of a matrix
 
@@ -148,7 +148,7 @@ Names = Annotated[tuple[Name, ...], BeforeValidator(_words), Distinct]
 Event: TypeAlias = Literal["deployed", "failed", "reverted"]
 """what a roll-out may have done to targets"""
 Events = Annotated[tuple[Event, ...], BeforeValidator(_words), Distinct]
-Seconds = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
 
 
 class JobConf(Model):

@@ -144,6 +144,17 @@ class History:
         self._write(changed)
         return changed
 
+    def claim(self, job: str, number: int, flow_run: str) -> Run:
+        """A run that waits, for this process to take it on. Raises `InputError` when it has begun, or a different
+        process has it."""
+        with self._locked(job):
+            run = self.get(job, number)
+            if run.state is not State.QUEUED:
+                raise InputError(f"{run.label} is {run.state} already", target=job, hint="start a new run")
+            if run.owner not in ("", process.owner()) and process.lives(run.owner):
+                raise InputError(f"{run.label} waits for its turn already", target=job, hint="start a new run")
+            return self._change(run, owner=process.owner(), flow_run=flow_run)
+
     def begin(self, run: Run, context: str) -> Run:
         """Record that this process begins a run. Raises `InputError` for one that has begun already, or ended."""
         with self._locked(run.job):

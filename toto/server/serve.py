@@ -31,6 +31,7 @@ from toto.base.errors import TotoError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
 from toto.git_host import shared
+from toto.jobs.history import History
 from toto.machine import fleet_builders, keys, owners, renewal
 from toto.nix import builders
 from toto.nix import daemon as nix_daemon
@@ -377,6 +378,8 @@ async def _working(
     await ensure_pool(api, POOL, root)
     if settled := await orphans.settle_orphans(api):
         log.warning("settled %d runs that an earlier worker had left behind", len(settled))
+    for repo in git_host.infra_repos(repos):
+        History(repo).settle()
     if skipped := await orphans.skip_missed(api):
         log.warning(
             "skipped %d runs of schedules that came due while toto was down; the newest are started", len(skipped)
