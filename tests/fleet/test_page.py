@@ -97,6 +97,26 @@ async def test_the_result_of_the_newest_run_counts(world: World) -> None:
     assert "terraform/dns" not in {each["target"] for each in (await world.fleet())["targets"]}, "it is no more"
 
 
+async def test_what_is_held_back_waits_or_is_frozen_is_said(world: World) -> None:
+    held, waits = (
+        results.row("web1", "held back", "its window is closed"),
+        results.row("web3", "waiting", "no hosts/web3.nix"),
+    )
+    await world.keep(held, waits)
+    web1, web3 = await world.line(WEB1), await world.line(Target("host", "web3"))
+    assert (web1["last"]["result"], web1["last"]["why"], web1["mood"]) == ("held back", "its window is closed", "warn")
+    assert (web3["state"], web3["last"]["result"], web3["mood"]) == ("not deployed", "waiting", "warn")
+    await world.keep(results.row(results.OTHERS, results.AS_WANTED))
+    machines = "machines:\n- {name: web1, address: 10.0.0.1, freeze: they move house}\n"
+    world.repo.commit({"machines.yaml": machines})
+    web1 = await world.line(WEB1)
+    async with world.client() as client:
+        page = (await client.get("/fleet/")).text
+    world.repo.commit({"machines.yaml": None})
+    assert web1["frozen"]["why"] == "they move house" and web1["mood"] == "warn" and "they move house" in page
+    assert (await world.line(WEB1))["frozen"] is None
+
+
 async def test_a_report_has_a_result_for_each_target() -> None:
     desired = [Desired(target=each, file=f"{each}.nix", identity="x") for each in (WEB1, WEB2)]
     changes = tuple(Change(desired=each, why=Why.CHANGED, action=Action.DEPLOY) for each in desired)
