@@ -1,5 +1,6 @@
 """The command line as people use it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from tests.conftest import free_port
 from tests.ledger.test_ledger import WEB1, deployed, intent, note
 from tests.repos import InfraRepo, git
 from toto import __version__
-from toto.cli import about, verbs
+from toto.base.errors import InputError
+from toto.cli import about, deploy, verbs
 from toto.cli.output import show
 from toto.git_host import shell
 from toto.infra_repo import manifest, working
@@ -293,3 +295,68 @@ async def test_a_working_tree_is_a_commit_without_what_it_ignores(tmp_path: Path
     again = await working.commit(tree)
     assert again[0] == repo and git("show", f"{again[1]}:new.nix", cwd=repo) == "2"
     assert git("status", "--short", cwd=tree).split() == ["??", ".gitignore", "??", "machines.yaml", "??", "new.nix"]
+
+
+async def test_what_to_go_back_to_is_what_was_deployed_before(tmp_path: Path) -> None:
+    book, first = await _deployed(tmp_path)
+    work = tmp_path / "work"
+    (work / "README.md").write_text("more")
+    git("add", "--all", cwd=work)
+    git("commit", "-q", "-m", "second", cwd=work)
+    git("push", "-q", "origin", "main", cwd=work)
+    second = git("rev-parse", "HEAD", cwd=work)
+    before = deploy.before
+    with pytest.raises(InputError, match="nothing was deployed before"):
+        before(book.repo, None)
+    good = deployed("/nix/store/new").model_copy(update={"commit": second})
+    await book.write(WEB1, steps.intend(intent("run-3")), "web1: intent")
+    await book.write(WEB1, steps.good(good, "run-3"), "web1: good")
+    assert before(book.repo, None) == (first, [])
+    assert before(book.repo, "web1") == before(book.repo, "host/web1") == (first, ["host/web1"])
+    assert before(book.repo, second[:10]) == before(book.repo, "main") == (second, [])
+    for word in ("web2", "xyzzy", "../x", "--help"):
+        with pytest.raises(InputError, match="no commit and no deployed target"):
+            before(book.repo, word)
+
+
+async def test_a_plan_says_by_its_exit_status_whether_something_would_change(tmp_path: Path) -> None:
+    repo = InfraRepo(tmp_path)
+    repo.commit({"machines.yaml": "machines: []\n"})
+    words = ("plan", "--no-build", "--exit-code", "--repo", str(repo.bare))
+    assert said(tmp_path, *words)[0] == 0
+    repo.commit({"terraform/main.tf": 'output "x" { value = 1 }\n'})
+    assert said(tmp_path, *words)[0] == 2 and said(tmp_path, *words[:2], *words[3:])[0] == 0
+    (row,) = items(tmp_path, *words[:2], *words[3:])
+    assert (row["target"], row["action"], row["held"]) == ("terraform/main", "deploy", "")
+    await Ledger(repo.bare).write(Target("terraform", "main"), steps.freeze(Frozen(by="a", why="b")), "frozen")
+    (row,) = items(tmp_path, *words[:2], *words[3:])
+    assert row["held"] == "frozen by a: b" and "held back" in row["action"]
+    status, text = said(tmp_path, "diff", "terraform/main", "--repo", str(repo.bare))
+    assert status == 0 and text.startswith("terraform/main: not deployed → ") and "new" in text
+    repo.commit({"machines.yaml": "machines: 7\n"})
+    assert said(tmp_path, *words)[0] == 1 and said(tmp_path, *words[:2], *words[3:])[0] == 2
+
+
+async def test_status_follows_the_fleet(tmp_path: Path) -> None:
+    book, _ = await _deployed(tmp_path)
+    argv = [sys.executable, "-m", "toto.cli", "status", "--watch", "--json", "--repo", str(book.repo)]
+    with subprocess.Popen(
+        argv,
+        env=os.environ | {"TOTO_STATE": str(tmp_path / "state")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as toto:
+        assert toto.stdout is not None
+        lines = toto.stdout
+
+        def frozen() -> dict[str, Any]:
+            read = itertools.takewhile(lambda line: line != "}\n", lines)
+            return {each["target"]: each["frozen"] for each in json.loads("".join([*read, "}"]))["items"]}
+
+        try:
+            assert frozen() == {"host/web1": None, "host/web2": None}
+            await book.write(WEB1, steps.freeze(Frozen(by="alice", why="an audit")), "web1: frozen")
+            assert frozen()["host/web1"] == {"by": "alice", "why": "an audit", "at": ""}
+        finally:
+            toto.kill()

@@ -322,3 +322,14 @@ def test_a_process_is_identified_by_its_start_as_well() -> None:
     assert process.lives(process.owner())
     assert not process.lives(f"{os.getpid()}.1")
     assert not process.lives("nonsense")
+
+
+async def test_a_program_that_is_attached_has_this_process_own_input_and_output() -> None:
+    text = (
+        "import asyncio; from toto.base import process; "
+        "print(asyncio.run(process.attached(['sh', '-c', 'read word; echo got $word; exit 3'])))"
+    )
+    done = await process.run([sys.executable, "-c", text], stdin=b"it\n")
+    assert done.lines == ["got it", "3"]
+    with pytest.raises(process.CommandNotFound):
+        await process.attached(["no-such-program"])

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import pytest
@@ -23,6 +23,7 @@ from tests.conftest import free_port
 from tests.fleet.conftest import DNS, HOSTILE, WEB1, WEB2, World
 from tests.ledger.test_ledger import deployed, intent, note
 from tests.repos import InfraRepo, git
+from tests.test_cli import items
 from toto.api import certificate
 from toto.base import process
 from toto.fleet import builds, results
@@ -371,3 +372,24 @@ async def test_a_job_s_badge_and_state_are_public_where_its_conf_says_so(world: 
         page = (await client.get("/fleet/infra/jobs")).text
         assert "closed:1" in page and "<script>alert" not in page
         assert len((await client.get("/fleet/infra/jobs?format=json")).json()) == 3
+
+
+async def test_the_command_reads_the_page_of_a_toto_on_a_different_machine(world: World, tmp_path: Path) -> None:
+    there = {"TOTO_URL": world.url.replace("://", f"://{world.api.auth}@")}
+
+    async def read(*words: str) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(items, tmp_path, *words, **there)
+
+    assert {each["target"]: each["state"] for each in await read("status")} == {
+        each["target"]: each["state"] for each in (await world.fleet())["targets"]
+    }
+    assert await read("status", "--repo", "none") == []
+    history = await read("log", "web1", "-n", "5")
+    assert history and {each["target"] for each in history} == {"host/web1"} and len(history) <= 5
+    assert history == await read("log", "web1", "-n", "5", "--repo", "infra")
+    assert await read("log", "--author", "nobody") == []
+    (wrong,) = await read("log", "--repo", "none")
+    assert "say which repository" in wrong["message"]
+    there["TOTO_URL"] = world.url.replace("://", "://toto:wrong@")
+    (refused,) = await read("status")
+    assert "is TOTO_URL right?" in refused["hint"] and refused["status"] == 2

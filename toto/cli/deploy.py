@@ -133,12 +133,12 @@ async def revert(
     repeated. The next push deploys the branch again, so put it right first.
     """
     place = await of_user(repos, repo, by, "deploy")
-    commit, only = _before(place, to)
+    commit, only = before(place, to)
     parameters = {"commit": commit, "only": only or None, "override": override}
     return await _start(place, parameters, by, f"going back to {commit[:8]} with", only, wait=wait)
 
 
-def _before(repo: Path, to: str | None) -> tuple[str, list[str]]:
+def before(repo: Path, to: str | None) -> tuple[str, list[str]]:
     """The commit to go back to, and the targets. Raises `InputError`."""
     target = None if to is None else Target.of(to)
     entry = None if target is None else Ledger(repo).get(target)

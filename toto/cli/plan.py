@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from toto.base import runs
 from toto.base.errors import InputError
+from toto.cli import progress
 from toto.cli.common import Repo, infra
 from toto.cli.output import AsJson, emit
 from toto.cli.verbs import Verbs
@@ -102,4 +103,4 @@ async def _made(repo: Path, commit: str, only: list[str]) -> AsyncIterator[Plan]
     """The plan of a commit, whose files are there to the end of the block."""
     run = f"plan-{uuid.uuid4()}"
     async with runs.claimed(repo, run):
-        yield await make.make(repo, git.resolve(repo, commit), run, only)
+        yield await make.make(repo, git.resolve(repo, commit), run, only, shown=progress.Evaluations())

@@ -1,11 +1,14 @@
-"""Runs that are followed: their progress as plain lines, and at a terminal below them what is at work just now."""
+"""What takes long: its progress as plain lines, and at a terminal what is at work just now."""
 
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -13,8 +16,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from toto.base.process import LineSink
+from toto.cli.output import say
 from toto.git_host import follow
 from toto.git_host.follow import Working
+from toto.plan.make import Note, Shown
+
+T = TypeVar("T")
 
 
 async def to_the_end(repo: Path, run: str, *, steps: bool = False, at_most: float = follow.AT_MOST) -> int:
@@ -30,6 +38,38 @@ async def to_the_end(repo: Path, run: str, *, steps: bool = False, at_most: floa
         return await follow.to_the_end(
             repo, [run], deadline, steps=steps, say=say, show=lambda working: live.update(_Table(working))
         )
+
+
+@contextmanager
+def step(what: str) -> Iterator[LineSink]:
+    """Tell of something that takes long, and of the lines that the result is given, on standard error.
+
+    At a terminal only the newest line is there, with the seconds, and at the end how many they were.
+    """
+    if not sys.stderr.isatty():
+        say(what)
+        yield say
+        return
+    began = datetime.now(UTC)
+    with Live(console=Console(stderr=True, highlight=False), transient=True, refresh_per_second=4) as live:
+
+        def hear(line: str) -> None:
+            live.update(_Table([Working(what, began.isoformat(), follow.clean(line))]))
+
+        hear("")
+        yield hear
+    say(f"{what}: {(datetime.now(UTC) - began).total_seconds():.0f} s")
+
+
+class Evaluations(Shown):
+    """Shows how many of the evaluations of a plan are made, at a terminal."""
+
+    async def all(self, count: int, work: Callable[[Note], Awaitable[T]]) -> T:
+        if not sys.stderr.isatty():
+            return await work(lambda: None)
+        made = itertools.count(1)
+        with step(f"evaluating {count} host{'s' if count > 1 else ''}") as hear:
+            return await work(lambda: hear(f"{next(made)} of {count}"))
 
 
 class _Table:

@@ -3,7 +3,7 @@
 import sys
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -11,7 +11,8 @@ from typer import Argument, Option
 
 from toto.base import process, runs
 from toto.base.errors import InputError
-from toto.base.paths import repo_state
+from toto.base.process import LineSink
+from toto.cli import progress
 from toto.cli.common import Repo, infra
 from toto.cli.output import AsJson, emit, say
 from toto.cli.verbs import Verbs
@@ -89,8 +90,8 @@ async def test(
     """Run a host's test scripts of one phase, and nothing else.
 
     Those of no-internet and with-internet run against its sandbox, which is booted for it; those of smoke and
-    post-switch against the machine as it is, by the scripts of a commit of toto's repository. Nothing is deployed. The
-    exit status is 1 when a test fails.
+    post-switch against the machine as it is, by the scripts of a commit of toto's repository, where toto logs in by the
+    key that machines.yaml names, or the repository's own. Nothing is deployed. The exit status is 1 when a test fails.
     """
     if phase in _IN_SANDBOX or in_sandbox:
         result = await _in_sandbox(host, phase, commit, repo)
@@ -149,30 +150,40 @@ async def _booted(host: str, commit: str | None, repo: Path | None) -> AsyncIter
         place = infra(repo)
         revision = git.resolve(place, commit or "HEAD")
         say(f"{host} of the commit {revision[:8]}")
-    sandboxes.clean_up(repo_state(place) / "sandboxes")
+    process.clean_up()
+    runs.clean_up(place)  # what one left that was killed
     run = f"sandbox-{uuid.uuid4()}"
     async with runs.claimed(place, run):
-        say("evaluating it")
-        order = await make.one(place, revision, run, Target(HOST, host))
+        with progress.step(f"evaluating {host}"):
+            order = await make.one(place, revision, run, Target(HOST, host))
         assert isinstance(order, HostOrder)
-        say("building its VM")
-        vm = await hosts.build_vm(order, Heard(say))
-        machine, settings = order.machine, order.settings.sandbox
-        say("booting it")
-        async with sandboxes.sandbox(
-            vm,
-            host=host,
-            state=order.scratch / "sandboxes",
-            key=await keys.private("sandbox"),
-            ports=machine.ports if machine else (),
-            memory=(machine and machine.memory) or settings.memory,
-            cores=machine.cores if machine else None,
-            most_memory=order.vm_memory,
-            most_disk=order.vm_disk,
-            boot_timeout=settings.boot_timeout,
-            on_console=lambda line: say(f"console: {line}"),
-        ) as guest:
+        with progress.step("building its VM") as hear:
+            vm = await hosts.build_vm(order, Heard(hear))
+        async with AsyncExitStack() as stack:
+            with progress.step("booting it") as hear:
+                guest = await stack.enter_async_context(_guest(order, vm, hear))
             yield order, guest
+
+
+@asynccontextmanager
+async def _guest(order: HostOrder, vm: Path, hear: LineSink) -> AsyncIterator[Sandbox]:
+    """The VM, up; `hear` gets the lines of its console until then."""
+    machine, settings, up = order.machine, order.settings.sandbox, False
+    async with sandboxes.sandbox(
+        vm,
+        host=order.name,
+        state=order.scratch / "sandboxes",
+        key=await keys.private("sandbox"),
+        ports=machine.ports if machine else (),
+        memory=(machine and machine.memory) or settings.memory,
+        cores=machine.cores if machine else None,
+        most_memory=order.vm_memory,
+        most_disk=order.vm_disk,
+        boot_timeout=settings.boot_timeout,
+        on_console=lambda line: None if up else hear(line),
+    ) as guest:
+        up = True
+        yield guest
 
 
 @verbs.verb("tap")
@@ -192,6 +203,8 @@ def judge(
         with sys.stdin if file == "-" else Path(file).open(errors="replace") as source:
             while line := source.readline(tap.LONGEST_LINE):
                 report.line(line)
+                while line and not line.endswith("\n"):  # the rest of one that is too long
+                    line = source.readline(tap.LONGEST_LINE)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", target=file) from None
     found = report.report(status)
