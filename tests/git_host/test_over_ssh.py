@@ -68,16 +68,19 @@ async def rehearse(host: str) -> None:
 
 @flow(flow_run_name=names.of_reconcile)
 async def reconcile(repo: str, commit: str | None = None, origin: str = "ui", only: list[str] | None = None,
-                    plan_only: bool = False, rehearse_only: bool = False):
+                    plan_only: bool = False, rehearse_only: bool = False, try_for: float = 0):
     """Stands in for the real one."""
+    async with cancelled_by_sigterm():
+        return await stages(repo, commit, only, plan_only)
+
+async def stages(repo: str, commit: str | None, only: list[str] | None, plan_only: bool):
     log = get_run_logger()
     log.info("the plan of %s:\\nHOST  ACTION\\nweb1  deploy", (commit or "the tip")[:8])
     if plan_only:
         return Completed(message="plan only: web1 would change")
     await rehearse("web1")
-    async with cancelled_by_sigterm():
-        while only == ["slow"] and not Path(repo, "toto", "go-on").exists():
-            await asyncio.sleep(0.1)
+    while only == ["slow"] and not Path(repo, "toto", "go-on").exists():
+        await asyncio.sleep(0.1)
     if only == ["broken"]:
         log.error("web1: tests failed: \\x1b[31mnot ok 1\\a")
         return Failed(message="web1: rehearsal failed; nothing was touched")
@@ -458,6 +461,17 @@ async def test_who_may_deploy_does_all_of_it_over_ssh_and_from_a_different_machi
     (log,) = [json.loads(toto("run", "logs", listed[1]["id"], "--json").stdout)]
     assert log["kind"] == "log" and "not for the pusher" in [each["message"] for each in log["items"]]
     assert "has ended: cancelled" in toto("cancel", run).stderr
+    for wrong in ("30", "0m", "13h"):
+        assert "is no time to try something" in toto("deploy", "web1", "--try", wrong).stderr
+    api = Api(deployed.api_url, auth)
+    argv = [sys.executable, "-m", "toto.cli", "deploy", "slow", "--try", "1h", "--repo", str(repo)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as trying:
+        assert trying.stdout is not None
+        run = trying.stdout.readline().split()[-1]
+        await until(api, run, {"RUNNING"})
+        trying.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(trying.wait, 60) == 1
+    await until(api, run, {"CANCELLED"})
     said = at_a_terminal("deploy", "--wait", "--repo", str(repo), "--repos", str(host.repos))
     assert "deploying what changed of infra in run " in said and "toto: done: web1 deployed" in said
     assert re.search(r"web1: no-internet tests +\d+ s", said), "what is at work, with its seconds"
