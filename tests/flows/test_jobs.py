@@ -65,7 +65,7 @@ class Infra(InfraRepo):
     async def found(self) -> dict[str, Mapping[str, Any]]:
         wanted = {"deployments": {"tags": {"all_": [registered.TAG]}}}
         listed = await self.on.api.call("POST", "/deployments/filter", wanted)
-        return {each["name"].removeprefix("infra."): each for each in listed}
+        return {each["name"].removeprefix("infra:"): each for each in listed}
 
     async def start(self, name: str, **parameters: Any) -> str:
         """Start a job by its deployment; the flow run's id."""

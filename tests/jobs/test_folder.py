@@ -149,6 +149,10 @@ WRONG = {
     "no text": ({"jobs/a.conf": "# x\nDESCRIPTION=\udcff"}, "jobs/a.conf:2: is not UTF-8"),
     "a zero byte": ({"jobs/a.env": "A=1\nB=\0"}, "jobs/a.env:2: has a zero byte"),
     "a huge file": ({"jobs/a.env": "A" * (1 << 20) + "A"}, "jobs/a.env: should be a plain file of at most 1 MiB"),
+    "a group with a tag of toto's": (
+        {"jobs/groups.conf": "repo:other=.*"},
+        "jobs/groups.conf:1: 'repo:other' has a colon",
+    ),
     "no pattern": ({"jobs/groups.conf": "G=["}, "jobs/groups.conf:1: '[' is no regular expression"),
     "an evil pattern": ({"jobs/groups.conf": "G=^(a+)+$"}, "jobs/groups.conf:1: '^(a+)+$' may take too long"),
 }

@@ -249,7 +249,7 @@ async def looked_at(
         await prometheus.until('toto_runs_total{action="deploy"}')
         await prometheus.until('up{job="node", machine="web1", repo="infra"} == 1')
         await a_run(prefect_server, str(served.bare), "FAILED")
-        backup = {"deployment": "job/infra.backup", "job": "backup"}
+        backup = {"deployment": "job/infra:backup", "job": "backup"}
         await a_run(prefect_server, str(served.bare), "COMPLETED", **backup)
         await a_run(prefect_server, str(served.bare), "FAILED", **backup, name="Aborted")
         await prometheus.until('toto_job_last_failed{repo="infra", name="backup"} == 1')

@@ -256,6 +256,8 @@ def _groups(reader: _Reader) -> dict[str, str]:
             continue
         if not (name and equals):
             reader.wrong(reader.top / "groups.conf", number, f"{shown(line)} is no NAME=REGEX")
+        elif ":" in name:  # toto's own tags have one
+            reader.wrong(reader.top / "groups.conf", number, f"{shown(name)} has a colon; choose a different name")
         elif len(pattern) > 200 or not _PLAIN.fullmatch(pattern):
             reader.wrong(reader.top / "groups.conf", number, f"{shown(pattern)} may take too long; write a simpler one")
         elif why := _not_compiled(pattern):

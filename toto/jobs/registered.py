@@ -34,8 +34,8 @@ class Registered:
 
 
 def name_of(repo: Path, job: str) -> str:
-    """The name of a job's deployment, such as `infra.backup`."""
-    return f"{repo.name.removesuffix('.git')}.{job}"
+    """The name of a job's deployment, such as `infra:backup`: neither name has a colon, so no two have the same."""
+    return f"{repo.name.removesuffix('.git')}:{job}"
 
 
 async def register(call: Call, repo: Path, commit: str, jobs: Jobs, pool: str = "toto") -> Registered:
