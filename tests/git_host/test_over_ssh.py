@@ -446,6 +446,7 @@ async def test_who_may_deploy_does_all_of_it_over_ssh_and_from_a_different_machi
     done = toto("deploy", "away", "--wait", "--commit", "main")
     assert done.returncode == 3 and "toto: deploying away of infra in run " in done.stdout, done
     assert "web2 unreachable" in done.stdout
+    partial = done.stdout.partition(" in run ")[2].split()[0]
     assert toto("rehearse", "broken", "--wait").returncode == 1
     done = toto("deploy", "slow")
     run = done.stdout.partition(" in run ")[2].split()[0]
@@ -476,14 +477,21 @@ async def test_who_may_deploy_does_all_of_it_over_ssh_and_from_a_different_machi
     assert "deploying what changed of infra in run " in said and "toto: done: web1 deployed" in said
     assert re.search(r"web1: no-internet tests +\d+ s", said), "what is at work, with its seconds"
     assert "not for the pusher" not in said
+    said = at_a_terminal("runs", "--repos", str(host.repos))
+    assert (
+        "\x1b[31m" in said
+        and "�" not in said
+        and "\x1b" not in at_a_terminal("runs", "--repos", str(host.repos), NO_COLOR="1")
+    )
+    assert toto("run", "logs", "-f", partial[:8]).returncode == 3
 
 
-def at_a_terminal(*words: str) -> str:
+def at_a_terminal(*words: str, **environment: str) -> str:
     """What the command prints on a terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "toto.cli", *words],
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=subprocess.STDOUT,

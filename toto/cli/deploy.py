@@ -90,7 +90,7 @@ async def _try(
     following = asyncio.ensure_future(progress.to_the_end(repo, run, at_most=follow.AT_MOST + seconds))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, following.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
+    with contextlib.suppress(asyncio.CancelledError, BrokenPipeError):
         if (status := await following) != _NOT_KNOWN:
             return status
     api = await git_host.api_of(repo)

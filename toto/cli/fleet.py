@@ -138,5 +138,5 @@ async def log(
         }
         for each in found
     ]
-    emit("events", found, "\n".join(lines_of(rows, _LOG)) if rows else NOTHING, as_json=as_json)
+    emit("events", found, lines_of(rows, _LOG) if rows else NOTHING, as_json=as_json)
     return 0

@@ -31,12 +31,14 @@ def document(kind: str, items: Iterable[Any]) -> str:
     return json.dumps({"toto": SHAPE, "kind": kind, "items": list(items)}, indent=1, ensure_ascii=False)
 
 
-def emit(kind: str, items: Sequence[Any], text: str, *, as_json: bool) -> None:
-    """Print items as JSON, or the `text` that people read."""
+def emit(kind: str, items: Sequence[Any], text: str | list[str], *, as_json: bool) -> None:
+    """Print items as JSON, or what people read: a `text`, or the lines that `lines_of` has laid out."""
     if as_json:
         print(document(kind, items))
-    else:
+    elif isinstance(text, str):
         show(text)
+    else:
+        print("\n".join(text))
 
 
 def width() -> int:

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from typer import Argument, Option
 
@@ -24,7 +24,7 @@ from toto.plan.order import Plan
 verbs = Verbs()
 
 Commit = Annotated[str, Option(metavar="REV", help="commit, tag or branch", show_default="the deployed branch")]
-CHANGES = 2  # the exit status of `plan --exit-code` when something would change
+CHANGES: Final = 2  # the exit status of `plan --exit-code` when something would change
 
 
 @verbs.verb("plan")

@@ -156,8 +156,9 @@ async def listing(
         for each in found
     ]
     moods = [each.mood for each in found]
-    text = "\n".join(lines_of(rows, ("run", "begun", "state", "took", "name", "message"), moods))
-    emit("runs", [each.json() for each in found], text if rows else "there were none yet", as_json=as_json)
+    columns = ("run", "begun", "state", "took", "name", "message")
+    text = lines_of(rows, columns, moods) if rows else "there were none yet"
+    emit("runs", [each.json() for each in found], text, as_json=as_json)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.git_host import host as git_host
-from toto.git_host.follow import ENDS, INFO, clean, is_chatter
+from toto.git_host.follow import ENDS, INFO, PARTIAL, clean, is_chatter
 
 NEWEST: Final = 200  # runs among which one is looked for by the beginning of its id
 _DEPTH: Final = 3  # of subflows below subflows: stages, targets, what workers do of them
@@ -89,15 +89,16 @@ class Log:
         return sorted(found, key=lambda each: each.at)
 
     async def follow(self, say: Callable[[Logged], None], *, every: float) -> str:
-        """Call `say` with each line until the run has ended; the type of the state that it ended in."""
+        """Call `say` with each line until the run has ended; the type of the state that it ended in, or `PARTIAL`."""
         while True:
-            ended = (await self.api.call("GET", f"/flow_runs/{self.run}"))["state_type"]
+            found = await self.api.call("GET", f"/flow_runs/{self.run}")
+            ended = found["state_type"]
             if ended in ENDS:
                 await asyncio.sleep(every * 4)  # the last lines come in batches
             for line in await self.new():
                 say(line)
             if ended in ENDS:
-                return str(ended)
+                return PARTIAL if found["state_name"] == PARTIAL else str(ended)
             await asyncio.sleep(every)
 
     async def _runs(self) -> list[str]:
