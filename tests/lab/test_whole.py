@@ -292,7 +292,9 @@ async def test_what_is_only_tried_goes_back_when_its_time_is_up_and_when_who_tri
     assert done.returncode == 0, done
     assert "web1: smoke tests" in done.stdout and "web1: try" in done.stdout
     assert "web1: post-switch tests" not in done.stdout and "web1 tried; web1 reverted\n" in done.stdout
-    assert await whole.systems() == before and whole.entry("web1") == entry
+    after = whole.entry("web1")
+    assert await whole.systems() == before and after.good == entry.good
+    assert (after.intent, after.reverted) == (None, None), "nothing has failed"
     assert whole.history()[0].startswith("web1: tried, and put back to ")
 
     trying = subprocess.Popen([*argv, "1h"], env=whole.environment, stdout=subprocess.PIPE, text=True)

@@ -313,3 +313,15 @@ async def test_a_freeze_outlives_what_is_done_and_leaves_nothing_when_it_is_take
         (WEB1, What.FROZEN, "alice"),
         (WEB1, What.UNFROZEN, ""),
     ]
+
+
+async def test_what_was_only_tried_is_no_failure(book: Ledger) -> None:
+    good = deployed("/nix/store/new")
+    await book.write(WEB1, steps.intend(intent("run-1")), "begun")
+    await book.write(WEB1, steps.good(good, "run-1"), "good")
+    await book.write(WEB1, steps.intend(intent("run-2", "/nix/store/tried")), "begun")
+    await book.write(WEB1, steps.revert(good, None, "run-2"), "tried")
+    entry = book.read().get(WEB1)
+    assert (entry.good, entry.intent, entry.reverted) == (good, None, None)
+    (newest, *_) = history.newest(book.repo)
+    assert (newest.what, newest.run) == (What.TRIED, "run-2")
