@@ -10,7 +10,7 @@ from toto.ledger.target import Target
 
 @dataclass(frozen=True)
 class Reversal:
-    """One target that `run`, which has an open intent on it, reverts because of `why`.
+    """One target that `run`, which has an open intent on it, reverts because of `why`; "": it was only tried.
 
     `manifest` and `settings` are those of the commit that was being deployed. When a machine does not answer, the
     revert waits for its watchdog to revert it. That has begun to count by `since`, in seconds since 1970.

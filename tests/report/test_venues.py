@@ -367,6 +367,7 @@ FLEET = ["ops", "team-b"]
     [
         ("push", [], Audience((), "Ada@Example.org", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
         ("schedule", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
+        ("cli", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
         ("flying-monkey", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": None, "ops": None})),
         ("ui", [], Audience((), "", {"team-a": {"a", "b"}, "team-b": {"b"}})),
         ("notebook", ["me", "team-a", "me"], Audience(("me", "team-a"), "", {"team-b": {"b"}})),

@@ -80,7 +80,7 @@ def venues_for(
             of = listening.setdefault(name, set())
             assert of is not None
             of.add(machine)
-    if origin in ("push", "schedule", "flying-monkey"):
+    if origin in ("push", "cli", "schedule", "flying-monkey"):
         listening |= dict.fromkeys(fleet)
     address = committer.lower()
     welcome = is_mail_address(address) and {address, address.partition("@")[2]} & set(mail_pusher)
