@@ -28,6 +28,11 @@ import time
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
+# What every run needs; Prefect imports some of it only when a run comes to it.
+_PRELOADED: Final = (
+    *("prefect.main", "prefect.flow_engine", "prefect.task_engine", "prefect.deployments.steps", "fastapi"),
+    *("anyio._backends._asyncio", "toto.server.engine"),
+)
 NAME: Final = "fork.sock"  # in Prefect's home, which only its owner may enter
 PATIENCE: Final = 15.0  # seconds that a caller waits for its fork
 ENDING: Final = 150.0  # seconds that a fork may take to end once its caller has passed SIGTERM on
@@ -101,7 +106,7 @@ class _Forked(Exception):
 
 def serve(modules: list[str]) -> None:
     """Import `modules`, then fork for each caller, until SIGTERM. Returns only in the forks, in the caller's place."""
-    for module in ("prefect.main", "prefect.flow_engine", "prefect.deployments.steps", "toto.server.engine", *modules):
+    for module in (*_PRELOADED, *modules):
         importlib.import_module(module)
     if threading.active_count() > 1:  # a fork has only one thread, and locks that others held would stay locked
         sys.exit(f"toto: flow runs will begin slowly: an import has started {threading.enumerate()}")
