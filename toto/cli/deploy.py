@@ -33,7 +33,7 @@ _NOT_KNOWN: Final = 2  # the status of what was not followed to its end
 _LONGEST: Final = 12 * 3600  # seconds for which something is tried
 
 Only = Annotated[
-    list[str] | None, Argument(metavar="[TARGET|TAG|KIND]...", help="limit it to these (default: all that changed)")
+    list[str] | None, Argument(metavar="TARGET|TAG|KIND", help="limit it to these (default: all that changed)")
 ]
 Commit = Annotated[str, Option(metavar="REV", help="commit, tag or branch", show_default="the deployed branch")]
 Wait = Annotated[bool, Option("--wait", help="print the run's progress, and wait until it ends")]
@@ -64,7 +64,7 @@ async def deploy(
     With --wait the exit status is 0 when all is done, 1 when it failed or was cancelled, 3 when only a part is done.
 
     With --try hosts are rehearsed and activated by `test` alone, and put back when the time is up, or as soon as this
-    command is left: by Ctrl-C, or with its terminal. Their machines go back by themselves should toto not do it.
+    command is left: by Ctrl-C, or with its terminal. If toto does not do it, their machines go back by themselves.
     """
     place = await of_user(repos, repo, by, "deploy")
     parameters = {"commit": git.resolve(place, commit), "only": only or None, "force": force, "override": override}
@@ -119,7 +119,7 @@ async def revert(
     repos: Repos,
     to: Annotated[
         str | None,
-        Argument(metavar="[COMMIT|TARGET]", help="what to go back to, or what to put back", show_default=False),
+        Argument(metavar="COMMIT|TARGET", help="what to go back to, or what to put back", show_default=False),
     ] = None,
     override: Override = None,
     wait: Wait = False,
@@ -179,7 +179,7 @@ async def _begin(
 
 @verbs.verb("freeze")
 async def freeze(
-    targets: Annotated[list[str], Argument(metavar="TARGET...", help="such as web1, terraform/dns, helm/grafana")],
+    targets: Annotated[list[str], Argument(metavar="TARGET", help="such as web1, terraform/dns, helm/grafana")],
     repos: Repos,
     reason: Annotated[str, Option(metavar="WHY", help="it is recorded, and shown in the plan")],
     repo: Repo = None,
@@ -202,7 +202,7 @@ async def freeze(
 
 @verbs.verb("unfreeze")
 async def unfreeze(
-    targets: Annotated[list[str], Argument(metavar="TARGET...", help="such as web1, terraform/dns, helm/grafana")],
+    targets: Annotated[list[str], Argument(metavar="TARGET", help="such as web1, terraform/dns, helm/grafana")],
     repos: Repos,
     repo: Repo = None,
     by: By = None,

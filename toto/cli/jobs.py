@@ -69,7 +69,7 @@ def _row(run: Run | None, name: str, about: str | None) -> dict[str, str]:
 async def run(
     name: Job,
     repos: Repos,
-    values: Annotated[list[str] | None, Argument(metavar="[NAME=VALUE]...", help="its parameters")] = None,
+    values: Annotated[list[str] | None, Argument(metavar="NAME=VALUE", help="its parameters")] = None,
     repo: Repo = None,
     reason: Annotated[str, Option(metavar="WHY", help="it is recorded", show_default=False)] = "",
     wait: Annotated[bool, Option("--wait", help="print its log, and wait until it ends")] = False,
@@ -148,7 +148,7 @@ async def abort(label: Label, repos: Repos, repo: Repo = None, by: By = None) ->
 @job.verb("search")
 def search(
     pattern: Annotated[str, Argument(metavar="REGEX", help="what to look for, as Python's re has it")],
-    only: Annotated[list[str] | None, Argument(metavar="[JOB]...", help="in these jobs (default: all)")] = None,
+    only: Annotated[list[str] | None, Argument(metavar="JOB", help="in these jobs (default: all)")] = None,
     repo: Repo = None,
     ignore: Annotated[bool, Option("-i", "--ignore-case", help="take capital and small letters as the same")] = False,
 ) -> int:

@@ -30,7 +30,7 @@ CHANGES: Final = 2  # the exit status of `plan --exit-code` when something would
 @verbs.verb("plan")
 async def plan(
     only: Annotated[
-        list[str] | None, Argument(metavar="[TARGET|TAG|KIND]...", help="limit it to these (default: all)")
+        list[str] | None, Argument(metavar="TARGET|TAG|KIND", help="limit it to these (default: all)")
     ] = None,
     repo: Repo = None,
     commit: Commit = "HEAD",

@@ -120,7 +120,8 @@ async def accept(
 async def check(
     repos: Repos,
     machines: Annotated[
-        list[str] | None, Argument(metavar="[MACHINE|TAG]...", help="default: those that toto.toml chooses")
+        list[str] | None,
+        Argument(metavar="MACHINE|TAG", help="limit it to these (default: those that toto.toml chooses)"),
     ] = None,
     repo: Repo = None,
     by: By = None,

@@ -42,7 +42,7 @@ SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         ),
         "log": ("toto.cli.fleet", "show the deployment history, newest first"),
     },
-    "doing": {
+    "deploying": {
         "deploy": (
             "toto.cli.deploy",
             "have toto deploy what changed, as a push does; over ssh: ssh toto deploy [TARGET …]",
@@ -179,6 +179,7 @@ def parameters(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
         if (record := each.get_help_record(ctx)) is None:
             continue
         name, text = record
+        text = re.sub(r"; (\d+<=)?x[<>]=?\d+(?=\])", "", text)  # a range, which an error tells
         if each.param_type_name == "argument":
             found["Arguments"].append((name.partition(" <")[0], re.sub(r" *\[required\]$", "", text)))
         elif each.name == "help":
