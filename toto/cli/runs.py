@@ -120,8 +120,7 @@ async def accept(
 async def check(
     repos: Repos,
     machines: Annotated[
-        list[str] | None,
-        Argument(metavar="MACHINE|TAG", help="limit it to these (default: those that toto.toml chooses)"),
+        list[str] | None, Argument(metavar="MACHINE|TAG", help="limit it to these (default: what toto.toml says)")
     ] = None,
     repo: Repo = None,
     by: By = None,
