@@ -45,7 +45,8 @@ async def plan(
 ) -> int:
     """Show what a commit would change, and why; touch nothing."""
     async with _made(infra(repo), commit, only or []) as made:
-        differences = await make.previews(made.orders, build=not no_build)
+        with progress.step("looking at what changes" if no_build else "building what changes", plain=False):
+            differences = await make.previews(made.orders, build=not no_build)
         items = [{**row, "held": _held(made, row["target"])} for row in made.changes.rows(differences)]
         emit("plan", items, made.changes.text(differences), as_json=as_json)
     if made.changes.failed:
@@ -76,7 +77,8 @@ async def diff(
         order = next((each for each in made.orders if each.target == wanted), None)
         last = Ledger(path).read().get(wanted).good
         since = await _commits(path, last.commit, made.commit) if last and last.commit != made.commit else []
-        what = (await make.previews([order], build=order.change.action is Action.DEPLOY)) if order else {}
+        with progress.step("building it", plain=False):
+            what = (await make.previews([order], build=order.change.action is Action.DEPLOY)) if order else {}
         item = {
             "target": str(wanted),
             "from": last.commit if last else None,

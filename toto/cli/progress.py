@@ -41,14 +41,16 @@ async def to_the_end(repo: Path, run: str, *, steps: bool = False, at_most: floa
 
 
 @contextmanager
-def step(what: str) -> Iterator[LineSink]:
+def step(what: str, *, plain: bool = True) -> Iterator[LineSink]:
     """Tell of something that takes long, and of the lines that the result is given, on standard error.
 
-    At a terminal only the newest line is there, with the seconds, and at the end how many they were.
+    At a terminal only the newest line is there, with the seconds, and at the end how many they were. Elsewhere nothing
+    is told unless `plain`.
     """
     if not sys.stderr.isatty():
-        say(what)
-        yield say
+        tell = say if plain else _silent
+        tell(what)
+        yield tell
         return
     began = datetime.now(UTC)
     with Live(console=Console(stderr=True, highlight=False), transient=True, refresh_per_second=4) as live:
@@ -61,14 +63,16 @@ def step(what: str) -> Iterator[LineSink]:
     say(f"{what}: {(datetime.now(UTC) - began).total_seconds():.0f} s")
 
 
+def _silent(_line: str) -> None:
+    """Tell nobody."""
+
+
 class Evaluations(Shown):
     """Shows how many of the evaluations of a plan are made, at a terminal."""
 
     async def all(self, count: int, work: Callable[[Note], Awaitable[T]]) -> T:
-        if not sys.stderr.isatty():
-            return await work(lambda: None)
         made = itertools.count(1)
-        with step(f"evaluating {count} host{'s' if count > 1 else ''}") as hear:
+        with step(f"evaluating {count} host{'s' if count > 1 else ''}", plain=False) as hear:
             return await work(lambda: hear(f"{next(made)} of {count}"))
 
 
