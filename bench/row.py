@@ -70,7 +70,8 @@ class Target:
     def __str__(self) -> str:
         ours, theirs = statistics.median(self.row.values), statistics.median(self.row.others)
         limit = self.times * theirs + self.plus
+        share = f"{self.times:g} × {self.row.shown(theirs)} + {self.row.shown(self.plus)} = " if self.times else ""
         return (
-            f"    target: {self.what} ≤ {self.times:g} × {self.row.shown(theirs)} + {self.row.shown(self.plus)} = "
-            f"{self.row.shown(limit)}: {'held' if ours <= limit else 'NOT HELD'} ({self.row.shown(ours)})"
+            f"    target: {self.what} ≤ {share}{self.row.shown(limit)}: "
+            f"{'held' if ours <= limit else 'NOT HELD'} ({self.row.shown(ours)})"
         )
