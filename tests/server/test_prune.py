@@ -38,6 +38,16 @@ def test_what_is_old_goes_and_what_is_young_stays(tmp_path: Path, monkeypatch: p
     assert all(file.exists() for file in (*kept, waiting, root)) and not any(file.exists() for file in old)
 
 
+def test_what_an_older_version_exported_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))
+    state = paths.repo_state(tmp_path / "infra.git")
+    (state / "tree" / "hosts").mkdir(parents=True)
+    (state / "tree" / "hosts" / "web1.nix").write_text("{ }")
+    (state / "export.lock").touch()
+    prune.prune(tmp_path, [tmp_path / "infra.git"])
+    assert list(state.iterdir()) == []
+
+
 def test_a_long_log_keeps_its_end_and_its_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "LARGEST_LOG", 4000)
     monkeypatch.setenv("TOTO_STATE", str(tmp_path / "state"))

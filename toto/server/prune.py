@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from toto.base import paths
+from toto.base import owned, paths
 from toto.infra_repo import branch
 
 DAYS: Final = 90
@@ -21,6 +21,8 @@ def prune(home: Path, repos: list[Path], *, days: float = DAYS) -> int:
     gone = _older(home / "results", "**/*", before)
     for repo in repos:
         gone += _older(paths.repo_state(repo) / "junit", "*.xml", before)
+        owned.remove(paths.repo_state(repo) / "tree")  # where older versions exported commits, one at a time
+        (paths.repo_state(repo) / "export.lock").unlink(missing_ok=True)
         gone += _older(repo / "toto" / "spool", "*.refused", before)
         gone += _older(repo, branch.CRASH_REPORTS, time.time() - 86_400)  # from writers that were killed
     for log in (home / "logs").glob("*.log"):
