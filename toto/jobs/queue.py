@@ -41,8 +41,8 @@ async def queue(
 ) -> list[Run]:
     """Queue the runs of a job that are meant, in `wait` seconds, and return them.
 
-    With `first` their turn is before that of those that wait. `attempt` says how many runs of this one have failed.
-    It is one, but for a job with a `MATRIX`. Of a job that is queued `ONCE`, it may be one that waits already.
+    It is one, but for a job with a `MATRIX`. Of a job that is queued `ONCE`, it may be one that waits already. With
+    `first` their turn is before that of those that wait. `attempt` says how many runs before it have failed.
     Raises `InputError`, `ServerError`.
     """
     history, found = History(repo), list[Run]()
