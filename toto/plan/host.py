@@ -102,7 +102,7 @@ class HostKind(Kind[Host]):
         Those that the manifest does not list are not due, unless the settings say so.
         """
         rules, machines = source.settings.nix, source.manifest.machines
-        if rules.signing_key is not None:
+        if rules.signing_key is not None and source.deploys:
             keys.signing(source.repo, rules.signing_key)  # else only the copy to a machine would miss it
         found = await _of_flake(source)
         if found is None:
