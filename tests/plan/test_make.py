@@ -100,9 +100,11 @@ async def test_a_readme_only_commit_changes_no_host(repo: InfraRepo, make: Make)
 async def test_a_signing_key_that_is_not_there_is_told_before_anything_is_evaluated(
     repo: InfraRepo, make: Make
 ) -> None:
-    pushed = repo.commit({"machines.yaml": machines("a"), "toto.toml": "[nix]\nsigning_key = 'cache'\n"})
+    files = {"machines.yaml": machines(), "toto.toml": "[nix]\nsigning_key = 'cache'\n", "hosts/a.nix": host("a")}
+    pushed = repo.commit({**files})
     with pytest.raises(InputError, match=r"this repository has no key cache, which nix\.signing_key names"):
         await make(pushed)
+    assert (await plan.one(repo.bare, pushed, "sandbox", Target("host", "a"))).label == "a", "nothing of it is copied"
     await keys.make(repo.bare, "cache", "signing")
     assert (await make(pushed)).changes.empty
 
@@ -906,13 +908,3 @@ async def test_a_chart_that_lacks_what_it_depends_on_is_refused_in_the_plan(make
     assert "helm/page/charts/ does not have what Chart.yaml wants: db 2.0.0 (wrong version)" in failure.message
     [order] = (await make(repo.commit({"helm/page/charts/db/Chart.yaml": db.replace("1.0", "2.0")}), "helm")).orders
     assert order.label == "helm/page"
-
-
-async def test_a_missing_key_for_signatures_is_told_before_anything_is_touched_and_keeps_nobody_from_a_sandbox(
-    make: Make, repo: InfraRepo
-) -> None:
-    rules = '[nix]\nsigning_key = "cache"\n'
-    commit = repo.commit({"machines.yaml": machines("web1"), "hosts/web1.nix": host("web1"), "toto.toml": rules})
-    with pytest.raises(InputError, match="signing"):
-        await make(commit)
-    assert (await plan.one(repo.bare, commit, "sandbox", Target("host", "web1"))).label == "web1"
