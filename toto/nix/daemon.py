@@ -35,6 +35,7 @@ GROUP: Final = "nixbld"  # as NixOS and Debian call it
 MACHINES: Final = Path("/run/toto-nix")  # the folder of a daemon that a unit of root's runs, for a toto that is not
 _SHARED: Final = "client"  # the folder with what a client needs; its parent keeps strangers out
 _BUILDERS: Final = "builders"  # the folder with what nix knows of remote builders, which is root's
+_UNIT: Final = "NOTIFY_SOCKET"  # the variable of what systemd has started, and waits for
 _LONGEST: Final = 107  # bytes
 _PATIENCE: Final = 300.0  # seconds until the daemon answers, on a machine that is slow and busy
 _PAUSE: Final = 5.0  # seconds before a daemon that has ended is started again
@@ -165,11 +166,11 @@ async def running(home: Path, group: str | None = None) -> AsyncIterator[Path]:
         keeping.cancel()
         await asyncio.wait((keeping,))
         if home.is_relative_to("/run") and not _answers(path):  # (else another toto runs it)
-            _tidy_up(home, keep=None if group is None else asked)
+            _tidy_up(home, keep=asked if _UNIT in os.environ else None)
 
 
 def _tidy_up(home: Path, *, keep: Path | None) -> None:
-    """Remove `home`, or all in it but the folder to `keep`: a toto that goes on running has it mounted by its unit."""
+    """Remove `home`, or all in it but the folder to `keep`, which a unit of toto's has mounted."""
     if keep is None:
         shutil.rmtree(home, ignore_errors=True)
         return
@@ -280,7 +281,7 @@ def _daemons(root: int) -> set[int]:
 
 def _tell_systemd() -> None:
     """Say that the daemon is ready, as sd_notify(3) does, where a unit of Type=notify asks for it."""
-    address = os.environ.get("NOTIFY_SOCKET")
+    address = os.environ.get(_UNIT)
     if address:
         with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as notify:
             notify.sendto(b"READY=1", address.replace("@", "\0", 1) if address.startswith("@") else address)
