@@ -258,8 +258,9 @@ async def test_a_job_after_a_job_is_queued_when_that_succeeds(infra: Infra, run:
 
 
 async def test_a_job_is_started_read_and_aborted_from_the_command_line(
-    infra: Infra, run: Started, capsys: pytest.CaptureFixture[str]
+    infra: Infra, run: Started, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # (pytest -n gives its processes 80)
     infra.jobs(
         a_run="#!/bin/sh\necho level $LEVEL, $LAMINAR_REASON\n",
         a_conf=f"{QUIET}PARAMS=LEVEL=low|high\nDESCRIPTION=Saves all\n",

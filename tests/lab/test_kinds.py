@@ -432,6 +432,8 @@ async def test_a_toto_killed_in_the_middle_of_an_upgrade_is_settled_by_the_next_
 
 
 async def test_what_was_changed_outside_is_reported_and_undone_when_asked_for(world: World) -> None:
+    run = await world.deploy("what it is to be", world.release("four"))
+    assert run.state == "COMPLETED", world.logs(run.id)
     calm = await world.ended(world.request("drift/drift"))
     assert calm.state == "COMPLETED", calm.message
     await world.cluster.patch("/api/v1/namespaces/page/configmaps/page", {"data": {"text": "changed by hand"}})
