@@ -23,7 +23,7 @@ beside := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 help:
 	@echo "make demo    a fleet of virtual machines: rehearse, roll out, break, revert (KEEP=1 leaves it running)"
 	@echo "make test    all tests, in JOBS=3 processes (TESTS=path selects files, K=expression selects names: in one)"
-	@echo "make test-fast  those that need no virtual machine and no server, in a minute; and the floor of coverage"
+	@echo "make test-fast  those that need no virtual machine and no server, in five minutes; and the floor of coverage"
 	@echo "make lint    ruff (check and format), the import contracts, mypy --strict"
 	@echo "make bench   measures, as ratios side by side"
 	@echo "make torture kills parts of toto at random instants (ROUNDS=30), and sees that nothing is left half done;"
