@@ -45,20 +45,15 @@ async def queue(
     `first` their turn is before that of those that wait. `attempt` says how many runs before it have failed.
     Raises `InputError`, `ServerError`.
     """
-    history, found = History(repo), list[Run]()
+    history, found, deployment = History(repo), list[Run](), ""
+    room = MOST - len(history.open())
     for values in job.runs(given):
         if (waiting := same(history, job, values)) is not None:
             found.append(waiting)
             continue
-        if len(history.open()) >= MOST:
+        if room <= 0:
             raise InputError(f"{MOST} runs wait or run already", target=job.name, hint="`toto job abort` ends them")
-        place = f"/deployments/name/{registered.FLOW}/{registered.name_of(repo, job.name)}"
-        try:
-            deployment = await call("GET", place, None)
-        except ServerError as error:
-            if error.status != 404:
-                raise
-            raise InputError("is not registered", target=job.name, hint="deploy a commit that has it") from None
+        deployment = deployment or await _deployment(call, repo, job)
         about = {"reason": reason, "parent": parent, "first": first, "attempt": attempt}
         run = history.queue(job.name, parameters=values, **about)
         asked = {"parameters": values, "reason": reason, "number": run.number, "parent": parent}
@@ -67,18 +62,32 @@ async def queue(
             at = (datetime.now(UTC) + timedelta(seconds=wait)).isoformat()
             body["state"] = {"type": "SCHEDULED", "state_details": {"scheduled_time": at}}
         try:
-            made = await call("POST", f"/deployments/{deployment['id']}/create_flow_run", body)
+            made = await call("POST", f"/deployments/{deployment}/create_flow_run", body)
         except BaseException:
             history.end(run, State.FAILED, "Prefect did not take it")
             raise
         found.append(history.change(run, flow_run=str(made["id"])))
+        room -= 1
     return found
+
+
+async def _deployment(call: Call, repo: Path, job: Job) -> str:
+    """The id of a job's deployment. Raises `InputError` when it has none, `ServerError`."""
+    try:
+        found = await call("GET", f"/deployments/name/{registered.FLOW}/{registered.name_of(repo, job.name)}", None)
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        raise InputError("is not registered", target=job.name, hint="deploy a commit that has it") from None
+    return str(found["id"])
 
 
 def same(history: History, job: Job, values: Mapping[str, str]) -> Run | None:
     """The run that waits and stands for a new one with these parameters, for a job that is queued `ONCE`."""
+    if not job.conf.once:
+        return None
     waiting = (each for each in history.open() if each.job == job.name and each.state is State.QUEUED)
-    return next((each for each in waiting if job.conf.once and each.parameters == dict(values)), None)
+    return next((each for each in waiting if each.parameters == dict(values)), None)
 
 
 async def abort(call: Call, repo: Path, run: Run) -> None:
