@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import getpass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -106,6 +107,11 @@ async def of_user(repos: Path, chosen: Path | None, user: str | None, right: Rig
     return found[0]
 
 
+def who(user: str | None) -> str:
+    """The person for whom this is, in a record: a user of the git host, else somebody on toto itself."""
+    return user or f"{getpass.getuser()} (on toto itself)"
+
+
 async def api_near(repo: Path | None, repos: Path) -> Api:
     """The API of the toto that has a repo, or that has the repositories in a folder."""
     for each in [repo] if repo else git_host.infra_repos(repos):
@@ -118,7 +124,7 @@ def on_toto(repos: Path, name: str) -> Path:
     """A repository of the git host's. Raises `InputError` when there is none of this name."""
     path = access.path_of(repos, access.check_name(name))
     if not path.exists():
-        there = [each.name.removesuffix(".git") for each in git_host.infra_repos(repos)]
+        there = [name_of(each) for each in git_host.infra_repos(repos)]
         close = difflib.get_close_matches(name, there, n=1)
         raise InputError(
             f"there is no repository {name}",

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import getpass
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typer import Argument, Option
 
 from toto.base.errors import InputError
 from toto.cli import progress
-from toto.cli.common import By, Repo, Repos, of_user
+from toto.cli.common import By, Repo, Repos, of_user, who
 from toto.cli.output import say
 from toto.cli.verbs import Verbs
 from toto.git_host import follow, runs
@@ -95,7 +94,7 @@ async def _try(
             return status
     api = await git_host.api_of(repo)
     with contextlib.suppress(InputError):  # it has ended meanwhile
-        await runs.cancel(api, await runs.find(api, run), _who(by))
+        await runs.cancel(api, await runs.find(api, run), who(by))
         with contextlib.suppress(OSError):  # nobody reads it any more
             say(f"run {run} is cancelled: what it tries is put back")
     return 1
@@ -192,8 +191,8 @@ async def freeze(
     """
     if not reason.strip():
         raise InputError("it takes a reason", hint="--reason WHY")
-    place, who = await of_user(repos, repo, by, "deploy"), _who(by)
-    frozen = Frozen(by=who, why=" ".join(reason.split())[:500], at=git.now())
+    place, person = await of_user(repos, repo, by, "deploy"), who(by)
+    frozen = Frozen(by=person, why=" ".join(reason.split())[:500], at=git.now())
     for target in _known(place, targets):
         await Ledger(place).write(target, steps.freeze(frozen), f"{target.label}: {frozen}")
         print(f"{target.label}: {frozen}")
@@ -211,7 +210,7 @@ async def unfreeze(
 
     What waits for it is rolled out by the next run: toto deploy TARGET.
     """
-    place, who = await of_user(repos, repo, by, "deploy"), _who(by)
+    place, person = await of_user(repos, repo, by, "deploy"), who(by)
     wanted = [Target.of(each) for each in targets]
     ledger = Ledger(place).read()
     if free := [each.label for each in wanted if ledger.get(each).frozen is None]:
@@ -219,8 +218,8 @@ async def unfreeze(
             "is not frozen by `toto freeze`", target=", ".join(free), hint="`freeze` in machines.yaml takes a commit"
         )
     for target in wanted:
-        await Ledger(place).write(target, steps.freeze(None), f"{target.label}: unfrozen by {who}")
-        print(f"{target.label}: unfrozen by {who}")
+        await Ledger(place).write(target, steps.freeze(None), f"{target.label}: unfrozen by {person}")
+        print(f"{target.label}: unfrozen by {person}")
     return 0
 
 
@@ -235,7 +234,3 @@ def _known(repo: Path, targets: Sequence[str]) -> list[Target]:
             hint="see `toto status`; those of other kinds have names like terraform/dns",
         )
     return wanted
-
-
-def _who(by: str | None) -> str:
-    return by or f"{getpass.getuser()} (on toto itself)"

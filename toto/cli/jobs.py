@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import getpass
 import re
 import sys
 from typing import Annotated, Final
@@ -11,7 +10,7 @@ from typer import Argument, Option
 
 from toto.base.errors import InputError
 from toto.base.moment import moment
-from toto.cli.common import By, Repo, Repos, infra, of_user
+from toto.cli.common import By, Repo, Repos, infra, of_user, who
 from toto.cli.output import AsJson, emit, say
 from toto.cli.verbs import Verbs
 from toto.git_host import host as git_host
@@ -85,8 +84,7 @@ async def run(
     given = dict(_parameter(each) for each in values or ())
     async with queue.jobs_of(api.call, path) as jobs:
         found = jobs.job(name)
-        who = by or f"{getpass.getuser()} (on toto itself)"
-        why = f"{one_line(reason)} (by {who})" if reason else f"by {who}"
+        why = f"{one_line(reason)} (by {who(by)})" if reason else f"by {who(by)}"
         queued = await queue.queue(api.call, path, found, given, reason=why)
     for each in queued:
         print(each.label, flush=True)

@@ -87,6 +87,6 @@ class _Table:
         for ratio in (None, None, None, 1):
             grid.add_column(no_wrap=True, overflow="ellipsis", ratio=ratio)
         for spinner, each in self.rows:
-            seconds = (datetime.now(UTC) - datetime.fromisoformat(each.began.replace("Z", "+00:00"))).total_seconds()
+            seconds = (datetime.now(UTC) - datetime.fromisoformat(each.began)).total_seconds()
             grid.add_row(spinner, Text(each.name), Text(f"{max(0, seconds):.0f} s"), Text(each.said, style="dim"))
         return grid

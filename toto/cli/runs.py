@@ -1,7 +1,6 @@
 """Runs: following one, answering for it, and the run that accepts what is there."""
 
 import contextlib
-import getpass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typer import Argument, Option
 from toto.base.errors import InputError
 from toto.base.prefect_api import Api, ServerError
 from toto.cli import progress
-from toto.cli.common import By, Repo, Repos, api_near, of_user
+from toto.cli.common import By, Repo, Repos, api_near, of_user, who
 from toto.cli.output import AsJson, document, emit, lines_of
 from toto.cli.remote import Remote
 from toto.cli.verbs import Verbs
@@ -46,7 +45,7 @@ async def reject(flow_run: Run, repos: Repos, by: By = None) -> int:
 async def _answer(run: str, repos: Path, user: str | None, *, approved: bool) -> int:
     """Answer for a run of one of the repositories for which the user may; others are as if they were not there."""
     for repo in git_host.infra_repos(repos):
-        name = repo.name.removesuffix(".git")
+        name = name_of(repo)
         if approvals.read(repo, run) is not None and await access.may(repos, user, "read", name):
             if not await access.may(repos, user, "approve", name):
                 raise InputError(
@@ -54,7 +53,7 @@ async def _answer(run: str, repos: Path, user: str | None, *, approved: bool) ->
                     hint=f'ask someone who may, or someone who may deploy {access.ADMIN} for `approve = ["{user}"]` '
                     f"in [repos.{name}]",
                 )
-            by = user or f"{getpass.getuser()} (on toto itself)"
+            by = who(user)
             asked = await approvals.answer(repo, run, approved=approved, by=by)
             print(f"{'approved' if approved else 'rejected'} by {by}: run {run} of {name}")
             for label, plan in asked.plans.items():
@@ -75,7 +74,7 @@ async def wait(flow_run: Run, repos: Repos, by: By = None) -> int:
     only a part is done.
     """
     for repo in git_host.infra_repos(repos):
-        if await access.may(repos, by, "read", repo.name.removesuffix(".git")):
+        if await access.may(repos, by, "read", name_of(repo)):
             with contextlib.suppress(ServerError):
                 found = await (await git_host.api_of(repo)).call("GET", f"/flow_runs/{flow_run}")
                 if Path(found["parameters"].get("repo", "")) == repo.resolve():
@@ -97,7 +96,7 @@ async def accept(
     wanted = Target.of(target)
     found = []
     for repo in git_host.infra_repos(repos):
-        name = repo.name.removesuffix(".git")
+        name = name_of(repo)
         entry = Ledger(repo).get(wanted) if repository in (None, name) else Entry()
         if (entry.good or entry.intent) and await access.may(repos, by, "read", name):
             found.append((repo, name))
@@ -110,7 +109,7 @@ async def accept(
     [(repo, name)] = found
     if not await access.may(repos, by, "deploy", name):
         raise InputError(f"{by} may not deploy {name}, so not accept what is there either", target=wanted.label)
-    asked = {"target": str(wanted), "reason": reason, "by": by or f"{getpass.getuser()} (on toto itself)"}
+    asked = {"target": str(wanted), "reason": reason, "by": who(by)}
     run = await runs.start(repo, git_host.ACCEPT, asked, by)
     print(f"toto: accepting {wanted.label} of {name} in run {run}", flush=True)
     return await progress.to_the_end(repo, run)
@@ -210,7 +209,7 @@ async def cancel(flow_run: Beginning, repos: Repos, by: By = None) -> int:
         raise InputError(f"no repository of yours has a run {flow_run[:60]!a}", hint="`toto runs` lists the newest")
     if f"user:{by}" not in found["tags"] and not await access.may(repos, by, "deploy", name_of(repo)):
         raise InputError(f"{by} may not deploy {name_of(repo)}, so cancel only runs of their own", target=found["id"])
-    await runs.cancel(api, found, by or f"{getpass.getuser()} (on toto itself)")
+    await runs.cancel(api, found, who(by))
     print(f"run {found['id']} is cancelled: {found['name']}")
     return 0
 

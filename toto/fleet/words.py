@@ -30,7 +30,7 @@ def ago(at: str | float | datetime, now: datetime) -> str:
 def _moment(at: str | float) -> datetime:
     if isinstance(at, float):
         return datetime.fromtimestamp(at, UTC)
-    then = datetime.fromisoformat(at.replace("Z", "+00:00"))
+    then = datetime.fromisoformat(at)
     return then if then.tzinfo else then.replace(tzinfo=UTC)
 
 

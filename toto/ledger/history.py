@@ -138,7 +138,7 @@ def _event(target: Target, old: Entry, new: Entry, at: datetime) -> Event | None
     if new.accepted is not None and new.accepted != old.accepted:
         commit, by = new.good.commit if new.good else "", new.accepted.by
         return Event(at, target, What.ACCEPTED, commit, new.accepted.run, f"{by}: {new.accepted.why}", author=by)
-    begun = old.intent and datetime.fromisoformat(old.intent.at.replace("Z", "+00:00"))
+    begun = old.intent and datetime.fromisoformat(old.intent.at)
     return _deployed(target, old, new, at, (at - begun).total_seconds() if begun else None)
 
 
