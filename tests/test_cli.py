@@ -139,6 +139,8 @@ async def test_the_history_is_limited_by_target_time_author_and_number(tmp_path:
     assert happened("--author", "nobody") == [] and happened("--since", "2030-01-01") == []
     assert happened("--since", "1 week ago") == newest
     text = said(tmp_path, "log", "web1", "--repo", str(book.repo))[1]
+    none = said(tmp_path, "log", "--author", "nobody", "--repo", str(book.repo))
+    assert none == (0, "the history has nothing of that\n")
     title, good, begun = text.splitlines()
     assert title.split() == ["WHEN", "TARGET", "WHAT", "COMMIT", "AUTHOR", "TOOK", "WHY"]
     assert good.split()[2:6] == ["web1", "good", commit[:8], "op"] and begun.split()[3] == "begun"

@@ -138,5 +138,6 @@ async def log(
         }
         for each in found
     ]
-    emit("events", found, lines_of(rows, _LOG) if rows else NOTHING, as_json=as_json)
+    none = "the history has nothing of that" if target or since or author else NOTHING
+    emit("events", found, lines_of(rows, _LOG) if rows else none, as_json=as_json)
     return 0
